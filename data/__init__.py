@@ -1,0 +1,1 @@
+"""What both training paths read: samples, images, mixtures and batches. Knows no model."""

@@ -1,0 +1,149 @@
+"""What lies between a sample and a step: encoded samples, micro-batches with both models' rows, whole optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .conversation import Conversation
+
+
+@dataclass
+class Encoded:
+    """A sample as one model receives it.
+
+    Attributes:
+        input_ids: int64 ``[L]``; image tokens are already there in their full number.
+        supervised: bool ``[L]``; true at the tokens of the assistant's answers and at their end tokens.
+        ends: bool ``[L]``; true at the end tokens among the supervised ones.
+        images: number of images in the sample (a processor may expand one into several tiles).
+        tensors: everything else the model's collation needs, such as ``pixel_values``.
+    """
+
+    input_ids: Tensor
+    supervised: Tensor
+    ends: Tensor
+    images: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ModelInputs(dict[str, Tensor]):
+    """Every tensor a model's forward takes, by name: ids, masks, positions, pixels."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ModelInputs:
+        """Moved to a device; floating-point tensors cast to ``dtype`` when one is given."""
+        return ModelInputs(
+            {
+                k: v.to(device, dtype if dtype is not None and v.is_floating_point() else v.dtype, non_blocking=True)
+                for k, v in self.items()
+            }
+        )
+
+    def pin_memory(self) -> ModelInputs:
+        return ModelInputs({k: v.pin_memory() for k, v in self.items()})
+
+
+class Processor(Protocol):
+    """What collation needs of a model's processor (``vlm_distill.models.interface.Processor`` is one)."""
+
+    has_vision: bool
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+        """Token ids with the supervised ones marked. Raises ``BadSample`` where the sample does not fit the model."""
+        ...
+
+    def dummy(self) -> Encoded:
+        """A row with one blank image (no image for a text model) and no supervised token."""
+        ...
+
+    def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
+        """Samples padded on the right into one batch; ``input_ids`` is ``[B, L]``."""
+        ...
+
+
+@dataclass
+class Rows:
+    """One model's side of a micro-batch.
+
+    Attributes:
+        inputs: what its forward takes.
+        positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the token before each supervised token,
+            that is, of the hidden state that predicts it.
+    """
+
+    inputs: ModelInputs
+    positions: Tensor
+
+
+@dataclass
+class DistillationBatch:
+    """A micro-batch: the k-th position of the student and of the teacher predict the same answer token.
+
+    Attributes:
+        student: the student's rows.
+        teacher: the teacher's rows; ``None`` when training without one.
+        targets: int64 ``[N]``, the student's supervised token ids.
+        distilled: bool ``[N]``; false where only the end tokens differ and the loss to the teacher is left out.
+        samples: number of real samples (dummy rows not counted).
+    """
+
+    student: Rows
+    teacher: Rows | None
+    targets: Tensor
+    distilled: Tensor
+    samples: int
+
+    def to(self, device: torch.device | str) -> DistillationBatch:
+        def move(rows: Rows | None) -> Rows | None:
+            return rows and Rows(rows.inputs.to(device), rows.positions.to(device, non_blocking=True))
+
+        student = move(self.student)
+        assert student is not None
+        return DistillationBatch(
+            student,
+            move(self.teacher),
+            self.targets.to(device, non_blocking=True),
+            self.distilled.to(device, non_blocking=True),
+            self.samples,
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sample that was left out: where it stands and why."""
+
+    source: str
+    line: int
+    reason: str
+    detail: str = ""
+
+
+@dataclass
+class Step:
+    """One optimizer step's share of one rank.
+
+    Attributes:
+        index: the optimizer step, counted from 0 through all epochs.
+        batches: this rank's micro-batches, the same number on every rank.
+        problems: samples of this rank that were left out of this step.
+        tokens: student tokens of this rank, padding not counted.
+        samples: the conversations behind ``batches``, micro-batch by micro-batch (only where asked for).
+    """
+
+    index: int
+    batches: list[DistillationBatch]
+    problems: list[Problem] = field(default_factory=list)
+    tokens: int = 0
+    samples: list[list[Any]] = field(default_factory=list)
+
+    def counts(self) -> Mapping[str, int]:
+        """Supervised and distilled tokens of this rank's share."""
+        return {
+            "supervised": sum(len(b.targets) for b in self.batches),
+            "distilled": sum(int(b.distilled.sum()) for b in self.batches),
+        }

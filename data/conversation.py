@@ -1,0 +1,69 @@
+"""Conversation: the one image-text sample that every reader yields and every processor takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image
+
+#: An image not yet decoded: a path, the bytes of an image file, or a decoded image.
+ImageSource = str | bytes | Image.Image
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in the chat format of Transformers, and the images they mention.
+
+    Attributes:
+        messages: ``{"role": "system" | "user" | "assistant", "content": [part, …]}`` with parts
+            ``{"type": "text", "text": str}`` and ``{"type": "image"}``. Content is always a list.
+        images: the k-th belongs to the k-th image part, counted through all messages.
+        source: the name of the data source, for reports.
+        line: 1-based line (JSONL) or record (other formats) in that source, for reports.
+        metadata: whatever else the record held that evaluation wants, such as ``question_type`` or ``answers``.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    images: tuple[ImageSource, ...] = ()
+    source: str = ""
+    line: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self) -> Conversation:
+        """The conversation up to its last assistant message, for a model to answer.
+
+        Returns:
+            A conversation that ends with a user message; images that only later messages mention are left out.
+        """
+        end = len(self.messages)
+        if any(m["role"] == "assistant" for m in self.messages):
+            end = max(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
+        messages = self.messages[:end]
+        return replace(self, messages=messages, images=self.images[: count_images(messages)])
+
+    @property
+    def references(self) -> list[str]:
+        """The right answers: ``metadata["answers"]`` when given, else the last assistant message's text."""
+        answers = self.metadata.get("answers")
+        if answers:
+            return [str(a["answer"]) if isinstance(a, Mapping) else str(a) for a in answers]
+        for message in reversed(self.messages):
+            if message["role"] == "assistant":
+                return [message_text(message)]
+        return []
+
+    @property
+    def question(self) -> str:
+        """The text of the last user message."""
+        return next((message_text(m) for m in reversed(self.messages) if m["role"] == "user"), "")
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """The text parts of a message, joined."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+
+
+def count_images(messages: tuple[dict[str, Any], ...]) -> int:
+    return sum(part["type"] == "image" for m in messages for part in m["content"])

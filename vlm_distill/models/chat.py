@@ -1,0 +1,123 @@
+"""Finds the assistant's answers in a conversation rendered by any chat template, and marks their tokens.
+
+Templates with a generation marker are rare, so none is needed: rendering the conversation up to each answer shows where
+that answer begins, and its own text shows where it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.conversation import message_text
+from data.errors import BadSample
+
+#: Messages and ``add_generation_prompt`` to text.
+Render = Callable[[Sequence[dict[str, Any]], bool], str]
+
+#: For tokenizers that come without a template.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}\n"
+    "{% elif message['role'] == 'user' %}User: {{ message['content'] }}\n"
+    "{% else %}Assistant: {{ message['content'] }}{{ eos_token }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """An answer in the rendered text, in characters: what the assistant says from ``start``, its text up to ``stop``."""
+
+    start: int
+    stop: int
+
+
+def find_answers(render: Render, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]]:
+    """The rendered conversation and the place of every assistant answer in it.
+
+    Raises:
+        BadSample: the template refuses the messages, rewrites an answer, or renders earlier turns differently once
+            later ones follow, so that no place in the text is the answer the model would have given.
+    """
+    text = _rendered(render, messages, False)
+    spans: list[Span] = []
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        answer = message_text(message)
+        opening = _rendered(render, messages[:k], True)
+        # Some templates open a turn for generation as they never write it in a history: then the answer itself is sought.
+        start = len(opening) if text.startswith(opening) else len(_rendered(render, messages[:k], False))
+        begin = text.find(answer, start)
+        upto = _rendered(render, messages[: k + 1], False)
+        if begin < 0 or upto.find(answer, start) != begin:
+            raise BadSample("chat template rewrites the answer", repr(answer[:40]))
+        stop = begin + len(answer)
+        if text[:stop] != upto[:stop]:
+            raise BadSample("chat template changes earlier turns", f"turn {k + 1}")
+        if text[start:begin].strip():
+            if text.startswith(opening):
+                raise BadSample("chat template rewrites the answer", f"writes {text[start:begin][:40]!r} before it")
+            start = begin
+        spans.append(Span(start, stop))
+    return text, spans
+
+
+def _rendered(render: Render, messages: Sequence[dict[str, Any]], generation: bool) -> str:
+    try:
+        return render(messages, generation)
+    except Exception as error:  # Jinja's errors, and whatever a template raises to refuse a conversation
+        raise BadSample("chat template refuses the conversation", str(error).splitlines()[0][:120]) from error
+
+
+def mark_tokens(
+    text: str, offsets: Sequence[tuple[int, int]], ids: Sequence[int], spans: Sequence[Span], special: set[int]
+) -> tuple[list[bool], list[bool]]:
+    """Which tokens are supervised, and which of those are end tokens.
+
+    A token is supervised when it lies in an answer, or between its text and its end token. The end token is the first
+    token after the answer's text, blanks aside, if it is a special one. A token that runs from the prompt into the
+    answer belongs to the answer only if its part of the prompt is blank.
+
+    Args:
+        text: the rendered conversation.
+        offsets: of each token, characters of ``text``.
+        ids: token ids.
+        spans: from :func:`find_answers`.
+        special: ids of special tokens.
+    """
+    supervised = [False] * len(ids)
+    ends = [False] * len(ids)
+    token = 0
+    for span in spans:
+        while token < len(ids) and offsets[token][1] <= span.start:
+            token += 1
+        trailing: list[int] = []
+        while token < len(ids):
+            a, b = offsets[token]
+            if a < span.start and text[a : span.start].strip():
+                token += 1
+                continue
+            if a < span.stop:
+                supervised[token] = True
+            elif ids[token] in special:
+                ends[token] = True
+                for i in [*trailing, token]:
+                    supervised[i] = True
+                token += 1
+                break
+            elif text[a:b].strip():
+                break
+            else:
+                trailing.append(token)
+            token += 1
+    return supervised, ends
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of every token the tokenizer holds for special, the end token above all."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)

@@ -1,0 +1,236 @@
+"""What a teacher or a student is to the rest of the suite: one interface over assembled and pretrained models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from data.batch import Encoded, ModelInputs
+from data.conversation import Conversation
+
+Prompt = tuple[Conversation, Sequence[Image.Image]]
+
+
+@dataclass
+class Outputs:
+    """What a forward gives.
+
+    Attributes:
+        hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the asked positions.
+        features: further activations that were asked for, by name.
+    """
+
+    hidden: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """A greedy answer: its text, its token ids with the end token, and their log-probabilities in nats."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class LMHead:
+    """Reads a decoder's output layer without owning it: ``logits = softcap(scale · (h Wᵀ + b))``, softcap(z) = c·tanh(z/c).
+
+    Args:
+        linear: the output layer; its parameters stay registered where they are (they may be tied to the embedding).
+        scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
+        softcap: c, or ``None`` for no cap (Gemma 2's ``final_logit_softcapping``).
+
+    ``vocabulary`` restricts the head to its first ids; ``gather`` makes parameters whole where they are sharded and is
+    installed by the training engine.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: float = 1.0, softcap: float | None = None) -> None:
+        self._linear = linear
+        self.scale = scale
+        self.softcap = softcap
+        self.vocabulary: int | None = None
+        self.gather: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: nullcontext()
+
+    @contextmanager
+    def weight(self) -> Iterator[Tensor]:
+        """The weight ``[V, H]``, whole and cut to the shared vocabulary; inside, :attr:`bias` may be read."""
+        with self.gather(list(self._linear.parameters())):
+            yield self._linear.weight[: self.vocabulary]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[V]`` or ``None``; to be read inside :meth:`weight`."""
+        return None if self._linear.bias is None else self._linear.bias[: self.vocabulary]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[N, V]`` of ``hidden [N, H]``: the definition that the chunked losses are held to."""
+        with self.weight() as weight:
+            logits = hidden.float() @ weight.float().T
+            if self.bias is not None:
+                logits = logits + self.bias.float()
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Processor(ABC):
+    """Turns conversations into one model's inputs and marks the supervised tokens."""
+
+    tokenizer: Any
+    has_vision: bool
+
+    @abstractmethod
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
+        """Token ids with the supervised ones marked.
+
+        Args:
+            conversation: ends with an assistant message, or with a user message when ``generation`` is set.
+            images: RGB, one for each image part.
+            generation: end with the template's opening of the assistant's turn; nothing is supervised.
+
+        Raises:
+            BadSample: the chat template or the model cannot take this conversation.
+        """
+
+    @abstractmethod
+    def dummy(self) -> Encoded:
+        """A row with one blank image (no image for a text model) and no supervised token."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
+        """Samples padded into one batch; ``input_ids`` and ``attention_mask`` are ``[B, L]``."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes tokenizer and image processing beside the model's weights."""
+
+    @abstractmethod
+    def image_tokens(self, sample: Encoded) -> Tensor:
+        """Bool ``[L]``: which tokens of an encoded sample stand for images."""
+
+
+class _GreedyLogprobs(LogitsProcessor):
+    """Records the log-probability of each greedy choice as it is made; keeps one column a step, not the logits."""
+
+    def __init__(self) -> None:
+        self.columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        self.columns.append(scores.max(-1).values - scores.logsumexp(-1))
+        return scores
+
+
+class VisionLanguageModel(nn.Module, ABC):
+    """Vision encoder, projector and decoder behind one interface; without the first two, a language model.
+
+    Attributes:
+        vision_encoder, projector: ``None`` for a language model.
+        decoder: the language model, its output layer included.
+        head: the output layer as the losses read it.
+        processor: conversations to inputs.
+        synced: set by the engine when ranks must leave ``generate`` together (parameters sharded over ranks).
+    """
+
+    processor: Processor
+    head: LMHead
+    synced: bool = False
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, nn.Module]:
+        """``vision_encoder``, ``projector`` and ``decoder``, those that there are."""
+
+    @abstractmethod
+    def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
+        """Hidden states, never logits.
+
+        Args:
+            inputs: from ``processor.collate``, on this model's device.
+            positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the sequence.
+            features: names of further activations to return.
+        """
+
+    @abstractmethod
+    def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
+        """New token ids ``[B, T]`` only, for left-padded inputs."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes configuration, safetensors and processor; ``load_vlm`` reads them back bit for bit.
+
+        Args:
+            folder: made if need be.
+            state: the weights to write, where the model's own are sharded over ranks.
+        """
+
+    @abstractmethod
+    def checkpoint_activations(self) -> None:
+        """Recompute the decoder's and the vision encoder's layers in the backward instead of keeping them."""
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[Answer]:
+        """Greedy answers to conversations that end with a user message.
+
+        Args:
+            prompts: conversations (an assistant message at their end is left out) with their images.
+            max_new_tokens: longest answer.
+        """
+        encoded = [self.processor.encode(c.prompt(), images, generation=True) for c, images in prompts]
+        parameter = next(self.parameters())
+        inputs = self.processor.collate(encoded, padding_side="left").to(parameter.device, self.dtype)
+        record = _GreedyLogprobs()
+        training = self.training
+        self.eval()
+        try:
+            new = self._generate(
+                inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(self.end_tokens),
+                pad_token_id=self.pad_token,
+                logits_processor=LogitsProcessorList([record]),
+                synced_gpus=self.synced,
+            )
+        finally:
+            self.train(training)
+        steps = min(new.shape[1], len(record.columns))
+        logprobs = torch.stack(record.columns[:steps], 1).tolist() if steps else [[] for _ in prompts]
+        return [self._answer(ids[:steps], row) for ids, row in zip(new.tolist(), logprobs, strict=True)]
+
+    def _answer(self, ids: list[int], logprobs: list[float]) -> Answer:
+        length = next((i + 1 for i, token in enumerate(ids) if token in self.end_tokens), len(ids))
+        ids = ids[:length]
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Answer(text, ids, logprobs[:length])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Ids that end an answer."""
+        eos = self.processor.tokenizer.eos_token_id
+        return set() if eos is None else {eos}
+
+    @property
+    def pad_token(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+    def set_trainable(self, parts: Iterable[str]) -> None:
+        """Trains the named parts and freezes the others."""
+        chosen = set(parts)
+        for name, part in self.parts.items():
+            part.requires_grad_(name in chosen)
