@@ -1,4 +1,4 @@
-"""What lies between a sample and a step: encoded samples, micro-batches with both models' rows, whole optimizer steps."""
+"""Between a sample and a step: encoded samples, micro-batches with both models' rows, whole optimizer steps."""
 
 from __future__ import annotations
 

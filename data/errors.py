@@ -1,4 +1,4 @@
-"""The two ways in which input can be wrong: a person's mistake, which ends a command, and a bad sample, which need not."""
+"""Two ways in which input can be wrong: a person's mistake ends a command, a bad sample need not."""
 
 
 class UserError(Exception):

@@ -29,7 +29,7 @@ DEFAULT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Span:
-    """An answer in the rendered text, in characters: what the assistant says from ``start``, its text up to ``stop``."""
+    """An answer in the rendered text, in characters: it begins at ``start``, and its own text ends at ``stop``."""
 
     start: int
     stop: int
@@ -49,7 +49,7 @@ def find_answers(render: Render, messages: Sequence[dict[str, Any]]) -> tuple[st
             continue
         answer = message_text(message)
         opening = _rendered(render, messages[:k], True)
-        # Some templates open a turn for generation as they never write it in a history: then the answer itself is sought.
+        # Some templates open a turn for generation as they never write it in a history: then the answer is sought.
         start = len(opening) if text.startswith(opening) else len(_rendered(render, messages[:k], False))
         begin = text.find(answer, start)
         upto = _rendered(render, messages[: k + 1], False)

@@ -43,7 +43,7 @@ class Answer:
 
 
 class LMHead:
-    """Reads a decoder's output layer without owning it: ``logits = softcap(scale · (h Wᵀ + b))``, softcap(z) = c·tanh(z/c).
+    """Reads a decoder's output layer without owning it: ``logits = softcap(scale · (h Wᵀ + b))``, softcap = c·tanh(·/c).
 
     Args:
         linear: the output layer; its parameters stay registered where they are (they may be tied to the embedding).

@@ -1,0 +1,257 @@
+"""The typed configuration of a run: one YAML file and ``key=value`` overrides, every mistake told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.errors import UserError
+
+DType = Literal["fp32", "bf16"]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """A model: loaded (``path``), assembled (``decoder``, with encoder and projector or not), or cut from the teacher."""
+
+    path: str | None = None
+    vision_encoder: dict[str, Any] | None = None
+    projector: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    from_teacher: dict[str, Any] | None = None
+    dtype: DType | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ModelSection:
+        ways = [name for name in ("path", "decoder", "from_teacher") if getattr(self, name) is not None]
+        if len(ways) != 1:
+            found = " and ".join(ways) or "none of them"
+            raise ValueError(f"name exactly one of path, decoder, from_teacher (found {found})")
+        return self
+
+
+class StudentSection(ModelSection):
+    train: list[Literal["vision_encoder", "projector", "decoder"]] = ["vision_encoder", "projector", "decoder"]
+
+
+class TeacherSection(ModelSection):
+    placement: Literal["replicate", "shard"] = "replicate"
+
+    @model_validator(mode="after")
+    def _not_from_itself(self) -> TeacherSection:
+        if self.from_teacher is not None:
+            raise ValueError("from_teacher is for the student; a teacher has a path, or parts")
+        return self
+
+
+class LossSection(Section):
+    """One term of the loss; parameters beyond name and weight go to the loss itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    weight: float = 1.0
+
+
+class SourceSection(Section):
+    """One source of samples."""
+
+    path: str
+    name: str | None = None
+    images: str | None = None
+    format: Literal["auto", "json", "jsonl", "huggingface"] = "auto"
+    split: str | None = None
+    config: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    limit: Positive | None = None
+
+
+class DataSection(Section):
+    train: list[SourceSection] = Field(min_length=1)
+    eval: list[SourceSection] = []
+    roots: list[str] = []
+    max_length: Positive = 2048
+    max_pixels: Positive = 89_478_485
+    bad_samples: Literal["skip", "fail"] = "skip"
+    length_window: NotNegative = 0
+    workers: NotNegative = 2
+    prefetch: Positive = 2
+
+
+class OptimizerSection(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    min_lr_ratio: Fraction = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class TrainingSection(Section):
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    batch_size: Positive = 64
+    micro_batch_size: Positive | None = None
+    dtype: DType = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    activation_checkpointing: bool = False
+    seed: NotNegative = 0
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+    resume: bool = True
+    wandb: bool = False
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainingSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("say how long to train: epochs or steps, one of them")
+        return self
+
+
+class DeepSpeedSection(Section):
+    """``stage`` and whatever else DeepSpeed's own configuration knows; it is passed through."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    stage: Literal[0, 1, 2, 3] = 2
+
+
+class EvaluationSection(Section):
+    every: Positive | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 64
+    max_new_tokens: Positive = 32
+    teacher: bool = True
+
+
+class RunConfig(Section):
+    """A run. ``teacher`` may be absent: then only losses that need none are allowed (plain fine-tuning)."""
+
+    student: StudentSection
+    teacher: TeacherSection | None = None
+    loss: list[LossSection] = Field(min_length=1)
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output: str
+
+    @model_validator(mode="after")
+    def _student_needs_teacher(self) -> RunConfig:
+        if self.student.from_teacher is not None and self.teacher is None:
+            raise ValueError("student.from_teacher needs a teacher section to cut from")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads, merges and validates a run's configuration.
+
+    Args:
+        path: a YAML file. A key ``base`` names another file, relative to this one, that this one is merged onto.
+        overrides: ``section.key=value``; list items by number, as in ``loss.0.weight=0.5``.
+
+    Raises:
+        UserError: one line that says what is wrong, where, and what to do.
+    """
+    merged = _read(Path(path), ())
+    for text in overrides:
+        key, sign, _ = text.partition("=")
+        if not sign or not key:
+            raise UserError(f"override {text!r}: write it as section.key=value")
+        try:
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"]).value)
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
+            raise UserError(f"override {text!r}: {_first_line(error)}") from None
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved configuration; running it again repeats the run."""
+    path.write_text(yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file; the ones that ship are under configs/")
+    if path.resolve() in seen:
+        raise UserError(f"{path}: base files name each other in a circle")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    return OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), loaded)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _explain(error: ValidationError) -> str:
+    """The first few validation errors, each as ``key: what is wrong``, in one line."""
+    parts = []
+    for item in error.errors()[:3]:
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = sorted(_fields_at(item["loc"][:-1]))
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            parts.append(f"{where}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            parts.append(f"{where}: missing; every run needs it")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(item["input"], dict | list) else f" (found {item['input']!r})"
+            parts.append(f"{where or 'the file'}: {message}{found}")
+    more = len(error.errors()) - len(parts)
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys a section knows, found by walking the models' annotations along an error's location."""
+    model: Any = RunConfig
+    for step in location:
+        if isinstance(step, int):
+            continue
+        model = _section_of(model.model_fields[step].annotation)
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None
