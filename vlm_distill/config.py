@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,13 +25,14 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """A model: loaded (``path``), assembled (``decoder``, with encoder and projector or not), or cut from the teacher."""
+    """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher."""
 
     path: str | None = None
     vision_encoder: dict[str, Any] | None = None
     projector: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
     tokenizer: str | None = None
+    chat_template: str | None = None
     from_teacher: dict[str, Any] | None = None
     dtype: DType | None = None
     attn_implementation: str | None = None
@@ -205,7 +206,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
-    if not OmegaConf.is_dict(loaded):
+    if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
     base = loaded.pop("base", None)
     if base is None:

@@ -1,0 +1,1 @@
+"""Evaluation on visual question answering: answers, scores and paired comparisons."""

@@ -1,0 +1,70 @@
+"""What pulls the student to the teacher: losses by name, and the chunked path from hidden states to their sums."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from data.errors import UserError
+
+from .base import DistillationLoss, Progress, RowResult, Term
+from .divergences import JSD, CrossEntropy, ForwardKL, ReverseKL
+from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
+from .taid import TAID
+
+__all__ = [
+    "JSD",
+    "TAID",
+    "CrossEntropy",
+    "DistillationLoss",
+    "ForwardKL",
+    "HiddenTargets",
+    "LossSums",
+    "Progress",
+    "ReverseKL",
+    "RowResult",
+    "Term",
+    "TermSums",
+    "available",
+    "build",
+    "fused_linear",
+]
+
+_LOSSES: dict[str, type[DistillationLoss]] = {
+    "taid": TAID,
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "jsd": JSD,
+    "cross_entropy": CrossEntropy,
+}
+
+
+def available() -> dict[str, str]:
+    """The names that ``build`` knows, each with one line about the loss."""
+    return {name: (inspect.getdoc(loss) or "").splitlines()[0] for name, loss in _LOSSES.items()}
+
+
+def build(name: str, **params: Any) -> DistillationLoss:
+    """A loss by its name.
+
+    Args:
+        name: one of ``available()``.
+        params: the parameters of its constructor, such as ``t_start`` or ``temperature``.
+
+    Raises:
+        UserError: there is no such loss or parameter, or a value is out of its range.
+    """
+    if name not in _LOSSES:
+        raise UserError(f"no loss is called {name!r}{_nearest(name, _LOSSES)}; there are {', '.join(_LOSSES)}")
+    known = list(inspect.signature(_LOSSES[name]).parameters)
+    for param in params:
+        if param not in known:
+            listed = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"loss {name} has no parameter {param!r}{_nearest(param, known)}; {listed}")
+    return _LOSSES[name](**params)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,127 @@
+"""Teachers and students: assembled from parts or pretrained, one interface over both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import UserError
+
+from .composed import (
+    CONFIG_NAME,
+    ComposedProcessor,
+    ComposedVLM,
+    build,
+    cast_parameters,
+    load_composed,
+    load_decoder,
+    load_tokenizer,
+    read_template,
+)
+from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
+from .pretrained import PretrainedProcessor, PretrainedVLM
+from .settings import as_dtype, check_attention, first_line
+
+__all__ = [
+    "Answer",
+    "ComposedVLM",
+    "LMHead",
+    "Outputs",
+    "PretrainedVLM",
+    "Processor",
+    "VisionLanguageModel",
+    "build_vlm",
+    "load_vlm",
+]
+
+
+def build_vlm(settings: Mapping[str, Any], tokenizer: Any = None) -> VisionLanguageModel:
+    """A model assembled from parts (see :class:`~vlm_distill.models.composed.ComposedSettings`).
+
+    Raises:
+        UserError: a wrong setting, or a part that cannot be found or built.
+    """
+    return build(settings, tokenizer)
+
+
+def load_vlm(
+    name_or_folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    chat_template: str | None = None,
+) -> VisionLanguageModel:
+    """A whole model: one this suite saved, or a vision-language model or causal LM of Transformers.
+
+    Args:
+        name_or_folder: a folder, or a name that Transformers finds.
+        dtype: of the parameters, ``None``: as saved.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …
+        trust_remote_code: run code that comes with the model.
+        tokenizer: instead of the model's own.
+        chat_template: text or file, instead of the model's own.
+
+    Raises:
+        UserError: no such model, or one that is neither of these kinds.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+
+    name = str(name_or_folder)
+    template = None if chat_template is None else read_template(chat_template)
+    check_attention(attn_implementation)
+    if (Path(name) / CONFIG_NAME).is_file():
+        tokenizer = tokenizer or load_tokenizer(name)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        return load_composed(name, dtype=dtype, attn_implementation=attn_implementation, tokenizer=tokenizer)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"model: no model at '{name}': {first_line(error)}; check the name, or download it") from error
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    wanted = as_dtype(dtype) or "auto"
+    remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote:
+        model: VisionLanguageModel = _load_image_text(name, wanted, attention, trust_remote_code, tokenizer, template)
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
+        tokenizer = tokenizer or load_tokenizer(name, trust_remote_code)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        decoder = load_decoder(name, wanted, trust_remote_code, attention)
+        model = ComposedVLM(decoder, ComposedProcessor(tokenizer))
+    else:
+        raise UserError(
+            f"model: '{name}' is a {config.model_type} model, neither a vision-language model nor a causal LM that "
+            "Transformers knows; choose another or set trust_remote_code"
+        )
+    cast_parameters(model, as_dtype(dtype))
+    return model
+
+
+def _load_image_text(
+    name: str, dtype: Any, attention: Mapping[str, Any], trust_remote_code: bool, tokenizer: Any, template: str | None
+) -> PretrainedVLM:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, **attention
+        )
+    except Exception as error:
+        raise UserError(f"model: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
+    if tokenizer is not None:
+        processor.tokenizer = tokenizer
+    if not processor.tokenizer.is_fast:
+        raise UserError(f"tokenizer: '{name}' has no fast tokenizer; character offsets need one")
+    if template is not None:
+        processor.chat_template = template
+    if processor.chat_template is None:
+        raise UserError(f"model: '{name}' has no chat template; give one as 'chat_template'")
+    image_token_id = getattr(model.config, "image_token_id", None)
+    if image_token_id is None:
+        image_token_id = model.config.image_token_index
+    return PretrainedVLM(model, PretrainedProcessor(processor, image_token_id))

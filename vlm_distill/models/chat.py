@@ -13,6 +13,8 @@ from typing import Any
 from data.conversation import message_text
 from data.errors import BadSample
 
+from .settings import first_line
+
 #: Messages and ``add_generation_prompt`` to text.
 Render = Callable[[Sequence[dict[str, Any]], bool], str]
 
@@ -42,18 +44,18 @@ def find_answers(render: Render, messages: Sequence[dict[str, Any]]) -> tuple[st
         BadSample: the template refuses the messages, rewrites an answer, or renders earlier turns differently once
             later ones follow, so that no place in the text is the answer the model would have given.
     """
-    text = _rendered(render, messages, False)
+    text = rendered(render, messages, False)
     spans: list[Span] = []
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         answer = message_text(message)
-        opening = _rendered(render, messages[:k], True)
+        opening = rendered(render, messages[:k], True)
         # Some templates open a turn for generation as they never write it in a history: then the answer is sought.
-        start = len(opening) if text.startswith(opening) else len(_rendered(render, messages[:k], False))
+        start = len(opening) if text.startswith(opening) else len(rendered(render, messages[:k], False))
         begin = text.find(answer, start)
-        upto = _rendered(render, messages[: k + 1], False)
-        if begin < 0 or upto.find(answer, start) != begin:
+        upto = rendered(render, messages[: k + 1], False)
+        if begin < 0 or upto.find(answer, start) < 0:
             raise BadSample("chat template rewrites the answer", repr(answer[:40]))
         stop = begin + len(answer)
         if text[:stop] != upto[:stop]:
@@ -66,11 +68,12 @@ def find_answers(render: Render, messages: Sequence[dict[str, Any]]) -> tuple[st
     return text, spans
 
 
-def _rendered(render: Render, messages: Sequence[dict[str, Any]], generation: bool) -> str:
+def rendered(render: Render, messages: Sequence[dict[str, Any]], generation: bool) -> str:
+    """The text of a conversation; a template that refuses it makes a ``BadSample``."""
     try:
         return render(messages, generation)
     except Exception as error:  # Jinja's errors, and whatever a template raises to refuse a conversation
-        raise BadSample("chat template refuses the conversation", str(error).splitlines()[0][:120]) from error
+        raise BadSample("chat template refuses the conversation", first_line(error)[:120]) from error
 
 
 def mark_tokens(

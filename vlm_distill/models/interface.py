@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation
+from data.conversation import Conversation, count_images
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
 
@@ -43,7 +43,7 @@ class Answer:
 
 
 class LMHead:
-    """Reads a decoder's output layer without owning it: ``logits = softcap(scale · (h Wᵀ + b))``, softcap = c·tanh(·/c).
+    """Reads a decoder's output layer without owning it: ``softcap(scale · (h Wᵀ + b))`` with softcap(z) = c·tanh(z/c).
 
     Args:
         linear: the output layer; its parameters stay registered where they are (they may be tied to the embedding).
@@ -182,10 +182,10 @@ class VisionLanguageModel(nn.Module, ABC):
         """Greedy answers to conversations that end with a user message.
 
         Args:
-            prompts: conversations (an assistant message at their end is left out) with their images.
+            prompts: conversations (an assistant message at their end is left out) with all of their images.
             max_new_tokens: longest answer.
         """
-        encoded = [self.processor.encode(c.prompt(), images, generation=True) for c, images in prompts]
+        encoded = [self._encode_prompt(*prompt) for prompt in prompts]
         parameter = next(self.parameters())
         inputs = self.processor.collate(encoded, padding_side="left").to(parameter.device, self.dtype)
         record = _GreedyLogprobs()
@@ -196,6 +196,7 @@ class VisionLanguageModel(nn.Module, ABC):
                 inputs,
                 do_sample=False,
                 num_beams=1,
+                repetition_penalty=1.0,  # some models' own generation settings would distort the greedy choice
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(self.end_tokens),
                 pad_token_id=self.pad_token,
@@ -207,6 +208,12 @@ class VisionLanguageModel(nn.Module, ABC):
         steps = min(new.shape[1], len(record.columns))
         logprobs = torch.stack(record.columns[:steps], 1).tolist() if steps else [[] for _ in prompts]
         return [self._answer(ids[:steps], row) for ids, row in zip(new.tolist(), logprobs, strict=True)]
+
+    def _encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+        # Only an answer at the very end is left out: after a question the earlier answers are its history.
+        if conversation.messages[-1]["role"] == "assistant":
+            conversation = conversation.prompt()
+        return self.processor.encode(conversation, images[: count_images(conversation.messages)], generation=True)
 
     def _answer(self, ids: list[int], logprobs: list[float]) -> Answer:
         length = next((i + 1 for i, token in enumerate(ids) if token in self.end_tokens), len(ids))

@@ -1,0 +1,139 @@
+"""Safe decoding: a path, the bytes of a file or a Pillow image becomes an upright 8-bit RGB image, or a ``BadSample``."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .conversation import ImageSource
+from .errors import BadSample
+
+MAX_PIXELS = 89_478_485
+
+# Formats that decode in this process from their own bytes. Left out are those that start other programs (EPS) or hold
+# images of a size other than their header's (ICO, ICNS), which would pass the check of the size.
+Image.init()
+FORMATS = tuple(f for f in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)
+
+# Pillow's own guard against decompression bombs is one number for the whole process and partly a mere warning.
+# `load_image` checks every image against the caller's limit before it decodes a pixel, so that guard is switched off.
+Image.MAX_IMAGE_PIXELS = None
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def is_url(text: str) -> bool:
+    """Whether a string names a place outside the file system (``http://…``, ``file://…``, ``data:…``)."""
+    return _URL.match(text) is not None
+
+
+def load_image(source: ImageSource, *, roots: Sequence[Path] = (), max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image as a person sees it: upright (EXIF), RGB, transparent parts on white, the first frame of several.
+
+    Args:
+        source: the path of a local file, the bytes of an image file, or a Pillow image (which is left as it is).
+        roots: when given, folders outside of which no path is read, symbolic links followed first.
+        max_pixels: the largest width × height, checked before decoding.
+
+    Returns:
+        An 8-bit image of mode ``RGB``. 16-bit grey values ``v`` become ``v / 257``, rounded.
+
+    Raises:
+        BadSample: the file is missing, empty, outside the roots, not an image, broken, too large, or of a kind whose
+            range of values is not known (floating point, 32-bit integers).
+    """
+    if isinstance(source, Image.Image):
+        return _decoded(source, max_pixels, f"a {source.mode} image")
+    if isinstance(source, bytes):
+        if not source:
+            raise BadSample("image file is empty", "0 bytes")
+        file: io.BytesIO | Path = io.BytesIO(source)
+        name = f"{len(source)} bytes"
+    else:
+        file = _local_file(source, roots)
+        name = source
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadSample("not an image", f"{name} (formats read: {', '.join(FORMATS)})") from None
+    except Exception as error:  # plugins raise whatever a broken header leads them to
+        raise BadSample("image is broken", f"{name}: {error}") from None
+    with image:
+        return _decoded(image, max_pixels, name)
+
+
+def _local_file(source: str, roots: Sequence[Path]) -> Path:
+    if is_url(source):
+        raise BadSample("image is a URL, only local files are read", source[:200])
+    try:
+        path = Path(source).resolve()
+        if roots and not any(path.is_relative_to(Path(root).resolve()) for root in roots):
+            raise BadSample("image outside the roots", source)
+        # A pipe or a device would block or never end.
+        if not path.is_file():
+            raise BadSample("image not found", source)
+        if path.stat().st_size == 0:
+            raise BadSample("image file is empty", source)
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a zero byte in the name, a loop of links
+        raise BadSample("image not found", f"{source[:200]!r}: {error}") from None
+    return path
+
+
+def _decoded(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSample("image is too large", f"{name}: {width} x {height} pixels, limit {max_pixels}")
+    try:
+        image.load()
+        rgb = _rgb(image, name)
+    except BadSample:
+        raise
+    except Exception as error:  # decoders raise almost anything on broken data
+        raise BadSample("image is broken", f"{name}: {error}") from None
+    try:
+        # Read after loading: Pillow turns TIFF images upright by itself and then drops the tag.
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF data: the pixels are still good
+        orientation = 1
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """Any mode as RGB; always a new image."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bit(image, name)
+    if image.mode == "F":
+        raise BadSample("image of floating-point values", name)
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+    # Pillow's own conversion clips at 255. Mode "I" holds 16-bit values too (PGM); what goes beyond has no known range.
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65_535:
+        raise BadSample("image of 32-bit values", f"{name}: from {values.min()} to {values.max()}")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values[values == transparent] = 65_535
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

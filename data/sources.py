@@ -1,0 +1,524 @@
+"""Readers: JSON, JSONL and Hugging Face data sets as indexable sources of conversations, and the one converter they use."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .conversation import Conversation, ImageSource, message_text
+from .errors import BadSample, UserError
+from .images import is_url
+
+FORMATS = ("auto", "json", "jsonl", "huggingface")
+PLACEHOLDER = "<image>"
+
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "huggingface", ".arrow": "huggingface"}
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_TURNS = ("messages", "conversations", "conversation")
+_TEXT_COLUMNS = (*_TURNS, "texts", "question", "answer", "answers")
+_METADATA = ("id", "question_id", "question_type", "answer_type", "category")
+_NO_IMAGE = ("", "none", "null", "nan")
+
+
+# From a record to a conversation.
+
+
+def to_conversation(
+    record: Any, *, images: Path = Path(), source: str = "", line: int = 0, answers_required: bool = True
+) -> Conversation:
+    """One record of any supported layout as a conversation.
+
+    Layouts, recognised by their keys: ``messages``, ``conversations`` or ``conversation`` (lists of ``role``/``content``
+    or ``from``/``value``); ``texts`` (a list of ``user``/``assistant``); ``question`` with ``answer`` or ``answers``.
+    Images stand in ``images`` or ``image`` or in the image parts themselves. ``<image>`` in a string (or in a text part
+    where no message has an image part) becomes an image part at its place; the text around it stays exactly as it is.
+    Where a record has images and nothing says where they belong, they precede the text of the first user message.
+
+    Args:
+        record: what a line of JSON or a row of a table holds.
+        images: the folder that relative image paths start from.
+        source: name of the source, for reports.
+        line: place in the source, for reports.
+        answers_required: refuse a record without an assistant's answer.
+
+    Raises:
+        BadSample: the record has no supported layout, or its messages or images are not sound.
+    """
+    if not isinstance(record, Mapping):
+        raise BadSample("not a JSON object", type(record).__name__)
+    for key in ("video", "videos", "audio", "audios"):
+        if record.get(key):
+            raise BadSample("video and audio are not supported", f"key {key!r}")
+    turns = _turns(record)
+    explicit = any(isinstance(content, list) and any(map(_is_image, content)) for _, content in turns)
+    messages = [{"role": role, "content": _parts(content, explicit, images)} for role, content in turns]
+    _check_order([role for role, _ in turns], answers_required)
+    placed = _place(messages, _images(record.get("images"), images) or _images(record.get("image"), images))
+    _check_not_empty(messages)
+    return Conversation(tuple(messages), tuple(placed), source, line, _metadata(record))
+
+
+def _turns(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The record's messages as pairs of role and raw content."""
+    for key in (*_TURNS, "texts"):
+        turns = record.get(key)
+        if turns is None:
+            continue
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise BadSample("messages are not a list of objects", f"key {key!r}")
+        if key == "texts":
+            return [(role, turn.get(role)) for turn in turns for role in ("user", "assistant")]
+        return [_turn(turn) for turn in turns]
+    if record.get("question") is not None:
+        answer = _answer(record)
+        return [("user", record["question"])] + ([] if answer is None else [("assistant", answer)])
+    raise BadSample("unknown layout", f"keys: {', '.join(map(str, record)) or 'none'}")
+
+
+def _turn(turn: Mapping[str, Any]) -> tuple[str, Any]:
+    name = turn.get("role") or turn.get("from")
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise BadSample("unknown role", repr(name)[:80])
+    if turn.get("loss") is False:  # to learn what its author kept out of the loss would be a silent mistake
+        raise BadSample("messages kept out of the loss are not supported", f"a message of the {role} has loss: false")
+    content = turn.get("content")
+    return role, turn.get("value") if content is None else content
+
+
+def _answer(record: Mapping[str, Any]) -> str | None:
+    """What the assistant says in a question row: ``answer``, else the commonest of ``answers``, the first in a tie."""
+    if record.get("choices") or record.get("options"):  # the answer may be a number or a letter of a choice
+        raise BadSample("multiple-choice rows are not supported", "write question and choices as a conversation")
+    answer = record.get("answer")
+    if answer is None:
+        texts = [str(a.get("answer") if isinstance(a, Mapping) else a) for a in _answers(record)]
+        return Counter(texts).most_common(1)[0][0] if texts else None
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise BadSample("answer is not a text", repr(answer)[:80])
+    return str(answer)
+
+
+def _answers(record: Mapping[str, Any]) -> list[Any]:
+    answers = record.get("answers")
+    if answers is None:
+        return []
+    return answers if isinstance(answers, list) else [answers]
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def _parts(content: Any, explicit: bool, folder: Path) -> list[dict[str, Any]]:
+    """Content as a list of parts. An image part that brings its own image holds it under ``image``, until `_place`."""
+    if isinstance(content, str):
+        return _split(content)
+    if not isinstance(content, list):
+        raise BadSample("message without text", repr(content)[:80])
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if _is_image(part):
+            own = [image for key in ("image", "path", "url", "bytes") for image in _images(part.get(key), folder)]
+            parts.append({"type": "image", "image": own[0]} if own else {"type": "image"})
+        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            parts += [{"type": "text", "text": part["text"]}] if explicit else _split(part["text"])
+        else:
+            raise BadSample("unknown message part", repr(part)[:80])
+    return parts
+
+
+def _split(text: str) -> list[dict[str, Any]]:
+    """A string cut at its placeholders."""
+    parts: list[dict[str, Any]] = []
+    for i, piece in enumerate(text.split(PLACEHOLDER)):
+        if i:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _place(messages: list[dict[str, Any]], images: list[ImageSource]) -> list[ImageSource]:
+    """All images in the order of the image parts, which lose their own; parts are made where the record has none."""
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    if not parts and images:
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"][:0] = [{"type": "image"} for _ in images]
+        return images
+    placeholders = sum("image" not in part for part in parts)
+    if placeholders != len(images):
+        raise BadSample(
+            "image count mismatch", f"{_count(placeholders, 'placeholder')}, {_count(len(images), 'image')}"
+        )
+    remaining = iter(images)
+    return [part.pop("image") if "image" in part else next(remaining) for part in parts]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _images(value: Any, folder: Path) -> list[ImageSource]:
+    """The images of one value: none, one, or one per item of a list. Relative paths start from ``folder``."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return []
+    if isinstance(value, str):
+        if value.strip().lower() in _NO_IMAGE:
+            return []
+        return [value if is_url(value) else str(folder / value)]
+    if isinstance(value, bytes | Image.Image):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [image for item in value for image in _images(item, folder)]
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes | None):
+        return [value["bytes"]] if value.get("bytes") is not None else _images(value.get("path"), folder)
+    raise BadSample("unknown kind of image", f"a value of type {type(value).__name__}")
+
+
+def _check_order(roles: list[str], answers_required: bool) -> None:
+    if "system" in roles[1:]:
+        raise BadSample("system message is not the first", f"roles: {', '.join(roles)}")
+    speakers = roles[1:] if roles[:1] == ["system"] else roles
+    if "user" not in speakers:
+        raise BadSample("no user message", f"roles: {', '.join(roles) or 'none'}")
+    if speakers[0] != "user":
+        raise BadSample("assistant speaks before the user", f"roles: {', '.join(roles)}")
+    if answers_required and "assistant" not in speakers:
+        raise BadSample("no assistant answer", f"roles: {', '.join(roles)}")
+
+
+def _check_not_empty(messages: list[dict[str, Any]]) -> None:
+    for number, message in enumerate(messages, 1):
+        has_image = any(part["type"] == "image" for part in message["content"])
+        if message["role"] == "assistant" and not message_text(message):
+            raise BadSample("empty answer", f"message {number}")
+        if message["role"] == "user" and not message_text(message) and not has_image:
+            raise BadSample("empty user message", f"message {number}")
+
+
+def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    extra = record.get("metadata")
+    metadata = dict(extra) if isinstance(extra, Mapping) else {}
+    metadata |= {key: record[key] for key in _METADATA if record.get(key) is not None}
+    if answers := _answers(record):
+        metadata["answers"] = answers
+    return metadata
+
+
+# Sources.
+
+
+class Source(ABC):
+    """Conversations by index, ``source[0]`` to ``source[len(source) - 1]``.
+
+    A source can be pickled and inherited by worker processes: it holds no open file.
+
+    Args:
+        name: what reports call it.
+        images: the folder that relative image paths start from.
+        answers_required: whether a record without an assistant's answer is a bad sample.
+    """
+
+    def __init__(self, name: str, images: Path, answers_required: bool = True) -> None:
+        self.name = name
+        self.images = images
+        self.answers_required = answers_required
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def record(self, index: int) -> Any:
+        """The raw record. Raises ``BadSample`` where it cannot be read."""
+
+    @abstractmethod
+    def size(self, index: int) -> int:
+        """About how long a sample is, in characters or bytes; cheap, decodes no image. For grouping by length."""
+
+    def line(self, index: int) -> int:
+        """The 1-based place of a sample in its file, for reports."""
+        return index + 1
+
+    def __getitem__(self, index: int) -> Conversation:
+        """The sample at ``index``. Raises ``BadSample`` for a malformed one, ``IndexError`` past the end."""
+        index = range(len(self))[index]
+        return to_conversation(
+            self.record(index),
+            images=self.images,
+            source=self.name,
+            line=self.line(index),
+            answers_required=self.answers_required,
+        )
+
+
+class JsonlSource(Source):
+    """A file with one JSON record a line, indexed by byte offset once and read line by line. Blank lines do not count.
+
+    Args:
+        path: the file.
+        limit: only the first so many records.
+    """
+
+    def __init__(
+        self, path: Path, name: str, images: Path, *, limit: int | None = None, answers_required: bool = True
+    ) -> None:
+        super().__init__(name, images, answers_required)
+        self.path = path
+        spans = array("q")
+        with path.open("rb") as file:
+            for number, start, length in islice(_spans(file), limit):
+                spans.extend((number, start, length))
+        # Arrays, not lists: worker processes share them without touching reference counts.
+        self._lines, self._starts, self._lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T.copy()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def record(self, index: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            raw = file.read(self._lengths[index])
+        try:
+            return json.loads(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise BadSample("invalid UTF-8", str(error)) from None
+        except (ValueError, RecursionError) as error:
+            raise BadSample("invalid JSON", str(error)) from None
+
+    def size(self, index: int) -> int:
+        return int(self._lengths[index])
+
+    def line(self, index: int) -> int:
+        return int(self._lines[index])
+
+
+def _spans(file: Any) -> Iterator[tuple[int, int, int]]:
+    """Number, first byte and length of each line that is not blank."""
+    start = 0
+    for number, line in enumerate(file, 1):
+        if not line.isspace():
+            yield number, start, len(line)
+        start += len(line)
+
+
+class JsonSource(Source):
+    """A file with one JSON list of records.
+
+    The records are kept as text in one block of memory, which worker processes share; as Python objects a large file
+    would be copied into each of them.
+
+    Args:
+        path: the file.
+        limit: only the first so many records.
+
+    Raises:
+        UserError: the file is not valid JSON, or not a list.
+    """
+
+    def __init__(
+        self, path: Path, name: str, images: Path, *, limit: int | None = None, answers_required: bool = True
+    ) -> None:
+        super().__init__(name, images, answers_required)
+        try:
+            records = json.loads(path.read_bytes().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}; mend the file, or name its format") from None
+        if not isinstance(records, list):
+            raise UserError(
+                f"{path} holds a JSON {type(records).__name__}, not a list of records; make it a list or JSONL"
+            )
+        texts = [json.dumps(record).encode() for record in records[:limit]]
+        self._text = b"".join(texts)
+        self._ends = np.cumsum([0, *map(len, texts)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def record(self, index: int) -> Any:
+        return json.loads(self._text[self._ends[index] : self._ends[index + 1]])
+
+    def size(self, index: int) -> int:
+        return int(self._ends[index + 1] - self._ends[index])
+
+
+class HuggingFaceSource(Source):
+    """Rows of a ``datasets.Dataset``. Images stay encoded until ``load_image`` checks and decodes them.
+
+    Args:
+        dataset: the data set; its own format and transforms are not used.
+        limit: only the first so many rows.
+    """
+
+    def __init__(
+        self, dataset: Any, name: str, images: Path, *, limit: int | None = None, answers_required: bool = True
+    ) -> None:
+        super().__init__(name, images, answers_required)
+        if limit is not None:
+            dataset = dataset.select(range(min(limit, len(dataset))))
+        self._features = _without_media(dataset.features)
+        self._rows = dataset.with_format("arrow")
+        self._texts = self._rows.select_columns([c for c in dataset.column_names if c in _TEXT_COLUMNS])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, index: int) -> Any:
+        return self._features.decode_example(self._rows[index].to_pylist()[0])
+
+    def size(self, index: int) -> int:
+        return _characters(self._texts[index].to_pylist()) if self._texts.column_names else 0
+
+
+def _without_media(feature: Any) -> Any:
+    """Features that leave images, sound and video as stored. JSON columns (data sets 5) are still parsed."""
+    if isinstance(feature, dict):
+        return type(feature)({key: _without_media(value) for key, value in feature.items()})
+    if isinstance(feature, list):
+        return [_without_media(value) for value in feature]
+    if hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_without_media(feature.feature))
+    if hasattr(feature, "decode") and type(feature).__name__ != "Json":
+        return dataclasses.replace(feature, decode=False)
+    return feature
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 0
+    return sum(map(_characters, value))
+
+
+# Opening.
+
+
+def open_source(
+    path_or_name: str | Path,
+    *,
+    images: Path | None = None,
+    format: str = "auto",
+    split: str | None = None,
+    config: str | None = None,
+    name: str | None = None,
+    limit: int | None = None,
+    answers_required: bool = True,
+) -> Source:
+    """A source by its path or its name on the Hugging Face hub.
+
+    Args:
+        path_or_name: a JSON or JSONL file; a parquet or arrow file or a folder of them; a folder written by
+            ``save_to_disk``; or ``owner/name`` of a data set on the hub.
+        images: the folder that relative image paths start from; by default the folder of the file.
+        format: ``json``, ``jsonl``, ``huggingface``, or ``auto``: by suffix, and for ``.json`` by its first character.
+        split: which split of a Hugging Face data set; may be left out where there is only one.
+        config: which configuration of a Hugging Face data set.
+        name: what reports call the source; by default the file's name without suffix, or the hub name.
+        limit: only the first so many rows.
+        answers_required: whether a record without an assistant's answer is a bad sample (for training, yes).
+
+    Raises:
+        UserError: nothing is there, it has no rows, or its format is not known.
+    """
+    path = Path(path_or_name)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit of {path_or_name} is {limit}; it must be at least 1, or left out for all rows")
+    if images is not None and not images.is_dir():
+        raise UserError(f"image folder {images} of {path_or_name} does not exist; correct `images`")
+    kind = _format(path, str(path_or_name), format)
+    if kind != "huggingface" and (split or config):
+        raise UserError(f"{path_or_name} is a {kind} file and has no split or config; leave them out")
+    folder = images or (path if path.is_dir() else path.parent if path.exists() else Path())
+    source: Source
+    if kind == "huggingface":
+        title = name or (path.stem if path.is_file() else path.name if path.exists() else str(path_or_name))
+        dataset = _open_dataset(path, str(path_or_name), split, config)
+        source = HuggingFaceSource(dataset, title, folder, limit=limit, answers_required=answers_required)
+    else:
+        reader = JsonlSource if kind == "jsonl" else JsonSource
+        source = reader(path, name or path.stem, folder, limit=limit, answers_required=answers_required)
+    if not len(source):
+        raise UserError(f"{path_or_name} has no rows; check the file{' and the split' if split else ''}")
+    return source
+
+
+def _format(path: Path, given: str, format: str) -> str:
+    """The reader for what the path names, after checking that something is there."""
+    if format not in FORMATS:
+        raise UserError(f"unknown data format {format!r} for {given}; known are {', '.join(FORMATS)}")
+    if not path.exists():
+        looks_like_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", given) and path.suffix not in _SUFFIXES
+        if format == "huggingface" or (format == "auto" and looks_like_hub_name):
+            return "huggingface"
+        raise UserError(f"data file {given} does not exist; check the path (relative ones start at {Path.cwd()})")
+    if path.is_dir():
+        if format in ("json", "jsonl"):
+            raise UserError(f"{given} is a folder; name the {format} file in it")
+        return "huggingface"
+    if format != "auto":
+        return format
+    kind = _SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(
+            f"cannot tell the format of {given} from its suffix; set `format` to one of {', '.join(FORMATS[1:])}"
+        )
+    if kind == "json":
+        with path.open("rb") as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        # One object after another under the name .json is common.
+        return "jsonl" if start.startswith(b"{") else "json"
+    return kind
+
+
+def _open_dataset(path: Path, given: str, split: str | None, config: str | None) -> Any:
+    import datasets  # takes seconds to import; JSON files do without
+
+    if path.is_file():
+        kind = "arrow" if path.suffix.lower() == ".arrow" else "parquet"
+        return _loaded(given, lambda: datasets.load_dataset(kind, data_files=str(path), split="train"))
+    if (path / "state.json").is_file():
+        return _loaded(given, lambda: datasets.load_from_disk(str(path)))
+    if (path / "dataset_dict.json").is_file():
+        splits = _loaded(given, lambda: datasets.load_from_disk(str(path)))
+        return splits[_choose(given, split, list(splits))]
+    if path.is_dir() and not any(f.suffix in (".parquet", ".arrow") for f in path.rglob("*")):
+        raise UserError(
+            f"folder {given} holds no parquet or arrow file; name a JSON or JSONL file in it if that is meant"
+        )
+    names = _loaded(given, lambda: datasets.get_dataset_split_names(given, config_name=config))
+    return _loaded(given, lambda: datasets.load_dataset(given, name=config, split=_choose(given, split, names)))
+
+
+def _loaded(given: str, load: Any) -> Any:
+    try:
+        return load()
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds: no such name, no network, no such configuration
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot open {given} as a local folder or a Hugging Face data set: {reason[:300]}") from None
+
+
+def _choose(given: str, split: str | None, splits: list[str]) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    # Anything that starts with a split's name may be a slice of it, such as "train[:10%]".
+    if split is None or not any(re.match(rf"{re.escape(known)}(\W|$)", split) for known in splits):
+        problem = "has several splits" if split is None else f"has no split {split!r}"
+        raise UserError(f"{given} {problem}; set `split` to one of {', '.join(splits)}")
+    return split

@@ -1,0 +1,196 @@
+"""Compares the suite with golden values: ``python tests/check_golden.py losses [FOLDER ...]``.
+
+Prints the cases, failures and worst error of each loss; exits with 1 if anything failed. Losses that the suite does
+not have are listed as not built. The format is described in ``golden/losses/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":  # Python puts this file's folder first, where tests/data would hide the package `data`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from vlm_distill import losses
+from vlm_distill.losses import Progress
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+# Relative to max(1, T²)(1 + |reference|) for values, to the largest reference entry for gradients, plus a floor.
+TOLERANCES = {torch.float64: (1e-12, 1e-12, 1e-14), torch.float32: (5e-6, 1e-5, 5e-7)}
+
+
+@dataclass
+class Comparison:
+    """One number or array against its expectation; ``error`` is in units of the tolerance, so it must not exceed 1."""
+
+    case: str
+    what: str
+    error: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= 1.0  # false for NaN
+
+
+class Golden:
+    """A folder of the format."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = json.loads((folder / "index.json").read_text())
+        self.cases = {case["id"]: case for case in self.index["cases"]}
+        self._files: dict[str, Any] = {}
+
+    def changed(self) -> list[str]:
+        """Files that are not those the index was written for."""
+        digests = self.index["files"].items()
+        return [n for n, d in digests if hashlib.sha256((self.folder / n).read_bytes()).hexdigest() != d]
+
+    def array(self, file: str, name: str) -> np.ndarray:
+        if file not in self._files:
+            self._files[file] = np.load(self.folder / file, allow_pickle=False)
+        return self._files[file][name.replace("/", ".")]
+
+    def inputs(self, case: dict) -> dict[str, torch.Tensor]:
+        """``student``, ``teacher``, ``target``, ``mask``; the mask is all ones where the case does not use it."""
+        name = case["input"]
+        arrays = {
+            k: torch.from_numpy(self.array("inputs.npz", f"{name}.{k}")) for k in ("student", "teacher", "target")
+        }
+        mask = self.array("inputs.npz", f"{name}.mask") if case["use_mask"] else np.ones(len(arrays["target"]))
+        return {**arrays, "mask": torch.from_numpy(mask.astype(bool))}
+
+    def expected(self, case: dict, key: str, what: str) -> Any:
+        """An expectation's number or array; ``None`` where the case has none."""
+        entry = next((e for e in case["expect"] if e["key"] == key), None)
+        if entry is None:
+            return None
+        if what == "loss":
+            return float(entry["loss"])
+        owner = entry.get("same_as", {}).get(what) or (key if what in entry.get("arrays", ()) else None)
+        return None if owner is None else self.array(case["file"], f"{case['id']}.{owner}.{what}")
+
+
+def build(case: dict) -> losses.DistillationLoss:
+    """The loss of a case: TAID's cases give a value of t where the suite has a schedule."""
+    params = dict(case["params"])
+    if case["loss"] != "taid":
+        return losses.build(case["loss"], **params)
+    loss = losses.build("taid")
+    loss.t = params["t"]
+    return loss
+
+
+def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
+    """Every comparison of a case of a loss that the suite has."""
+    if case["loss"] == "taid_schedule":
+        yield from _compare_schedule(golden, case)
+        return
+    loss = build(case)
+    inputs = golden.inputs(case)
+    mask, count = inputs["mask"], max(int(inputs["mask"].sum()), 1)
+    softness = max(1.0, case["params"].get("temperature", 1.0) ** 2)
+    for dtype, (value_tolerance, grad_tolerance, floor) in TOLERANCES.items():
+
+        def value(what: str, got: torch.Tensor, want: Any, scale: float = value_tolerance * softness) -> Comparison:
+            return Comparison(case["id"], what, _error(got, want, lambda ref: scale * (1.0 + np.abs(ref))))
+
+        def gradient(
+            what: str, got: torch.Tensor, want: Any, relative: float = grad_tolerance, least: float = floor
+        ) -> Comparison:
+            return Comparison(case["id"], what, _error(got, want, lambda ref: relative * np.abs(ref).max() + least))
+
+        student, teacher = inputs["student"].to(dtype), inputs["teacher"].to(dtype)
+        leaf = student.clone().requires_grad_()
+        defined = loss(leaf, teacher, inputs["target"])
+        reduced = defined[mask].sum() / count
+        closed = loss.rows(student.clone(), teacher.clone(), inputs["target"], grad=True)
+        name = str(dtype).removeprefix("torch.")
+        for route, per_row in (("forward", defined.detach()), ("rows", closed.loss)):
+            yield value(f"{name} {route} loss", per_row[mask].sum() / count, golden.expected(case, "paper", "loss"))
+            if (want := golden.expected(case, "paper", "per_row")) is not None:
+                yield value(f"{name} {route} per_row", per_row, want)
+        if (want := golden.expected(case, "paper", "grad")) is not None:
+            yield gradient(f"{name} forward grad", torch.autograd.grad(reduced, leaf)[0], want)
+            yield gradient(f"{name} rows grad", closed.grad * mask.unsqueeze(1) / count, want)
+        if (want := golden.expected(case, "cross-entropy", "per_row")) is not None and closed.signals:
+            yield value(f"{name} signal cross_entropy", closed.signals["cross_entropy"], want)
+
+
+def _compare_schedule(golden: Golden, case: dict) -> Iterator[Comparison]:
+    params = dict(case["params"])
+    every, steps = params.pop("calls_per_step"), params.pop("num_train_steps")
+    loss = losses.build("taid", schedule="linear" if params.pop("disable_adaptive") else "paper", **params)
+    sequence = golden.array(case["file"], case["sequence"]).astype(np.float64)
+    sequence[case.get("nan_at", [])] = np.nan
+    t = []
+    for call, signal in enumerate(sequence):
+        # The released code updates at every micro-batch.
+        loss.update({"cross_entropy": float(signal)}, Progress(step=call // every, steps=steps))
+        t.append(loss.t)
+    got = torch.tensor(t, dtype=torch.float64)[golden.array(case["file"], f"{case['id']}.calls")]
+    # What the released code does after a non-finite loss is a fault; there we skip it.
+    skips = golden.expected(case, "skip-nonfinite", "t") is not None
+    for key, tolerance in (("skip-nonfinite", 1e-12),) if skips else (("as-coded", 1e-12), ("taid-repo", 5e-6)):
+        if (want := golden.expected(case, key, "t")) is not None:
+            yield Comparison(case["id"], f"{key} t", _error(got, want, lambda ref, tol=tolerance: tol))
+    yield Comparison(case["id"], "t never falls", 0.0 if bool((got.diff() >= 0).all()) else math.inf)
+
+
+def _error(got: torch.Tensor, want: Any, tolerance: Any) -> float:
+    """The largest error in units of the tolerance; equal infinities agree."""
+    found, want = got.detach().double().numpy(), np.asarray(want, dtype=np.float64)
+    if found.shape != want.shape:
+        return math.inf
+    with np.errstate(invalid="ignore"):
+        errors = np.where(found == want, 0.0, np.abs(found - want) / tolerance(np.where(np.isinf(want), 0.0, want)))
+    return float(errors.max(initial=0.0))  # NaN stays NaN
+
+
+def check(folder: Path) -> bool:
+    """Compares all cases of a folder and prints a table. True if none failed."""
+    golden = Golden(folder)
+    passed = True
+    for name in golden.changed():
+        passed = False
+        print(f"FAIL {name} is not the file that index.json was written for")
+    by_loss: dict[str, list[dict]] = {}
+    for case in golden.index["cases"]:
+        by_loss.setdefault(case["loss"], []).append(case)
+    print(f"{'loss':20} {'cases':>6} {'comparisons':>12} {'failed':>7} {'worst error / tolerance':>24}")
+    for loss, cases in by_loss.items():
+        if loss != "taid_schedule" and loss not in losses.available():
+            print(f"{loss:20} {len(cases):6}   not built")
+            continue
+        comparisons = [c for case in cases for c in compare(golden, case)]
+        failed = [c for c in comparisons if not c.ok]
+        worst = max((c.error for c in comparisons), key=lambda e: math.inf if math.isnan(e) else e)
+        print(f"{loss:20} {len(cases):6} {len(comparisons):12} {len(failed):7} {worst:24.3g}")
+        for c in failed:
+            passed = False
+            print(f"  FAIL {c.case}: {c.what}: {c.error:.3g} tolerances")
+    return passed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["losses"])
+    parser.add_argument("folders", nargs="*", type=Path, default=[GOLDEN / "losses"])
+    options = parser.parse_args(arguments)
+    results = [check(folder) for folder in options.folders]  # all of them, also after a failure
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

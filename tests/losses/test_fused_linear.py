@@ -1,0 +1,394 @@
+"""The chunked path against whole logits and autograd."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlm_distill import losses
+from vlm_distill.losses import DistillationLoss, HiddenTargets, Term, fused_linear
+from vlm_distill.models.interface import LMHead
+
+NAMES = list(losses.available())
+
+
+class TotalVariation(DistillationLoss):
+    """½ Σ|p − q|: a loss with no closed form of its gradient."""
+
+    def forward(self, student_logits, teacher_logits, targets=None):
+        return 0.5 * (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1)
+
+
+class Setting:
+    """Student and teacher of different widths on the same rows."""
+
+    def __init__(self, n=13, v=37, h=8, h_teacher=11, *, dtype=torch.float64, bias=False, **head):
+        generator = torch.Generator().manual_seed(n + v)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.linear = nn.Linear(h, v, bias=bias, dtype=dtype)
+        teacher = nn.Linear(h_teacher, v, dtype=dtype)
+        with torch.no_grad():
+            for layer in (self.linear, teacher):
+                layer.weight.copy_(random(*layer.weight.shape))
+                if layer.bias is not None:
+                    layer.bias.copy_(random(v))
+        self.hidden = random(n, h).requires_grad_()
+        self.head = LMHead(self.linear, **head)
+        self.teacher = HiddenTargets(random(n, h_teacher), LMHead(teacher))
+        self.targets = torch.randint(v, (n,), generator=generator)
+        self.distilled = torch.rand(n, generator=generator) < 0.6
+
+    def inputs(self):
+        return [self.hidden, *self.linear.parameters()]
+
+    def fused(self, terms, rows=slice(None), **options):
+        options.setdefault("distilled", self.distilled[rows])
+        teacher = HiddenTargets(self.teacher.hidden[rows], self.teacher.head)
+        return fused_linear(terms, self.hidden[rows], self.head, teacher, self.targets[rows], **options)
+
+    def whole(self, terms, distilled=None, scales=None):
+        """The same weighted sum from whole logits, by autograd, as the definitions have it."""
+        distilled = self.distilled if distilled is None else distilled
+        student = self.hidden @ self.linear.weight.t()
+        student = (student if self.linear.bias is None else student + self.linear.bias) * self.head.scale
+        if self.head.softcap:
+            student = self.head.softcap * (student / self.head.softcap).tanh()
+        teacher = self.teacher.head._linear(self.teacher.hidden).detach()
+        total = 0.0
+        for term in terms:
+            rows = distilled if "teacher" in term.loss.needs else torch.ones_like(distilled)
+            values = term.loss(student[rows], teacher[rows], self.targets[rows])
+            total = total + term.weight * (scales or {}).get(term.name, 1.0) * values.sum()
+        return total
+
+    def check(self, terms, **options):
+        scales = options.get("scales")
+        want = self.whole(terms, options.get("distilled"), scales)
+        got = self.fused(terms, **options)
+        torch.testing.assert_close(got.loss, want, rtol=1e-12, atol=1e-12)
+        wanted = [x for x in self.inputs() if x.requires_grad]
+        expected = torch.autograd.grad(want, wanted)
+        torch.testing.assert_close(torch.autograd.grad(got.loss, wanted), expected, rtol=1e-10, atol=1e-12)
+        return got
+
+
+def two_terms():
+    return [Term("taid", losses.build("taid")), Term("data", losses.build("cross_entropy"), 0.3)]
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_equals_whole_logits(name):
+    Setting().check([Term("only", losses.build(name))])
+
+
+def test_a_loss_without_a_closed_form_goes_the_same_way():
+    Setting().check([Term("tvd", TotalVariation()), *two_terms()], chunk_bytes=4000)
+
+
+@pytest.mark.parametrize("shape", [(3, 47), (31, 123), (1, 7)], ids=str)
+def test_odd_shapes(shape):
+    Setting(*shape).check(two_terms(), chunk_bytes=10_000)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7])
+def test_any_chunk_gives_the_same(rows):
+    """Chunks that divide the rows and chunks that do not."""
+    setting = Setting(n=12)
+    term = Term("taid", losses.build("taid"))
+    one_row = 37 * 8  # a block of one row takes TAID's scratch and its gradient; a chunk both models' logits
+    chunk_bytes = (2 * rows + term.loss.scratch + 1) * one_row
+    with CountProducts() as counter:
+        setting.fused([term], chunk_bytes=chunk_bytes, distilled=None)
+    assert counter.count == 4 * math.ceil(12 / rows)
+    setting.check([term], chunk_bytes=chunk_bytes, distilled=torch.ones(12, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "head", [{"bias": True}, {"scale": 0.25}, {"softcap": 3.0}, {"bias": True, "scale": 1.7, "softcap": 2.0}], ids=str
+)
+@pytest.mark.parametrize("chunk_bytes", [1, None])
+def test_bias_scale_and_softcap(head, chunk_bytes):
+    Setting(**head).check(two_terms(), chunk_bytes=chunk_bytes)
+
+
+def test_weights_scales_and_distilled_rows():
+    setting = Setting()
+    sums = setting.check(two_terms(), scales={"taid": 1 / 7, "data": 1 / 13})
+    taid, data = sums.terms["taid"], sums.terms["data"]
+    assert (taid.count, data.count) == (int(setting.distilled.sum()), 13)
+    torch.testing.assert_close(sums.loss.detach(), taid.loss / 7 + 0.3 * data.loss / 13)
+    assert not taid.loss.requires_grad
+    assert set(taid.signals) == {"kl", "cross_entropy"}
+    torch.testing.assert_close(taid.signals["kl"], taid.loss)
+    assert data.signals == {}
+
+
+def test_all_rows_are_distilled_by_default():
+    assert Setting().check(two_terms(), distilled=torch.ones(13, dtype=torch.bool)).terms["taid"].count == 13
+    assert Setting().fused(two_terms(), distilled=None).terms["taid"].count == 13
+
+
+def test_no_row_distilled():
+    setting = Setting()
+    none = torch.zeros(13, dtype=torch.bool)
+    sums = setting.fused(losses.build("forward_kl"), distilled=none)
+    assert (sums.loss.item(), sums.terms["loss"].count) == (0.0, 0)
+    # every rank must reduce the same signals, rows or not
+    assert set(setting.fused(two_terms(), distilled=none).terms["taid"].signals) == {"kl", "cross_entropy"}
+    sums.loss.backward()
+    assert all(x.grad is not None and not x.grad.any() for x in setting.inputs())
+    setting.check(two_terms(), distilled=none)
+
+
+def test_no_rows_at_all_still_reach_every_parameter():
+    setting = Setting(bias=True)
+    sums = setting.fused(two_terms(), rows=slice(0, 0))
+    assert sums.loss.item() == 0.0
+    sums.loss.backward()
+    assert all(x.grad is not None and not x.grad.any() for x in setting.inputs())
+
+
+def test_a_term_of_weight_zero_is_measured_and_pulls_nothing():
+    setting = Setting()
+    one, other = two_terms()
+    sums = setting.check([one, Term("data", other.loss, 0.0)])
+    assert sums.terms["data"].loss > 0
+    setting.check([Term("taid", one.loss, 0.0)])
+
+
+def test_micro_batches_add_up_to_one():
+    whole, split = Setting(31, 123, bias=True), Setting(31, 123, bias=True)
+    scales = {"taid": 1 / 17, "data": 1 / 31}
+    one = whole.fused(two_terms(), scales=scales)
+    one.loss.backward()
+    parts = [split.fused(two_terms(), slice(a, b), scales=scales) for a, b in ((0, 9), (9, 9), (9, 10), (10, 31))]
+    for part in parts:
+        part.loss.backward()
+    torch.testing.assert_close(sum(p.loss.detach() for p in parts), one.loss.detach(), rtol=1e-13, atol=0)
+    assert sum(p.terms["taid"].count for p in parts) == one.terms["taid"].count
+    for a, b in zip(whole.inputs(), split.inputs(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_gradcheck_through_the_function():
+    setting = Setting(3, 5, 4, 4, bias=True)
+
+    def loss(*_):
+        return setting.fused(two_terms()[1:]).loss
+
+    assert torch.autograd.gradcheck(loss, setting.inputs())
+
+
+def test_the_backward_pass_scales_and_can_be_repeated():
+    setting = Setting()
+    loss = setting.fused(two_terms()).loss
+    once = torch.autograd.grad(loss, setting.inputs(), retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, setting.inputs())
+    torch.testing.assert_close([3 * g for g in once], list(thrice))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "products"),
+    [((), 4), (("weight",), 3), (("hidden",), 3), (("weight", "hidden"), 2)],
+    ids=str,
+)
+def test_only_the_products_that_are_needed(frozen, products):
+    setting = Setting()
+    setting.hidden.requires_grad_("hidden" not in frozen)
+    setting.linear.weight.requires_grad_("weight" not in frozen)
+    with CountProducts() as counter:
+        sums = setting.fused(two_terms(), distilled=None)
+    assert counter.count == products
+    assert sums.loss.requires_grad == (len(frozen) < 2)
+    if sums.loss.requires_grad:
+        setting.check(two_terms())
+
+
+def test_evaluation_makes_no_gradient():
+    setting = Setting()
+    trained = setting.fused(two_terms(), distilled=None)
+    with torch.no_grad(), CountProducts() as counter:
+        sums = setting.fused(two_terms(), distilled=None)
+    assert counter.count == 2
+    assert not sums.loss.requires_grad
+    assert torch.equal(sums.loss, trained.loss.detach())
+
+
+def test_without_a_teacher():
+    setting = Setting()
+    with CountProducts() as counter:
+        sums = fused_linear(losses.build("cross_entropy"), setting.hidden, setting.head, targets=setting.targets)
+    assert counter.count == 3
+    want = nn.functional.cross_entropy(setting.linear(setting.hidden), setting.targets, reduction="sum")
+    torch.testing.assert_close(sums.loss, want)
+
+
+def test_a_teacher_that_no_term_reads_costs_nothing():
+    with CountProducts() as counter:
+        Setting().fused(losses.build("cross_entropy"))
+    assert counter.count == 3
+
+
+def test_the_shared_vocabulary_gets_all_the_gradient():
+    setting = Setting(bias=True)
+    setting.head.vocabulary = setting.teacher.head.vocabulary = 30
+    setting.targets %= 30
+    sums = setting.fused(two_terms())
+    sums.loss.backward()
+    cut = Setting(bias=True)
+    student = cut.linear(cut.hidden)[:, :30]
+    teacher = cut.teacher.head._linear(cut.teacher.hidden)[:, :30].detach()
+    one, other = two_terms()
+    kl = one.loss(student[cut.distilled], teacher[cut.distilled]).sum()
+    (kl + 0.3 * other.loss(student, None, setting.targets).sum()).backward()
+    for a, b in zip(setting.inputs(), cut.inputs(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+    assert not setting.linear.weight.grad[30:].any()
+
+
+def test_the_heads_context_is_open_for_the_whole_call_and_closed_after():
+    """ZeRO-3 empties the weight outside the context."""
+    setting = Setting(bias=True)
+    opened = []
+
+    class Guarded(LMHead):
+        def weight(self):
+            inner = super().weight()
+
+            class Context:
+                def __enter__(self):
+                    opened.append(True)
+                    return inner.__enter__()
+
+                def __exit__(self, *error):
+                    opened.pop()
+                    return inner.__exit__(*error)
+
+            return Context()
+
+        @property
+        def bias(self):
+            assert opened
+            return super().bias
+
+    class Watching(TotalVariation):
+        def forward(self, student_logits, teacher_logits, targets=None):
+            assert len(opened) == 2
+            return super().forward(student_logits, teacher_logits, targets)
+
+    setting.head = Guarded(setting.linear)
+    setting.teacher.head = Guarded(setting.teacher.head._linear)
+    setting.fused(Watching()).loss.backward()
+    assert not opened
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precisions(dtype):
+    """Logits, losses and sums of gradients are float32; only operands and the finished gradients are rounded."""
+    exact, low = Setting(31, 123, bias=True), Setting(31, 123, dtype=dtype, bias=True)
+    for a, b in zip([*exact.inputs(), exact.teacher.hidden], [*low.inputs(), low.teacher.hidden], strict=True):
+        a.data.copy_(b.data)
+    for a, b in zip(exact.teacher.head._linear.parameters(), low.teacher.head._linear.parameters(), strict=True):
+        a.data.copy_(b.data)
+    want, got = (s.fused(two_terms(), scales={"taid": 1e-6, "data": 1e-6}) for s in (exact, low))
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-6, atol=0)
+    (2.0**16 * want.loss).backward()
+    (2.0**16 * got.loss).backward()
+    for a, b in zip(exact.inputs(), low.inputs(), strict=True):
+        assert b.grad.dtype == dtype
+        largest = a.grad.abs().max().item()
+        torch.testing.assert_close(b.grad.double(), a.grad, rtol=torch.finfo(dtype).eps, atol=1e-6 * largest)
+
+
+def test_autocast_does_not_lower_the_logits():
+    setting = Setting(31, 123, dtype=torch.float32)
+    plain = setting.fused(two_terms())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = setting.fused(two_terms())
+    assert torch.equal(plain.loss, cast.loss)
+
+
+def test_a_non_finite_logit_shows_in_the_sum():
+    setting = Setting()
+    with torch.no_grad():
+        setting.hidden[setting.distilled.nonzero()[0]] = float("nan")
+    sums = setting.fused(two_terms())
+    assert sums.loss.isnan()
+    assert sums.terms["taid"].signals["cross_entropy"].isnan()
+
+
+@pytest.mark.parametrize("terms", [two_terms, lambda: [Term("tvd", TotalVariation())]], ids=["closed", "autograd"])
+def test_chunk_bytes_bounds_the_memory(terms, benchmark_losses):
+    setting = Setting(256, 2000, dtype=torch.float32, softcap=5.0)
+    limit, row = 40 * 2000 * 4, 2000 * 4
+    peak = benchmark_losses.peak_bytes(lambda: setting.fused(terms(), chunk_bytes=limit, distilled=None))
+    gradients = sum(x.numel() for x in setting.inputs()) * 4
+    assert peak < limit + gradients + 2 * row
+    assert peak < 0.5 * 2 * 256 * row  # both models' whole logits
+
+
+def test_what_does_not_fit_is_named():
+    setting = Setting()
+    teacher = setting.teacher
+    with pytest.raises(ValueError, match="term 'taid' of the loss needs teacher"):
+        fused_linear(two_terms(), setting.hidden, setting.head, None, setting.targets)
+    with pytest.raises(ValueError, match="term 'data' of the loss needs targets"):
+        fused_linear(two_terms(), setting.hidden, setting.head, teacher)
+    with pytest.raises(ValueError, match="share a name: taid, taid"):
+        setting.fused(two_terms()[:1] * 2)
+    with pytest.raises(ValueError, match="no term"):
+        setting.fused([])
+    with pytest.raises(ValueError, match="the student has 13 rows, the teacher 12"):
+        fused_linear(
+            losses.build("taid"), setting.hidden, setting.head, HiddenTargets(teacher.hidden[1:], teacher.head)
+        )
+    teacher.head.vocabulary = 30
+    with pytest.raises(ValueError, match="the student has 37 tokens in the vocabulary, the teacher 30"):
+        setting.fused(losses.build("taid"))
+
+
+def test_the_benchmark_compares_equals(benchmark_losses):
+    result = benchmark_losses.measure(tokens=16, vocabulary=200, repeats=1)
+    assert result["gradient_difference"] < 1e-5
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu():
+    low, exact = Setting(64, 500, 32, 48, dtype=torch.bfloat16, bias=True), Setting(64, 500, 32, 48, bias=True)
+    pairs = [*zip(exact.linear.parameters(), low.linear.parameters(), strict=True)]
+    pairs += zip(exact.teacher.head._linear.parameters(), low.teacher.head._linear.parameters(), strict=True)
+    pairs += [(exact.hidden, low.hidden), (exact.teacher.hidden, low.teacher.hidden)]
+    for a, b in pairs:
+        a.data.copy_(b.data)
+    want = exact.fused(two_terms())
+    want.loss.backward()
+    for layer in (low.linear, low.teacher.head._linear):
+        layer.cuda()
+    low.hidden = low.hidden.detach().cuda().requires_grad_()
+    low.teacher.hidden, low.targets, low.distilled = (
+        x.cuda() for x in (low.teacher.hidden, low.targets, low.distilled)
+    )
+    got = low.fused(two_terms(), chunk_bytes=100_000)
+    got.loss.backward()
+    torch.testing.assert_close(got.loss.double().cpu(), want.loss, rtol=1e-5, atol=0)
+    for a, b in zip(exact.inputs(), low.inputs(), strict=True):
+        largest = a.grad.abs().max().item()
+        torch.testing.assert_close(b.grad.double().cpu(), a.grad, rtol=2e-2, atol=1e-2 * largest)

@@ -1,0 +1,273 @@
+"""The losses row by row: closed forms against definitions, properties, infinities, parameters."""
+
+import math
+
+import pytest
+import torch
+
+from data.errors import UserError
+from vlm_distill import losses
+from vlm_distill.losses import DistillationLoss
+
+DIVERGENCES = {
+    "forward_kl": {},
+    "forward_kl at T": {"temperature": 2.5},
+    "reverse_kl": {},
+    "reverse_kl at T": {"temperature": 0.5},
+    "jsd": {},
+    "jsd at T": {"beta": 0.1, "temperature": 3.0},
+    "taid": {"t_start": 0.3},
+    "taid at 0": {"t_start": 0.0},
+    "taid at 1": {"t_start": 1.0},
+}
+EVERY = {**DIVERGENCES, "cross_entropy": {}}
+SHAPES = [(3, 47), (31, 123), (1, 7)]
+
+
+def make(name, params=None):
+    return losses.build(name.split()[0], **(EVERY[name] if params is None else params))
+
+
+def logits(n, v, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student = 3 * torch.randn(n, v, generator=generator, dtype=torch.float64)
+    teacher = 3 * torch.randn(n, v, generator=generator, dtype=torch.float64)
+    return student.to(dtype), teacher.to(dtype), torch.randint(v, (n,), generator=generator)
+
+
+def rows(loss, student, teacher, targets=None, grad=True):
+    """`rows` on copies: it may overwrite its arguments."""
+    return loss.rows(student.clone(), teacher.clone(), targets, grad=grad)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_closed_form_equals_definition(name, shape):
+    loss = make(name)
+    student, teacher, targets = logits(*shape)
+    leaf = student.clone().requires_grad_()
+    values = loss(leaf, teacher, targets)
+    (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    with torch.no_grad():  # as in the engine
+        closed, without = rows(loss, student, teacher, targets), rows(loss, student, teacher, targets, grad=False)
+    torch.testing.assert_close(closed.loss, values.detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(closed.grad, gradient, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(without.loss, closed.loss, rtol=0, atol=0)
+    assert without.grad is None
+    assert closed.loss.shape == shape[:1]
+    assert closed.loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if not n.startswith("taid")])
+def test_definition_passes_gradcheck(name):
+    student, teacher, targets = logits(2, 5)
+    assert torch.autograd.gradcheck(lambda s: make(name)(s, teacher, targets), student.requires_grad_())
+
+
+def test_taid_gradient_by_finite_differences_with_the_target_held_still():
+    loss = make("taid")
+    student, teacher, _ = logits(2, 5)
+    p = ((1 - loss.t) * student + loss.t * teacher).softmax(-1)
+    probe = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: (p * (p.log() - s.log_softmax(-1))).sum(-1), probe)
+    (held,) = torch.autograd.grad((p * -probe.log_softmax(-1)).sum(), probe)
+    torch.testing.assert_close(rows(loss, student, teacher).grad, held)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_float32_keeps_to_float64(name):
+    loss = make(name)
+    student, teacher, targets = logits(31, 123, torch.float32)
+    exact = rows(loss, student.double(), teacher.double(), targets)
+    found = rows(loss, student, teacher, targets)
+    assert found.loss.dtype == found.grad.dtype == torch.float32
+    torch.testing.assert_close(found.loss.double(), exact.loss, rtol=5e-6, atol=5e-6)
+    tolerance = 1e-5 * exact.grad.abs().max().item() + 5e-7
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bfloat16_logits_are_raised_to_float32(name):
+    loss = make(name)
+    student, teacher, targets = logits(3, 47, torch.bfloat16)
+    want = rows(loss, student.float(), teacher.float(), targets)
+    got = rows(loss, student, teacher, targets)
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(got.grad, want.grad)
+    torch.testing.assert_close(loss(student, teacher, targets), want.loss)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_zero_at_equality_with_zero_gradient(name):
+    student, _, _ = logits(31, 123)
+    result = rows(make(name), student, student)
+    torch.testing.assert_close(result.loss, torch.zeros(31, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(result.grad, torch.zeros_like(student), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_never_negative_and_gradient_sums_to_zero(name):
+    result = rows(make(name), *logits(31, 123))
+    assert result.loss.min() >= -1e-14
+    torch.testing.assert_close(result.grad.sum(-1), torch.zeros(31, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_moving_all_logits_by_a_constant_changes_nothing(name):
+    student, teacher, targets = logits(3, 47)
+    moved = rows(make(name), student + 5, teacher - 7, targets)
+    torch.testing.assert_close(moved.loss, rows(make(name), student, teacher, targets).loss, rtol=1e-12, atol=1e-13)
+
+
+def test_limits_of_the_parameters():
+    student, teacher = (x / 3 for x in logits(31, 123)[:2])  # mild, so that the limits are near at β = 1e-6
+    forward, reverse = (rows(losses.build(n), student, teacher).loss for n in ("forward_kl", "reverse_kl"))
+    assert rows(losses.build("jsd", beta=0.0), student, teacher).loss.abs().max() < 1e-13
+    assert rows(losses.build("jsd", beta=1.0), student, teacher).loss.abs().max() < 1e-13
+    # JSD/β → KL(p‖q) as β → 0, JSD/(1−β) → KL(q‖p) as β → 1
+    small = 1e-6
+    torch.testing.assert_close(
+        rows(losses.build("jsd", beta=small), student, teacher).loss / small, forward, rtol=1e-3, atol=1e-6
+    )
+    torch.testing.assert_close(
+        rows(losses.build("jsd", beta=1 - small), student, teacher).loss / small, reverse, rtol=1e-3, atol=1e-6
+    )
+    torch.testing.assert_close(rows(make("taid at 1"), student, teacher).loss, forward)
+    assert rows(make("taid at 0"), student, teacher).grad.abs().max() == 0
+    # at small t, TAID's gradient is t·q·(gap − mean gap)
+    gap, q = student - teacher, student.softmax(-1)
+    first_order = q * (gap - (q * gap).sum(-1, keepdim=True))
+    torch.testing.assert_close(
+        rows(losses.build("taid", t_start=small), student, teacher).grad / small, first_order, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_jsd_is_symmetric_when_the_roles_change():
+    student, teacher, _ = logits(3, 47)
+    one = rows(losses.build("jsd", beta=0.2), student, teacher).loss
+    torch.testing.assert_close(rows(losses.build("jsd", beta=0.8), teacher, student).loss, one)
+
+
+def test_taid_signals_are_the_kl_and_the_cross_entropy():
+    loss = make("taid")
+    student, teacher, _ = logits(3, 47)
+    result = rows(loss, student, teacher)
+    p = (0.7 * student + 0.3 * teacher).softmax(-1)
+    torch.testing.assert_close(result.signals["cross_entropy"], -(p * student.log_softmax(-1)).sum(-1))
+    torch.testing.assert_close(result.signals["kl"], result.loss)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tokens_outside_the_vocabulary_change_nothing(name):
+    loss = make(name)
+    student, teacher, targets = logits(3, 47)
+    want = rows(loss, student, teacher, targets)
+    padding = torch.full((3, 5), -math.inf, dtype=torch.float64)
+    wide = torch.cat([student, padding], 1).requires_grad_(), torch.cat([teacher, padding], 1)
+    (by_autograd,) = torch.autograd.grad(loss(*wide, targets).sum(), wide[0])
+    got = rows(loss, wide[0].detach(), wide[1], targets)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-13, atol=1e-14)
+    for gradient in (got.grad, by_autograd):
+        torch.testing.assert_close(gradient[:, :47], want.grad, rtol=1e-11, atol=1e-14)
+        assert torch.equal(gradient[:, 47:], torch.zeros_like(padding))
+    for key, value in want.signals.items():
+        torch.testing.assert_close(got.signals[key], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EVERY)
+def test_opposed_logits_of_80_stay_finite(name, dtype):
+    student = torch.tensor([[80.0, -80.0, 0.0, -80.0], [-80.0, 80.0, 80.0, 79.0]], dtype=dtype)
+    result = rows(make(name), student, -student, torch.tensor([1, 0]))
+    assert result.loss.isfinite().all()
+    assert result.grad.isfinite().all()
+
+
+def test_a_token_that_one_model_rules_out():
+    student, teacher, _ = logits(3, 47)
+    ruled_out = teacher.clone()
+    ruled_out[:, 4] = -math.inf
+    for name in ("forward_kl", "jsd", "taid", "taid at 0", "taid at 1"):
+        result = rows(make(name), student, ruled_out)
+        assert result.loss.isfinite().all(), name
+        assert result.grad.isfinite().all(), name
+    assert rows(make("reverse_kl"), student, ruled_out).loss.isinf().all()
+    assert rows(make("forward_kl"), ruled_out, teacher).loss.isinf().all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_nan_is_never_hidden(name, side):
+    if (name, side) == ("taid at 0", 1):
+        pytest.skip("at t = 0 the teacher has no share")
+    both = list(logits(3, 47, torch.float32)[:2])
+    both[side] = both[side].clone()
+    both[side][1, 5] = math.nan
+    result = rows(make(name), *both)
+    assert result.loss.isnan().tolist() == [False, True, False]
+
+
+def test_taid_at_0_does_not_read_the_teacher():
+    student, teacher, _ = logits(3, 47)
+    result = rows(make("taid at 0"), student, torch.full_like(teacher, -math.inf))
+    assert result.loss.abs().max() == 0
+
+
+def test_a_loss_without_a_closed_form_gets_its_gradient_from_autograd():
+    class SquaredGap(DistillationLoss):
+        def forward(self, student_logits, teacher_logits, targets=None):
+            return (student_logits - teacher_logits).square().sum(-1)
+
+    student, teacher, _ = logits(3, 47)
+    with torch.no_grad():
+        result = SquaredGap().rows(student, teacher, grad=True)
+        assert SquaredGap().rows(student, teacher, grad=False).grad is None
+    torch.testing.assert_close(result.grad, 2 * (student - teacher))
+    assert not result.loss.requires_grad
+    assert not student.requires_grad
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "taid", "cross_entropy"])
+def test_scratch_is_what_rows_needs(name, benchmark_losses):
+    loss = make(name)
+    student, teacher, targets = logits(64, 1000, torch.float32)
+    peak = benchmark_losses.peak_bytes(lambda: loss.rows(student, teacher, targets, grad=True))
+    buffer = student.numel() * student.element_size()
+    assert loss.scratch - 1 < peak / buffer < loss.scratch + 0.1
+
+
+def test_missing_inputs_are_named():
+    student, teacher, _ = logits(3, 7)
+    with pytest.raises(ValueError, match="no teacher logits"):
+        losses.build("forward_kl")(student, None)
+    with pytest.raises(ValueError, match="no targets"):
+        losses.build("cross_entropy")(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("tiad", {}, r"no loss is called 'tiad' \(did you mean 'taid'\?\); there are taid, forward_kl"),
+        ("taid", {"tstart": 0.2}, r"no parameter 'tstart' \(did you mean 't_start'\?\); it has t_start, t_end"),
+        ("cross_entropy", {"temperature": 2}, "loss cross_entropy has no parameter 'temperature'; it has none"),
+        ("forward_kl", {"temperature": 0}, "loss forward_kl: temperature is 0; give a number above 0"),
+        ("jsd", {"beta": 1.5}, "loss jsd: beta is 1.5; give a number from 0 to 1"),
+        ("jsd", {"beta": "half"}, "loss jsd: beta is 'half'"),
+        ("taid", {"t_start": True}, "loss taid: t_start is True"),
+        ("taid", {"alpha": math.nan}, "loss taid: alpha is nan; give a number of 0 or more"),
+        ("taid", {"t_start": 0.8, "t_end": 0.5}, "t_end = 0.5 lies below t_start = 0.8"),
+        ("taid", {"schedule": "cosine"}, "schedule = 'cosine'; it must be one of paper, linear"),
+    ],
+)
+def test_mistakes_get_one_line(name, params, message):
+    with pytest.raises(UserError, match=message) as caught:
+        losses.build(name, **params)
+    assert "\n" not in str(caught.value)
+
+
+def test_available_describes_each_loss():
+    lines = losses.available()
+    assert list(lines) == ["taid", "forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+    assert all(len(line) > 20 for line in lines.values())
+    for name in lines:
+        losses.build(name)

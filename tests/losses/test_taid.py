@@ -1,0 +1,128 @@
+"""TAID's schedule and state. (Its trajectories against the released rule: test_golden.)"""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+
+from data.errors import UserError
+from vlm_distill.losses import TAID, Progress
+
+
+def run(loss, signals, steps=None, start=0):
+    """t after each update."""
+    trajectory = []
+    for step, signal in enumerate(signals, start):
+        loss.update({"cross_entropy": signal}, Progress(step, steps or len(signals)))
+        trajectory.append(loss.t)
+    return trajectory
+
+
+def falling(n):
+    return [5 * math.exp(-3 * i / n) + 0.2 * math.sin(i) for i in range(n)]
+
+
+def test_linear_is_the_line_whatever_the_loss():
+    loss = TAID(t_start=0.2, t_end=0.8, schedule="linear")
+    assert run(loss, [1.0, math.nan, 9.0, 0.0]) == pytest.approx([0.2, 0.35, 0.5, 0.65])
+
+
+def test_the_first_update_only_stores_the_loss():
+    loss = TAID(alpha=0.1)
+    loss.update({"cross_entropy": 3.0}, Progress(0, 1000))
+    assert loss.t == 0.4
+    loss.update({"cross_entropy": 2.0}, Progress(1, 1000))
+    momentum = 0.01 * (3 - 2) / 3
+    assert loss.t == pytest.approx(0.4 + 0.1 / (1 + math.exp(-momentum)) * 0.6)
+
+
+def test_paper_leads_the_line_and_never_falls():
+    trajectory = run(TAID(alpha=0.02), falling(300))
+    line = [0.4 + 0.6 * i / 300 for i in range(300)]
+    assert all(a <= b for a, b in itertools.pairwise(trajectory))
+    assert all(t >= on_line - 1e-15 for t, on_line in zip(trajectory, line, strict=True))
+    assert max(t - on_line for t, on_line in zip(trajectory, line, strict=True)) > 0.1
+
+
+def test_a_falling_loss_moves_t_faster_than_a_rising_one():
+    fast, slow = TAID(alpha=0.02, beta=0.5), TAID(alpha=0.02, beta=0.5)
+    run(fast, [2.0 ** (10 - i) for i in range(10)], steps=10**6)
+    run(slow, [2.0**i for i in range(10)], steps=10**6)
+    assert fast.t > slow.t
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_never_enters(bad):
+    signals = falling(60)
+    clean, hurt = TAID(alpha=0.02), TAID(alpha=0.02)
+    run(clean, signals[:30], 1000)
+    run(hurt, signals[:30], 1000)
+    before = hurt.get_extra_state()
+    hurt.update({"cross_entropy": bad}, Progress(30, 1000))
+    assert hurt.get_extra_state() == before
+    assert run(hurt, signals[30:], 1000, 30) == run(clean, signals[30:], 1000, 30)
+
+
+def test_t_follows_the_line_through_a_stretch_of_bad_steps():
+    loss = TAID(t_start=0.0, alpha=0.0)
+    assert run(loss, [math.nan] * 10) == pytest.approx([i / 10 for i in range(10)])
+
+
+def test_a_step_without_signals_counts_as_non_finite():
+    loss = TAID(t_start=0.0)
+    loss.update({}, Progress(5, 10))
+    assert loss.t == 0.5
+
+
+def test_t_stays_at_t_end():
+    loss = TAID(t_end=0.6, alpha=1.0)
+    assert max(run(loss, falling(100))) == 0.6
+    assert run(loss, [1.0], steps=10, start=50) == [0.6]
+
+
+def test_forward_and_rows_do_not_move_t():
+    loss = TAID(alpha=0.5)
+    student, teacher = torch.randn(4, 9), torch.randn(4, 9)
+    state = loss.get_extra_state()
+    for training in (True, False):
+        loss.train(training)
+        loss(student, teacher)
+        loss.rows(student.clone(), teacher.clone(), grad=training)
+    assert loss.get_extra_state() == state
+    assert loss.metrics() == {"t": 0.4}
+
+
+def test_state_survives_a_checkpoint_and_a_cast_bit_for_bit():
+    signals = falling(80)
+    whole = TAID(alpha=0.02)
+    trajectory = run(whole, signals)
+    first = TAID(alpha=0.02)
+    run(first, signals[:33], 80)
+    first.bfloat16()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = TAID(alpha=0.02)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    second.half()
+    assert run(second, signals[33:], 80, 33) == trajectory[33:]
+    assert second.get_extra_state() == whole.get_extra_state()
+
+
+def test_state_before_the_first_update_round_trips():
+    fresh = TAID()
+    other = TAID()
+    run(other, falling(10))
+    other.load_state_dict(copy.deepcopy(fresh.state_dict()))
+    assert other.get_extra_state() == fresh.get_extra_state()
+
+
+def test_t_can_be_set_within_its_range():
+    loss = TAID()
+    loss.t = 1
+    assert loss.t == 1.0
+    with pytest.raises(UserError, match=r"loss taid: t is 1\.2; give a number from 0 to 1"):
+        loss.t = 1.2

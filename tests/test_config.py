@@ -1,0 +1,121 @@
+"""Every mistake that a person is likely to make in a configuration ends in one line: what, where, what to do."""
+
+import pytest
+import yaml
+
+from data.errors import UserError
+from vlm_distill.config import load_config, save_config
+from vlm_distill.training.build import build_terms, split_batch
+
+GOOD = {
+    "student": {"path": "student"},
+    "teacher": {"path": "teacher"},
+    "loss": [{"name": "taid", "t_start": 0.2}],
+    "data": {"train": [{"path": "train.jsonl"}]},
+    "training": {"steps": 10, "batch_size": 64},
+    "output": "runs/x",
+}
+
+
+def write(folder, changes=None, drop=()):
+    plain = {k: v for k, v in GOOD.items() if k not in drop} | (changes or {})
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "says"),
+    [
+        ({"optimiser": {"lr": 1}}, [], ["optimiser", "did you mean 'optimizer'"]),
+        ({"training": {"steps": 10, "batchsize": 3}}, [], ["training.batchsize", "did you mean 'batch_size'"]),
+        ({"data": {"train": [{"path": "x", "wieght": 2}]}}, [], ["data.train.0.wieght", "did you mean 'weight'"]),
+        ({"training": {"steps": "many"}}, [], ["training.steps", "'many'"]),
+        ({"training": {"steps": 10, "epochs": 1}}, [], ["epochs or steps"]),
+        ({"training": {"batch_size": 4}}, [], ["epochs or steps"]),
+        ({"training": {"steps": 10, "dtype": "fp16"}}, [], ["training.dtype", "'fp32' or 'bf16'"]),
+        ({"student": {"path": "a", "decoder": {}}}, [], ["exactly one of path, decoder, from_teacher"]),
+        ({"student": {"from_teacher": {"layers": 2}}, "teacher": None}, [], ["student.from_teacher needs a teacher"]),
+        ({"deepspeed": {"stage": 4}}, [], ["deepspeed.stage", "4"]),
+        ({}, ["training.steps"], ["section.key=value"]),
+        ({}, ["loss.7.weight=1"], ["loss.7.weight=1"]),
+        ({}, ["training.seed=-1"], ["training.seed"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, changes, overrides, says):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, changes), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in says:
+        assert words in message
+
+
+@pytest.mark.parametrize("key", ["student", "loss", "data", "training", "output"])
+def test_missing_section(tmp_path, key):
+    with pytest.raises(UserError, match=f"{key}: missing"):
+        load_config(write(tmp_path, drop=[key]))
+
+
+@pytest.mark.parametrize(("text", "says"), [("- a\n- b\n", "mapping"), ("a: [", "YAML"), ("", "missing")])
+def test_files_that_are_no_configuration(tmp_path, text, says):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_config(path)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(UserError, match="no such configuration file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_overrides_and_base(tmp_path):
+    write(tmp_path)
+    child = tmp_path / "child.yaml"
+    child.write_text("base: run.yaml\nloss: [{name: cross_entropy}]\noutput: runs/y\n")
+    config = load_config(child, ["training.steps=20", "data.train.0.weight=0.5", "optimizer.betas=[0.8,0.9]"])
+    assert config.loss[0].name == "cross_entropy"
+    assert (config.output, config.training.steps) == ("runs/y", 20)
+    assert config.data.train[0].weight == 0.5
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+def test_base_in_a_circle(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match="circle"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_saved_configuration_reads_back_the_same(tmp_path):
+    config = load_config(write(tmp_path, {"deepspeed": {"stage": 3, "zero_optimization": {"overlap_comm": True}}}))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(("batch", "micro", "world", "split"), [(64, None, 2, (32, 1)), (64, 4, 2, (4, 8))])
+def test_batch_splits_evenly(tmp_path, batch, micro, world, split):
+    training = {"steps": 1, "batch_size": batch, "micro_batch_size": micro}
+    assert split_batch(load_config(write(tmp_path, {"training": training})), world) == split
+
+
+def test_batch_that_does_not_split(tmp_path):
+    training = {"steps": 1, "batch_size": 64, "micro_batch_size": 12}
+    with pytest.raises(UserError, match=r"64 is not divisible by micro_batch_size 12 × 2 rank.*48, 72"):
+        split_batch(load_config(write(tmp_path, {"training": training})), 2)
+
+
+def test_loss_without_its_teacher(tmp_path):
+    with pytest.raises(UserError, match="taid needs a teacher"):
+        build_terms(load_config(write(tmp_path, drop=["teacher"])))
+
+
+def test_no_such_loss(tmp_path):
+    with pytest.raises(UserError, match=r"forwardkl.*forward_kl"):
+        build_terms(load_config(write(tmp_path, {"loss": [{"name": "forwardkl"}]})))
+
+
+def test_terms_of_one_loss_are_numbered(tmp_path):
+    config = load_config(write(tmp_path, {"loss": [{"name": "jsd", "beta": 0.1}, {"name": "jsd", "beta": 0.9}]}))
+    assert [term.name for term in build_terms(config)] == ["jsd", "jsd_2"]

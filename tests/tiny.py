@@ -1,0 +1,104 @@
+"""Models and data small enough for a test: coloured squares, a question about the colour, a teacher, a student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlm_distill import models
+from vlm_distill.demo import make_tokenizer
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+WORDS = ["what", "color", "is", "it", "say", "no", "yes", "?", *COLOURS]
+
+
+def settings(width: int = 16, layers: int = 2, tied: bool = False) -> dict[str, Any]:
+    """A composed model's sections: a ViT of two layers, an mlp, a Llama decoder."""
+    return {
+        "vision_encoder": {
+            "source": "timm",
+            "name": "vit_tiny_patch16_224",
+            "config": {"patch_size": 8, "embed_dim": width, "depth": 2, "num_heads": 2},
+            "image_size": 16,
+        },
+        "projector": {"type": "mlp"},
+        "decoder": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": width,
+                "intermediate_size": 2 * width,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 128,
+                "tie_word_embeddings": tied,
+            }
+        },
+    }
+
+
+def write_data(folder: Path, rows: int = 24, text_only: tuple[int, ...] = (), broken: tuple[int, ...] = ()) -> Path:
+    """LLaVA-style JSONL with one picture a row; some rows without a picture, some with a picture that is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(rows):
+        colour = list(COLOURS)[i % len(COLOURS)]
+        row: dict[str, Any] = {"id": str(i), "question_type": "colour"}
+        if i in text_only:
+            row["conversations"] = [{"from": "human", "value": f"say {colour}"}, {"from": "gpt", "value": colour}]
+        else:
+            image = folder / f"{i}.png"
+            Image.new("RGB", (20, 16), COLOURS[colour]).save(image)
+            if i in broken:
+                image.write_bytes(b"not an image")
+            row["image"] = image.name
+            row["conversations"] = [
+                {"from": "human", "value": "<image>what color is it?"},
+                {"from": "gpt", "value": colour},
+            ]
+        lines.append(json.dumps(row))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"
+
+
+def write_teacher(folder: Path) -> Path:
+    """An untrained teacher whose logits are far from flat."""
+    torch.manual_seed(7)
+    model = models.build_vlm(settings(width=24, layers=3), tokenizer=make_tokenizer(WORDS))
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    model.save_pretrained(folder)
+    return folder
+
+
+def config(folder: Path, data: Path, teacher: Path | None, **changes: Any) -> dict[str, Any]:
+    """A run's configuration as plain data; ``changes`` are ``section__key=value``."""
+    plain: dict[str, Any] = {
+        "student": settings(),
+        "loss": [{"name": "taid", "t_start": 0.4}, {"name": "cross_entropy", "weight": 0.5}],
+        "data": {"train": [{"path": str(data)}], "workers": 0, "max_length": 64},
+        "optimizer": {"lr": 1e-2, "schedule": "cosine", "warmup": 0.2},
+        "training": {"steps": 5, "batch_size": 8, "micro_batch_size": 2, "device": "cpu"},
+        "deepspeed": {"stage": 0},
+        "evaluation": {"batch_size": 8, "max_new_tokens": 4},
+        "output": str(folder),
+    }
+    if teacher is None:
+        plain["student"]["tokenizer"] = str(data.parent / "tokenizer")
+        plain["loss"] = [{"name": "cross_entropy"}]
+        make_tokenizer(WORDS).save_pretrained(data.parent / "tokenizer")
+    else:
+        plain["teacher"] = {"path": str(teacher)}
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        if key:
+            plain[section][key] = value
+        else:
+            plain[section] = value
+    return plain

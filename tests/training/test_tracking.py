@@ -1,0 +1,31 @@
+import json
+
+from vlm_distill.training.tracking import Tracker
+
+
+def track(folder, start, lines):
+    with Tracker(folder, 10, start, first=True, wandb=False, settings={}) as tracker:
+        for step, loss in lines:
+            tracker.log("train", step, {"loss": loss})
+
+
+def test_resume_cuts_back_to_the_checkpoint(tmp_path):
+    track(tmp_path, 0, [(1, 0.9), (2, 0.8), (3, 0.7)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 4, "lo')  # the line that a crash cut off
+    track(tmp_path, 2, [(3, 0.71)])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.9), (2, 0.8), (3, 0.71)]
+
+
+def test_tensorboard_is_written(tmp_path):
+    track(tmp_path, 0, [(1, 0.9)])
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Tracker(tmp_path, 10, 0, first=False, wandb=False, settings={}) as tracker:
+        tracker.log("train", 1, {"loss": 1.0})
+        tracker.show(1, {"loss": 1.0})
+        tracker.say("hello")
+    assert list(tmp_path.iterdir()) == []

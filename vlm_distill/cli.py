@@ -1,0 +1,196 @@
+"""The command ``vlm-distill``: everything a person types."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data.errors import UserError
+from vlm_distill import __version__
+from vlm_distill.launch import guarded, launch
+
+app = typer.Typer(
+    name="vlm-distill",
+    help="Distil a large vision-language model into a small one. Start with [bold]vlm-distill demo[/].",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run; configs/ has ones to copy.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="section.key=value, as in training.steps=100 or loss.0.weight=0.5.", show_default=False),
+]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a GPU.")]
+
+
+def main() -> None:
+    """Entry point: a person's mistake is one line and exit code 2, never a traceback."""
+    sys.exit(guarded(lambda: app(standalone_mode=True)))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        print(f"vlm-distill {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's runs and report.")] = Path("runs/demo"),
+    nproc: Processes = 2,
+) -> None:
+    """The whole way on embedded data: distil, score, export, report. About six minutes on two cores."""
+    from vlm_distill.demo import run
+
+    run(out, nproc)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> None:
+    """Trains a student as CONFIG says, evaluates it and its teacher, exports it.
+
+    A run that was stopped goes on from its latest checkpoint when started again. Under DeepSpeed's own launcher, with
+    a hostfile for many nodes: deepspeed --module vlm_distill.train CONFIG.
+    """
+    from vlm_distill.config import load_config
+    from vlm_distill.training.build import build_terms, split_batch
+
+    # Mistakes are told here, before processes are started.
+    settings = load_config(config, overrides or ())
+    split_batch(settings, nproc)
+    build_terms(settings)
+    raise typer.Exit(launch("vlm_distill.train", [str(config), *(overrides or ())], nproc))
+
+
+@app.command()
+def inspect(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 4,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the images.")] = None,
+) -> None:
+    """Shows samples as each model receives them, supervised tokens highlighted."""
+    from vlm_distill.config import load_config
+    from vlm_distill.inspection import inspect_samples
+    from vlm_distill.reporting.inspect import render_html, render_terminal
+
+    shown = inspect_samples(load_config(config, overrides or ()), samples)
+    render_terminal(shown, Console())
+    if html is not None:
+        render_html(shown, html)
+        print(html)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or name of a model.", show_default=False)],
+    data: Annotated[list[str], typer.Option(help="Questions in any of the readers' formats; may be repeated.")],
+    images: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for predictions and scores.")] = Path("runs/eval"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask this many questions, evenly spaced.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: as saved.")] = None,
+    nproc: Processes = 1,
+) -> None:
+    """Answers questions with a model and scores the answers: exact match and VQA accuracy, by question type."""
+    words = ["--model", model, "--out", str(out), "--batch-size", str(batch_size)]
+    words += ["--max-new-tokens", str(max_new_tokens)]
+    for path in data:
+        words += ["--data", path]
+    for name, value in (("--images", images), ("--limit", limit), ("--dtype", dtype)):
+        words += [name, str(value)] if value is not None else []
+    raise typer.Exit(launch("vlm_distill.evaluate", words, nproc))
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="Folder or name of a model.", show_default=False)],
+    image: Annotated[str, typer.Argument(help="An image file, or - for none.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    teacher: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Asks a model one question about an image."""
+    import math
+
+    from data.conversation import Conversation
+    from data.errors import BadSample
+    from data.images import load_image
+    from vlm_distill.models import load_vlm
+
+    try:
+        images = [] if image == "-" else [load_image(image)]
+    except BadSample as error:
+        raise UserError(f"{image}: {error}") from None
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+    conversation = Conversation(({"role": "user", "content": content},), tuple(images))
+    for name in [model] if teacher is None else [model, teacher]:
+        try:
+            answer = load_vlm(name).generate([(conversation, images)], max_new_tokens=max_new_tokens)[0]
+        except BadSample as error:
+            raise UserError(f"{name}: {error}") from None
+        prefix = f"{name}: " if teacher is not None else ""
+        print(f"{prefix}{answer.text}  ({math.exp(sum(answer.logprobs)):.1%})")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Where to write the student.", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as trained.")] = None,
+) -> None:
+    """Writes a run's student, finished or at its latest checkpoint, as a folder that load_vlm reads."""
+    from vlm_distill.export import export_student
+
+    print(export_student(run, folder, dtype))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, shown side by side.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run.")] = None,
+) -> None:
+    """Writes one self-contained page about one or more runs."""
+    from vlm_distill.reporting.report import write_report
+
+    print(write_report(runs, out))
+
+
+@app.command()
+def losses() -> None:
+    """Lists the losses."""
+    from vlm_distill.losses import available
+
+    _table("Losses", available())
+
+
+@app.command()
+def models() -> None:
+    """Lists the kinds of models that a configuration can name."""
+    from vlm_distill.models import available
+
+    for title, entries in available().items():
+        _table(title, entries)
+
+
+def _table(title: str, entries: dict[str, str]) -> None:
+    table = Table("name", "what it is", title=title, title_justify="left")
+    for name, what in entries.items():
+        table.add_row(name, what)
+    Console().print(table)
+
+
+Command = Callable[..., Any]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""Asks a model every question of a data source, on any number of ranks, and scores the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from data.batch import Problem
+from data.conversation import Conversation, ImageSource
+from data.errors import BadSample, UserError
+from data.images import load_image
+from vlm_distill.models.interface import Answer, Processor, Prompt
+
+from .scoring.vqa import exact_match, soft_accuracy
+
+#: Every rank's list of objects, in rank order, on every rank.
+AllGather = Callable[[list[Any]], list[list[Any]]]
+
+_DECODE_THREADS = 4
+_BATCHES_AHEAD = 2
+
+
+class Questions(Protocol):
+    """What evaluation needs of a data source (``data.sources.Source`` is one)."""
+
+    @property
+    def name(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Conversation: ...
+    def size(self, index: int, /) -> int: ...
+
+
+class Answerer(Protocol):
+    """What evaluation needs of a model (``VisionLanguageModel`` is one)."""
+
+    processor: Processor
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]: ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered and scored question.
+
+    Attributes:
+        index: row in the source, from 0.
+        source, line: where the question stands, for a person.
+        question, references: the last user text and the right answers.
+        answer: the model's answer.
+        probability: the model's own, of the whole answer with its end token: exp of the summed log-probabilities.
+        exact, soft: scores in 0…1.
+        question_type: the data's own class of the question, or ``None``.
+        image: path of the first image; ``sha256:…`` where the data hold bytes; ``None`` without an image. Questions
+            with equal values are about one picture.
+    """
+
+    index: int
+    source: str
+    line: int
+    question: str
+    references: list[str]
+    answer: str
+    probability: float
+    exact: float
+    soft: float
+    question_type: str | None = None
+    image: str | None = None
+
+
+@dataclass
+class _Loaded:
+    index: int
+    conversation: Conversation
+    images: list[Image.Image]
+
+
+def evaluate(
+    model: Answerer,
+    source: Questions,
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    all_gather: AllGather | None = None,
+    out: Path | None = None,
+    load: Callable[[ImageSource], Image.Image] = load_image,
+    skipped: list[Problem] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """Greedy answers to every question, scored, in the order of the source.
+
+    Batches are cut once from the source sorted by length and dealt to the ranks in turn, so that neither their content
+    nor an answer depends on ``world``. Every rank makes the same number of ``generate`` calls with at least one prompt
+    each: under ZeRO-3 ranks wait for each other inside them. Samples that cannot be read are left out of the scores
+    and listed in ``skipped``.
+
+    Args:
+        model: answers batches of prompts.
+        source: the questions with their right answers.
+        limit: ask only this many questions, evenly spaced over the source.
+        all_gather: gives every rank's list to every rank; needed when ``world`` > 1.
+        out: folder for ``predictions.jsonl`` and ``scores.json``, written by rank 0.
+        load: decodes an image.
+        skipped: receives the samples that were left out, of all ranks.
+        progress: called with (questions done over all ranks, questions in all) after each batch.
+
+    Returns:
+        The whole list, on every rank.
+    """
+    if world > 1 and all_gather is None:
+        raise ValueError("evaluation on several ranks needs all_gather")
+    rows = sorted(evenly_spaced(len(source), limit), key=lambda i: (source.size(i), i))
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rounds = math.ceil(len(batches) / world)
+    mine = [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
+
+    dummy = _first_good(model, source, rows, load)
+    predictions: list[Prediction] = []
+    problems: list[Problem] = []
+    for done, (loaded, unread) in enumerate(_load_ahead(source, mine, load), start=1):
+        problems += unread
+        if dummy is not None:
+            answered, refused = _answer(model, loaded, dummy, max_new_tokens)
+            predictions += answered
+            problems += refused
+        if progress is not None:
+            progress(min(done * world * batch_size, len(rows)), len(rows))
+
+    if all_gather is not None:
+        predictions = [p for part in all_gather(predictions) for p in part]
+        problems = [p for part in all_gather(problems) for p in part]
+    predictions.sort(key=lambda p: p.index)
+    problems.sort(key=lambda p: p.line)
+    if skipped is not None:
+        skipped += problems
+    if out is not None and rank == 0:
+        write_predictions(out, predictions, problems)
+    return predictions
+
+
+def evenly_spaced(n: int, limit: int | None) -> list[int]:
+    """``min(n, limit)`` indices spread evenly over ``range(n)``, always the same ones."""
+    if limit is None or limit >= n:
+        return list(range(n))
+    return [i * n // limit for i in range(limit)]
+
+
+def _read(source: Questions, index: int) -> Conversation | Problem:
+    """A question that can be scored, or why there is none."""
+    line = index + 1
+    try:
+        conversation = source[index]
+        line = conversation.line or line
+        if not conversation.references:
+            raise BadSample("no reference answer")
+    except BadSample as bad:
+        return Problem(source.name, line, bad.reason, bad.detail)
+    return conversation
+
+
+def _images(conversation: Conversation, load: Callable[[ImageSource], Image.Image]) -> list[Image.Image]:
+    return [load(image) for image in conversation.prompt().images]
+
+
+def _encode(model: Answerer, item: _Loaded) -> None:
+    """Raises ``BadSample`` where a question does not fit the model, exactly as ``generate`` would."""
+    model.processor.encode(item.conversation.prompt(), item.images, generation=True)
+
+
+def _first_good(
+    model: Answerer, source: Questions, rows: Sequence[int], load: Callable[[ImageSource], Image.Image]
+) -> _Loaded | None:
+    """A prompt to keep a rank in step with when its own batch holds nothing; its answer is thrown away."""
+    for index in rows:
+        conversation = _read(source, index)
+        if isinstance(conversation, Conversation):
+            try:
+                item = _Loaded(index, conversation, _images(conversation, load))
+                _encode(model, item)
+                return item
+            except BadSample:
+                continue
+    return None
+
+
+def _load_ahead(
+    source: Questions, batches: Sequence[Sequence[int]], load: Callable[[ImageSource], Image.Image]
+) -> Iterator[tuple[list[_Loaded], list[Problem]]]:
+    """Batches in order, the images of the next ones decoded by threads meanwhile. Rows are read in this thread."""
+    Waiting = list[tuple[int, Conversation | Problem, Future[list[Image.Image]] | None]]
+    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+
+        def submit(batch: Sequence[int]) -> Waiting:
+            read = [(index, _read(source, index)) for index in batch]
+            return [
+                (index, row, pool.submit(_images, row, load) if isinstance(row, Conversation) else None)
+                for index, row in read
+            ]
+
+        queue: deque[Waiting] = deque()
+        upcoming = iter(batches)
+        for _ in batches:
+            while len(queue) <= _BATCHES_AHEAD and (batch := next(upcoming, None)) is not None:
+                queue.append(submit(batch))
+            loaded, problems = [], []
+            for index, row, images in queue.popleft():
+                if isinstance(row, Problem):
+                    problems.append(row)
+                    continue
+                assert images is not None
+                try:
+                    loaded.append(_Loaded(index, row, images.result()))
+                except BadSample as bad:
+                    problems.append(Problem(source.name, row.line or index + 1, bad.reason, bad.detail))
+            yield loaded, problems
+
+
+def _answer(
+    model: Answerer, loaded: Sequence[_Loaded], dummy: _Loaded, max_new_tokens: int
+) -> tuple[list[Prediction], list[Problem]]:
+    """Answers to one batch, from exactly one call of ``generate`` that reaches the model."""
+    problems: list[Problem] = []
+    kept = list(loaded)
+
+    def ask() -> list[Answer]:
+        prompts = [(item.conversation, item.images) for item in kept or [dummy]]
+        return model.generate(prompts, max_new_tokens=max_new_tokens)
+
+    try:
+        answers = ask()
+    except BadSample:
+        # Prompts are encoded before the model's first forward, so the other ranks have not been left waiting: take out
+        # those that do not fit this model and ask once more.
+        kept = []
+        for item in loaded:
+            try:
+                _encode(model, item)
+                kept.append(item)
+            except BadSample as bad:
+                where = item.conversation
+                problems.append(Problem(where.source, where.line or item.index + 1, bad.reason, bad.detail))
+        answers = ask()
+    # With nothing kept, the one answer is the dummy's and falls off here.
+    predictions = [
+        _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs)))
+        for item, answer in zip(kept, answers, strict=False)
+    ]
+    return predictions, problems
+
+
+def _score(index: int, conversation: Conversation, answer: str, probability: float) -> Prediction:
+    kind = conversation.metadata.get("question_type")
+    references = conversation.references
+    return Prediction(
+        index=index,
+        source=conversation.source,
+        line=conversation.line,
+        question=conversation.question,
+        references=references,
+        answer=answer,
+        probability=probability,
+        exact=exact_match(answer, references),
+        soft=soft_accuracy(answer, references),
+        question_type=None if kind is None else str(kind),
+        image=next((_image_key(image) for image in conversation.prompt().images), None),
+    )
+
+
+def _image_key(image: ImageSource) -> str:
+    if isinstance(image, str):
+        return image
+    content = image if isinstance(image, bytes) else image.tobytes()
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:32]}"
+
+
+def question_only_baseline(train: Questions, test: Questions, *, limit: int | None = None) -> list[Prediction]:
+    """What can be scored without looking: the commonest training answer to each question's text.
+
+    A question that training never asks gets the commonest answer of all. Of equally common answers the one met first
+    is taken. ``probability`` is that answer's share of the training answers it was chosen from. Bad samples are passed
+    over.
+    """
+    by_question: dict[str, Counter[str]] = {}
+    overall: Counter[str] = Counter()
+    for i in range(len(train)):
+        row = _read(train, i)
+        if isinstance(row, Conversation):
+            by_question.setdefault(row.question, Counter()).update(row.references)
+            overall.update(row.references)
+    if not overall:
+        raise UserError(f"{train.name}: no answers to learn a baseline from; give a training source with answers")
+    predictions = []
+    for i in evenly_spaced(len(test), limit):
+        row = _read(test, i)
+        if isinstance(row, Conversation):
+            counts = by_question.get(row.question, overall)
+            answer, count = counts.most_common(1)[0]
+            predictions.append(_score(i, row, answer, count / counts.total()))
+    return predictions
+
+
+def wilson_interval(mean: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927). Observations count as independent."""
+    if n == 0:
+        return 0.0, 1.0
+    centre = mean + z * z / (2 * n)
+    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def summarise(predictions: Sequence[Prediction], skipped: Sequence[Problem] = ()) -> dict[str, Any]:
+    """Scores overall and by question type.
+
+    Returns:
+        ``n``, the means ``exact`` and ``soft`` in 0…1 (``None`` where n is 0), ``interval`` (Wilson, 95 %, of
+        ``exact``), ``by_type`` with the same four keys for each question type, and ``skipped``, reason to number.
+    """
+    kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
+    return {
+        **_means(predictions),
+        "by_type": {kind: _means([p for p in predictions if p.question_type == kind]) for kind in kinds},
+        "skipped": dict(Counter(problem.reason for problem in skipped)),
+    }
+
+
+def _means(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    n = len(predictions)
+    if n == 0:
+        return {"n": 0, "exact": None, "soft": None, "interval": None}
+    exact = math.fsum(p.exact for p in predictions) / n
+    soft = math.fsum(p.soft for p in predictions) / n
+    return {"n": n, "exact": exact, "soft": soft, "interval": list(wilson_interval(exact, n))}
+
+
+def write_predictions(folder: Path, predictions: Sequence[Prediction], skipped: Sequence[Problem] = ()) -> None:
+    """Writes ``predictions.jsonl`` (one :class:`Prediction` a line) and ``scores.json`` (:func:`summarise`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
+    (folder / "predictions.jsonl").write_text(lines, "utf-8")
+    scores = json.dumps(summarise(predictions, skipped), indent=2, ensure_ascii=False)
+    (folder / "scores.json").write_text(scores + "\n", "utf-8")
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The predictions in a file that :func:`write_predictions` wrote."""
+    predictions = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                predictions.append(Prediction(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: not a prediction ({error}); evaluate again") from None
+    return predictions

@@ -1,0 +1,56 @@
+"""A run's student as a folder of its own: the finished one, or the latest checkpoint's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from data.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
+    """Writes the student of a run.
+
+    Args:
+        run: the folder of a run that has finished, or has a checkpoint.
+        folder: where the student goes; made if need be.
+        dtype: ``fp32``, ``bf16``, ``fp16`` or ``None`` for the one it was trained in.
+
+    Returns:
+        ``folder``, which ``load_vlm`` reads.
+
+    Raises:
+        UserError: no run, or nothing in it to export.
+    """
+    from vlm_distill.config import load_config
+    from vlm_distill.models import load_vlm
+    from vlm_distill.models.composed import cast_parameters
+    from vlm_distill.training import checkpoint
+
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
+    if (run / "student").is_dir():
+        model = load_vlm(run / "student")
+    else:
+        found = checkpoint.completed(run / "checkpoints")
+        if not found:
+            raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
+        from vlm_distill.training.build import load_student, load_teacher
+        from vlm_distill.training.engine import Processes, checkpoint_weights
+
+        config = load_config(run / "config.yaml")
+        processes = Processes("cpu")
+        model = load_student(config, load_teacher(config, processes))
+        weights = checkpoint_weights(found[-1][1], config.deepspeed.stage)
+        prefix = "student."
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        processes.close()
+    if dtype is not None:
+        cast_parameters(model, DTYPES[dtype])
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,55 @@
+"""Starts a module on several processes of this machine, and ends commands on a person's mistakes in one line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from data.errors import UserError
+
+MISTAKE = 2
+
+
+def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
+    """Runs ``python -m module arguments`` on ``nproc`` processes, and returns the exit code.
+
+    Args:
+        module: an entry point such as ``vlm_distill.train``.
+        arguments: its command line.
+        nproc: processes on this machine; one a GPU.
+    """
+    environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
+    if nproc == 1:
+        command = [sys.executable, "-m", module, *arguments]
+    else:
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc)]
+        command = [*launcher, "--master_port", str(free_port()), "--module", module, *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Runs a command; a person's mistake becomes one line on standard error and exit code 2, without a traceback."""
+    try:
+        command()
+    except UserError as mistake:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"vlm-distill{where}: {mistake}", file=sys.stderr, flush=True)
+        return MISTAKE
+    return 0
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

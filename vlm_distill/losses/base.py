@@ -1,0 +1,169 @@
+"""DistillationLoss: what a loss between teacher and student logits is, to the chunked engine and to the trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import UserError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is when a loss is updated.
+
+    Attributes:
+        step: optimizer steps finished before the one whose signals are passed (0 at the first update).
+        steps: optimizer steps of the whole run.
+        epoch: passes over the data finished by then, fractions included.
+        epochs: passes over the data of the whole run.
+    """
+
+    step: int
+    steps: int
+    epoch: float = 0.0
+    epochs: float = 1.0
+
+
+@dataclass
+class RowResult:
+    """A loss on some rows.
+
+    Attributes:
+        loss: ``[N]`` nats.
+        grad: ``[N, V]``, the derivative of each row's loss by that row's student logits; ``None`` unless asked for.
+        signals: per-row quantities ``[N]``, named as in the loss's ``signals``.
+    """
+
+    loss: Tensor
+    grad: Tensor | None = None
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+
+class DistillationLoss(nn.Module):
+    """One loss, row by row. ``forward`` is its definition; a subclass may add a closed form of the gradient.
+
+    Attributes:
+        needs: what the loss reads beside the student's logits: of ``{"teacher", "targets"}``.
+        signals: names of the quantities whose means over an optimizer step ``update`` is given.
+        scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    signals: ClassVar[tuple[str, ...]] = ()
+    scratch: ClassVar[int] = 8
+
+    def __init__(self) -> None:
+        super().__init__()  # no parameters, which nn.Module's own signature does not say
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
+        """The definition, differentiable by autograd.
+
+        Args:
+            student_logits: ``[N, V]``, any floating dtype; 16-bit logits are raised to float32, float64 stays.
+            teacher_logits: ``[N, V]``; ``None`` where the loss does not need a teacher.
+            targets: int64 ``[N]``, the right token of each row; ``None`` where the loss does not need them.
+
+        Returns:
+            ``[N]``, the loss of each row in nats.
+        """
+        raise NotImplementedError
+
+    def rows(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
+    ) -> RowResult:
+        """The same values with their gradient, outside autograd, also where gradients are switched off.
+
+        The arguments are those of ``forward``, and THE LOGITS MAY BE OVERWRITTEN: the engine passes buffers of its own.
+        """
+        with torch.enable_grad():
+            leaf = student_logits.detach().requires_grad_(grad)
+            loss = self(leaf, teacher_logits, targets)
+            gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
+        return RowResult(loss.detach(), gradient)
+
+    def update(self, signals: Mapping[str, float], progress: Progress) -> None:
+        """Called once after every optimizer step, with the means of the signals over all rows of all ranks."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log beside the loss."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the training loss."""
+
+    name: str
+    loss: DistillationLoss
+    weight: float = 1.0
+
+
+def upcast(logits: Tensor | None) -> Tensor:
+    """float32 at least: 16-bit logits are converted, float32 and float64 returned as they are."""
+    if logits is None:
+        raise ValueError("this loss compares with a teacher and was given no teacher logits")
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def need_targets(targets: Tensor | None) -> Tensor:
+    if targets is None:
+        raise ValueError("this loss reads the right tokens and was given no targets")
+    return targets
+
+
+class Softmax(NamedTuple):
+    """A softmax over the last dimension: ``[N, V]``, ``[N, V]`` and ``[N, 1]``.
+
+    ``log_total`` is the logarithm of the normaliser after the row's maximum was taken off.
+    """
+
+    log_probs: Tensor
+    probs: Tensor
+    log_total: Tensor
+
+
+def softmax_(logits: Tensor) -> Softmax:
+    """Log-probabilities in the memory of the logits, probabilities in a new tensor, from one exponential an entry."""
+    logits.sub_(logits.amax(-1, keepdim=True))
+    probs = logits.exp()
+    total = probs.sum(-1, keepdim=True)
+    log_total = total.log()
+    return Softmax(logits.sub_(log_total), probs.div_(total), log_total)
+
+
+def relative_entropy_(a: Softmax, b: Softmax) -> tuple[Tensor, Tensor]:
+    """KL(a‖b) ``[N]`` and its summands ``a·(log a − log b)`` ``[N, V]``, in the memory of ``a.log_probs``.
+
+    Outside the support of ``a`` a summand is 0 (also where both logits are −∞); where only ``b`` is 0 it is +∞.
+    """
+    # Where a = 0 the difference is −∞ or NaN. A masked fill would cost ten times as much here as nan_to_num, but
+    # nan_to_num also hides a NaN among b's logits, which has spread to its whole row: b.log_total brings it back.
+    ratio = a.log_probs.sub_(b.log_probs).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
+    summands = ratio.mul_(a.probs)
+    return summands.sum(-1) + 0.0 * b.log_total.squeeze(-1), summands
+
+
+def check_number(where: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """A parameter as a float.
+
+    Args:
+        where: the loss and the parameter, for the message.
+        value: what was given.
+        low: the least value allowed, or with ``above`` the value that it must exceed.
+        high: the greatest value allowed.
+        above: whether ``low`` itself is refused.
+
+    Raises:
+        UserError: ``value`` is no finite number in that range.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (low < value if above else low <= value) or value > high:
+        span = f"above {low:g}" if above else f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"{where} is {value!r}; give a number {span}")
+    return float(value)

@@ -1,0 +1,320 @@
+"""A weighted sum of losses straight from hidden states: the logits exist for a few rows at a time.
+
+The rows go through both heads in chunks, large enough for efficient matrix products, and through the losses in blocks
+of a chunk, small enough to stay in a processor's cache. The gradients by the hidden states, the head's weight and its
+bias are made on the way (Liger Kernel's scheme: three matrix products for the student and one for the teacher, none
+repeated); the backward pass only scales them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .base import DistillationLoss, Term
+
+# Bytes of all [rows, V] buffers of a chunk, and of one such buffer of a block. On a CPU a block should stay in the
+# cache, and some hundred rows already give the matrix products their full speed (docs/losses.md has the measurement);
+# on other devices a block has to be large enough to fill the device and hide the launches.
+CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 2**27, 2**21
+CHUNK_BYTES, BLOCK_BYTES = 2**30, 2**26
+
+
+class Head(Protocol):
+    """What is read of an ``LMHead``: logits = softcap(scale·(hidden Wᵀ + bias)), softcap(z) = c·tanh(z/c)."""
+
+    scale: float
+    softcap: float | None
+
+    def weight(self) -> AbstractContextManager[Tensor]:
+        """A context that yields the weight ``[V, H]``, a differentiable view of the parameter."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[V]`` or ``None``; read inside the weight's context."""
+        ...
+
+
+@dataclass
+class HiddenTargets:
+    """What a teacher gives: hidden states ``[N, H]`` of its own width, and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass
+class TermSums:
+    """One term of the loss over its rows, detached.
+
+    Attributes:
+        loss: 0-d, the sum of the rows' losses, neither weighted nor scaled.
+        count: number of rows.
+        signals: 0-d sums of the loss's ``signals``; all of them also where there was no row.
+    """
+
+    loss: Tensor
+    count: int = 0
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class LossSums:
+    """The differentiable weighted sum ``loss`` (0-d) and its terms by name."""
+
+    loss: Tensor
+    terms: dict[str, TermSums]
+
+
+def fused_linear(
+    terms: Sequence[Term] | DistillationLoss,
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher: HiddenTargets | None = None,
+    targets: Tensor | None = None,
+    *,
+    distilled: Tensor | None = None,
+    scales: Mapping[str, float] | None = None,
+    chunk_bytes: int | None = None,
+) -> LossSums:
+    """Sums of losses over rows of hidden states, with the gradient already made.
+
+    Logits are formed in float32, in float64 where the student's hidden states are float64. Gradients accumulate in that
+    precision and are cast to their parameter's once. With bfloat16 on a GPU the matrix products read bfloat16 and write
+    float32; otherwise 16-bit weights are first converted to float32 as a whole, beyond ``chunk_bytes``.
+    No work is done for gradients while they are switched off, nor for a head or hidden states that need none.
+
+    Args:
+        terms: the summands; a lone loss counts as a term called "loss".
+        student_hidden: ``[N, H]``, at the positions that predict supervised tokens; N may be 0.
+        student_head: its weight's context is open during the whole call.
+        teacher: hidden states at the same N positions and their head; may be ``None`` if no term needs a teacher.
+        targets: int64 ``[N]``, the tokens to predict; may be ``None`` if no term needs them.
+        distilled: bool ``[N]``, the rows that terms with a teacher see (default: all). Other terms see every row.
+        scales: a factor for each term's sum, by name; 1 where none is given.
+        chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row needs more.
+            Default: 128 MiB on a CPU, 1 GiB elsewhere.
+
+    Returns:
+        ``loss`` = Σ over terms of weight · scale · sum over its rows. It hangs in the graph also when N is 0, so that
+        the head and the hidden states get (zero) gradients. There are no second derivatives.
+
+    Raises:
+        ValueError: no terms, two of one name, one that needs a teacher or targets where there are none; or teacher and
+            student differ in rows or vocabulary.
+    """
+    if isinstance(terms, DistillationLoss):
+        terms = [Term("loss", terms)]
+    _check(terms, teacher, targets)
+    if not any("teacher" in term.loss.needs for term in terms):
+        teacher = None
+    recording = torch.is_grad_enabled()
+    with (
+        torch.autocast(student_hidden.device.type, enabled=False),
+        student_head.weight() as weight,
+        nullcontext() if teacher is None else teacher.head.weight() as teacher_weight,
+    ):
+        inputs = (student_hidden, weight, student_head.bias)
+        with torch.no_grad():
+            student = _Side(student_head, student_hidden, weight, student_hidden.dtype)
+            other = None
+            if teacher is not None and teacher_weight is not None:
+                other = _Side(teacher.head, teacher.hidden, teacher_weight, student.dtype)
+                _same("rows", len(student_hidden), len(teacher.hidden))
+                _same("tokens in the vocabulary", len(weight), len(teacher_weight))
+            wanted = [recording and x is not None and x.requires_grad for x in inputs]
+            work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes)
+            work.run(distilled)
+            total = work.total()
+            pairs = zip(work.gradients, inputs, strict=True)
+            gradients = [None if d is None or x is None else _cast(d, x.dtype) for d, x in pairs]
+        if any(wanted):
+            total = _WithGradients.apply(total, gradients, *inputs)
+    return LossSums(total, work.sums)
+
+
+def _check(terms: Sequence[Term], teacher: HiddenTargets | None, targets: Tensor | None) -> None:
+    names = [term.name for term in terms]
+    if not names:
+        raise ValueError("the loss has no term")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two terms of the loss share a name: {', '.join(names)}")
+    for term in terms:
+        for need, given in (("teacher", teacher), ("targets", targets)):
+            if need in term.loss.needs and given is None:
+                raise ValueError(f"term {term.name!r} of the loss needs {need}, and None was given")
+
+
+def _same(what: str, student: int, teacher: int) -> None:
+    if student != teacher:
+        raise ValueError(f"the student has {student} {what}, the teacher {teacher}")
+
+
+def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    # A gradient in float16 would underflow here: its loss scale arrives only with the backward pass.
+    return gradient if dtype == torch.float16 else gradient.to(dtype)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A number whose gradients by its inputs are known beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (None, None, *(None if d is None else (d * outer).to(dtype) for d, dtype in pairs))
+
+
+class _Side:
+    """One model's hidden states and head, and the precision in which they are multiplied."""
+
+    def __init__(self, head: Head, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        # bfloat16 operands with a float32 result. Not float16: the logits' gradients would underflow in it.
+        mixed = hidden.is_cuda and hidden.dtype == torch.bfloat16
+        self.operand = torch.bfloat16 if mixed else self.dtype
+        self.output: dict[str, Any] = {"out_dtype": torch.float32} if mixed else {}
+        self.hidden = hidden.detach()
+        self.weight = weight.detach().to(self.operand)
+        self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
+        self.scale, self.softcap = head.scale, head.softcap
+
+    def logits_(self, hidden: Tensor, out: Tensor) -> None:
+        """Logits of ``hidden [n, H]`` into ``out [n, V]``."""
+        torch.mm(hidden, self.weight.t(), **self.output, out=out)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.scale != 1.0:
+            out.mul_(self.scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """The soft-cap's derivative, from its value; ``None`` without a soft-cap."""
+        return None if self.softcap is None else 1.0 - (logits / self.softcap).square_()
+
+
+class _Pass:
+    """One pass over all rows: the sums of every term, and the gradients that are wanted."""
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        scales: Mapping[str, float],
+        student: _Side,
+        teacher: _Side | None,
+        targets: Tensor | None,
+        wanted: Sequence[bool],
+        chunk_bytes: int | None,
+    ) -> None:
+        # Terms with a teacher last, so that only they may need copies of its logits.
+        self.terms = sorted(terms, key=lambda term: "teacher" in term.loss.needs)
+        self.student, self.teacher, self.targets = student, teacher, targets
+        self.factors = {term.name: term.weight * scales.get(term.name, 1.0) for term in terms}
+        zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
+        self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
+        shapes = (student.hidden.shape, student.weight.shape, student.weight.shape[:1])
+        self.gradients = [zero.new_zeros(shape) if want else None for shape, want in zip(shapes, wanted, strict=True)]
+        self.grad = any(wanted)
+        on_cpu = zero.device.type == "cpu"
+        self.chunk_bytes = chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES)
+        self.block_bytes = BLOCK_BYTES_CPU if on_cpu else BLOCK_BYTES
+
+    def total(self) -> Tensor:
+        summands = [self.factors[name] * sums.loss for name, sums in self.sums.items()]
+        return torch.stack(summands).sum()
+
+    def run(self, distilled: Tensor | None) -> None:
+        device, count = self.student.hidden.device, len(self.student.hidden)
+        if self.teacher is None or distilled is None:
+            self._rows(torch.arange(count, device=device), self.terms)
+        else:
+            self._rows(distilled.nonzero().squeeze(1), self.terms)
+            self._rows((~distilled).nonzero().squeeze(1), [t for t in self.terms if "teacher" not in t.loss.needs])
+
+    def _rows(self, rows: Tensor, terms: Sequence[Term]) -> None:
+        """Those terms on those rows, chunk by chunk."""
+        if not len(rows) or not terms:
+            return
+        teacher = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
+        vocabulary = len(self.student.weight)
+        row_bytes = vocabulary * self.student.dtype.itemsize
+        # A term's scratch, its copies of the logits if others follow, every term's gradient, the soft-cap's slope.
+        copies = 2 if len(terms) > 1 else 0
+        buffers = max(t.loss.scratch for t in terms) + copies + len(terms) + (self.student.softcap is not None)
+        block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * buffers)) // row_bytes)
+        kept = 1 if teacher is None else 2
+        chunk = max(1, (self.chunk_bytes // row_bytes - block * buffers) // kept)
+        chunk = min(chunk, len(rows))
+
+        student_logits = self.student.weight.new_empty(chunk, vocabulary, dtype=self.student.dtype)
+        teacher_logits = None if teacher is None else torch.empty_like(student_logits)
+        for index in rows.split(chunk):
+            hidden = self.student.hidden[index].to(self.student.operand)
+            z = student_logits[: len(index)]
+            self.student.logits_(hidden, z)
+            if teacher is not None and teacher_logits is not None:
+                teacher.logits_(teacher.hidden[index].to(teacher.operand), teacher_logits[: len(index)])
+            for i in range(0, len(index), block):
+                part = slice(i, min(i + block, len(index)))
+                targets = None if self.targets is None else self.targets[index[part]]
+                self._block(terms, z[part], None if teacher_logits is None else teacher_logits[part], targets)
+            if self.grad:
+                self._accumulate(index, hidden, z)
+
+    def _block(self, terms: Sequence[Term], student: Tensor, teacher: Tensor | None, targets: Tensor | None) -> None:
+        """Adds a block's sums; leaves the gradient of the weighted sum where the student's logits were."""
+        slope = self.student.slope(student) if self.grad else None
+        gradients: list[tuple[Tensor, float]] = []
+        for position, term in enumerate(terms, 1):
+            # `rows` overwrites what it is given, so only the last term gets the logits themselves.
+            last = position == len(terms)
+            factor = self.factors[term.name]
+            reference = teacher if "teacher" in term.loss.needs else None
+            result = term.loss.rows(
+                student if last else student.clone(),
+                reference if last or reference is None else reference.clone(),
+                targets,
+                grad=self.grad and factor != 0.0,
+            )
+            sums = self.sums[term.name]
+            sums.loss += result.loss.sum()
+            sums.count += len(result.loss)
+            for name, values in result.signals.items():
+                sums.signals[name] += values.sum()
+            if result.grad is not None:
+                gradients.append((result.grad, factor))
+        if not self.grad:
+            return
+        # Backwards: the last gradient may lie in the student's buffer, which is written first.
+        student.zero_() if not gradients else torch.mul(*gradients.pop(), out=student)
+        for gradient, factor in gradients:
+            student.add_(gradient, alpha=factor)
+        if slope is not None:
+            student.mul_(slope)
+
+    def _accumulate(self, index: Tensor, hidden: Tensor, grad: Tensor) -> None:
+        """A chunk's share of the gradients, from the operand ``hidden [n, H]`` and ``grad [n, V]`` by its logits."""
+        side = self.student
+        d_hidden, d_weight, d_bias = self.gradients
+        if side.scale != 1.0:
+            grad.mul_(side.scale)
+        if d_bias is not None:
+            d_bias += grad.sum(0)
+        operand = grad.to(side.operand)
+        if d_hidden is not None:
+            d_hidden[index] = torch.mm(operand, side.weight, **side.output)
+        if d_weight is not None:
+            torch.addmm(d_weight, operand.t(), hidden, **side.output, out=d_weight)

@@ -1,0 +1,465 @@
+"""Models assembled from a vision encoder, a projector and a causal LM of Transformers, or from the last alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data.batch import Encoded, ModelInputs
+from data.conversation import Conversation
+from data.errors import BadSample, UserError
+
+from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids
+from .interface import Outputs, Processor, VisionLanguageModel
+from .pretrained import generation_ends, lm_head, template_ends
+from .projectors import Projector, build_projector
+from .settings import as_dtype, check_attention, first_line, read_settings
+from .vision_encoders import ImageTransform, VisionEncoder, build_vision_encoder
+
+#: The file that makes a folder one of ours.
+CONFIG_NAME = "vlm_distill.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = 1
+
+#: Stands for an image in the rendered text: a private-use character that no tokenizer ever sees.
+SENTINEL = "\U0010fffd"
+
+
+class ComposedProcessor(Processor):
+    """Chat template, tokenizer and image transform; an image becomes a fixed number of positions where its part stands.
+
+    Image positions hold the pad id and are marked in ``image_mask``, so that no word of the vocabulary means "image".
+
+    Args:
+        tokenizer: a fast tokenizer; one without a chat template gets :data:`~vlm_distill.models.chat.DEFAULT_TEMPLATE`.
+        transform: ``None`` for a language model.
+        tokens: positions an image takes.
+    """
+
+    def __init__(self, tokenizer: Any, transform: ImageTransform | None = None, tokens: int = 0) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer: {type(tokenizer).__name__} of '{tokenizer.name_or_path}' is not a fast tokenizer; "
+                "character offsets need one, choose a model with a tokenizer.json"
+            )
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = DEFAULT_TEMPLATE
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.tokens = tokens
+        self.has_vision = transform is not None
+        self._special = special_ids(tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._pad = 0 if pad is None else pad
+
+    def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
+        flat = [{"role": m["role"], "content": _flat_content(m["content"])} for m in messages]
+        return self.tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=generation)
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
+        messages = conversation.messages
+        parts = [part for m in messages for part in m["content"]]
+        if any(SENTINEL in part["text"] for part in parts if part["type"] == "text"):
+            raise BadSample("text holds a private-use character that marks images", "U+10FFFD")
+        if images and not self.has_vision:
+            raise BadSample("model takes no images", f"{len(images)} given")
+        if sum(part["type"] == "image" for part in parts) != len(images):
+            raise BadSample("images and image parts differ in number", f"{len(images)} images")
+        spans: list[Span] = []
+        if generation:
+            text = rendered(self._render, messages, True)
+        else:
+            text, spans = find_answers(self._render, messages)
+        pieces = text.split(SENTINEL)
+        if len(pieces) != len(images) + 1:
+            raise BadSample("chat template drops or repeats images", f"{len(pieces) - 1} of {len(images)}")
+
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for k, piece in enumerate(pieces):
+            if k:
+                ids += [-1] * self.tokens
+                offsets += [(at, at + 1)] * self.tokens
+                at += 1
+            coded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            ids += coded["input_ids"]
+            offsets += [(at + a, at + b) for a, b in coded["offset_mapping"]]
+            at += len(piece)
+        supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
+        return self._encoded(
+            ids, supervised, ends, [self.transform(image) for image in images] if self.transform else []
+        )
+
+    def _encoded(self, ids: list[int], supervised: list[bool], ends: list[bool], pixels: list[Tensor]) -> Encoded:
+        input_ids = torch.tensor(ids, dtype=torch.long)
+        tensors = {}
+        if self.has_vision:
+            tensors["image_mask"] = input_ids < 0
+        if pixels:
+            tensors["pixel_values"] = torch.stack(pixels)
+        return Encoded(
+            input_ids.masked_fill(input_ids < 0, self._pad),
+            torch.tensor(supervised, dtype=torch.bool),
+            torch.tensor(ends, dtype=torch.bool),
+            len(pixels),
+            tensors,
+        )
+
+    def dummy(self) -> Encoded:
+        if self.transform is None:
+            return self._encoded([self._pad], [False], [False], [])
+        ids = [-1] * self.tokens + [self._pad]
+        nothing = [False] * len(ids)
+        height, width = self.transform.size
+        return self._encoded(ids, nothing, nothing, [self.transform(Image.new("RGB", (width, height)))])
+
+    def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
+        """Samples padded into one batch.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``position_ids`` int64 ``[B, L]``; with a vision encoder ``image_mask``
+            bool ``[B, L]`` and, unless no sample has an image, ``pixel_values`` float32 ``[images, 3, H, W]``.
+        """
+
+        def padded(rows: list[Tensor], value: float) -> Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
+
+        mask = padded([torch.ones_like(s.input_ids) for s in samples], 0)
+        inputs = ModelInputs(
+            input_ids=padded([s.input_ids for s in samples], self._pad),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        )
+        if self.has_vision:
+            inputs["image_mask"] = padded([s.tensors["image_mask"] for s in samples], False)
+            pixels = [s.tensors["pixel_values"] for s in samples if s.images]
+            if pixels:
+                inputs["pixel_values"] = torch.cat(pixels)
+        return inputs
+
+    def image_tokens(self, sample: Encoded) -> Tensor:
+        mask = sample.tensors.get("image_mask")
+        return torch.zeros_like(sample.supervised) if mask is None else mask
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+def _flat_content(content: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(part["text"] if part["type"] == "text" else SENTINEL for part in content)
+
+
+class ComposedVLM(VisionLanguageModel):
+    """Vision encoder, projector and decoder put together; image features take the place of embeddings.
+
+    Without a vision encoder it is a language model, and is saved as Transformers saves it.
+
+    Args:
+        decoder: any causal language model of Transformers.
+        processor: of this model.
+        vision_encoder, projector: both or neither.
+        projector_settings: what builds the projector again.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        processor: ComposedProcessor,
+        vision_encoder: VisionEncoder | None = None,
+        projector: Projector | None = None,
+        projector_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision_encoder = vision_encoder
+        self.projector = projector
+        self.decoder = decoder
+        self.processor = processor
+        self.projector_settings = dict(projector_settings or {})
+        self.head = lm_head(decoder)
+        self._takes_positions = "position_ids" in inspect.signature(decoder.base_model.forward).parameters
+        self._ends = template_ends(processor)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        parts = {"vision_encoder": self.vision_encoder, "projector": self.projector, "decoder": self.decoder}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def end_tokens(self) -> set[int]:
+        return super().end_tokens | self._ends | generation_ends(self.decoder)
+
+    def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
+        """See the interface. ``features`` may name ``vision_encoder`` (``[images, T, D]``) and ``projector``
+        (``[images, tokens, H]``), which are there when the batch has an image.
+
+        Raises:
+            ValueError: another feature is asked for.
+        """
+        unknown = set(features) - {"vision_encoder", "projector"}
+        if unknown:
+            raise ValueError(f"unknown features {sorted(unknown)}; a composed model has vision_encoder and projector")
+        embeddings, found = self._embed(inputs)
+        # The base model, not the whole decoder: its output layer must never run on every token.
+        hidden = self.decoder.base_model(
+            inputs_embeds=embeddings, use_cache=False, **self._sequence(inputs)
+        ).last_hidden_state
+        return Outputs(hidden.flatten(0, 1)[positions], {name: found[name] for name in features if name in found})
+
+    def _embed(self, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        embeddings = self.decoder.get_input_embeddings()(inputs["input_ids"])
+        if "pixel_values" not in inputs:
+            return embeddings, {}
+        assert self.vision_encoder is not None
+        assert self.projector is not None
+        features = self.vision_encoder(inputs["pixel_values"])
+        projected = self.projector(features)
+        mask = inputs["image_mask"].unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
+        return embeddings, {"vision_encoder": features, "projector": projected}
+
+    def _sequence(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        names = ("attention_mask", "position_ids") if self._takes_positions else ("attention_mask",)
+        return {name: inputs[name] for name in names}
+
+    def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
+        embeddings, _ = self._embed(inputs)
+        return self.decoder.generate(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], **settings)
+
+    def checkpoint_activations(self) -> None:
+        if self.decoder.supports_gradient_checkpointing:
+            self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.vision_encoder is not None:
+            self.vision_encoder.checkpoint_activations()
+
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state is None else state
+        if self.vision_encoder is None:
+            decoder = {k.removeprefix("decoder."): v for k, v in state.items()}
+            self.decoder.save_pretrained(folder, state_dict=decoder)
+        else:
+            aliases = tied_names(self)
+            weights = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in aliases}
+            save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+            dtype = next(v.dtype for k, v in weights.items() if k.startswith("decoder.") and v.is_floating_point())
+            config = {
+                "format": FORMAT,
+                "dtype": str(dtype).removeprefix("torch."),
+                "vision_encoder": self.vision_encoder.settings,
+                "projector": self.projector_settings,
+                "decoder": self.decoder.config.to_dict(),
+                "end_tokens": sorted(self.end_tokens),
+            }
+            (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self.processor.save_pretrained(folder)
+
+
+def tied_names(module: nn.Module) -> set[str]:
+    """Names of parameters that are also there under an earlier name."""
+    seen: set[int] = set()
+    aliases = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            aliases.add(name)
+        seen.add(id(parameter))
+    return aliases
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Floating-point parameters to ``dtype``; buffers stay (rotary frequencies and running means need float32)."""
+    if dtype is not None:
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """A causal LM of Transformers: ``name`` of a pretrained one, or ``config`` with its ``model_type``."""
+
+    name: str | None = None
+    config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ComposedSettings:
+    """What names an assembled model.
+
+    Attributes:
+        decoder: a name or folder, or the keys of :class:`DecoderSettings`.
+        vision_encoder: keys of ``VisionEncoderSettings``; ``None`` makes a language model.
+        projector: ``type`` and that type's keys.
+        tokenizer: a name or folder; ``None``: the pretrained decoder's.
+        chat_template: the text of a Jinja template or a file that holds it; ``None``: the tokenizer's own.
+        dtype: of all parameters; ``None``: float32.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …; ``None``: the best there is.
+        trust_remote_code: run code that comes with a pretrained decoder.
+    """
+
+    decoder: str | Mapping[str, Any]
+    vision_encoder: Mapping[str, Any] | None = None
+    projector: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    dtype: str | torch.dtype | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+def build(settings: Mapping[str, Any], tokenizer: Any = None) -> ComposedVLM:
+    """The model that ``settings`` name (see :class:`ComposedSettings`).
+
+    New weights come from torch's global random generator: seed it before.
+
+    Args:
+        settings: a mapping with the keys of :class:`ComposedSettings`.
+        tokenizer: instead of the one that ``settings`` name.
+
+    Raises:
+        UserError: a wrong setting, or a part that cannot be found or built.
+    """
+    s = read_settings(ComposedSettings, "model", settings)
+    check_attention(s.attn_implementation)
+    dtype = as_dtype(s.dtype) or torch.float32
+    spec = {"name": s.decoder} if isinstance(s.decoder, str) else s.decoder
+    decoder_settings = read_settings(DecoderSettings, "decoder", spec)
+    if (decoder_settings.name is None) == (decoder_settings.config is None):
+        raise UserError("decoder: give either 'name' (pretrained) or 'config' (new weights)")
+    if tokenizer is None:
+        name = s.tokenizer or decoder_settings.name
+        if name is None:
+            raise UserError("model.tokenizer: missing; a decoder built from a configuration needs a tokenizer")
+        tokenizer = load_tokenizer(name, trust_remote_code=s.trust_remote_code)
+    if s.chat_template is not None:
+        tokenizer.chat_template = read_template(s.chat_template)
+    attention = {"attn_implementation": s.attn_implementation} if s.attn_implementation else {}
+    if decoder_settings.name is not None:
+        decoder = load_decoder(decoder_settings.name, dtype, s.trust_remote_code, attention)
+    else:
+        assert decoder_settings.config is not None
+        decoder = _new_decoder(decoder_settings.config, tokenizer, attention)
+    rows = decoder.get_input_embeddings().num_embeddings
+    if rows < len(tokenizer):
+        raise UserError(f"decoder: {rows} embeddings are too few for the tokenizer's {len(tokenizer)} tokens")
+    model = _assemble(decoder, tokenizer, s.vision_encoder, s.projector, s.attn_implementation)
+    cast_parameters(model, dtype)
+    return model
+
+
+def _assemble(
+    decoder: Any,
+    tokenizer: Any,
+    vision_encoder: Mapping[str, Any] | None,
+    projector: Mapping[str, Any] | None,
+    attn_implementation: str | None,
+) -> ComposedVLM:
+    if vision_encoder is None:
+        if projector is not None:
+            raise UserError("projector: there is no vision_encoder to project; name one or leave the projector out")
+        return ComposedVLM(decoder, ComposedProcessor(tokenizer))
+    encoder = build_vision_encoder(vision_encoder, attn_implementation)
+    projector = {"type": "mlp"} if projector is None else projector
+    width = decoder.get_input_embeddings().embedding_dim
+    module = build_projector(projector, encoder.width, width, encoder.tokens, encoder.grid)
+    processor = ComposedProcessor(tokenizer, encoder.transform, module.tokens(encoder.tokens))
+    return ComposedVLM(decoder, processor, encoder, module, projector)
+
+
+def _new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping[str, Any]) -> Any:
+    options = dict(settings)
+    if "model_type" not in options:
+        raise UserError("decoder.config: 'model_type' is missing (llama, qwen2, gemma2 …)")
+    model_type = options.pop("model_type")
+    defaults = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config = AutoConfig.for_model(model_type, **(defaults | options))
+        return AutoModelForCausalLM.from_config(config, **attention)
+    except Exception as error:  # the configuration classes' own checks, of many kinds
+        raise UserError(f"decoder.config: {model_type} cannot be built: {first_line(error)}") from error
+
+
+def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, attention: Mapping[str, Any]) -> Any:
+    """A pretrained causal LM; ``UserError`` where there is none."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
+    except Exception as error:
+        raise UserError(f"decoder: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """A pretrained tokenizer; ``UserError`` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(
+            f"tokenizer: '{name}' cannot be loaded: {first_line(error)}; check the name or folder"
+        ) from error
+
+
+def read_template(template: str) -> str:
+    """A chat template given as text or as the path of a file."""
+    if "{" in template:
+        return template
+    path = Path(template)
+    if not path.is_file():
+        raise UserError(f"chat_template: no such file '{template}'; give a file or the template's text")
+    return path.read_text(encoding="utf-8")
+
+
+def load_composed(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    tokenizer: Any = None,
+) -> ComposedVLM:
+    """A model that :meth:`ComposedVLM.save_pretrained` wrote with its vision encoder.
+
+    Args:
+        folder: holds ``vlm_distill.json``.
+        dtype: ``None``: as saved.
+        attn_implementation: as in :class:`ComposedSettings`.
+        tokenizer: instead of the saved one.
+
+    Raises:
+        UserError: a newer format, or weights that are not this model's.
+    """
+    folder = Path(folder)
+    check_attention(attn_implementation)
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS_NAME)
+    except Exception as error:
+        raise UserError(f"model: '{folder}' cannot be read: {first_line(error)}; is the copy complete?") from error
+    if config.get("format") != FORMAT:
+        raise UserError(f"model: '{folder}' has format {config.get('format')}, this version reads {FORMAT}; upgrade")
+    tokenizer = load_tokenizer(str(folder)) if tokenizer is None else tokenizer
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    decoder = _new_decoder(config["decoder"], tokenizer, attention)
+    decoder.generation_config.eos_token_id = config["end_tokens"]
+    model = _assemble(decoder, tokenizer, config["vision_encoder"], config["projector"], attn_implementation)
+    cast_parameters(model, as_dtype(config["dtype"]))
+    wrong = model.load_state_dict(weights, strict=False)
+    bad = sorted(set(wrong.missing_keys) - tied_names(model)) + wrong.unexpected_keys
+    if bad:
+        raise UserError(f"model: weights in '{folder}' do not fit its configuration, first at '{bad[0]}'")
+    cast_parameters(model, as_dtype(dtype))
+    return model

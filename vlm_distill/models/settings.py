@@ -1,0 +1,80 @@
+"""Checks the settings that name a model: known keys only, data types by name, attention that is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from data.errors import UserError
+
+T = TypeVar("T")
+
+
+def check_keys(where: str, settings: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises ``UserError`` for the first key of ``settings`` that is not ``known``, naming the nearest one."""
+    known = list(known)
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key '{key}'; {hint}")
+
+
+def read_settings(kind: type[T], where: str, settings: Mapping[str, Any]) -> T:
+    """A settings dataclass filled from a mapping; unknown and missing keys raise ``UserError``."""
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{where}: expected a mapping of settings, got {settings!r}")
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    check_keys(where, settings, [f.name for f in fields])
+    for f in fields:
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in settings:
+            raise UserError(f"{where}: '{f.name}' is missing")
+    return kind(**settings)
+
+
+def choose(where: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ``UserError`` unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f"{where}: '{value}' is not one of {', '.join(choices)}")
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name (``bfloat16`` or ``bf16`` …); ``None`` and dtypes pass through."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    choose("dtype", dtype, DTYPES)
+    return DTYPES[dtype]
+
+
+def check_attention(attn_implementation: str | None) -> None:
+    """Raises ``UserError`` when FlashAttention is asked for and is not installed."""
+    if attn_implementation and attn_implementation.startswith("flash_attention"):
+        from transformers.utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            raise UserError(
+                f"attn_implementation: '{attn_implementation}' needs a CUDA device and the flash-attn package; "
+                "use 'sdpa' or 'eager', or install flash-attn"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-line reports."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,50 @@
+"""Teacher: what a loss learns from, wherever it comes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from data.batch import DistillationBatch
+from vlm_distill.losses import HiddenTargets
+
+from .interface import Outputs, Processor, VisionLanguageModel
+
+
+class Teacher(ABC):
+    """Gives targets for a micro-batch. It is never trained, and never part of a checkpoint.
+
+    Attributes:
+        processor: turns conversations into the teacher's own inputs.
+    """
+
+    processor: Processor
+
+    @abstractmethod
+    def outputs(self, batch: DistillationBatch) -> HiddenTargets:
+        """Hidden states ``[N, H]`` at the positions of ``batch.teacher``, with the head that makes logits of them."""
+
+
+class ModelTeacher(Teacher):
+    """A model that runs here, whole on this rank or in shards.
+
+    Args:
+        model: frozen and in evaluation mode from here on.
+        run: calls the model; an engine's call where the parameters are sharded (default: the model itself).
+    """
+
+    def __init__(self, model: VisionLanguageModel, run: Callable[..., Any] | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.processor = model.processor
+        self._run = run or model
+
+    # Not inference_mode: its tensors cannot be saved for the student's backward.
+    @torch.no_grad()
+    def outputs(self, batch: DistillationBatch) -> HiddenTargets:
+        assert batch.teacher is not None
+        inputs = batch.teacher.inputs.to(batch.targets.device, self.model.dtype)
+        outputs: Outputs = self._run(inputs, batch.teacher.positions)
+        return HiddenTargets(outputs.hidden, self.model.head)

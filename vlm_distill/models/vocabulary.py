@@ -1,0 +1,56 @@
+"""What two models must share for their token distributions to be compared: the same tokens under the same ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data.errors import UserError
+
+from .interface import VisionLanguageModel
+
+
+def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
+    """n: ids 0..n−1 are the same tokens in both tokenizers.
+
+    Beyond n either tokenizer may have tokens that were added to it (an image token, say); any other difference means
+    that the two do not speak the same language.
+
+    Raises:
+        UserError: a difference among tokens of which at least one is of the vocabulary proper; it shows the first.
+    """
+    student = student_tokenizer.convert_ids_to_tokens(list(range(len(student_tokenizer))))
+    teacher = teacher_tokenizer.convert_ids_to_tokens(list(range(len(teacher_tokenizer))))
+    pairs = zip(student, teacher, strict=False)
+    n = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(student), len(teacher)))
+    for tokens, tokenizer in ((student, student_tokenizer), (teacher, teacher_tokenizer)):
+        added = tokenizer.added_tokens_decoder
+        if all(i in added for i in range(n, len(tokens))):
+            continue
+        a, b = (repr(t[n]) if n < len(t) else "no token" for t in (student, teacher))
+        raise UserError(
+            f"student and teacher need the same tokenizer: id {n} is {a} for the student and {b} for the teacher; "
+            "choose a student with the teacher's tokenizer"
+        )
+    return n
+
+
+def align_heads(student: VisionLanguageModel, teacher: VisionLanguageModel) -> int:
+    """Cuts both heads to the ids that both models share, and returns their number.
+
+    Raises:
+        UserError: different tokenizers, or an end token of the student outside what they share.
+    """
+    n = shared_vocabulary(student.processor.tokenizer, teacher.processor.tokenizer)
+    for model in (student, teacher):
+        model.head.vocabulary = None
+        with model.head.weight() as weight:
+            n = min(n, weight.shape[0])
+    outside = sorted(i for i in student.end_tokens if i >= n)
+    if outside:
+        token = student.processor.tokenizer.convert_ids_to_tokens(outside[0])
+        raise UserError(
+            f"student's end token {token!r} (id {outside[0]}) is not among the {n} tokens it shares with the teacher; "
+            "choose a student with the teacher's tokenizer"
+        )
+    student.head.vocabulary = teacher.head.vocabulary = n
+    return n

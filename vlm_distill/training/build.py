@@ -1,0 +1,133 @@
+"""From a configuration to the parts of a run: sources, losses, teacher and student, and how a batch is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import UserError
+from data.sources import Source, open_source
+from vlm_distill import losses, models
+from vlm_distill.config import ModelSection, RunConfig, SourceSection
+from vlm_distill.losses import Term
+from vlm_distill.models.composed import load_tokenizer
+from vlm_distill.models.initialise import keep_layers
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.teacher import ModelTeacher
+
+from .engine import Processes, ShardedModel, gather_parameters, loading_in_shards
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
+    """Micro-batch of a rank, and micro-batches of a step, whose product over ranks is the batch size.
+
+    Raises:
+        UserError: it does not come out even.
+    """
+    batch = config.training.batch_size
+    micro = config.training.micro_batch_size or max(1, batch // world)
+    if batch % (micro * world):
+        per = micro * world
+        near = sorted({max(per, batch // per * per), (batch // per + 1) * per})
+        raise UserError(
+            f"training.batch_size: {batch} is not divisible by micro_batch_size {micro} × {world} rank(s); "
+            f"nearest that are: {', '.join(map(str, near))}"
+        )
+    return micro, batch // (micro * world)
+
+
+def build_terms(config: RunConfig) -> list[Term]:
+    """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
+    terms: list[Term] = []
+    for section in config.loss:
+        loss = losses.build(section.name, **(section.model_extra or {}))
+        if "teacher" in loss.needs and config.teacher is None:
+            raise UserError(f"loss {section.name} needs a teacher; add a teacher section or use cross_entropy alone")
+        taken = [term.name for term in terms]
+        name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
+        terms.append(Term(name, loss, section.weight))
+    return terms
+
+
+def open_sources(sections: Sequence[SourceSection]) -> list[Source]:
+    """The readers of a configuration's sources."""
+    return [
+        open_source(
+            section.path,
+            images=Path(section.images) if section.images else None,
+            format=section.format,
+            split=section.split,
+            config=section.config,
+            name=section.name,
+            limit=section.limit,
+        )
+        for section in sections
+    ]
+
+
+def load_model(section: ModelSection, dtype: torch.dtype, tokenizer: Any = None) -> VisionLanguageModel:
+    """A model by its section: loaded from a path, or assembled from parts.
+
+    Args:
+        section: the student's or the teacher's.
+        dtype: of the parameters.
+        tokenizer: for an assembled model whose section names none.
+    """
+    common = section.model_dump(include={"attn_implementation", "trust_remote_code", "chat_template"})
+    if section.tokenizer is not None:
+        tokenizer = load_tokenizer(section.tokenizer, section.trust_remote_code)
+    if section.path is not None:
+        own = tokenizer if section.tokenizer is not None else None
+        return models.load_vlm(section.path, dtype=dtype, tokenizer=own, **common)
+    parts = section.model_dump(include={"vision_encoder", "projector", "decoder"}, exclude_none=True)
+    return models.build_vlm({**parts, **common, "dtype": dtype}, tokenizer=tokenizer)
+
+
+def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
+    """The teacher, whole on each rank or in shards."""
+    section = config.teacher
+    if section is None:
+        return None
+    dtype = DTYPES[section.dtype or config.training.dtype]
+    if section.placement == "replicate":
+        return ModelTeacher(load_model(section, dtype).to(processes.device))
+    if config.student.from_teacher is not None:
+        raise UserError("student.from_teacher: no student can be cut from a sharded teacher; use placement: replicate")
+    with loading_in_shards(dtype):
+        model = load_model(section, dtype)
+    model.requires_grad_(False)
+    model.synced = processes.world > 1
+    model.head.gather = gather_parameters
+    return ModelTeacher(model, ShardedModel(model, dtype))
+
+
+def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLanguageModel:
+    """The student, with the parts that train marked."""
+    section = config.student
+    if section.from_teacher is not None:
+        assert teacher is not None
+        settings = dict(section.from_teacher)
+        layers = settings.pop("layers", None)
+        if layers is None or settings:
+            raise UserError("student.from_teacher: takes layers, a number of decoder layers to keep or a list of them")
+        student = keep_layers(teacher.model, layers).float()
+    else:
+        # Masters are float32 in any case; DeepSpeed casts the working copy.
+        student = load_model(section, torch.float32, teacher.processor.tokenizer if teacher is not None else None)
+    missing = [part for part in section.train if part not in student.parts]
+    if missing and "train" in section.model_fields_set:
+        raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
+    student.set_trainable(section.train)
+    if not trained_parameters(student):
+        raise UserError("student.train: nothing is left to train")
+    return student.train()
+
+
+def trained_parameters(model: VisionLanguageModel) -> int:
+    """How many parameters are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,249 @@
+"""DeepSpeed, and the only file that knows of it: processes, ZeRO engines, sharded teachers, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from data.errors import UserError
+from vlm_distill.config import RunConfig
+from vlm_distill.launch import cores, free_port
+
+from .schedule import parameter_groups
+
+SAVED_BY = "engine"
+
+
+class Processes:
+    """The ranks of this run and what they exchange.
+
+    The ranks come from the environment that DeepSpeed's launcher, torchrun or srun made; else it is a single process.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: CUDA asked for where there is none.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        for slurm, ours in (("SLURM_PROCID", "RANK"), ("SLURM_LOCALID", "LOCAL_RANK"), ("SLURM_NTASKS", "WORLD_SIZE")):
+            if slurm in os.environ and "SLURM_STEP_ID" in os.environ:
+                os.environ.setdefault(ours, os.environ[slurm])
+        if "SLURM_STEP_NODELIST" in os.environ:
+            os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+            os.environ.setdefault("MASTER_PORT", "29500")
+        if "RANK" not in os.environ:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone | {"MASTER_PORT": str(free_port())})
+        self.rank = int(os.environ["RANK"])
+        self.world = int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("training.device: cuda was asked for, but PyTorch finds no CUDA device; use cpu or auto")
+        use_cuda = torch.cuda.is_available() and device != "cpu"
+        self.device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(self.device)
+        else:
+            # Oversubscribed threads are many times slower: every rank gets its share of the cores.
+            local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world)
+            torch.set_num_threads(max(1, cores() // local_world))
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if not dist.is_initialized():
+            deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all ranks, in float64."""
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, on every rank, in the order of ranks."""
+        items = [item] * self.world
+        if self.world > 1:
+            dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Engine:
+    """A task under DeepSpeed ZeRO, with AdamW.
+
+    Args:
+        task: what is trained; its ``forward`` is what a step calls.
+        config: the run's.
+        processes: ranks.
+        accumulation: micro-batches in an optimizer step.
+    """
+
+    def __init__(self, task: nn.Module, config: RunConfig, processes: Processes, accumulation: int) -> None:
+        self.task = task
+        self.processes = processes
+        self.stage = config.deepspeed.stage
+        optimizer = torch.optim.AdamW(
+            parameter_groups(task, config.optimizer.weight_decay),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+        )
+        micro = config.training.micro_batch_size or config.training.batch_size // processes.world
+        self._engine, *_ = deepspeed.initialize(
+            model=task,
+            optimizer=optimizer,
+            config=_deepspeed_config(config, micro, accumulation),
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagates one micro-batch's share of the step's loss; DeepSpeed averages over ranks, nothing else."""
+        # A new tensor: at stage 0 DeepSpeed 0.19 divides the gradient of a forward's own output by the accumulation
+        # in spite of scale_wrt_gas=False, because its hook on that tensor was registered first.
+        self._engine.backward(loss * 1.0, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Ends a micro-batch; at the last of an optimizer step, updates with this learning rate.
+
+        Returns:
+            The gradient's norm before clipping, after the last micro-batch; else the norm of the step before.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Writes weights and optimizer of all ranks, and ``state``, into an existing folder."""
+        self._engine.save_checkpoint(str(folder), tag=SAVED_BY, client_state={"run": state}, save_latest=False)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restores what :meth:`save` wrote, and returns its ``state``."""
+        path, client = self._engine.load_checkpoint(str(folder), tag=SAVED_BY)
+        if path is None:
+            raise UserError(f"{folder}: not a checkpoint of this run's ZeRO stage and number of ranks")
+        return client["run"]
+
+    def whole_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """A module's state dict on the CPU, made whole from all ranks' shards; empty on ranks other than the first.
+
+        Collective under ZeRO-3: every rank must call it.
+        """
+        if self.stage < 3:
+            return _cpu_state(module) if self.processes.first else {}
+        state: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                if self.processes.first:
+                    state[name] = tensor.detach().cpu().clone()
+        return state
+
+
+def checkpoint_weights(folder: Path, stage: int) -> dict[str, Tensor]:
+    """The task's whole weights in a checkpoint, float32 where ZeRO kept float32 masters, whatever ranks wrote it."""
+    if stage == 0:
+        # Pickled by DeepSpeed: a checkpoint is trusted like code.
+        saved = torch.load(folder / SAVED_BY / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return saved["module"]
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=SAVED_BY)
+
+
+def _cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+
+
+def _deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
+    """The engine's settings: what the run's own sections say, then whatever the ``deepspeed`` section adds."""
+    extra = dict(config.deepspeed.model_extra or {})
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
+        "zero_optimization": {"stage": config.deepspeed.stage} | extra.pop("zero_optimization", {}),
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.training.dtype == "bf16":
+        if config.deepspeed.stage == 0:
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        else:
+            settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if "fp16" in extra:
+        raise UserError("deepspeed.fp16: fp16 training is not supported; set training.dtype to bf16 or fp32")
+    return settings | extra
+
+
+class ShardedModel:
+    """A frozen model in an inference engine of its own, its parameters sharded over the ranks by ZeRO-3."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._engine, *_ = deepspeed.initialize(model=model, config=_inference_config(dtype))
+        self._engine.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+
+def gather_parameters(parameters: list[nn.Parameter]) -> Any:
+    """Makes sharded parameters whole inside a ``with``; whole ones are left alone."""
+    sharded = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+@contextmanager
+def loading_in_shards(dtype: torch.dtype) -> Iterator[None]:
+    """While it is open, Transformers' ``from_pretrained`` gives each rank its share of the weights alone."""
+    # The object registers itself process-wide for as long as it lives: no other model may load meanwhile.
+    alive = HfDeepSpeedConfig(_inference_config(dtype))
+    try:
+        yield
+    finally:
+        del alive
+
+
+def _inference_config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "steps_per_print": 2**31,
+    }
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of SLURM's compressed list: ``gpu[03-07,12]`` gives ``gpu03``."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]

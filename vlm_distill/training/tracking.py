@@ -1,0 +1,113 @@
+"""What a run tells while it trains: metrics as JSON lines and in TensorBoard, W&B when asked, a bar in the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+_PLAIN_LINES = 20
+
+
+class Tracker:
+    """Writes a run's metrics; on ranks other than the first it does nothing.
+
+    Args:
+        run: the run's folder.
+        steps: optimizer steps of the whole run.
+        start: steps that a checkpoint has already done; later lines of ``metrics.jsonl`` are cut off.
+        first: whether this is the rank that writes.
+        wandb: also log to Weights & Biases.
+        settings: the resolved configuration, for W&B.
+    """
+
+    def __init__(
+        self, run: Path, steps: int, start: int, *, first: bool, wandb: bool, settings: Mapping[str, Any]
+    ) -> None:
+        self.first = first
+        self.steps = steps
+        if not first:
+            return
+        self.console = Console(stderr=True)
+        path = run / "metrics.jsonl"
+        _cut_back(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
+        self._wandb: Any = None
+        if wandb:
+            import wandb as client
+
+            self._wandb = client.init(dir=str(run), name=run.name, config=dict(settings), resume="allow")
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(),
+            TextColumn("·"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(run.name, total=steps, completed=start, values="")
+
+    def __enter__(self) -> Self:
+        if self.first:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.first:
+            self._bar.stop()
+            self._file.close()
+            self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics after ``step`` finished optimizer steps."""
+        if not self.first:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Moves the bar; where there is no terminal, prints a line now and then."""
+        if not self.first:
+            return
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._bar.update(self._task, completed=step, values=text)
+        if self._bar.disable and (step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps):
+            self.console.print(f"step {step}/{self.steps}  {text}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A remark for the person who watches."""
+        if self.first:
+            self.console.print(text, highlight=False)
+
+
+def _cut_back(path: Path, start: int) -> None:
+    """Drops the lines after step ``start``, and a last line that a crash left half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= start:
+            kept.append(line)
+    aside = path.with_suffix(".part")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
