@@ -32,15 +32,9 @@ class Conversation:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def prompt(self) -> Conversation:
-        """The conversation up to its last assistant message, for a model to answer.
-
-        Returns:
-            A conversation that ends with a user message; images that only later messages mention are left out.
-        """
-        end = len(self.messages)
-        if any(m["role"] == "assistant" for m in self.messages):
-            end = max(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
-        messages = self.messages[:end]
+        """The conversation without an assistant message at its end, for a model to answer."""
+        answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        messages = self.messages[:-1] if answered else self.messages
         return replace(self, messages=messages, images=self.images[: count_images(messages)])
 
     @property

@@ -1,4 +1,4 @@
-"""Safe decoding: a path, the bytes of a file or a Pillow image becomes an upright 8-bit RGB image, or a ``BadSample``."""
+"""Safe decoding: a path, the bytes of a file or a Pillow image becomes upright 8-bit RGB, or a ``BadSample``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers: JSON, JSONL and Hugging Face data sets as indexable sources of conversations, and the one converter they use."""
+"""Readers: JSON, JSONL and Hugging Face data sets as indexable sources of conversations, with one converter for all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -40,8 +40,9 @@ def to_conversation(
 ) -> Conversation:
     """One record of any supported layout as a conversation.
 
-    Layouts, recognised by their keys: ``messages``, ``conversations`` or ``conversation`` (lists of ``role``/``content``
-    or ``from``/``value``); ``texts`` (a list of ``user``/``assistant``); ``question`` with ``answer`` or ``answers``.
+    Layouts, recognised by their keys: ``messages``, ``conversations`` or ``conversation`` (lists of ``role`` and
+    ``content`` or ``from`` and ``value``); ``texts`` (a list of ``user`` and ``assistant``, the turns); ``question``
+    with ``answer`` or ``answers``.
     Images stand in ``images`` or ``image`` or in the image parts themselves. ``<image>`` in a string (or in a text part
     where no message has an image part) becomes an image part at its place; the text around it stays exactly as it is.
     Where a record has images and nothing says where they belong, they precede the text of the first user message.
@@ -131,7 +132,7 @@ def _parts(content: Any, explicit: bool, folder: Path) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for part in content:
         if _is_image(part):
-            own = [image for key in ("image", "path", "url", "bytes") for image in _images(part.get(key), folder)]
+            own = [image for key in ("image", "bytes", "path", "url") for image in _images(part.get(key), folder)]
             parts.append({"type": "image", "image": own[0]} if own else {"type": "image"})
         elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
             parts += [{"type": "text", "text": part["text"]}] if explicit else _split(part["text"])
@@ -305,7 +306,7 @@ class JsonlSource(Source):
         return int(self._lines[index])
 
 
-def _spans(file: Any) -> Iterator[tuple[int, int, int]]:
+def _spans(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
     """Number, first byte and length of each line that is not blank."""
     start = 0
     for number, line in enumerate(file, 1):
@@ -488,37 +489,35 @@ def _format(path: Path, given: str, format: str) -> str:
 def _open_dataset(path: Path, given: str, split: str | None, config: str | None) -> Any:
     import datasets  # takes seconds to import; JSON files do without
 
-    if path.is_file():
+    if path.is_file() or (path / "state.json").is_file():
+        if split or config:
+            raise UserError(f"{given} is a single table and has no split or config; leave them out")
+        if path.is_dir():
+            return _loaded(given, lambda: datasets.load_from_disk(str(path)))
         kind = "arrow" if path.suffix.lower() == ".arrow" else "parquet"
         return _loaded(given, lambda: datasets.load_dataset(kind, data_files=str(path), split="train"))
-    if (path / "state.json").is_file():
-        return _loaded(given, lambda: datasets.load_from_disk(str(path)))
     if (path / "dataset_dict.json").is_file():
-        splits = _loaded(given, lambda: datasets.load_from_disk(str(path)))
-        return splits[_choose(given, split, list(splits))]
-    if path.is_dir() and not any(f.suffix in (".parquet", ".arrow") for f in path.rglob("*")):
-        raise UserError(
-            f"folder {given} holds no parquet or arrow file; name a JSON or JSONL file in it if that is meant"
-        )
-    names = _loaded(given, lambda: datasets.get_dataset_split_names(given, config_name=config))
-    return _loaded(given, lambda: datasets.load_dataset(given, name=config, split=_choose(given, split, names)))
+        tables = _loaded(given, lambda: datasets.load_from_disk(str(path)))
+        return tables[_choose(given, split, list(tables))]
+    if path.is_dir() and not any(file.suffix in (".parquet", ".arrow") for file in path.rglob("*")):
+        raise UserError(f"folder {given} holds no parquet or arrow file; for JSON or JSONL, name the file in it")
+    splits = _loaded(given, lambda: datasets.get_dataset_split_names(given, config_name=config))
+    chosen = _choose(given, split, splits)
+    return _loaded(given, lambda: datasets.load_dataset(given, name=config, split=chosen))
 
 
-def _loaded(given: str, load: Any) -> Any:
+def _loaded(given: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except UserError:
-        raise
     except Exception as error:  # the library raises many kinds: no such name, no network, no such configuration
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot open {given} as a local folder or a Hugging Face data set: {reason[:300]}") from None
+        raise UserError(f"cannot open {given} as a local path or a Hugging Face data set: {reason[:300]}") from None
 
 
 def _choose(given: str, split: str | None, splits: list[str]) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
-    # Anything that starts with a split's name may be a slice of it, such as "train[:10%]".
-    if split is None or not any(re.match(rf"{re.escape(known)}(\W|$)", split) for known in splits):
+    if split not in splits:
         problem = "has several splits" if split is None else f"has no split {split!r}"
         raise UserError(f"{given} {problem}; set `split` to one of {', '.join(splits)}")
     return split

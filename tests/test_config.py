@@ -1,5 +1,7 @@
 """Every mistake that a person is likely to make in a configuration ends in one line: what, where, what to do."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -119,3 +121,10 @@ def test_no_such_loss(tmp_path):
 def test_terms_of_one_loss_are_numbered(tmp_path):
     config = load_config(write(tmp_path, {"loss": [{"name": "jsd", "beta": 0.1}, {"name": "jsd", "beta": 0.9}]}))
     assert [term.name for term in build_terms(config)] == ["jsd", "jsd_2"]
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=str)
+def test_shipped_configurations_are_valid(path):
+    config = load_config(path)
+    build_terms(config)
+    split_batch(config, 2)

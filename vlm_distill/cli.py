@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -176,11 +175,38 @@ def losses() -> None:
 
 @app.command()
 def models() -> None:
-    """Lists the kinds of models that a configuration can name."""
-    from vlm_distill.models import available
-
-    for title, entries in available().items():
-        _table(title, entries)
+    """Lists the kinds of models that a configuration can name; docs/models.md has them in full."""
+    _table(
+        "Whole models: student.path, teacher.path",
+        {
+            "a folder": "that this suite exported",
+            "a name or folder of Transformers": "a vision-language model (image-text-to-text) or a causal language model",
+        },
+    )
+    _table(
+        "Vision encoders: vision_encoder.source",
+        {
+            "timm": "any architecture of timm: transformers and convolutional nets",
+            "open_clip": "the visual tower of an open_clip model",
+            "transformers": "CLIP, SigLIP and DINO towers, and other vision models",
+        },
+    )
+    _table(
+        "Projectors: projector.type",
+        {
+            "linear": "one linear layer",
+            "mlp": "linear layers with GELU between them (LLaVA-1.5's has two)",
+            "pixel_shuffle_mlp": "squares of neighbouring patches joined to one token (InternVL)",
+            "resampler": "learned queries that attend to the patches (Perceiver)",
+        },
+    )
+    _table(
+        "Decoders: decoder.name or decoder.config",
+        {"a name or folder": "any causal language model of Transformers", "config": "a new one, by its model_type"},
+    )
+    _table(
+        "Students cut from the teacher: student.from_teacher", {"layers": "decoder layers to keep, a number or a list"}
+    )
 
 
 def _table(title: str, entries: dict[str, str]) -> None:
@@ -189,8 +215,6 @@ def _table(title: str, entries: dict[str, str]) -> None:
         table.add_row(name, what)
     Console().print(table)
 
-
-Command = Callable[..., Any]
 
 if __name__ == "__main__":
     main()

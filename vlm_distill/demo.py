@@ -1,6 +1,7 @@
-"""The demo's data and tokenizer: easy-VQA written in the ordinary formats, so that the demo goes the way of any run.
+"""The demo: a teacher VLM distilled on easy-VQA, compared with learning from the labels alone, scored and reported.
 
-``python -m vlm_distill.demo FOLDER`` writes ``train.jsonl``, ``test.jsonl`` and ``tokenizer/``.
+Its data go the way of any run's: ``python -m vlm_distill.demo FOLDER`` writes easy-VQA as ``train.jsonl`` and
+``test.jsonl`` in LLaVA's layout, and a tokenizer of whole words.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
+from data.sources import open_source
+from vlm_distill.config import load_config
+from vlm_distill.launch import launch
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
+_RUNS = {"TAID": "taid", "cross-entropy": "cross_entropy"}
 _TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<user>{{ message['content'] }}"
@@ -25,6 +32,76 @@ _TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def run(out: Path, nproc: int) -> None:
+    """Distils the demo's student by TAID, trains it again on the labels alone, scores both, and writes the report.
+
+    Args:
+        out: folder of data, runs, exported student and report.
+        nproc: ranks under DeepSpeed's launcher.
+
+    Raises:
+        UserError: the data's package is not installed.
+    """
+    from vlm_distill.evaluation.compare import paired
+    from vlm_distill.evaluation.runner import question_only_baseline, read_predictions, summarise
+    from vlm_distill.export import export_student
+    from vlm_distill.reporting.report import write_report
+
+    console = Console(stderr=True)
+    console.print("[bold]1/4[/] easy-VQA: 5,000 pictures, 48,248 questions")
+    data = prepare(out / "data")
+    configs = configs_folder() / "demo"
+    train, test = data / "train.jsonl", data / "test.jsonl"
+    for number, (label, name) in enumerate(_RUNS.items(), start=2):
+        console.print(f"[bold]{number}/4[/] the student by {label}, {nproc} rank(s) under DeepSpeed's launcher")
+        overrides = [
+            f"student.tokenizer={configs / 'teacher'}",
+            f"data.train.0.path={train}",
+            f"data.eval.0.path={test}",
+            f"output={out / name}",
+        ]
+        if name == "taid":
+            overrides.append(f"teacher.path={configs / 'teacher'}")
+        code = launch("vlm_distill.train", [str(configs / f"{name}.yaml"), *overrides], nproc)
+        if code:
+            raise SystemExit(code)
+
+    console.print("[bold]4/4[/] scores, export, report")
+    config = load_config(configs / "taid.yaml")
+    seen = open_source(str(train), limit=config.data.train[0].limit)
+    baseline = question_only_baseline(seen, open_source(str(test)))
+    evaluated = {label: out / name / "evaluation" / "test" for label, name in _RUNS.items()}
+    answers = {label: read_predictions(folder / "student" / "predictions.jsonl") for label, folder in evaluated.items()}
+    answers["the teacher"] = read_predictions(evaluated["TAID"] / "teacher" / "predictions.jsonl")
+    answers["the question alone"] = baseline
+    table = Table("", "right answers", title="easy-VQA, test split", title_justify="left")
+    for label, predictions in answers.items():
+        table.add_row(label, f"{summarise(predictions)['exact']:.2%}")
+    console.print(table)
+    duel = paired(answers["TAID"], answers["cross-entropy"])
+    console.print(
+        f"TAID − cross-entropy: {100 * duel.difference:+.2f} points "
+        f"(95 % interval {100 * duel.low:+.2f} to {100 * duel.high:+.2f}, paired, by picture)"
+    )
+    student = export_student(out / "taid", out / "student")
+    page = write_report(
+        {label: out / name for label, name in _RUNS.items()},
+        out / "report.html",
+        title="easy-VQA: a teacher, and a student a twelfth its size",
+        baselines={"the question alone": summarise(baseline)},
+    )
+    picture = answers["TAID"][0].image
+    console.print(
+        f"student: {student}\nreport:  {page}\nnow try: vlm-distill ask {student} {picture} 'what shape is present?'"
+    )
+
+
+def configs_folder() -> Path:
+    """Where ``configs/`` is: beside the package in a checkout, under the environment's ``share`` when installed."""
+    beside = Path(__file__).resolve().parent.parent / "configs"
+    return beside if beside.is_dir() else Path(sys.prefix) / "share" / "vlm-distill" / "configs"
 
 
 def prepare(folder: Path) -> Path:

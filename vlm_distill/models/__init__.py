@@ -10,6 +10,7 @@ import torch
 
 from data.errors import UserError
 
+from .common import as_dtype, check_attention, first_line
 from .composed import (
     CONFIG_NAME,
     ComposedProcessor,
@@ -23,7 +24,6 @@ from .composed import (
 )
 from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
 from .pretrained import PretrainedProcessor, PretrainedVLM
-from .settings import as_dtype, check_attention, first_line
 
 __all__ = [
     "Answer",

@@ -13,7 +13,7 @@ from typing import Any
 from data.conversation import message_text
 from data.errors import BadSample
 
-from .settings import first_line
+from .common import first_line
 
 #: Messages and ``add_generation_prompt`` to text.
 Render = Callable[[Sequence[dict[str, Any]], bool], str]

@@ -21,10 +21,10 @@ from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
 from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids
+from .common import as_dtype, check_attention, checkpoint_layers, first_line, read_settings
 from .interface import Outputs, Processor, VisionLanguageModel
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
-from .settings import as_dtype, check_attention, first_line, read_settings
 from .vision_encoders import ImageTransform, VisionEncoder, build_vision_encoder
 
 #: The file that makes a folder one of ours.
@@ -238,8 +238,7 @@ class ComposedVLM(VisionLanguageModel):
         return self.decoder.generate(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], **settings)
 
     def checkpoint_activations(self) -> None:
-        if self.decoder.supports_gradient_checkpointing:
-            self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(self.decoder)
         if self.vision_encoder is not None:
             self.vision_encoder.checkpoint_activations()
 

@@ -16,8 +16,8 @@ from data.conversation import Conversation
 from data.errors import BadSample
 
 from .chat import Span, find_answers, mark_tokens, rendered, special_ids
+from .common import checkpoint_layers, first_line
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
-from .settings import first_line
 
 #: Causal LMs of which Transformers multiplies the logits by ``logits_scaling`` where Granite divides by it.
 MULTIPLIED = ("hyperclovax", "hyperclovax_vision_v2")
@@ -218,7 +218,7 @@ class PretrainedVLM(VisionLanguageModel):
         return self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
 
     def checkpoint_activations(self) -> None:
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(self.model)
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         state = self.state_dict() if state is None else state

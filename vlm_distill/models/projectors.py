@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from data.errors import UserError
 
-from .settings import check_keys, choose, read_settings
+from .common import check_keys, choose, read_settings
 
 
 class Projector(nn.Module, ABC):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 
-from .settings import check_attention, choose, first_line, read_settings
+from .common import check_attention, checkpoint_layers, choose, first_line, read_settings
 
 INTERPOLATION = {
     "nearest": Image.Resampling.NEAREST,
@@ -425,7 +425,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
     return _Tower(
         module=module,
         extract=_last_hidden_state_stretched if stretch else _last_hidden_state,
-        checkpoint=_gradient_checkpointing_enable,
+        checkpoint=checkpoint_layers,
         config=config.to_dict(),
         size=size,
         mean=tuple(s.mean or mean),
@@ -460,11 +460,6 @@ def _last_hidden_state_stretched(module: nn.Module, pixels: Tensor) -> Tensor:
 def _set_grad_checkpointing(module: Any) -> None:
     if hasattr(module, "set_grad_checkpointing"):
         module.set_grad_checkpointing(True)
-
-
-def _gradient_checkpointing_enable(module: Any) -> None:
-    if module.supports_gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 BUILDERS: dict[str, Callable[[VisionEncoderSettings, str | None], _Tower]] = {

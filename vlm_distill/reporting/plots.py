@@ -89,10 +89,12 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, percent: b
             int(percent),
         )
     ]
+    grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
+    number = Markup('<text x="{}" y="{}" dy=".32em" text-anchor="end">{}</text>')
     for tick in y_ticks:
         at = f"{y(tick):.1f}"
-        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(_LEFT, _WIDTH - _RIGHT, at, at))
-        parts.append(Markup('<text x="{}" y="{}" dy=".32em" text-anchor="end">{}</text>').format(_LEFT - 7, at, show(tick)))
+        parts.append(grid.format(_LEFT, _WIDTH - _RIGHT, at, at))
+        parts.append(number.format(_LEFT - 7, at, show(tick)))
     for tick in x_ticks:
         if x.low <= tick <= x.high:
             where = Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
@@ -185,13 +187,8 @@ def duration(seconds: float) -> str:
 
 def size_in_bytes(value: float) -> str:
     """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            break
-        value /= 1024
-    else:
-        unit = "TiB"
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    power = min(4, max(0, int(value).bit_length() - 1) // 10)
+    return f"{value / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def swatch(css: str, label: str) -> Markup:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
+from yaml import YAMLError
 
 from data.errors import BadSample, UserError
 from data.images import load_image
@@ -63,7 +64,7 @@ class Entry:
 
 @dataclass
 class Duel:
-    """Two students on the same questions, with an axis that holds zero and the interval; places are in per cent of it."""
+    """Two students on the same questions, and an axis that holds zero and the interval; places are per cent of it."""
 
     first: Entry
     second: Entry
@@ -171,11 +172,7 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
     """The configuration as flat ``section.key`` to value."""
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}); train again") from None
-    except Exception as error:  # the YAML parser's own errors share no base with OmegaConf's
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
+    except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}); train again") from None
     return dict(_flat(tree))
 
@@ -212,7 +209,7 @@ def environment() -> jinja2.Environment:
 
 def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(data for run in runs for data, _ in run.scores))
-    sections = []
+    sections: list[dict[str, Any]] = []
     for i, data in enumerate(names):
         entries = _entries(runs, data, baselines if i == 0 else {})
         sections.append(

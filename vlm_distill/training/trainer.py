@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.batch import Step
+from data.batch import Problem, Step
 from data.collate import collate, encode_pair
 from data.conversation import ImageSource
 from data.errors import BadSample, UserError
@@ -72,8 +72,9 @@ class Trainer:
         sources = open_sources(config.data.train)
         self.eval_sources = open_sources(config.data.eval)
 
-        torch.manual_seed(config.training.seed)
         self.teacher = load_teacher(config, processes)
+        # After the teacher, so that a student starts from the same weights with and without one.
+        torch.manual_seed(config.training.seed)
         student = load_student(config, self.teacher)
         if self.teacher is not None:
             align_heads(student, self.teacher.model)
@@ -82,16 +83,15 @@ class Trainer:
 
         data = config.data
         self.dataset = StepDataset(
-            sources=sources,
-            mixture=Mixture(
+            Mixture(
                 sources,
                 [section.weight for section in data.train],
                 seed=config.training.seed,
                 batch_size=config.training.batch_size,
                 window=data.length_window,
             ),
-            student=student.processor,
-            teacher=self.teacher.processor if self.teacher is not None else None,
+            student.processor,
+            self.teacher.processor if self.teacher is not None else None,
             rank=processes.rank,
             world=processes.world,
             micro_batch_size=self.micro,
@@ -206,8 +206,7 @@ class Trainer:
     def _record(self, step: Step) -> None:
         gathered = self.processes.gather(step.problems)
         if self.problems is not None:
-            for problem in (p for part in gathered for p in part):
-                self.problems.add(problem)
+            self.problems.add(problem for part in gathered for problem in part)
 
     def _save(self, done: int) -> None:
         # The losses' own state is in the task's state dict, so that it needs no word here.
@@ -262,7 +261,7 @@ class Trainer:
         data, pairs = self.config.data, []
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
             try:
-                conversation = self.dataset.sources[source][row]
+                conversation = self.dataset.mixture.sources[source][row]
                 images = [self._load_image(image) for image in conversation.images]
                 pairs.append(
                     encode_pair(conversation, images, self.student.processor, self.teacher.processor, data.max_length)
@@ -281,21 +280,23 @@ class Trainer:
         return load_image(image, roots=self.dataset.roots, max_pixels=self.config.data.max_pixels)
 
     def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
-        settings = self.config.evaluation
+        """The student's answers to every evaluation source, and at the end of the run the teacher's beside them."""
+        limit = None if final else self.config.evaluation.limit
         for source in self.eval_sources:
-            values = self._answers(self.student, source, "student", None if final else settings.limit, final)
-            seconds = time.time() - self.began
-            tracker.log("eval", done, {"data": source.name, **values, "seconds": seconds})
-            tracker.say(f"step {done}: {source.name}: exact {values['exact']:.2%}, VQA accuracy {values['soft']:.2%}")
-            if final and settings.teacher and self.teacher is not None:
+            values = self._answers(self.student, source, "student", limit, final)
+            if values["n"]:
+                tracker.log("eval", done, {"data": source.name, **values, "seconds": time.time() - self.began})
+            tracker.say(f"step {done}: {source.name}: {_told(values)}")
+            if final and self.config.evaluation.teacher and self.teacher is not None:
                 values = self._answers(self.teacher.model, source, "teacher", None, final)
-                tracker.say(f"teacher: {source.name}: exact {values['exact']:.2%}, VQA accuracy {values['soft']:.2%}")
+                tracker.say(f"teacher: {source.name}: {_told(values)}")
 
     def _answers(
         self, model: VisionLanguageModel, source: Source, who: str, limit: int | None, final: bool
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         processes, settings = self.processes, self.config.evaluation
         began = time.time()
+        skipped: list[Problem] = []
         predictions = evaluate(
             model,
             source,
@@ -307,7 +308,10 @@ class Trainer:
             all_gather=processes.gather,
             out=self.folder / "evaluation" / source.name / who if final else None,
             load=self._load_image,
+            skipped=skipped,
         )
+        if self.problems is not None:
+            self.problems.add(skipped)
         overall = summarise(predictions)
         rate = len(predictions) / max(1e-9, time.time() - began)
         return {"exact": overall["exact"], "soft": overall["soft"], "n": overall["n"], "answers_per_second": rate}
@@ -326,6 +330,8 @@ class Trainer:
 
     def _summarise(self, trained: float) -> None:
         device = self.processes.device
+        counts = self.problems.counts if self.problems is not None else {}
+        problems = {f"{source}: {reason}": number for (source, reason), number in counts.items()}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
         summary = {
             "command": " ".join(sys.argv),
@@ -338,9 +344,15 @@ class Trainer:
             "versions": {p: version(p) for p in ("torch", "transformers", "deepspeed")},
             "parameters": self.parameters,
             "memory": {"peak_bytes": _peak_memory(device)},
-            "problems": self.problems.counts if self.problems is not None else {},
+            "problems": problems,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    if not values["n"]:
+        return "no question could be read; problems.jsonl says why"
+    return f"exact match {values['exact']:.2%}, VQA accuracy {values['soft']:.2%} on {values['n']:,} questions"
 
 
 def _headline(values: Mapping[str, Any]) -> dict[str, float]:

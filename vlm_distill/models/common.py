@@ -1,4 +1,4 @@
-"""Checks the settings that name a model: known keys only, data types by name, attention that is installed."""
+"""Small helpers of all models: settings checked and read, data types by name, attention, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -72,6 +72,14 @@ def check_attention(attn_implementation: str | None) -> None:
                 f"attn_implementation: '{attn_implementation}' needs a CUDA device and the flash-attn package; "
                 "use 'sdpa' or 'eager', or install flash-attn"
             )
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Recompute a Transformers model's layers in the backward, where its class can."""
+    if model.supports_gradient_checkpointing:
+        # Transformers renamed the method within version 5; the first argument is the same.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,177 @@
+"""Samples to micro-batches: both models' encodings of a conversation, aligned token by token, and rows put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .batch import DistillationBatch, Encoded, Processor, Rows
+from .conversation import Conversation
+from .errors import BadSample
+
+
+@dataclass
+class Pair:
+    """One conversation as both models receive it.
+
+    Attributes:
+        student: the student's row.
+        teacher: the teacher's row; ``None`` when training without one.
+        student_tokens: int64 ``[n]``, indices of the supervised tokens in the student's row.
+        teacher_tokens: int64 ``[n]``, indices in the teacher's row of the tokens they are aligned with; the same as
+            ``student_tokens`` without a teacher.
+        distilled: bool ``[n]``; false where student and teacher expect different end tokens.
+    """
+
+    student: Encoded
+    teacher: Encoded | None
+    student_tokens: Tensor
+    teacher_tokens: Tensor
+    distilled: Tensor
+
+
+def encode_pair(
+    conversation: Conversation,
+    images: Sequence[Image.Image],
+    student: Processor,
+    teacher: Processor | None,
+    max_length: int,
+) -> Pair:
+    """A conversation encoded for both models, its supervised tokens aligned.
+
+    The answers' tokens must have the same ids in both. The end tokens after an answer are compared in order: where
+    they differ, or the teacher has fewer, the student's token stays supervised and is not distilled; end tokens that
+    only the teacher has are left out.
+
+    Args:
+        conversation: the sample.
+        images: its images, decoded.
+        student: the student's processor.
+        teacher: the teacher's processor, if there is a teacher.
+        max_length: the most tokens either model may receive, image tokens counted.
+
+    Raises:
+        BadSample: it is too long for one of the models (nothing is ever cut off), has no supervised token or one that
+            no token precedes, or its answers differ between the models.
+    """
+    student_row = _encode("student", student, conversation, images, max_length)
+    if teacher is None:
+        tokens = student_row.supervised.nonzero().flatten()
+        return Pair(student_row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
+    teacher_row = _encode("teacher", teacher, conversation, images, max_length)
+    return Pair(student_row, teacher_row, *_align(student_row, teacher_row))
+
+
+def _encode(
+    role: str, processor: Processor, conversation: Conversation, images: Sequence[Image.Image], max_length: int
+) -> Encoded:
+    row = processor.encode(conversation, images)
+    if len(row.input_ids) > max_length:
+        raise BadSample("too long", f"{len(row.input_ids)} tokens for the {role}, limit {max_length}")
+    if not row.supervised.any():
+        raise BadSample("no supervised token", f"the {role}'s template marks none")
+    if row.supervised[0]:
+        raise BadSample("first token is supervised", f"nothing predicts the {role}'s first token")
+    return row
+
+
+@dataclass
+class _Run:
+    """One answer: places of its tokens and of the end tokens after them."""
+
+    answer: list[int]
+    ends: list[int]
+
+
+def _runs(row: Encoded) -> list[_Run]:
+    """Answers in order. One ends where supervision stops, or where a token that is not an end follows an end."""
+    runs: list[_Run] = []
+    previous = -2
+    ends = row.ends.tolist()
+    for i in row.supervised.nonzero().flatten().tolist():
+        if i != previous + 1 or (runs[-1].ends and not ends[i]):
+            runs.append(_Run([], []))
+        (runs[-1].ends if ends[i] else runs[-1].answer).append(i)
+        previous = i
+    return runs
+
+
+def _align(student: Encoded, teacher: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the student's supervised tokens, the teacher's places beside them, and which are distilled: ``[n]``."""
+    student_runs, teacher_runs = _runs(student), _runs(teacher)
+    if len(student_runs) != len(teacher_runs):
+        raise BadSample(
+            "misaligned", f"{len(student_runs)} answers for the student, {len(teacher_runs)} for the teacher"
+        )
+    student_ids, teacher_ids = student.input_ids.tolist(), teacher.input_ids.tolist()
+    ours: list[int] = []
+    theirs: list[int] = []
+    distilled: list[bool] = []
+    for number, (mine, other) in enumerate(zip(student_runs, teacher_runs, strict=True), 1):
+        my_answer = [student_ids[i] for i in mine.answer]
+        other_answer = [teacher_ids[i] for i in other.answer]
+        if my_answer != other_answer:
+            raise BadSample("misaligned", f"answer {number}: {_difference(my_answer, other_answer)}")
+        # Where the teacher has no token left, its last place stands in; it is not distilled.
+        last = (other.answer + other.ends)[-1]
+        ends = [other.ends[k] if k < len(other.ends) else last for k in range(len(mine.ends))]
+        ours += mine.answer + mine.ends
+        theirs += other.answer + ends
+        distilled += [True] * len(mine.answer)
+        distilled += [
+            k < len(other.ends) and student_ids[i] == teacher_ids[j]
+            for k, (i, j) in enumerate(zip(mine.ends, ends, strict=True))
+        ]
+    return torch.tensor(ours), torch.tensor(theirs), torch.tensor(distilled)
+
+
+def _difference(student: list[int], teacher: list[int]) -> str:
+    for k, (mine, other) in enumerate(zip(student, teacher, strict=False), 1):
+        if mine != other:
+            return f"token {k} is {mine} for the student, {other} for the teacher"
+    return f"{len(student)} tokens for the student, {len(teacher)} for the teacher"
+
+
+def collate(pairs: Sequence[Pair], student: Processor, teacher: Processor | None) -> DistillationBatch:
+    """A micro-batch of any number of samples, none included.
+
+    Where a model has a vision encoder and no sample an image, or where there is no sample, both models get one more row
+    with a blank image and no supervised token: every rank then runs the same modules, and none waits for another.
+
+    Args:
+        pairs: the samples.
+        student: the student's processor.
+        teacher: the teacher's processor, or ``None`` as in the pairs.
+
+    Returns:
+        The batch; ``positions`` are those of the tokens before the supervised ones, ``[N]`` over all rows.
+    """
+    student_rows = [pair.student for pair in pairs]
+    teacher_rows = [pair.teacher for pair in pairs if pair.teacher is not None]
+    if _needs_dummy(student, student_rows) or (teacher is not None and _needs_dummy(teacher, teacher_rows)):
+        student_rows.append(student.dummy())
+        if teacher is not None:
+            teacher_rows.append(teacher.dummy())
+    nothing = torch.empty(0, dtype=torch.int64)
+    return DistillationBatch(
+        student=_rows(student, student_rows, [pair.student_tokens for pair in pairs]),
+        teacher=None if teacher is None else _rows(teacher, teacher_rows, [pair.teacher_tokens for pair in pairs]),
+        targets=torch.cat([nothing, *(pair.student.input_ids[pair.student_tokens] for pair in pairs)]),
+        distilled=torch.cat([nothing.bool(), *(pair.distilled for pair in pairs)]),
+        samples=len(pairs),
+    )
+
+
+def _needs_dummy(processor: Processor, rows: list[Encoded]) -> bool:
+    return not rows or (processor.has_vision and not any(row.images for row in rows))
+
+
+def _rows(processor: Processor, rows: list[Encoded], tokens: list[Tensor]) -> Rows:
+    inputs = processor.collate(rows)
+    length = inputs["input_ids"].shape[1]
+    positions = [row * length + places - 1 for row, places in enumerate(tokens)]
+    return Rows(inputs, torch.cat([torch.empty(0, dtype=torch.int64), *positions]))

@@ -1,0 +1,259 @@
+"""Whole optimizer steps for one rank, made ahead by worker processes, and the record of the samples left out."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from .batch import DistillationBatch, Problem, Processor, Rows, Step
+from .collate import Pair, collate, encode_pair
+from .conversation import Conversation
+from .errors import BadSample, UserError
+from .images import MAX_PIXELS, load_image
+from .mixture import Mixture
+
+
+class StepDataset(Dataset[Step]):
+    """One rank's share of each optimizer step, by the step's number.
+
+    The rows of a step are dealt in micro-batches: the ``a``-th of rank ``r`` is number ``g = a · world + r`` of the
+    step and holds rows ``g · micro_batch_size`` and following. So 1 rank × 4 micro-batches and 2 × 2 are the same ones.
+
+    Args:
+        mixture: the order of rows.
+        student: the student's processor.
+        teacher: the teacher's processor, or ``None`` to train without one.
+        max_length: the most tokens either model may receive; longer samples are bad samples, never cut.
+        rank: this process, from 0.
+        world: number of processes.
+        micro_batch_size: rows in a micro-batch.
+        accumulation: micro-batches of each rank in a step.
+        roots: when given, folders outside of which no image is read.
+        max_pixels: the largest image.
+        on_bad: what a bad sample does: ``skip`` leaves its micro-batch smaller, ``fail`` ends the training.
+        keep_samples: put conversations and decoded images into the steps, to look at them.
+
+    Raises:
+        UserError: the mixture's batch size is not ``micro_batch_size × accumulation × world``; on access, with
+            ``fail``, a bad sample.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        student: Processor,
+        teacher: Processor | None,
+        *,
+        max_length: int,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch_size: int,
+        accumulation: int = 1,
+        roots: Sequence[Path] = (),
+        max_pixels: int = MAX_PIXELS,
+        on_bad: Literal["skip", "fail"] = "skip",
+        keep_samples: bool = False,
+    ) -> None:
+        if mixture.batch_size != micro_batch_size * accumulation * world:
+            raise UserError(
+                f"batch size {mixture.batch_size} is not {micro_batch_size} (micro-batch) x {accumulation} "
+                f"(accumulation) x {world} (ranks) = {micro_batch_size * accumulation * world}; change one of them"
+            )
+        self.mixture = mixture
+        self.student = student
+        self.teacher = teacher
+        self.max_length = max_length
+        self.rank = rank
+        self.world = world
+        self.micro_batch_size = micro_batch_size
+        self.accumulation = accumulation
+        self.roots = tuple(roots)
+        self.max_pixels = max_pixels
+        self.on_bad = on_bad
+        self.keep_samples = keep_samples
+
+    def __getitem__(self, index: int) -> Step:
+        rows = self.mixture.rows(index)
+        step = Step(index, [])
+        for a in range(self.accumulation):
+            start = (a * self.world + self.rank) * self.micro_batch_size
+            pairs = []
+            samples = []
+            for source, row in rows[start : start + self.micro_batch_size]:
+                try:
+                    conversation, images, pair = self._read(source, row)
+                except BadSample as bad:
+                    step.problems.append(self._problem(source, row, bad))
+                    continue
+                pairs.append(pair)
+                samples.append((conversation, images))
+                step.tokens += len(pair.student.input_ids)
+            step.batches.append(collate(pairs, self.student, self.teacher))
+            if self.keep_samples:
+                step.samples.append(samples)
+        return step
+
+    def _read(self, source: int, row: int) -> tuple[Conversation, list[Image.Image], Pair]:
+        conversation = self.mixture.sources[source][row]
+        images = [load_image(i, roots=self.roots, max_pixels=self.max_pixels) for i in conversation.images]
+        return conversation, images, encode_pair(conversation, images, self.student, self.teacher, self.max_length)
+
+    def _problem(self, source: int, row: int, bad: BadSample) -> Problem:
+        origin = self.mixture.sources[source]
+        line = origin.line(row)
+        if self.on_bad == "fail":
+            raise UserError(
+                f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or leave bad samples out with skip"
+            )
+        return Problem(origin.name, line, bad.reason, bad.detail)
+
+
+def make_loader(dataset: Dataset[Step], start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Iterator[Step]:
+    """Steps ``start`` to ``stop - 1`` in order, the same for any number of workers.
+
+    Args:
+        dataset: gives a step by its number.
+        start: the first step.
+        stop: the step after the last; through all epochs, so that workers start once for a training.
+        workers: processes that make steps ahead; with 0 they are made here, when asked for.
+        prefetch: steps each worker makes ahead.
+
+    Yields:
+        The steps, in pinned memory where there is a CUDA device.
+
+    Raises:
+        UserError: as the dataset raises it, when its step's turn comes.
+    """
+    if workers:
+        _allow_many_open_files()
+    loader: DataLoader[_Delivery] = DataLoader(
+        _Deliveries(dataset),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_start_worker,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for delivery in loader:
+        if isinstance(delivery.content, str):
+            raise UserError(delivery.content)
+        yield delivery.content
+
+
+@dataclass
+class _Delivery:
+    """A step, or the message of the mistake in its way: an exception would arrive wrapped in a traceback."""
+
+    content: Step | str
+
+    def pin_memory(self) -> _Delivery:
+        """What DataLoader calls, in this process, on what its workers send."""
+        if isinstance(self.content, str):
+            return self
+        return _Delivery(replace(self.content, batches=[_pinned(batch) for batch in self.content.batches]))
+
+
+def _pinned(batch: DistillationBatch) -> DistillationBatch:
+    def pin(rows: Rows) -> Rows:
+        return Rows(rows.inputs.pin_memory(), rows.positions.pin_memory())
+
+    return DistillationBatch(
+        pin(batch.student),
+        batch.teacher and pin(batch.teacher),
+        batch.targets.pin_memory(),
+        batch.distilled.pin_memory(),
+        batch.samples,
+    )
+
+
+class _Deliveries(Dataset[_Delivery]):
+    def __init__(self, steps: Dataset[Step]) -> None:
+        self.steps = steps
+
+    def __getitem__(self, index: int) -> _Delivery:
+        try:
+            return _Delivery(self.steps[index])
+        except UserError as error:
+            return _Delivery(str(error))
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _start_worker(_: int) -> None:
+    # The terminal and the launcher signal the whole process group. The training decides when to stop, and goes on
+    # reading until it has written its checkpoint.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _allow_many_open_files() -> None:
+    # Each tensor that a worker sends takes an open file here until it is freed; a thousand, the usual limit, is soon
+    # reached with many micro-batches in a step.
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class ProblemLog:
+    """Counts the samples that were left out and writes each of them once, whatever the number of epochs.
+
+    A file that is there already is read first and continued, for a training that is resumed.
+
+    Args:
+        path: a JSONL file with ``source``, ``line``, ``reason`` and ``detail``; ``None`` only counts.
+
+    Attributes:
+        counts: distinct samples by (source, reason).
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._seen: set[tuple[str, int]] = set()
+        if path is not None and path.exists():
+            whole, newline, _ = path.read_bytes().rpartition(b"\n")
+            # What a killed process left of its last line goes.
+            path.write_bytes(whole + newline)
+            for line in whole.splitlines():
+                self._note(Problem(**json.loads(line)))
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        """Notes the problems of a step, of one rank or of all."""
+        new = [problem for problem in problems if self._note(problem)]
+        if new and self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in new)
+
+    def _note(self, problem: Problem) -> bool:
+        place = (problem.source, problem.line)
+        if place in self._seen:
+            return False
+        self._seen.add(place)
+        self.counts[problem.source, problem.reason] += 1
+        return True
+
+    def summary(self) -> str:
+        """One line, commonest first: ``3 samples left out: chat: too long (2), chat: image not found (1)``."""
+        if not self.counts:
+            return "no samples left out"
+        total = self.counts.total()
+        parts = (f"{source}: {reason} ({number})" for (source, reason), number in self.counts.most_common())
+        return f"{total} sample{'' if total == 1 else 's'} left out: {', '.join(parts)}"

@@ -1,0 +1,196 @@
+"""The report holds what the run folders hold, escapes it, and asks the network for nothing."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from data.errors import UserError
+from vlm_distill.evaluation.runner import read_predictions, write_predictions
+from vlm_distill.reporting.report import _gallery, load_run, write_report
+
+VOID = {"meta", "img", "br", "line", "circle", "polyline", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects headings, links and scripts, and checks that tags close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.addresses, self.alts, self.scripts = [], [], [], [], 0
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.addresses += [attrs[name] for name in ("src", "href", "action", "data") if name in attrs]
+        if tag == "img":
+            self.alts.append(attrs.get("alt"))
+        self.scripts += tag == "script"
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+
+    def handle_endtag(self, tag):
+        if tag not in VOID and tag not in ("html", "head", "body"):
+            while self.open[-1] in ("html", "head", "body") and self.open[-1] != tag:
+                raise AssertionError(f"</{tag}> without its start")
+            assert self.open.pop() == tag
+        elif tag in ("html", "head", "body"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] += data
+
+
+def read(path):
+    return Page(path.read_text("utf-8"))
+
+
+def test_one_run_has_every_section(make_run):
+    path = write_report([make_run()])
+    assert path.name == "report.html"
+    assert path.parent.name == "taid"
+    page = read(path)
+    for heading in ("Scores on test", "By question type", "Curves", "Gallery", "Speed and memory", "Configuration"):
+        assert heading in page.headings
+    assert "On the same questions" not in page.headings
+    assert "5.0 %" in page.text  # the student's share of the teacher's parameters
+    assert "812.0 MiB" in page.text
+    assert "train: image not found" in page.text
+    assert page.alts
+    assert all(page.alts)
+
+
+def test_runs_stand_side_by_side_and_are_compared(make_run):
+    runs = [make_run("taid"), make_run("ce", taid=False, accuracy=0.6, seed=3)]
+    path = write_report(runs, baselines={"Question only": {"n": 40, "exact": 0.5, "soft": 0.5}})
+    assert path == runs[0].parent / "report.html"
+    page = read(path)
+    assert "On the same questions" in page.headings
+    assert "Where the runs differ" in page.headings
+    assert "Question only" in page.text
+    assert "drawn by picture (10)" in re.sub(r"\s+", " ", page.text)
+    assert page.text.count("taid.t_start") == 1  # in the table of differences
+    assert any(heading.startswith("Students differ") for heading in page.headings)
+
+
+def test_names_may_be_given_and_equal_folder_names_are_told_apart(make_run, tmp_path):
+    first, second = make_run("a/student"), make_run("b/student", seed=2)
+    assert "b/student" in read(write_report([first, second], tmp_path / "out.html")).text
+    page = read(write_report({"Ours": first, "Theirs": second}, tmp_path / "out.html"))
+    assert "Ours" in page.text
+    assert "Theirs" in page.text
+
+
+def test_nothing_comes_from_outside(make_run):
+    run = make_run()
+    text = write_report([run]).read_text("utf-8")
+    assert all(address.startswith("data:image/") for address in Page(text).addresses)
+    assert not re.search(r"(?i)https?://|url\(|@import|\bfetch\(", text)
+    assert len(text) < 500_000
+
+
+def test_text_from_outside_is_escaped(make_run, questions):
+    evil = "<script>alert(1)</script>"
+    run = make_run(f"{evil.replace('/', '')}")
+    folder = run / "evaluation" / "test" / "student"
+    predictions = read_predictions(folder / "predictions.jsonl")
+    changed = [
+        type(p)(**{**p.__dict__, "question": evil, "references": [evil], "answer": evil, "question_type": evil})
+        for p in predictions
+    ]
+    write_predictions(folder, changed)
+    write_predictions(run / "evaluation" / "test" / "teacher", changed)
+    with (run / "config.yaml").open("a") as file:
+        file.write(f'note: "{evil}"\n')
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"command": evil, "device": evil, "problems": {evil: 1}, "versions": {evil: evil}, "started": evil}
+    summary["speed"] = {evil: evil}
+    (run / "summary.json").write_text(json.dumps(summary))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "eval", "step": 60, "data": evil, "exact": 0.5, "seconds": 7}) + "\n")
+    metrics = (run / "metrics.jsonl").read_text().replace("taid/t", f'taid/{evil}"')
+    (run / "metrics.jsonl").write_text(metrics.replace(f'{evil}"":', f'{evil}":'))
+    page = read(write_report([run], title=evil))
+    assert page.scripts == 1  # our own
+    assert page.text.count("alert(1)") > 10  # and all of that is text
+
+
+def test_what_is_missing_is_left_out(make_run):
+    alone = read(write_report([make_run("alone", teacher=None, taid=False)]))
+    assert "Teacher" not in alone.text
+    assert "Problems in the data" not in alone.headings
+
+    unscored = make_run("unscored", evaluations=0)
+    page = read(write_report([unscored]))
+    assert "Curves" in page.headings
+    assert not any(h.startswith(("Scores", "Gallery")) for h in page.headings)
+
+    (unscored / "summary.json").unlink()
+    (unscored / "metrics.jsonl").unlink()
+    page = read(write_report([unscored]))
+    assert page.headings == ["Distillation report", "Configuration", "How to repeat it"]
+
+
+def test_a_missing_picture_is_said_not_fatal(make_run, questions):
+    run = make_run()
+    for _, _, path, _ in questions:
+        open(path, "wb").close()
+    assert "no picture file" in read(write_report([run])).text
+
+
+def test_gallery_groups_hold_every_question_once(make_run):
+    runs = [load_run(make_run("taid"), "taid", "c0"), load_run(make_run("ce", accuracy=0.6, seed=3), "ce", "c1")]
+
+    class Entry:
+        def __init__(self, role, predictions):
+            self.role, self.predictions = role, predictions
+
+    entries = [Entry("teacher", runs[0].predictions["test", "teacher"])]
+    entries += [Entry("student", run.predictions["test", "student"]) for run in runs]
+    groups = _gallery(entries)
+    assert sum(g["count"] for g in groups) == 40
+    for group in groups:
+        assert len(group["cards"]) <= 6
+        for card in group["cards"]:
+            teacher, first, second = (p.exact > 0 for _, p in card)
+            assert len({p.index for _, p in card}) == 1
+            if group["name"] == "Students differ":
+                assert first != second
+            if group["name"] == "Teacher right, student wrong":
+                assert (teacher, first, second) == (True, False, False)
+
+
+def test_a_half_written_last_line_is_forgiven_and_others_are_named(make_run):
+    run = make_run()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    write_report([run])
+    path = run / "metrics.jsonl"
+    path.write_text("{broken\n" + path.read_text())
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 1: "):
+        write_report([run])
+
+
+@pytest.mark.parametrize("content", ["a: [1", "a: b: c", "\t- x"])
+def test_a_damaged_configuration_is_named(make_run, content):
+    run = make_run()
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml") as error:
+        write_report([run])
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a run folder") as error:
+        write_report([tmp_path])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no run given"):
+        write_report([])
