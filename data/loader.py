@@ -22,6 +22,8 @@ from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
 from .mixture import Mixture
 
+MANY_FILES = 65_536
+
 
 class StepDataset(Dataset[Step]):
     """One rank's share of each optimizer step, by the step's number.
@@ -145,6 +147,8 @@ def make_loader(dataset: Dataset[Step], start: int, stop: int, workers: int = 0,
         worker_init_fn=_start_worker,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
+        # A loader draws a seed when it starts; the training's random numbers are not its to take.
+        generator=torch.Generator(),
     )
     for delivery in loader:
         if isinstance(delivery.content, str):
@@ -204,11 +208,13 @@ def _start_worker(_: int) -> None:
 def _allow_many_open_files() -> None:
     # Each tensor that a worker sends takes an open file here until it is freed; a thousand, the usual limit, is soon
     # reached with many micro-batches in a step.
-    if sys.platform != "win32":
+    if sys.platform == "linux":
         import resource
 
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class ProblemLog:
@@ -240,7 +246,7 @@ class ProblemLog:
         if new and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in new)
+                file.writelines(json.dumps(asdict(problem)) + "\n" for problem in new)
 
     def _note(self, problem: Problem) -> bool:
         place = (problem.source, problem.line)

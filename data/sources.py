@@ -67,7 +67,7 @@ def to_conversation(
     messages = [{"role": role, "content": _parts(content, explicit, images)} for role, content in turns]
     _check_order([role for role, _ in turns], answers_required)
     placed = _place(messages, _images(record.get("images"), images) or _images(record.get("image"), images))
-    _check_not_empty(messages)
+    _check_texts(messages)
     return Conversation(tuple(messages), tuple(placed), source, line, _metadata(record))
 
 
@@ -201,8 +201,12 @@ def _check_order(roles: list[str], answers_required: bool) -> None:
         raise BadSample("no assistant answer", f"roles: {', '.join(roles)}")
 
 
-def _check_not_empty(messages: list[dict[str, Any]]) -> None:
+def _check_texts(messages: list[dict[str, Any]]) -> None:
     for number, message in enumerate(messages, 1):
+        try:
+            message_text(message).encode()
+        except UnicodeEncodeError as error:  # half of an escaped emoji, say: JSON lets it pass, tokenizers do not
+            raise BadSample("invalid Unicode", f"message {number}: {error}") from None
         has_image = any(part["type"] == "image" for part in message["content"])
         if message["role"] == "assistant" and not message_text(message):
             raise BadSample("empty answer", f"message {number}")

@@ -180,7 +180,7 @@ def models() -> None:
         "Whole models: student.path, teacher.path",
         {
             "a folder": "that this suite exported",
-            "a name or folder of Transformers": "a vision-language model (image-text-to-text) or a causal language model",
+            "a name or folder of Transformers": "an image-text-to-text model or a causal language model",
         },
     )
     _table(
@@ -205,7 +205,7 @@ def models() -> None:
         {"a name or folder": "any causal language model of Transformers", "config": "a new one, by its model_type"},
     )
     _table(
-        "Students cut from the teacher: student.from_teacher", {"layers": "decoder layers to keep, a number or a list"}
+        "Students cut from the teacher: student.from_teacher", {"layers": "decoder layers to keep: how many, or which"}
     )
 
 

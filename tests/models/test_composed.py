@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -292,6 +293,23 @@ def test_seeded_building_repeats(settings, tokenizer):
         return build_vlm(settings, tokenizer).state_dict()
 
     assert all(torch.equal(a, b) for a, b in zip(built().values(), built().values(), strict=True))
+
+
+def test_parts_are_whole_while_zero3_loading_is_on(settings, tokenizer, monkeypatch):
+    """Transformers would make empty parameters, which can be neither measured nor filled; afterwards it is on again."""
+    from transformers.integrations import deepspeed as integration
+
+    class Zero3:
+        config: dict = {}  # noqa: RUF012
+
+        def is_zero3(self):
+            return True
+
+    alive = Zero3()
+    monkeypatch.setattr(integration, "_hf_deepspeed_config_weak_ref", weakref.ref(alive))
+    model = build_vlm(settings, tokenizer)
+    assert integration.is_deepspeed_zero3_enabled()
+    assert all(p.numel() for p in model.parameters())
 
 
 def test_processors_travel_to_worker_processes(model, batch):

@@ -153,6 +153,28 @@ def test_pretrained_tower_of_a_whole_clip_model(tmp_path):
     assert again.state_dict().keys() == encoder.state_dict().keys()
 
 
+def test_pretrained_tower_of_a_whole_open_clip_model(tmp_path):
+    import json
+
+    import open_clip
+    from safetensors.torch import save_file
+
+    model = TOWERS["open_clip"]["config"] | {"text_cfg": {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1}}
+    model["vision_cfg"] = model["vision_cfg"] | {"image_size": 28}
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.3] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    name = f"local-dir:{tmp_path}"
+    whole = open_clip.create_model(name, load_weights=False)
+    save_file(whole.state_dict(), tmp_path / "open_clip_model.safetensors")
+    encoder = build_vision_encoder({"source": "open_clip", "name": name, "pretrained": True, "layer": -2})
+    assert torch.equal(encoder.tower.conv1.weight, whole.visual.conv1.weight)
+    assert encoder.mean == (0.4,) * 3
+    again = build_vision_encoder(encoder.settings | {"name": None})
+    again.load_state_dict(encoder.state_dict())
+    pixels = torch.randn(1, 3, 28, 28)
+    assert torch.equal(again.eval()(pixels), encoder.eval()(pixels))
+
+
 # Nets without running statistics, so that ranks agree; a small and a larger one for 64×64.
 CONVNEXT = {"source": "timm", "name": "convnext_atto", "image_size": 64}
 SMALL = CONVNEXT | {"config": {"depths": [1, 1, 2, 1], "dims": [16, 32, 64, 96], "patch_size": 2}, "layer": -2}

@@ -86,4 +86,4 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True, warn_only=True)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[-1]))

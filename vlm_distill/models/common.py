@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +73,22 @@ def check_attention(attn_implementation: str | None) -> None:
                 f"attn_implementation: '{attn_implementation}' needs a CUDA device and the flash-attn package; "
                 "use 'sdpa' or 'eager', or install flash-attn"
             )
+
+
+@contextmanager
+def built_whole() -> Iterator[None]:
+    """Inside, Transformers makes whole parameters even while ZeRO-3 loading is on (``HfDeepSpeedConfig`` alive).
+
+    A part that is measured or filled by us must be whole; the engine shards it afterwards.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = reference
 
 
 def checkpoint_layers(model: Any) -> None:

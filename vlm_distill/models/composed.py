@@ -21,7 +21,7 @@ from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
 from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids
-from .common import as_dtype, check_attention, checkpoint_layers, first_line, read_settings
+from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
 from .interface import Outputs, Processor, VisionLanguageModel
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
@@ -377,6 +377,7 @@ def _assemble(
     return ComposedVLM(decoder, processor, encoder, module, projector)
 
 
+@built_whole()
 def _new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping[str, Any]) -> Any:
     options = dict(settings)
     if "model_type" not in options:

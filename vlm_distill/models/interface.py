@@ -186,6 +186,9 @@ class VisionLanguageModel(nn.Module, ABC):
             max_new_tokens: longest answer.
         """
         encoded = [self._encode_prompt(*prompt) for prompt in prompts]
+        if self.synced and self.processor.has_vision and not any(sample.images for sample in encoded):
+            # Sharded parameters are gathered by all ranks together: the vision encoder must run here as it does there.
+            encoded.append(self.processor.dummy())
         parameter = next(self.parameters())
         inputs = self.processor.collate(encoded, padding_side="left").to(parameter.device, self.dtype)
         record = _GreedyLogprobs()
@@ -206,8 +209,9 @@ class VisionLanguageModel(nn.Module, ABC):
         finally:
             self.train(training)
         steps = min(new.shape[1], len(record.columns))
-        logprobs = torch.stack(record.columns[:steps], 1).tolist() if steps else [[] for _ in prompts]
-        return [self._answer(ids[:steps], row) for ids, row in zip(new.tolist(), logprobs, strict=True)]
+        logprobs = torch.stack(record.columns[:steps], 1).tolist() if steps else [[] for _ in encoded]
+        rows = zip(new.tolist(), logprobs, strict=True)
+        return [self._answer(ids[:steps], row) for ids, row in rows][: len(prompts)]
 
     def _encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         # Only an answer at the very end is left out: after a question the earlier answers are its history.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 
-from .common import check_attention, checkpoint_layers, choose, first_line, read_settings
+from .common import built_whole, check_attention, checkpoint_layers, choose, first_line, read_settings
 
 INTERPOLATION = {
     "nearest": Image.Resampling.NEAREST,
@@ -216,6 +216,7 @@ class _Tower:
     channels_last: bool = False
 
 
+@built_whole()
 def build_vision_encoder(settings: Mapping[str, Any], attn_implementation: str | None = None) -> VisionEncoder:
     """The vision encoder that ``settings`` name (see :class:`VisionEncoderSettings`), in float32.
 

@@ -57,7 +57,7 @@ class Processes:
         self.device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(self.device)
-        else:
+        elif "OMP_NUM_THREADS" not in os.environ:
             # Oversubscribed threads are many times slower: every rank gets its share of the cores.
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world)
             torch.set_num_threads(max(1, cores() // local_world))

@@ -1,0 +1,91 @@
+"""Tiny processors and JSONL files for the tests of the data package."""
+
+import json
+
+import pytest
+import torch
+
+from data.batch import Encoded, ModelInputs
+from data.errors import BadSample
+from data.sources import JsonlSource
+
+USER, ASSISTANT, IMAGE, END = 1, 2, 3, 4
+
+
+class CharacterProcessor:
+    """One token a character, a mark before each message, end tokens after each answer, some tokens an image."""
+
+    def __init__(self, *, ends=(END,), image_tokens=2, has_vision=True, system=0, spell=ord):
+        self.ends = list(ends)
+        self.image_tokens = image_tokens
+        self.has_vision = has_vision
+        self.system = system
+        self.spell = spell
+
+    def encode(self, conversation, images):
+        if images and not self.has_vision:
+            raise BadSample("images for a text model")
+        tokens = [(9, False, False)] * self.system
+        for message in conversation.messages:
+            answer = message["role"] == "assistant"
+            tokens.append((ASSISTANT if answer else USER, False, False))
+            for part in message["content"]:
+                if part["type"] == "image":
+                    tokens += [(IMAGE, False, False)] * self.image_tokens
+                else:
+                    tokens += [(self.spell(c), answer, False) for c in part["text"]]
+            if answer:
+                tokens += [(end, True, True) for end in self.ends]
+        ids, supervised, ends = zip(*tokens, strict=True)
+        pixels = [torch.tensor([float(sum(image.getpixel((0, 0))))]) for image in images]
+        return Encoded(
+            torch.tensor(ids),
+            torch.tensor(supervised),
+            torch.tensor(ends),
+            images=len(images),
+            tensors={"pixel_values": torch.stack(pixels)} if pixels else {},
+        )
+
+    def dummy(self):
+        nothing = torch.zeros(2, dtype=torch.bool)
+        tensors = {"pixel_values": torch.zeros(1, 1)} if self.has_vision else {}
+        return Encoded(torch.tensor([IMAGE, IMAGE]), nothing, nothing, images=int(self.has_vision), tensors=tensors)
+
+    def collate(self, samples):
+        longest = max(len(s.input_ids) for s in samples)
+        ids = torch.zeros(len(samples), longest, dtype=torch.int64)
+        for row, sample in zip(ids, samples, strict=True):
+            row[: len(sample.input_ids)] = sample.input_ids
+        inputs = ModelInputs(input_ids=ids)
+        pixels = [s.tensors["pixel_values"] for s in samples if "pixel_values" in s.tensors]
+        if pixels:
+            inputs["pixel_values"] = torch.cat(pixels)
+        return inputs
+
+
+@pytest.fixture
+def processor():
+    """Makes a processor."""
+    return CharacterProcessor
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Writes records (or raw bytes) as lines and opens the file as a source."""
+
+    def write(records, name="train"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records))
+        return JsonlSource(path, name, tmp_path)
+
+    return write
+
+
+@pytest.fixture
+def questions(write_jsonl):
+    """A source of ``n`` text rows of growing length; row ``i`` answers ``str(i)``."""
+
+    def make(n, name="train", length=lambda i: 1):
+        return write_jsonl([{"question": "?" * length(i), "answer": str(i)} for i in range(n)], name)
+
+    return make

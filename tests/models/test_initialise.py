@@ -1,0 +1,143 @@
+"""Students cut from teachers: the right layers, a teacher left alone, a cache that works."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data.errors import UserError
+from vlm_distill.models import PretrainedVLM, build_vlm, load_vlm
+from vlm_distill.models.initialise import count_parameters, keep_layers, spaced_layers
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "layers"),
+    [(1, 4, [0]), (2, 4, [0, 3]), (4, 4, [0, 1, 2, 3]), (3, 5, [0, 2, 4]), (5, 12, [0, 3, 6, 8, 11])],
+)
+def test_layers_are_evenly_spaced_with_both_ends(count, total, layers):
+    assert spaced_layers(count, total) == layers
+
+
+@pytest.fixture
+def teacher(settings, tokenizer):
+    torch.manual_seed(0)
+    return build_vlm(settings, tokenizer).eval()
+
+
+def test_the_student_has_the_teachers_layers_and_the_teacher_keeps_them(teacher):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    student = keep_layers(teacher, [0, 2])
+    assert len(teacher.decoder.model.layers) == teacher.decoder.config.num_hidden_layers == 4
+    assert len(student.decoder.model.layers) == student.decoder.config.num_hidden_layers == 2
+    old, new = teacher.decoder.model.layers, student.decoder.model.layers
+    for mine, its in ((0, 0), (1, 2)):
+        for a, b in zip(new[mine].parameters(), old[its].parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert [layer.self_attn.layer_idx for layer in old] == [0, 1, 2, 3]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_the_student_equals_the_teacher_with_its_layers_skipped(teacher, talk, picture):
+    student = keep_layers(teacher, [0, 3])
+    inputs = teacher.processor.collate([teacher.processor.encode(talk([None, "What?"], "red"), [picture()])])
+    positions = torch.arange(inputs["input_ids"].shape[1])
+    hidden = student(inputs, positions).hidden
+    for layer in (1, 2):
+        teacher.decoder.model.layers[layer].forward = lambda hidden_states, **_: hidden_states
+    torch.testing.assert_close(hidden, teacher(inputs, positions).hidden)
+
+
+def test_the_students_cache_head_and_ties_work(teacher, talk, picture, tmp_path):
+    student = keep_layers(teacher, 3)
+    assert student.head._linear is student.decoder.lm_head
+    assert student.decoder.lm_head.weight is student.decoder.get_input_embeddings().weight
+    prompt = (talk([None, "What?"]), [picture()])
+    [answer] = student.generate([prompt], max_new_tokens=5)
+    embeddings, _ = student._embed(student.processor.collate([student.processor.encode(*prompt, generation=True)]))
+    slow = student.decoder.generate(
+        inputs_embeds=embeddings, max_new_tokens=5, do_sample=False, use_cache=False, eos_token_id=2
+    )
+    assert answer.token_ids == slow[0].tolist()
+    student.save_pretrained(tmp_path)
+    again = load_vlm(tmp_path)
+    assert again.generate([prompt], max_new_tokens=5)[0].token_ids == answer.token_ids
+
+
+def test_lists_with_an_entry_a_layer_are_cut_too(tokenizer, talk, tmp_path):
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tiny |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 340, "sliding_window": 4}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **tiny)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    teacher = load_vlm(tmp_path)
+    kinds = teacher.decoder.config.layer_types
+    assert kinds[0] != kinds[1]
+    student = keep_layers(teacher, [0, 1, 3])
+    assert student.decoder.config.layer_types == [kinds[0], kinds[1], kinds[3]]
+    assert teacher.decoder.config.layer_types == kinds
+    prompt = (talk("What colour is the circle?"), [])
+    [answer] = student.generate([prompt], max_new_tokens=6)
+    student.save_pretrained(tmp_path / "student")
+    again = load_vlm(tmp_path / "student")
+    assert again.generate([prompt], max_new_tokens=6)[0].token_ids == answer.token_ids
+    [slow] = student.decoder.generate(
+        student.processor.encode(*prompt, generation=True).input_ids[None],
+        max_new_tokens=6,
+        do_sample=False,
+        use_cache=False,
+        eos_token_id=2,
+    )[:, -len(answer.token_ids) :].tolist()
+    assert answer.token_ids == slow
+
+
+def test_a_student_of_llava(tmp_path, make_tokenizer, talk, picture):
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tokenizer = make_tokenizer(extra=("<image>",))
+    template = (
+        "{% for m in messages %}{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}"
+        "{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    text |= {"num_attention_heads": 4, "vocab_size": 340, "layer_types": None}
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1)
+    size = {"height": 28, "width": 28}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    teacher = load_vlm(tmp_path)
+    student = keep_layers(teacher, 2)
+    assert isinstance(student, PretrainedVLM)
+    assert len(student.model.get_decoder().layers) == student.model.config.text_config.num_hidden_layers == 2
+    assert student.model.config.vision_config.num_hidden_layers == 4
+    assert len(teacher.model.get_decoder().layers) == 4
+    prompt = (talk([None, "What?"]), [picture()])
+    [answer] = student.generate([prompt], max_new_tokens=4)
+    student.save_pretrained(tmp_path / "student")
+    assert load_vlm(tmp_path / "student").generate([prompt], max_new_tokens=4)[0].token_ids == answer.token_ids
+
+
+@pytest.mark.parametrize("layers", [0, 5, [], [0, 4], [2, 1], [1, 1], [-1]])
+def test_layers_that_are_not_there(teacher, layers):
+    with pytest.raises(UserError, match=r"from_teacher\.layers"):
+        keep_layers(teacher, layers)
+
+
+def test_tied_parameters_count_once(settings, tokenizer):
+    tied = count_parameters(build_vlm(settings, tokenizer))
+    settings["decoder"]["config"]["tie_word_embeddings"] = False
+    untied = count_parameters(build_vlm(settings, tokenizer))
+    assert untied["decoder"] - tied["decoder"] == 330 * 32
+    assert list(tied) == ["vision_encoder", "projector", "decoder"]
+    assert tied["projector"] == (16 * 32 + 32) + (32 * 32 + 32)
