@@ -48,7 +48,9 @@ def test_a_given_image_is_left_alone():
 
 
 def test_alpha_is_composited_on_white():
-    assert pixels(encoded(row((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128), mode="RGBA"))) == [[RED, WHITE, [127] * 3]]
+    assert pixels(encoded(row((255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128), mode="RGBA"))) == [
+        [RED, WHITE, [127] * 3]
+    ]
     assert pixels(encoded(row((0, 255), (0, 0), mode="LA"))) == [[[0] * 3, WHITE]]
     assert pixels(row((0, 255), (0, 0), mode="La")) == [[[0] * 3, WHITE]]
 
@@ -178,7 +180,9 @@ def test_what_is_no_image(tmp_path):
         assert caught.value.detail
 
 
-@pytest.mark.parametrize("url", ["https://x.org/a.png", "file:///etc/passwd", "s3://b/a.png", "data:image/png;base64,AA"])
+@pytest.mark.parametrize(
+    "url", ["https://x.org/a.png", "file:///etc/passwd", "s3://b/a.png", "data:image/png;base64,AA"]
+)
 def test_urls_are_refused(url):
     with pytest.raises(BadSample, match="only local files"):
         load_image(url)
