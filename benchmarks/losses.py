@@ -1,6 +1,7 @@
 """Chunked TAID against full-logit TAID on the CPU: time, peak memory, and the bare matrix products.
 
     python benchmarks/losses.py [--threads 2] [--repeats 5] [--output benchmarks/results/losses_cpu.csv]
+    python benchmarks/losses.py --sweep         chunk sizes instead, at 1024 tokens and a vocabulary of 32k; no CSV
 
 Both sides start from the same hidden states and heads in float32, run forward and backward in one process, and take
 turns. The full-logit side is TAID as its authors' code computes it: whole [tokens, vocabulary] logits of both models,
@@ -55,10 +56,11 @@ class Case:
         self.mask = torch.ones(tokens)
         self.loss = TAID(t_start=T)
 
-    def chunked(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunked(self, chunk_bytes: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         teacher = HiddenTargets(self.teacher_hidden, Head(self.teacher_weight))
         scales = {"loss": 1.0 / len(self.hidden)}
-        sums = fused_linear(self.loss, self.hidden, Head(self.weight), teacher, scales=scales)
+        head = Head(self.weight)
+        sums = fused_linear(self.loss, self.hidden, head, teacher, scales=scales, chunk_bytes=chunk_bytes)
         return torch.autograd.grad(sums.loss, (self.hidden, self.weight))
 
     def full(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,13 +135,30 @@ def measure(tokens: int, vocabulary: int, repeats: int) -> dict[str, float]:
     }
 
 
+def sweep(repeats: int) -> None:
+    """Prints the chunked side's time over the bare products for several chunk sizes."""
+    case = Case(1024, 32_768)
+    sizes = [2**power for power in range(23, 30)]
+    times: dict[int, list[float]] = {0: [], **{size: [] for size in sizes}}
+    for _ in range(repeats + 1):  # the first round is the warm-up
+        for size, taken in times.items():
+            taken.append(seconds(lambda size=size: case.chunked(size)) if size else seconds(case.products))
+    median = {size: statistics.median(taken[1:]) for size, taken in times.items()}
+    for size in sizes:
+        print(f"{size >> 20:4} MiB: {median[size] / median[0]:.2f} times the bare products")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "losses_cpu.csv")
+    parser.add_argument("--sweep", action="store_true", help="compare chunk sizes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.sweep:
+        sweep(options.repeats)
+        return
     results = []
     print(
         "tokens  vocabulary | over bare products: chunked   full | full/chunked: time  memory | peak MiB: chunked  full"

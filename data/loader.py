@@ -115,7 +115,7 @@ class StepDataset(Dataset[Step]):
         line = origin.line(row)
         if self.on_bad == "fail":
             raise UserError(
-                f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or leave bad samples out with skip"
+                f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
             )
         return Problem(origin.name, line, bad.reason, bad.detail)
 

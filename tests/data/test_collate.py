@@ -50,6 +50,7 @@ def test_different_templates_and_the_same_answers(processor):
         ([END], [OTHER_END], [(4, 5, False)]),
         ([END, NEWLINE], [END], [(4, 4, True), (10, 4, False)]),
         ([END, NEWLINE], [OTHER_END, NEWLINE], [(4, 5, False), (10, 10, True)]),
+        ([END, END], [END], [(4, 4, True), (4, 4, False)]),
         ([END], [END, NEWLINE], [(4, 4, True)]),
         ([END], [], [(4, "a", False)]),
         ([], [END], []),

@@ -129,17 +129,18 @@ class Engine:
         # in spite of scale_wrt_gas=False, because its hook on that tensor was registered first.
         self._engine.backward(loss * 1.0, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> float | None:
         """Ends a micro-batch; at the last of an optimizer step, updates with this learning rate.
 
         Returns:
-            The gradient's norm before clipping, after the last micro-batch; else the norm of the step before.
+            The gradient's norm before clipping, after the last micro-batch (else that of the step before); ``None``
+            where DeepSpeed does not tell it, as at stage 0.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return None if norm is None else float(norm)
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)

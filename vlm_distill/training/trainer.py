@@ -159,7 +159,7 @@ class Trainer:
 
         self.engine.train()
         sums: list[dict[str, TermSums]] = []
-        norm = 0.0
+        norm: float | None = None
         for micro in step.batches:
             batch = micro.to(self.processes.device)
             targets = self.teacher.outputs(batch) if self.teacher is not None else None
@@ -176,10 +176,11 @@ class Trainer:
         values: dict[str, Any] = {"loss": sum(t.weight * means[t.name]["loss"] for t in self.terms)}
         for term in self.terms:
             values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
+        if norm is not None:
+            values["grad_norm"] = norm
         seconds = time.time() - began
         return values | {
             "lr": lr,
-            "grad_norm": norm,
             "epoch": (step.index + 1) / self.epoch_steps,
             "samples": int(samples),
             "supervised_tokens": int(supervised),
