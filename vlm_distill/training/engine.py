@@ -24,6 +24,7 @@ from vlm_distill.launch import cores, free_port
 from .schedule import parameter_groups
 
 SAVED_BY = "engine"
+DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
 
 
 class Processes:
@@ -117,7 +118,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=task,
             optimizer=optimizer,
-            config=_deepspeed_config(config, micro, accumulation),
+            config=_deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters())),
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,14 +185,17 @@ def _cpu_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
 
 
-def _deepspeed_config(config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
+def _deepspeed_config(config: RunConfig, micro: int, accumulation: int, parameters: int) -> dict[str, Any]:
     """The engine's settings: what the run's own sections say, then whatever the ``deepspeed`` section adds."""
     extra = dict(config.deepspeed.model_extra or {})
+    # DeepSpeed allocates its buckets whole: two gigabytes each, were a small model not to need less.
+    bucket = min(DEFAULT_BUCKET, parameters)
+    buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": config.deepspeed.stage} | extra.pop("zero_optimization", {}),
+        "zero_optimization": buckets | {"stage": config.deepspeed.stage} | extra.pop("zero_optimization", {}),
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
     }
