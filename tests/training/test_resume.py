@@ -1,0 +1,75 @@
+"""A run that is killed and started again tells the same story, line by line, as one that was never stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import yaml
+
+STEPS = 30
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    return folder, tiny.write_data(folder / "data", text_only=(3, 4), broken=(9,)), tiny.write_teacher(folder / "t")
+
+
+def start(material, name):
+    folder, data, teacher = material
+    out = folder / name
+    plain = tiny.config(
+        out,
+        data,
+        teacher,
+        training__steps=STEPS,
+        training__checkpoint_every=4,
+        deepspeed__stage=2,
+        loss=[{"name": "taid", "t_start": 0.2, "alpha": 0.05, "schedule": "paper"}],
+    )
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vlm_distill.train", str(folder / f"{name}.yaml")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return process, out / "metrics.jsonl"
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-3000:]
+
+
+def story(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def test_killed_and_resumed_equals_uninterrupted(material):
+    process, straight = start(material, "straight")
+    finish(process)
+    assert [line["step"] for line in story(straight)] == list(range(1, STEPS + 1))
+
+    kill_at = random.randint(5, STEPS - 6)
+    process, resumed = start(material, "killed")
+    while not resumed.exists() or resumed.read_text().count("\n") < kill_at:
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process, _ = start(material, "killed")
+    finish(process)
+    assert story(resumed) == story(straight), f"killed after step {kill_at}"
+
+
+def test_a_finished_run_started_again_changes_nothing(material):
+    process, path = start(material, "straight")
+    before = story(path)
+    finish(process)
+    assert story(path) == before
