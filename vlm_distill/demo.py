@@ -89,7 +89,7 @@ def run(out: Path, nproc: int) -> None:
     page = write_report(
         {label: out / name for label, name in _RUNS.items()},
         out / "report.html",
-        title="easy-VQA: a teacher, and a student a twelfth its size",
+        title="easy-VQA: a student distilled by TAID, and one that had the labels alone",
         baselines={"the question alone": summarise(baseline)},
     )
     picture = answers["TAID"][0].image

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="ask this many questions, evenly spaced")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: as saved")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: as saved; fp32 on a CPU")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(given)
     return guarded(lambda: evaluate_files(options))
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate_files(options: argparse.Namespace) -> None:
     """Every data file of the options, answered, scored, written and shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -50,7 +51,9 @@ def evaluate_files(options: argparse.Namespace) -> None:
         raise UserError("--data: two files have one name, so that their scores would overwrite each other; rename one")
     processes = Processes()
     try:
-        model = load_vlm(options.model, dtype=DTYPES[options.dtype] if options.dtype else None)
+        # A CPU gains nothing from 16 bits, and some of its layers refuse them.
+        given = DTYPES[options.dtype] if options.dtype else None
+        model = load_vlm(options.model, dtype=given or (torch.float32 if processes.device.type == "cpu" else None))
         model = model.to(processes.device).eval()
         for source in sources:
             skipped: list[Problem] = []
