@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import scenarios
 
+from vlm_distill.launch import free_port
+
 HERE = Path(__file__).parent
 
 
@@ -21,7 +23,9 @@ def results(tmp_path_factory):
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "support")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     script = str(HERE / "scenarios.py")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29671"]
+    # Not a fixed one: DeepSpeed names shared memory after its port, and what a killed run left would crash this one.
+    port = str(free_port())
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     for command in ([sys.executable, script], [*launcher, script]):
         done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
