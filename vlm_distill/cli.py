@@ -94,6 +94,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or name of a model.", show_default=False)],
     data: Annotated[list[str], typer.Option(help="Questions in any of the readers' formats; may be repeated.")],
     images: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
+    root: Annotated[list[Path] | None, typer.Option(help="Read no image outside this folder; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for predictions and scores.")] = Path("runs/eval"),
     limit: Annotated[int | None, typer.Option(min=1, help="Ask this many questions, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -106,6 +107,8 @@ def evaluate(
     words += ["--max-new-tokens", str(max_new_tokens)]
     for path in data:
         words += ["--data", path]
+    for folder in root or []:
+        words += ["--root", str(folder)]
     for name, value in (("--images", images), ("--limit", limit), ("--dtype", dtype)):
         words += [name, str(value)] if value is not None else []
     raise typer.Exit(launch("vlm_distill.evaluate", words, nproc))

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from data.batch import Problem
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder or name of a model")
     parser.add_argument("--data", action="append", required=True, help="questions; may be repeated")
     parser.add_argument("--images", type=Path, help="folder that image paths are relative to")
+    parser.add_argument("--root", type=Path, action="append", default=[], help="read no image outside; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions and scores")
     parser.add_argument("--limit", type=int, help="ask this many questions, evenly spaced")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -40,10 +42,12 @@ def evaluate_files(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    from data.images import load_image
     from data.sources import open_source
-    from vlm_distill.evaluation.runner import evaluate, summarise
+    from vlm_distill.evaluation.runner import evaluate, in_words, summarise
     from vlm_distill.models import load_vlm
-    from vlm_distill.training.build import DTYPES
     from vlm_distill.training.engine import Processes
 
     sources = [open_source(path, images=options.images) for path in options.data]
@@ -52,9 +56,10 @@ def evaluate_files(options: argparse.Namespace) -> None:
     processes = Processes()
     try:
         # A CPU gains nothing from 16 bits, and some of its layers refuse them.
-        given = DTYPES[options.dtype] if options.dtype else None
-        model = load_vlm(options.model, dtype=given or (torch.float32 if processes.device.type == "cpu" else None))
+        dtype = options.dtype or ("fp32" if processes.device.type == "cpu" else None)
+        model = load_vlm(options.model, dtype=dtype)
         model = model.to(processes.device).eval()
+        empty = []
         for source in sources:
             skipped: list[Problem] = []
             predictions = evaluate(
@@ -67,19 +72,26 @@ def evaluate_files(options: argparse.Namespace) -> None:
                 world=processes.world,
                 all_gather=processes.gather,
                 out=options.out / source.name,
+                load=partial(load_image, roots=options.root),
                 skipped=skipped,
             )
+            if not predictions:
+                empty.append(source.name)
             if not processes.first:
                 continue
-            table = Table("questions", "n", "exact match", "VQA accuracy", title=source.name, title_justify="left")
             scores = summarise(predictions)
-            for name, row in {"all": scores, **scores["by_type"]}.items():
-                table.add_row(name, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
-            Console().print(table)
+            print(f"{source.name}: {in_words(scores)}")
+            if scores["by_type"]:
+                table = Table("questions", "n", "exact match", "VQA accuracy")
+                for name, row in scores["by_type"].items():
+                    table.add_row(name, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
+                Console().print(table)
             if skipped:
                 one = skipped[0]
                 print(f"{len(skipped)} left out, the first: {one.source}, line {one.line}: {one.reason}")
             print(options.out / source.name)
+        if empty:
+            raise UserError(f"{', '.join(empty)}: no question could be read")
     finally:
         processes.close()
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from data.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
@@ -27,11 +23,11 @@ def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
     """
     from vlm_distill.config import load_config
     from vlm_distill.models import load_vlm
+    from vlm_distill.models.common import as_dtype
     from vlm_distill.models.composed import cast_parameters
     from vlm_distill.training import checkpoint
 
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    wanted = as_dtype(dtype)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
     if (run / "student").is_dir():
@@ -50,7 +46,6 @@ def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
         prefix = "student."
         model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
         processes.close()
-    if dtype is not None:
-        cast_parameters(model, DTYPES[dtype])
+    cast_parameters(model, wanted)
     model.save_pretrained(folder)
     return folder

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from PIL import Image
 
 from data.batch import Encoded
 from data.collate import encode_pair
 from data.conversation import Conversation
 from data.errors import BadSample
-from data.images import load_image
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig
 from vlm_distill.models.interface import Processor
 from vlm_distill.reporting.inspect import InspectedModel, InspectedSample
-from vlm_distill.training.build import load_student, load_teacher, open_sources
+from vlm_distill.training.build import image_loader, load_student, load_teacher, open_sources
 from vlm_distill.training.engine import Processes
 
 
@@ -37,7 +33,7 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
         batch_size=count,
         window=0,
     )
-    shown = []
+    load, shown = image_loader(config.data), []
     for source, row in mixture.rows(0):
         title, images = f"{sources[source].name}, row {row + 1}", []
         models: dict[str, InspectedModel] = {}
@@ -45,18 +41,13 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
         try:
             conversation: Conversation = sources[source][row]
             title = f"{conversation.source}, line {conversation.line}"
-            images = [_load(image, config) for image in conversation.images]
+            images = [load(image) for image in conversation.images]
             models = {name: _inspected(p, p.encode(conversation, images)) for name, p in processors.items()}
             encode_pair(conversation, images, processors["student"], processors.get("teacher"), config.data.max_length)
         except BadSample as bad:
             problem = str(bad)
         shown.append(InspectedSample(title=title, images=images, models=models, problem=problem))
     return shown
-
-
-def _load(image: object, config: RunConfig) -> Image.Image:
-    roots = [Path(root) for root in config.data.roots]
-    return load_image(image, roots=roots, max_pixels=config.data.max_pixels)  # type: ignore[arg-type]
 
 
 def _inspected(processor: Processor, sample: Encoded) -> InspectedModel:

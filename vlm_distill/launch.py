@@ -6,11 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from data.errors import UserError
 
 MISTAKE = 2
+# Seconds. A launcher stops all ranks within this time of the first that fails.
+_OTHERS_ARE_STOPPED = 3
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
@@ -21,7 +24,12 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         arguments: its command line.
         nproc: processes on this machine; one a GPU.
     """
+    import torch
+
     environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    if not torch.cuda.is_available():
+        # Else DeepSpeed looks for accelerators, and warns in every process that it found none.
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     if nproc == 1:
         command = [sys.executable, "-m", module, *arguments]
@@ -38,6 +46,9 @@ def guarded(command: Callable[[], object]) -> int:
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
+        if where:
+            # Most mistakes are every rank's: the first tells it, and stops the others before they say it again.
+            time.sleep(_OTHERS_ARE_STOPPED)
         print(f"vlm-distill{where}: {mistake}", file=sys.stderr, flush=True)
         return MISTAKE
     return 0

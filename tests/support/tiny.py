@@ -8,11 +8,26 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from vlm_distill import models
 from vlm_distill.demo import make_tokenizer
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 WORDS = ["what", "color", "is", "it", "say", "no", "yes", "?", *COLOURS]
 
 
@@ -69,12 +84,55 @@ def write_teacher(folder: Path) -> Path:
     """An untrained teacher whose logits are far from flat."""
     torch.manual_seed(7)
     model = models.build_vlm(settings(width=24, layers=3), tokenizer=make_tokenizer(WORDS))
-    with torch.no_grad():
-        for parameter in model.decoder.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
+    _sharpen(model.decoder)
     model.save_pretrained(folder)
     return folder
+
+
+def write_language_model(folder: Path) -> Path:
+    """An untrained teacher that reads text alone."""
+    torch.manual_seed(8)
+    model = models.build_vlm({"decoder": settings(width=24)["decoder"]}, tokenizer=make_tokenizer(WORDS))
+    _sharpen(model.decoder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_llava(folder: Path, layers: int) -> Path:
+    """Transformers' own LLaVA with a CLIP tower, untrained, of which the last but one layer is used."""
+    torch.manual_seed(layers)
+    tokenizer = make_tokenizer(WORDS)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.image_token = "<image>"
+    tokenizer.chat_template = TEMPLATE
+    width = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**width, num_hidden_layers=3, image_size=28, patch_size=7),
+            text_config=LlamaConfig(**width, num_hidden_layers=layers, num_key_value_heads=1, vocab_size=32),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            vision_feature_layer=-2,
+        )
+    )
+    _sharpen(model.model.language_model)
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+        image_token="<image>",
+    ).save_pretrained(folder)
+    return folder
+
+
+def _sharpen(decoder: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
 
 
 def config(folder: Path, data: Path, teacher: Path | None, **changes: Any) -> dict[str, Any]:

@@ -24,18 +24,46 @@ SHARED = {
     **{f"tied_zero{stage}": {"deepspeed__stage": stage, "student": tiny.settings(tied=True)} for stage in (0, 2, 3)},
     # One rank's micro-batch has no picture, another's holds nothing at all, and the tower trains.
     **{f"mixed_zero{stage}": {"deepspeed__stage": stage, "data": "mixed"} for stage in (0, 2, 3)},
+    # Transformers' own LLaVA, a model of text alone, and a student cut from its teacher.
+    **{f"llava_zero{stage}": {"deepspeed__stage": stage, "family": "llava"} for stage in (0, 2, 3)},
+    **{f"language_zero{stage}": {"deepspeed__stage": stage, "family": "language"} for stage in (0, 3)},
+    **{f"cut_zero{stage}": {"deepspeed__stage": stage, "student": {"from_teacher": {"layers": 2}}} for stage in (0, 3)},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
+DROPOUT = tiny.settings()
+DROPOUT["decoder"]["config"]["attention_dropout"] = 0.2
+BATCH_NORM = tiny.settings()
+BATCH_NORM["vision_encoder"] = {
+    "source": "timm",
+    "name": "resnet10t",
+    "config": {"channels": [8, 8, 8, 8], "stem_width": 8},
+    "image_size": 32,
+}
 TWO_RANKS = {
+    "llava_shard_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "shard"},
+    "language_shard_zero2": {"deepspeed__stage": 2, "family": "language", "teacher": "shard"},
+    "dropout_zero2": {"deepspeed__stage": 2, "student": DROPOUT},
+    # A checkpoint averages the ranks' running statistics, so that both runs have to write it.
+    "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
     "shard_zero2": {"deepspeed__stage": 2, "teacher": "shard"},
     "shard_zero3": {"deepspeed__stage": 3, "teacher": "shard"},
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
     "eval_zero3": {"deepspeed__stage": 3, "data": "eval"},
+    "eval_frozen_zero3": {
+        "deepspeed__stage": 3,
+        "data": "eval",
+        "student": {**tiny.settings(), "train": ["projector", "decoder"]},
+        "evaluation__every": 2,
+    },
     "shard_mixed_zero3": {"deepspeed__stage": 3, "teacher": "shard", "data": "mixed_eval"},
 }
+# Stopped after two steps and started again, to be compared with the run that was not.
+RESUMED = [*(f"zero{stage}" for stage in range(4)), "bf16_zero0", "bf16_zero2", "bf16_zero3"]
+RESUMED += ["dropout_zero2", "batchnorm_zero2"]
+TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
 
 def main(folder: Path) -> None:
@@ -43,7 +71,11 @@ def main(folder: Path) -> None:
     if processes.first:
         tiny.write_data(folder / "plain")
         tiny.write_data(folder / "mixed", text_only=(0, 1, 2, 3, 8, 9, 14, 15), broken=(4, 5, 6, 7, 20))
+        tiny.write_data(folder / "language", text_only=tuple(range(24)))
         tiny.write_teacher(folder / "teacher")
+        tiny.write_language_model(folder / "language_teacher")
+        tiny.write_llava(folder / "llava_teacher", layers=3)
+        tiny.write_llava(folder / "llava_student", layers=2)
     processes.barrier()
     for name, changes in (SHARED | (TWO_RANKS if processes.world > 1 else {})).items():
         out = folder / f"ranks{processes.world}" / name
@@ -63,20 +95,29 @@ def main(folder: Path) -> None:
 
 
 def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
-    kind = changes.pop("data", "plain")
+    family, stop = changes.pop("family", ""), changes.pop("stop", None)
+    kind = changes.pop("data", "language" if family == "language" else "plain")
+    if family == "llava":
+        changes["student"] = {"path": str(folder / "llava_student")}
+    elif family == "language":
+        changes["student"] = {"decoder": tiny.settings()["decoder"]}
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
-    plain = tiny.config(out, data, folder / "teacher", **{k: v for k, v in changes.items() if k != "teacher"})
-    if "teacher" in changes:
-        plain["teacher"]["placement"] = changes["teacher"]
+    placement = changes.pop("teacher", "replicate")
+    plain = tiny.config(out, data, folder / f"{family}_teacher".lstrip("_"), **changes)
+    plain["teacher"]["placement"] = placement
     if kind.endswith("eval"):
         plain["data"]["eval"] = [{"path": str(data), "name": "questions", "limit": 13}]
-    trainer = Trainer(RunConfig.model_validate(plain), processes)
+    config = RunConfig.model_validate(plain)
+    if stop:
+        Trainer(config, processes).run(stop)
+    trainer = Trainer(config, processes)
     before = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
     trainer.run()
     state = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if processes.first else []
     return {
         "metrics": metrics,
+        "statistics": processes.gather([b.tolist() for n, b in trainer.student.named_buffers() if "running_" in n]),
         "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in state.items()},
         "t": processes.gather([t.loss.metrics()["t"] for t in trainer.terms if "t" in t.loss.metrics()]),
         "moved": {name: not torch.equal(tensor, before[name]) for name, tensor in state.items()},

@@ -43,6 +43,8 @@ def losses(result):
 def same_weights(a, b, tolerance):
     assert a["weights"].keys() == b["weights"].keys()
     for name, values in a["weights"].items():
+        if name.endswith("k_proj.bias"):
+            continue  # softmax ignores a key's bias: its gradient is rounding alone, which AdamW makes a step of
         assert b["weights"][name] == pytest.approx(values, abs=tolerance), name
 
 
@@ -53,18 +55,46 @@ def test_two_ranks_equal_one(results, name):
     same_weights(one, two, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["", "tied_", "mixed_"])
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_zero_stage_equals_none(results, world, kind, stage):
-    if stage == 1 and kind:
-        pytest.skip("stage 1 is run once")
-    same_weights(results(world, f"{kind}zero0"), results(world, f"{kind}zero{stage}"), 1e-5)
+@pytest.mark.parametrize(
+    "name", sorted(n for n in scenarios.SHARED if n[-1] != "0" and f"{n[:-1]}0" in scenarios.SHARED)
+)
+def test_every_zero_stage_equals_none(results, world, name):
+    same_weights(results(world, f"{name[:-1]}0"), results(world, name), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["shard_zero2", "shard_zero3"])
-def test_sharded_teacher_equals_replicated(results, name):
-    same_weights(results(2, "zero2"), results(2, name), 1e-5)
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("shard_zero2", "zero2"),
+        ("shard_zero3", "zero2"),
+        ("llava_shard_zero3", "llava_zero3"),
+        ("language_shard_zero2", "language_zero0"),
+    ],
+)
+def test_sharded_teacher_equals_replicated(results, name, whole):
+    same_weights(results(2, whole), results(2, name), 1e-5)
+
+
+@pytest.mark.parametrize("name", scenarios.RESUMED)
+def test_resumed_equals_uninterrupted(results, name):
+    def story(result):
+        times = ("seconds", "tokens_per_second")
+        return [{k: v for k, v in line.items() if k not in times} for line in result["metrics"]]
+
+    straight, resumed = results(2, name), results(2, f"resumed_{name}")
+    assert story(resumed) == story(straight)
+    assert resumed["weights"] == straight["weights"]
+
+
+def test_dropout_drops(results):
+    assert losses(results(2, "dropout_zero2")) != losses(results(2, "zero2"))
+
+
+def test_ranks_agree_on_running_statistics(results):
+    first, second = results(2, "batchnorm_zero2")["statistics"]
+    assert first
+    assert first == second
 
 
 def test_activation_checkpointing_changes_nothing(results):
@@ -105,7 +135,10 @@ def test_the_teacher_is_in_no_checkpoint(results):
         assert results(2, name)["teacher_keys"] == []
 
 
-@pytest.mark.parametrize(("name", "questions"), [("eval_zero3", 13), ("shard_mixed_zero3", 9)])
+@pytest.mark.parametrize(
+    ("name", "questions"), [("eval_zero3", 13), ("eval_frozen_zero3", 13), ("shard_mixed_zero3", 9)]
+)
 def test_answers_under_zero3(results, name, questions):
-    (line,) = (line for line in results(2, name)["metrics"] if line["kind"] == "eval")
-    assert line["n"] == questions
+    lines = [line for line in results(2, name)["metrics"] if line["kind"] == "eval"]
+    assert [line["step"] for line in lines] == ([2, 4, 5] if name == "eval_frozen_zero3" else [5])
+    assert all(line["n"] == questions for line in lines)

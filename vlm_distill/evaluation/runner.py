@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -342,6 +342,13 @@ def _means(predictions: Sequence[Prediction]) -> dict[str, Any]:
     exact = math.fsum(p.exact for p in predictions) / n
     soft = math.fsum(p.soft for p in predictions) / n
     return {"n": n, "exact": exact, "soft": soft, "interval": list(wilson_interval(exact, n))}
+
+
+def in_words(scores: Mapping[str, Any]) -> str:
+    """The overall scores of :func:`summarise`, for a person."""
+    if not scores["n"]:
+        return "no question could be read"
+    return f"exact match {scores['exact']:.2%}, VQA accuracy {scores['soft']:.2%} on {scores['n']:,} questions"
 
 
 def write_predictions(folder: Path, predictions: Sequence[Prediction], skipped: Sequence[Problem] = ()) -> None:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
+from data.conversation import ImageSource
 from data.errors import UserError
+from data.images import load_image
 from data.sources import Source, open_source
 from vlm_distill import losses, models
-from vlm_distill.config import ModelSection, RunConfig, SourceSection
+from vlm_distill.config import DataSection, ModelSection, RunConfig, SourceSection
 from vlm_distill.losses import Term
+from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 
 from .engine import Processes, ShardedModel, gather_parameters, loading_in_shards
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
@@ -55,8 +59,12 @@ def build_terms(config: RunConfig) -> list[Term]:
 
 
 def open_sources(sections: Sequence[SourceSection]) -> list[Source]:
-    """The readers of a configuration's sources."""
-    return [
+    """The readers of a configuration's sources.
+
+    Raises:
+        UserError: a source cannot be read, or two have one name, so that neither problems nor scores tell them apart.
+    """
+    sources = [
         open_source(
             section.path,
             images=Path(section.images) if section.images else None,
@@ -68,6 +76,15 @@ def open_sources(sections: Sequence[SourceSection]) -> list[Source]:
         )
         for section in sections
     ]
+    name, count = Counter(source.name for source in sources).most_common(1)[0] if sources else ("", 0)
+    if count > 1:
+        raise UserError(f"data: {count} sources are called {name}; give each a name of its own (key name)")
+    return sources
+
+
+def image_loader(data: DataSection) -> Callable[[ImageSource], Image.Image]:
+    """Decodes images as the run's data section allows."""
+    return partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
 
 
 def load_model(section: ModelSection, dtype: torch.dtype, tokenizer: Any = None) -> VisionLanguageModel:

@@ -71,9 +71,9 @@ class Processes:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over all ranks, in float64."""
-        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+    def sum(self, values: Sequence[float | Tensor]) -> list[float]:
+        """The sum of each number or 0-d tensor over all ranks, in float64; waits for the device once."""
+        tensor = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor.tolist()
@@ -145,6 +145,18 @@ class Engine:
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+
+    def share_statistics(self) -> None:
+        """Averages batch norm's running statistics over ranks, each of which normalises by its own micro-batches.
+
+        What is saved and asked afterwards is then one model (timm's ``--dist-bn reduce``).
+        """
+        norms = [m for m in self.task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        if self.processes.world > 1:
+            for tensor in statistics:
+                dist.all_reduce(tensor)
+                tensor /= self.processes.world
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Writes weights and optimizer of all ranks, and ``state``, into an existing folder."""

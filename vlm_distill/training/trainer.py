@@ -14,26 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 from data.batch import Problem, Step
 from data.collate import collate, encode_pair
-from data.conversation import ImageSource
 from data.errors import BadSample, UserError
-from data.images import load_image
 from data.loader import ProblemLog, StepDataset, make_loader
 from data.mixture import Mixture
 from data.sources import Source
 from vlm_distill import losses
 from vlm_distill.config import RunConfig, save_config
-from vlm_distill.evaluation.runner import evaluate, summarise
+from vlm_distill.evaluation.runner import evaluate, in_words, summarise
+from vlm_distill.launch import cores
 from vlm_distill.losses import Progress, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.vocabulary import align_heads
 
 from . import checkpoint
-from .build import build_terms, load_student, load_teacher, open_sources, split_batch, trained_parameters
+from .build import build_terms, image_loader, load_student, load_teacher, open_sources, split_batch, trained_parameters
 from .engine import Engine, Processes
 from .schedule import learning_rate_factor
 from .task import DistillationTask
@@ -69,6 +68,8 @@ class Trainer:
         self.folder = Path(config.output)
         self.micro, self.accumulation = split_batch(config, processes.world)
         terms = build_terms(config)
+        # A teacher that no loss learns from is there to be scored beside the student.
+        self.needs_teacher = any("teacher" in term.loss.needs for term in terms)
         sources = open_sources(config.data.train)
         self.eval_sources = open_sources(config.data.eval)
 
@@ -82,6 +83,7 @@ class Trainer:
             student.checkpoint_activations()
 
         data = config.data
+        self.load_image = image_loader(data)
         self.dataset = StepDataset(
             Mixture(
                 sources,
@@ -91,7 +93,7 @@ class Trainer:
                 window=data.length_window,
             ),
             student.processor,
-            self.teacher.processor if self.teacher is not None else None,
+            self.teacher.processor if self.teacher is not None and self.needs_teacher else None,
             rank=processes.rank,
             world=processes.world,
             micro_batch_size=self.micro,
@@ -126,7 +128,8 @@ class Trainer:
         tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
         with tracker:
             self._greet(tracker, done)
-            loader = make_loader(self.dataset, done, last, workers=config.data.workers, prefetch=config.data.prefetch)
+            workers = min(config.data.workers, cores())
+            loader = make_loader(self.dataset, done, last, workers=workers, prefetch=config.data.prefetch)
             for batch in loader:
                 values = self._step(batch)
                 done = batch.index + 1
@@ -162,7 +165,7 @@ class Trainer:
         norm: float | None = None
         for micro in step.batches:
             batch = micro.to(self.processes.device)
-            targets = self.teacher.outputs(batch) if self.teacher is not None else None
+            targets = self.teacher.outputs(batch) if self.teacher is not None and self.needs_teacher else None
             loss, terms = self.engine(batch, targets, scales)
             self.engine.backward(loss)
             norm = self.engine.step(lr)
@@ -191,12 +194,12 @@ class Trainer:
     def _means(self, sums: Sequence[Mapping[str, TermSums]]) -> dict[str, dict[str, float]]:
         """Means of every term's loss and signals over all rows of the step, from one all-reduce."""
         names = {term.name: ["loss", *term.loss.signals] for term in self.terms}
-        flat: list[float] = []
+        flat: list[float | Tensor] = []
         for term, keys in names.items():
             flat.append(sum(micro[term].count for micro in sums))
             for key in keys:
                 values = [micro[term].loss if key == "loss" else micro[term].signals.get(key, 0.0) for micro in sums]
-                flat.append(float(sum(float(value) for value in values)))
+                flat.append(sum(value.double() if isinstance(value, Tensor) else value for value in values))
         totals = iter(self.processes.sum(flat))
         means: dict[str, dict[str, float]] = {}
         for term, keys in names.items():
@@ -210,6 +213,7 @@ class Trainer:
             self.problems.add(problem for part in gathered for problem in part)
 
     def _save(self, done: int) -> None:
+        self.engine.share_statistics()
         # The losses' own state is in the task's state dict, so that it needs no word here.
         state = {"step": done, "seconds": time.time() - self.began}
         checkpoint.save(
@@ -244,7 +248,7 @@ class Trainer:
         )
         if done:
             tracker.say(f"resumed after step {done}")
-        if self.teacher is not None and done < self.steps:
+        if self.needs_teacher and done < self.steps:
             loss, limit = self._teacher_loss()
             if loss > limit:
                 tracker.say(
@@ -263,7 +267,7 @@ class Trainer:
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
             try:
                 conversation = self.dataset.mixture.sources[source][row]
-                images = [self._load_image(image) for image in conversation.images]
+                images = [self.load_image(image) for image in conversation.images]
                 pairs.append(
                     encode_pair(conversation, images, self.student.processor, self.teacher.processor, data.max_length)
                 )
@@ -277,20 +281,18 @@ class Trainer:
         term = sums.terms["loss"]
         return float(term.loss) / max(1, term.count), limit
 
-    def _load_image(self, image: ImageSource) -> Image.Image:
-        return load_image(image, roots=self.dataset.roots, max_pixels=self.config.data.max_pixels)
-
     def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
         """The student's answers to every evaluation source, and at the end of the run the teacher's beside them."""
         limit = None if final else self.config.evaluation.limit
+        self.engine.share_statistics()
         for source in self.eval_sources:
             values = self._answers(self.student, source, "student", limit, final)
             if values["n"]:
                 tracker.log("eval", done, {"data": source.name, **values, "seconds": time.time() - self.began})
-            tracker.say(f"step {done}: {source.name}: {_told(values)}")
+            tracker.say(f"step {done}: {source.name}: {in_words(values)}")
             if final and self.config.evaluation.teacher and self.teacher is not None:
                 values = self._answers(self.teacher.model, source, "teacher", None, final)
-                tracker.say(f"teacher: {source.name}: {_told(values)}")
+                tracker.say(f"teacher: {source.name}: {in_words(values)}")
 
     def _answers(
         self, model: VisionLanguageModel, source: Source, who: str, limit: int | None, final: bool
@@ -308,7 +310,7 @@ class Trainer:
             world=processes.world,
             all_gather=processes.gather,
             out=self.folder / "evaluation" / source.name / who if final else None,
-            load=self._load_image,
+            load=self.load_image,
             skipped=skipped,
         )
         if self.problems is not None:
@@ -348,12 +350,6 @@ class Trainer:
             "problems": problems,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _told(values: Mapping[str, Any]) -> str:
-    if not values["n"]:
-        return "no question could be read; problems.jsonl says why"
-    return f"exact match {values['exact']:.2%}, VQA accuracy {values['soft']:.2%} on {values['n']:,} questions"
 
 
 def _headline(values: Mapping[str, Any]) -> dict[str, float]:

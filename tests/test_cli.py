@@ -1,0 +1,146 @@
+"""The command line: what a person's mistakes and a person's successes look like from outside."""
+
+import json
+import sys
+
+import pytest
+import tiny
+import yaml
+
+from vlm_distill import cli, evaluate, train
+from vlm_distill.demo import make_tokenizer
+from vlm_distill.models import build_vlm
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    return folder, tiny.write_data(folder / "data"), tiny.write_teacher(folder / "teacher")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``vlm-distill WORDS`` in this process; gives the exit code, standard output and standard error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["vlm-distill", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def write(material, name="run", **changes):
+    folder, data, teacher = material
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tiny.config(folder / name, data, teacher, **changes)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["training.stepz=3"], "training.stepz: unknown key; did you mean 'steps'?"),
+        (["training.steps=many"], "training.steps"),
+        (["training.batch_size=9"], "9 is not divisible"),
+        (["loss.0.name=tied"], "did you mean 'taid'?"),
+        (["loss.0.t_start=7"], "taid"),
+    ],
+)
+def test_mistakes_found_before_processes_start(material, command, overrides, says):
+    code, _, errors = command("train", write(material), *overrides)
+    assert code == 2
+    assert says in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["training.device=cuda"], "PyTorch finds no CUDA device; use cpu or auto"),
+        (["teacher.path=nowhere"], "nowhere"),
+        (["data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.eval=[{path: DATA}, {path: DATA}]"], "2 sources are called data"),
+        (["deepspeed.fp16={enabled: true}"], "deepspeed.fp16: fp16 training is not supported"),
+        (["student.decoder=null", "student.from_teacher={layer: 2}"], "student.from_teacher: takes layers"),
+    ],
+)
+def test_mistakes_found_by_a_rank(material, capsys, monkeypatch, overrides, says):
+    if "cuda" in overrides[0]:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = [word.replace("DATA", str(material[1])) for word in overrides]
+    assert train.main([str(write(material)), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_teacher_without_the_students_tokens(material, capsys):
+    folder = material[0]
+    build_vlm(tiny.settings(), make_tokenizer(["what", "colour"])).save_pretrained(folder / "other")
+    make_tokenizer(tiny.WORDS).save_pretrained(folder / "tokenizer")
+    words = [f"teacher.path={folder / 'other'}", f"student.tokenizer={folder / 'tokenizer'}"]
+    assert train.main([str(write(material)), *words]) == 2
+    assert "token" in capsys.readouterr().err
+
+
+def test_from_training_to_an_answer(material, command, capsys):
+    folder, data, teacher = material
+    config = write(material, "whole", data__eval=[{"path": str(data), "name": "questions"}])
+    # What `vlm-distill train` starts, in this process.
+    assert train.main([str(config)]) == 0
+    run = folder / "whole"
+    (run / "student").rename(run / "elsewhere")
+    for source, out in ((run, folder / "from_checkpoint"), (run, folder / "half")):
+        code, told, _ = command("export", source, out, *(["--dtype", "bf16"] if out.name == "half" else []))
+        assert code == 0
+        assert str(out) in told.replace("\n", "")
+    (run / "elsewhere").rename(run / "student")
+    exported = folder / "from_checkpoint" / "model.safetensors"
+    assert exported.read_bytes() == (run / "student" / "model.safetensors").read_bytes()
+    code, told, _ = command("ask", folder / "half", data.parent / "1.png", "what color is it?", "--teacher", teacher)
+    assert code == 0
+    assert told.count("%)") == 2
+    code, told, _ = command("report", run)
+    assert code == 0
+    assert "<html" in (run / "report.html").read_text()
+    code, told, _ = command("inspect", config, "--samples", "2", "--html", folder / "inspect.html")
+    assert code == 0
+    assert "what" in told
+    assert (folder / "inspect.html").stat().st_size > 1000
+
+
+def test_evaluate(material, capsys, tmp_path):
+    _, data, teacher = material
+    words = ["--model", str(teacher), "--data", str(data), "--out", str(tmp_path), "--max-new-tokens", "2"]
+    assert evaluate.main(words) == 0
+    assert "on 24 questions" in capsys.readouterr().out
+    assert json.loads((tmp_path / "data" / "scores.json").read_text())["n"] == 24
+    # With every image outside the root there is nothing to score.
+    assert evaluate.main([*words, "--root", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert "24 left out" in told.out
+    assert "no question could be read" in told.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["export", "nowhere", "out"], "nowhere: not a run's folder"),
+        (["report", "nowhere"], "nowhere"),
+        (["ask", "nowhere", "-", "what?"], "nowhere"),
+        (["ask", "nowhere", "none.png", "what?"], "none.png"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+    ],
+)
+def test_files_that_are_not_there(command, words, says):
+    code, _, errors = command(*words)
+    assert code == 2
+    assert says in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["losses"], ["models"], ["train", "--help"]])
+def test_what_teaches(command, words):
+    code, told, _ = command(*words)
+    assert code == 0
+    assert told
