@@ -38,12 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate_files(options: argparse.Namespace) -> None:
     """Every data file of the options, answered, scored, written and shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
     from rich.console import Console
     from rich.table import Table
 
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
     from data.images import load_image
     from data.sources import open_source
     from vlm_distill.evaluation.runner import evaluate, in_words, summarise

@@ -34,7 +34,7 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     if nproc == 1:
         command = [sys.executable, "-m", module, *arguments]
     else:
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(nproc)]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(nproc)]
         command = [*launcher, "--master_port", str(free_port()), "--module", module, *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 

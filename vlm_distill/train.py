@@ -9,8 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from vlm_distill.config import load_config
 from vlm_distill.launch import guarded
 
@@ -25,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(words: Sequence[str]) -> None:
     config = load_config(words[0] if words else "(no configuration named)", words[1:])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if config.training.device == "cpu" or not torch.cuda.is_available():
+    if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Imported late: DeepSpeed chooses its accelerator when it is imported, and takes seconds.
     from vlm_distill.training.engine import Processes
