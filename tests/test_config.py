@@ -113,6 +113,17 @@ def test_loss_without_its_teacher(tmp_path):
         build_terms(load_config(write(tmp_path, drop=["teacher"])))
 
 
+@pytest.mark.parametrize(("name", "refused"), [("taid", False), ("cross_entropy", True)])
+def test_answers_that_no_loss_may_read(tmp_path, name, refused):
+    changes = {"data": {"train": [{"path": "x.jsonl", "labelled": False}]}, "loss": [{"name": name}]}
+    config = load_config(write(tmp_path, changes))
+    if refused:
+        with pytest.raises(UserError, match=r"cross_entropy reads the answers, and x\.jsonl is not labelled"):
+            build_terms(config)
+    else:
+        build_terms(config)
+
+
 def test_no_such_loss(tmp_path):
     with pytest.raises(UserError, match=r"forwardkl.*forward_kl"):
         build_terms(load_config(write(tmp_path, {"loss": [{"name": "forwardkl"}]})))

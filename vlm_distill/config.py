@@ -71,7 +71,7 @@ class LossSection(Section):
 
 
 class SourceSection(Section):
-    """One source of samples."""
+    """One source of samples. Where it is not ``labelled``, its answers are placeholders that no loss may read."""
 
     path: str
     name: str | None = None
@@ -80,6 +80,7 @@ class SourceSection(Section):
     split: str | None = None
     config: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
+    labelled: bool = True
     limit: Positive | None = None
 
 

@@ -1,7 +1,7 @@
-"""The demo: a teacher VLM distilled on easy-VQA, compared with learning from the labels alone, scored and reported.
+"""The demo: a teacher VLM distilled on easy-VQA, compared with learning from few right answers, scored and reported.
 
-Its data go the way of any run's: ``python -m vlm_distill.demo FOLDER`` writes easy-VQA as ``train.jsonl`` and
-``test.jsonl`` in LLaVA's layout, and a tokenizer of whole words.
+Its data go the way of any run's: ``python -m vlm_distill.demo FOLDER`` writes easy-VQA as ``train.jsonl``,
+``unlabelled.jsonl`` and ``test.jsonl`` in LLaVA's layout, and a tokenizer of whole words.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
 from data.sources import open_source
-from vlm_distill.config import load_config
 from vlm_distill.launch import launch
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
-_RUNS = {"TAID": "taid", "cross-entropy": "cross_entropy"}
+_PLACEHOLDER = "no"
+# The second has the number of rows that configs/demo/cross_entropy.yaml takes.
+_TAID, _CROSS_ENTROPY = "TAID, no right answers", "cross-entropy, 500 right answers"
+_RUNS = {_TAID: "taid", _CROSS_ENTROPY: "cross_entropy"}
 _TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<user>{{ message['content'] }}"
@@ -35,7 +37,7 @@ _TEMPLATE = (
 
 
 def run(out: Path, nproc: int) -> None:
-    """Distils the demo's student by TAID, trains it again on the labels alone, scores both, and writes the report.
+    """Distils the demo's student by TAID, trains it again on few labels, scores both, and writes the report.
 
     Args:
         out: folder of data, runs, exported student and report.
@@ -53,12 +55,12 @@ def run(out: Path, nproc: int) -> None:
     console.print("[bold]1/4[/] easy-VQA: 5,000 pictures, 48,248 questions")
     data = prepare(out / "data")
     configs = configs_folder() / "demo"
-    train, test = data / "train.jsonl", data / "test.jsonl"
+    test = data / "test.jsonl"
     for number, (label, name) in enumerate(_RUNS.items(), start=2):
-        console.print(f"[bold]{number}/4[/] the student by {label}, {nproc} rank(s) under DeepSpeed's launcher")
+        console.print(f"[bold]{number}/4[/] the student by {label}: {nproc} rank(s) under DeepSpeed's launcher")
         overrides = [
             f"student.tokenizer={configs / 'teacher'}",
-            f"data.train.0.path={train}",
+            f"data.train.0.path={data / ('unlabelled.jsonl' if name == 'taid' else 'train.jsonl')}",
             f"data.eval.0.path={test}",
             f"output={out / name}",
         ]
@@ -69,18 +71,16 @@ def run(out: Path, nproc: int) -> None:
             raise SystemExit(code)
 
     console.print("[bold]4/4[/] scores, export, report")
-    config = load_config(configs / "taid.yaml")
-    seen = open_source(str(train), limit=config.data.train[0].limit)
-    baseline = question_only_baseline(seen, open_source(str(test)))
+    baseline = question_only_baseline(open_source(str(data / "train.jsonl")), open_source(str(test)))
     evaluated = {label: out / name / "evaluation" / "test" for label, name in _RUNS.items()}
     answers = {label: read_predictions(folder / "student" / "predictions.jsonl") for label, folder in evaluated.items()}
-    answers["the teacher"] = read_predictions(evaluated["TAID"] / "teacher" / "predictions.jsonl")
+    answers["the teacher"] = read_predictions(evaluated[_TAID] / "teacher" / "predictions.jsonl")
     answers["the question alone"] = baseline
     table = Table("", "right answers", title="easy-VQA, test split", title_justify="left")
     for label, predictions in answers.items():
         table.add_row(label, f"{summarise(predictions)['exact']:.2%}")
     console.print(table)
-    duel = paired(answers["TAID"], answers["cross-entropy"])
+    duel = paired(answers[_TAID], answers[_CROSS_ENTROPY])
     console.print(
         f"TAID − cross-entropy: {100 * duel.difference:+.2f} points "
         f"(95 % interval {100 * duel.low:+.2f} to {100 * duel.high:+.2f}, paired, by picture)"
@@ -89,10 +89,10 @@ def run(out: Path, nproc: int) -> None:
     page = write_report(
         {label: out / name for label, name in _RUNS.items()},
         out / "report.html",
-        title="easy-VQA: a student distilled by TAID, and one that had the labels alone",
+        title="easy-VQA: one student distilled by TAID without a right answer, one that learnt from 500 of them",
         baselines={"the question alone": summarise(baseline)},
     )
-    picture = answers["TAID"][0].image
+    picture = answers[_TAID][0].image
     console.print(
         f"student: {student}\nreport:  {page}\nnow try: vlm-distill ask {student} {picture} 'what shape is present?'"
     )
@@ -108,7 +108,9 @@ def prepare(folder: Path) -> Path:
     """Writes easy-VQA as LLaVA-style JSONL, and a tokenizer of whole words.
 
     The training rows are ordered by image in a fixed shuffle, so that the first rows are few pictures with all their
-    questions: ``limit`` on the source makes the setting with few labels.
+    questions: ``limit`` on the source makes the setting with few labels. ``unlabelled.jsonl`` has the same rows with
+    one and the same word for every answer: a loss that learns from the teacher alone reads the teacher's distribution
+    at the place of the answer, and never the answer.
 
     Args:
         folder: made if need be.
@@ -125,8 +127,10 @@ def prepare(folder: Path) -> Path:
         raise UserError("demo: its data is the package easy-vqa; install vlm-distill[demo]") from None
     folder.mkdir(parents=True, exist_ok=True)
     words: set[str] = set()
+    train = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
     splits = {
-        "train": (easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
+        "train": train,
+        "unlabelled": train,
         "test": (easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
     }
     for name, ((questions, answers, image_ids), images) in splits.items():
@@ -145,7 +149,7 @@ def prepare(folder: Path) -> Path:
                         "question_type": _question_type(answer),
                         "conversations": [
                             {"from": "human", "value": f"<image>{question}"},
-                            {"from": "gpt", "value": answer},
+                            {"from": "gpt", "value": _PLACEHOLDER if name == "unlabelled" else answer},
                         ],
                     }
                     file.write(json.dumps(row) + "\n")

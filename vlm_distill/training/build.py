@@ -52,6 +52,11 @@ def build_terms(config: RunConfig) -> list[Term]:
         loss = losses.build(section.name, **(section.model_extra or {}))
         if "teacher" in loss.needs and config.teacher is None:
             raise UserError(f"loss {section.name} needs a teacher; add a teacher section or use cross_entropy alone")
+        for source in config.data.train:
+            if "targets" in loss.needs and not source.labelled:
+                raise UserError(
+                    f"loss {section.name} reads the answers, and {source.path} is not labelled; leave one out"
+                )
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
         terms.append(Term(name, loss, section.weight))

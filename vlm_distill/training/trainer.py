@@ -248,8 +248,9 @@ class Trainer:
         )
         if done:
             tracker.say(f"resumed after step {done}")
-        if self.needs_teacher and done < self.steps:
-            loss, limit = self._teacher_loss()
+        checked = self._teacher_loss() if self.needs_teacher and done < self.steps else None
+        if checked is not None:
+            loss, limit = checked
             if loss > limit:
                 tracker.say(
                     f"[bold red]warning:[/] the teacher's own loss on the answers is {loss:.2f} nats a token, hardly "
@@ -260,11 +261,16 @@ class Trainer:
                 tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
 
     @torch.no_grad()
-    def _teacher_loss(self) -> tuple[float, float]:
-        """The teacher's cross-entropy on the first samples' answers, and the value above which something is wrong."""
+    def _teacher_loss(self) -> tuple[float, float] | None:
+        """The teacher's cross-entropy on the first samples' answers, and the value above which something is wrong.
+
+        ``None`` where none of them has an answer to measure it by.
+        """
         assert self.teacher is not None
         data, pairs = self.config.data, []
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
+            if not data.train[source].labelled:
+                continue
             try:
                 conversation = self.dataset.mixture.sources[source][row]
                 images = [self.load_image(image) for image in conversation.images]
@@ -273,6 +279,8 @@ class Trainer:
                 )
             except BadSample:
                 continue
+        if not pairs:
+            return None
         batch = collate(pairs, self.student.processor, self.teacher.processor).to(self.processes.device)
         outputs = self.teacher.outputs(batch)
         sums = losses.fused_linear(losses.build("cross_entropy"), outputs.hidden, outputs.head, None, batch.targets)
