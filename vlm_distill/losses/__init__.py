@@ -9,13 +9,18 @@ from typing import Any
 from data.errors import UserError
 
 from .base import DistillationLoss, Progress, RowResult, Term
-from .divergences import JSD, CrossEntropy, ForwardKL, ReverseKL
+from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from .dkd import DKD
 from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
 from .taid import TAID
 
 __all__ = [
+    "DKD",
     "JSD",
+    "KD",
     "TAID",
+    "TVD",
+    "AdaptiveKL",
     "CrossEntropy",
     "DistillationLoss",
     "ForwardKL",
@@ -24,6 +29,8 @@ __all__ = [
     "Progress",
     "ReverseKL",
     "RowResult",
+    "SkewForwardKL",
+    "SkewReverseKL",
     "Term",
     "TermSums",
     "available",
@@ -36,6 +43,12 @@ _LOSSES: dict[str, type[DistillationLoss]] = {
     "forward_kl": ForwardKL,
     "reverse_kl": ReverseKL,
     "jsd": JSD,
+    "skew_forward_kl": SkewForwardKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "tvd": TVD,
+    "adaptive_kl": AdaptiveKL,
+    "kd": KD,
+    "dkd": DKD,
     "cross_entropy": CrossEntropy,
 }
 

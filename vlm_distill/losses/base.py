@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -55,8 +55,8 @@ class DistillationLoss(nn.Module):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
-    signals: ClassVar[tuple[str, ...]] = ()
-    scratch: ClassVar[int] = 8
+    signals: tuple[str, ...] = ()
+    scratch: int = 8
 
     def __init__(self) -> None:
         super().__init__()  # no parameters, which nn.Module's own signature does not say
@@ -167,3 +167,10 @@ def check_number(where: str, value: Any, low: float, high: float = math.inf, *, 
         span = f"above {low:g}" if above else f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise UserError(f"{where} is {value!r}; give a number {span}")
     return float(value)
+
+
+def check_choice(where: str, value: Any, choices: Sequence[str]) -> str:
+    """``value``, which must be one of ``choices``; raises ``UserError`` naming the loss, the parameter and them."""
+    if value not in choices:
+        raise UserError(f"{where} is {value!r}; it must be one of {', '.join(choices)}")
+    return str(value)
