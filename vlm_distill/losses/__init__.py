@@ -13,6 +13,7 @@ from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, Reve
 from .dkd import DKD
 from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
 from .taid import TAID
+from .topk import TopKTargets
 
 __all__ = [
     "DKD",
@@ -33,6 +34,7 @@ __all__ = [
     "SkewReverseKL",
     "Term",
     "TermSums",
+    "TopKTargets",
     "available",
     "build",
     "fused_linear",

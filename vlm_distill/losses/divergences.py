@@ -52,6 +52,8 @@ class Divergence(DistillationLoss):
         super().__init__()
         self.temperature = check_number(f"loss {self.label}: temperature", temperature, 0.0, above=True)
         self.factor = 1.0
+        # The tail's mass at another temperature cannot be known from its mass at 1.
+        self.takes_topk = self.temperature == 1.0
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The definition, differentiable in ``log_q``.
@@ -71,6 +73,9 @@ class Divergence(DistillationLoss):
         The memory of both arguments may be overwritten.
         """
         raise NotImplementedError
+
+    def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.between(log_p, log_q), {}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         student, teacher = upcast(student_logits) / self.temperature, upcast(teacher_logits) / self.temperature

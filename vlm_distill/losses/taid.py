@@ -12,7 +12,17 @@ from torch import Tensor
 from data.errors import UserError
 
 from .base import DistillationLoss, Progress, RowResult, check_choice, check_number, relative_entropy_, softmax_, upcast
-from .divergences import JSD, TVD, AdaptiveKL, Divergence, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from .divergences import (
+    JSD,
+    TVD,
+    AdaptiveKL,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    kl_divergence,
+)
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
 _DIVERGENCES: dict[str, type[Divergence]] = {
@@ -70,6 +80,7 @@ class TAID(DistillationLoss):
         self.rate = check_number("loss taid: rate", rate, 0.0, above=True)
         self.power = check_number("loss taid: power", power, 0.0)
         self.divergence = _divergence(divergence)
+        self.takes_topk = True
         # Only the released rule reads the target's entropy, which costs a pass over the logits.
         if schedule == "paper":
             self.signals = ("kl", "cross_entropy")
@@ -128,6 +139,16 @@ class TAID(DistillationLoss):
         if "cross_entropy" in signals:
             signals["cross_entropy"] += signals["kl"]
         return RowResult(loss, gradient, signals)
+
+    def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        own = log_q.detach()
+        target = self._mixed(own.clone(), log_p.clone()).log_softmax(-1)
+        loss = self.divergence.between(target, log_q)
+        signals = {"kl": loss if isinstance(self.divergence, ForwardKL) else kl_divergence(target, own)}
+        if "cross_entropy" in self.signals:
+            entropy = -(target.exp() * target.clamp(min=torch.finfo(target.dtype).min)).sum(-1)
+            signals["cross_entropy"] = signals["kl"] + entropy
+        return loss, signals
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
         done = progress.step / max(progress.steps, 1)
