@@ -88,7 +88,8 @@ def test_the_tail_counts(name, logits):
     loss, top = make(name), TopKTargets.of(teacher, 4)
     same = rows(loss, teacher, top)
     assert same.loss.abs().max() < 1e-13
-    assert same.grad.abs().max() < 1e-13
+    if "tvd" not in name:  # which has no derivative there
+        assert same.grad.abs().max() < 1e-13
     raised = teacher.scatter_add(-1, top.ids, torch.ones(N, 4, dtype=torch.float64))
     if name != "taid at 0":
         assert rows(loss, raised, top).loss.min() > 1e-3
