@@ -6,6 +6,7 @@ Its data go the way of any run's: ``python -m vlm_distill.demo FOLDER`` writes e
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -23,7 +24,6 @@ from data.sources import open_source
 from vlm_distill.launch import launch
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
-_PLACEHOLDER = "no"
 # The second has the number of rows that configs/demo/cross_entropy.yaml takes.
 _TAID, _CROSS_ENTROPY = "TAID, no right answers", "cross-entropy, 500 right answers"
 _RUNS = {_TAID: "taid", _CROSS_ENTROPY: "cross_entropy"}
@@ -109,8 +109,8 @@ def prepare(folder: Path) -> Path:
 
     The training rows are ordered by image in a fixed shuffle, so that the first rows are few pictures with all their
     questions: ``limit`` on the source makes the setting with few labels. ``unlabelled.jsonl`` has the same rows with
-    one and the same word for every answer: a loss that learns from the teacher alone reads the teacher's distribution
-    at the place of the answer, and never the answer.
+    all possible answers in turn, whatever the question: a loss that learns from the teacher alone reads the teacher's
+    distribution at the place of the answer, and never the answer; after each of them it learns to end.
 
     Args:
         folder: made if need be.
@@ -138,6 +138,7 @@ def prepare(folder: Path) -> Path:
         for question, answer, image in zip(questions, answers, image_ids, strict=True):
             by_image[image].append((question, answer))
             words.update(_words(question), _words(answer))
+        placeholders = itertools.cycle(sorted(set(answers)))
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             # Multiplication by a number prime to the count is a shuffle that needs no generator.
             order = sorted(by_image, key=lambda image: image * 7919 % len(by_image))
@@ -149,7 +150,7 @@ def prepare(folder: Path) -> Path:
                         "question_type": _question_type(answer),
                         "conversations": [
                             {"from": "human", "value": f"<image>{question}"},
-                            {"from": "gpt", "value": _PLACEHOLDER if name == "unlabelled" else answer},
+                            {"from": "gpt", "value": next(placeholders) if name == "unlabelled" else answer},
                         ],
                     }
                     file.write(json.dumps(row) + "\n")
