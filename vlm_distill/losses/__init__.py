@@ -9,6 +9,7 @@ from typing import Any
 from data.errors import UserError
 
 from .base import DistillationLoss, Progress, RowResult, Term
+from .diagnostics import Diagnostics
 from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from .dkd import DKD
 from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
@@ -23,6 +24,7 @@ __all__ = [
     "TVD",
     "AdaptiveKL",
     "CrossEntropy",
+    "Diagnostics",
     "DistillationLoss",
     "ForwardKL",
     "HiddenTargets",
@@ -52,6 +54,7 @@ _LOSSES: dict[str, type[DistillationLoss]] = {
     "kd": KD,
     "dkd": DKD,
     "cross_entropy": CrossEntropy,
+    "diagnostics": Diagnostics,
 }
 
 
