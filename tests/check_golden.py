@@ -82,14 +82,27 @@ class Golden:
         return None if owner is None else self.array(case["file"], f"{case['id']}.{owner}.{what}")
 
 
-def build(case: dict) -> losses.DistillationLoss:
-    """The loss of a case: TAID's cases give a value of t where the suite has a schedule."""
+# Cases of weighted sums, and of a schedule.
+COMPOSED = ("kd_total", "taid_schedule")
+
+
+def build(case: dict) -> list[losses.Term]:
+    """The terms of a case: TAID's cases give a value of t where the suite has a schedule."""
     params = dict(case["params"])
+    if case["loss"] == "kd_total":
+        weights = params.pop("ce_weight"), params.pop("kd_weight")
+        pair = losses.build("cross_entropy"), losses.build("kd", **params)
+        return [losses.Term(f"term {i}", loss, w) for i, (loss, w) in enumerate(zip(pair, weights, strict=True))]
     if case["loss"] != "taid":
-        return losses.build(case["loss"], **params)
+        return [losses.Term("loss", losses.build(case["loss"], **params))]
     loss = losses.build("taid")
     loss.t = params["t"]
-    return loss
+    return [losses.Term("loss", loss)]
+
+
+def built(name: str) -> bool:
+    """Whether the suite has the loss of a case."""
+    return name in COMPOSED or name in losses.available()
 
 
 def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
@@ -97,7 +110,7 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
     if case["loss"] == "taid_schedule":
         yield from _compare_schedule(golden, case)
         return
-    loss = build(case)
+    terms = build(case)
     inputs = golden.inputs(case)
     mask, count = inputs["mask"], max(int(inputs["mask"].sum()), 1)
     softness = max(1.0, case["params"].get("temperature", 1.0) ** 2)
@@ -113,19 +126,22 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
 
         student, teacher = inputs["student"].to(dtype), inputs["teacher"].to(dtype)
         leaf = student.clone().requires_grad_()
-        defined = loss(leaf, teacher, inputs["target"])
+        defined = sum(term.weight * term.loss(leaf, teacher, inputs["target"]) for term in terms)
         reduced = defined[mask].sum() / count
-        closed = loss.rows(student.clone(), teacher.clone(), inputs["target"], grad=True)
+        results = [t.loss.rows(student.clone(), teacher.clone(), inputs["target"], grad=True) for t in terms]
+        closed = sum(term.weight * result.loss for term, result in zip(terms, results, strict=True))
+        closed_grad = sum(term.weight * result.grad for term, result in zip(terms, results, strict=True))
         name = str(dtype).removeprefix("torch.")
-        for route, per_row in (("forward", defined.detach()), ("rows", closed.loss)):
+        for route, per_row in (("forward", defined.detach()), ("rows", closed)):
             yield value(f"{name} {route} loss", per_row[mask].sum() / count, golden.expected(case, "paper", "loss"))
             if (want := golden.expected(case, "paper", "per_row")) is not None:
                 yield value(f"{name} {route} per_row", per_row, want)
         if (want := golden.expected(case, "paper", "grad")) is not None:
             yield gradient(f"{name} forward grad", torch.autograd.grad(reduced, leaf)[0], want)
-            yield gradient(f"{name} rows grad", closed.grad * mask.unsqueeze(1) / count, want)
-        if (want := golden.expected(case, "cross-entropy", "per_row")) is not None and closed.signals:
-            yield value(f"{name} signal cross_entropy", closed.signals["cross_entropy"], want)
+            yield gradient(f"{name} rows grad", closed_grad * mask.unsqueeze(1) / count, want)
+        signals = results[0].signals
+        if (want := golden.expected(case, "cross-entropy", "per_row")) is not None and signals:
+            yield value(f"{name} signal cross_entropy", signals["cross_entropy"], want)
 
 
 def _compare_schedule(golden: Golden, case: dict) -> Iterator[Comparison]:
@@ -170,7 +186,7 @@ def check(folder: Path) -> bool:
         by_loss.setdefault(case["loss"], []).append(case)
     print(f"{'loss':20} {'cases':>6} {'comparisons':>12} {'failed':>7} {'worst error / tolerance':>24}")
     for loss, cases in by_loss.items():
-        if loss != "taid_schedule" and loss not in losses.available():
+        if not built(loss):
             print(f"{loss:20} {len(cases):6}   not built")
             continue
         comparisons = [c for case in cases for c in compare(golden, case)]

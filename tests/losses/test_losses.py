@@ -16,16 +16,32 @@ DIVERGENCES = {
     "reverse_kl at T": {"temperature": 0.5},
     "jsd": {},
     "jsd at T": {"beta": 0.1, "temperature": 3.0},
+    "skew_forward_kl": {},
+    "skew_forward_kl at T": {"alpha": 0.7, "temperature": 2.0},
+    "skew_reverse_kl": {},
+    "skew_reverse_kl at T": {"alpha": 0.7, "temperature": 2.0},
+    "tvd": {},
+    "adaptive_kl": {},
+    "adaptive_kl at T": {"mu": 0.8, "temperature": 2.0},
+    "kd": {"temperature": 2.0},
     "taid": {"t_start": 0.3},
     "taid at 0": {"t_start": 0.0},
     "taid at 1": {"t_start": 1.0},
+    "taid linear": {"schedule": "linear"},
+    "taid over jsd": {"divergence": {"name": "jsd", "beta": 0.2}, "schedule": "linear"},
+    "taid over tvd": {"divergence": "tvd"},
+    "taid over adaptive_kl": {"divergence": "adaptive_kl"},
+    "taid of probabilities": {"power": 1.0, "divergence": "reverse_kl"},
+    "taid at power 0.5": {"power": 0.5},
 }
-EVERY = {**DIVERGENCES, "cross_entropy": {}}
+EVERY = {**DIVERGENCES, "cross_entropy": {}, "dkd": {"temperature": 2.0}, "dkd at 1": {"temperature": 1.0, "beta": 0.5}}
+# What is held still while the gradient is taken: TAID's target, adaptive KL's weights.
+HELD = ("taid", "adaptive_kl")
 SHAPES = [(3, 47), (31, 123), (1, 7)]
 
 
 def make(name, params=None):
-    return losses.build(name.split()[0], **(EVERY[name] if params is None else params))
+    return losses.build(name.split()[0], **(EVERY.get(name, {}) if params is None else params))
 
 
 def logits(n, v, dtype=torch.float64, seed=0):
@@ -58,7 +74,7 @@ def test_closed_form_equals_definition(name, shape):
     assert closed.loss.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if not n.startswith("taid")])
+@pytest.mark.parametrize("name", [n for n in EVERY if not n.startswith(HELD)])
 def test_definition_passes_gradcheck(name):
     student, teacher, targets = logits(2, 5)
     assert torch.autograd.gradcheck(lambda s: make(name)(s, teacher, targets), student.requires_grad_())
@@ -72,6 +88,33 @@ def test_taid_gradient_by_finite_differences_with_the_target_held_still():
     assert torch.autograd.gradcheck(lambda s: (p * (p.log() - s.log_softmax(-1))).sum(-1), probe)
     (held,) = torch.autograd.grad((p * -probe.log_softmax(-1)).sum(), probe)
     torch.testing.assert_close(rows(loss, student, teacher).grad, held)
+
+
+def test_adaptive_kl_gradient_by_finite_differences_with_the_weights_held_still():
+    student, teacher, _ = logits(2, 5)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    gap = (p - q).abs()
+    # By hand: with the likeliest token first, what lies beyond half of the mass is tail.
+    order = p.argsort(-1, descending=True)
+    head = torch.zeros(2, dtype=torch.float64)
+    for row in range(2):
+        mass = 0.0
+        for place, token in enumerate(order[row].tolist()):
+            mass += p[row, token].item()
+            if place == 0 or mass <= 0.5:
+                head[row] += gap[row, token]
+    weight = head / gap.sum(-1)
+
+    def held(s):
+        log_q = s.log_softmax(-1)
+        forward, reverse = (p * (p.log() - log_q)).sum(-1), (log_q.exp() * (log_q - p.log())).sum(-1)
+        return weight * forward + (1 - weight) * reverse
+
+    probe = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(held, probe)
+    result = rows(make("adaptive_kl"), student, teacher)
+    torch.testing.assert_close(result.loss, held(student))
+    torch.testing.assert_close(result.grad, torch.autograd.grad(held(probe).sum(), probe)[0])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -142,6 +185,55 @@ def test_limits_of_the_parameters():
     )
 
 
+def test_the_skews_limits_are_the_kls():
+    student, teacher, _ = logits(3, 47)
+    for name in ("forward_kl", "reverse_kl"):
+        skewed = rows(losses.build(f"skew_{name}", alpha=1e-9), student, teacher)
+        plain = rows(losses.build(name), student, teacher)
+        torch.testing.assert_close(skewed.loss, plain.loss, rtol=1e-4, atol=1e-6)
+        assert rows(losses.build(f"skew_{name}", alpha=1.0), student, teacher).loss.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("beta", "name"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_jsd_by_the_other_convention_ends_in_the_kls(beta, name):
+    student, teacher, _ = logits(3, 47)
+    got = rows(losses.build("jsd", beta=beta, convention="limit"), student, teacher)
+    want = rows(losses.build(name), student, teacher)
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(got.grad, want.grad)
+
+
+def test_kd_has_the_factor_t_squared():
+    student, teacher, _ = logits(3, 47)
+    plain = rows(losses.build("forward_kl", temperature=4.0), student, teacher)
+    kd = rows(losses.build("kd"), student, teacher)
+    torch.testing.assert_close(kd.loss, 16 * plain.loss)
+    torch.testing.assert_close(kd.grad, 16 * plain.grad)
+
+
+def test_dkd_is_kd_when_beta_is_the_mass_of_the_others():
+    student, teacher, targets = logits(1, 47)
+    others = 1.0 - (teacher / 4).softmax(-1)[0, targets[0]].item()
+    got = rows(losses.build("dkd", alpha=1.0, beta=others), student, teacher, targets)
+    want = rows(losses.build("kd"), student, teacher)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.grad, want.grad)
+    same = rows(losses.build("dkd"), student, student, targets)
+    assert same.loss.abs().max() < 1e-13
+    assert same.grad.abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_taid_target_is_a_power_mean(power):
+    student, teacher, _ = logits(3, 47)
+    loss = losses.build("taid", t_start=0.3, power=power)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    mean = q**0.7 * p**0.3 if power == 0.0 else (0.7 * q**power + 0.3 * p**power) ** (1 / power)
+    mean = mean / mean.sum(-1, keepdim=True)
+    torch.testing.assert_close(rows(loss, student, teacher).grad, q - mean)
+    torch.testing.assert_close(rows(loss, student, teacher).loss, (mean * (mean / q).log()).sum(-1))
+
+
 def test_jsd_is_symmetric_when_the_roles_change():
     student, teacher, _ = logits(3, 47)
     one = rows(losses.build("jsd", beta=0.2), student, teacher).loss
@@ -155,6 +247,11 @@ def test_taid_signals_are_the_kl_and_the_cross_entropy():
     p = (0.7 * student + 0.3 * teacher).softmax(-1)
     torch.testing.assert_close(result.signals["cross_entropy"], -(p * student.log_softmax(-1)).sum(-1))
     torch.testing.assert_close(result.signals["kl"], result.loss)
+    # Over another divergence the KL is still the signal; the entropy is read by the schedule `paper` alone.
+    other = rows(make("taid over jsd"), student, teacher)
+    assert list(other.signals) == ["kl"]
+    want = rows(losses.build("taid", t_start=0.4), student, teacher)
+    torch.testing.assert_close(other.signals["kl"], want.loss)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -187,7 +284,9 @@ def test_a_token_that_one_model_rules_out():
     student, teacher, _ = logits(3, 47)
     ruled_out = teacher.clone()
     ruled_out[:, 4] = -math.inf
-    for name in ("forward_kl", "jsd", "taid", "taid at 0", "taid at 1"):
+    for name in [n for n in DIVERGENCES if not n.startswith(("reverse_kl", "adaptive_kl", "taid over adaptive"))]:
+        if name == "taid of probabilities":
+            continue  # finite too, but not by rounding: its target is 0 nowhere that q is not
         result = rows(make(name), student, ruled_out)
         assert result.loss.isfinite().all(), name
         assert result.grad.isfinite().all(), name
@@ -227,7 +326,7 @@ def test_a_loss_without_a_closed_form_gets_its_gradient_from_autograd():
     assert not student.requires_grad
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "taid", "cross_entropy"])
+@pytest.mark.parametrize("name", [*losses.available(), "taid linear", "taid over jsd"])
 def test_scratch_is_what_rows_needs(name, benchmark_losses):
     loss = make(name)
     student, teacher, targets = logits(64, 1000, torch.float32)
@@ -256,7 +355,12 @@ def test_missing_inputs_are_named():
         ("taid", {"t_start": True}, "loss taid: t_start is True"),
         ("taid", {"alpha": math.nan}, "loss taid: alpha is nan; give a number of 0 or more"),
         ("taid", {"t_start": 0.8, "t_end": 0.5}, "t_end = 0.5 lies below t_start = 0.8"),
-        ("taid", {"schedule": "cosine"}, "schedule = 'cosine'; it must be one of paper, linear"),
+        ("taid", {"schedule": "sine"}, "loss taid: schedule is 'sine'; it must be one of paper, linear, cosine"),
+        ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),
+        ("taid", {"divergence": {"name": "jsd", "gamma": 1}}, "loss taid: divergence jsd: .*gamma"),
+        ("taid", {"divergence": {"name": "jsd", "beta": 2}}, "loss jsd: beta is 2"),
+        ("jsd", {"convention": "trl"}, "loss jsd: convention is 'trl'; it must be one of paper, limit"),
+        ("skew_forward_kl", {"alpha": 0}, "loss skew_forward_kl: alpha is 0; give a number above 0"),
     ],
 )
 def test_mistakes_get_one_line(name, params, message):
@@ -267,7 +371,7 @@ def test_mistakes_get_one_line(name, params, message):
 
 def test_available_describes_each_loss():
     lines = losses.available()
-    assert list(lines) == ["taid", "forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+    assert set(lines) == {name.split()[0] for name in EVERY} | {"diagnostics"}
     assert all(len(line) > 20 for line in lines.values())
     for name in lines:
         losses.build(name)

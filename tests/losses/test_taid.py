@@ -54,6 +54,61 @@ def test_a_falling_loss_moves_t_faster_than_a_rising_one():
     assert fast.t > slow.t
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential", "adaptive"])
+def test_every_schedule_starts_at_t_start_ends_at_t_end_and_never_falls(schedule):
+    loss = TAID(t_start=0.2, t_end=0.9, schedule=schedule)
+    trajectory = [loss.t]
+    for step in range(101):
+        loss.update({"kl": 1.0 + math.sin(step)}, Progress(step, 100))
+        trajectory.append(loss.t)
+    assert trajectory[:2] == pytest.approx([0.2, 0.2], abs=0.03)
+    assert trajectory[-1] == pytest.approx(0.9)
+    assert all(a <= b for a, b in itertools.pairwise(trajectory))
+
+
+def test_shapes_of_the_schedules():
+    def half(schedule):
+        return run(TAID(t_start=0.0, schedule=schedule), [1.0] * 51, steps=100)[-1]
+
+    assert half("cosine") == pytest.approx(0.5)
+    assert half("exponential") == pytest.approx((1 - math.exp(-1.5)) / (1 - math.exp(-3)))
+
+
+def learn(speed, steps, noise=0.2, t_start=0.2):
+    """t over a run of a student that follows its target at some speed, its KL seen through noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    loss, teacher, student = TAID(t_start=t_start, schedule="adaptive"), 2 * draw(16, 50), draw(16, 50)
+    trajectory = []
+    for step in range(steps):
+        p, q = ((1 - loss.t) * student + loss.t * teacher).softmax(-1), student.softmax(-1)
+        kl = (p * (p / q).log()).sum(-1).mean().item()
+        student = student + 50 * speed / steps * (p - q)
+        loss.update({"kl": kl * math.exp(noise * draw(1).item())}, Progress(step, steps))
+        trajectory.append(loss.t)
+    return trajectory
+
+
+@pytest.mark.parametrize("steps", [300, 3000])
+def test_adaptive_t_answers_to_the_student(steps):
+    easy, hard, stalled = (learn(speed, steps) for speed in (10.0, 0.3, 0.0))
+    line = [0.2 + 0.8 * (step + 1) / steps for step in range(steps)]
+    middle, late = steps // 2, 3 * steps // 4
+    assert easy[middle] > line[middle] + 0.2
+    assert easy[middle] > hard[middle] + 0.1 > stalled[middle] + 0.15
+    assert stalled[late] < line[late]
+    for trajectory in (easy, hard, stalled):
+        assert trajectory[-1] == pytest.approx(1.0)
+
+
+def test_adaptive_t_does_not_depend_on_the_number_of_steps():
+    short, long = learn(0.3, 500, noise=0.0), learn(0.3, 5000, noise=0.0)
+    assert long[::10] == pytest.approx(short, abs=0.03)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_loss_never_enters(bad):
     signals = falling(60)
@@ -63,6 +118,11 @@ def test_a_non_finite_loss_never_enters(bad):
     before = hurt.get_extra_state()
     hurt.update({"cross_entropy": bad}, Progress(30, 1000))
     assert hurt.get_extra_state() == before
+    adaptive = TAID(schedule="adaptive")
+    adaptive.update({"kl": 1.0}, Progress(0, 1000))
+    state = adaptive.get_extra_state()["pace"]
+    adaptive.update({"kl": bad}, Progress(1, 1000))
+    assert adaptive.get_extra_state()["pace"] == state
     assert run(hurt, signals[30:], 1000, 30) == run(clean, signals[30:], 1000, 30)
 
 

@@ -13,7 +13,7 @@ import tiny
 import yaml
 
 STEPS = 30
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "answers_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,8 @@ def start(material, name):
         training__steps=STEPS,
         training__checkpoint_every=4,
         deepspeed__stage=2,
+        data__eval=[{"path": str(data), "name": "questions"}],
+        evaluation__every=6,
         loss=[{"name": "taid", "t_start": 0.2, "alpha": 0.05, "schedule": "paper"}],
     )
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain))
@@ -54,11 +56,13 @@ def story(path):
 def test_killed_and_resumed_equals_uninterrupted(material):
     process, straight = start(material, "straight")
     finish(process)
-    assert [line["step"] for line in story(straight)] == list(range(1, STEPS + 1))
+    told = story(straight)
+    assert [line["step"] for line in told if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in told if line["kind"] == "eval"] == [6, 12, 18, 24, 30]
 
     kill_at = random.randint(5, STEPS - 6)
     process, resumed = start(material, "killed")
-    while not resumed.exists() or resumed.read_text().count("\n") < kill_at:
+    while not resumed.exists() or resumed.read_text().count('"train"') < kill_at:
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

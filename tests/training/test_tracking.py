@@ -18,6 +18,15 @@ def test_resume_cuts_back_to_the_checkpoint(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.9), (2, 0.8), (3, 0.71)]
 
 
+def test_the_last_evaluation_is_told_again(tmp_path):
+    track(tmp_path, 0, [(10, 0.9)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "eval", "step": 9}\n{"kind": "eval", "step": 10}\n')
+    track(tmp_path, 10, [])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 10), ("eval", 9)]
+
+
 def test_tensorboard_is_written(tmp_path):
     track(tmp_path, 0, [(1, 0.9)])
     assert list((tmp_path / "tensorboard").glob("events.*"))

@@ -9,14 +9,22 @@ from typing import Any
 from data.errors import UserError
 
 from .base import DistillationLoss, Progress, RowResult, Term
-from .divergences import JSD, CrossEntropy, ForwardKL, ReverseKL
+from .diagnostics import Diagnostics
+from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from .dkd import DKD
 from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
 from .taid import TAID
+from .topk import TopKTargets
 
 __all__ = [
+    "DKD",
     "JSD",
+    "KD",
     "TAID",
+    "TVD",
+    "AdaptiveKL",
     "CrossEntropy",
+    "Diagnostics",
     "DistillationLoss",
     "ForwardKL",
     "HiddenTargets",
@@ -24,8 +32,11 @@ __all__ = [
     "Progress",
     "ReverseKL",
     "RowResult",
+    "SkewForwardKL",
+    "SkewReverseKL",
     "Term",
     "TermSums",
+    "TopKTargets",
     "available",
     "build",
     "fused_linear",
@@ -36,7 +47,14 @@ _LOSSES: dict[str, type[DistillationLoss]] = {
     "forward_kl": ForwardKL,
     "reverse_kl": ReverseKL,
     "jsd": JSD,
+    "skew_forward_kl": SkewForwardKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "tvd": TVD,
+    "adaptive_kl": AdaptiveKL,
+    "kd": KD,
+    "dkd": DKD,
     "cross_entropy": CrossEntropy,
+    "diagnostics": Diagnostics,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -51,12 +51,14 @@ class DistillationLoss(nn.Module):
     Attributes:
         needs: what the loss reads beside the student's logits: of ``{"teacher", "targets"}``.
         signals: names of the quantities whose means over an optimizer step ``update`` is given.
+        takes_topk: whether ``categories`` is there, for teachers of whom only the likeliest tokens are known.
         scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
-    signals: ClassVar[tuple[str, ...]] = ()
-    scratch: ClassVar[int] = 8
+    signals: tuple[str, ...] = ()
+    takes_topk: bool = False
+    scratch: int = 8
 
     def __init__(self) -> None:
         super().__init__()  # no parameters, which nn.Module's own signature does not say
@@ -86,6 +88,18 @@ class DistillationLoss(nn.Module):
             loss = self(leaf, teacher_logits, targets)
             gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         return RowResult(loss.detach(), gradient)
+
+    def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss between distributions over few categories, the last of which is the tail; only if ``takes_topk``.
+
+        Args:
+            log_p: ``[N, C]``, the teacher's log-probabilities.
+            log_q: ``[N, C]``, the student's; the result is differentiable in it.
+
+        Returns:
+            ``[N]`` nats, and the signals.
+        """
+        raise NotImplementedError
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
         """Called once after every optimizer step, with the means of the signals over all rows of all ranks."""
@@ -167,3 +181,10 @@ def check_number(where: str, value: Any, low: float, high: float = math.inf, *, 
         span = f"above {low:g}" if above else f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
         raise UserError(f"{where} is {value!r}; give a number {span}")
     return float(value)
+
+
+def check_choice(where: str, value: Any, choices: Sequence[str]) -> str:
+    """``value``, which must be one of ``choices``; raises ``UserError`` naming the loss, the parameter and them."""
+    if value not in choices:
+        raise UserError(f"{where} is {value!r}; it must be one of {', '.join(choices)}")
+    return str(value)

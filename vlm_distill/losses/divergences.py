@@ -1,8 +1,8 @@
 """Divergences between the teacher's distribution p and the student's q, and the cross-entropy with the right tokens.
 
-Each class has its definition in ``forward`` and the closed form of its gradient in ``rows``. Logits are divided by the
-temperature T; there is no factor T². A logit of −∞ in both models puts a token outside the vocabulary: it adds nothing
-and receives no gradient.
+Each divergence has its definition in ``between`` and the closed form of its gradient in ``between_``. Logits are
+divided by the temperature T; only KD has the factor T². A logit of −∞ in both models puts a token outside the
+vocabulary: it adds nothing and receives no gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, RowResult, check_number, need_targets, relative_entropy_, softmax_, upcast
+from .base import (
+    DistillationLoss,
+    RowResult,
+    Softmax,
+    check_choice,
+    check_number,
+    need_targets,
+    relative_entropy_,
+    softmax_,
+    upcast,
+)
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -29,51 +39,92 @@ def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
 
 
-class _Tempered(DistillationLoss):
-    """Logits divided by a temperature."""
+class Divergence(DistillationLoss):
+    """A loss that compares two distributions over the same categories, and nothing else of the logits.
+
+    Args:
+        temperature: divides both models' logits.
+    """
 
     label: ClassVar[str]
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = check_number(f"loss {self.label}: temperature", temperature, 0.0, above=True)
+        self.factor = 1.0
+        # The tail's mass at another temperature cannot be known from its mass at 1.
+        self.takes_topk = self.temperature == 1.0
 
-    def _soften(self, student_logits: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        return upcast(student_logits) / self.temperature, upcast(teacher_logits) / self.temperature
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """The definition, differentiable in ``log_q``.
 
-    def _soften_(self, student_logits: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        student, teacher = upcast(student_logits), upcast(teacher_logits)
-        if self.temperature != 1.0:
-            student.div_(self.temperature)
-            teacher.div_(self.temperature)
-        return student, teacher
+        Args:
+            log_p: ``[N, V]``, log-probabilities of the teacher, or of any other target.
+            log_q: ``[N, V]``, those of the student.
 
-    def _chain_(self, grad: Tensor) -> Tensor:
-        """From the derivative by the softened logits to that by the logits."""
-        return grad.div_(self.temperature) if self.temperature != 1.0 else grad
+        Returns:
+            ``[N]`` nats.
+        """
+        raise NotImplementedError
 
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        """The same with its derivative by the logits of ``q`` ``[N, V]``, ``None`` unless asked for.
 
-class ForwardKL(_Tempered):
-    """Forward KL, KL(p‖q): the student covers all that the teacher may say (Hinton et al., 2015)."""
+        The memory of both arguments may be overwritten.
+        """
+        raise NotImplementedError
 
-    label = "forward_kl"
-    scratch = 2
+    def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.between(log_p, log_q), {}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
-        student, teacher = self._soften(student_logits, teacher_logits)
-        return kl_divergence(teacher.log_softmax(-1), student.log_softmax(-1))
+        student, teacher = upcast(student_logits) / self.temperature, upcast(teacher_logits) / self.temperature
+        return self.factor * self.between(teacher.log_softmax(-1), student.log_softmax(-1))
 
     @torch.no_grad()
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
-        student, teacher = self._soften_(student_logits, teacher_logits)
-        p, q = softmax_(teacher), softmax_(student)
+        student, teacher = upcast(student_logits), upcast(teacher_logits)
+        if self.temperature != 1.0:
+            student.div_(self.temperature)
+            teacher.div_(self.temperature)
+        loss, gradient = self.between_(softmax_(teacher), softmax_(student), grad=grad)
+        if self.factor != 1.0:
+            loss = loss * self.factor
+        if gradient is not None and self.factor != self.temperature:
+            gradient.mul_(self.factor / self.temperature)
+        return RowResult(loss, gradient)
+
+
+class ForwardKL(Divergence):
+    """Forward KL, KL(p‖q): the student covers all that the teacher may say (Hinton et al., 2015)."""
+
+    label = "forward_kl"
+    scratch = 2
+
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl_divergence(log_p, log_q)
+
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         loss, _ = relative_entropy_(p, q)
-        return RowResult(loss, self._chain_(q.probs.sub_(p.probs)) if grad else None)
+        return loss, q.probs.sub_(p.probs) if grad else None
 
 
-class ReverseKL(_Tempered):
+class KD(ForwardKL):
+    """Knowledge distillation, T²·KL(p‖q) with both softmaxes at temperature T (Hinton et al., 2015).
+
+    T² keeps the size of the gradient when T changes.
+    """
+
+    label = "kd"
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__(temperature)
+        self.factor = self.temperature**2
+
+
+class ReverseKL(Divergence):
     """Reverse KL, KL(q‖p): the student keeps to what the teacher says most (Gu et al., 2024).
 
     Infinite where the student gives mass to a token that the teacher rules out.
@@ -82,62 +133,162 @@ class ReverseKL(_Tempered):
     label = "reverse_kl"
     scratch = 2
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
-        student, teacher = self._soften(student_logits, teacher_logits)
-        return kl_divergence(student.log_softmax(-1), teacher.log_softmax(-1))
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl_divergence(log_q, log_p)
 
-    @torch.no_grad()
-    def rows(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
-    ) -> RowResult:
-        student, teacher = self._soften_(student_logits, teacher_logits)
-        q, p = softmax_(student), softmax_(teacher)
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         loss, summands = relative_entropy_(q, p)
-        if not grad:
-            return RowResult(loss)
         # d KL(q‖p) / d logits = q·(log q/p − KL)
-        return RowResult(loss, self._chain_(summands.addcmul_(q.probs, loss.unsqueeze(-1), value=-1.0)))
+        return loss, summands.addcmul_(q.probs, loss.unsqueeze(-1), value=-1.0) if grad else None
 
 
-class JSD(_Tempered):
+class JSD(Divergence):
     """Generalised Jensen-Shannon divergence, β KL(p‖m) + (1−β) KL(q‖m), m = β p + (1−β) q (Agarwal et al., 2024).
 
-    ``beta`` weights the teacher; at 0 and at 1 the divergence is 0.
+    ``beta`` weights the teacher; at 0 and at 1 the divergence is 0. ``convention="limit"`` is that of TRL and Liger
+    Kernel, which take KL(p‖q) at β = 0 and KL(q‖p) at β = 1, the limits of the divergence divided by β (1−β).
     """
 
     label = "jsd"
-    scratch = 4
+    scratch = 3
 
-    def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
+    def __init__(self, beta: float = 0.5, temperature: float = 1.0, convention: str = "paper") -> None:
         super().__init__(temperature)
         self.beta = check_number("loss jsd: beta", beta, 0.0, 1.0)
+        self._limit: Divergence | None = None
+        if check_choice("loss jsd: convention", convention, ("paper", "limit")) == "limit" and self.beta in (0.0, 1.0):
+            self._limit = ForwardKL() if self.beta == 0.0 else ReverseKL()
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
-        student, teacher = self._soften(student_logits, teacher_logits)
-        log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-        mixture = self.beta * log_p.exp() + (1.0 - self.beta) * log_q.exp()
-        # Where the mixture underflows, both distributions are 0 in this precision and the summands are too.
-        log_m = torch.where(mixture > 0, mixture, 1.0).log()
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        if self._limit is not None:
+            return self._limit.between(log_p, log_q)
+        log_m = _log_mixture(log_p, log_q, self.beta)
         return self.beta * kl_divergence(log_p, log_m) + (1.0 - self.beta) * kl_divergence(log_q, log_m)
 
-    @torch.no_grad()
-    def rows(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
-    ) -> RowResult:
-        student, teacher = self._soften_(student_logits, teacher_logits)
-        p, q = softmax_(teacher), softmax_(student)
-        limits = torch.finfo(student.dtype)
-        # Finite logarithms, so that 0·log 0 is 0; a NaN passes through.
-        log_m = (self.beta * p.probs).add_(q.probs, alpha=1.0 - self.beta).clamp_(min=limits.tiny).log_()
-        p_part = p.log_probs.clamp_(min=limits.min).sub_(log_m).mul_(p.probs).sum(-1)
-        q_summands = q.log_probs.clamp_(min=limits.min).sub_(log_m).mul_(q.probs)
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        if self._limit is not None:
+            return self._limit.between_(p, q, grad=grad)
+        log_m = _mixture(p, q, self.beta).log_()
+        p_part = _summands_(p, log_m).sum(-1)
+        q_summands = _summands_(q, log_m)
         q_part = q_summands.sum(-1)
         loss = self.beta * p_part + (1.0 - self.beta) * q_part
         if not grad:
-            return RowResult(loss)
+            return loss, None
         # (1−β) q·(log q/m − KL(q‖m)): the derivatives through m cancel.
-        gradient = q_summands.addcmul_(q.probs, q_part.unsqueeze(-1), value=-1.0).mul_(1.0 - self.beta)
-        return RowResult(loss, self._chain_(gradient))
+        return loss, q_summands.addcmul_(q.probs, q_part.unsqueeze(-1), value=-1.0).mul_(1.0 - self.beta)
+
+
+class SkewForwardKL(Divergence):
+    """Skew forward KL, KL(p‖α p + (1−α) q) (Ko et al., DistiLLM, 2024); α near 0 is forward KL."""
+
+    label = "skew_forward_kl"
+    scratch = 4
+
+    def __init__(self, alpha: float = 0.1, temperature: float = 1.0) -> None:
+        super().__init__(temperature)
+        self.alpha = check_number(f"loss {self.label}: alpha", alpha, 0.0, 1.0, above=True)
+
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl_divergence(log_p, _log_mixture(log_p, log_q, self.alpha))
+
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        mixture = _mixture(p, q, self.alpha)
+        loss = _summands_(p, mixture.log()).sum(-1)
+        if not grad:
+            return loss, None
+        # With w = p·(1−α) q/m: q·Σw − w. The ratio (1−α) q/m is at most 1.
+        weight = torch.div(q.probs, mixture, out=mixture).mul_(p.probs).mul_(1.0 - self.alpha)
+        total = weight.sum(-1, keepdim=True)
+        return loss, q.probs.mul_(total).sub_(weight)
+
+
+class SkewReverseKL(Divergence):
+    """Skew reverse KL, KL(q‖(1−α) p + α q) (Ko et al., DistiLLM, 2024); finite where the teacher rules a token out."""
+
+    label = "skew_reverse_kl"
+    scratch = 4
+
+    def __init__(self, alpha: float = 0.1, temperature: float = 1.0) -> None:
+        super().__init__(temperature)
+        self.alpha = check_number(f"loss {self.label}: alpha", alpha, 0.0, 1.0, above=True)
+
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl_divergence(log_q, _log_mixture(log_p, log_q, 1.0 - self.alpha))
+
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        mixture = _mixture(p, q, 1.0 - self.alpha)
+        summands = _summands_(q, mixture.log())
+        loss = summands.sum(-1)
+        if not grad:
+            return loss, None
+        # With u = q·(log q/m − α q/m): u − q·Σu. The ratio α q/m is at most 1.
+        ratio = torch.div(q.probs, mixture, out=mixture)
+        inner = summands.addcmul_(ratio, q.probs, value=-self.alpha)
+        total = inner.sum(-1, keepdim=True)
+        return loss, inner.addcmul_(q.probs, total, value=-1.0)
+
+
+class TVD(Divergence):
+    """Total variation distance, ½ Σ|p−q| (Wen et al., 2023): bounded, so that no token dominates the gradient.
+
+    It has no derivative where p = q; 0 is taken there.
+    """
+
+    label = "tvd"
+    scratch = 3
+
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        gap = torch.sub(q.probs, p.probs, out=p.probs)
+        loss = 0.5 * gap.abs().sum(-1)
+        if not grad:
+            return loss, None
+        # q·(s − Σ q s), s = ½ sign(q − p)
+        half = gap.sign_().mul_(0.5).mul_(q.probs)
+        total = half.sum(-1, keepdim=True)
+        return loss, half.addcmul_(q.probs, total, value=-1.0)
+
+
+class AdaptiveKL(Divergence):
+    """Adaptive KL, h·KL(p‖q) + (1−h)·KL(q‖p), h the head's share of Σ|p−q|, taken as constant (Wu et al., 2024).
+
+    The head is what the teacher finds likeliest: in descending order of p, a token is tail if the cumulative mass with
+    it exceeds ``mu``; the first is always head. Of equal probabilities the lower index comes first. Where p = q, h = ½.
+    """
+
+    label = "adaptive_kl"
+    scratch = 8
+
+    def __init__(self, mu: float = 0.5, temperature: float = 1.0) -> None:
+        super().__init__(temperature)
+        self.mu = check_number("loss adaptive_kl: mu", mu, 0.0, 1.0)
+
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        head = self._head_share(log_p.detach().exp(), log_q.detach().exp())
+        return head * kl_divergence(log_p, log_q) + (1.0 - head) * kl_divergence(log_q, log_p)
+
+    def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        head = self._head_share(p.probs, q.probs)
+        reverse, summands = relative_entropy_(Softmax(q.log_probs.clone(), q.probs, q.log_total), p)
+        forward, _ = relative_entropy_(p, q)
+        loss = head * forward + (1.0 - head) * reverse
+        if not grad:
+            return loss, None
+        summands.addcmul_(q.probs, reverse.unsqueeze(-1), value=-1.0).mul_((1.0 - head).unsqueeze(-1))
+        return loss, summands.addcmul_(q.probs.sub_(p.probs), head.unsqueeze(-1))
+
+    def _head_share(self, p: Tensor, q: Tensor) -> Tensor:
+        """``[N]``, the head's share of the gaps between both distributions."""
+        ordered, order = torch.sort(p, dim=-1, descending=True, stable=True)
+        tail = ordered.cumsum(-1) > self.mu
+        tail[:, 0] = False
+        gap = (p - q).abs_().gather(-1, order)
+        total = gap.sum(-1)
+        head = gap.masked_fill_(tail, 0.0).sum(-1)
+        return torch.where(total > 0, head / total, 0.5)
 
 
 class CrossEntropy(DistillationLoss):
@@ -160,3 +311,20 @@ class CrossEntropy(DistillationLoss):
         if not grad:
             return RowResult(loss)
         return RowResult(loss, q.probs.scatter_add_(-1, index, q.probs.new_full(index.shape, -1.0)))
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share·p + (1−share)·q), differentiable; 0 where the mixture underflows, and both summands with it."""
+    mixture = share * log_p.exp() + (1.0 - share) * log_q.exp()
+    return torch.where(mixture > 0, mixture, 1.0).log()
+
+
+def _mixture(p: Softmax, q: Softmax, share: float) -> Tensor:
+    """share·p + (1−share)·q in a new tensor, kept above 0 so that its logarithm is finite; a NaN passes through."""
+    mixture = (share * p.probs).add_(q.probs, alpha=1.0 - share)
+    return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny)
+
+
+def _summands_(a: Softmax, log_m: Tensor) -> Tensor:
+    """a·(log a − log m) for a finite ``log_m``, in the memory of ``a.log_probs``; 0·log 0 is 0."""
+    return a.log_probs.clamp_(min=torch.finfo(log_m.dtype).min).sub_(log_m).mul_(a.probs)

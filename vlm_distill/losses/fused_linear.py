@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .base import DistillationLoss, Term
+from .topk import SCRATCH as TOPK_SCRATCH
+from .topk import TopKTargets, topk_rows
 
 # Bytes of all [rows, V] buffers of a chunk, and of one such buffer of a block. On a CPU a block should stay in the
 # cache, and some hundred rows already give the matrix products their full speed (docs/losses.md has the measurement);
@@ -76,7 +78,7 @@ def fused_linear(
     terms: Sequence[Term] | DistillationLoss,
     student_hidden: Tensor,
     student_head: Head,
-    teacher: HiddenTargets | None = None,
+    teacher: HiddenTargets | TopKTargets | None = None,
     targets: Tensor | None = None,
     *,
     distilled: Tensor | None = None,
@@ -94,7 +96,8 @@ def fused_linear(
         terms: the summands; a lone loss counts as a term called "loss".
         student_hidden: ``[N, H]``, at the positions that predict supervised tokens; N may be 0.
         student_head: its weight's context is open during the whole call.
-        teacher: hidden states at the same N positions and their head; may be ``None`` if no term needs a teacher.
+        teacher: hidden states at the same N positions and their head, or the likeliest tokens there; may be ``None`` if
+            no term needs a teacher.
         targets: int64 ``[N]``, the tokens to predict; may be ``None`` if no term needs them.
         distilled: bool ``[N]``, the rows that terms with a teacher see (default: all). Other terms see every row.
         scales: a factor for each term's sum, by name; 1 where none is given.
@@ -106,8 +109,8 @@ def fused_linear(
         the head and the hidden states get (zero) gradients. There are no second derivatives.
 
     Raises:
-        ValueError: no terms, two of one name, one that needs a teacher or targets where there are none; or teacher and
-            student differ in rows or vocabulary.
+        ValueError: no terms, two of one name, one that needs a teacher or targets where there are none, or more of the
+            teacher than its likeliest tokens; or teacher and student differ in rows or vocabulary.
     """
     if isinstance(terms, DistillationLoss):
         terms = [Term("loss", terms)]
@@ -118,16 +121,20 @@ def fused_linear(
     with (
         torch.autocast(student_hidden.device.type, enabled=False),
         student_head.weight() as weight,
-        nullcontext() if teacher is None else teacher.head.weight() as teacher_weight,
+        teacher.head.weight() if isinstance(teacher, HiddenTargets) else nullcontext() as teacher_weight,
     ):
         inputs = (student_hidden, weight, student_head.bias)
         with torch.no_grad():
             student = _Side(student_head, student_hidden, weight, student_hidden.dtype)
-            other = None
-            if teacher is not None and teacher_weight is not None:
+            other: _Side | TopKTargets | None = None
+            if isinstance(teacher, HiddenTargets):
+                assert teacher_weight is not None
                 other = _Side(teacher.head, teacher.hidden, teacher_weight, student.dtype)
                 _same("rows", len(student_hidden), len(teacher.hidden))
                 _same("tokens in the vocabulary", len(weight), len(teacher_weight))
+            elif teacher is not None:
+                other = teacher
+                _same("rows", len(student_hidden), len(teacher.ids))
             wanted = [recording and x is not None and x.requires_grad for x in inputs]
             work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes)
             work.run(distilled)
@@ -139,7 +146,7 @@ def fused_linear(
     return LossSums(total, work.sums)
 
 
-def _check(terms: Sequence[Term], teacher: HiddenTargets | None, targets: Tensor | None) -> None:
+def _check(terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, targets: Tensor | None) -> None:
     names = [term.name for term in terms]
     if not names:
         raise ValueError("the loss has no term")
@@ -149,6 +156,10 @@ def _check(terms: Sequence[Term], teacher: HiddenTargets | None, targets: Tensor
         for need, given in (("teacher", teacher), ("targets", targets)):
             if need in term.loss.needs and given is None:
                 raise ValueError(f"term {term.name!r} of the loss needs {need}, and None was given")
+        if isinstance(teacher, TopKTargets) and "teacher" in term.loss.needs and not term.loss.takes_topk:
+            raise ValueError(
+                f"term {term.name!r} of the loss needs the teacher's whole distribution, not its top tokens"
+            )
 
 
 def _same(what: str, student: int, teacher: int) -> None:
@@ -214,7 +225,7 @@ class _Pass:
         terms: Sequence[Term],
         scales: Mapping[str, float],
         student: _Side,
-        teacher: _Side | None,
+        teacher: _Side | TopKTargets | None,
         targets: Tensor | None,
         wanted: Sequence[bool],
         chunk_bytes: int | None,
@@ -253,28 +264,40 @@ class _Pass:
         row_bytes = vocabulary * self.student.dtype.itemsize
         # A term's scratch, its copies of the logits if others follow, every term's gradient, the soft-cap's slope.
         copies = 2 if len(terms) > 1 else 0
-        buffers = max(t.loss.scratch for t in terms) + copies + len(terms) + (self.student.softcap is not None)
+        scratch = max(TOPK_SCRATCH if isinstance(teacher, TopKTargets) else 0, *(t.loss.scratch for t in terms))
+        buffers = scratch + copies + len(terms) + (self.student.softcap is not None)
         block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * buffers)) // row_bytes)
-        kept = 1 if teacher is None else 2
+        whole = teacher if isinstance(teacher, _Side) else None
+        kept = 1 if whole is None else 2
         chunk = max(1, (self.chunk_bytes // row_bytes - block * buffers) // kept)
         chunk = min(chunk, len(rows))
 
         student_logits = self.student.weight.new_empty(chunk, vocabulary, dtype=self.student.dtype)
-        teacher_logits = None if teacher is None else torch.empty_like(student_logits)
+        teacher_logits = None if whole is None else torch.empty_like(student_logits)
         for index in rows.split(chunk):
             hidden = self.student.hidden[index].to(self.student.operand)
             z = student_logits[: len(index)]
             self.student.logits_(hidden, z)
-            if teacher is not None and teacher_logits is not None:
-                teacher.logits_(teacher.hidden[index].to(teacher.operand), teacher_logits[: len(index)])
+            if whole is not None and teacher_logits is not None:
+                whole.logits_(whole.hidden[index].to(whole.operand), teacher_logits[: len(index)])
             for i in range(0, len(index), block):
                 part = slice(i, min(i + block, len(index)))
                 targets = None if self.targets is None else self.targets[index[part]]
-                self._block(terms, z[part], None if teacher_logits is None else teacher_logits[part], targets)
+                top = None
+                if isinstance(teacher, TopKTargets):
+                    top = teacher.ids[index[part]], teacher.categories(index[part], z.dtype)
+                self._block(terms, z[part], None if teacher_logits is None else teacher_logits[part], targets, top)
             if self.grad:
                 self._accumulate(index, hidden, z)
 
-    def _block(self, terms: Sequence[Term], student: Tensor, teacher: Tensor | None, targets: Tensor | None) -> None:
+    def _block(
+        self,
+        terms: Sequence[Term],
+        student: Tensor,
+        teacher: Tensor | None,
+        targets: Tensor | None,
+        top: tuple[Tensor, Tensor] | None,
+    ) -> None:
         """Adds a block's sums; leaves the gradient of the weighted sum where the student's logits were."""
         slope = self.student.slope(student) if self.grad else None
         gradients: list[tuple[Tensor, float]] = []
@@ -283,12 +306,12 @@ class _Pass:
             last = position == len(terms)
             factor = self.factors[term.name]
             reference = teacher if "teacher" in term.loss.needs else None
-            result = term.loss.rows(
-                student if last else student.clone(),
-                reference if last or reference is None else reference.clone(),
-                targets,
-                grad=self.grad and factor != 0.0,
-            )
+            own, grad = student if last else student.clone(), self.grad and factor != 0.0
+            if top is not None and "teacher" in term.loss.needs:
+                result = topk_rows(term.loss, own, *top, grad=grad)
+            else:
+                other = reference if last or reference is None else reference.clone()
+                result = term.loss.rows(own, other, targets, grad=grad)
             sums = self.sums[term.name]
             sums.loss += result.loss.sum()
             sums.count += len(result.loss)

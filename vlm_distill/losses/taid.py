@@ -11,28 +11,52 @@ from torch import Tensor
 
 from data.errors import UserError
 
-from .base import DistillationLoss, Progress, RowResult, check_number, relative_entropy_, softmax_, upcast
-from .divergences import kl_divergence
+from .base import DistillationLoss, Progress, RowResult, check_choice, check_number, relative_entropy_, softmax_, upcast
+from .divergences import (
+    JSD,
+    TVD,
+    AdaptiveKL,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    kl_divergence,
+)
 
-SCHEDULES = ("paper", "linear")
+SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
+_DIVERGENCES: dict[str, type[Divergence]] = {
+    kind.label: kind for kind in (ForwardKL, ReverseKL, JSD, SkewForwardKL, SkewReverseKL, TVD, AdaptiveKL)
+}
 
 
 class TAID(DistillationLoss):
-    """KL(p_t‖q) with p_t = softmax((1−t)·student, detached, + t·teacher); t grows over training (Shing et al., 2025).
+    """D(p_t, q), p_t = softmax((1−t)·student, detached, + t·teacher); t grows over training (Shing et al., 2025).
 
-    The gradient by the student's logits is q − p_t. The schedule moves t once after every optimizer step:
+    Args:
+        t_start: t of the first step.
+        t_end: t at the end.
+        schedule: how t goes from one to the other, once after every optimizer step; n steps of N are done.
 
-    - ``paper``: the released rule. With J the mean cross-entropy of p_t and q over the step and n the steps done,
-      δ = (J' − J)/(J' + 1e-15) against the step before, m = beta·m + (1−beta)·δ, and
-      t = min(t_end, max(line, t + alpha·sigmoid(m)·(1−t))), line = t_start + (t_end − t_start)·n/steps.
-      A non-finite J leaves J' and m alone, and t follows max(line, t). t never falls.
-    - ``linear``: the line alone.
+            - ``paper``: the released rule. With J the mean cross-entropy of p_t and q over the step,
+              δ = (J' − J)/(J' + 1e-15) against the step before, m = beta·m + (1−beta)·δ, and
+              t = min(t_end, max(line, t + alpha·sigmoid(m)·(1−t))), line = t_start + (t_end − t_start)·n/N.
+              A non-finite J leaves J' and m alone, and t follows max(line, t). t never falls.
+            - ``linear``: the line alone.
+            - ``cosine``: half a cosine, slow at both ends.
+            - ``exponential``: fast first, t_end − t closing in by a factor e^−rate over the run.
+            - ``adaptive``: ours; see :class:`Pace` and docs/taid.md.
+        alpha, beta: of the schedule ``paper``.
+        rate: of the schedules ``exponential`` and ``adaptive``.
+        divergence: D, a name or ``{name: jsd, beta: 0.1}``. Its gradient takes p_t as constant; for ``forward_kl`` it
+            is q − p_t.
+        power: the mean by which p_t is formed: 0 mixes logits (the paper), 1 probabilities, any other r > 0 takes
+            p_t ∝ ((1−t)·q^r + t·p^r)^(1/r).
 
     Evaluation does not move t: only ``update`` does.
     """
 
-    signals = ("kl", "cross_entropy")
-    scratch = 4
+    signals: tuple[str, ...] = ("kl",)
 
     def __init__(
         self,
@@ -41,6 +65,9 @@ class TAID(DistillationLoss):
         alpha: float = 5e-4,
         beta: float = 0.99,
         schedule: str = "paper",
+        rate: float = 3.0,
+        divergence: str | Mapping[str, Any] = "forward_kl",
+        power: float = 0.0,
     ) -> None:
         super().__init__()
         self.t_start = check_number("loss taid: t_start", t_start, 0.0, 1.0)
@@ -49,13 +76,21 @@ class TAID(DistillationLoss):
             raise UserError(f"loss taid: t_end = {t_end} lies below t_start = {t_start}; t must not fall")
         self.alpha = check_number("loss taid: alpha", alpha, 0.0)
         self.beta = check_number("loss taid: beta", beta, 0.0, 1.0)
-        if schedule not in SCHEDULES:
-            raise UserError(f"loss taid: schedule = {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
-        self.schedule = schedule
+        self.schedule = check_choice("loss taid: schedule", schedule, SCHEDULES)
+        self.rate = check_number("loss taid: rate", rate, 0.0, above=True)
+        self.power = check_number("loss taid: power", power, 0.0)
+        self.divergence = _divergence(divergence)
+        self.takes_topk = True
+        # Only the released rule reads the target's entropy, which costs a pass over the logits.
+        if schedule == "paper":
+            self.signals = ("kl", "cross_entropy")
+        alone = schedule != "paper" and isinstance(self.divergence, ForwardKL)
+        self.scratch = max(2 if alone else 3, self.divergence.scratch)
         # Plain floats and not buffers: casting the module to bfloat16 would round a buffer.
         self._t = self.t_start
         self._momentum = 0.0
         self._previous = math.inf
+        self._pace = Pace()
 
     @property
     def t(self) -> float:
@@ -68,52 +103,133 @@ class TAID(DistillationLoss):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         student, teacher = upcast(student_logits), upcast(teacher_logits)
+        log_target = self._mixed(student.detach().clone(), teacher.clone()).log_softmax(-1)
+        return self.divergence.between(log_target, student.log_softmax(-1))
+
+    def _mixed(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The target's logits ``[N, V]``, in the memory of the teacher's."""
         # 0·∞ counts as 0: a share of nothing leaves the other model's logits as they are.
         if self._t == 0.0:
-            mixed = student.detach()
-        elif self._t == 1.0:
-            mixed = teacher
-        else:
-            mixed = (1.0 - self._t) * student.detach() + self._t * teacher
-        return kl_divergence(mixed.log_softmax(-1), student.log_softmax(-1))
+            return teacher.copy_(student)
+        if self._t == 1.0:
+            return teacher
+        if self.power == 0.0:
+            return teacher.mul_(self._t).add_(student, alpha=1.0 - self._t)
+        own = student.log_softmax(-1).mul_(self.power).add_(math.log1p(-self._t))
+        other = teacher.log_softmax(-1).mul_(self.power).add_(math.log(self._t))
+        return torch.logaddexp(own, other, out=teacher).div_(self.power)
 
     @torch.no_grad()
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
-        student, mixed = upcast(student_logits), upcast(teacher_logits)
-        if self._t == 0.0:
-            mixed.copy_(student)
-        elif self._t < 1.0:
-            mixed.mul_(self._t).add_(student, alpha=1.0 - self._t)
-        p, q = softmax_(mixed), softmax_(student)
-        # The lower limit makes 0·log 0 = 0.
-        entropy = -p.log_probs.clamp(min=torch.finfo(mixed.dtype).min).mul_(p.probs).sum(-1)
-        kl, _ = relative_entropy_(p, q)
-        signals = {"kl": kl, "cross_entropy": kl + entropy}
-        return RowResult(kl, q.probs.sub_(p.probs) if grad else None, signals)
+        student = upcast(student_logits)
+        p, q = softmax_(self._mixed(student, upcast(teacher_logits))), softmax_(student)
+        signals: dict[str, Tensor] = {}
+        if "cross_entropy" in self.signals:
+            # The lower limit makes 0·log 0 = 0.
+            least = torch.finfo(student.dtype).min
+            signals["cross_entropy"] = -p.log_probs.clamp(min=least).mul_(p.probs).sum(-1)
+        if isinstance(self.divergence, ForwardKL):
+            loss, gradient = self.divergence.between_(p, q, grad=grad)
+            signals["kl"] = loss
+        else:
+            signals["kl"] = relative_entropy_(p._replace(log_probs=p.log_probs.clone()), q)[0]
+            loss, gradient = self.divergence.between_(p, q, grad=grad)
+        if "cross_entropy" in signals:
+            signals["cross_entropy"] += signals["kl"]
+        return RowResult(loss, gradient, signals)
+
+    def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        own = log_q.detach()
+        target = self._mixed(own.clone(), log_p.clone()).log_softmax(-1)
+        loss = self.divergence.between(target, log_q)
+        signals = {"kl": loss if isinstance(self.divergence, ForwardKL) else kl_divergence(target, own)}
+        if "cross_entropy" in self.signals:
+            entropy = -(target.exp() * target.clamp(min=torch.finfo(target.dtype).min)).sum(-1)
+            signals["cross_entropy"] = signals["kl"] + entropy
+        return loss, signals
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
-        line = self.t_start + (self.t_end - self.t_start) * progress.step / max(progress.steps, 1)
-        proposed = line
-        if self.schedule == "paper":
+        done = progress.step / max(progress.steps, 1)
+        span = self.t_end - self.t_start
+        proposed = self.t_start + span * done
+        if self.schedule == "cosine":
+            proposed = self.t_start + span * (1.0 - math.cos(math.pi * done)) / 2.0
+        elif self.schedule == "exponential":
+            proposed = self.t_start + span * math.expm1(-self.rate * done) / math.expm1(-self.rate)
+        elif self.schedule == "adaptive":
+            proposed = self._adaptive(float(signals.get("kl", math.nan)), progress)
+        elif self.schedule == "paper":
             loss = float(signals.get("cross_entropy", math.nan))
             if math.isfinite(loss):
                 if math.isfinite(self._previous):
                     change = (self._previous - loss) / (self._previous + 1e-15)
                     self._momentum = self.beta * self._momentum + (1.0 - self.beta) * change
-                    proposed = max(line, self._t + self.alpha * _sigmoid(self._momentum) * (1.0 - self._t))
+                    proposed = max(proposed, self._t + self.alpha * _sigmoid(self._momentum) * (1.0 - self._t))
                 self._previous = loss
         self._t = max(self._t, min(self.t_end, proposed))
+
+    def _adaptive(self, kl: float, progress: Progress) -> float:
+        steps = max(progress.steps, 1)
+        pace = self._pace.after(kl / self._t**2 if self._t > 0.0 else math.nan, steps)
+        floor = self.t_start + (self.t_end - self.t_start) * ((progress.step + 1) / steps) ** _FLOOR_POWER
+        return max(floor, self._t + self.rate * pace * (self.t_end - self._t) / steps)
 
     def metrics(self) -> dict[str, float]:
         return {"t": self._t}
 
-    def get_extra_state(self) -> dict[str, float]:
-        return {"t": self._t, "momentum": self._momentum, "previous": self._previous}
+    def get_extra_state(self) -> dict[str, Any]:
+        state = {"t": self._t, "momentum": self._momentum, "previous": self._previous}
+        return state | {"pace": self._pace.state()}
 
     def set_extra_state(self, state: Any) -> None:
         self._t, self._momentum, self._previous = (float(state[k]) for k in ("t", "momentum", "previous"))
+        self._pace = Pace(*state["pace"])
+
+
+# The floor lags far behind the line for most of the run, and is t_end at its end.
+_FLOOR_POWER = 3.0
+
+
+class Pace:
+    """How fast TAID's adaptive t may go: 0 to 2, 1 where the student's gap shrinks at the rate of e² a run.
+
+    The gap is KL(p_t‖q)/t². For logits that t mixes, KL(p_t‖q) = t²·s²/2 + O(t³), s² the variance under q of
+    teacher − student logits: dividing by t² takes out what t itself does to the KL, and leaves how far the student is
+    from its teacher. Its logarithm's slope over training is estimated by two exponential means of time constants of 1
+    and 5 % of the run, whose means lie 4 % of it apart; the pace is 2·sigmoid(slope − 2). A non-finite gap leaves
+    everything alone.
+    """
+
+    FAST, SLOW, NEUTRAL = 0.01, 0.05, 2.0
+
+    def __init__(self, fast: float = 0.0, slow: float = 0.0, seen: int = 0) -> None:
+        self._fast, self._slow, self._seen = float(fast), float(slow), int(seen)
+
+    def state(self) -> tuple[float, float, int]:
+        return self._fast, self._slow, self._seen
+
+    def after(self, gap: float, steps: int) -> float:
+        """The pace after one more step of a run of ``steps``."""
+        if math.isfinite(gap) and gap > 0.0:
+            self._seen += 1
+            # Plain means until the exponential ones have seen their share: no value before the first weighs in.
+            self._fast += (gap - self._fast) / min(self._seen, max(1.0, self.FAST * steps))
+            self._slow += (gap - self._slow) / min(self._seen, max(1.0, self.SLOW * steps))
+        if self._seen < max(2.0, self.SLOW * steps):
+            return 1.0
+        slope = (math.log(self._slow) - math.log(self._fast)) / (self.SLOW - self.FAST)
+        return 2.0 * _sigmoid(slope - self.NEUTRAL)
+
+
+def _divergence(given: str | Mapping[str, Any]) -> Divergence:
+    settings = {"name": given} if isinstance(given, str) else dict(given)
+    name = check_choice("loss taid: divergence", settings.pop("name", None), list(_DIVERGENCES))
+    try:
+        return _DIVERGENCES[name](**settings)
+    except TypeError as error:
+        raise UserError(f"loss taid: divergence {name}: {error}") from None
 
 
 def _sigmoid(x: float) -> float:

@@ -35,7 +35,7 @@ class Tracker:
             return
         self.console = Console(stderr=True)
         path = run / "metrics.jsonl"
-        _cut_back(path, start)
+        _cut_back(path, start, steps)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
         self._wandb: Any = None
@@ -96,8 +96,11 @@ class Tracker:
             self.console.print(text, highlight=False)
 
 
-def _cut_back(path: Path, start: int) -> None:
-    """Drops the lines after step ``start``, and a last line that a crash left half-written."""
+def _cut_back(path: Path, start: int, steps: int) -> None:
+    """Drops what will be told again, and a last line that a crash left half-written.
+
+    That is everything after step ``start``, and the evaluation after the last of ``steps``: it follows its checkpoint.
+    """
     if not path.exists():
         return
     kept = []
@@ -106,7 +109,7 @@ def _cut_back(path: Path, start: int) -> None:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if entry["step"] <= start:
+        if entry["step"] <= start and (entry["kind"], entry["step"]) != ("eval", steps):
             kept.append(line)
     aside = path.with_suffix(".part")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Trainer:
         self.config, self.processes = config, processes
         self.folder = Path(config.output)
         self.micro, self.accumulation = split_batch(config, processes.world)
+        if config.training.wandb and find_spec("wandb") is None:
+            raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
         terms = build_terms(config)
         # A teacher that no loss learns from is there to be scored beside the student.
         self.needs_teacher = any("teacher" in term.loss.needs for term in terms)
@@ -135,10 +138,11 @@ class Trainer:
                 done = batch.index + 1
                 tracker.log("train", done, values)
                 tracker.show(done, _headline(values))
-                if done == last or done % config.training.checkpoint_every == 0:
-                    self._save(done)
+                # Evaluated before it is saved: a resumed run has every evaluation of the steps that it does not repeat.
                 if config.evaluation.every and done % config.evaluation.every == 0 and done < self.steps:
                     self._evaluate(done, tracker)
+                if done == last or done % config.training.checkpoint_every == 0:
+                    self._save(done)
             if done == self.steps:
                 self._finish(done, tracker)
         return self.folder
