@@ -63,8 +63,8 @@ class Processes:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world)
             torch.set_num_threads(max(1, cores() // local_world))
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed's own all-reduce for CPUs needs a compiler on its first use, and 69 MB of shared memory a rank, which
-        # stay there after the run and are more than a container has by default. gloo does without.
+        # DeepSpeed's own all-reduce for CPUs needs a compiler on its first use, and 69 MB of shared memory a rank: more
+        # than a container has by default, and they stay there after the run. gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
             deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
