@@ -25,7 +25,7 @@ from vlm_distill.launch import launch
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
 # The second has the number of rows that configs/demo/cross_entropy.yaml takes.
-_TAID, _CROSS_ENTROPY = "TAID, no right answers", "cross-entropy, 500 right answers"
+_TAID, _CROSS_ENTROPY = "TAID, no labels", "cross-entropy, 500 labels"
 _RUNS = {_TAID: "taid", _CROSS_ENTROPY: "cross_entropy"}
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -89,7 +89,7 @@ def run(out: Path, nproc: int) -> None:
     page = write_report(
         {label: out / name for label, name in _RUNS.items()},
         out / "report.html",
-        title="easy-VQA: one student distilled by TAID without a right answer, one that learnt from 500 of them",
+        title="easy-VQA: a student distilled by TAID without labels, and one that learnt from 500 labels",
         baselines={"the question alone": summarise(baseline)},
     )
     picture = answers[_TAID][0].image

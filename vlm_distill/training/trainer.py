@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -347,9 +347,10 @@ class Trainer:
         device = self.processes.device
         counts = self.problems.counts if self.problems is not None else {}
         problems = {f"{source}: {reason}": number for (source, reason), number in counts.items()}
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores()} cores"
+        words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
         summary = {
-            "command": " ".join(sys.argv),
+            "command": shlex.join(["vlm-distill", "train", *words, "--nproc", str(self.processes.world)]),
             "started": datetime.datetime.fromtimestamp(self.began).isoformat(timespec="seconds"),
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
             "seconds": trained - self.began,
