@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.batch import Problem
 from data.errors import UserError
-from vlm_distill.launch import guarded
+from vlm_distill.launch import guarded, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,4 +94,4 @@ def evaluate_files(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_distill.config import load_config
-from vlm_distill.launch import guarded
+from vlm_distill.launch import guarded, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,4 +37,4 @@ def _train(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from vlm_distill.config import RunConfig
+from vlm_distill.launch import leave
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
@@ -128,3 +129,4 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True, warn_only=True)
     main(Path(sys.argv[-1]))
+    leave(0)

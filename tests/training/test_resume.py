@@ -12,6 +12,8 @@ import pytest
 import tiny
 import yaml
 
+from vlm_distill.launch import free_port
+
 STEPS = 30
 TIMES = ("seconds", "tokens_per_second", "answers_per_second")
 
@@ -22,7 +24,7 @@ def material(tmp_path_factory):
     return folder, tiny.write_data(folder / "data", text_only=(3, 4), broken=(9,)), tiny.write_teacher(folder / "t")
 
 
-def start(material, name):
+def start(material, name, ranks=1):
     folder, data, teacher = material
     out = folder / name
     plain = tiny.config(
@@ -38,8 +40,17 @@ def start(material, name):
     )
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vlm_distill.train", str(folder / f"{name}.yaml")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "vlm_distill.train"]
+    if ranks > 1:
+        launcher = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        command = [sys.executable, "-m", *launcher, "--module", "vlm_distill.train"]
+    process = subprocess.Popen(
+        [*command, str(folder / f"{name}.yaml")],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     return process, out / "metrics.jsonl"
 
 
@@ -53,27 +64,28 @@ def story(path):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def test_killed_and_resumed_equals_uninterrupted(material):
-    process, straight = start(material, "straight")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_uninterrupted(material, ranks):
+    process, straight = start(material, f"straight{ranks}", ranks)
     finish(process)
     told = story(straight)
     assert [line["step"] for line in told if line["kind"] == "train"] == list(range(1, STEPS + 1))
     assert [line["step"] for line in told if line["kind"] == "eval"] == [6, 12, 18, 24, 30]
 
     kill_at = random.randint(5, STEPS - 6)
-    process, resumed = start(material, "killed")
+    process, resumed = start(material, f"killed{ranks}", ranks)
     while not resumed.exists() or resumed.read_text().count('"train"') < kill_at:
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process, _ = start(material, "killed")
+    process, _ = start(material, f"killed{ranks}", ranks)
     finish(process)
     assert story(resumed) == story(straight), f"killed after step {kill_at}"
 
 
 def test_a_finished_run_started_again_changes_nothing(material):
-    process, path = start(material, "straight")
+    process, path = start(material, "straight1")
     before = story(path)
     finish(process)
     assert story(path) == before
