@@ -41,20 +41,22 @@ class Processes:
     """
 
     def __init__(self, device: str = "auto") -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("training.device: cuda was asked for, but PyTorch finds no CUDA device; use cpu or auto")
         for slurm, ours in (("SLURM_PROCID", "RANK"), ("SLURM_LOCALID", "LOCAL_RANK"), ("SLURM_NTASKS", "WORLD_SIZE")):
             if slurm in os.environ and "SLURM_STEP_ID" in os.environ:
                 os.environ.setdefault(ours, os.environ[slurm])
         if "SLURM_STEP_NODELIST" in os.environ:
             os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
             os.environ.setdefault("MASTER_PORT", "29500")
+        self._alone = {}
         if "RANK" not in os.environ:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone | {"MASTER_PORT": str(free_port())})
+            self._alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            self._alone["MASTER_PORT"] = str(free_port())
+            os.environ.update(self._alone)
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("training.device: cuda was asked for, but PyTorch finds no CUDA device; use cpu or auto")
         use_cuda = torch.cuda.is_available() and device != "cpu"
         self.device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
         if use_cuda:
@@ -98,6 +100,9 @@ class Processes:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Nothing is left for what this process starts or does next to take for its own ranks.
+        for name in self._alone:
+            os.environ.pop(name, None)
 
 
 class Engine:
