@@ -47,7 +47,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's runs and report.")] = Path("runs/demo"),
     nproc: Processes = 2,
 ) -> None:
-    """The whole way on embedded data: distil, score, export, report. About six minutes on two cores."""
+    """The whole way on embedded data: distil, score, export, report. About four minutes on two cores."""
     from vlm_distill.demo import run
 
     run(out, nproc)
