@@ -83,10 +83,10 @@ class Golden:
 
 
 # Cases of weighted sums, and of a schedule.
-COMPOSED = ("kd_total", "taid_schedule")
+COMPOSED = ("kd_total", "taid_schedule", "ctkd_decay")
 
 
-def build(case: dict) -> list[losses.Term]:
+def build(case: dict, dtype: torch.dtype = torch.float64) -> list[losses.Term]:
     """The terms of a case: TAID's cases give a value of t where the suite has a schedule."""
     params = dict(case["params"])
     if case["loss"] == "kd_total":
@@ -94,7 +94,10 @@ def build(case: dict) -> list[losses.Term]:
         pair = losses.build("cross_entropy"), losses.build("kd", **params)
         return [losses.Term(f"term {i}", loss, w) for i, (loss, w) in enumerate(zip(pair, weights, strict=True))]
     if case["loss"] != "taid":
-        return [losses.Term("loss", losses.build(case["loss"], **params))]
+        loss = losses.build(case["loss"], **params).to(dtype)
+        if case["loss"] == "ctkd":
+            loss.temperature.g.data.fill_(params["g"])  # which float32 had rounded
+        return [losses.Term("loss", loss)]
     loss = losses.build("taid")
     loss.t = params["t"]
     return [losses.Term("loss", loss)]
@@ -110,10 +113,14 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
     if case["loss"] == "taid_schedule":
         yield from _compare_schedule(golden, case)
         return
-    terms = build(case)
+    if case["loss"] == "ctkd_decay":
+        yield _compare_decay(case)
+        return
     inputs = golden.inputs(case)
     mask, count = inputs["mask"], max(int(inputs["mask"].sum()), 1)
-    softness = max(1.0, case["params"].get("temperature", 1.0) ** 2)
+    # CTKD's cases tell their temperature with the expected values.
+    temperatures = [e.get("temperature", 1.0) for e in (case["params"], *case["expect"])]
+    softness = max(1.0, max(temperatures) ** 2)
     for dtype, (value_tolerance, grad_tolerance, floor) in TOLERANCES.items():
 
         def value(what: str, got: torch.Tensor, want: Any, scale: float = value_tolerance * softness) -> Comparison:
@@ -124,6 +131,7 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
         ) -> Comparison:
             return Comparison(case["id"], what, _error(got, want, lambda ref: relative * np.abs(ref).max() + least))
 
+        terms = build(case, dtype)
         student, teacher = inputs["student"].to(dtype), inputs["teacher"].to(dtype)
         leaf = student.clone().requires_grad_()
         defined = sum(term.weight * term.loss(leaf, teacher, inputs["target"]) for term in terms)
@@ -139,9 +147,32 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
         if (want := golden.expected(case, "paper", "grad")) is not None:
             yield gradient(f"{name} forward grad", torch.autograd.grad(reduced, leaf)[0], want)
             yield gradient(f"{name} rows grad", closed_grad * mask.unsqueeze(1) / count, want)
+        if case["loss"] == "ctkd":
+            (term,), (result,) = terms, results
+            g, want = term.loss.temperature.g, next(e["grad_g"] for e in case["expect"] if e["key"] == "paper")
+            (by_definition,) = torch.autograd.grad((term.loss(leaf, teacher)[mask]).sum() / count, g)
+            (by_temperature,) = torch.autograd.grad(term.loss.learned(), g)
+            by_rows = by_temperature * result.learned[mask].sum() / count
+            for route, got in (("forward", by_definition), ("rows", by_rows)):
+                # A sum that nearly cancels: relative to the loss that it is the slope of.
+                scale = value_tolerance * (1 + abs(golden.expected(case, "paper", "loss")))
+                yield Comparison(case["id"], f"{name} {route} grad_g", abs(float(got) - want) / scale)
         signals = results[0].signals
         if (want := golden.expected(case, "cross-entropy", "per_row")) is not None and signals:
             yield value(f"{name} signal cross_entropy", signals["cross_entropy"], want)
+
+
+def _compare_decay(case: dict) -> Comparison:
+    params = case["params"]
+    assert (params["max"], params["min"]) == (0.0, -1.0)
+    loss, got = losses.build("ctkd", loops=params["loops"]), []
+    for epoch in case["epochs"]:
+        loss.update({}, Progress(0, 1, epoch=epoch))
+        got.append(loss.coefficient)
+    want = next(e["values"] for e in case["expect"] if e["key"] == "paper")
+    return Comparison(
+        case["id"], "coefficient", _error(torch.tensor(got, dtype=torch.float64), want, lambda ref: 1e-12)
+    )
 
 
 def _compare_schedule(golden: Golden, case: dict) -> Iterator[Comparison]:

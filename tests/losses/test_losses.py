@@ -35,6 +35,7 @@ DIVERGENCES = {
     "taid at power 0.5": {"power": 0.5},
 }
 EVERY = {**DIVERGENCES, "cross_entropy": {}, "dkd": {"temperature": 2.0}, "dkd at 1": {"temperature": 1.0, "beta": 0.5}}
+EVERY["ctkd"] = {"t_range": 2.0, "grl_coefficient": -1.0}
 # What is held still while the gradient is taken: TAID's target, adaptive KL's weights.
 HELD = ("taid", "adaptive_kl")
 SHAPES = [(3, 47), (31, 123), (1, 7)]

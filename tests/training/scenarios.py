@@ -29,6 +29,14 @@ SHARED = {
     **{f"llava_zero{stage}": {"deepspeed__stage": stage, "family": "llava"} for stage in (0, 2, 3)},
     **{f"language_zero{stage}": {"deepspeed__stage": stage, "family": "language"} for stage in (0, 3)},
     **{f"cut_zero{stage}": {"deepspeed__stage": stage, "student": {"from_teacher": {"layers": 2}}} for stage in (0, 3)},
+    # A loss with a parameter of its own.
+    **{
+        f"ctkd_zero{stage}": {
+            "deepspeed__stage": stage,
+            "loss": [{"name": "ctkd", "t_range": 4.0, "grl_coefficient": -1.0}],
+        }
+        for stage in (0, 2, 3)
+    },
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
@@ -63,7 +71,7 @@ TWO_RANKS = {
 }
 # Stopped after two steps and started again, to be compared with the run that was not.
 RESUMED = [*(f"zero{stage}" for stage in range(4)), "bf16_zero0", "bf16_zero2", "bf16_zero3"]
-RESUMED += ["dropout_zero2", "batchnorm_zero2"]
+RESUMED += ["dropout_zero2", "batchnorm_zero2", "ctkd_zero3"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
 

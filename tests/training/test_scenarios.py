@@ -51,7 +51,8 @@ def same_weights(a, b, tolerance):
 @pytest.mark.parametrize("name", sorted(scenarios.SHARED))
 def test_two_ranks_equal_one(results, name):
     one, two = results(1, name), results(2, name)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    # CTKD's loss is a small KL times T², and float32's rounding with it.
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4 if name.startswith("ctkd") else 1e-5)
     same_weights(one, two, 1e-5)
 
 
@@ -111,6 +112,15 @@ def test_t_is_the_same_on_every_rank(results, name):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bfloat16_follows_float32(results, stage):
     assert losses(results(2, f"bf16_zero{stage}")) == pytest.approx(losses(results(2, "zero0")), rel=5e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_losss_own_parameter_learns_alike(results, stage):
+    def temperatures(world):
+        return [t["ctkd/temperature"] for t in results(world, f"ctkd_zero{stage}")["metrics"] if t["kind"] == "train"]
+
+    assert temperatures(2) == pytest.approx(temperatures(1), rel=1e-6)
+    assert abs(temperatures(2)[-1] - temperatures(2)[0]) > 1e-3
 
 
 def test_frozen_parts_stay_and_others_move(results):

@@ -9,6 +9,7 @@ from typing import Any
 from data.errors import UserError
 
 from .base import DistillationLoss, Progress, RowResult, Term
+from .ctkd import CTKD
 from .diagnostics import Diagnostics
 from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from .dkd import DKD
@@ -17,6 +18,7 @@ from .taid import TAID
 from .topk import TopKTargets
 
 __all__ = [
+    "CTKD",
     "DKD",
     "JSD",
     "KD",
@@ -53,6 +55,7 @@ _LOSSES: dict[str, type[DistillationLoss]] = {
     "adaptive_kl": AdaptiveKL,
     "kd": KD,
     "dkd": DKD,
+    "ctkd": CTKD,
     "cross_entropy": CrossEntropy,
     "diagnostics": Diagnostics,
 }

@@ -38,11 +38,13 @@ class RowResult:
         loss: ``[N]`` nats.
         grad: ``[N, V]``, the derivative of each row's loss by that row's student logits; ``None`` unless asked for.
         signals: per-row quantities ``[N]``, named as in the loss's ``signals``.
+        learned: ``[N]``, the derivative of each row's loss by ``DistillationLoss.learned()``, made with ``grad``.
     """
 
     loss: Tensor
     grad: Tensor | None = None
     signals: dict[str, Tensor] = field(default_factory=dict)
+    learned: Tensor | None = None
 
 
 class DistillationLoss(nn.Module):
@@ -88,6 +90,13 @@ class DistillationLoss(nn.Module):
             loss = self(leaf, teacher_logits, targets)
             gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         return RowResult(loss.detach(), gradient)
+
+    def learned(self) -> Tensor | None:
+        """A learned number ``[1]`` that ``rows`` reads, differentiable in the loss's own parameters.
+
+        The engine calls it once before the rows, inside the forward of what is trained.
+        """
+        return None
 
     def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss between distributions over few categories, the last of which is the tail; only if ``takes_topk``.

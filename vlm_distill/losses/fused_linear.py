@@ -123,7 +123,8 @@ def fused_linear(
         student_head.weight() as weight,
         teacher.head.weight() if isinstance(teacher, HiddenTargets) else nullcontext() as teacher_weight,
     ):
-        inputs = (student_hidden, weight, student_head.bias)
+        learned = {t.name: value for t in terms if (value := t.loss.learned()) is not None}
+        inputs = (student_hidden, weight, student_head.bias, *learned.values())
         with torch.no_grad():
             student = _Side(student_head, student_hidden, weight, student_hidden.dtype)
             other: _Side | TopKTargets | None = None
@@ -139,7 +140,7 @@ def fused_linear(
             work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes)
             work.run(distilled)
             total = work.total()
-            pairs = zip(work.gradients, inputs, strict=True)
+            pairs = zip([*work.gradients, *(work.learned[name] for name in learned)], inputs, strict=True)
             gradients = [None if d is None or x is None else _cast(d, x.dtype) for d, x in pairs]
         if any(wanted):
             total = _WithGradients.apply(total, gradients, *inputs)
@@ -237,7 +238,8 @@ class _Pass:
         zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
         self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
         shapes = (student.hidden.shape, student.weight.shape, student.weight.shape[:1])
-        self.gradients = [zero.new_zeros(shape) if want else None for shape, want in zip(shapes, wanted, strict=True)]
+        self.gradients = [zero.new_zeros(s) if want else None for s, want in zip(shapes, wanted[:3], strict=True)]
+        self.learned = {term.name: zero.new_zeros(1) for term in terms}
         self.grad = any(wanted)
         on_cpu = zero.device.type == "cpu"
         self.chunk_bytes = chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES)
@@ -319,6 +321,8 @@ class _Pass:
                 sums.signals[name] += values.sum()
             if result.grad is not None:
                 gradients.append((result.grad, factor))
+            if result.learned is not None:
+                self.learned[term.name] += factor * result.learned.sum()
         if not self.grad:
             return
         # Backwards: the last gradient may lie in the student's buffer, which is written first.

@@ -212,7 +212,8 @@ def _deepspeed_config(config: RunConfig, micro: int, accumulation: int, paramete
     """The engine's settings: what the run's own sections say, then whatever the ``deepspeed`` section adds."""
     extra = dict(config.deepspeed.model_extra or {})
     # DeepSpeed allocates its buckets whole: two gigabytes each, were a small model not to need less.
-    bucket = min(DEFAULT_BUCKET, parameters)
+    # It asks for an even number.
+    bucket = min(DEFAULT_BUCKET, parameters + parameters % 2)
     buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
