@@ -138,9 +138,8 @@ def ask(
     conversation = Conversation(({"role": "user", "content": content},), tuple(images))
     for name in [model] if teacher is None else [model, teacher]:
         try:
-            answer = load_vlm(name, dtype="float32").generate([(conversation, images)], max_new_tokens=max_new_tokens)[
-                0
-            ]
+            asked = load_vlm(name, dtype="float32")
+            (answer,) = asked.generate([(conversation, images)], max_new_tokens=max_new_tokens)
         except BadSample as error:
             raise UserError(f"{name}: {error}") from None
         prefix = f"{name}: " if teacher is not None else ""

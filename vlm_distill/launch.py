@@ -26,12 +26,8 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         arguments: its command line.
         nproc: processes on this machine; one a GPU.
     """
-    import torch
-
+    settle_accelerator()
     environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-    if not torch.cuda.is_available():
-        # Else DeepSpeed looks for accelerators, and warns in every process that it found none.
-        environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     if nproc == 1:
         command = [sys.executable, "-m", module, *arguments]
@@ -39,6 +35,14 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(nproc)]
         command = [*launcher, "--master_port", str(free_port()), "--module", module, *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def settle_accelerator() -> None:
+    """Tells DeepSpeed, before it is imported, that there is no GPU; else it warns of it in every process."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def guarded(command: Callable[[], object]) -> int:

@@ -360,6 +360,7 @@ def test_missing_inputs_are_named():
         ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),
         ("taid", {"divergence": {"name": "jsd", "gamma": 1}}, "loss taid: divergence jsd: .*gamma"),
         ("taid", {"divergence": {"name": "jsd", "beta": 2}}, "loss jsd: beta is 2"),
+        ("taid", {"divergence": {"name": "tvd", "temperature": 2}}, "divergence tvd: TAID compares at temperature 1"),
         ("jsd", {"convention": "trl"}, "loss jsd: convention is 'trl'; it must be one of paper, limit"),
         ("skew_forward_kl", {"alpha": 0}, "loss skew_forward_kl: alpha is 0; give a number above 0"),
     ],

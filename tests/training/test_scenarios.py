@@ -23,7 +23,7 @@ def results(tmp_path_factory):
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "support")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     script = str(HERE / "scenarios.py")
-    # Not a fixed one: DeepSpeed names shared memory after its port, and what a killed run left would crash this one.
+    # Not a fixed one, which another run on this machine may hold.
     port = str(free_port())
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     for command in ([sys.executable, script], [*launcher, script]):

@@ -172,6 +172,20 @@ def relative_entropy_(a: Softmax, b: Softmax) -> tuple[Tensor, Tensor]:
     return summands.sum(-1) + 0.0 * b.log_total.squeeze(-1), summands
 
 
+def entropy(log_probs: Tensor, probs: Tensor) -> Tensor:
+    """``[N]`` nats of a distribution ``[N, V]``; 0·log 0 is 0."""
+    return -log_probs.clamp(min=torch.finfo(log_probs.dtype).min).mul_(probs).sum(-1)
+
+
+def soften_(student_logits: Tensor, teacher_logits: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both models' logits, upcast and divided by the temperature, in their own memory where that is float32 already."""
+    student, teacher = upcast(student_logits), upcast(teacher_logits)
+    if temperature != 1.0:
+        student.div_(temperature)
+        teacher.div_(temperature)
+    return student, teacher
+
+
 def check_number(where: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:
     """A parameter as a float.
 

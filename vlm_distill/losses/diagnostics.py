@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, RowResult, relative_entropy_, softmax_, upcast
+from .base import DistillationLoss, RowResult, entropy, relative_entropy_, softmax_, upcast
 
 _HEAD_TOKENS, _TAIL_SHARE = 10, 0.2
 # Halvings of the range of log T, from e^-6 to e^6: to a relative 1e-5.
@@ -39,32 +39,28 @@ class Diagnostics(DistillationLoss):
         student, teacher = upcast(student_logits), upcast(teacher_logits)
         agreement = (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype)
         order = teacher.argsort(-1, descending=True)
-        temperature_of = teacher.clone()
+        teacher_logits_kept = teacher.clone()
         p, q = softmax_(teacher), softmax_(student)
         ordered = q.probs.gather(-1, order)
-        entropy = _entropy(q.log_probs)
+        student_entropy = entropy(q.log_probs, q.probs)
         signals = {
-            "teacher_entropy": _entropy(p.log_probs),
-            "student_entropy": entropy,
+            "teacher_entropy": entropy(p.log_probs, p.probs),
+            "student_entropy": student_entropy,
             "head_mass": ordered[:, :_HEAD_TOKENS].sum(-1),
             "tail_mass": ordered[:, round(ordered.shape[-1] * (1.0 - _TAIL_SHARE)) :].sum(-1),
             "agreement": agreement,
-            "temperature": _temperature(temperature_of, entropy),
+            "temperature": _temperature(teacher_logits_kept, student_entropy),
             "kl": relative_entropy_(p, q)[0],
         }
-        return RowResult(torch.zeros_like(entropy), None, signals)
+        return RowResult(torch.zeros_like(student_entropy), None, signals)
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
-    """``[N]`` nats of ``[N, V]``; 0·log 0 is 0."""
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
-
-
-def _temperature(logits: Tensor, entropy: Tensor) -> Tensor:
+def _temperature(logits: Tensor, wanted: Tensor) -> Tensor:
     """The temperature at which each row's softmax has that entropy, by bisection: entropy grows with temperature."""
-    low, high = torch.full_like(entropy, -_RANGE), torch.full_like(entropy, _RANGE)
+    low, high = torch.full_like(wanted, -_RANGE), torch.full_like(wanted, _RANGE)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        above = _entropy((logits / middle.exp().unsqueeze(-1)).log_softmax(-1)) > entropy
+        log_probs = (logits / middle.exp().unsqueeze(-1)).log_softmax(-1)
+        above = entropy(log_probs, log_probs.exp()) > wanted
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return ((low + high) / 2).exp()

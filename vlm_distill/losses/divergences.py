@@ -20,6 +20,7 @@ from .base import (
     check_number,
     need_targets,
     relative_entropy_,
+    soften_,
     softmax_,
     upcast,
 )
@@ -85,10 +86,7 @@ class Divergence(DistillationLoss):
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
-        student, teacher = upcast(student_logits), upcast(teacher_logits)
-        if self.temperature != 1.0:
-            student.div_(self.temperature)
-            teacher.div_(self.temperature)
+        student, teacher = soften_(student_logits, teacher_logits, self.temperature)
         loss, gradient = self.between_(softmax_(teacher), softmax_(student), grad=grad)
         if self.factor != 1.0:
             loss = loss * self.factor
@@ -179,15 +177,20 @@ class JSD(Divergence):
         return loss, q_summands.addcmul_(q.probs, q_part.unsqueeze(-1), value=-1.0).mul_(1.0 - self.beta)
 
 
-class SkewForwardKL(Divergence):
-    """Skew forward KL, KL(p‖α p + (1−α) q) (Ko et al., DistiLLM, 2024); α near 0 is forward KL."""
+class _Skew(Divergence):
+    """The second distribution takes a share ``alpha`` of the first."""
 
-    label = "skew_forward_kl"
     scratch = 4
 
     def __init__(self, alpha: float = 0.1, temperature: float = 1.0) -> None:
         super().__init__(temperature)
         self.alpha = check_number(f"loss {self.label}: alpha", alpha, 0.0, 1.0, above=True)
+
+
+class SkewForwardKL(_Skew):
+    """Skew forward KL, KL(p‖α p + (1−α) q) (Ko et al., DistiLLM, 2024); α near 0 is forward KL."""
+
+    label = "skew_forward_kl"
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl_divergence(log_p, _log_mixture(log_p, log_q, self.alpha))
@@ -197,21 +200,15 @@ class SkewForwardKL(Divergence):
         loss = _summands_(p, mixture.log()).sum(-1)
         if not grad:
             return loss, None
-        # With w = p·(1−α) q/m: q·Σw − w. The ratio (1−α) q/m is at most 1.
-        weight = torch.div(q.probs, mixture, out=mixture).mul_(p.probs).mul_(1.0 - self.alpha)
-        total = weight.sum(-1, keepdim=True)
-        return loss, q.probs.mul_(total).sub_(weight)
+        # −(1−α) p q/m; the ratio (1−α) q/m is at most 1.
+        slope = torch.div(q.probs, mixture, out=mixture).mul_(p.probs).mul_(self.alpha - 1.0)
+        return loss, _through_softmax_(slope, q.probs)
 
 
-class SkewReverseKL(Divergence):
+class SkewReverseKL(_Skew):
     """Skew reverse KL, KL(q‖(1−α) p + α q) (Ko et al., DistiLLM, 2024); finite where the teacher rules a token out."""
 
     label = "skew_reverse_kl"
-    scratch = 4
-
-    def __init__(self, alpha: float = 0.1, temperature: float = 1.0) -> None:
-        super().__init__(temperature)
-        self.alpha = check_number(f"loss {self.label}: alpha", alpha, 0.0, 1.0, above=True)
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl_divergence(log_q, _log_mixture(log_p, log_q, 1.0 - self.alpha))
@@ -222,11 +219,9 @@ class SkewReverseKL(Divergence):
         loss = summands.sum(-1)
         if not grad:
             return loss, None
-        # With u = q·(log q/m − α q/m): u − q·Σu. The ratio α q/m is at most 1.
+        # q·(log q/m − α q/m), less q, which the softmax takes out; the ratio α q/m is at most 1.
         ratio = torch.div(q.probs, mixture, out=mixture)
-        inner = summands.addcmul_(ratio, q.probs, value=-self.alpha)
-        total = inner.sum(-1, keepdim=True)
-        return loss, inner.addcmul_(q.probs, total, value=-1.0)
+        return loss, _through_softmax_(summands.addcmul_(ratio, q.probs, value=-self.alpha), q.probs)
 
 
 class TVD(Divergence):
@@ -246,10 +241,7 @@ class TVD(Divergence):
         loss = 0.5 * gap.abs().sum(-1)
         if not grad:
             return loss, None
-        # q·(s − Σ q s), s = ½ sign(q − p)
-        half = gap.sign_().mul_(0.5).mul_(q.probs)
-        total = half.sum(-1, keepdim=True)
-        return loss, half.addcmul_(q.probs, total, value=-1.0)
+        return loss, _through_softmax_(gap.sign_().mul_(0.5).mul_(q.probs), q.probs)
 
 
 class AdaptiveKL(Divergence):
@@ -323,6 +315,11 @@ def _mixture(p: Softmax, q: Softmax, share: float) -> Tensor:
     """share·p + (1−share)·q in a new tensor, kept above 0 so that its logarithm is finite; a NaN passes through."""
     mixture = (share * p.probs).add_(q.probs, alpha=1.0 - share)
     return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny)
+
+
+def _through_softmax_(slope: Tensor, q: Tensor) -> Tensor:
+    """From q·dL/dq to dL/dlogits = q·dL/dq − q·Σ q·dL/dq, in the memory of ``slope``."""
+    return slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1.0)
 
 
 def _summands_(a: Softmax, log_m: Tensor) -> Tensor:

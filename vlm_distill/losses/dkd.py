@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, RowResult, Softmax, check_number, need_targets, relative_entropy_, softmax_, upcast
+from .base import (
+    DistillationLoss,
+    RowResult,
+    Softmax,
+    check_number,
+    need_targets,
+    relative_entropy_,
+    soften_,
+    softmax_,
+    upcast,
+)
 from .divergences import kl_divergence
 
 
@@ -44,10 +54,7 @@ class DKD(DistillationLoss):
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         index = need_targets(targets).unsqueeze(-1)
-        student, teacher = upcast(student_logits), upcast(teacher_logits)
-        if self.temperature != 1.0:
-            student.div_(self.temperature)
-            teacher.div_(self.temperature)
+        student, teacher = soften_(student_logits, teacher_logits, self.temperature)
         log_s, s = self._split_(student, index)
         log_t, t = self._split_(teacher, index)
         loss = self.alpha * kl_divergence(log_t, log_s)

@@ -307,12 +307,14 @@ class _Pass:
             # `rows` overwrites what it is given, so only the last term gets the logits themselves.
             last = position == len(terms)
             factor = self.factors[term.name]
-            reference = teacher if "teacher" in term.loss.needs else None
+            learns = "teacher" in term.loss.needs
             own, grad = student if last else student.clone(), self.grad and factor != 0.0
-            if top is not None and "teacher" in term.loss.needs:
+            if learns and top is not None:
                 result = topk_rows(term.loss, own, *top, grad=grad)
             else:
-                other = reference if last or reference is None else reference.clone()
+                other = teacher if learns else None
+                if other is not None and not last:
+                    other = other.clone()
                 result = term.loss.rows(own, other, targets, grad=grad)
             sums = self.sums[term.name]
             sums.loss += result.loss.sum()

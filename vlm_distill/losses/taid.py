@@ -11,7 +11,17 @@ from torch import Tensor
 
 from data.errors import UserError
 
-from .base import DistillationLoss, Progress, RowResult, check_choice, check_number, relative_entropy_, softmax_, upcast
+from .base import (
+    DistillationLoss,
+    Progress,
+    RowResult,
+    check_choice,
+    check_number,
+    entropy,
+    relative_entropy_,
+    softmax_,
+    upcast,
+)
 from .divergences import (
     JSD,
     TVD,
@@ -127,9 +137,7 @@ class TAID(DistillationLoss):
         p, q = softmax_(self._mixed(student, upcast(teacher_logits))), softmax_(student)
         signals: dict[str, Tensor] = {}
         if "cross_entropy" in self.signals:
-            # The lower limit makes 0·log 0 = 0.
-            least = torch.finfo(student.dtype).min
-            signals["cross_entropy"] = -p.log_probs.clamp(min=least).mul_(p.probs).sum(-1)
+            signals["cross_entropy"] = entropy(p.log_probs, p.probs)
         if isinstance(self.divergence, ForwardKL):
             loss, gradient = self.divergence.between_(p, q, grad=grad)
             signals["kl"] = loss
@@ -146,8 +154,7 @@ class TAID(DistillationLoss):
         loss = self.divergence.between(target, log_q)
         signals = {"kl": loss if isinstance(self.divergence, ForwardKL) else kl_divergence(target, own)}
         if "cross_entropy" in self.signals:
-            entropy = -(target.exp() * target.clamp(min=torch.finfo(target.dtype).min)).sum(-1)
-            signals["cross_entropy"] = signals["kl"] + entropy
+            signals["cross_entropy"] = signals["kl"] + entropy(target, target.exp())
         return loss, signals
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
@@ -226,6 +233,8 @@ class Pace:
 def _divergence(given: str | Mapping[str, Any]) -> Divergence:
     settings = {"name": given} if isinstance(given, str) else dict(given)
     name = check_choice("loss taid: divergence", settings.pop("name", None), list(_DIVERGENCES))
+    if "temperature" in settings:
+        raise UserError(f"loss taid: divergence {name}: TAID compares at temperature 1; leave temperature out")
     try:
         return _DIVERGENCES[name](**settings)
     except TypeError as error:

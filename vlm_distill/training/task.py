@@ -26,10 +26,6 @@ class DistillationTask(nn.Module):
         # Registered for their parameters and for their state in a checkpoint.
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
 
-    @property
-    def needs_teacher(self) -> bool:
-        return any("teacher" in term.loss.needs for term in self.terms)
-
     def forward(
         self, batch: DistillationBatch, teacher: HiddenTargets | None, scales: Mapping[str, float] | None = None
     ) -> tuple[Tensor, dict[str, TermSums]]:

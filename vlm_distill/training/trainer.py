@@ -30,6 +30,7 @@ from vlm_distill.launch import cores
 from vlm_distill.losses import Progress, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import align_heads
 
 from . import checkpoint
@@ -71,12 +72,12 @@ class Trainer:
         if config.training.wandb and find_spec("wandb") is None:
             raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
         terms = build_terms(config)
-        # A teacher that no loss learns from is there to be scored beside the student.
-        self.needs_teacher = any("teacher" in term.loss.needs for term in terms)
         sources = open_sources(config.data.train)
         self.eval_sources = open_sources(config.data.eval)
 
         self.teacher = load_teacher(config, processes)
+        # A teacher that no loss learns from is only there to be scored beside the student.
+        self.guide = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         # After the teacher, so that a student starts from the same weights with and without one.
         torch.manual_seed(config.training.seed)
         student = load_student(config, self.teacher)
@@ -96,7 +97,7 @@ class Trainer:
                 window=data.length_window,
             ),
             student.processor,
-            self.teacher.processor if self.teacher is not None and self.needs_teacher else None,
+            self.guide.processor if self.guide is not None else None,
             rank=processes.rank,
             world=processes.world,
             micro_batch_size=self.micro,
@@ -169,7 +170,7 @@ class Trainer:
         norm: float | None = None
         for micro in step.batches:
             batch = micro.to(self.processes.device)
-            targets = self.teacher.outputs(batch) if self.teacher is not None and self.needs_teacher else None
+            targets = self.guide.outputs(batch) if self.guide is not None else None
             loss, terms = self.engine(batch, targets, scales)
             self.engine.backward(loss)
             norm = self.engine.step(lr)
@@ -252,7 +253,7 @@ class Trainer:
         )
         if done:
             tracker.say(f"resumed after step {done}")
-        checked = self._teacher_loss() if self.needs_teacher and done < self.steps else None
+        checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
         if checked is not None:
             loss, limit = checked
             if loss > limit:
@@ -265,12 +266,11 @@ class Trainer:
                 tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
 
     @torch.no_grad()
-    def _teacher_loss(self) -> tuple[float, float] | None:
+    def _teacher_loss(self, teacher: ModelTeacher) -> tuple[float, float] | None:
         """The teacher's cross-entropy on the first samples' answers, and the value above which something is wrong.
 
         ``None`` where none of them has an answer to measure it by.
         """
-        assert self.teacher is not None
         data, pairs = self.config.data, []
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
             if not data.train[source].labelled:
@@ -279,14 +279,14 @@ class Trainer:
                 conversation = self.dataset.mixture.sources[source][row]
                 images = [self.load_image(image) for image in conversation.images]
                 pairs.append(
-                    encode_pair(conversation, images, self.student.processor, self.teacher.processor, data.max_length)
+                    encode_pair(conversation, images, self.student.processor, teacher.processor, data.max_length)
                 )
             except BadSample:
                 continue
         if not pairs:
             return None
-        batch = collate(pairs, self.student.processor, self.teacher.processor).to(self.processes.device)
-        outputs = self.teacher.outputs(batch)
+        batch = collate(pairs, self.student.processor, teacher.processor).to(self.processes.device)
+        outputs = teacher.outputs(batch)
         sums = losses.fused_linear(losses.build("cross_entropy"), outputs.hidden, outputs.head, None, batch.targets)
         with outputs.head.weight() as weight:
             limit = _SUSPECT_TEACHER * math.log(len(weight))
