@@ -96,7 +96,7 @@ def build(case: dict, dtype: torch.dtype = torch.float64) -> list[losses.Term]:
     if case["loss"] != "taid":
         loss = losses.build(case["loss"], **params).to(dtype)
         if case["loss"] == "ctkd":
-            loss.temperature.g.data.fill_(params["g"])  # which float32 had rounded
+            loss.source.g.data.fill_(params["g"])  # which float32 had rounded
         return [losses.Term("loss", loss)]
     loss = losses.build("taid")
     loss.t = params["t"]
@@ -148,15 +148,21 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
             yield gradient(f"{name} forward grad", torch.autograd.grad(reduced, leaf)[0], want)
             yield gradient(f"{name} rows grad", closed_grad * mask.unsqueeze(1) / count, want)
         if case["loss"] == "ctkd":
-            (term,), (result,) = terms, results
-            g, want = term.loss.temperature.g, next(e["grad_g"] for e in case["expect"] if e["key"] == "paper")
+            (term,) = terms
+            g, want = term.loss.source.g, next(e["grad_g"] for e in case["expect"] if e["key"] == "paper")
             (by_definition,) = torch.autograd.grad((term.loss(leaf, teacher)[mask]).sum() / count, g)
-            (by_temperature,) = torch.autograd.grad(term.loss.learned(), g)
-            by_rows = by_temperature * result.learned[mask].sum() / count
+            made, (slope,) = term.loss.learned(), term.loss.rows(student[mask], teacher[mask], grad=True).learned
+            by_rows = torch.autograd.grad(made, g, slope)[0] / count
             for route, got in (("forward", by_definition), ("rows", by_rows)):
                 # A sum that nearly cancels: relative to the loss that it is the slope of.
                 scale = value_tolerance * (1 + abs(golden.expected(case, "paper", "loss")))
                 yield Comparison(case["id"], f"{name} {route} grad_g", abs(float(got) - want) / scale)
+        if case["loss"] == "adaptive_kl":  # the TAID repository's baseline
+            other = losses.build("adaptive_kl", convention="taid", **case["params"])
+            result = other.rows(student.clone(), teacher.clone(), grad=True)
+            for what, got in (("per_row", result.loss), ("grad", result.grad * mask.unsqueeze(1) / count)):
+                if (want := golden.expected(case, "taid-repo-form", what)) is not None:
+                    yield (value if what == "per_row" else gradient)(f"{name} convention taid {what}", got, want)
         signals = results[0].signals
         if (want := golden.expected(case, "cross-entropy", "per_row")) is not None and signals:
             yield value(f"{name} signal cross_entropy", signals["cross_entropy"], want)

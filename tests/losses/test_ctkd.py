@@ -31,8 +31,8 @@ def through_the_engine(loss, setting, chunk_bytes=None, weight=1.0):
 def test_the_engine_gives_g_its_gradient(setting, chunk_bytes):
     hidden, student, teacher_hidden, teacher = setting
     loss = CTKD(grl_coefficient=-0.5, t_range=3.0)
-    (got,) = torch.autograd.grad(through_the_engine(loss, setting, chunk_bytes, 0.3), loss.temperature.g)
-    want = torch.autograd.grad(0.3 * loss(student(hidden), teacher(teacher_hidden)).sum(), loss.temperature.g)[0]
+    (got,) = torch.autograd.grad(through_the_engine(loss, setting, chunk_bytes, 0.3), loss.source.g)
+    want = torch.autograd.grad(0.3 * loss(student(hidden), teacher(teacher_hidden)).sum(), loss.source.g)[0]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
@@ -41,7 +41,7 @@ def test_the_sign_is_reversed_and_the_size_is_the_coefficients(setting):
 
     def gradient(coefficient):
         loss = CTKD(grl_coefficient=coefficient, t_range=3.0)
-        return torch.autograd.grad(through_the_engine(loss, setting), loss.temperature.g)[0].item()
+        return torch.autograd.grad(through_the_engine(loss, setting), loss.source.g)[0].item()
 
     step, values = 1e-3, []
     for g in (1.0 - step, 1.0 + step):
@@ -59,13 +59,66 @@ def test_descent_lowers_the_loss_by_the_student_and_raises_it_by_g(setting):
     before = through_the_engine(loss, setting)
     before.backward()
     with torch.no_grad():
-        step = 0.05 * loss.temperature.g.grad.sign()
-        loss.temperature.g -= step
+        step = 0.05 * loss.source.g.grad.sign()
+        loss.source.g -= step
         raised = through_the_engine(loss, setting)
-        loss.temperature.g += step
+        loss.source.g += step
         student.weight -= 1e-4 * student.weight.grad
         lowered = through_the_engine(loss, setting)
     assert lowered < before < raised
+
+
+def instance(seed=0, **params):
+    """A loss with a temperature for each row, whose perceptron has learnt something."""
+    loss = CTKD(grl_coefficient=-0.5, t_range=3.0, instance=True, width=5, **params)
+    loss.prepare(31)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in loss.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return loss
+
+
+def test_a_temperature_for_each_row(setting):
+    hidden, student, teacher_hidden, teacher = setting
+    z, y = student(hidden), teacher(teacher_hidden)
+    loss = instance()
+    g = nn.functional.linear(
+        torch.relu(
+            nn.functional.linear(torch.cat([z.softmax(-1), y.softmax(-1)], -1), loss.source.first, loss.source.shift)
+        ),
+        loss.source.last,
+        loss.source.g,
+    )
+    temperature = 1.0 + 3.0 * g.sigmoid()
+    p, q = (y / temperature).softmax(-1), (z / temperature).softmax(-1)
+    kl = (p * (p.log() - q.log())).sum(-1, keepdim=True)
+    torch.testing.assert_close(loss(z, y), (temperature**2 * kl).squeeze(-1))
+    result = loss.rows(z.detach().clone(), y.detach().clone(), grad=True)
+    torch.testing.assert_close(result.signals["temperature"], temperature.squeeze(-1))
+    assert temperature.std() > 0.1
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, None])
+def test_the_engine_gives_the_perceptron_its_gradient(setting, chunk_bytes):
+    hidden, student, teacher_hidden, teacher = setting
+    loss = instance()
+    inputs = [student.weight, *loss.parameters()]
+    got = torch.autograd.grad(through_the_engine(loss, setting, chunk_bytes, 0.3), inputs)
+    # The student's weights are pulled as if the temperature were a number.
+    want = torch.autograd.grad(0.3 * loss(student(hidden), teacher(teacher_hidden)).sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(gradient.abs().max() > 0 for gradient in got)
+
+
+def test_the_perceptron_starts_as_one_temperature_for_all(setting):
+    hidden, student, teacher_hidden, teacher = setting
+    loss = CTKD(g=0.3, instance=True)
+    with pytest.raises(RuntimeError, match="prepare"):
+        loss(student(hidden), teacher(teacher_hidden))
+    loss.prepare(31)
+    want = CTKD(g=0.3)(student(hidden), teacher(teacher_hidden))
+    torch.testing.assert_close(loss.double()(student(hidden), teacher(teacher_hidden)), want)
 
 
 def test_evaluation_makes_no_gradient(setting):
@@ -89,8 +142,8 @@ def test_the_curriculum():
 def test_state():
     loss, other = CTKD(loops=2), CTKD(loops=2)
     loss.update({}, Progress(0, 10, epoch=1.0))
-    loss.temperature.g.data.fill_(0.4)
+    loss.source.g.data.fill_(0.4)
     other.load_state_dict(loss.state_dict())
     assert other.coefficient == loss.coefficient == pytest.approx(-0.5)
-    assert other.temperature.g.item() == loss.temperature.g.item()
-    assert loss.temperature.g.shape == (1,)
+    assert other.source.g.item() == loss.source.g.item()
+    assert loss.source.g.shape == (1,)

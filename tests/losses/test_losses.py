@@ -75,6 +75,19 @@ def test_closed_form_equals_definition(name, shape):
     assert closed.loss.dtype == torch.float64
 
 
+def test_adaptive_kl_as_the_taid_code_has_it():
+    # Not a divergence (golden values hold it to that code): neither 0 at equality nor free of the tokens' order.
+    loss = losses.build("adaptive_kl", convention="taid")
+    student, teacher, _ = logits(31, 123)
+    leaf = student.clone().requires_grad_()
+    values = loss(leaf, teacher)
+    closed = rows(loss, student, teacher)
+    torch.testing.assert_close(closed.loss, values.detach())
+    torch.testing.assert_close(closed.grad, torch.autograd.grad(values.sum(), leaf)[0])
+    assert rows(loss, student, teacher, grad=False).grad is None
+    assert not loss.takes_topk
+
+
 @pytest.mark.parametrize("name", [n for n in EVERY if not n.startswith(HELD)])
 def test_definition_passes_gradcheck(name):
     student, teacher, targets = logits(2, 5)

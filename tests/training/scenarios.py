@@ -37,6 +37,13 @@ SHARED = {
         }
         for stage in (0, 2, 3)
     },
+    **{
+        f"ctkd_instance_zero{stage}": {
+            "deepspeed__stage": stage,
+            "loss": [{"name": "ctkd", "t_range": 4.0, "grl_coefficient": -1.0, "instance": True, "width": 8}],
+        }
+        for stage in (0, 3)
+    },
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
@@ -71,7 +78,7 @@ TWO_RANKS = {
 }
 # Stopped after two steps and started again, to be compared with the run that was not.
 RESUMED = [*(f"zero{stage}" for stage in range(4)), "bf16_zero0", "bf16_zero2", "bf16_zero3"]
-RESUMED += ["dropout_zero2", "batchnorm_zero2", "ctkd_zero3"]
+RESUMED += ["dropout_zero2", "batchnorm_zero2", "ctkd_instance_zero3"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
 

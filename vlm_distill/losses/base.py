@@ -38,13 +38,13 @@ class RowResult:
         loss: ``[N]`` nats.
         grad: ``[N, V]``, the derivative of each row's loss by that row's student logits; ``None`` unless asked for.
         signals: per-row quantities ``[N]``, named as in the loss's ``signals``.
-        learned: ``[N]``, the derivative of each row's loss by ``DistillationLoss.learned()``, made with ``grad``.
+        learned: derivatives of the summed loss by what ``DistillationLoss.learned()`` gives, made with ``grad``.
     """
 
     loss: Tensor
     grad: Tensor | None = None
     signals: dict[str, Tensor] = field(default_factory=dict)
-    learned: Tensor | None = None
+    learned: Sequence[Tensor] = ()
 
 
 class DistillationLoss(nn.Module):
@@ -91,12 +91,15 @@ class DistillationLoss(nn.Module):
             gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         return RowResult(loss.detach(), gradient)
 
-    def learned(self) -> Tensor | None:
-        """A learned number ``[1]`` that ``rows`` reads, differentiable in the loss's own parameters.
+    def prepare(self, categories: int) -> None:
+        """Makes what parameters of its own the loss has, for so many tokens or classes; called once before training."""
+
+    def learned(self) -> tuple[Tensor, ...]:
+        """What ``rows`` reads of the loss's own parameters, differentiable in them.
 
         The engine calls it once before the rows, inside the forward of what is trained.
         """
-        return None
+        return ()
 
     def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss between distributions over few categories, the last of which is the tail; only if ``takes_topk``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +16,23 @@ from .divergences import kl_divergence
 class CTKD(DistillationLoss):
     """Curriculum temperature KD, T²·KL(p‖q), T = t_start + t_range·sigmoid(g), g learnt to raise it (Li et al., 2023).
 
-    g's gradient is multiplied by a negative coefficient, so that the optimizer that lowers the loss by the student's
-    weights raises it by g: the task grows harder as the coefficient goes from 0 to −1. There is one g for all tokens.
+    The gradient by what makes g is multiplied by a negative coefficient, so that the optimizer that lowers the loss by
+    the student's weights raises it by g: the task grows harder as the coefficient goes from 0 to −1. There is one g for
+    all tokens, or, with ``instance``, one for each: what a perceptron of one hidden layer makes of both models'
+    probabilities (concatenated, temperature 1), which are constants to it.
 
     Args:
         t_start: the least temperature.
         t_range: the span above it.
-        g: where g starts; 1 in the authors' code.
+        g: where g starts, for every token; 1 in the authors' code.
         loops: epochs, fractions included, in which the coefficient goes from 0 to −1 by half a cosine.
         grl_coefficient: a coefficient that stays, in place of ``loops``.
+        instance: a temperature for each token; ``prepare`` makes its perceptron.
+        width: of the perceptron's hidden layer.
     """
 
     needs = frozenset({"teacher"})
+    signals = ("temperature",)
     scratch = 4
 
     def __init__(
@@ -37,40 +42,69 @@ class CTKD(DistillationLoss):
         g: float = 1.0,
         loops: float = 10.0,
         grl_coefficient: float | None = None,
+        instance: bool = False,
+        width: int = 64,
     ) -> None:
         super().__init__()
+        self.t_start = check_number("loss ctkd: t_start", t_start, 0.0, above=True)
+        self.t_range = check_number("loss ctkd: t_range", t_range, 0.0)
         self.loops = check_number("loss ctkd: loops", loops, 0.0, above=True)
         self._fixed = grl_coefficient is not None
         self.coefficient = 0.0
         if grl_coefficient is not None:
             self.coefficient = check_number("loss ctkd: grl_coefficient", grl_coefficient, -math.inf)
-        self.temperature = _Temperature(
-            check_number("loss ctkd: t_start", t_start, 0.0, above=True),
-            check_number("loss ctkd: t_range", t_range, 0.0),
-            check_number("loss ctkd: g", g, -math.inf),
-        )
-        self._held: Tensor | None = None
+        self.width = int(check_number("loss ctkd: width", width, 1.0)) if instance else 0
+        # The temperature as of g alone, until `prepare` puts the perceptron in front of it.
+        self.source = _Source(g=torch.tensor([check_number("loss ctkd: g", g, -math.inf)]))
+        if instance:
+            self.scratch = 8
+        self._held: tuple[Tensor, ...] = ()
 
-    def learned(self) -> Tensor:
-        value = self.temperature(self.coefficient)
-        self._held = value.detach()
-        return value
+    def prepare(self, categories: int) -> None:
+        if self.width:
+            g = self.source.g.detach()
+            first = torch.empty(self.width, 2 * categories)
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5))
+            # With its last layer 0 it starts as the one temperature for all.
+            parts = {"first": first, "shift": torch.zeros(self.width), "last": torch.zeros(1, self.width), "g": g}
+            self.source = _Source(**parts)
+
+    def learned(self) -> tuple[Tensor, ...]:
+        values = self.source(self.coefficient)
+        self._held = tuple(value.detach() for value in values)
+        return values
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
-        temperature = self.learned().to(upcast(student_logits).dtype)
-        student, teacher = upcast(student_logits) / temperature, upcast(teacher_logits) / temperature
-        return temperature**2 * kl_divergence(teacher.log_softmax(-1), student.log_softmax(-1))
+        student, teacher = upcast(student_logits), upcast(teacher_logits)
+        temperature = self._temperature(self.learned(), student.detach(), teacher)
+        log_p, log_q = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
+        return temperature.squeeze(-1) ** 2 * kl_divergence(log_p, log_q)
+
+    def _temperature(self, values: Sequence[Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+        """T of each row ``[N, 1]`` from what ``learned`` gives, differentiable in it."""
+        values = [value.to(student.dtype) for value in values]
+        if self.width and len(values) == 1:
+            raise RuntimeError("loss ctkd: with instance=True, call prepare(categories) first")
+        *layers, g = values
+        if layers:
+            first, shift, last = layers
+            seen = torch.cat([student.softmax(-1), teacher.softmax(-1)], dim=-1)
+            g = torch.relu(seen @ first.t() + shift) @ last.t() + g
+        return self.t_start + self.t_range * torch.sigmoid(g).expand(len(student), 1)
 
     @torch.no_grad()
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
-        held = self.learned().detach() if self._held is None else self._held
         student, teacher = upcast(student_logits), upcast(teacher_logits)
-        temperature = held.to(student.dtype)
+        with torch.enable_grad():
+            leaves = [value.detach().requires_grad_(grad) for value in self._held or self.learned()]
+            made = self._temperature(leaves, student, teacher)
+        temperature = made.detach()
+        squared, signals = temperature.squeeze(-1) ** 2, {"temperature": temperature.squeeze(-1)}
         p, q = softmax_(teacher.div_(temperature)), softmax_(student.div_(temperature))
         if not grad:
-            return RowResult(temperature**2 * relative_entropy_(p, q)[0])
+            return RowResult(squared * relative_entropy_(p, q)[0], None, signals)
         # The lower limit makes 0·log 0 = 0. Softened logits and log-probabilities differ by a constant, over which the
         # weights below sum to 0.
         least = torch.finfo(student.dtype).min
@@ -80,8 +114,9 @@ class CTKD(DistillationLoss):
         gap = q.probs.sub_(p.probs)
         # T·dKL/dT = −Σ (q−p) log q − Σ p (log p/q − KL) log p
         slope = -(log_q.mul_(gap).sum(-1) + log_p.mul_(weights).sum(-1))
-        learned = temperature * (2.0 * kl + slope)
-        return RowResult(temperature**2 * kl, gap.mul_(temperature), learned=learned)
+        by_temperature = temperature * (2.0 * kl + slope).unsqueeze(-1)
+        learned = torch.autograd.grad(made, leaves, by_temperature)
+        return RowResult(squared * kl, gap.mul_(temperature), signals, learned)
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
         if not self._fixed:
@@ -89,8 +124,7 @@ class CTKD(DistillationLoss):
             self.coefficient = -(1.0 - math.cos(math.pi * done)) / 2.0
 
     def metrics(self) -> dict[str, float]:
-        held = {} if self._held is None else {"temperature": float(self._held)}
-        return held | {"coefficient": self.coefficient}
+        return {"coefficient": self.coefficient}
 
     def get_extra_state(self) -> dict[str, float]:
         return {"coefficient": self.coefficient}
@@ -99,16 +133,17 @@ class CTKD(DistillationLoss):
         self.coefficient = float(state["coefficient"])
 
 
-class _Temperature(nn.Module):
-    """A module of its own: where parameters are sharded, its call is what makes g whole."""
+class _Source(nn.Module):
+    """The parameters behind g; a module of its own: where parameters are sharded, its call is what makes them whole."""
 
-    def __init__(self, start: float, span: float, g: float) -> None:
+    g: nn.Parameter
+
+    def __init__(self, **values: Tensor) -> None:
         super().__init__()
-        self.start, self.span = start, span
-        # Not 0-dimensional, which DeepSpeed refuses.
-        self.g = nn.Parameter(torch.tensor([g]))
+        # Not 0-dimensional, which DeepSpeed refuses, and with no name that weight decay would go by.
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value))
 
-    def forward(self, coefficient: float) -> Tensor:
-        """T ``[1]``, whose derivative by g is multiplied by ``coefficient``."""
-        held = self.g.detach()
-        return self.start + self.span * torch.sigmoid(held + coefficient * (self.g - held))
+    def forward(self, coefficient: float) -> tuple[Tensor, ...]:
+        """The values themselves, whose gradients are multiplied by ``coefficient``."""
+        return tuple(p.detach() + coefficient * (p - p.detach()) for p in self.parameters())

@@ -249,20 +249,34 @@ class AdaptiveKL(Divergence):
 
     The head is what the teacher finds likeliest: in descending order of p, a token is tail if the cumulative mass with
     it exceeds ``mu``; the first is always head. Of equal probabilities the lower index comes first. Where p = q, h = ½.
+
+    ``convention="taid"`` is the baseline of the TAID paper as its code has it, faults included: tokens sorted in
+    ascending order, the mask of that order laid on the gaps in the vocabulary's (those from ``mu`` on count), the
+    cross-entropy of p and q in place of KL(p‖q), and h differentiated. It takes no top-k teacher.
     """
 
     label = "adaptive_kl"
     scratch = 8
 
-    def __init__(self, mu: float = 0.5, temperature: float = 1.0) -> None:
+    def __init__(self, mu: float = 0.5, temperature: float = 1.0, convention: str = "paper") -> None:
         super().__init__(temperature)
         self.mu = check_number("loss adaptive_kl: mu", mu, 0.0, 1.0)
+        self._taid = check_choice("loss adaptive_kl: convention", convention, ("paper", "taid")) == "taid"
+        self.takes_topk = self.takes_topk and not self._taid
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        if self._taid:
+            return self._as_in_taid(log_p, log_q)
         head = self._head_share(log_p.detach().exp(), log_q.detach().exp())
         return head * kl_divergence(log_p, log_q) + (1.0 - head) * kl_divergence(log_q, log_p)
 
     def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        if self._taid:
+            with torch.enable_grad():
+                leaf = q.log_probs.requires_grad_(grad)
+                value = self._as_in_taid(p.log_probs, leaf)
+                slope = torch.autograd.grad(value.sum(), leaf)[0] if grad else None
+            return value.detach(), None if slope is None else _through_softmax_(slope, q.probs)
         head = self._head_share(p.probs, q.probs)
         reverse, summands = relative_entropy_(Softmax(q.log_probs.clone(), q.probs, q.log_total), p)
         forward, _ = relative_entropy_(p, q)
@@ -278,9 +292,16 @@ class AdaptiveKL(Divergence):
         tail = ordered.cumsum(-1) > self.mu
         tail[:, 0] = False
         gap = (p - q).abs_().gather(-1, order)
-        total = gap.sum(-1)
-        head = gap.masked_fill_(tail, 0.0).sum(-1)
-        return torch.where(total > 0, head / total, 0.5)
+        return _share(gap.masked_fill(tail, 0.0).sum(-1), gap.sum(-1))
+
+    def _as_in_taid(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """``between`` by the other convention."""
+        p = log_p.exp()
+        head = p.sort(-1).values.cumsum(-1) >= self.mu
+        gap = (p - log_q.exp()).abs()
+        share = _share((gap * head).sum(-1), gap.sum(-1))
+        cross_entropy = -torch.where(p > 0, p * log_q, 0.0).sum(-1)
+        return share * cross_entropy + (1.0 - share) * kl_divergence(log_q, log_p)
 
 
 class CrossEntropy(DistillationLoss):
@@ -303,6 +324,11 @@ class CrossEntropy(DistillationLoss):
         if not grad:
             return RowResult(loss)
         return RowResult(loss, q.probs.scatter_add_(-1, index, q.probs.new_full(index.shape, -1.0)))
+
+
+def _share(part: Tensor, total: Tensor) -> Tensor:
+    """part/total ``[N]``; ½ where there is nothing to share."""
+    return torch.where(total > 0, part / torch.where(total > 0, total, 1.0), 0.5)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -123,8 +123,13 @@ def fused_linear(
         student_head.weight() as weight,
         teacher.head.weight() if isinstance(teacher, HiddenTargets) else nullcontext() as teacher_weight,
     ):
-        learned = {t.name: value for t in terms if (value := t.loss.learned()) is not None}
-        inputs = (student_hidden, weight, student_head.bias, *learned.values())
+        learned = {term.name: term.loss.learned() for term in terms}
+        inputs = (
+            student_hidden,
+            weight,
+            student_head.bias,
+            *(value for values in learned.values() for value in values),
+        )
         with torch.no_grad():
             student = _Side(student_head, student_hidden, weight, student_hidden.dtype)
             other: _Side | TopKTargets | None = None
@@ -138,9 +143,13 @@ def fused_linear(
                 _same("rows", len(student_hidden), len(teacher.ids))
             wanted = [recording and x is not None and x.requires_grad for x in inputs]
             work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes)
+            work.learned = {
+                name: [torch.zeros_like(v, dtype=student.dtype) for v in vs] for name, vs in learned.items()
+            }
             work.run(distilled)
             total = work.total()
-            pairs = zip([*work.gradients, *(work.learned[name] for name in learned)], inputs, strict=True)
+            made = [*work.gradients, *(value for values in work.learned.values() for value in values)]
+            pairs = zip(made, inputs, strict=True)
             gradients = [None if d is None or x is None else _cast(d, x.dtype) for d, x in pairs]
         if any(wanted):
             total = _WithGradients.apply(total, gradients, *inputs)
@@ -239,7 +248,7 @@ class _Pass:
         self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
         shapes = (student.hidden.shape, student.weight.shape, student.weight.shape[:1])
         self.gradients = [zero.new_zeros(s) if want else None for s, want in zip(shapes, wanted[:3], strict=True)]
-        self.learned = {term.name: zero.new_zeros(1) for term in terms}
+        self.learned: dict[str, list[Tensor]] = {}
         self.grad = any(wanted)
         on_cpu = zero.device.type == "cpu"
         self.chunk_bytes = chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES)
@@ -323,8 +332,8 @@ class _Pass:
                 sums.signals[name] += values.sum()
             if result.grad is not None:
                 gradients.append((result.grad, factor))
-            if result.learned is not None:
-                self.learned[term.name] += factor * result.learned.sum()
+            for total, gradient in zip(self.learned[term.name], result.learned, strict=False):  # none where not grad
+                total.add_(gradient, alpha=factor)
         if not self.grad:
             return
         # Backwards: the last gradient may lie in the student's buffer, which is written first.

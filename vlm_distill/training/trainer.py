@@ -83,6 +83,9 @@ class Trainer:
         student = load_student(config, self.teacher)
         if self.teacher is not None:
             align_heads(student, self.teacher.model)
+        with student.head.weight() as weight:
+            for term in terms:
+                term.loss.prepare(len(weight))
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
