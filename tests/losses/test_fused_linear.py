@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -261,6 +262,34 @@ def test_the_shared_vocabulary_gets_all_the_gradient():
     for a, b in zip(setting.inputs(), cut.inputs(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
     assert not setting.linear.weight.grad[30:].any()
+
+
+@pytest.mark.parametrize("chunk_bytes", [2000, None])
+def test_lora_on_the_head(chunk_bytes):
+    setting = Setting(n=9)
+    settings = LoraConfig(r=3, lora_alpha=6, target_modules=["head"], lora_dropout=0.0)
+    layer = inject_adapter_in_model(settings, nn.ModuleDict({"head": setting.linear}))["head"].double()
+    adapter = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    with torch.no_grad():
+        adapter[1].normal_(generator=torch.Generator().manual_seed(0))
+    inputs = [setting.hidden, *adapter]
+    targets, head = HiddenTargets(setting.teacher.hidden, setting.teacher.head), LMHead(layer)
+
+    got = fused_linear(two_terms(), setting.hidden, head, targets, setting.targets, chunk_bytes=chunk_bytes).loss
+    teacher = setting.teacher.head._linear(setting.teacher.hidden).detach()
+    want = sum(t.weight * t.loss(layer(setting.hidden), teacher, setting.targets).sum() for t in two_terms())
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
+    with pytest.raises(RuntimeError, match="require grad"):
+        torch.autograd.grad(got, layer.base_layer.weight)
+
+    layer.enable_adapters(False)
+    with head.weight() as weight:
+        assert weight.data_ptr() == layer.base_layer.weight.data_ptr()
+    layer.enable_adapters(True)
+    layer.lora_dropout["default"] = nn.Dropout(0.1)
+    with pytest.raises(ValueError, match="without dropout"), head.weight():
+        pass
 
 
 def test_the_heads_context_is_open_for_the_whole_call_and_closed_after():

@@ -47,6 +47,7 @@ class LMHead:
 
     Args:
         linear: the output layer; its parameters stay registered where they are (they may be tied to the embedding).
+            With LoRA on it (peft), the weight is that of the layer plus its active adapters' products.
         scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
         softcap: c, or ``None`` for no cap (Gemma 2's ``final_logit_softcapping``).
 
@@ -65,7 +66,7 @@ class LMHead:
     def weight(self) -> Iterator[Tensor]:
         """The weight ``[V, H]``, whole and cut to the shared vocabulary; inside, :attr:`bias` may be read."""
         with self.gather(list(self._linear.parameters())):
-            yield self._linear.weight[: self.vocabulary]
+            yield _with_adapters(self._linear)[: self.vocabulary]
 
     @property
     def bias(self) -> Tensor | None:
@@ -80,6 +81,22 @@ class LMHead:
                 logits = logits + self.bias.float()
         logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _with_adapters(layer: Any) -> Tensor:
+    """The weight of a linear layer with what peft's LoRA adds to it, differentiable in both."""
+    weight = layer.weight
+    if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
+        return weight
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A:
+            drops = layer.training and isinstance(layer.lora_dropout[adapter], nn.Dropout)
+            if drops or layer.use_dora.get(adapter):
+                raise ValueError(
+                    "LoRA on the output layer works without dropout and without DoRA; leave them out there"
+                )
+            weight = weight + layer.get_delta_weight(adapter)
+    return weight
 
 
 class Processor(ABC):
