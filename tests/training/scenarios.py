@@ -135,10 +135,24 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         "metrics": metrics,
         "statistics": processes.gather([b.tolist() for n, b in trainer.student.named_buffers() if "running_" in n]),
         "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in state.items()},
+        "held_out": held_out(trainer, processes),
         "t": processes.gather([t.loss.metrics()["t"] for t in trainer.terms if "t" in t.loss.metrics()]),
         "moved": {name: not torch.equal(tensor, before[name]) for name, tensor in state.items()},
         "teacher_keys": [k for k in trainer.engine.task.state_dict() if "teacher" in k],
     }
+
+
+@torch.no_grad()
+def held_out(trainer: Trainer, processes: Processes) -> float:
+    """The trained student's loss on the first step's samples, without a gradient."""
+    trainer.engine.train(False)
+    sums = []
+    for batch in trainer.dataset[0].batches:
+        targets = trainer.guide.outputs(batch) if trainer.guide is not None else None
+        loss, _ = trainer.engine(batch, targets)
+        assert not loss.requires_grad
+        sums.append(loss)
+    return processes.sum([sum(sums)])[0]
 
 
 if __name__ == "__main__":

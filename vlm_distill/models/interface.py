@@ -62,10 +62,15 @@ class LMHead:
         self.vocabulary: int | None = None
         self.gather: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: nullcontext()
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What :meth:`weight` and :attr:`bias` read."""
+        return list(self._linear.parameters())
+
     @contextmanager
     def weight(self) -> Iterator[Tensor]:
         """The weight ``[V, H]``, whole and cut to the shared vocabulary; inside, :attr:`bias` may be read."""
-        with self.gather(list(self._linear.parameters())):
+        with self.gather(self.parameters):
             yield _with_adapters(self._linear)[: self.vocabulary]
 
     @property

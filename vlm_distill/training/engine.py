@@ -23,6 +23,7 @@ from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores, free_port
 
 from .schedule import parameter_groups
+from .task import DistillationTask
 
 SAVED_BY = "engine"
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
@@ -115,7 +116,7 @@ class Engine:
         accumulation: micro-batches in an optimizer step.
     """
 
-    def __init__(self, task: nn.Module, config: RunConfig, processes: Processes, accumulation: int) -> None:
+    def __init__(self, task: DistillationTask, config: RunConfig, processes: Processes, accumulation: int) -> None:
         self.task = task
         self.processes = processes
         self.stage = config.deepspeed.stage
@@ -131,6 +132,11 @@ class Engine:
             optimizer=optimizer,
             config=_deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters())),
         )
+        if self.stage == 3:
+            # Left to find them itself, DeepSpeed 0.19 notices one only in a forward where it happens not to be whole,
+            # which may be after it has fixed the order in which parameters are fetched; the forward after that fails.
+            for parameter in task.read_parameters():
+                deepspeed.zero.register_external_parameter(task, parameter)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)

@@ -26,6 +26,10 @@ class DistillationTask(nn.Module):
         # Registered for their parameters and for their state in a checkpoint.
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
 
+    def read_parameters(self) -> list[nn.Parameter]:
+        """Parameters that ``forward`` reads without calling their module."""
+        return self.student.head.parameters
+
     def forward(
         self, batch: DistillationBatch, teacher: HiddenTargets | None, scales: Mapping[str, float] | None = None
     ) -> tuple[Tensor, dict[str, TermSums]]:
