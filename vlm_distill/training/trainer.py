@@ -325,6 +325,7 @@ class Trainer:
             world=processes.world,
             all_gather=processes.gather,
             out=self.folder / "evaluation" / source.name / who if final else None,
+            resume=f"{who} after step {self.steps}" if final else None,
             load=self.load_image,
             skipped=skipped,
         )
