@@ -159,8 +159,8 @@ class VisionLanguageModel(nn.Module, ABC):
             positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the sequence.
             features: names of further activations to return. Nothing is kept of those not asked for.
 
-                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``: K = 0 the embeddings (images among them), K the
-                  output of the K-th layer; the last, K = −1, is after the final norm and the same as ``Outputs.hidden``.
+                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings with the images', K the
+                  K-th layer's output; the last, which is also −1, is after the final norm: ``Outputs.hidden`` itself.
                 - ``vision``: ``[images, tokens, C]``, what the vision encoder gives to the projector.
                 - ``projector``: ``[images, tokens, H]``, what the projector gives to the decoder.
                 - ``queries``, ``keys``, ``values``: ``[N, heads · head width]``, the outputs of the projections in the
