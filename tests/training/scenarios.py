@@ -14,12 +14,20 @@ from pathlib import Path
 
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import leave
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
+FEATURES = [
+    {"name": "taid", "t_start": 0.4},
+    {"name": "hidden_states", "layers": {-1: -1, 1: 2}},
+    {"name": "vision_features", "distance": "cosine"},
+    {"name": "projector_features", "distance": "normalised_mse", "weight": 0.5},
+    {"name": "minilm", "relation_heads": 2},
+]
 SHARED = {
     **{f"zero{stage}": {"deepspeed__stage": stage} for stage in range(4)},
     **{f"tied_zero{stage}": {"deepspeed__stage": stage, "student": tiny.settings(tied=True)} for stage in (0, 2, 3)},
@@ -36,6 +44,35 @@ SHARED = {
             "loss": [{"name": "ctkd", "t_range": 4.0, "grl_coefficient": -1.0}],
         }
         for stage in (0, 2, 3)
+    },
+    # Losses on features, with learned projections since the models' widths differ; some micro-batches have no picture.
+    **{f"features_zero{stage}": {"deepspeed__stage": stage, "data": "mixed", "loss": FEATURES} for stage in range(4)},
+    **{f"features_llava_zero{s}": {"deepspeed__stage": s, "family": "llava", "loss": FEATURES} for s in (0, 3)},
+    # No loss on logits: the head gets no gradient, nor do layers above those compared, nor the decoder at all.
+    **{
+        f"layer_zero{s}": {"deepspeed__stage": s, "loss": [{"name": "hidden_states", "layers": {1: 2}}]}
+        for s in range(4)
+    },
+    **{
+        f"images_zero{s}": {"deepspeed__stage": s, "data": "mixed", "loss": [{"name": "vision_features"}]}
+        for s in range(4)
+    },
+    **{
+        f"relations_zero{s}": {
+            "deepspeed__stage": s,
+            "family": "language",
+            "loss": [{"name": "minilm", "relation_heads": 2}],
+        }
+        for s in (0, 3)
+    },
+    **{
+        f"features_checkpointing_zero{s}": {
+            "deepspeed__stage": s,
+            "data": "mixed",
+            "loss": FEATURES,
+            "training__activation_checkpointing": True,
+        }
+        for s in (0, 3)
     },
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
@@ -60,6 +97,12 @@ TWO_RANKS = {
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
+    "features_shard_zero2": {"deepspeed__stage": 2, "teacher": "shard", "data": "mixed", "loss": FEATURES},
+    "features_llava_shard_zero3": {"deepspeed__stage": 3, "teacher": "shard", "family": "llava", "loss": FEATURES},
+    **{
+        f"bf16_features_zero{s}": {"deepspeed__stage": s, "training__dtype": "bf16", "data": "mixed", "loss": FEATURES}
+        for s in (0, 2, 3)
+    },
     "eval_zero3": {"deepspeed__stage": 3, "data": "eval"},
     "eval_frozen_zero3": {
         "deepspeed__stage": 3,
@@ -72,6 +115,7 @@ TWO_RANKS = {
 # Stopped after two steps and started again, to be compared with the run that was not.
 RESUMED = [*(f"zero{stage}" for stage in range(4)), "bf16_zero0", "bf16_zero2", "bf16_zero3"]
 RESUMED += ["dropout_zero2", "batchnorm_zero2", "ctkd_zero3"]
+RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
 
@@ -123,11 +167,14 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     before = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
     trainer.run()
     state = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
+    learned = torch.nn.ModuleList(m for m in trainer.engine.task.losses.modules() if isinstance(m, torch.nn.Linear))
+    weights = state | {f"losses.{name}": tensor for name, tensor in trainer.engine.whole_state(learned).items()}
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if processes.first else []
     return {
         "metrics": metrics,
         "statistics": processes.gather([b.tolist() for n, b in trainer.student.named_buffers() if "running_" in n]),
-        "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in state.items()},
+        "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in weights.items()},
+        "exported": sorted(load_file(out / "student" / "model.safetensors")) if processes.first else [],
         "t": processes.gather([t.loss.metrics()["t"] for t in trainer.terms if "t" in t.loss.metrics()]),
         "moved": {name: not torch.equal(tensor, before[name]) for name, tensor in state.items()},
         "teacher_keys": [k for k in trainer.engine.task.state_dict() if "teacher" in k],
