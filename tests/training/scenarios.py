@@ -28,6 +28,15 @@ FEATURES = [
     {"name": "projector_features", "distance": "normalised_mse", "weight": 0.5},
     {"name": "minilm", "relation_heads": 2},
 ]
+IMAGES, RELATIONS = FEATURES[2:3], FEATURES[4:]
+
+
+def features(stage, loss=FEATURES, **changes):
+    """A run with losses on features. ZeRO-3 shards its small parameters too, which DeepSpeed would keep whole."""
+    sharded = {"stage3_param_persistence_threshold": 0}
+    return {"deepspeed__stage": stage, "deepspeed__zero_optimization": sharded, "loss": loss, **changes}
+
+
 SHARED = {
     **{f"zero{stage}": {"deepspeed__stage": stage} for stage in range(4)},
     **{f"tied_zero{stage}": {"deepspeed__stage": stage, "student": tiny.settings(tied=True)} for stage in (0, 2, 3)},
@@ -46,34 +55,16 @@ SHARED = {
         for stage in (0, 2, 3)
     },
     # Losses on features, with learned projections since the models' widths differ; some micro-batches have no picture.
-    **{f"features_zero{stage}": {"deepspeed__stage": stage, "data": "mixed", "loss": FEATURES} for stage in range(4)},
-    **{f"features_llava_zero{s}": {"deepspeed__stage": s, "family": "llava", "loss": FEATURES} for s in (0, 3)},
+    **{f"features_zero{s}": features(s, data="mixed") for s in range(4)},
+    **{f"features_llava_zero{s}": features(s, family="llava") for s in (0, 3)},
+    **{
+        f"features_checkpointing_zero{s}": features(s, data="mixed", training__activation_checkpointing=True)
+        for s in (0, 3)
+    },
     # No loss on logits: the head gets no gradient, nor do layers above those compared, nor the decoder at all.
-    **{
-        f"layer_zero{s}": {"deepspeed__stage": s, "loss": [{"name": "hidden_states", "layers": {1: 2}}]}
-        for s in range(4)
-    },
-    **{
-        f"images_zero{s}": {"deepspeed__stage": s, "data": "mixed", "loss": [{"name": "vision_features"}]}
-        for s in range(4)
-    },
-    **{
-        f"relations_zero{s}": {
-            "deepspeed__stage": s,
-            "family": "language",
-            "loss": [{"name": "minilm", "relation_heads": 2}],
-        }
-        for s in (0, 3)
-    },
-    **{
-        f"features_checkpointing_zero{s}": {
-            "deepspeed__stage": s,
-            "data": "mixed",
-            "loss": FEATURES,
-            "training__activation_checkpointing": True,
-        }
-        for s in (0, 3)
-    },
+    **{f"layer_zero{s}": features(s, [{"name": "hidden_states", "layers": {1: 2}}]) for s in range(4)},
+    **{f"images_zero{s}": features(s, IMAGES, data="mixed") for s in range(4)},
+    **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
@@ -97,12 +88,9 @@ TWO_RANKS = {
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
-    "features_shard_zero2": {"deepspeed__stage": 2, "teacher": "shard", "data": "mixed", "loss": FEATURES},
-    "features_llava_shard_zero3": {"deepspeed__stage": 3, "teacher": "shard", "family": "llava", "loss": FEATURES},
-    **{
-        f"bf16_features_zero{s}": {"deepspeed__stage": s, "training__dtype": "bf16", "data": "mixed", "loss": FEATURES}
-        for s in (0, 2, 3)
-    },
+    "features_shard_zero2": features(2, teacher="shard", data="mixed"),
+    "features_llava_shard_zero3": features(3, teacher="shard", family="llava"),
+    **{f"bf16_features_zero{s}": features(s, training__dtype="bf16", data="mixed") for s in (0, 2, 3)},
     "eval_zero3": {"deepspeed__stage": 3, "data": "eval"},
     "eval_frozen_zero3": {
         "deepspeed__stage": 3,

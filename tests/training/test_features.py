@@ -3,13 +3,14 @@
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 
 from data.collate import collate, encode_pair
 from data.conversation import Conversation, count_images
 from data.errors import UserError
 from vlm_distill import models
-from vlm_distill.config import RunConfig
+from vlm_distill.config import RunConfig, load_config, save_config
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.losses import FeatureTerm, wanted_features
 from vlm_distill.models.teacher import ModelTeacher
@@ -233,6 +234,20 @@ def test_features_need_a_teacher(tmp_path):
     plain["loss"] = [{"name": "minilm"}]
     with pytest.raises(UserError, match="loss minilm needs a teacher"):
         build_terms(RunConfig.model_validate(plain))
+
+
+def test_layers_are_written_as_numbers(tmp_path):
+    plain = tiny.config(tmp_path, tmp_path / "data.jsonl", tmp_path / "teacher")
+    del plain["loss"]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(plain))
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nloss:\n  - {name: hidden_states, layers: {-1: -1, 1: 2}}\n")
+    config = load_config(tmp_path / "run.yaml", ["loss.0.distance=cosine"])
+    save_config(config, tmp_path / "again.yaml")
+    for one in (config, load_config(tmp_path / "again.yaml")):
+        (term,) = build_terms(one)
+        assert term.loss.student_features == ("hidden.-1", "hidden.1")
+        assert term.loss.teacher_features == ("hidden.-1", "hidden.2")
+        assert term.loss.distance == "cosine"
 
 
 def test_two_of_one_loss_have_their_own_names(tmp_path):

@@ -233,16 +233,20 @@ class PretrainedVLM(VisionLanguageModel):
             return None, decoder_width(name, body)
         base = self.model.base_model
         asked = signature(base.get_image_features).parameters if hasattr(base, "get_image_features") else {}
+        dummy = self.processor.dummy()
         # Grids and sizes are asked for where images are cut into tiles or keep their shape.
-        various = {"image_grid_thw", "image_sizes"} & {k for k in asked if k in self.processor.dummy().tensors}
-        if not asked or various or "mm_encoder_outputs" not in signature(base.forward).parameters:
+        various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
+        whole = dummy.tensors["pixel_values"].shape[:-3].numel() == 1
+        width = getattr(config.vision_config, "hidden_size", None)
+        enters = "mm_encoder_outputs" in signature(base.forward).parameters
+        if not (asked and whole and width and enters) or various:
             raise UserError(
                 f"feature {name}: {config.model_type} gives no features of equally many tokens an image; "
                 "leave out the losses on images"
             )
         if name == "projector":
-            return int(self.processor.image_tokens(self.processor.dummy()).sum()), body.config.hidden_size
-        return None, config.vision_config.hidden_size * len(self._vision_layers() or [0])
+            return int(self.processor.image_tokens(dummy).sum()), body.config.hidden_size
+        return None, width * len(self._vision_layers() or [0])
 
     def _image_inputs(self, inputs: ModelInputs) -> dict[str, Tensor]:
         asked = signature(self.model.base_model.get_image_features).parameters
