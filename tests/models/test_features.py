@@ -3,9 +3,23 @@
 import pytest
 import tiny
 import torch
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
-from data.errors import UserError
-from vlm_distill.models import build_vlm, load_vlm
+from data.batch import Encoded, ModelInputs
+from data.errors import BadSample, UserError
+from vlm_distill.models import PretrainedVLM, build_vlm, load_vlm
 
 TINY = {
     "hidden_size": 32,
@@ -194,6 +208,69 @@ def test_unknown_features_are_one_line(name, message, settings, tokenizer, llama
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="a language model sees no images"):
         build_vlm({"decoder": {"config": llama}}, tokenizer).feature_shape("vision")
+
+
+class Stub:
+    """A processor that knows one row of ids, whose image token is 5, with one image."""
+
+    def __init__(self, inputs):
+        tensors = {k: v for k, v in inputs.items() if k != "input_ids"}
+        self.row = Encoded(
+            inputs["input_ids"][0], None, None, 1, tensors | {"pixel_values": inputs["pixel_values"][:1]}
+        )
+
+    def encode(self, *_):
+        raise BadSample("none")
+
+    def dummy(self):
+        return self.row
+
+    def image_tokens(self, sample):
+        return sample.input_ids == 5
+
+
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"image_size": 28, "patch_size": 7}
+WIDE = {**TINY, "head_dim": 8}
+
+
+def family(name):
+    """An untrained model of a family, and how many tokens an image becomes."""
+    if name == "paligemma":
+        vision = SiglipVisionConfig(**TOWER, vision_use_head=False)
+        text = Gemma2Config(**WIDE, sliding_window=16)
+        config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=5, projection_dim=32)
+        return PaliGemmaForConditionalGeneration(config), 16
+    if name == "gemma3":
+        vision = SiglipVisionConfig(**TOWER, vision_use_head=False)
+        text = Gemma3TextConfig(**WIDE)
+        config = Gemma3Config(vision_config=vision, text_config=text, image_token_index=5, mm_tokens_per_image=4)
+        return Gemma3ForConditionalGeneration(config), 4
+    vision = InternVLVisionConfig(**(TOWER | {"image_size": [28, 28], "patch_size": [7, 7]}))
+    return InternVLForConditionalGeneration(
+        InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TINY), image_token_id=5, downsample_ratio=0.5)
+    ), 4
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3", "internvl"])
+def test_other_families_that_see_images_whole(name):
+    torch.manual_seed(0)
+    own, tokens = family(name)
+    ids = torch.tensor([[5] * tokens + [7, 8, 9], [5] * tokens + [9, 8, 7]])
+    inputs = ModelInputs(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(2, 3, 28, 28))
+    if name != "internvl":
+        inputs["token_type_ids"] = (ids == 5).long()
+    model = PretrainedVLM(own.eval(), Stub(inputs))
+    positions = torch.arange(ids.numel())
+    got = model(inputs, positions, ["vision", "projector", "hidden.1", "queries"])
+    assert torch.equal(got.hidden, model(inputs, positions).hidden)
+    again = own.base_model(**inputs, output_hidden_states=True)
+    assert torch.equal(got.features["hidden.1"], again.hidden_states[1].flatten(0, 1))
+    assert torch.equal(got.features["projector"], again.image_hidden_states.reshape(2, tokens, 32))
+    assert got.features["vision"].shape == (2, 16, 16)
+    assert model.feature_shape("vision") == (None, 16)
+    assert model.feature_shape("projector") == (tokens, 32)
+    assert model.feature_shape("queries") == (None, 32)
 
 
 def test_a_family_without_a_way_in_is_named(llava):

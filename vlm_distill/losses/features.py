@@ -224,8 +224,9 @@ class MiniLM(FeatureLoss):
         real = torch.arange(max(counts.tolist(), default=0), device=samples.device) < counts.unsqueeze(1)
         summands = []
         for name in self.student_features:
-            log_q = self._relation(upcast(student[name]), sample, place, real)
-            log_p = self._relation(upcast(teacher[name]), sample, place, real).to(log_q.dtype)
+            mine = upcast(student[name])
+            log_q = self._relation(mine, sample, place, real)
+            log_p = self._relation(teacher[name].to(mine.dtype), sample, place, real)
             divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True)
             summands.append(divergence.sum(-1).mean(1)[sample, place])
         return torch.stack(summands).sum(0)

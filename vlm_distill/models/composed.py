@@ -209,7 +209,8 @@ class ComposedVLM(VisionLanguageModel):
         options = {"output_hidden_states": states} if states else {}
         output = body(inputs_embeds=embeddings, use_cache=False, **self._sequence(inputs), **options)
         hidden = output.last_hidden_state.flatten(0, 1)[positions]
-        found = decoder_features(features, body, hidden, output.hidden_states if states else None, positions)
+        kept = getattr(output, "hidden_states", None)
+        found = decoder_features(features, body, hidden, kept, positions)
         return Outputs(hidden, found | {name: images[name] for name in features if name in images})
 
     def feature_shape(self, name: str) -> tuple[int | None, int]:

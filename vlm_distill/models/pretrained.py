@@ -224,7 +224,7 @@ class PretrainedVLM(VisionLanguageModel):
             given["output_hidden_states"] = states
         output = base(**given, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[positions]
-        kept = output.hidden_states if states else None
+        kept = getattr(output, "hidden_states", None)
         return Outputs(hidden, decoder_features(features, body, hidden, kept, positions) | found)
 
     def feature_shape(self, name: str) -> tuple[int | None, int]:
@@ -236,7 +236,7 @@ class PretrainedVLM(VisionLanguageModel):
         dummy = self.processor.dummy()
         # Grids and sizes are asked for where images are cut into tiles or keep their shape.
         various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
-        whole = dummy.tensors["pixel_values"].shape[:-3].numel() == 1
+        whole = "pixel_values" in dummy.tensors and dummy.tensors["pixel_values"].shape[:-3].numel() == 1
         width = getattr(config.vision_config, "hidden_size", None)
         enters = "mm_encoder_outputs" in signature(base.forward).parameters
         if not (asked and whole and width and enters) or various:
