@@ -90,6 +90,7 @@ class DistillationBatch:
         targets: int64 ``[N]``, the student's supervised token ids.
         distilled: bool ``[N]``; false where only the end tokens differ and the loss to the teacher is left out.
         samples: number of real samples (dummy rows not counted).
+        images: number of their images; dummy rows' images, which come last, are not among them.
     """
 
     student: Rows
@@ -97,6 +98,7 @@ class DistillationBatch:
     targets: Tensor
     distilled: Tensor
     samples: int
+    images: int = 0
 
     def to(self, device: torch.device | str) -> DistillationBatch:
         def move(rows: Rows | None) -> Rows | None:
@@ -110,6 +112,7 @@ class DistillationBatch:
             self.targets.to(device, non_blocking=True),
             self.distilled.to(device, non_blocking=True),
             self.samples,
+            self.images,
         )
 
 
@@ -142,8 +145,9 @@ class Step:
     samples: list[list[Any]] = field(default_factory=list)
 
     def counts(self) -> Mapping[str, int]:
-        """Supervised and distilled tokens of this rank's share."""
+        """Supervised and distilled tokens and images of this rank's share."""
         return {
             "supervised": sum(len(b.targets) for b in self.batches),
             "distilled": sum(int(b.distilled.sum()) for b in self.batches),
+            "images": sum(b.images for b in self.batches),
         }

@@ -163,6 +163,7 @@ def collate(pairs: Sequence[Pair], student: Processor, teacher: Processor | None
         targets=torch.cat([nothing, *(pair.student.input_ids[pair.student_tokens] for pair in pairs)]),
         distilled=torch.cat([nothing.bool(), *(pair.distilled for pair in pairs)]),
         samples=len(pairs),
+        images=sum(pair.student.images for pair in pairs),
     )
 
 

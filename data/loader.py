@@ -179,6 +179,7 @@ def _pinned(batch: DistillationBatch) -> DistillationBatch:
         batch.targets.pin_memory(),
         batch.distilled.pin_memory(),
         batch.samples,
+        batch.images,
     )
 
 

@@ -12,7 +12,7 @@ from vlm_distill import losses
 from vlm_distill.losses import DistillationLoss, HiddenTargets, Term, fused_linear
 from vlm_distill.models.interface import LMHead
 
-NAMES = list(losses.available())
+NAMES = list(losses.available(DistillationLoss))
 
 
 class TotalVariation(DistillationLoss):

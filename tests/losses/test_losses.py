@@ -340,7 +340,7 @@ def test_a_loss_without_a_closed_form_gets_its_gradient_from_autograd():
     assert not student.requires_grad
 
 
-@pytest.mark.parametrize("name", [*losses.available(), "taid linear", "taid over jsd"])
+@pytest.mark.parametrize("name", [*losses.available(DistillationLoss), "taid linear", "taid over jsd"])
 def test_scratch_is_what_rows_needs(name, benchmark_losses):
     loss = make(name)
     student, teacher, targets = logits(64, 1000, torch.float32)
@@ -386,7 +386,8 @@ def test_mistakes_get_one_line(name, params, message):
 
 def test_available_describes_each_loss():
     lines = losses.available()
-    assert set(lines) == {name.split()[0] for name in EVERY} | {"diagnostics"}
+    features = losses.available(losses.FeatureLoss)
+    assert set(lines) == {name.split()[0] for name in EVERY} | {"diagnostics"} | set(features)
     assert all(len(line) > 20 for line in lines.values())
     for name in lines:
         losses.build(name)

@@ -113,8 +113,8 @@ def test_every_projector_runs_trains_and_is_saved(kind, settings, tokenizer, bat
     assert model.processor.tokens == expected
     samples = encode(model, batch)
     inputs = model.processor.collate(samples)
-    out = model(inputs, supervised_positions(samples, inputs["input_ids"].shape[1]), ["vision_encoder", "projector"])
-    assert out.features["vision_encoder"].shape == (3, 16, 16)
+    out = model(inputs, supervised_positions(samples, inputs["input_ids"].shape[1]), ["vision", "projector"])
+    assert out.features["vision"].shape == (3, 16, 16)
     assert out.features["projector"].shape == (3, expected, 32)
     out.hidden.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
@@ -325,12 +325,6 @@ def test_bad_samples_are_named(model, talk, picture):
     model.processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'][1:] }}{% endfor %}"
     with pytest.raises(BadSample, match="drops or repeats images"):
         model.processor.encode(talk([None, "?"]), [picture()], generation=True)
-
-
-def test_unknown_features_are_an_error(model, talk):
-    inputs = model.processor.collate([model.processor.dummy()])
-    with pytest.raises(ValueError, match="attention"):
-        model(inputs, torch.tensor([0]), ["attention"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DistillationLoss: what a loss between teacher and student logits is, to the chunked engine and to the trainer."""
+"""What a loss is to the trainer, and DistillationLoss: one between logits, as the chunked engine sees it."""
 
 from __future__ import annotations
 
@@ -47,23 +47,38 @@ class RowResult:
     learned: Sequence[Tensor] = ()
 
 
-class DistillationLoss(nn.Module):
-    """One loss, row by row. ``forward`` is its definition; a subclass may add a closed form of the gradient.
+class Loss(nn.Module):
+    """What the trainer knows of any loss.
 
     Attributes:
-        needs: what the loss reads beside the student's logits: of ``{"teacher", "targets"}``.
+        needs: what the loss reads beside the student's side: of ``{"teacher", "targets"}``.
         signals: names of the quantities whose means over an optimizer step ``update`` is given.
-        takes_topk: whether ``categories`` is there, for teachers of whom only the likeliest tokens are known.
-        scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     signals: tuple[str, ...] = ()
-    takes_topk: bool = False
-    scratch: int = 8
 
     def __init__(self) -> None:
         super().__init__()  # no parameters, which nn.Module's own signature does not say
+
+    def update(self, signals: Mapping[str, float], progress: Progress) -> None:
+        """Called once after every optimizer step, with the means of the signals over all rows of all ranks."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log beside the loss."""
+        return {}
+
+
+class DistillationLoss(Loss):
+    """One loss, row by row. ``forward`` is its definition; a subclass may add a closed form of the gradient.
+
+    Attributes:
+        takes_topk: whether ``categories`` is there, for teachers of whom only the likeliest tokens are known.
+        scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
+    """
+
+    takes_topk: bool = False
+    scratch: int = 8
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         """The definition, differentiable by autograd.
@@ -113,17 +128,10 @@ class DistillationLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def update(self, signals: Mapping[str, float], progress: Progress) -> None:
-        """Called once after every optimizer step, with the means of the signals over all rows of all ranks."""
-
-    def metrics(self) -> dict[str, float]:
-        """What to log beside the loss."""
-        return {}
-
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the training loss."""
+    """One summand of the training loss that compares logits."""
 
     name: str
     loss: DistillationLoss

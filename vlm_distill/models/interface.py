@@ -26,7 +26,7 @@ class Outputs:
 
     Attributes:
         hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the asked positions.
-        features: further activations that were asked for, by name.
+        features: further activations that were asked for, by the names of :meth:`VisionLanguageModel.forward`.
     """
 
     hidden: Tensor
@@ -179,7 +179,28 @@ class VisionLanguageModel(nn.Module, ABC):
         Args:
             inputs: from ``processor.collate``, on this model's device.
             positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the sequence.
-            features: names of further activations to return.
+            features: names of further activations to return. Nothing is kept of those not asked for.
+
+                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings with the images', K the
+                  K-th layer's output; the last, which is also −1, is after the final norm: ``Outputs.hidden`` itself.
+                - ``vision``: ``[images, tokens, C]``, what the vision encoder gives to the projector.
+                - ``projector``: ``[images, tokens, H]``, what the projector gives to the decoder.
+                - ``queries``, ``keys``, ``values``: ``[N, heads · head width]``, the outputs of the projections in the
+                  last layer's attention at ``positions``, before rotary positions and norms of single heads; where
+                  several queries share a key, keys and values have fewer heads.
+
+                Those of images are there when the batch has an image, dummy rows' images among them.
+
+        Raises:
+            UserError: there is no such feature, or this model cannot give it.
+        """
+
+    @abstractmethod
+    def feature_shape(self, name: str) -> tuple[int | None, int]:
+        """A feature's number of tokens an image (``None``: not one of images, or known by running alone) and its width.
+
+        Raises:
+            UserError: as in :meth:`forward`.
         """
 
     @abstractmethod

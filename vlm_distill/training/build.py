@@ -17,7 +17,7 @@ from data.images import load_image
 from data.sources import Source, open_source
 from vlm_distill import losses, models
 from vlm_distill.config import DataSection, ModelSection, RunConfig, SourceSection
-from vlm_distill.losses import Term
+from vlm_distill.losses import FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.models.initialise import keep_layers
@@ -45,9 +45,9 @@ def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
     return micro, batch // (micro * world)
 
 
-def build_terms(config: RunConfig) -> list[Term]:
+def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
     """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
-    terms: list[Term] = []
+    terms: list[Term | FeatureTerm] = []
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
         if "teacher" in loss.needs and config.teacher is None:
@@ -59,8 +59,44 @@ def build_terms(config: RunConfig) -> list[Term]:
                 )
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
-        terms.append(Term(name, loss, section.weight))
+        if isinstance(loss, FeatureLoss):
+            terms.append(FeatureTerm(name, loss, section.weight))
+        else:
+            terms.append(Term(name, loss, section.weight))
     return terms
+
+
+# Which of a student's parts a loss on images pulls at.
+_BEHIND = {"vision": ("vision_encoder",), "projector": ("vision_encoder", "projector")}
+
+
+def prepare_losses(
+    terms: Sequence[Term | FeatureTerm], student: VisionLanguageModel, teacher: ModelTeacher | None
+) -> None:
+    """Tells the losses the models' vocabulary and features, so that what they learn themselves exists before training.
+
+    Raises:
+        UserError: a model cannot give what a loss reads, the two cannot be compared, or nothing would learn from it.
+    """
+    with student.head.weight() as weight:
+        vocabulary = len(weight)
+    for term in terms:
+        if isinstance(term, Term):
+            term.loss.prepare(vocabulary)
+            continue
+        assert teacher is not None
+        mine, others = term.loss.student_features, term.loss.teacher_features
+        shapes = []
+        for role, model, names in (("student", student, mine), ("teacher", teacher.model, others)):
+            try:
+                shapes.append({name: model.feature_shape(name) for name in names})
+            except UserError as error:
+                raise UserError(f"loss {term.name}: {role}: {error}") from None
+        for parts in (_BEHIND[name] for name in mine if name in _BEHIND):
+            behind = [student.parts[part] for part in parts if part in student.parts]
+            if not any(p.requires_grad for part in behind for p in part.parameters()):
+                raise UserError(f"loss {term.name}: it pulls at the {' and '.join(parts)}, which student.train freezes")
+        term.loss.prepare(*shapes)
 
 
 def open_sources(sections: Sequence[SourceSection]) -> list[Source]:

@@ -27,14 +27,23 @@ from vlm_distill import losses
 from vlm_distill.config import RunConfig, save_config
 from vlm_distill.evaluation.runner import evaluate, in_words, summarise
 from vlm_distill.launch import cores
-from vlm_distill.losses import Progress, TermSums
+from vlm_distill.losses import FeatureTerm, Progress, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import align_heads
 
 from . import checkpoint
-from .build import build_terms, image_loader, load_student, load_teacher, open_sources, split_batch, trained_parameters
+from .build import (
+    build_terms,
+    image_loader,
+    load_student,
+    load_teacher,
+    open_sources,
+    prepare_losses,
+    split_batch,
+    trained_parameters,
+)
 from .engine import Engine, Processes
 from .schedule import learning_rate_factor
 from .task import DistillationTask
@@ -83,9 +92,8 @@ class Trainer:
         student = load_student(config, self.teacher)
         if self.teacher is not None:
             align_heads(student, self.teacher.model)
-        with student.head.weight() as weight:
-            for term in terms:
-                term.loss.prepare(len(weight))
+        prepare_losses(terms, student, self.guide)
+        self.features = losses.wanted_features(terms)[1]
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
@@ -157,12 +165,13 @@ class Trainer:
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
         torch.manual_seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
         counts, here = step.counts(), sum(batch.samples for batch in step.batches)
-        supervised, distilled, tokens, samples, problems = self.processes.sum(
-            [counts["supervised"], counts["distilled"], step.tokens, here, len(step.problems)]
+        supervised, distilled, images, tokens, samples, problems = self.processes.sum(
+            [counts["supervised"], counts["distilled"], counts["images"], step.tokens, here, len(step.problems)]
         )
         if problems:
             self._record(step)
         rows = {t.name: distilled if "teacher" in t.loss.needs else supervised for t in self.terms}
+        rows |= {t.name: images for t in self.terms if isinstance(t, FeatureTerm) and t.loss.unit == "image"}
         scales = {name: world / count if count else 0.0 for name, count in rows.items()}
         lr = config.optimizer.lr * learning_rate_factor(
             step.index, self.steps, config.optimizer.schedule, config.optimizer.warmup, config.optimizer.min_lr_ratio
@@ -173,7 +182,7 @@ class Trainer:
         norm: float | None = None
         for micro in step.batches:
             batch = micro.to(self.processes.device)
-            targets = self.guide.outputs(batch) if self.guide is not None else None
+            targets = self.guide.outputs(batch, self.features) if self.guide is not None else None
             loss, terms = self.engine(batch, targets, scales)
             self.engine.backward(loss)
             norm = self.engine.step(lr)
@@ -289,8 +298,8 @@ class Trainer:
         if not pairs:
             return None
         batch = collate(pairs, self.student.processor, teacher.processor).to(self.processes.device)
-        outputs = teacher.outputs(batch)
-        sums = losses.fused_linear(losses.build("cross_entropy"), outputs.hidden, outputs.head, None, batch.targets)
+        outputs = teacher.outputs(batch).targets
+        sums = losses.fused_linear(losses.CrossEntropy(), outputs.hidden, outputs.head, None, batch.targets)
         with outputs.head.weight() as weight:
             limit = _SUSPECT_TEACHER * math.log(len(weight))
         term = sums.terms["loss"]
