@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.composed import SENTINEL
@@ -224,6 +225,29 @@ def test_greedy_answers_are_those_of_a_loop_over_full_forwards(model, batch, tal
             logprobs.append(row.max().item())
         assert answer.token_ids == ids
         assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_given_answers_are_as_likely_as_a_full_forward_says(model, batch, talk):
+    prompts = [(batch[0][0].prompt(), batch[0][1]), (talk("red", "yes", "blue?"), [])]
+    options = [["red", "blue", "red blue"], ["no"]]
+    together = model.score_options(prompts, options)
+    assert [len(scores) for scores in together] == [3, 1]
+    for prompt, texts, scores in zip(prompts, options, together, strict=True):
+        for text, score in zip(texts, scores, strict=True):
+            assert model.score_options([prompt], [[text]]) == [[pytest.approx(score, abs=1e-4)]]
+            conversation, images = prompt
+            message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+            answered = Conversation((*conversation.messages, message), conversation.images)
+            sample = model.processor.encode(answered, images)
+            inputs = model.processor.collate([sample])
+            with torch.no_grad():
+                hidden = model(inputs, torch.arange(len(sample.input_ids) - 1)).hidden
+            chain = model.head.logits(hidden).log_softmax(-1).gather(-1, sample.input_ids[1:, None])[:, 0]
+            prompted = model.processor.encode(conversation, images, generation=True)
+            places = (sample.supervised & ~sample.ends).nonzero().flatten()
+            places = places[places >= len(prompted.input_ids)]
+            assert model.processor.tokenizer.decode(sample.input_ids[places]).strip() == text
+            assert score == pytest.approx(chain[places - 1].sum().item(), abs=1e-4)
 
 
 def test_generation_stops_at_the_end_token_that_the_template_writes(settings, make_tokenizer, talk):

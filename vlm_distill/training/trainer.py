@@ -44,7 +44,7 @@ from .build import (
     split_batch,
     trained_parameters,
 )
-from .engine import Engine, Processes
+from .engine import Engine, Processes, gather_parameters
 from .schedule import learning_rate_factor
 from .task import DistillationTask
 from .tracking import Tracker
@@ -129,6 +129,8 @@ class Trainer:
         self.engine = Engine(DistillationTask(student, terms), config, processes, self.accumulation)
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
+        if config.deepspeed.stage == 3:
+            student.head.gather = gather_parameters  # for what reads the head outside the task's forward
 
     def run(self, until: int | None = None) -> Path:
         config, first = self.config, self.processes.first
