@@ -33,6 +33,8 @@ DIVERGENCES = {
     "taid over adaptive_kl": {"divergence": "adaptive_kl"},
     "taid of probabilities": {"power": 1.0, "divergence": "reverse_kl"},
     "taid at power 0.5": {"power": 0.5},
+    "uld": {},
+    "uld at T": {"temperature": 2.0},
 }
 EVERY = {**DIVERGENCES, "cross_entropy": {}, "dkd": {"temperature": 2.0}, "dkd at 1": {"temperature": 1.0, "beta": 0.5}}
 EVERY["ctkd"] = {"t_range": 2.0, "grl_coefficient": -1.0}

@@ -16,6 +16,7 @@ from .dkd import DKD
 from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
 from .taid import TAID
 from .topk import TopKTargets
+from .uld import ULD
 
 __all__ = [
     "CTKD",
@@ -24,6 +25,7 @@ __all__ = [
     "KD",
     "TAID",
     "TVD",
+    "ULD",
     "AdaptiveKL",
     "CrossEntropy",
     "Diagnostics",
@@ -56,6 +58,7 @@ _LOSSES: dict[str, type[DistillationLoss]] = {
     "kd": KD,
     "dkd": DKD,
     "ctkd": CTKD,
+    "uld": ULD,
     "cross_entropy": CrossEntropy,
     "diagnostics": Diagnostics,
 }

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.batch import Groups
 from data.errors import UserError
 
 
@@ -35,7 +36,7 @@ class RowResult:
     """A loss on some rows.
 
     Attributes:
-        loss: ``[N]`` nats.
+        loss: ``[N]`` nats; ``[G]`` of groups.
         grad: ``[N, V]``, the derivative of each row's loss by that row's student logits; ``None`` unless asked for.
         signals: per-row quantities ``[N]``, named as in the loss's ``signals``.
         learned: ``[N]``, the derivative of each row's loss by ``DistillationLoss.learned()``, made with ``grad``.
@@ -54,12 +55,14 @@ class DistillationLoss(nn.Module):
         needs: what the loss reads beside the student's logits: of ``{"teacher", "targets"}``.
         signals: names of the quantities whose means over an optimizer step ``update`` is given.
         takes_topk: whether ``categories`` is there, for teachers of whom only the likeliest tokens are known.
+        takes_groups: whether ``grouped`` is there, for teachers with another tokenizer.
         scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     signals: tuple[str, ...] = ()
     takes_topk: bool = False
+    takes_groups: bool = False
     scratch: int = 8
 
     def __init__(self) -> None:
@@ -107,6 +110,20 @@ class DistillationLoss(nn.Module):
 
         Returns:
             ``[N]`` nats, and the signals.
+        """
+        raise NotImplementedError
+
+    def grouped(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, groups: Groups, *, grad: bool
+    ) -> RowResult:
+        """The loss of groups of rows, otherwise as ``rows``; only if ``takes_groups``.
+
+        Args:
+            student_logits: ``[N, V]``, every row in a group.
+            teacher_logits: ``[M, V']``, every row in a group.
+            targets: int64 ``[N]``, the student's right tokens.
+            groups: G of them, with the teacher's right tokens.
+            grad: whether to make the gradient.
         """
         raise NotImplementedError
 
