@@ -71,6 +71,7 @@ def test_every_zero_stage_equals_none(results, world, name):
         ("shard_zero3", "zero2"),
         ("llava_shard_zero3", "llava_zero3"),
         ("language_shard_zero2", "language_zero0"),
+        ("uld_shard_zero3", "uld_zero2"),
     ],
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):

@@ -23,6 +23,7 @@ from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.vocabulary import align_heads, separate_heads
 
 from .engine import Processes, ShardedModel, gather_parameters, loading_in_shards
 
@@ -148,6 +149,32 @@ def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLangu
     if not trained_parameters(student):
         raise UserError("student.train: nothing is left to train")
     return student.train()
+
+
+def pair_vocabularies(
+    config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel, terms: Sequence[Term]
+) -> bool:
+    """Cuts both heads to the tokens that are compared; true where groups of tokens are, the tokenizers being different.
+
+    Raises:
+        UserError: different tokenizers, and a loss that compares them token by token or answers that are placeholders.
+    """
+    try:
+        align_heads(student, teacher)
+    except UserError as error:
+        learning = [term for term in terms if "teacher" in term.loss.needs]
+        others = [term.name for term in learning if not term.loss.takes_groups]
+        if others:
+            raise UserError(f"{error}, or learn from this teacher by uld alone, without {', '.join(others)}") from None
+        unlabelled = [source.path for source in config.data.train if not source.labelled]
+        if learning and unlabelled:
+            raise UserError(
+                f"loss {learning[0].name} reads the answers where tokenizers differ, and {unlabelled[0]} is not "
+                "labelled; leave one out"
+            ) from None
+        separate_heads(student, teacher)
+        return bool(learning)
+    return False
 
 
 def trained_parameters(model: VisionLanguageModel) -> int:

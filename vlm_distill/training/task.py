@@ -48,6 +48,7 @@ class DistillationTask(nn.Module):
             teacher,
             batch.targets,
             distilled=batch.distilled,
+            groups=batch.groups,
             scales=scales,
         )
         # A plain tuple with the tensor in it: ZeRO-3 hangs its backward hooks on the tensors it finds in an output.

@@ -31,10 +31,18 @@ from vlm_distill.losses import Progress, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vocabulary import align_heads
 
 from . import checkpoint
-from .build import build_terms, image_loader, load_student, load_teacher, open_sources, split_batch, trained_parameters
+from .build import (
+    build_terms,
+    image_loader,
+    load_student,
+    load_teacher,
+    open_sources,
+    pair_vocabularies,
+    split_batch,
+    trained_parameters,
+)
 from .engine import Engine, Processes
 from .schedule import learning_rate_factor
 from .task import DistillationTask
@@ -81,8 +89,8 @@ class Trainer:
         # After the teacher, so that a student starts from the same weights with and without one.
         torch.manual_seed(config.training.seed)
         student = load_student(config, self.teacher)
-        if self.teacher is not None:
-            align_heads(student, self.teacher.model)
+        # Where the tokenizers differ, groups of tokens are compared.
+        self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
@@ -106,6 +114,7 @@ class Trainer:
             roots=[Path(root) for root in data.roots],
             max_pixels=data.max_pixels,
             on_bad=data.bad_samples,
+            grouped=self.grouped,
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
@@ -278,16 +287,17 @@ class Trainer:
             try:
                 conversation = self.dataset.mixture.sources[source][row]
                 images = [self.load_image(image) for image in conversation.images]
-                pairs.append(
-                    encode_pair(conversation, images, self.student.processor, teacher.processor, data.max_length)
-                )
+                models = self.student.processor, teacher.processor
+                pairs.append(encode_pair(conversation, images, *models, data.max_length, grouped=self.grouped))
             except BadSample:
                 continue
         if not pairs:
             return None
-        batch = collate(pairs, self.student.processor, teacher.processor).to(self.processes.device)
+        batch = collate(pairs, self.student.processor, teacher.processor, grouped=self.grouped)
+        batch = batch.to(self.processes.device)
         outputs = teacher.outputs(batch)
-        sums = losses.fused_linear(losses.build("cross_entropy"), outputs.hidden, outputs.head, None, batch.targets)
+        loss = losses.build("cross_entropy")
+        sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
         with outputs.head.weight() as weight:
             limit = _SUSPECT_TEACHER * math.log(len(weight))
         term = sums.terms["loss"]
