@@ -150,6 +150,15 @@ def test_definition_and_closed_form_equal_the_slow_way(vocabularies, temperature
     assert torch.equal(without.loss, closed.loss)
 
 
+def test_other_devices_sort_alike(monkeypatch):
+    student, teacher, targets, groups = only_groups(Setting())
+    want = uld().grouped(student.clone(), teacher.clone(), targets, groups, grad=True)
+    monkeypatch.setattr("vlm_distill.losses.uld._ascending", lambda x: x.sort(-1).values)
+    monkeypatch.setattr("vlm_distill.losses.uld._order", lambda x: x.argsort(-1))
+    got = uld().grouped(student, teacher, targets, groups, grad=True)
+    torch.testing.assert_close((got.loss, got.grad), (want.loss, want.grad), rtol=1e-13, atol=1e-15)
+
+
 def test_gradcheck_of_groups():
     student, teacher, targets, groups = only_groups(Setting())
     assert torch.autograd.gradcheck(lambda s: uld()(s, teacher, targets, groups), student.requires_grad_())
@@ -374,3 +383,24 @@ def test_what_cannot_be_is_refused():
         )
     with pytest.raises(ValueError, match="no targets"):
         fused_linear(uld(), setting.hidden, setting.head, setting.teacher, groups=setting.groups)
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu():
+    exact, low = Setting(bias=True), Setting(dtype=torch.bfloat16, bias=True)
+    pairs = [*zip(exact.inputs(), low.inputs(), strict=True), (exact.teacher.hidden, low.teacher.hidden)]
+    heads = (exact.teacher.head._linear.parameters(), low.teacher.head._linear.parameters())
+    for a, b in [*pairs, *zip(*heads, strict=True)]:
+        a.data.copy_(b.data)
+    want = exact.fused(two_terms())
+    want.loss.backward()
+    for layer in (low.linear, low.teacher.head._linear):
+        layer.cuda()
+    low.hidden = low.hidden.detach().cuda().requires_grad_()
+    low.teacher.hidden, low.targets, low.groups = low.teacher.hidden.cuda(), low.targets.cuda(), low.groups.to("cuda")
+    got = low.fused(two_terms(), chunk_bytes=9_000)
+    got.loss.backward()
+    torch.testing.assert_close(got.loss.double().cpu(), want.loss, rtol=1e-5, atol=0)
+    for a, b in zip(exact.inputs(), low.inputs(), strict=True):
+        largest = a.grad.abs().max().item()
+        torch.testing.assert_close(b.grad.double().cpu(), a.grad, rtol=2e-2, atol=1e-2 * largest)

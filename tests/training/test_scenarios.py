@@ -20,7 +20,8 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenarios")
-    paths = os.pathsep.join([str(HERE), str(HERE.parent / "support")])
+    # The checkout's own packages, wherever an editable install points.
+    paths = os.pathsep.join([str(HERE), str(HERE.parent / "support"), str(HERE.parents[1])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     script = str(HERE / "scenarios.py")
     # Not a fixed one, which another run on this machine may hold.
