@@ -77,6 +77,16 @@ SHARED = {
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
     # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
     "persistent_zero3": {"deepspeed__stage": 3, "persistent": True},
+    # Student and teacher with different tokenizers: groups of tokens are compared.
+    **{
+        f"uld_zero{stage}": {
+            "deepspeed__stage": stage,
+            "family": "pieces",
+            "data": "mixed",
+            "loss": [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}],
+        }
+        for stage in (0, 2, 3)
+    },
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
@@ -92,6 +102,7 @@ BATCH_NORM["vision_encoder"] = {
 TWO_RANKS = {
     "llava_shard_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "shard"},
     "language_shard_zero2": {"deepspeed__stage": 2, "family": "language", "teacher": "shard"},
+    "uld_shard_zero3": {**SHARED["uld_zero3"], "teacher": "shard", "data": "mixed_eval"},
     "dropout_zero2": {"deepspeed__stage": 2, "student": DROPOUT},
     # A checkpoint averages the ranks' running statistics, so that both runs have to write it.
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
@@ -133,6 +144,7 @@ def main(folder: Path) -> None:
         tiny.write_data(folder / "language", text_only=tuple(range(24)))
         tiny.write_teacher(folder / "teacher")
         tiny.write_language_model(folder / "language_teacher")
+        tiny.write_pieces_teacher(folder / "pieces_teacher")
         tiny.write_llava(folder / "llava_teacher", layers=3)
         tiny.write_llava(folder / "llava_student", layers=2)
     processes.barrier()
@@ -162,6 +174,8 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         changes["student"] = {"path": str(folder / "llava_student")}
     elif family == "language":
         changes["student"] = {"decoder": tiny.settings()["decoder"]}
+    elif family == "pieces":
+        changes["student"] = {**tiny.settings(), "tokenizer": str(folder / "pieces_teacher" / "student")}
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
     placement = changes.pop("teacher", "replicate")
     plain = tiny.config(out, data, folder / f"{family}_teacher".lstrip("_"), **changes)

@@ -78,6 +78,7 @@ def test_every_zero_stage_equals_none(results, world, name):
         ("language_shard_zero2", "language_zero0"),
         ("features_shard_zero2", "features_zero2"),
         ("features_llava_shard_zero3", "features_llava_zero3"),
+        ("uld_shard_zero3", "uld_zero2"),
     ],
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):

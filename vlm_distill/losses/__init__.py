@@ -25,6 +25,7 @@ from .features import (
 from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
 from .taid import TAID
 from .topk import TopKTargets
+from .uld import ULD
 
 __all__ = [
     "CTKD",
@@ -33,6 +34,7 @@ __all__ = [
     "KD",
     "TAID",
     "TVD",
+    "ULD",
     "AdaptiveKL",
     "CrossEntropy",
     "Diagnostics",
@@ -73,6 +75,7 @@ _LOSSES: dict[str, type[DistillationLoss] | type[FeatureLoss]] = {
     "kd": KD,
     "dkd": DKD,
     "ctkd": CTKD,
+    "uld": ULD,
     "cross_entropy": CrossEntropy,
     "hidden_states": HiddenStates,
     "vision_features": VisionFeatures,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.batch import Groups
 from data.errors import UserError
 
 
@@ -35,7 +36,7 @@ class RowResult:
     """A loss on some rows.
 
     Attributes:
-        loss: ``[N]`` nats.
+        loss: ``[N]`` nats; ``[G]`` of groups.
         grad: ``[N, V]``, the derivative of each row's loss by that row's student logits; ``None`` unless asked for.
         signals: per-row quantities ``[N]``, named as in the loss's ``signals``.
         learned: derivatives of the summed loss by what ``DistillationLoss.learned()`` gives, made with ``grad``.
@@ -74,10 +75,12 @@ class DistillationLoss(Loss):
 
     Attributes:
         takes_topk: whether ``categories`` is there, for teachers of whom only the likeliest tokens are known.
+        takes_groups: whether ``grouped`` is there, for teachers with another tokenizer.
         scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
     """
 
     takes_topk: bool = False
+    takes_groups: bool = False
     scratch: int = 8
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
@@ -125,6 +128,20 @@ class DistillationLoss(Loss):
 
         Returns:
             ``[N]`` nats, and the signals.
+        """
+        raise NotImplementedError
+
+    def grouped(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, groups: Groups, *, grad: bool
+    ) -> RowResult:
+        """The loss of groups of rows, otherwise as ``rows``; only if ``takes_groups``.
+
+        Args:
+            student_logits: ``[N, V]``, every row in a group.
+            teacher_logits: ``[M, V']``, every row in a group.
+            targets: int64 ``[N]``, the student's right tokens.
+            groups: G of them, with the teacher's right tokens.
+            grad: whether to make the gradient.
         """
         raise NotImplementedError
 

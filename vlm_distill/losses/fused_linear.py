@@ -16,7 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, Term
+from data.batch import Groups
+
+from .base import DistillationLoss, Term, need_targets
+from .groups import group_chunks
 from .topk import SCRATCH as TOPK_SCRATCH
 from .topk import TopKTargets, topk_rows
 
@@ -82,6 +85,7 @@ def fused_linear(
     targets: Tensor | None = None,
     *,
     distilled: Tensor | None = None,
+    groups: Groups | None = None,
     scales: Mapping[str, float] | None = None,
     chunk_bytes: int | None = None,
 ) -> LossSums:
@@ -100,8 +104,9 @@ def fused_linear(
             no term needs a teacher.
         targets: int64 ``[N]``, the tokens to predict; may be ``None`` if no term needs them.
         distilled: bool ``[N]``, the rows that terms with a teacher see (default: all). Other terms see every row.
+        groups: of the student's N and the teacher's M rows, in place of ``distilled`` where tokenizers differ.
         scales: a factor for each term's sum, by name; 1 where none is given.
-        chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row needs more.
+        chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row or group needs more.
             Default: 128 MiB on a CPU, 1 GiB elsewhere.
 
     Returns:
@@ -109,12 +114,13 @@ def fused_linear(
         the head and the hidden states get (zero) gradients. There are no second derivatives.
 
     Raises:
-        ValueError: no terms, two of one name, one that needs a teacher or targets where there are none, or more of the
-            teacher than its likeliest tokens; or teacher and student differ in rows or vocabulary.
+        ValueError: no terms, two of one name, one that needs a teacher or targets where there are none, more of the
+            teacher than its likeliest tokens, or rows in pairs where there are groups; or teacher and student differ in
+            rows or vocabulary.
     """
     if isinstance(terms, DistillationLoss):
         terms = [Term("loss", terms)]
-    _check(terms, teacher, targets)
+    _check(terms, teacher, targets, groups)
     if not any("teacher" in term.loss.needs for term in terms):
         teacher = None
     recording = torch.is_grad_enabled()
@@ -136,8 +142,10 @@ def fused_linear(
             if isinstance(teacher, HiddenTargets):
                 assert teacher_weight is not None
                 other = _Side(teacher.head, teacher.hidden, teacher_weight, student.dtype)
-                _same("rows", len(student_hidden), len(teacher.hidden))
-                _same("tokens in the vocabulary", len(weight), len(teacher_weight))
+                if groups is None:
+                    _same("rows", len(student_hidden), len(teacher.hidden))
+                if not all(term.loss.takes_groups for term in terms if "teacher" in term.loss.needs):
+                    _same("tokens in the vocabulary", len(weight), len(teacher_weight))
             elif teacher is not None:
                 other = teacher
                 _same("rows", len(student_hidden), len(teacher.ids))
@@ -146,7 +154,7 @@ def fused_linear(
             work.learned = {
                 name: [torch.zeros_like(v, dtype=student.dtype) for v in vs] for name, vs in learned.items()
             }
-            work.run(distilled)
+            work.run(distilled, groups)
             total = work.total()
             made = [*work.gradients, *(value for values in work.learned.values() for value in values)]
             pairs = zip(made, inputs, strict=True)
@@ -156,7 +164,12 @@ def fused_linear(
     return LossSums(total, work.sums)
 
 
-def _check(terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, targets: Tensor | None) -> None:
+def _check(
+    terms: Sequence[Term],
+    teacher: HiddenTargets | TopKTargets | None,
+    targets: Tensor | None,
+    groups: Groups | None,
+) -> None:
     names = [term.name for term in terms]
     if not names:
         raise ValueError("the loss has no term")
@@ -170,6 +183,10 @@ def _check(terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, t
             raise ValueError(
                 f"term {term.name!r} of the loss needs the teacher's whole distribution, not its top tokens"
             )
+        if groups is not None and "teacher" in term.loss.needs:
+            if not term.loss.takes_groups:
+                raise ValueError(f"term {term.name!r} of the loss compares token by token, and groups were given")
+            need_targets(targets)
 
 
 def _same(what: str, student: int, teacher: int) -> None:
@@ -258,9 +275,12 @@ class _Pass:
         summands = [self.factors[name] * sums.loss for name, sums in self.sums.items()]
         return torch.stack(summands).sum()
 
-    def run(self, distilled: Tensor | None) -> None:
+    def run(self, distilled: Tensor | None, groups: Groups | None) -> None:
         device, count = self.student.hidden.device, len(self.student.hidden)
-        if self.teacher is None or distilled is None:
+        if isinstance(self.teacher, _Side) and groups is not None:
+            distilled = self._groups(groups, self.teacher)
+            self._rows((~distilled).nonzero().squeeze(1), [t for t in self.terms if "teacher" not in t.loss.needs])
+        elif self.teacher is None or distilled is None:
             self._rows(torch.arange(count, device=device), self.terms)
         else:
             self._rows(distilled.nonzero().squeeze(1), self.terms)
@@ -273,10 +293,7 @@ class _Pass:
         teacher = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         vocabulary = len(self.student.weight)
         row_bytes = vocabulary * self.student.dtype.itemsize
-        # A term's scratch, its copies of the logits if others follow, every term's gradient, the soft-cap's slope.
-        copies = 2 if len(terms) > 1 else 0
-        scratch = max(TOPK_SCRATCH if isinstance(teacher, TopKTargets) else 0, *(t.loss.scratch for t in terms))
-        buffers = scratch + copies + len(terms) + (self.student.softcap is not None)
+        buffers = self._buffers(terms, TOPK_SCRATCH if isinstance(teacher, TopKTargets) else 0)
         block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * buffers)) // row_bytes)
         whole = teacher if isinstance(teacher, _Side) else None
         kept = 1 if whole is None else 2
@@ -284,7 +301,7 @@ class _Pass:
         chunk = min(chunk, len(rows))
 
         student_logits = self.student.weight.new_empty(chunk, vocabulary, dtype=self.student.dtype)
-        teacher_logits = None if whole is None else torch.empty_like(student_logits)
+        teacher_logits = None if whole is None else student_logits.new_empty(chunk, len(whole.weight))
         for index in rows.split(chunk):
             hidden = self.student.hidden[index].to(self.student.operand)
             z = student_logits[: len(index)]
@@ -301,6 +318,39 @@ class _Pass:
             if self.grad:
                 self._accumulate(index, hidden, z)
 
+    def _buffers(self, terms: Sequence[Term], least: int = 0) -> int:
+        """Buffers ``[rows, V]`` of a block.
+
+        A term's scratch, its copies of the logits if others follow, every term's gradient, the soft-cap's slope.
+        """
+        scratch = max(least, *(term.loss.scratch for term in terms))
+        return scratch + (2 if len(terms) > 1 else 0) + len(terms) + (self.student.softcap is not None)
+
+    def _groups(self, groups: Groups, teacher: _Side) -> Tensor:
+        """All terms on the rows of the groups; returns which rows those are, bool ``[N]``."""
+        itemsize = self.student.dtype.itemsize
+        student_bytes, teacher_bytes = len(self.student.weight) * itemsize, len(teacher.weight) * itemsize
+        buffers = self._buffers(self.terms)
+        block = min(self.block_bytes, self.chunk_bytes // (2 * buffers))
+        limits = 2 * block, self.chunk_bytes - block * buffers
+        seen = torch.zeros(len(self.student.hidden), dtype=torch.bool, device=self.student.hidden.device)
+        for blocks in group_chunks(groups, (student_bytes, teacher_bytes), *limits):
+            index, others = (torch.cat(rows) for rows in zip(*((b.student, b.teacher) for b in blocks), strict=True))
+            seen[index] = True
+            hidden = self.student.hidden[index].to(self.student.operand)
+            z = hidden.new_empty(len(index), len(self.student.weight), dtype=self.student.dtype)
+            self.student.logits_(hidden, z)
+            teacher_logits = z.new_empty(len(others), len(teacher.weight))
+            teacher.logits_(teacher.hidden[others].to(teacher.operand), teacher_logits)
+            ours = z.split([len(b.student) for b in blocks])
+            theirs = teacher_logits.split([len(b.teacher) for b in blocks])
+            for part, mine, other in zip(blocks, ours, theirs, strict=True):
+                targets = None if self.targets is None else self.targets[part.student]
+                self._block(self.terms, mine, other, targets, None, part.groups)
+            if self.grad:
+                self._accumulate(index, hidden, z)
+        return seen
+
     def _block(
         self,
         terms: Sequence[Term],
@@ -308,6 +358,7 @@ class _Pass:
         teacher: Tensor | None,
         targets: Tensor | None,
         top: tuple[Tensor, Tensor] | None,
+        groups: Groups | None = None,
     ) -> None:
         """Adds a block's sums; leaves the gradient of the weighted sum where the student's logits were."""
         slope = self.student.slope(student) if self.grad else None
@@ -324,7 +375,10 @@ class _Pass:
                 other = teacher if learns else None
                 if other is not None and not last:
                     other = other.clone()
-                result = term.loss.rows(own, other, targets, grad=grad)
+                if other is not None and groups is not None:
+                    result = term.loss.grouped(own, other, need_targets(targets), groups, grad=grad)
+                else:
+                    result = term.loss.rows(own, other, targets, grad=grad)
             sums = self.sums[term.name]
             sums.loss += result.loss.sum()
             sums.count += len(result.loss)

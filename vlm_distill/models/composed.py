@@ -20,7 +20,7 @@ from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
-from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids
+from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids, token_places
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, Processor, VisionLanguageModel
@@ -99,9 +99,10 @@ class ComposedProcessor(Processor):
             offsets += [(at + a, at + b) for a, b in coded["offset_mapping"]]
             at += len(piece)
         supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
-        return self._encoded(
-            ids, supervised, ends, [self.transform(image) for image in images] if self.transform else []
-        )
+        pixels = [self.transform(image) for image in images] if self.transform else []
+        encoded = self._encoded(ids, supervised, ends, pixels)
+        encoded.places = token_places(offsets, supervised, spans)
+        return encoded
 
     def _encoded(self, ids: list[int], supervised: list[bool], ends: list[bool], pixels: list[Tensor]) -> Encoded:
         input_ids = torch.tensor(ids, dtype=torch.long)

@@ -16,7 +16,7 @@ from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
-from .chat import Span, find_answers, mark_tokens, rendered, special_ids
+from .chat import Span, find_answers, mark_tokens, rendered, special_ids, token_places
 from .common import checkpoint_layers, first_line
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
@@ -101,7 +101,8 @@ class PretrainedProcessor(Processor):
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         marks = mark_tokens(text, coded["offset_mapping"], coded["input_ids"], spans, self._special)
         supervised, ends = self._carry(coded["input_ids"], input_ids.tolist(), marks)
-        return Encoded(input_ids, supervised, ends, len(images), tensors)
+        places = token_places(coded["offset_mapping"], marks[0], spans)
+        return Encoded(input_ids, supervised, ends, len(images), tensors, places)
 
     def _process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         bos = self.tokenizer.bos_token

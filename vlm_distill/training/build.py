@@ -23,6 +23,7 @@ from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.vocabulary import align_heads, separate_heads
 
 from .engine import Processes, ShardedModel, gather_parameters, loading_in_shards
 
@@ -184,6 +185,38 @@ def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLangu
     if not trained_parameters(student):
         raise UserError("student.train: nothing is left to train")
     return student.train()
+
+
+def pair_vocabularies(
+    config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel, terms: Sequence[Term | FeatureTerm]
+) -> bool:
+    """Cuts both heads to the tokens that are compared; true where groups of tokens are, the tokenizers being different.
+
+    Raises:
+        UserError: different tokenizers, and a loss that compares them token by token or answers that are placeholders.
+    """
+    try:
+        align_heads(student, teacher)
+    except UserError as error:
+        learning = [term for term in terms if "teacher" in term.loss.needs]
+        others = [term.name for term in learning if not _spans_tokenizers(term)]
+        if others:
+            raise UserError(f"{error}, or learn from this teacher by uld alone, without {', '.join(others)}") from None
+        unlabelled = [source.path for source in config.data.train if not source.labelled]
+        reading = [term.name for term in learning if isinstance(term, Term)]
+        if reading and unlabelled:
+            raise UserError(
+                f"loss {reading[0]} reads the answers where tokenizers differ, and {unlabelled[0]} is not "
+                "labelled; leave one out"
+            ) from None
+        separate_heads(student, teacher)
+        return bool(learning)
+    return False
+
+
+def _spans_tokenizers(term: Term | FeatureTerm) -> bool:
+    """Whether a loss can learn from a teacher with another tokenizer."""
+    return term.loss.takes_groups if isinstance(term, Term) else term.loss.unit == "image"
 
 
 def trained_parameters(model: VisionLanguageModel) -> int:

@@ -61,6 +61,7 @@ class DistillationTask(nn.Module):
                 None if teacher is None else teacher.targets,
                 batch.targets,
                 distilled=batch.distilled,
+                groups=batch.groups,
                 scales=scales,
             )
             losses.append(found.loss)

@@ -31,7 +31,6 @@ from vlm_distill.losses import FeatureTerm, Progress, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vocabulary import align_heads
 
 from . import checkpoint
 from .build import (
@@ -40,6 +39,7 @@ from .build import (
     load_student,
     load_teacher,
     open_sources,
+    pair_vocabularies,
     prepare_losses,
     split_batch,
     trained_parameters,
@@ -90,8 +90,8 @@ class Trainer:
         # After the teacher, so that a student starts from the same weights with and without one.
         torch.manual_seed(config.training.seed)
         student = load_student(config, self.teacher)
-        if self.teacher is not None:
-            align_heads(student, self.teacher.model)
+        # Where the tokenizers differ, groups of tokens are compared.
+        self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
         prepare_losses(terms, student, self.guide)
         self.features = losses.wanted_features(terms)[1]
         if config.training.activation_checkpointing:
@@ -117,6 +117,7 @@ class Trainer:
             roots=[Path(root) for root in data.roots],
             max_pixels=data.max_pixels,
             on_bad=data.bad_samples,
+            grouped=self.grouped,
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
@@ -292,16 +293,17 @@ class Trainer:
             try:
                 conversation = self.dataset.mixture.sources[source][row]
                 images = [self.load_image(image) for image in conversation.images]
-                pairs.append(
-                    encode_pair(conversation, images, self.student.processor, teacher.processor, data.max_length)
-                )
+                models = self.student.processor, teacher.processor
+                pairs.append(encode_pair(conversation, images, *models, data.max_length, grouped=self.grouped))
             except BadSample:
                 continue
         if not pairs:
             return None
-        batch = collate(pairs, self.student.processor, teacher.processor).to(self.processes.device)
+        batch = collate(pairs, self.student.processor, teacher.processor, grouped=self.grouped)
+        batch = batch.to(self.processes.device)
         outputs = teacher.outputs(batch).targets
-        sums = losses.fused_linear(losses.CrossEntropy(), outputs.hidden, outputs.head, None, batch.targets)
+        loss = losses.CrossEntropy()
+        sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
         with outputs.head.weight() as weight:
             limit = _SUSPECT_TEACHER * math.log(len(weight))
         term = sums.terms["loss"]
