@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 
+from .kernels import Form
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -90,6 +92,10 @@ class DistillationLoss(nn.Module):
             loss = self(leaf, teacher_logits, targets)
             gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         return RowResult(loss.detach(), gradient)
+
+    def streamed(self) -> Form | None:
+        """The loss as the kernels compute it, from tiles of the vocabulary; ``None`` if it needs whole rows."""
+        return None
 
     def learned(self) -> Tensor | None:
         """A learned number ``[1]`` that ``rows`` reads, differentiable in the loss's own parameters.

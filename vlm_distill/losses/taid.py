@@ -33,6 +33,8 @@ from .divergences import (
     SkewReverseKL,
     kl_divergence,
 )
+from .kernels import Form
+from .kernels import rows as kernel_rows
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
 _DIVERGENCES: dict[str, type[Divergence]] = {
@@ -129,13 +131,22 @@ class TAID(DistillationLoss):
         other = teacher.log_softmax(-1).mul_(self.power).add_(math.log(self._t))
         return torch.logaddexp(own, other, out=teacher).div_(self.power)
 
+    def streamed(self) -> Form | None:
+        # Mixing probabilities takes both normalisers before there is a target.
+        form = self.divergence.streamed() if self.power == 0.0 else None
+        return None if form is None else form._replace(t=self._t)
+
     @torch.no_grad()
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
+        form = self.streamed()
+        if form is not None and student_logits.is_cuda:
+            loss, gradient, signals = kernel_rows(form, upcast(student_logits), upcast(teacher_logits), grad=grad)
+            return RowResult(loss, gradient, {name: signals[name] for name in self.signals})
         student = upcast(student_logits)
         p, q = softmax_(self._mixed(student, upcast(teacher_logits))), softmax_(student)
-        signals: dict[str, Tensor] = {}
+        signals = {}
         if "cross_entropy" in self.signals:
             signals["cross_entropy"] = entropy(p.log_probs, p.probs)
         if isinstance(self.divergence, ForwardKL):
