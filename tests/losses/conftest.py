@@ -46,3 +46,9 @@ def benchmark_losses():
 def kernels():
     """The cases and helpers of test_kernels.py, for interpreted_kernels.py."""
     return load(ROOT / "tests" / "losses" / "test_kernels.py")
+
+
+@pytest.fixture(scope="session")
+def chunked():
+    """The cases and helpers of test_fused_linear.py."""
+    return load(ROOT / "tests" / "losses" / "test_fused_linear.py")

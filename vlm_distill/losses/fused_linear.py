@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import DistillationLoss, Term
+from .tiles import Tiles
 from .topk import SCRATCH as TOPK_SCRATCH
 from .topk import TopKTargets, topk_rows
 
@@ -84,6 +85,7 @@ def fused_linear(
     distilled: Tensor | None = None,
     scales: Mapping[str, float] | None = None,
     chunk_bytes: int | None = None,
+    recompute: bool = False,
 ) -> LossSums:
     """Sums of losses over rows of hidden states, with the gradient already made.
 
@@ -102,7 +104,10 @@ def fused_linear(
         distilled: bool ``[N]``, the rows that terms with a teacher see (default: all). Other terms see every row.
         scales: a factor for each term's sum, by name; 1 where none is given.
         chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row needs more.
-            Default: 128 MiB on a CPU, 1 GiB elsewhere.
+            Default: 128 MiB on a CPU, 1 GiB elsewhere; with ``recompute`` 32 MiB and 1 GiB.
+        recompute: form the logits in tiles of tokens × vocabulary, once for the losses and again for the gradient, so
+            that memory beside the gradients depends on neither number; two to four products more. Only for losses
+            with a ``streamed`` form, and not for top-k teachers.
 
     Returns:
         ``loss`` = Σ over terms of weight · scale · sum over its rows. It hangs in the graph also when N is 0, so that
@@ -110,11 +115,12 @@ def fused_linear(
 
     Raises:
         ValueError: no terms, two of one name, one that needs a teacher or targets where there are none, or more of the
-            teacher than its likeliest tokens; or teacher and student differ in rows or vocabulary.
+            teacher than its likeliest tokens; or whole rows of logits, with ``recompute``; or teacher and student
+            differ in rows or vocabulary.
     """
     if isinstance(terms, DistillationLoss):
         terms = [Term("loss", terms)]
-    _check(terms, teacher, targets)
+    _check(terms, teacher, targets, recompute)
     if not any("teacher" in term.loss.needs for term in terms):
         teacher = None
     recording = torch.is_grad_enabled()
@@ -137,7 +143,7 @@ def fused_linear(
                 other = teacher
                 _same("rows", len(student_hidden), len(teacher.ids))
             wanted = [recording and x is not None and x.requires_grad for x in inputs]
-            work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes)
+            work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes, recompute)
             work.run(distilled)
             total = work.total()
             pairs = zip([*work.gradients, *(work.learned[name] for name in learned)], inputs, strict=True)
@@ -147,7 +153,9 @@ def fused_linear(
     return LossSums(total, work.sums)
 
 
-def _check(terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, targets: Tensor | None) -> None:
+def _check(
+    terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, targets: Tensor | None, recompute: bool
+) -> None:
     names = [term.name for term in terms]
     if not names:
         raise ValueError("the loss has no term")
@@ -161,6 +169,10 @@ def _check(terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, t
             raise ValueError(
                 f"term {term.name!r} of the loss needs the teacher's whole distribution, not its top tokens"
             )
+        if recompute and term.loss.streamed() is None:
+            raise ValueError(f"term {term.name!r} of the loss needs whole rows of logits, which recompute never forms")
+    if recompute and isinstance(teacher, TopKTargets):
+        raise ValueError("recompute needs the teacher's hidden states, not its top tokens")
 
 
 def _same(what: str, student: int, teacher: int) -> None:
@@ -203,11 +215,11 @@ class _Side:
         self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
         self.scale, self.softcap = head.scale, head.softcap
 
-    def logits_(self, hidden: Tensor, out: Tensor) -> None:
-        """Logits of ``hidden [n, H]`` into ``out [n, V]``."""
-        torch.mm(hidden, self.weight.t(), **self.output, out=out)
+    def logits_(self, hidden: Tensor, out: Tensor, tile: slice = slice(None)) -> None:
+        """Logits of ``hidden [n, H]`` for the ``v`` tokens of a tile into ``out [n, v]``."""
+        torch.mm(hidden, self.weight[tile].t(), **self.output, out=out)
         if self.bias is not None:
-            out.add_(self.bias)
+            out.add_(self.bias[tile])
         if self.scale != 1.0:
             out.mul_(self.scale)
         if self.softcap is not None:
@@ -230,10 +242,12 @@ class _Pass:
         targets: Tensor | None,
         wanted: Sequence[bool],
         chunk_bytes: int | None,
+        recompute: bool,
     ) -> None:
         # Terms with a teacher last, so that only they may need copies of its logits.
         self.terms = sorted(terms, key=lambda term: "teacher" in term.loss.needs)
-        self.student, self.teacher, self.targets = student, teacher, targets
+        self.student, self.teacher, self.targets, self.recompute = student, teacher, targets, recompute
+        self.teacher_side = teacher if isinstance(teacher, _Side) else None
         self.factors = {term.name: term.weight * scales.get(term.name, 1.0) for term in terms}
         zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
         self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
@@ -241,9 +255,8 @@ class _Pass:
         self.gradients = [zero.new_zeros(s) if want else None for s, want in zip(shapes, wanted[:3], strict=True)]
         self.learned = {term.name: zero.new_zeros(1) for term in terms}
         self.grad = any(wanted)
-        on_cpu = zero.device.type == "cpu"
-        self.chunk_bytes = chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES)
-        self.block_bytes = BLOCK_BYTES_CPU if on_cpu else BLOCK_BYTES
+        self.on_cpu = zero.device.type == "cpu"
+        self.chunk_bytes = chunk_bytes
 
     def total(self) -> Tensor:
         summands = [self.factors[name] * sums.loss for name, sums in self.sums.items()]
@@ -261,6 +274,13 @@ class _Pass:
         """Those terms on those rows, chunk by chunk."""
         if not len(rows) or not terms:
             return
+        # A GPU takes the kernels wherever they know every loss; a CPU is faster in small blocks of whole rows.
+        known = all(term.loss.streamed() is not None for term in terms) and not isinstance(self.teacher, TopKTargets)
+        if self.recompute or (known and not self.on_cpu):
+            Tiles(self, terms, len(rows), recompute=self.recompute).run(rows)
+            return
+        chunk_bytes = self.chunk_bytes or (CHUNK_BYTES_CPU if self.on_cpu else CHUNK_BYTES)
+        block_bytes = BLOCK_BYTES_CPU if self.on_cpu else BLOCK_BYTES
         teacher = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         vocabulary = len(self.student.weight)
         row_bytes = vocabulary * self.student.dtype.itemsize
@@ -268,10 +288,10 @@ class _Pass:
         copies = 2 if len(terms) > 1 else 0
         scratch = max(TOPK_SCRATCH if isinstance(teacher, TopKTargets) else 0, *(t.loss.scratch for t in terms))
         buffers = scratch + copies + len(terms) + (self.student.softcap is not None)
-        block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * buffers)) // row_bytes)
+        block = max(1, min(block_bytes, chunk_bytes // (2 * buffers)) // row_bytes)
         whole = teacher if isinstance(teacher, _Side) else None
         kept = 1 if whole is None else 2
-        chunk = max(1, (self.chunk_bytes // row_bytes - block * buffers) // kept)
+        chunk = max(1, (chunk_bytes // row_bytes - block * buffers) // kept)
         chunk = min(chunk, len(rows))
 
         student_logits = self.student.weight.new_empty(chunk, vocabulary, dtype=self.student.dtype)
