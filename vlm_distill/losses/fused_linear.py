@@ -75,6 +75,8 @@ class LossSums:
     terms: dict[str, TermSums]
 
 
+# Loops over chunks and sums in place gain nothing from torch.compile, and its default backend gets them wrong.
+@torch.compiler.disable
 def fused_linear(
     terms: Sequence[Term] | DistillationLoss,
     student_hidden: Tensor,
@@ -104,9 +106,10 @@ def fused_linear(
         distilled: bool ``[N]``, the rows that terms with a teacher see (default: all). Other terms see every row.
         scales: a factor for each term's sum, by name; 1 where none is given.
         chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row needs more.
-            Default: 128 MiB on a CPU, 1 GiB elsewhere; with ``recompute`` 32 MiB and 1 GiB.
+            Default: 128 MiB on a CPU, 1 GiB elsewhere; with ``recompute`` 4 MiB and 1 GiB.
         recompute: form the logits in tiles of tokens × vocabulary, once for the losses and again for the gradient, so
-            that memory beside the gradients depends on neither number; two to four products more. Only for losses
+            that memory beside the gradients depends on neither number; two products more, or four where a loss
+            compares with a mixture. Only for losses
             with a ``streamed`` form, and not for top-k teachers.
 
     Returns:

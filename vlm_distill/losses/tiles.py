@@ -20,9 +20,9 @@ from .kernels import RowStatistics
 if TYPE_CHECKING:
     from .fused_linear import _Pass
 
-# Most tokens of a tile, and bytes of all buffers of its size. On a CPU tiles stay small enough for the cache that the
-# cores share; a GPU needs products large enough to fill it, and few passes over the gradient of the head.
-TOKENS_CPU, TILE_BYTES_CPU = 512, 2**25
+# Most tokens of a tile, and bytes of all buffers of its size. On a CPU a tile should stay in the cache; a GPU needs
+# products large enough to fill it, and few passes over the gradient of the head.
+TOKENS_CPU, TILE_BYTES_CPU = 256, 2**22
 TOKENS, TILE_BYTES = 4096, 2**30
 # A tile's columns, rows of logits and rows' strides are multiples of these where they can be: matrix units read
 # whole lines, and a vocabulary may be odd.

@@ -52,6 +52,10 @@ def build_terms(config: RunConfig) -> list[Term]:
         loss = losses.build(section.name, **(section.model_extra or {}))
         if "teacher" in loss.needs and config.teacher is None:
             raise UserError(f"loss {section.name} needs a teacher; add a teacher section or use cross_entropy alone")
+        if config.training.recompute_logits and loss.streamed() is None:
+            raise UserError(
+                f"loss {section.name} needs whole rows of logits; leave it or training.recompute_logits out"
+            )
         for source in config.data.train:
             if "targets" in loss.needs and not source.labelled:
                 raise UserError(

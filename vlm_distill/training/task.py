@@ -17,11 +17,13 @@ class DistillationTask(nn.Module):
     Args:
         student: trained in the parts that it has set trainable.
         terms: the losses, by unique names.
+        recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
     """
 
-    def __init__(self, student: VisionLanguageModel, terms: Sequence[Term]) -> None:
+    def __init__(self, student: VisionLanguageModel, terms: Sequence[Term], *, recompute_logits: bool = False) -> None:
         super().__init__()
         self.student = student
+        self.recompute_logits = recompute_logits
         self.terms = list(terms)
         # Registered for their parameters and for their state in a checkpoint.
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
@@ -49,6 +51,7 @@ class DistillationTask(nn.Module):
             batch.targets,
             distilled=batch.distilled,
             scales=scales,
+            recompute=self.recompute_logits,
         )
         # A plain tuple with the tensor in it: ZeRO-3 hangs its backward hooks on the tensors it finds in an output.
         return sums.loss, sums.terms
