@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from data.batch import Groups
 from data.errors import UserError
 
+from .kernels import Form
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -108,6 +110,10 @@ class DistillationLoss(Loss):
             loss = self(leaf, teacher_logits, targets)
             gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         return RowResult(loss.detach(), gradient)
+
+    def streamed(self) -> Form | None:
+        """The loss as the kernels compute it, from tiles of the vocabulary; ``None`` if it needs whole rows."""
+        return None
 
     def prepare(self, categories: int) -> None:
         """Makes what parameters of its own the loss has, for so many tokens or classes; called once before training."""

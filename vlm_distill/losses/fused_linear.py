@@ -20,6 +20,7 @@ from data.batch import Groups
 
 from .base import DistillationLoss, Term, need_targets
 from .groups import group_chunks
+from .tiles import Tiles
 from .topk import SCRATCH as TOPK_SCRATCH
 from .topk import TopKTargets, topk_rows
 
@@ -77,6 +78,8 @@ class LossSums:
     terms: dict[str, TermSums]
 
 
+# Loops over chunks and sums in place gain nothing from torch.compile, and its default backend gets them wrong.
+@torch.compiler.disable
 def fused_linear(
     terms: Sequence[Term] | DistillationLoss,
     student_hidden: Tensor,
@@ -88,6 +91,7 @@ def fused_linear(
     groups: Groups | None = None,
     scales: Mapping[str, float] | None = None,
     chunk_bytes: int | None = None,
+    recompute: bool = False,
 ) -> LossSums:
     """Sums of losses over rows of hidden states, with the gradient already made.
 
@@ -107,7 +111,10 @@ def fused_linear(
         groups: of the student's N and the teacher's M rows, in place of ``distilled`` where tokenizers differ.
         scales: a factor for each term's sum, by name; 1 where none is given.
         chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row or group needs more.
-            Default: 128 MiB on a CPU, 1 GiB elsewhere.
+            Default: 128 MiB on a CPU, 1 GiB elsewhere; with ``recompute`` 4 MiB and 1 GiB.
+        recompute: form the logits in tiles of tokens × vocabulary, once for the losses and again for the gradient, so
+            that memory beside the gradients depends on neither number; two products more, or four where a loss compares
+            with a mixture. Only for losses with a ``streamed`` form, not for top-k teachers nor for groups.
 
     Returns:
         ``loss`` = Σ over terms of weight · scale · sum over its rows. It hangs in the graph also when N is 0, so that
@@ -115,12 +122,12 @@ def fused_linear(
 
     Raises:
         ValueError: no terms, two of one name, one that needs a teacher or targets where there are none, more of the
-            teacher than its likeliest tokens, or rows in pairs where there are groups; or teacher and student differ in
-            rows or vocabulary.
+            teacher than its likeliest tokens, whole rows of logits with ``recompute``, or rows in pairs where there are
+            groups; or teacher and student differ in rows or vocabulary.
     """
     if isinstance(terms, DistillationLoss):
         terms = [Term("loss", terms)]
-    _check(terms, teacher, targets, groups)
+    _check(terms, teacher, targets, groups, recompute)
     if not any("teacher" in term.loss.needs for term in terms):
         teacher = None
     recording = torch.is_grad_enabled()
@@ -150,7 +157,7 @@ def fused_linear(
                 other = teacher
                 _same("rows", len(student_hidden), len(teacher.ids))
             wanted = [recording and x is not None and x.requires_grad for x in inputs]
-            work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes)
+            work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes, recompute)
             work.learned = {
                 name: [torch.zeros_like(v, dtype=student.dtype) for v in vs] for name, vs in learned.items()
             }
@@ -169,6 +176,7 @@ def _check(
     teacher: HiddenTargets | TopKTargets | None,
     targets: Tensor | None,
     groups: Groups | None,
+    recompute: bool,
 ) -> None:
     names = [term.name for term in terms]
     if not names:
@@ -187,6 +195,10 @@ def _check(
             if not term.loss.takes_groups:
                 raise ValueError(f"term {term.name!r} of the loss compares token by token, and groups were given")
             need_targets(targets)
+        if recompute and term.loss.streamed() is None:
+            raise ValueError(f"term {term.name!r} of the loss needs whole rows of logits, which recompute never forms")
+    if recompute and isinstance(teacher, TopKTargets):
+        raise ValueError("recompute needs the teacher's hidden states, not its top tokens")
 
 
 def _same(what: str, student: int, teacher: int) -> None:
@@ -229,11 +241,11 @@ class _Side:
         self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
         self.scale, self.softcap = head.scale, head.softcap
 
-    def logits_(self, hidden: Tensor, out: Tensor) -> None:
-        """Logits of ``hidden [n, H]`` into ``out [n, V]``."""
-        torch.mm(hidden, self.weight.t(), **self.output, out=out)
+    def logits_(self, hidden: Tensor, out: Tensor, tile: slice = slice(None)) -> None:
+        """Logits of ``hidden [n, H]`` for the ``v`` tokens of a tile into ``out [n, v]``."""
+        torch.mm(hidden, self.weight[tile].t(), **self.output, out=out)
         if self.bias is not None:
-            out.add_(self.bias)
+            out.add_(self.bias[tile])
         if self.scale != 1.0:
             out.mul_(self.scale)
         if self.softcap is not None:
@@ -256,10 +268,12 @@ class _Pass:
         targets: Tensor | None,
         wanted: Sequence[bool],
         chunk_bytes: int | None,
+        recompute: bool,
     ) -> None:
         # Terms with a teacher last, so that only they may need copies of its logits.
         self.terms = sorted(terms, key=lambda term: "teacher" in term.loss.needs)
-        self.student, self.teacher, self.targets = student, teacher, targets
+        self.student, self.teacher, self.targets, self.recompute = student, teacher, targets, recompute
+        self.teacher_side = teacher if isinstance(teacher, _Side) else None
         self.factors = {term.name: term.weight * scales.get(term.name, 1.0) for term in terms}
         zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
         self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
@@ -267,9 +281,8 @@ class _Pass:
         self.gradients = [zero.new_zeros(s) if want else None for s, want in zip(shapes, wanted[:3], strict=True)]
         self.learned: dict[str, list[Tensor]] = {}
         self.grad = any(wanted)
-        on_cpu = zero.device.type == "cpu"
-        self.chunk_bytes = chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES)
-        self.block_bytes = BLOCK_BYTES_CPU if on_cpu else BLOCK_BYTES
+        self.on_cpu = zero.device.type == "cpu"
+        self.chunk_bytes = chunk_bytes  # as asked for; tiles have other defaults
 
     def total(self) -> Tensor:
         summands = [self.factors[name] * sums.loss for name, sums in self.sums.items()]
@@ -290,14 +303,20 @@ class _Pass:
         """Those terms on those rows, chunk by chunk."""
         if not len(rows) or not terms:
             return
+        # A GPU takes the kernels wherever they know every loss; a CPU is faster in small blocks of whole rows.
+        known = all(term.loss.streamed() is not None for term in terms) and not isinstance(self.teacher, TopKTargets)
+        if self.recompute or (known and not self.on_cpu):
+            Tiles(self, terms, len(rows), recompute=self.recompute).run(rows)
+            return
+        chunk_bytes, block_bytes = self._limits()
         teacher = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         vocabulary = len(self.student.weight)
         row_bytes = vocabulary * self.student.dtype.itemsize
         buffers = self._buffers(terms, TOPK_SCRATCH if isinstance(teacher, TopKTargets) else 0)
-        block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * buffers)) // row_bytes)
+        block = max(1, min(block_bytes, chunk_bytes // (2 * buffers)) // row_bytes)
         whole = teacher if isinstance(teacher, _Side) else None
         kept = 1 if whole is None else 2
-        chunk = max(1, (self.chunk_bytes // row_bytes - block * buffers) // kept)
+        chunk = max(1, (chunk_bytes // row_bytes - block * buffers) // kept)
         chunk = min(chunk, len(rows))
 
         student_logits = self.student.weight.new_empty(chunk, vocabulary, dtype=self.student.dtype)
@@ -318,6 +337,11 @@ class _Pass:
             if self.grad:
                 self._accumulate(index, hidden, z)
 
+    def _limits(self) -> tuple[int, int]:
+        """Bytes of a chunk's buffers, and of one buffer of a block."""
+        chunk_bytes = self.chunk_bytes or (CHUNK_BYTES_CPU if self.on_cpu else CHUNK_BYTES)
+        return chunk_bytes, BLOCK_BYTES_CPU if self.on_cpu else BLOCK_BYTES
+
     def _buffers(self, terms: Sequence[Term], least: int = 0) -> int:
         """Buffers ``[rows, V]`` of a block.
 
@@ -330,9 +354,9 @@ class _Pass:
         """All terms on the rows of the groups; returns which rows those are, bool ``[N]``."""
         itemsize = self.student.dtype.itemsize
         student_bytes, teacher_bytes = len(self.student.weight) * itemsize, len(teacher.weight) * itemsize
-        buffers = self._buffers(self.terms)
-        block = min(self.block_bytes, self.chunk_bytes // (2 * buffers))
-        limits = 2 * block, self.chunk_bytes - block * buffers
+        buffers, (chunk_bytes, block_bytes) = self._buffers(self.terms), self._limits()
+        block = min(block_bytes, chunk_bytes // (2 * buffers))
+        limits = 2 * block, chunk_bytes - block * buffers
         seen = torch.zeros(len(self.student.hidden), dtype=torch.bool, device=self.student.hidden.device)
         for blocks in group_chunks(groups, (student_bytes, teacher_bytes), *limits):
             index, others = (torch.cat(rows) for rows in zip(*((b.student, b.teacher) for b in blocks), strict=True))

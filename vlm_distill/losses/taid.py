@@ -33,6 +33,8 @@ from .divergences import (
     SkewReverseKL,
     kl_divergence,
 )
+from .kernels import Form
+from .kernels import rows as kernel_rows
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
 _DIVERGENCES: dict[str, type[Divergence]] = {
@@ -152,10 +154,19 @@ class TAID(DistillationLoss):
         whole = self.power == 0.0 or self._t == 1.0
         return mixed.new_zeros(len(mixed), 1) if whole else mixed.logsumexp(-1, keepdim=True)
 
+    def streamed(self) -> Form | None:
+        # Mixing probabilities takes both normalisers before there is a target.
+        form = self.divergence.streamed() if self.power == 0.0 else None
+        return None if form is None else form._replace(t=self._t)
+
     @torch.no_grad()
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
+        form = self.streamed()
+        if form is not None and student_logits.is_cuda:
+            loss, gradient, measured = kernel_rows(form, upcast(student_logits), upcast(teacher_logits), grad=grad)
+            return RowResult(loss, gradient, {name: measured[name] for name in self.signals})
         student = upcast(student_logits)
         mixed = self._mixed(student, upcast(teacher_logits))
         size = self._size(mixed)

@@ -17,7 +17,7 @@ from data.images import load_image
 from data.sources import Source, open_source
 from vlm_distill import losses, models
 from vlm_distill.config import DataSection, ModelSection, RunConfig, SourceSection
-from vlm_distill.losses import FeatureLoss, FeatureTerm, Term
+from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.models.initialise import keep_layers
@@ -53,6 +53,11 @@ def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
         loss = losses.build(section.name, **(section.model_extra or {}))
         if "teacher" in loss.needs and config.teacher is None:
             raise UserError(f"loss {section.name} needs a teacher; add a teacher section or use cross_entropy alone")
+        whole_rows = isinstance(loss, DistillationLoss) and loss.streamed() is None
+        if config.training.recompute_logits and whole_rows:
+            raise UserError(
+                f"loss {section.name} needs whole rows of logits; leave it or training.recompute_logits out"
+            )
         for source in config.data.train:
             if "targets" in loss.needs and not source.labelled:
                 raise UserError(

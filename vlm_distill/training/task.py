@@ -20,11 +20,15 @@ class DistillationTask(nn.Module):
     Args:
         student: trained in the parts that it has set trainable.
         terms: the losses, by unique names; those on features are prepared.
+        recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
     """
 
-    def __init__(self, student: VisionLanguageModel, terms: Sequence[Term | FeatureTerm]) -> None:
+    def __init__(
+        self, student: VisionLanguageModel, terms: Sequence[Term | FeatureTerm], *, recompute_logits: bool = False
+    ) -> None:
         super().__init__()
         self.student = student
+        self.recompute_logits = recompute_logits
         self.terms = [term for term in terms if isinstance(term, Term)]
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.features = wanted_features(terms)[0]
@@ -63,6 +67,7 @@ class DistillationTask(nn.Module):
                 distilled=batch.distilled,
                 groups=batch.groups,
                 scales=scales,
+                recompute=self.recompute_logits,
             )
             losses.append(found.loss)
             sums |= found.terms

@@ -127,7 +127,8 @@ class Trainer:
             self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
         if processes.device.type == "cuda":
             student.to(processes.device)
-        self.engine = Engine(DistillationTask(student, terms), config, processes, self.accumulation)
+        task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
+        self.engine = Engine(task, config, processes, self.accumulation)
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
         if config.deepspeed.stage == 3:
