@@ -1,11 +1,13 @@
 """Tokens of different tokenizers that spell the same text are grouped, through real tokenizers and chat templates."""
 
 import pytest
+import tiny
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data.collate import collate, encode_pair
+from vlm_distill.models import load_vlm
 from vlm_distill.models.composed import ComposedProcessor
 from vlm_distill.models.vision_encoders import ImageTransform
 
@@ -195,3 +197,18 @@ def test_a_micro_batch_without_samples_has_no_groups(processor):
     assert len(batch.groups) == len(batch.teacher_targets) == 0
     assert batch.groups.student.shape == batch.groups.teacher.shape == (0, 2)
     assert batch.groups.student.dtype == batch.teacher_targets.dtype == torch.int64
+
+
+def test_places_survive_the_expansion_of_images(talk, picture, tmp_path):
+    """Transformers' own processors put many tokens where the text has one placeholder."""
+    processor = load_vlm(str(tiny.write_llava(tmp_path / "llava", layers=2))).processor
+    answers = ["red no", "blue"]
+    row = processor.encode(talk([None, "what color"], answers[0], ["and", None], answers[1]), [picture(), picture()])
+    assert len(row.places) == int(row.supervised.sum()) > 3
+    ids, ends = row.input_ids[row.supervised].tolist(), row.ends[row.supervised].tolist()
+    spelt = [
+        (answer, answers[answer][start:stop], end)
+        for (answer, start, stop), end in zip(row.places.tolist(), ends, strict=True)
+    ]
+    assert spelt == [(0, "red", False), (0, "no", False), (0, "", True), (1, "blue", False), (1, "", True)]
+    assert [processor.tokenizer.decode([i]) for i in ids] == ["red", "no", "<eos>", "blue", "<eos>"]
