@@ -99,13 +99,14 @@ def as_text(value: Any, what: str) -> str:
 def prediction(row: Row, rules: Rules) -> str:
     """The model's answer as text.
 
-    An empty cell is what the reference makes of it: "nan" under VLMEvalKit, else "". lmms-eval strips every answer
-    before it scores.
+    An empty cell is what the reference makes of it: "nan" or "None" under VLMEvalKit, else "". lmms-eval strips every
+    answer before it scores.
     """
     value = row.get("prediction")
-    if missing(value):
-        return "nan" if rules == "vlmevalkit" else ""
-    return str(value).strip() if rules == "lmms-eval" else str(value)
+    if rules == "vlmevalkit":
+        return str(value)
+    text = "" if missing(value) else str(value)
+    return text.strip() if rules == "lmms-eval" else text
 
 
 def references(row: Row) -> list[str]:

@@ -178,7 +178,7 @@ def score_vqa(table: Table, *, rules: Rules = "official", textvqa: bool = False)
         result = average(table, scores, "exact_match", percent=rules == "vlmevalkit")
         return replace(result, fallbacks={"no reference": sum(hidden)})
     percents = [round(100 * score, 2) for score in scores]
-    groups = {}
+    groups: dict[str, dict[str, float]] = {}
     for name in ("answer_type", "question_type"):
         if table and all(name in row for row in table):
             of_group = grouped((row[name] for row in table), percents)

@@ -14,8 +14,19 @@ from .base import Rules, Scores, Table, column, mean, missing, prediction
 from .vqa import without_punctuation
 
 #: The tasks of MME. Perception counts 10 × 200 points, reasoning ("cognition") 4 × 200.
-MME_PERCEPTION = "OCR artwork celebrity color count existence landmark position posters scene".split()
-MME_REASONING = "code_reasoning commonsense_reasoning numerical_calculation text_translation".split()
+MME_PERCEPTION = (
+    "OCR",
+    "artwork",
+    "celebrity",
+    "color",
+    "count",
+    "existence",
+    "landmark",
+    "position",
+    "posters",
+    "scene",
+)
+MME_REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 
 
 def yes_no(answer: str) -> str:
@@ -44,6 +55,17 @@ def yes_no_first_sentence(answer: str) -> str:
     """POPE's own rule: "no" if the first sentence has the word no, No or not; everything else is "yes"."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def read_by_index(table: Table) -> tuple[list[str], list[float]]:
+    """VLMEvalKit: each row's "Yes", "No" or "Unknown", and whether it is the reference, 1 or 0.
+
+    It joins answers and questions by ``index``, so that the last of several answers counts for all of them.
+    """
+    by_index = {row.get("index", i): yes_no(prediction(row, "vlmevalkit")) for i, row in enumerate(table)}
+    extracted = [by_index[row.get("index", i)] for i, row in enumerate(table)]
+    right = column(table, "answer")
+    return extracted, [float(found == answer) for found, answer in zip(extracted, right, strict=True)]
 
 
 def reference(answer: object, *, periods: bool = False) -> str:
@@ -83,10 +105,7 @@ def score_pope(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
 
 def _pope_vlmevalkit(table: Table) -> Scores:
     categories = column(table, "category")
-    # The references join by index, so that the last of several answers wins.
-    by_index = {row.get("index", i): yes_no(prediction(row, "vlmevalkit")) for i, row in enumerate(table)}
-    extracted = [by_index[row.get("index", i)] for i, row in enumerate(table)]
-    scores = [float(found == row["answer"]) for found, row in zip(extracted, table, strict=True)]
+    extracted, scores = read_by_index(table)
     exploded = [
         (category, row["answer"] == "Yes", found == "Yes", score)
         for cell, row, found, score in zip(categories, table, extracted, scores, strict=True)
@@ -141,7 +160,7 @@ def score_mme(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
     """
     kit = rules == "vlmevalkit"
     if kit:
-        scores = [float(yes_no(prediction(row, rules)) == row["answer"]) for row in table]
+        scores = read_by_index(table)[1]
     else:
         scores = [
             float(yes_no_start(prediction(row, rules)) == reference(answer, periods=True))
