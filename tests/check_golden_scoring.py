@@ -17,6 +17,7 @@ from typing import Any
 from data.errors import UserError
 from vlm_distill.evaluation.scoring import base, hallusion, mathvista, mcq, mcq_lmms, mmmu, ocrbench, text, vqa, yes_no
 
+GOLDEN = Path(__file__).resolve().parent / "golden" / "scoring"
 TOLERANCE = 1e-9
 Adapter = Callable[[dict[str, Any]], Any]
 

@@ -58,9 +58,8 @@ def _by_index(table: Table) -> Scores:
     overall = metrics(range(len(table)))
     groups = {}
     for name in ("category", "l2-category"):
-        if table and all(name in row for row in table):
-            for value in dict.fromkeys(row[name] for row in table):
-                groups[str(value)] = metrics([i for i, row in enumerate(table) if row[name] == value])
+        for value in dict.fromkeys(row[name] for row in table if not missing(row.get(name))):
+            groups[str(value)] = metrics([i for i, row in enumerate(table) if row.get(name) == value])
     unclear = sum(found == "Unknown" for found in extracted)
     return Scores("mean", mean(overall.values()), overall, groups, scores, {"neither yes nor no": unclear})
 

@@ -181,10 +181,9 @@ def _report(
         here = [i for i, of_row in enumerate(splits) if of_row == name]
         metrics = {"Overall": mean(hits[i] for i in here)}
         for key in ("l2-category", "category"):
-            if table and all(key in row for row in table):
-                for value in dict.fromkeys(row[key] for row in table if not missing(row[key])):
-                    label = _ABBREVIATIONS.get(value, str(value))
-                    metrics[label] = mean(hits[i] for i in here if table[i][key] == value)
+            for value in dict.fromkeys(row[key] for row in table if not missing(row.get(key))):
+                label = _ABBREVIATIONS.get(value, str(value))
+                metrics[label] = mean(hits[i] for i in here if table[i].get(key) == value)
         groups[name] = metrics
     if split is not None and split not in groups:
         raise UserError(f"the table has no split {split!r}; it has {', '.join(groups) or 'none'}")

@@ -207,11 +207,8 @@ def score_mmbench(table: Table) -> Scores:
         hits[first] = float(found == right)
     groups: dict[str, dict[str, float]] = {}
     for key in ("category", "l2-category"):
-        if hits and all(key in table[i] for i in hits):
-            groups |= {
-                f"{key}: {value}": {"accuracy": mean(values)}
-                for value, values in grouped((table[i][key] for i in hits), hits.values()).items()
-            }
+        of_group = grouped((table[i].get(key) for i in hits), hits.values())
+        groups |= {f"{key}: {value}": {"accuracy": mean(values)} for value, values in of_group.items()}
     overall = mean(hits.values())
     rows = [hits.get(i) for i in range(len(table))]
     fallbacks = {"a letter looked for anywhere": second}

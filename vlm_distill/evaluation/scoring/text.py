@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, column, literal, mean, missing, prediction, reference_cell, references
+from .base import Row, Rules, Scores, Table, column, grouped, literal, mean, prediction, reference_cell, references
 from .distance import levenshtein
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -148,10 +148,9 @@ def average(table: Table, scores: Sequence[float], metric: str, *, percent: bool
     scale = 100.0 if percent else 1.0
     groups: dict[str, dict[str, float]] = {}
     for name in ("split", "category"):
-        if all(name in row for row in table) and table:
-            for key in dict.fromkeys(row[name] for row in table if not missing(row[name])):
-                of_group = [score for row, score in zip(table, scores, strict=True) if row[name] == key]
-                groups[str(key)] = {metric: scale * mean(of_group)}
+        if any(name in row for row in table):
+            of_rows = grouped((row.get(name) for row in table), scores)
+            groups = {str(key): {metric: scale * mean(values)} for key, values in of_rows.items()}
             break
     overall = mean(scores)
     return Scores(metric, 100 * overall, {metric: scale * overall}, groups, list(scores))

@@ -180,9 +180,8 @@ def score_vqa(table: Table, *, rules: Rules = "official", textvqa: bool = False)
     percents = [round(100 * score, 2) for score in scores]
     groups: dict[str, dict[str, float]] = {}
     for name in ("answer_type", "question_type"):
-        if table and all(name in row for row in table):
-            of_group = grouped((row[name] for row in table), percents)
-            groups |= {f"{name}: {key}": {"accuracy": round(mean(values), 2)} for key, values in of_group.items()}
+        of_group = grouped((row.get(name) for row in table), percents)
+        groups |= {f"{name}: {key}": {"accuracy": round(mean(values), 2)} for key, values in of_group.items()}
     result = average((), percents, "accuracy", percent=False)
     overall = round(mean(percents), 2) if percents else math.nan
     return replace(result, main=overall, overall={"accuracy": overall}, groups=groups, rows=scores)
