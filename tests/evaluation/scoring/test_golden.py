@@ -19,6 +19,14 @@ def test_hardly_anything_is_left_out(checker):
     assert sum(map(checker.left_out, cases)) <= 0.001 * len(cases)
 
 
+def test_every_fault_that_decides_a_case_is_in_the_docs(checker):
+    lines = [line for file in sorted(checker.GOLDEN.glob("*.jsonl")) for line in file.read_text("utf-8").splitlines()]
+    names = {name for line in lines for name in json.loads(line).get("quirks", ())}
+    docs = (checker.GOLDEN.parents[2] / "docs" / "evaluation.md").read_text("utf-8")
+    assert len(names) > 10
+    assert not {name for name in names if f"`{name}`" not in docs}
+
+
 def write(folder, name, **case):
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text(json.dumps(case) + "\n", "utf-8")

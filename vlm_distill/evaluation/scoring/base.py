@@ -73,11 +73,12 @@ def column(table: Table, name: str) -> list[Any]:
 
 
 def literal(cell: Any) -> Any:
-    """A cell's Python value: what its literal stands for, or the cell itself where it is none.
+    """A cell's Python value: what its list, tuple, dict or string stands for, or the cell itself where it is none.
 
     VLMEvalKit passes such cells to ``eval``; a literal is all that real files hold.
     """
-    if not isinstance(cell, str):
+    # Of plain text the parser would warn ("3and" is an odd number).
+    if not isinstance(cell, str) or cell.lstrip()[:1] not in tuple("[({'\""):
         return cell
     try:
         return ast.literal_eval(cell)
@@ -101,8 +102,13 @@ def prediction(row: Row, rules: Rules) -> str:
 
     An empty cell is what the reference makes of it: "nan" or "None" under VLMEvalKit, else "". lmms-eval strips every
     answer before it scores.
+
+    Raises:
+        UserError: the row has no such column.
     """
-    value = row.get("prediction")
+    if "prediction" not in row:
+        raise UserError("a row has no column 'prediction'")
+    value = row["prediction"]
     if rules == "vlmevalkit":
         return str(value)
     text = "" if missing(value) else str(value)

@@ -141,7 +141,9 @@ def _kit(table: Table) -> Scores:
     scores: list[float | None] = []
     judge = []
     for position, row in enumerate(table):
-        extraction, by_itself = _judged(row, "res"), row.get("log") == "Prefetch succeed"
+        # A finished table of VLMEvalKit's has an extraction in every row, be it empty.
+        extraction = _judged(row, "res") if "prediction" in row else row.get("res", "")
+        by_itself = row.get("log") == "Prefetch succeed"
         if extraction is None:
             value = prefetched(row, prediction(row, "vlmevalkit"))
             # A right answer of zero is falsy in the reference, which then asks its judge.
