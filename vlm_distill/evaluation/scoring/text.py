@@ -31,14 +31,20 @@ def anls(prediction: str, answers: Sequence[str], *, rules: Rules = "vlmevalkit"
         raise UserError("ANLS needs at least one reference answer")
     if rules != "vlmevalkit":
         prediction = prediction.strip()
-    best = 1 - min(_normalised_distance(prediction, answer) for answer in answers)
+    best = max(_similarity(prediction, answer, threshold) for answer in dict.fromkeys(answers))
     return best if best >= threshold else 0.0
 
 
-def _normalised_distance(prediction: str, answer: str) -> float:
+def _similarity(prediction: str, answer: str, threshold: float) -> float:
     # Both references measure upper-cased texts, where "ß" is two letters.
     length = max(len(prediction.upper()), len(answer.upper()))
-    return levenshtein(_plain(prediction), _plain(answer)) / length if length else 0.0
+    found, right = _plain(prediction), _plain(answer)
+    if not length or found == right:
+        return 1.0
+    # No distance is below the difference of lengths: rambling answers need no comparison.
+    if 1 - abs(len(found) - len(right)) / length < threshold:
+        return 0.0
+    return 1 - levenshtein(found, right) / length
 
 
 def _plain(text: str) -> str:
