@@ -172,8 +172,9 @@ def score_vqa(table: Table, *, rules: Rules = "official", textvqa: bool = False)
     scores = []
     for row, is_hidden in zip(table, hidden, strict=True):
         answers, ids = reference_records(row) if not is_hidden else ([], True)
-        score = 0.0 if is_hidden else leave_one_out(prediction(row, rules), answers, who, ids=ids or textvqa)
-        scores.append(score)
+        # VLMEvalKit, and lmms-eval for TextVQA, tell references apart by their place.
+        ids = ids or textvqa or rules == "vlmevalkit"
+        scores.append(0.0 if is_hidden else leave_one_out(prediction(row, rules), answers, who, ids=ids))
     if rules != "official":
         result = average(table, scores, "exact_match", percent=rules == "vlmevalkit")
         return replace(result, fallbacks={"no reference": sum(hidden)})
@@ -182,6 +183,5 @@ def score_vqa(table: Table, *, rules: Rules = "official", textvqa: bool = False)
     for name in ("answer_type", "question_type"):
         of_group = grouped((row.get(name) for row in table), percents)
         groups |= {f"{name}: {key}": {"accuracy": round(mean(values), 2)} for key, values in of_group.items()}
-    result = average((), percents, "accuracy", percent=False)
     overall = round(mean(percents), 2) if percents else math.nan
-    return replace(result, main=overall, overall={"accuracy": overall}, groups=groups, rows=scores)
+    return Scores("accuracy", overall, {"accuracy": overall}, groups, scores)
