@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from .scoring.vqa import exact_match, soft_accuracy
 
 #: Every rank's list of objects, in rank order, on every rank.
 AllGather = Callable[[list[Any]], list[list[Any]]]
+#: Answers to a batch of prompts.
+Ask = Callable[[Sequence[Prompt]], list[Answer]]
 
 _DECODE_THREADS = 4
 _BATCHES_AHEAD = 2
@@ -57,10 +60,11 @@ class Prediction:
         question, references: the last user text and the right answers.
         answer: the model's answer.
         probability: the model's own, of the whole answer with its end token: exp of the summed log-probabilities.
-        exact, soft: scores in 0…1.
+        exact, soft: scores in 0…1; 0 where there is no right answer to compare with.
         question_type: the data's own class of the question, or ``None``.
         image: path of the first image; ``sha256:…`` where the data hold bytes; ``None`` without an image. Questions
             with equal values are about one picture.
+        score: by a benchmark's rules, 0…1; ``None`` without such rules, or where they leave the question out.
     """
 
     index: int
@@ -74,6 +78,7 @@ class Prediction:
     soft: float
     question_type: str | None = None
     image: str | None = None
+    score: float | None = None
 
 
 @dataclass
@@ -98,6 +103,9 @@ def evaluate(
     load: Callable[[ImageSource], Image.Image] = load_image,
     skipped: list[Problem] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ask: Ask | None = None,
+    references: bool = True,
+    finish: Callable[[list[Prediction], list[Problem]], None] | None = None,
 ) -> list[Prediction]:
     """Greedy answers to every question, scored, in the order of the source.
 
@@ -118,6 +126,10 @@ def evaluate(
         load: decodes an image.
         skipped: receives the samples that were left out, of all ranks.
         progress: called with (questions done over all ranks, questions in all) after each batch.
+        ask: answers a batch, in place of the model's ``generate``.
+        references: leave out questions without a right answer.
+        finish: called by rank 0 with everything, in place of writing ``predictions.jsonl`` and ``scores.json``; what is
+            in ``unfinished`` stays there if it raises.
 
     Returns:
         The whole list, on every rank.
@@ -136,14 +148,16 @@ def evaluate(
     rounds = math.ceil(len(left) / world)
     mine = [left[i] if i < len(left) else None for i in range(rank, rounds * world, world)]
 
-    dummy = _first_good(model, source, rows, load) if left else None
+    if ask is None:
+        ask = partial(model.generate, max_new_tokens=max_new_tokens)
+    dummy = _first_good(model, source, rows, load, references) if left else None
     before, made = len(batches) - len(left), {}
     for done, (loaded, problems) in enumerate(
-        _load_ahead(source, [[] if number is None else batches[number] for number in mine], load), start=1
+        _load_ahead(source, [[] if number is None else batches[number] for number in mine], load, references), start=1
     ):
         predictions: list[Prediction] = []
         if dummy is not None:
-            predictions, refused = _answer(model, loaded, dummy, max_new_tokens)
+            predictions, refused = _answer(model, ask, loaded, dummy)
             problems = problems + refused
         if (number := mine[done - 1]) is not None:
             made[number] = predictions, problems
@@ -160,8 +174,11 @@ def evaluate(
     problems.sort(key=lambda p: p.line)
     if skipped is not None:
         skipped += problems
-    if out is not None and rank == 0:
-        write_predictions(out, predictions, problems)
+    if rank == 0 and (finish is not None or out is not None):
+        if finish is not None:
+            finish(predictions, problems)
+        elif out is not None:
+            write_predictions(out, predictions, problems)
         if journal is not None:
             journal.remove()
     return predictions
@@ -216,13 +233,13 @@ def evenly_spaced(n: int, limit: int | None) -> list[int]:
     return [i * n // limit for i in range(limit)]
 
 
-def _read(source: Questions, index: int) -> Conversation | Problem:
+def _read(source: Questions, index: int, references: bool = True) -> Conversation | Problem:
     """A question that can be scored, or why there is none."""
     line = index + 1
     try:
         conversation = source[index]
         line = conversation.line or line
-        if not conversation.references:
+        if references and not conversation.references:
             raise BadSample("no reference answer")
     except BadSample as bad:
         return Problem(source.name, line, bad.reason, bad.detail)
@@ -239,11 +256,15 @@ def _encode(model: Answerer, item: _Loaded) -> None:
 
 
 def _first_good(
-    model: Answerer, source: Questions, rows: Sequence[int], load: Callable[[ImageSource], Image.Image]
+    model: Answerer,
+    source: Questions,
+    rows: Sequence[int],
+    load: Callable[[ImageSource], Image.Image],
+    references: bool,
 ) -> _Loaded | None:
     """A prompt to keep a rank in step with when its own batch holds nothing; its answer is thrown away."""
     for index in rows:
-        conversation = _read(source, index)
+        conversation = _read(source, index, references)
         if isinstance(conversation, Conversation):
             try:
                 item = _Loaded(index, conversation, _images(conversation, load))
@@ -255,14 +276,14 @@ def _first_good(
 
 
 def _load_ahead(
-    source: Questions, batches: Sequence[Sequence[int]], load: Callable[[ImageSource], Image.Image]
+    source: Questions, batches: Sequence[Sequence[int]], load: Callable[[ImageSource], Image.Image], references: bool
 ) -> Iterator[tuple[list[_Loaded], list[Problem]]]:
     """Batches in order, the images of the next ones decoded by threads meanwhile. Rows are read in this thread."""
     Waiting = list[tuple[int, Conversation | Problem, Future[list[Image.Image]] | None]]
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
 
         def submit(batch: Sequence[int]) -> Waiting:
-            read = [(index, _read(source, index)) for index in batch]
+            read = [(index, _read(source, index, references)) for index in batch]
             return [
                 (index, row, pool.submit(_images, row, load) if isinstance(row, Conversation) else None)
                 for index, row in read
@@ -287,18 +308,17 @@ def _load_ahead(
 
 
 def _answer(
-    model: Answerer, loaded: Sequence[_Loaded], dummy: _Loaded, max_new_tokens: int
+    model: Answerer, ask: Ask, loaded: Sequence[_Loaded], dummy: _Loaded
 ) -> tuple[list[Prediction], list[Problem]]:
-    """Answers to one batch, from exactly one call of ``generate`` that reaches the model."""
+    """Answers to one batch, from exactly one call of ``ask`` that reaches the model."""
     problems: list[Problem] = []
     kept = list(loaded)
 
-    def ask() -> list[Answer]:
-        prompts = [(item.conversation, item.images) for item in kept or [dummy]]
-        return model.generate(prompts, max_new_tokens=max_new_tokens)
+    def answered() -> list[Answer]:
+        return ask([(item.conversation, item.images) for item in kept or [dummy]])
 
     try:
-        answers = ask()
+        answers = answered()
     except BadSample:
         # Prompts are encoded before the model's first forward, so the other ranks have not been left waiting: take out
         # those that do not fit this model and ask once more.
@@ -310,7 +330,7 @@ def _answer(
             except BadSample as bad:
                 where = item.conversation
                 problems.append(Problem(where.source, where.line or item.index + 1, bad.reason, bad.detail))
-        answers = ask()
+        answers = answered()
     # With nothing kept, the one answer is the dummy's and falls off here.
     predictions = [
         _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs)))
@@ -330,8 +350,8 @@ def _score(index: int, conversation: Conversation, answer: str, probability: flo
         references=references,
         answer=answer,
         probability=probability,
-        exact=exact_match(answer, references),
-        soft=soft_accuracy(answer, references),
+        exact=exact_match(answer, references) if references else 0.0,
+        soft=soft_accuracy(answer, references) if references else 0.0,
         question_type=None if kind is None else str(kind),
         image=next((_image_key(image) for image in conversation.prompt().images), None),
     )
