@@ -46,6 +46,8 @@ def read_records(given: Records) -> list[Row]:
             raise UserError(f"{given.path} has nothing under {given.under!r} ({found}); is it the right file?")
         content = content[given.under]
     if isinstance(content, Mapping):
+        if not given.fields and not any(isinstance(value, Mapping) for value in content.values()):
+            return [dict(content)]  # a file of one line, so one record
         return [{given.key: key, **_row(given, value, key)} for key, value in content.items()]
     if not isinstance(content, list):
         raise UserError(f"{given.path} holds no records but a {type(content).__name__}; is it the right file?")

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -508,6 +508,14 @@ def open_dataset(path: Path, given: str, split: str | None, config: str | None) 
     splits = _loaded(given, lambda: datasets.get_dataset_split_names(given, config_name=config))
     chosen = _choose(given, split, splits)
     return _loaded(given, lambda: datasets.load_dataset(given, name=config, split=chosen))
+
+
+def open_parquet(files: Sequence[Path]) -> Any:
+    """A data set of several parquet files, rows in the order of the files."""
+    import datasets
+
+    names = [str(file) for file in files]
+    return _loaded(names[0], lambda: datasets.load_dataset("parquet", data_files=names, split="train"))
 
 
 def _loaded(given: str, load: Callable[[], Any]) -> Any:

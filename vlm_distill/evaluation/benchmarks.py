@@ -116,7 +116,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     # The eight of the Open VLM Leaderboard's average.
     Benchmark(
         name="mmbench",
-        aliases=("mmbench_v11", "mmbench_v11_dev"),
+        aliases=("mmbench_v11_dev",),
         tsv=Tsv(name="MMBench_DEV_EN_V11", md5="30c05be8f2f347a50be25aa067248184", **_MMBENCH),
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
         scorer="mmbench",

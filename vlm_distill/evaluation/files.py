@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data.errors import UserError
 from data.json_tables import Records, joined, json_table, read_records
-from data.sources import open_dataset, open_source
+from data.sources import open_dataset, open_parquet, open_source
 from data.tables import HuggingFaceTable, Selection, SourceTable, Table
 from data.tsv import TsvTable
 from vlm_distill.config import Section
@@ -98,7 +98,8 @@ class HuggingFace(Layout):
         for folder in folders:
             for path in self.paths:
                 for local in (folder / path, folder / path.split("/")[-1]):
-                    if local.is_dir():
+                    # A folder of that name may hold another layout.
+                    if any(local.rglob("*.parquet")) or any(local.rglob("*.arrow")):
                         return self._table(str(local))
         return None
 
@@ -130,6 +131,10 @@ class HuggingFace(Layout):
         folder = Path(given)
         if config is not None and (folder / config).is_dir():
             folder, config = folder / config, None
+        # The hub's own copies say in README.md which files are which split; without it only usual names are known.
+        files = sorted(folder.rglob(f"{self.split}-*.parquet")) if folder.is_dir() else []
+        if files and not (folder / "README.md").is_file():
+            return open_parquet(files)
         # A single table, as `save_to_disk` writes it, has no splits to choose from.
         split = None if (folder / "state.json").is_file() else self.split
         return open_dataset(folder, str(folder), split, config)

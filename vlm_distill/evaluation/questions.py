@@ -67,13 +67,17 @@ class BenchmarkQuestions:
         """
         index = range(len(self))[index]
         row = self.row(index)
-        line = self.table.line(index)
+        line = self.line(index)
         if self._prompt == "question" and isinstance(self.table, SourceTable):
             own = self.table.conversation(index).prompt()  # it may have more messages, and images between them
             return Conversation(own.messages, own.images, self.name, line, row)
         content, images = parts(ask(self._prompt, row), self.table.images(index), self._interleave)
         metadata = row | {"answers": self._references(row)}
         return Conversation(({"role": "user", "content": content},), images, self.name, line, metadata)
+
+    def line(self, index: int) -> int:
+        """The 1-based place of a question in its file, for reports."""
+        return self.table.line(range(len(self))[index])
 
     def size(self, index: int) -> int:
         if isinstance(self.table, SourceTable):  # which has rows that cannot be read
