@@ -454,6 +454,18 @@ def test_the_shipped_example_is_valid():
     assert load(Path(__file__).resolve().parents[2] / "configs/benchmarks/example.yaml").name == "example"
 
 
+def test_the_manuals_examples_work(tmp_path):
+    manual = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text("utf-8")
+    _, whole, official = (block.split("```")[0] for block in manual.split("```yaml")[:3])
+    write_json(tmp_path / "a.yaml", whole)
+    assert load(tmp_path / "a.yaml").prompt == "{question}{options}\nAnswer with the letter."
+    write_json(tmp_path / "b.yaml", official + "scorer: vqa")
+    write_json(tmp_path / "questions.json", {"questions": [{"id": 7, "picture": "a", "text": "Q?"}]})
+    write_json(tmp_path / "answers.json", [{"id": 7, "answer": "yes"}])
+    question = find(str(tmp_path / "b.yaml"), tmp_path)[0]
+    assert (shown(question), question.references) == (["a.jpg", "Q?"], ["yes"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
