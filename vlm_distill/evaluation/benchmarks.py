@@ -162,7 +162,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         official=Official(
             files="testmini.json",
             key="pid",
-            join=(Join(file="query.json", on="pid", fields=("query",)),),
+            join=(Join(file="query.json", by="pid", fields=("query",)),),
             image="{image}",
             columns={"index": "pid"},
             url="https://mathvista.github.io",
@@ -246,7 +246,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         official=Official(
             files="v2_OpenEnded_mscoco_val2014_questions.json",
             under="questions",
-            join=(Join(file="v2_mscoco_val2014_annotations.json", under="annotations", on="question_id"),),
+            join=(Join(file="v2_mscoco_val2014_annotations.json", under="annotations", by="question_id"),),
             image=_COCO,
             folder="val2014",
             columns={"index": "question_id"},
@@ -279,7 +279,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         official=Official(
             files="OpenEnded_mscoco_val2014_questions.json",
             under="questions",
-            join=(Join(file="mscoco_val2014_annotations.json", under="annotations", on="question_id"),),
+            join=(Join(file="mscoco_val2014_annotations.json", under="annotations", by="question_id"),),
             image=_COCO,
             folder="val2014",
             columns={"index": "question_id"},

@@ -141,10 +141,10 @@ class HuggingFace(Layout):
 
 
 class Join(Section):
-    """A file whose records belong to the questions, found by the column ``on``."""
+    """A file whose records belong to the questions, found by the column ``by``. (YAML reads a key ``on`` as true.)"""
 
     file: str
-    on: str
+    by: str
     under: str | None = None
     fields: tuple[str, ...] = ()
 
@@ -154,7 +154,7 @@ class Only(Section):
 
     file: str
     split: str
-    on: str = "id"
+    by: str = "id"
 
 
 class Official(Layout):
@@ -208,8 +208,8 @@ class Official(Layout):
             rows += found if group is None else [{**row, self.group: group} for row in found]
         for join in self.join:
             path = folder / join.file
-            other = read_records(Records(path, join.under, join.on, join.fields))
-            rows = joined(rows, join.on, other, files=(folder / self._names()[0], path))
+            other = read_records(Records(path, join.under, join.by, join.fields))
+            rows = joined(rows, join.by, other, files=(folder / self._names()[0], path))
         if self.only is not None:
             rows = self._chosen(self.only, folder, rows)
         rows = [row for row in rows if all(row.get(column) is not None for column in self.required)]
@@ -222,10 +222,10 @@ class Official(Layout):
         splits = {row["split"]: row["ids"] for row in read_records(Records(path, None, "split", ("ids",)))}
         if only.split not in splits:
             raise UserError(f"{path} has no split {only.split!r}; it has {', '.join(map(str, splits))}")
-        by_id = {str(row.get(only.on)): row for row in rows}
+        by_id = {str(row.get(only.by)): row for row in rows}
         lacking = [key for key in splits[only.split] if str(key) not in by_id]
         if lacking:
-            raise UserError(f"{path}: split {only.split!r} asks for {only.on} {lacking[0]}, which the questions lack")
+            raise UserError(f"{path}: split {only.split!r} asks for {only.by} {lacking[0]}, which the questions lack")
         return [by_id[str(key)] for key in splits[only.split]]
 
 
