@@ -23,6 +23,9 @@ class Encoded:
         ends: bool ``[L]``; true at the end tokens among the supervised ones.
         images: number of images in the sample (a processor may expand one into several tiles).
         tensors: everything else the model's collation needs, such as ``pixel_values``.
+        places: int64 ``[n, 3]`` for the n supervised tokens in order: the answer's number, and where in that answer's
+            text the token begins and ends, in characters. What the template adds lies below 0 or beyond the text's end.
+            Needed where teacher and student have different tokenizers; ``None`` where it is not known.
     """
 
     input_ids: Tensor
@@ -30,6 +33,7 @@ class Encoded:
     ends: Tensor
     images: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
 
 
 class ModelInputs(dict[str, Tensor]):
@@ -81,8 +85,34 @@ class Rows:
 
 
 @dataclass
+class Groups:
+    """Neighbouring tokens of the student and of the teacher that spell the same text, where tokenizers differ.
+
+    Attributes:
+        student: int64 ``[G, 2]``, the first of the student's N rows of each group and the row after its last one.
+        teacher: int64 ``[G, 2]``, the same of the teacher's M rows.
+        teacher_targets: int64 ``[M]``, the teacher's supervised token ids.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    teacher_targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.student)
+
+    def to(self, device: torch.device | str) -> Groups:
+        return Groups(*(x.to(device, non_blocking=True) for x in (self.student, self.teacher, self.teacher_targets)))
+
+    def pin_memory(self) -> Groups:
+        return Groups(self.student.pin_memory(), self.teacher.pin_memory(), self.teacher_targets.pin_memory())
+
+
+@dataclass
 class DistillationBatch:
     """A micro-batch: the k-th position of the student and of the teacher predict the same answer token.
+
+    With ``groups`` the teacher has positions of its own number, and groups of positions are compared.
 
     Attributes:
         student: the student's rows.
@@ -90,6 +120,8 @@ class DistillationBatch:
         targets: int64 ``[N]``, the student's supervised token ids.
         distilled: bool ``[N]``; false where only the end tokens differ and the loss to the teacher is left out.
         samples: number of real samples (dummy rows not counted).
+        images: number of their images; dummy rows' images, which come last, are not among them.
+        groups: what is compared where the tokenizers differ, otherwise ``None``.
     """
 
     student: Rows
@@ -97,6 +129,13 @@ class DistillationBatch:
     targets: Tensor
     distilled: Tensor
     samples: int
+    images: int = 0
+    groups: Groups | None = None
+
+    @property
+    def teacher_targets(self) -> Tensor:
+        """The tokens that the teacher's positions predict."""
+        return self.targets if self.groups is None else self.groups.teacher_targets
 
     def to(self, device: torch.device | str) -> DistillationBatch:
         def move(rows: Rows | None) -> Rows | None:
@@ -110,6 +149,8 @@ class DistillationBatch:
             self.targets.to(device, non_blocking=True),
             self.distilled.to(device, non_blocking=True),
             self.samples,
+            self.images,
+            None if self.groups is None else self.groups.to(device),
         )
 
 
@@ -142,8 +183,9 @@ class Step:
     samples: list[list[Any]] = field(default_factory=list)
 
     def counts(self) -> Mapping[str, int]:
-        """Supervised and distilled tokens of this rank's share."""
+        """This rank's supervised tokens, those of them (or the groups of them) that are distilled, and images."""
         return {
             "supervised": sum(len(b.targets) for b in self.batches),
-            "distilled": sum(int(b.distilled.sum()) for b in self.batches),
+            "distilled": sum(int(b.distilled.sum()) if b.groups is None else len(b.groups) for b in self.batches),
+            "images": sum(b.images for b in self.batches),
         }

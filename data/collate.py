@@ -1,4 +1,4 @@
-"""Samples to micro-batches: both models' encodings of a conversation, aligned token by token, and rows put together."""
+"""Samples to micro-batches: both models' encodings of a conversation, aligned, and rows put together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .batch import DistillationBatch, Encoded, Processor, Rows
-from .conversation import Conversation
+from .alignment import group_tokens
+from .batch import DistillationBatch, Encoded, Groups, Processor, Rows
+from .conversation import Conversation, message_text
 from .errors import BadSample
 
 
@@ -23,8 +24,9 @@ class Pair:
         teacher: the teacher's row; ``None`` when training without one.
         student_tokens: int64 ``[n]``, indices of the supervised tokens in the student's row.
         teacher_tokens: int64 ``[n]``, indices in the teacher's row of the tokens they are aligned with; the same as
-            ``student_tokens`` without a teacher.
-        distilled: bool ``[n]``; false where student and teacher expect different end tokens.
+            ``student_tokens`` without a teacher. With ``groups``: ``[m]``, of all of the teacher's supervised tokens.
+        distilled: bool ``[n]``; false where student and teacher expect different end tokens, or in no group.
+        groups: int64 ``[G, 2]`` of both models, as :func:`~data.alignment.group_tokens` gives them.
     """
 
     student: Encoded
@@ -32,6 +34,7 @@ class Pair:
     student_tokens: Tensor
     teacher_tokens: Tensor
     distilled: Tensor
+    groups: tuple[Tensor, Tensor] | None = None
 
 
 def encode_pair(
@@ -40,12 +43,14 @@ def encode_pair(
     student: Processor,
     teacher: Processor | None,
     max_length: int,
+    *,
+    grouped: bool = False,
 ) -> Pair:
     """A conversation encoded for both models, its supervised tokens aligned.
 
     The answers' tokens must have the same ids in both. The end tokens after an answer are compared in order: where
     they differ, or the teacher has fewer, the student's token stays supervised and is not distilled; end tokens that
-    only the teacher has are left out.
+    only the teacher has are left out. With different tokenizers, runs of tokens that spell the same text are grouped.
 
     Args:
         conversation: the sample.
@@ -53,6 +58,7 @@ def encode_pair(
         student: the student's processor.
         teacher: the teacher's processor, if there is a teacher.
         max_length: the most tokens either model may receive, image tokens counted.
+        grouped: whether the models have different tokenizers.
 
     Raises:
         BadSample: it is too long for one of the models (nothing is ever cut off), has no supervised token or one that
@@ -63,6 +69,9 @@ def encode_pair(
         tokens = student_row.supervised.nonzero().flatten()
         return Pair(student_row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
     teacher_row = _encode("teacher", teacher, conversation, images, max_length)
+    if grouped:
+        answers = [message_text(m) for m in conversation.messages if m["role"] == "assistant"]
+        return _grouped(student_row, teacher_row, answers)
     return Pair(student_row, teacher_row, *_align(student_row, teacher_row))
 
 
@@ -77,6 +86,15 @@ def _encode(
     if row.supervised[0]:
         raise BadSample("first token is supervised", f"nothing predicts the {role}'s first token")
     return row
+
+
+def _grouped(student: Encoded, teacher: Encoded, answers: Sequence[str]) -> Pair:
+    ours, theirs = group_tokens(student, teacher, answers)
+    tokens = student.supervised.nonzero().flatten()
+    distilled = torch.zeros(len(tokens), dtype=torch.bool)
+    for first, stop in ours.tolist():
+        distilled[first:stop] = True
+    return Pair(student, teacher, tokens, teacher.supervised.nonzero().flatten(), distilled, (ours, theirs))
 
 
 @dataclass
@@ -136,7 +154,9 @@ def _difference(student: list[int], teacher: list[int]) -> str:
     return f"{len(student)} tokens for the student, {len(teacher)} for the teacher"
 
 
-def collate(pairs: Sequence[Pair], student: Processor, teacher: Processor | None) -> DistillationBatch:
+def collate(
+    pairs: Sequence[Pair], student: Processor, teacher: Processor | None, *, grouped: bool = False
+) -> DistillationBatch:
     """A micro-batch of any number of samples, none included.
 
     Where a model has a vision encoder and no sample an image, or where there is no sample, both models get one more row
@@ -146,6 +166,7 @@ def collate(pairs: Sequence[Pair], student: Processor, teacher: Processor | None
         pairs: the samples.
         student: the student's processor.
         teacher: the teacher's processor, or ``None`` as in the pairs.
+        grouped: whether the pairs have groups; a micro-batch without samples then has them too.
 
     Returns:
         The batch; ``positions`` are those of the tokens before the supervised ones, ``[N]`` over all rows.
@@ -163,7 +184,23 @@ def collate(pairs: Sequence[Pair], student: Processor, teacher: Processor | None
         targets=torch.cat([nothing, *(pair.student.input_ids[pair.student_tokens] for pair in pairs)]),
         distilled=torch.cat([nothing.bool(), *(pair.distilled for pair in pairs)]),
         samples=len(pairs),
+        images=sum(pair.student.images for pair in pairs),
+        groups=_groups(pairs) if grouped else None,
     )
+
+
+def _groups(pairs: Sequence[Pair]) -> Groups:
+    """The pairs' groups, their tokens counted through the micro-batch."""
+    ours, theirs, targets = [torch.empty(0, 2, dtype=torch.int64)], [torch.empty(0, 2, dtype=torch.int64)], []
+    rows, teacher_rows = 0, 0
+    for pair in pairs:
+        assert pair.groups is not None
+        assert pair.teacher is not None
+        ours.append(pair.groups[0] + rows)
+        theirs.append(pair.groups[1] + teacher_rows)
+        targets.append(pair.teacher.input_ids[pair.teacher_tokens])
+        rows, teacher_rows = rows + len(pair.student_tokens), teacher_rows + len(pair.teacher_tokens)
+    return Groups(torch.cat(ours), torch.cat(theirs), torch.cat([torch.empty(0, dtype=torch.int64), *targets]))
 
 
 def _needs_dummy(processor: Processor, rows: list[Encoded]) -> bool:

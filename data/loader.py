@@ -44,6 +44,7 @@ class StepDataset(Dataset[Step]):
         max_pixels: the largest image.
         on_bad: what a bad sample does: ``skip`` leaves its micro-batch smaller, ``fail`` ends the training.
         keep_samples: put conversations and decoded images into the steps, to look at them.
+        grouped: whether student and teacher have different tokenizers, so that groups of tokens are compared.
 
     Raises:
         UserError: the mixture's batch size is not ``micro_batch_size × accumulation × world``; on access, with
@@ -65,6 +66,7 @@ class StepDataset(Dataset[Step]):
         max_pixels: int = MAX_PIXELS,
         on_bad: Literal["skip", "fail"] = "skip",
         keep_samples: bool = False,
+        grouped: bool = False,
     ) -> None:
         if mixture.batch_size != micro_batch_size * accumulation * world:
             raise UserError(
@@ -83,6 +85,7 @@ class StepDataset(Dataset[Step]):
         self.max_pixels = max_pixels
         self.on_bad = on_bad
         self.keep_samples = keep_samples
+        self.grouped = grouped
 
     def __getitem__(self, index: int) -> Step:
         rows = self.mixture.rows(index)
@@ -100,7 +103,7 @@ class StepDataset(Dataset[Step]):
                 pairs.append(pair)
                 samples.append((conversation, images))
                 step.tokens += len(pair.student.input_ids)
-            step.batches.append(collate(pairs, self.student, self.teacher))
+            step.batches.append(collate(pairs, self.student, self.teacher, grouped=self.grouped))
             if self.keep_samples:
                 step.samples.append(samples)
         return step
@@ -108,7 +111,8 @@ class StepDataset(Dataset[Step]):
     def _read(self, source: int, row: int) -> tuple[Conversation, list[Image.Image], Pair]:
         conversation = self.mixture.sources[source][row]
         images = [load_image(i, roots=self.roots, max_pixels=self.max_pixels) for i in conversation.images]
-        return conversation, images, encode_pair(conversation, images, self.student, self.teacher, self.max_length)
+        pair = encode_pair(conversation, images, self.student, self.teacher, self.max_length, grouped=self.grouped)
+        return conversation, images, pair
 
     def _problem(self, source: int, row: int, bad: BadSample) -> Problem:
         origin = self.mixture.sources[source]
@@ -179,6 +183,8 @@ def _pinned(batch: DistillationBatch) -> DistillationBatch:
         batch.targets.pin_memory(),
         batch.distilled.pin_memory(),
         batch.samples,
+        batch.images,
+        None if batch.groups is None else batch.groups.pin_memory(),
     )
 
 

@@ -1,19 +1,22 @@
-"""Compares the suite with golden values: ``python tests/check_golden.py losses [FOLDER ...]``.
+"""Compares the suite with golden values: ``python tests/check_golden.py losses|scoring [FOLDER ...]``.
 
-Prints the cases, failures and worst error of each loss; exits with 1 if anything failed. Losses that the suite does
-not have are listed as not built. The format is described in ``golden/losses/README.md``.
+Prints the cases and failures of each loss or scorer, for losses with the worst error; exits with 1 if anything failed.
+What the suite does not have is listed as not built. The formats are described in ``golden/losses/README.md`` and
+``golden/scoring/README.md``; the scorers are compared in ``check_golden_scoring.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -236,12 +239,25 @@ def check(folder: Path) -> bool:
     return passed
 
 
+def _scoring() -> ModuleType:
+    """The module beside this one, which is no package's: loaded by its path."""
+    spec = importlib.util.spec_from_file_location(
+        "check_golden_scoring", Path(__file__).with_name("check_golden_scoring.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["losses"])
-    parser.add_argument("folders", nargs="*", type=Path, default=[GOLDEN / "losses"])
+    parser.add_argument("what", choices=["losses", "scoring"])
+    parser.add_argument("folders", nargs="*", type=Path)
     options = parser.parse_args(arguments)
-    results = [check(folder) for folder in options.folders]  # all of them, also after a failure
+    check_folder = check if options.what == "losses" else _scoring().check
+    folders = options.folders or [GOLDEN / options.what]
+    results = [check_folder(folder) for folder in folders]  # all of them, also after a failure
     return 0 if all(results) else 1
 
 

@@ -113,6 +113,17 @@ def test_loss_without_its_teacher(tmp_path):
         build_terms(load_config(write(tmp_path, drop=["teacher"])))
 
 
+def test_recomputed_logits_are_for_losses_that_need_no_whole_rows(tmp_path):
+    training = {"steps": 1, "recompute_logits": True}
+    for name, kept in (("taid", True), ("adaptive_kl", False)):
+        config = load_config(write(tmp_path, {"loss": [{"name": name}], "training": training}))
+        if kept:
+            build_terms(config)
+        else:
+            with pytest.raises(UserError, match=r"loss adaptive_kl needs whole rows of logits; leave it or training"):
+                build_terms(config)
+
+
 @pytest.mark.parametrize(("name", "refused"), [("taid", False), ("cross_entropy", True)])
 def test_answers_that_no_loss_may_read(tmp_path, name, refused):
     changes = {"data": {"train": [{"path": "x.jsonl", "labelled": False}]}, "loss": [{"name": name}]}

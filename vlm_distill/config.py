@@ -115,6 +115,7 @@ class TrainingSection(Section):
     dtype: DType = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation_checkpointing: bool = False
+    recompute_logits: bool = False
     seed: NotNegative = 0
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2

@@ -69,6 +69,7 @@ def evaluate_files(options: argparse.Namespace) -> None:
                 world=processes.world,
                 all_gather=processes.gather,
                 out=options.out / source.name,
+                resume=_identity(options.model),
                 load=partial(load_image, roots=options.root),
                 skipped=skipped,
             )
@@ -91,6 +92,12 @@ def evaluate_files(options: argparse.Namespace) -> None:
             raise UserError(f"{', '.join(empty)}: no question could be read")
     finally:
         processes.close()
+
+
+def _identity(model: str) -> str:
+    """A name or a folder, with what tells one state of its weights from another."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return " ".join([model, *(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)])
 
 
 if __name__ == "__main__":

@@ -5,14 +5,21 @@ from __future__ import annotations
 import torch
 
 from data.batch import Encoded
-from data.collate import encode_pair
+from data.collate import Pair, encode_pair
 from data.conversation import Conversation
 from data.errors import BadSample
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig
 from vlm_distill.models.interface import Processor
 from vlm_distill.reporting.inspect import InspectedModel, InspectedSample
-from vlm_distill.training.build import image_loader, load_student, load_teacher, open_sources
+from vlm_distill.training.build import (
+    build_terms,
+    image_loader,
+    load_student,
+    load_teacher,
+    open_sources,
+    pair_vocabularies,
+)
 from vlm_distill.training.engine import Processes
 
 
@@ -22,9 +29,11 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     processes = Processes("cpu")
     sources = open_sources(config.data.train)
     teacher = load_teacher(config, processes)
-    processors = {"student": load_student(config, teacher).processor}
+    student = load_student(config, teacher)
+    processors, grouped = {"student": student.processor}, False
     if teacher is not None:
         processors["teacher"] = teacher.processor
+        grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
     processes.close()
     mixture = Mixture(
         sources,
@@ -37,17 +46,32 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     for source, row in mixture.rows(0):
         title, images = f"{sources[source].name}, row {row + 1}", []
         models: dict[str, InspectedModel] = {}
+        groups: list[tuple[str, str]] = []
         problem = None
         try:
             conversation: Conversation = sources[source][row]
             title = f"{conversation.source}, line {conversation.line}"
             images = [load(image) for image in conversation.images]
             models = {name: _inspected(p, p.encode(conversation, images)) for name, p in processors.items()}
-            encode_pair(conversation, images, processors["student"], processors.get("teacher"), config.data.max_length)
+            both = processors["student"], processors.get("teacher")
+            pair = encode_pair(conversation, images, *both, config.data.max_length, grouped=grouped)
+            groups = _groups(pair, processors)
         except BadSample as bad:
             problem = str(bad)
-        shown.append(InspectedSample(title=title, images=images, models=models, problem=problem))
+        shown.append(InspectedSample(title=title, images=images, models=models, problem=problem, groups=groups))
     return shown
+
+
+def _groups(pair: Pair, processors: dict[str, Processor]) -> list[tuple[str, str]]:
+    """The tokens of each group in both models, joined by dots."""
+    if pair.groups is None or pair.teacher is None:
+        return []
+    texts = []
+    for name, row, spans in zip(("student", "teacher"), (pair.student, pair.teacher), pair.groups, strict=True):
+        decode = processors[name].tokenizer.decode
+        pieces = [decode([token]) for token in row.input_ids[row.supervised].tolist()]
+        texts.append(["·".join(pieces[first:stop]) for first, stop in spans.tolist()])
+    return list(zip(*texts, strict=True))
 
 
 def _inspected(processor: Processor, sample: Encoded) -> InspectedModel:

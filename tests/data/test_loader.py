@@ -74,6 +74,7 @@ def test_the_smaller_last_step_keeps_its_number_of_micro_batches(steps):
     assert last.counts() == {
         "supervised": sum(len(b.targets) for b in last.batches),
         "distilled": last.counts()["supervised"],
+        "images": sum(b.images for b in last.batches),
     }
 
 

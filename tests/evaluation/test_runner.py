@@ -186,6 +186,54 @@ def test_limit_takes_an_even_share(source):
     assert [p.index for p in predictions] == [0, 2, 5, 8]
 
 
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_an_evaluation_cut_short_goes_on_to_the_same_file(source, tmp_path, world):
+    source.rows[2] = BadSample("invalid JSON")
+    source.rows[5] = colour_row("red", 6, question="unfit")
+    options = {"batch_size": 2, "load": load, "resume": "model 1"}
+    evaluate(ColourModel(), source, out=tmp_path / "straight", **options)
+    asked = []
+
+    class Mortal(ColourModel):
+        def generate(self, prompts, **settings):
+            if len(asked) == 3:
+                raise Killed
+            asked.append(len(prompts))
+            return super().generate(prompts, **settings)
+
+    out = tmp_path / "interrupted"
+    with pytest.raises(Killed):
+        evaluate(Mortal(), source, out=out, **options)
+    (journal,) = (out / "unfinished").iterdir()
+    left = 6 - len(journal.read_text().strip().splitlines())
+    with journal.open("a") as file:
+        file.write('\n{"batch": 3, "predic')  # the kill came while it wrote
+    _, models = ask_on_ranks(source, world, out=out, **{k: v for k, v in options.items() if k != "load"})
+    assert left < 6
+    assert [len(model.calls) for model in models] == [math.ceil(left / world)] * world
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "scores.json"}
+
+
+def test_another_models_unfinished_answers_are_not_taken(source, tmp_path):
+    class Mortal(ColourModel):
+        def generate(self, prompts, **settings):
+            if self.calls:
+                raise Killed
+            return super().generate(prompts, **settings)
+
+    with pytest.raises(Killed):
+        evaluate(Mortal(), source, batch_size=4, load=load, out=tmp_path, resume="model 1")
+    model = ColourModel()
+    evaluate(model, source, batch_size=4, load=load, out=tmp_path, resume="model 2")
+    assert len(model.calls) == 3
+
+
 def test_images_are_named_by_path_or_content(tmp_path):
     Image.new("RGB", (2, 2), COLOURS["teal"]).save(tmp_path / "teal.png")
     stored = (tmp_path / "teal.png").read_bytes()

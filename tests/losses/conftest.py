@@ -40,3 +40,15 @@ def golden(check_golden):
 @pytest.fixture(scope="session")
 def benchmark_losses():
     return load(ROOT / "benchmarks" / "losses.py")
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The cases and helpers of test_kernels.py, for interpreted_kernels.py."""
+    return load(ROOT / "tests" / "losses" / "test_kernels.py")
+
+
+@pytest.fixture(scope="session")
+def chunked():
+    """The cases and helpers of test_fused_linear.py."""
+    return load(ROOT / "tests" / "losses" / "test_fused_linear.py")

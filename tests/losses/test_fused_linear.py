@@ -1,6 +1,7 @@
 """The chunked path against whole logits and autograd."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from vlm_distill import losses
 from vlm_distill.losses import DistillationLoss, HiddenTargets, Term, fused_linear
 from vlm_distill.models.interface import LMHead
 
-NAMES = list(losses.available())
+NAMES = list(losses.available(DistillationLoss))
 
 
 class TotalVariation(DistillationLoss):
@@ -392,6 +393,35 @@ def test_what_does_not_fit_is_named():
     teacher.head.vocabulary = 30
     with pytest.raises(ValueError, match="the student has 37 tokens in the vocabulary, the teacher 30"):
         setting.fused(losses.build("taid"))
+
+
+@pytest.mark.parametrize(("backend", "recompute"), [("eager", False), ("eager", True), ("inductor", False)])
+def test_torch_compile_leaves_it_alone(backend, recompute):
+    """The rest of the module is compiled; the loss and all gradients stay what they were."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+
+    class Task(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.setting = Setting(dtype=torch.float32)
+            self.body, self.linear = nn.Linear(8, 8), self.setting.linear
+
+        def forward(self, x):
+            self.setting.hidden = self.body(x).tanh()
+            return self.setting.fused(two_terms(), recompute=recompute).loss
+
+    torch.manual_seed(0)
+    task, x = Task(), torch.randn(13, 8)
+    plain = task(x)
+    want = torch.autograd.grad(plain, list(task.parameters()))
+    torch.compiler.reset()
+    compiled = torch.compile(task, backend=backend)
+    got = compiled(x)
+    torch.testing.assert_close(got, plain)
+    torch.testing.assert_close(torch.autograd.grad(got, list(task.parameters())), want)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain)
 
 
 def test_the_benchmark_compares_equals(benchmark_losses):

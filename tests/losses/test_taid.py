@@ -10,6 +10,7 @@ import torch
 
 from data.errors import UserError
 from vlm_distill.losses import TAID, Progress
+from vlm_distill.losses.taid import Pace
 
 
 def run(loss, signals, steps=None, start=0):
@@ -59,7 +60,7 @@ def test_every_schedule_starts_at_t_start_ends_at_t_end_and_never_falls(schedule
     loss = TAID(t_start=0.2, t_end=0.9, schedule=schedule)
     trajectory = [loss.t]
     for step in range(101):
-        loss.update({"kl": 1.0 + math.sin(step)}, Progress(step, 100))
+        loss.update({"kl": 1.01 + math.sin(step), "slope": 2.0}, Progress(step, 100))
         trajectory.append(loss.t)
     assert trajectory[:2] == pytest.approx([0.2, 0.2], abs=0.03)
     assert trajectory[-1] == pytest.approx(0.9)
@@ -74,20 +75,22 @@ def test_shapes_of_the_schedules():
     assert half("exponential") == pytest.approx((1 - math.exp(-1.5)) / (1 - math.exp(-3)))
 
 
-def learn(speed, steps, noise=0.2, t_start=0.2):
+def learn(speed, steps, noise=0.2, t_start=0.2, sharpness=2.0):
     """t over a run of a student that follows its target at some speed, its KL seen through noise."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    loss, teacher, student = TAID(t_start=t_start, schedule="adaptive"), 2 * draw(16, 50), draw(16, 50)
+    loss, teacher, student = TAID(t_start=t_start, schedule="adaptive"), sharpness * draw(16, 50), draw(16, 50)
     trajectory = []
     for step in range(steps):
-        p, q = ((1 - loss.t) * student + loss.t * teacher).softmax(-1), student.softmax(-1)
-        kl = (p * (p / q).log()).sum(-1).mean().item()
-        student = student + 50 * speed / steps * (p - q)
-        loss.update({"kl": kl * math.exp(noise * draw(1).item())}, Progress(step, steps))
+        result = loss.rows(student.clone(), teacher.clone(), grad=True)
+        seen = math.exp(noise * draw(1).item())
+        student = student - 50 * speed / steps * result.grad
+        loss.update(
+            {name: seen * signal.mean().item() for name, signal in result.signals.items()}, Progress(step, steps)
+        )
         trajectory.append(loss.t)
     return trajectory
 
@@ -102,6 +105,42 @@ def test_adaptive_t_answers_to_the_student(steps):
     assert stalled[late] < line[late]
     for trajectory in (easy, hard, stalled):
         assert trajectory[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.7, 1.0])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_slope_is_how_the_kl_grows_with_t(power, t):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(5, 23, generator=generator, dtype=torch.float64) for _ in range(2))
+    loss = TAID(schedule="adaptive", power=power)
+
+    def kl(value):
+        loss.t = value
+        return loss.rows(student.clone(), teacher.clone(), grad=False).signals["kl"]
+
+    # One-sided where t cannot go on.
+    low, high = t * (1 - 1e-5), min(1.0, t * (1 + 1e-5))
+    numeric = (kl(high) - kl(low)) / math.log(high / low)
+    loss.t = t
+    found = loss.rows(student.clone(), teacher.clone(), grad=False).signals["slope"]
+    torch.testing.assert_close(found, numeric, rtol=1e-3, atol=1e-6)
+    _, signals = loss.categories(teacher.log_softmax(-1), student.log_softmax(-1))
+    torch.testing.assert_close(signals["slope"], found)
+
+
+@pytest.mark.parametrize("sharpness", [2.0, 10.0])
+def test_a_student_that_learns_nothing_shows_no_progress(sharpness):
+    # The KL itself grows more than tenfold while t does, and KL/t² falls, the more the surer the teacher.
+    pace, loss = Pace(), TAID(schedule="adaptive")
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (scale * torch.randn(16, 50, generator=generator) for scale in (1.0, sharpness))
+    gaps = []
+    for step in range(201):
+        loss.t = 0.2 + 0.8 * step / 200
+        signals = loss.rows(student.clone(), teacher.clone(), grad=False).signals
+        pace.after(signals["kl"].mean().item(), signals["slope"].mean().item(), loss.t, 10)
+        gaps.append(signals["kl"].mean().item() * math.exp(-pace._by_t))
+    assert gaps == pytest.approx([gaps[0]] * 201, rel=2e-3)
 
 
 def test_adaptive_t_does_not_depend_on_the_number_of_steps():
@@ -119,9 +158,10 @@ def test_a_non_finite_loss_never_enters(bad):
     hurt.update({"cross_entropy": bad}, Progress(30, 1000))
     assert hurt.get_extra_state() == before
     adaptive = TAID(schedule="adaptive")
-    adaptive.update({"kl": 1.0}, Progress(0, 1000))
+    adaptive.update({"kl": 1.0, "slope": 2.0}, Progress(0, 1000))
     state = adaptive.get_extra_state()["pace"]
-    adaptive.update({"kl": bad}, Progress(1, 1000))
+    adaptive.update({"kl": bad, "slope": 2.0}, Progress(1, 1000))
+    adaptive.update({"kl": 1.0, "slope": bad}, Progress(2, 1000))
     assert adaptive.get_extra_state()["pace"] == state
     assert run(hurt, signals[30:], 1000, 30) == run(clean, signals[30:], 1000, 30)
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.composed import SENTINEL
@@ -113,8 +114,8 @@ def test_every_projector_runs_trains_and_is_saved(kind, settings, tokenizer, bat
     assert model.processor.tokens == expected
     samples = encode(model, batch)
     inputs = model.processor.collate(samples)
-    out = model(inputs, supervised_positions(samples, inputs["input_ids"].shape[1]), ["vision_encoder", "projector"])
-    assert out.features["vision_encoder"].shape == (3, 16, 16)
+    out = model(inputs, supervised_positions(samples, inputs["input_ids"].shape[1]), ["vision", "projector"])
+    assert out.features["vision"].shape == (3, 16, 16)
     assert out.features["projector"].shape == (3, expected, 32)
     out.hidden.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
@@ -226,6 +227,29 @@ def test_greedy_answers_are_those_of_a_loop_over_full_forwards(model, batch, tal
         assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
+def test_given_answers_are_as_likely_as_a_full_forward_says(model, batch, talk):
+    prompts = [(batch[0][0].prompt(), batch[0][1]), (talk("red", "yes", "blue?"), [])]
+    options = [["red", "blue", "red blue"], ["no"]]
+    together = model.score_options(prompts, options)
+    assert [len(scores) for scores in together] == [3, 1]
+    for prompt, texts, scores in zip(prompts, options, together, strict=True):
+        for text, score in zip(texts, scores, strict=True):
+            assert model.score_options([prompt], [[text]]) == [[pytest.approx(score, abs=1e-4)]]
+            conversation, images = prompt
+            message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+            answered = Conversation((*conversation.messages, message), conversation.images)
+            sample = model.processor.encode(answered, images)
+            inputs = model.processor.collate([sample])
+            with torch.no_grad():
+                hidden = model(inputs, torch.arange(len(sample.input_ids) - 1)).hidden
+            chain = model.head.logits(hidden).log_softmax(-1).gather(-1, sample.input_ids[1:, None])[:, 0]
+            prompted = model.processor.encode(conversation, images, generation=True)
+            places = (sample.supervised & ~sample.ends).nonzero().flatten()
+            places = places[places >= len(prompted.input_ids)]
+            assert model.processor.tokenizer.decode(sample.input_ids[places]).strip() == text
+            assert score == pytest.approx(chain[places - 1].sum().item(), abs=1e-4)
+
+
 def test_generation_stops_at_the_end_token_that_the_template_writes(settings, make_tokenizer, talk):
     template = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
     model = build_vlm(settings, make_tokenizer(template, extra=("<|end|>",)))
@@ -325,12 +349,6 @@ def test_bad_samples_are_named(model, talk, picture):
     model.processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'][1:] }}{% endfor %}"
     with pytest.raises(BadSample, match="drops or repeats images"):
         model.processor.encode(talk([None, "?"]), [picture()], generation=True)
-
-
-def test_unknown_features_are_an_error(model, talk):
-    inputs = model.processor.collate([model.processor.dummy()])
-    with pytest.raises(ValueError, match="attention"):
-        model(inputs, torch.tensor([0]), ["attention"])
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,18 @@ def test_page_is_escaped_and_complete(model, tmp_path):
     assert "http" not in text
 
 
+def test_groups_of_different_tokenizers(model, tmp_path):
+    groups = [("te·al", "teal"), ("<eos>", "<eos>")]
+    models = {"student": model}
+    samples = [InspectedSample("t", [], models, groups=groups), InspectedSample("u", [], models)]
+    text = printed(samples)
+    assert text.count("groups  2, student = teacher") == 1
+    assert "te·al = teal  <eos>\n" in "\n".join(line.strip() for line in text.splitlines())
+    page = render_html(samples, tmp_path / "x.html").read_text("utf-8")
+    assert page.count("<h3>groups") == 1
+    assert '<span class="answer">te·al = teal</span> <span class="answer">&lt;eos&gt;</span>' in page
+
+
 def test_pictures_are_left_as_they_were(model, tmp_path):
     image = Image.new("RGB", (900, 300))
     render_html([InspectedSample("t", [image], {"student": model})], tmp_path / "x.html")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers import models as tokenizer_models
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -28,6 +29,11 @@ TEMPLATE = (
     "{% endfor %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# Pieces of two tokenizers that cut the colours in different places: re·d and r·ed, gr·een and gree·n.
+PIECES = {
+    "student": ["re", "gr", "een", "bl", "ue", "black", "what", "color"],
+    "teacher": ["ed", "gree", "blue", "bl", "ack", "wh", "at", "col", "or"],
+}
 WORDS = ["what", "color", "is", "it", "say", "no", "yes", "?", *COLOURS]
 
 
@@ -86,6 +92,24 @@ def write_teacher(folder: Path) -> Path:
     model = models.build_vlm(settings(width=24, layers=3), tokenizer=make_tokenizer(WORDS))
     _sharpen(model.decoder)
     model.save_pretrained(folder)
+    return folder
+
+
+def pieces_tokenizer(who: str) -> Any:
+    """Letters and the pieces of ``PIECES[who]``, the longest first; ids differ between the two."""
+    tokenizer = make_tokenizer([*PIECES[who], *sorted({letter for word in WORDS for letter in word})])
+    model = tokenizer_models.WordPiece(tokenizer.get_vocab(), unk_token="<unk>", continuing_subword_prefix="")
+    tokenizer.backend_tokenizer.model = model
+    return tokenizer
+
+
+def write_pieces_teacher(folder: Path) -> Path:
+    """An untrained teacher with a tokenizer of its own, and beside it in ``student`` that of its students."""
+    torch.manual_seed(9)
+    model = models.build_vlm(settings(width=24, layers=3), tokenizer=pieces_tokenizer("teacher"))
+    _sharpen(model.decoder)
+    model.save_pretrained(folder)
+    pieces_tokenizer("student").save_pretrained(folder / "student")
     return folder
 
 

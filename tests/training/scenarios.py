@@ -11,14 +11,34 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import leave
+from vlm_distill.training import engine
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
+
+# ZeRO-3 shards the smallest parameters too, which DeepSpeed would keep whole.
+WHOLLY_SHARDED = {"stage3_param_persistence_threshold": 0}
+FEATURES = [
+    {"name": "taid", "t_start": 0.4},
+    {"name": "hidden_states", "layers": {-1: -1, 1: 2}},
+    {"name": "vision_features", "distance": "cosine"},
+    {"name": "projector_features", "distance": "normalised_mse", "weight": 0.5},
+    {"name": "minilm", "relation_heads": 2},
+]
+IMAGES, RELATIONS = FEATURES[2:3], FEATURES[4:]
+
+
+def features(stage, loss=FEATURES, **changes):
+    """A run with losses on features."""
+    return {"deepspeed__stage": stage, "loss": loss, **changes}
+
 
 SHARED = {
     **{f"zero{stage}": {"deepspeed__stage": stage} for stage in range(4)},
@@ -44,6 +64,29 @@ SHARED = {
         }
         for stage in (0, 3)
     },
+    # Losses on features, with learned projections since the models' widths differ; some micro-batches have no picture.
+    **{f"features_zero{s}": features(s, data="mixed") for s in range(4)},
+    **{f"features_llava_zero{s}": features(s, family="llava") for s in (0, 3)},
+    **{
+        f"features_checkpointing_zero{s}": features(s, data="mixed", training__activation_checkpointing=True)
+        for s in (0, 3)
+    },
+    # No loss on logits: the head gets no gradient, nor do layers above those compared, nor the decoder at all.
+    **{f"layer_zero{s}": features(s, [{"name": "hidden_states", "layers": {1: 2}}]) for s in range(4)},
+    **{f"images_zero{s}": features(s, IMAGES, data="mixed") for s in range(4)},
+    **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
+    # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
+    "persistent_zero3": {"deepspeed__stage": 3, "persistent": True},
+    # Student and teacher with different tokenizers: groups of tokens are compared.
+    **{
+        f"uld_zero{stage}": {
+            "deepspeed__stage": stage,
+            "family": "pieces",
+            "data": "mixed",
+            "loss": [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}],
+        }
+        for stage in (0, 2, 3)
+    },
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
@@ -59,6 +102,7 @@ BATCH_NORM["vision_encoder"] = {
 TWO_RANKS = {
     "llava_shard_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "shard"},
     "language_shard_zero2": {"deepspeed__stage": 2, "family": "language", "teacher": "shard"},
+    "uld_shard_zero3": {**SHARED["uld_zero3"], "teacher": "shard", "data": "mixed_eval"},
     "dropout_zero2": {"deepspeed__stage": 2, "student": DROPOUT},
     # A checkpoint averages the ranks' running statistics, so that both runs have to write it.
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
@@ -67,6 +111,9 @@ TWO_RANKS = {
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
+    "features_shard_zero2": features(2, teacher="shard", data="mixed"),
+    "features_llava_shard_zero3": features(3, teacher="shard", family="llava"),
+    **{f"bf16_features_zero{s}": features(s, training__dtype="bf16", data="mixed") for s in (0, 2, 3)},
     "eval_zero3": {"deepspeed__stage": 3, "data": "eval"},
     "eval_frozen_zero3": {
         "deepspeed__stage": 3,
@@ -78,11 +125,18 @@ TWO_RANKS = {
 }
 # Stopped after two steps and started again, to be compared with the run that was not.
 RESUMED = [*(f"zero{stage}" for stage in range(4)), "bf16_zero0", "bf16_zero2", "bf16_zero3"]
-RESUMED += ["dropout_zero2", "batchnorm_zero2", "ctkd_instance_zero3"]
+RESUMED += ["persistent_zero3", "dropout_zero2", "batchnorm_zero2", "ctkd_instance_zero3"]
+RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
 
+def sharded_inference(dtype: torch.dtype, settings: Any = engine._inference_config) -> dict:
+    config = settings(dtype)
+    return {**config, "zero_optimization": {**config["zero_optimization"], **WHOLLY_SHARDED}}
+
+
 def main(folder: Path) -> None:
+    engine._inference_config = sharded_inference
     processes = Processes("cpu")
     if processes.first:
         tiny.write_data(folder / "plain")
@@ -90,6 +144,7 @@ def main(folder: Path) -> None:
         tiny.write_data(folder / "language", text_only=tuple(range(24)))
         tiny.write_teacher(folder / "teacher")
         tiny.write_language_model(folder / "language_teacher")
+        tiny.write_pieces_teacher(folder / "pieces_teacher")
         tiny.write_llava(folder / "llava_teacher", layers=3)
         tiny.write_llava(folder / "llava_student", layers=2)
     processes.barrier()
@@ -112,11 +167,15 @@ def main(folder: Path) -> None:
 
 def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     family, stop = changes.pop("family", ""), changes.pop("stop", None)
+    if not changes.pop("persistent", False):
+        changes["deepspeed__zero_optimization"] = WHOLLY_SHARDED
     kind = changes.pop("data", "language" if family == "language" else "plain")
     if family == "llava":
         changes["student"] = {"path": str(folder / "llava_student")}
     elif family == "language":
         changes["student"] = {"decoder": tiny.settings()["decoder"]}
+    elif family == "pieces":
+        changes["student"] = {**tiny.settings(), "tokenizer": str(folder / "pieces_teacher" / "student")}
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
     placement = changes.pop("teacher", "replicate")
     plain = tiny.config(out, data, folder / f"{family}_teacher".lstrip("_"), **changes)
@@ -130,12 +189,15 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     before = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
     trainer.run()
     state = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
+    learned = torch.nn.ModuleList(m for m in trainer.engine.task.losses.modules() if isinstance(m, torch.nn.Linear))
+    weights = state | {f"losses.{name}": tensor for name, tensor in trainer.engine.whole_state(learned).items()}
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if processes.first else []
     return {
         "metrics": metrics,
         "statistics": processes.gather([b.tolist() for n, b in trainer.student.named_buffers() if "running_" in n]),
-        "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in state.items()},
         "held_out": held_out(trainer, processes),
+        "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in weights.items()},
+        "exported": sorted(load_file(out / "student" / "model.safetensors")) if processes.first else [],
         "t": processes.gather([t.loss.metrics()["t"] for t in trainer.terms if "t" in t.loss.metrics()]),
         "moved": {name: not torch.equal(tensor, before[name]) for name, tensor in state.items()},
         "teacher_keys": [k for k in trainer.engine.task.state_dict() if "teacher" in k],
@@ -148,7 +210,7 @@ def held_out(trainer: Trainer, processes: Processes) -> float:
     trainer.engine.train(False)
     sums = []
     for batch in trainer.dataset[0].batches:
-        targets = trainer.guide.outputs(batch) if trainer.guide is not None else None
+        targets = trainer.guide.outputs(batch, trainer.features) if trainer.guide is not None else None
         loss, _ = trainer.engine(batch, targets)
         assert not loss.requires_grad
         sums.append(loss)

@@ -20,7 +20,8 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenarios")
-    paths = os.pathsep.join([str(HERE), str(HERE.parent / "support")])
+    # The tree that this file lies in first, wherever the package is installed from.
+    paths = os.pathsep.join(map(str, [HERE.parents[1], HERE, HERE.parent / "support"]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     script = str(HERE / "scenarios.py")
     # Not a fixed one, which another run on this machine may hold.
@@ -75,6 +76,9 @@ def test_every_zero_stage_equals_none(results, world, name):
         ("shard_zero3", "zero2"),
         ("llava_shard_zero3", "llava_zero3"),
         ("language_shard_zero2", "language_zero0"),
+        ("features_shard_zero2", "features_zero2"),
+        ("features_llava_shard_zero3", "features_llava_zero3"),
+        ("uld_shard_zero3", "uld_zero2"),
     ],
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):
@@ -104,6 +108,10 @@ def test_ranks_agree_on_running_statistics(results):
 
 def test_activation_checkpointing_changes_nothing(results):
     same_weights(results(1, "zero2"), results(1, "checkpointing_zero2"), 1e-6)
+    for stage in (0, 3):
+        plain, again = results(1, f"features_zero{stage}"), results(1, f"features_checkpointing_zero{stage}")
+        assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
+        same_weights(plain, again, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["zero0", "mixed_zero3", "bf16_zero2"])
@@ -116,6 +124,29 @@ def test_t_is_the_same_on_every_rank(results, name):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bfloat16_follows_float32(results, stage):
     assert losses(results(2, f"bf16_zero{stage}")) == pytest.approx(losses(results(2, "zero0")), rel=5e-3)
+    features = losses(results(2, f"bf16_features_zero{stage}"))
+    assert features == pytest.approx(losses(results(2, "features_zero0")), rel=2e-2)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_projections_of_features_are_learned_and_not_exported(results, stage):
+    result = results(2, f"features_zero{stage}")
+    projections = [name for name in result["weights"] if name.startswith("losses.")]
+    # Two pairs of layers, the vision encoders and the projectors: a weight and a bias each.
+    assert len(projections) == 8
+    assert result["exported"]
+    assert not [name for name in result["exported"] if not name.startswith(("vision_encoder", "projector", "decoder"))]
+    assert all(result["moved"].values())
+    assert losses(result)[-1] < 0.7 * losses(result)[0]
+
+
+def test_what_a_loss_does_not_reach_stays(results):
+    for stage in range(4):
+        moved = results(2, f"layer_zero{stage}")["moved"]
+        assert moved["decoder.model.layers.0.mlp.up_proj.weight"]
+        assert moved["projector.layers.0.weight"]
+        moved = results(2, f"images_zero{stage}")["moved"]
+        assert all(changed for name, changed in moved.items() if name.startswith("vision_encoder."))
 
 
 @pytest.mark.parametrize(

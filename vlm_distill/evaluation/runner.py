@@ -94,6 +94,7 @@ def evaluate(
     world: int = 1,
     all_gather: AllGather | None = None,
     out: Path | None = None,
+    resume: str | None = None,
     load: Callable[[ImageSource], Image.Image] = load_image,
     skipped: list[Problem] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -111,6 +112,9 @@ def evaluate(
         limit: ask only this many questions, evenly spaced over the source.
         all_gather: gives every rank's list to every rank; needed when ``world`` > 1.
         out: folder for ``predictions.jsonl`` and ``scores.json``, written by rank 0.
+        resume: names this model with its settings; then every rank writes its batches to ``out/unfinished`` as they
+            come, and an evaluation that was cut short goes on under the same name, on any number of ranks, to the same
+            predictions.
         load: decodes an image.
         skipped: receives the samples that were left out, of all ranks.
         progress: called with (questions done over all ranks, questions in all) after each batch.
@@ -122,31 +126,87 @@ def evaluate(
         raise ValueError("evaluation on several ranks needs all_gather")
     rows = sorted(evenly_spaced(len(source), limit), key=lambda i: (source.size(i), i))
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    rounds = math.ceil(len(batches) / world)
-    mine = [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
-
-    dummy = _first_good(model, source, rows, load)
-    predictions: list[Prediction] = []
-    problems: list[Problem] = []
-    for done, (loaded, unread) in enumerate(_load_ahead(source, mine, load), start=1):
-        problems += unread
-        if dummy is not None:
-            answered, refused = _answer(model, loaded, dummy, max_new_tokens)
-            predictions += answered
-            problems += refused
-        if progress is not None:
-            progress(min(done * world * batch_size, len(rows)), len(rows))
-
+    journal = None
+    if resume is not None and out is not None:
+        journal = _Journal(out / "unfinished", [resume, source.name, rows, batch_size, max_new_tokens], rank)
+    results = journal.finished() if journal is not None and rank == 0 else {}
     if all_gather is not None:
-        predictions = [p for part in all_gather(predictions) for p in part]
-        problems = [p for part in all_gather(problems) for p in part]
+        results = all_gather([results])[0][0]
+    left = [number for number in range(len(batches)) if number not in results]
+    rounds = math.ceil(len(left) / world)
+    mine = [left[i] if i < len(left) else None for i in range(rank, rounds * world, world)]
+
+    dummy = _first_good(model, source, rows, load) if left else None
+    before, made = len(batches) - len(left), {}
+    for done, (loaded, problems) in enumerate(
+        _load_ahead(source, [[] if number is None else batches[number] for number in mine], load), start=1
+    ):
+        predictions: list[Prediction] = []
+        if dummy is not None:
+            predictions, refused = _answer(model, loaded, dummy, max_new_tokens)
+            problems = problems + refused
+        if (number := mine[done - 1]) is not None:
+            made[number] = predictions, problems
+            if journal is not None:
+                journal.add(number, predictions, problems)
+        if progress is not None:
+            progress(min((before + done * world) * batch_size, len(rows)), len(rows))
+
+    for part in [made] if all_gather is None else [part for parts in all_gather([made]) for part in parts]:
+        results |= part
+    predictions = [p for answered, _ in results.values() for p in answered]
+    problems = [p for _, unread in results.values() for p in unread]
     predictions.sort(key=lambda p: p.index)
     problems.sort(key=lambda p: p.line)
     if skipped is not None:
         skipped += problems
     if out is not None and rank == 0:
         write_predictions(out, predictions, problems)
+        if journal is not None:
+            journal.remove()
     return predictions
+
+
+_Results = dict[int, tuple[list[Prediction], list[Problem]]]
+
+
+class _Journal:
+    """What is answered so far, a batch a line, in one file for each rank.
+
+    Args:
+        folder: of the journals; there is one while an evaluation is unfinished.
+        settings: all that an answer depends on. Batches of another evaluation in the folder are not taken for ours.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, settings: Any, rank: int) -> None:
+        self.folder = folder
+        self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        self.rank = rank
+
+    def finished(self) -> _Results:
+        results: _Results = {}
+        for path in sorted(self.folder.glob(f"{self.key}-*.jsonl")):
+            for line in path.read_text("utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # a line that a kill cut short
+                predictions = [Prediction(**fields) for fields in entry["predictions"]]
+                results[entry["batch"]] = predictions, [Problem(**fields) for fields in entry["problems"]]
+        return results
+
+    def add(self, batch: int, predictions: Sequence[Prediction], problems: Sequence[Problem]) -> None:
+        entry = {"batch": batch, "predictions": [*map(asdict, predictions)], "problems": [*map(asdict, problems)]}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{self.key}-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
+            # The line break comes first, so that a line which a kill cut short spoils no other.
+            file.write("\n" + json.dumps(entry, ensure_ascii=False))
+
+    def remove(self) -> None:
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
+        self.folder.rmdir()
 
 
 def evenly_spaced(n: int, limit: int | None) -> list[int]:

@@ -8,14 +8,24 @@ from typing import Any
 
 from data.errors import UserError
 
-from .base import DistillationLoss, Progress, RowResult, Term
+from .base import DistillationLoss, Loss, Progress, RowResult, Term
 from .ctkd import CTKD
 from .diagnostics import Diagnostics
 from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from .dkd import DKD
+from .features import (
+    FeatureLoss,
+    FeatureTerm,
+    HiddenStates,
+    MiniLM,
+    ProjectorFeatures,
+    VisionFeatures,
+    wanted_features,
+)
 from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
 from .taid import TAID
 from .topk import TopKTargets
+from .uld import ULD
 
 __all__ = [
     "CTKD",
@@ -24,14 +34,21 @@ __all__ = [
     "KD",
     "TAID",
     "TVD",
+    "ULD",
     "AdaptiveKL",
     "CrossEntropy",
     "Diagnostics",
     "DistillationLoss",
+    "FeatureLoss",
+    "FeatureTerm",
     "ForwardKL",
+    "HiddenStates",
     "HiddenTargets",
+    "Loss",
     "LossSums",
+    "MiniLM",
     "Progress",
+    "ProjectorFeatures",
     "ReverseKL",
     "RowResult",
     "SkewForwardKL",
@@ -39,12 +56,14 @@ __all__ = [
     "Term",
     "TermSums",
     "TopKTargets",
+    "VisionFeatures",
     "available",
     "build",
     "fused_linear",
+    "wanted_features",
 ]
 
-_LOSSES: dict[str, type[DistillationLoss]] = {
+_LOSSES: dict[str, type[DistillationLoss] | type[FeatureLoss]] = {
     "taid": TAID,
     "forward_kl": ForwardKL,
     "reverse_kl": ReverseKL,
@@ -56,17 +75,27 @@ _LOSSES: dict[str, type[DistillationLoss]] = {
     "kd": KD,
     "dkd": DKD,
     "ctkd": CTKD,
+    "uld": ULD,
     "cross_entropy": CrossEntropy,
+    "hidden_states": HiddenStates,
+    "vision_features": VisionFeatures,
+    "projector_features": ProjectorFeatures,
+    "minilm": MiniLM,
     "diagnostics": Diagnostics,
 }
 
 
-def available() -> dict[str, str]:
-    """The names that ``build`` knows, each with one line about the loss."""
-    return {name: (inspect.getdoc(loss) or "").splitlines()[0] for name, loss in _LOSSES.items()}
+def available(kind: type[Loss] = Loss) -> dict[str, str]:
+    """The names that ``build`` knows, each with one line about the loss.
+
+    Args:
+        kind: ``DistillationLoss`` or ``FeatureLoss`` for those alone.
+    """
+    known = {name: loss for name, loss in _LOSSES.items() if issubclass(loss, kind)}
+    return {name: (inspect.getdoc(loss) or "").splitlines()[0] for name, loss in known.items()}
 
 
-def build(name: str, **params: Any) -> DistillationLoss:
+def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
     """A loss by its name.
 
     Args:

@@ -1,4 +1,4 @@
-"""DistillationLoss: what a loss between teacher and student logits is, to the chunked engine and to the trainer."""
+"""What a loss is to the trainer, and DistillationLoss: one between logits, as the chunked engine sees it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.batch import Groups
 from data.errors import UserError
+
+from .kernels import Form
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class RowResult:
     """A loss on some rows.
 
     Attributes:
-        loss: ``[N]`` nats.
+        loss: ``[N]`` nats; ``[G]`` of groups.
         grad: ``[N, V]``, the derivative of each row's loss by that row's student logits; ``None`` unless asked for.
         signals: per-row quantities ``[N]``, named as in the loss's ``signals``.
         learned: derivatives of the summed loss by what ``DistillationLoss.learned()`` gives, made with ``grad``.
@@ -47,23 +50,40 @@ class RowResult:
     learned: Sequence[Tensor] = ()
 
 
-class DistillationLoss(nn.Module):
-    """One loss, row by row. ``forward`` is its definition; a subclass may add a closed form of the gradient.
+class Loss(nn.Module):
+    """What the trainer knows of any loss.
 
     Attributes:
-        needs: what the loss reads beside the student's logits: of ``{"teacher", "targets"}``.
+        needs: what the loss reads beside the student's side: of ``{"teacher", "targets"}``.
         signals: names of the quantities whose means over an optimizer step ``update`` is given.
-        takes_topk: whether ``categories`` is there, for teachers of whom only the likeliest tokens are known.
-        scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     signals: tuple[str, ...] = ()
-    takes_topk: bool = False
-    scratch: int = 8
 
     def __init__(self) -> None:
         super().__init__()  # no parameters, which nn.Module's own signature does not say
+
+    def update(self, signals: Mapping[str, float], progress: Progress) -> None:
+        """Called once after every optimizer step, with the means of the signals over all rows of all ranks."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log beside the loss."""
+        return {}
+
+
+class DistillationLoss(Loss):
+    """One loss, row by row. ``forward`` is its definition; a subclass may add a closed form of the gradient.
+
+    Attributes:
+        takes_topk: whether ``categories`` is there, for teachers of whom only the likeliest tokens are known.
+        takes_groups: whether ``grouped`` is there, for teachers with another tokenizer.
+        scratch: how many ``[N, V]`` buffers ``rows`` holds at its peak beside its arguments; sizes the blocks of rows.
+    """
+
+    takes_topk: bool = False
+    takes_groups: bool = False
+    scratch: int = 8
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         """The definition, differentiable by autograd.
@@ -91,6 +111,10 @@ class DistillationLoss(nn.Module):
             gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         return RowResult(loss.detach(), gradient)
 
+    def streamed(self) -> Form | None:
+        """The loss as the kernels compute it, from tiles of the vocabulary; ``None`` if it needs whole rows."""
+        return None
+
     def prepare(self, categories: int) -> None:
         """Makes what parameters of its own the loss has, for so many tokens or classes; called once before training."""
 
@@ -113,17 +137,24 @@ class DistillationLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def update(self, signals: Mapping[str, float], progress: Progress) -> None:
-        """Called once after every optimizer step, with the means of the signals over all rows of all ranks."""
+    def grouped(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, groups: Groups, *, grad: bool
+    ) -> RowResult:
+        """The loss of groups of rows, otherwise as ``rows``; only if ``takes_groups``.
 
-    def metrics(self) -> dict[str, float]:
-        """What to log beside the loss."""
-        return {}
+        Args:
+            student_logits: ``[N, V]``, every row in a group.
+            teacher_logits: ``[M, V']``, every row in a group.
+            targets: int64 ``[N]``, the student's right tokens.
+            groups: G of them, with the teacher's right tokens.
+            grad: whether to make the gradient.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the training loss."""
+    """One summand of the training loss that compares logits."""
 
     name: str
     loss: DistillationLoss

@@ -24,6 +24,8 @@ from .base import (
     softmax_,
     upcast,
 )
+from .kernels import Form, Kind
+from .kernels import rows as kernel_rows
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -48,11 +50,13 @@ class Divergence(DistillationLoss):
     """
 
     label: ClassVar[str]
+    kind: ClassVar[Kind | None] = None
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = check_number(f"loss {self.label}: temperature", temperature, 0.0, above=True)
         self.factor = 1.0
+        self.share = 0.0
         # The tail's mass at another temperature cannot be known from its mass at 1.
         self.takes_topk = self.temperature == 1.0
 
@@ -75,6 +79,9 @@ class Divergence(DistillationLoss):
         """
         raise NotImplementedError
 
+    def streamed(self) -> Form | None:
+        return None if self.kind is None else Form(self.kind, self.share, self.temperature, self.factor)
+
     def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.between(log_p, log_q), {}
 
@@ -86,6 +93,10 @@ class Divergence(DistillationLoss):
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
+        form = self.streamed()
+        if form is not None and student_logits.is_cuda:
+            loss, gradient, _ = kernel_rows(form, upcast(student_logits), upcast(teacher_logits), grad=grad)
+            return RowResult(loss, gradient)
         student, teacher = soften_(student_logits, teacher_logits, self.temperature)
         loss, gradient = self.between_(softmax_(teacher), softmax_(student), grad=grad)
         if self.factor != 1.0:
@@ -99,6 +110,7 @@ class ForwardKL(Divergence):
     """Forward KL, KL(p‖q): the student covers all that the teacher may say (Hinton et al., 2015)."""
 
     label = "forward_kl"
+    kind = Kind.FORWARD_KL
     scratch = 2
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -129,6 +141,7 @@ class ReverseKL(Divergence):
     """
 
     label = "reverse_kl"
+    kind = Kind.REVERSE_KL
     scratch = 2
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -148,14 +161,19 @@ class JSD(Divergence):
     """
 
     label = "jsd"
+    kind = Kind.JSD
     scratch = 3
 
     def __init__(self, beta: float = 0.5, temperature: float = 1.0, convention: str = "paper") -> None:
         super().__init__(temperature)
-        self.beta = check_number("loss jsd: beta", beta, 0.0, 1.0)
+        self.beta = self.share = check_number("loss jsd: beta", beta, 0.0, 1.0)
         self._limit: Divergence | None = None
         if check_choice("loss jsd: convention", convention, ("paper", "limit")) == "limit" and self.beta in (0.0, 1.0):
             self._limit = ForwardKL() if self.beta == 0.0 else ReverseKL()
+
+    def streamed(self) -> Form | None:
+        kind = self.kind if self._limit is None else self._limit.kind
+        return None if kind is None else Form(kind, self.share, self.temperature)
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if self._limit is not None:
@@ -184,13 +202,14 @@ class _Skew(Divergence):
 
     def __init__(self, alpha: float = 0.1, temperature: float = 1.0) -> None:
         super().__init__(temperature)
-        self.alpha = check_number(f"loss {self.label}: alpha", alpha, 0.0, 1.0, above=True)
+        self.alpha = self.share = check_number(f"loss {self.label}: alpha", alpha, 0.0, 1.0, above=True)
 
 
 class SkewForwardKL(_Skew):
     """Skew forward KL, KL(p‖α p + (1−α) q) (Ko et al., DistiLLM, 2024); α near 0 is forward KL."""
 
     label = "skew_forward_kl"
+    kind = Kind.SKEW_FORWARD_KL
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl_divergence(log_p, _log_mixture(log_p, log_q, self.alpha))
@@ -209,6 +228,7 @@ class SkewReverseKL(_Skew):
     """Skew reverse KL, KL(q‖(1−α) p + α q) (Ko et al., DistiLLM, 2024); finite where the teacher rules a token out."""
 
     label = "skew_reverse_kl"
+    kind = Kind.SKEW_REVERSE_KL
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl_divergence(log_q, _log_mixture(log_p, log_q, 1.0 - self.alpha))
@@ -231,6 +251,7 @@ class TVD(Divergence):
     """
 
     label = "tvd"
+    kind = Kind.TVD
     scratch = 3
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -313,6 +334,9 @@ class CrossEntropy(DistillationLoss):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         log_q = upcast(student_logits).log_softmax(-1)
         return -log_q.gather(-1, need_targets(targets).unsqueeze(-1)).squeeze(-1)
+
+    def streamed(self) -> Form:
+        return Form(Kind.CROSS_ENTROPY, t=0.0)
 
     @torch.no_grad()
     def rows(

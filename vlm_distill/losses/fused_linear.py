@@ -16,7 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, Term
+from data.batch import Groups
+
+from .base import DistillationLoss, Term, need_targets
+from .groups import group_chunks
+from .tiles import Tiles
 from .topk import SCRATCH as TOPK_SCRATCH
 from .topk import TopKTargets, topk_rows
 
@@ -74,6 +78,8 @@ class LossSums:
     terms: dict[str, TermSums]
 
 
+# Loops over chunks and sums in place gain nothing from torch.compile, and its default backend gets them wrong.
+@torch.compiler.disable
 def fused_linear(
     terms: Sequence[Term] | DistillationLoss,
     student_hidden: Tensor,
@@ -82,8 +88,10 @@ def fused_linear(
     targets: Tensor | None = None,
     *,
     distilled: Tensor | None = None,
+    groups: Groups | None = None,
     scales: Mapping[str, float] | None = None,
     chunk_bytes: int | None = None,
+    recompute: bool = False,
 ) -> LossSums:
     """Sums of losses over rows of hidden states, with the gradient already made.
 
@@ -100,21 +108,26 @@ def fused_linear(
             no term needs a teacher.
         targets: int64 ``[N]``, the tokens to predict; may be ``None`` if no term needs them.
         distilled: bool ``[N]``, the rows that terms with a teacher see (default: all). Other terms see every row.
+        groups: of the student's N and the teacher's M rows, in place of ``distilled`` where tokenizers differ.
         scales: a factor for each term's sum, by name; 1 where none is given.
-        chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row needs more.
-            Default: 128 MiB on a CPU, 1 GiB elsewhere.
+        chunk_bytes: limit of the ``[rows, V]`` buffers alive at once, exceeded only where one row or group needs more.
+            Default: 128 MiB on a CPU, 1 GiB elsewhere; with ``recompute`` 4 MiB and 1 GiB.
+        recompute: form the logits in tiles of tokens × vocabulary, once for the losses and again for the gradient, so
+            that memory beside the gradients depends on neither number; two products more, or four where a loss compares
+            with a mixture. Only for losses with a ``streamed`` form, not for top-k teachers nor for groups.
 
     Returns:
         ``loss`` = Σ over terms of weight · scale · sum over its rows. It hangs in the graph also when N is 0, so that
         the head and the hidden states get (zero) gradients. There are no second derivatives.
 
     Raises:
-        ValueError: no terms, two of one name, one that needs a teacher or targets where there are none, or more of the
-            teacher than its likeliest tokens; or teacher and student differ in rows or vocabulary.
+        ValueError: no terms, two of one name, one that needs a teacher or targets where there are none, more of the
+            teacher than its likeliest tokens, whole rows of logits with ``recompute``, or rows in pairs where there are
+            groups; or teacher and student differ in rows or vocabulary.
     """
     if isinstance(terms, DistillationLoss):
         terms = [Term("loss", terms)]
-    _check(terms, teacher, targets)
+    _check(terms, teacher, targets, groups, recompute)
     if not any("teacher" in term.loss.needs for term in terms):
         teacher = None
     recording = torch.is_grad_enabled()
@@ -136,17 +149,19 @@ def fused_linear(
             if isinstance(teacher, HiddenTargets):
                 assert teacher_weight is not None
                 other = _Side(teacher.head, teacher.hidden, teacher_weight, student.dtype)
-                _same("rows", len(student_hidden), len(teacher.hidden))
-                _same("tokens in the vocabulary", len(weight), len(teacher_weight))
+                if groups is None:
+                    _same("rows", len(student_hidden), len(teacher.hidden))
+                if not all(term.loss.takes_groups for term in terms if "teacher" in term.loss.needs):
+                    _same("tokens in the vocabulary", len(weight), len(teacher_weight))
             elif teacher is not None:
                 other = teacher
                 _same("rows", len(student_hidden), len(teacher.ids))
             wanted = [recording and x is not None and x.requires_grad for x in inputs]
-            work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes)
+            work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes, recompute)
             work.learned = {
                 name: [torch.zeros_like(v, dtype=student.dtype) for v in vs] for name, vs in learned.items()
             }
-            work.run(distilled)
+            work.run(distilled, groups)
             total = work.total()
             made = [*work.gradients, *(value for values in work.learned.values() for value in values)]
             pairs = zip(made, inputs, strict=True)
@@ -156,7 +171,13 @@ def fused_linear(
     return LossSums(total, work.sums)
 
 
-def _check(terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, targets: Tensor | None) -> None:
+def _check(
+    terms: Sequence[Term],
+    teacher: HiddenTargets | TopKTargets | None,
+    targets: Tensor | None,
+    groups: Groups | None,
+    recompute: bool,
+) -> None:
     names = [term.name for term in terms]
     if not names:
         raise ValueError("the loss has no term")
@@ -170,6 +191,14 @@ def _check(terms: Sequence[Term], teacher: HiddenTargets | TopKTargets | None, t
             raise ValueError(
                 f"term {term.name!r} of the loss needs the teacher's whole distribution, not its top tokens"
             )
+        if groups is not None and "teacher" in term.loss.needs:
+            if not term.loss.takes_groups:
+                raise ValueError(f"term {term.name!r} of the loss compares token by token, and groups were given")
+            need_targets(targets)
+        if recompute and term.loss.streamed() is None:
+            raise ValueError(f"term {term.name!r} of the loss needs whole rows of logits, which recompute never forms")
+    if recompute and isinstance(teacher, TopKTargets):
+        raise ValueError("recompute needs the teacher's hidden states, not its top tokens")
 
 
 def _same(what: str, student: int, teacher: int) -> None:
@@ -212,11 +241,11 @@ class _Side:
         self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
         self.scale, self.softcap = head.scale, head.softcap
 
-    def logits_(self, hidden: Tensor, out: Tensor) -> None:
-        """Logits of ``hidden [n, H]`` into ``out [n, V]``."""
-        torch.mm(hidden, self.weight.t(), **self.output, out=out)
+    def logits_(self, hidden: Tensor, out: Tensor, tile: slice = slice(None)) -> None:
+        """Logits of ``hidden [n, H]`` for the ``v`` tokens of a tile into ``out [n, v]``."""
+        torch.mm(hidden, self.weight[tile].t(), **self.output, out=out)
         if self.bias is not None:
-            out.add_(self.bias)
+            out.add_(self.bias[tile])
         if self.scale != 1.0:
             out.mul_(self.scale)
         if self.softcap is not None:
@@ -239,10 +268,12 @@ class _Pass:
         targets: Tensor | None,
         wanted: Sequence[bool],
         chunk_bytes: int | None,
+        recompute: bool,
     ) -> None:
         # Terms with a teacher last, so that only they may need copies of its logits.
         self.terms = sorted(terms, key=lambda term: "teacher" in term.loss.needs)
-        self.student, self.teacher, self.targets = student, teacher, targets
+        self.student, self.teacher, self.targets, self.recompute = student, teacher, targets, recompute
+        self.teacher_side = teacher if isinstance(teacher, _Side) else None
         self.factors = {term.name: term.weight * scales.get(term.name, 1.0) for term in terms}
         zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
         self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
@@ -250,17 +281,19 @@ class _Pass:
         self.gradients = [zero.new_zeros(s) if want else None for s, want in zip(shapes, wanted[:3], strict=True)]
         self.learned: dict[str, list[Tensor]] = {}
         self.grad = any(wanted)
-        on_cpu = zero.device.type == "cpu"
-        self.chunk_bytes = chunk_bytes or (CHUNK_BYTES_CPU if on_cpu else CHUNK_BYTES)
-        self.block_bytes = BLOCK_BYTES_CPU if on_cpu else BLOCK_BYTES
+        self.on_cpu = zero.device.type == "cpu"
+        self.chunk_bytes = chunk_bytes  # as asked for; tiles have other defaults
 
     def total(self) -> Tensor:
         summands = [self.factors[name] * sums.loss for name, sums in self.sums.items()]
         return torch.stack(summands).sum()
 
-    def run(self, distilled: Tensor | None) -> None:
+    def run(self, distilled: Tensor | None, groups: Groups | None) -> None:
         device, count = self.student.hidden.device, len(self.student.hidden)
-        if self.teacher is None or distilled is None:
+        if isinstance(self.teacher, _Side) and groups is not None:
+            distilled = self._groups(groups, self.teacher)
+            self._rows((~distilled).nonzero().squeeze(1), [t for t in self.terms if "teacher" not in t.loss.needs])
+        elif self.teacher is None or distilled is None:
             self._rows(torch.arange(count, device=device), self.terms)
         else:
             self._rows(distilled.nonzero().squeeze(1), self.terms)
@@ -270,21 +303,24 @@ class _Pass:
         """Those terms on those rows, chunk by chunk."""
         if not len(rows) or not terms:
             return
+        # A GPU takes the kernels wherever they know every loss; a CPU is faster in small blocks of whole rows.
+        known = all(term.loss.streamed() is not None for term in terms) and not isinstance(self.teacher, TopKTargets)
+        if self.recompute or (known and not self.on_cpu):
+            Tiles(self, terms, len(rows), recompute=self.recompute).run(rows)
+            return
+        chunk_bytes, block_bytes = self._limits()
         teacher = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         vocabulary = len(self.student.weight)
         row_bytes = vocabulary * self.student.dtype.itemsize
-        # A term's scratch, its copies of the logits if others follow, every term's gradient, the soft-cap's slope.
-        copies = 2 if len(terms) > 1 else 0
-        scratch = max(TOPK_SCRATCH if isinstance(teacher, TopKTargets) else 0, *(t.loss.scratch for t in terms))
-        buffers = scratch + copies + len(terms) + (self.student.softcap is not None)
-        block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * buffers)) // row_bytes)
+        buffers = self._buffers(terms, TOPK_SCRATCH if isinstance(teacher, TopKTargets) else 0)
+        block = max(1, min(block_bytes, chunk_bytes // (2 * buffers)) // row_bytes)
         whole = teacher if isinstance(teacher, _Side) else None
         kept = 1 if whole is None else 2
-        chunk = max(1, (self.chunk_bytes // row_bytes - block * buffers) // kept)
+        chunk = max(1, (chunk_bytes // row_bytes - block * buffers) // kept)
         chunk = min(chunk, len(rows))
 
         student_logits = self.student.weight.new_empty(chunk, vocabulary, dtype=self.student.dtype)
-        teacher_logits = None if whole is None else torch.empty_like(student_logits)
+        teacher_logits = None if whole is None else student_logits.new_empty(chunk, len(whole.weight))
         for index in rows.split(chunk):
             hidden = self.student.hidden[index].to(self.student.operand)
             z = student_logits[: len(index)]
@@ -301,6 +337,44 @@ class _Pass:
             if self.grad:
                 self._accumulate(index, hidden, z)
 
+    def _limits(self) -> tuple[int, int]:
+        """Bytes of a chunk's buffers, and of one buffer of a block."""
+        chunk_bytes = self.chunk_bytes or (CHUNK_BYTES_CPU if self.on_cpu else CHUNK_BYTES)
+        return chunk_bytes, BLOCK_BYTES_CPU if self.on_cpu else BLOCK_BYTES
+
+    def _buffers(self, terms: Sequence[Term], least: int = 0) -> int:
+        """Buffers ``[rows, V]`` of a block.
+
+        A term's scratch, its copies of the logits if others follow, every term's gradient, the soft-cap's slope.
+        """
+        scratch = max(least, *(term.loss.scratch for term in terms))
+        return scratch + (2 if len(terms) > 1 else 0) + len(terms) + (self.student.softcap is not None)
+
+    def _groups(self, groups: Groups, teacher: _Side) -> Tensor:
+        """All terms on the rows of the groups; returns which rows those are, bool ``[N]``."""
+        itemsize = self.student.dtype.itemsize
+        student_bytes, teacher_bytes = len(self.student.weight) * itemsize, len(teacher.weight) * itemsize
+        buffers, (chunk_bytes, block_bytes) = self._buffers(self.terms), self._limits()
+        block = min(block_bytes, chunk_bytes // (2 * buffers))
+        limits = 2 * block, chunk_bytes - block * buffers
+        seen = torch.zeros(len(self.student.hidden), dtype=torch.bool, device=self.student.hidden.device)
+        for blocks in group_chunks(groups, (student_bytes, teacher_bytes), *limits):
+            index, others = (torch.cat(rows) for rows in zip(*((b.student, b.teacher) for b in blocks), strict=True))
+            seen[index] = True
+            hidden = self.student.hidden[index].to(self.student.operand)
+            z = hidden.new_empty(len(index), len(self.student.weight), dtype=self.student.dtype)
+            self.student.logits_(hidden, z)
+            teacher_logits = z.new_empty(len(others), len(teacher.weight))
+            teacher.logits_(teacher.hidden[others].to(teacher.operand), teacher_logits)
+            ours = z.split([len(b.student) for b in blocks])
+            theirs = teacher_logits.split([len(b.teacher) for b in blocks])
+            for part, mine, other in zip(blocks, ours, theirs, strict=True):
+                targets = None if self.targets is None else self.targets[part.student]
+                self._block(self.terms, mine, other, targets, None, part.groups)
+            if self.grad:
+                self._accumulate(index, hidden, z)
+        return seen
+
     def _block(
         self,
         terms: Sequence[Term],
@@ -308,6 +382,7 @@ class _Pass:
         teacher: Tensor | None,
         targets: Tensor | None,
         top: tuple[Tensor, Tensor] | None,
+        groups: Groups | None = None,
     ) -> None:
         """Adds a block's sums; leaves the gradient of the weighted sum where the student's logits were."""
         slope = self.student.slope(student) if self.grad else None
@@ -324,7 +399,10 @@ class _Pass:
                 other = teacher if learns else None
                 if other is not None and not last:
                     other = other.clone()
-                result = term.loss.rows(own, other, targets, grad=grad)
+                if other is not None and groups is not None:
+                    result = term.loss.grouped(own, other, need_targets(targets), groups, grad=grad)
+                else:
+                    result = term.loss.rows(own, other, targets, grad=grad)
             sums = self.sums[term.name]
             sums.loss += result.loss.sum()
             sums.count += len(result.loss)

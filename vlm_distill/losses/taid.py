@@ -33,6 +33,8 @@ from .divergences import (
     SkewReverseKL,
     kl_divergence,
 )
+from .kernels import Form
+from .kernels import rows as kernel_rows
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
 _DIVERGENCES: dict[str, type[Divergence]] = {
@@ -94,8 +96,10 @@ class TAID(DistillationLoss):
         # Only the released rule reads the target's entropy, which costs a pass over the logits.
         if schedule == "paper":
             self.signals = ("kl", "cross_entropy")
-        alone = schedule != "paper" and isinstance(self.divergence, ForwardKL)
-        self.scratch = max(2 if alone else 3, self.divergence.scratch)
+        elif schedule == "adaptive":
+            self.signals = ("kl", "slope")
+        alone = len(self.signals) == 1 and isinstance(self.divergence, ForwardKL)
+        self.scratch = max(2 if alone else 3 if schedule != "adaptive" else 5, self.divergence.scratch)
         # Plain floats and not buffers: casting the module to bfloat16 would round a buffer.
         self._t = self.t_start
         self._momentum = 0.0
@@ -129,13 +133,47 @@ class TAID(DistillationLoss):
         other = teacher.log_softmax(-1).mul_(self.power).add_(math.log(self._t))
         return torch.logaddexp(own, other, out=teacher).div_(self.power)
 
+    def _slope(self, size: Tensor, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """dKL(p_t‖q)/d log t ``[N]``, the student held still.
+
+        With ρ = log p_t/q it is the covariance under p_t of ρ and t·dρ/dt. The latter is ρ itself where logits are
+        mixed, and (1 − e^(−r (ρ + c)))/r for a power r, e^c being the sum that normalises p_t; both up to a constant.
+
+        Args:
+            size: ``[N, 1]``, c; not read where logits are mixed.
+            p, log_p, log_q: ``[N, V]``.
+        """
+        ratio = torch.where(p > 0, log_p - log_q, 0.0)
+        weighted = p * ratio
+        if self.power != 0.0:
+            ratio = ratio.add_(size).mul_(-self.power).expm1_().div_(-self.power)
+        return (weighted * ratio).sum(-1) - weighted.sum(-1) * ratio.mul_(p).sum(-1)
+
+    def _size(self, mixed: Tensor) -> Tensor:
+        """The logarithm ``[N, 1]`` of the sum that normalises a target; 0 for the teacher's own, which is not mixed."""
+        whole = self.power == 0.0 or self._t == 1.0
+        return mixed.new_zeros(len(mixed), 1) if whole else mixed.logsumexp(-1, keepdim=True)
+
+    def streamed(self) -> Form | None:
+        # Mixing probabilities takes both normalisers before there is a target.
+        form = self.divergence.streamed() if self.power == 0.0 else None
+        return None if form is None else form._replace(t=self._t)
+
     @torch.no_grad()
     def rows(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
+        form = self.streamed()
+        if form is not None and student_logits.is_cuda:
+            loss, gradient, measured = kernel_rows(form, upcast(student_logits), upcast(teacher_logits), grad=grad)
+            return RowResult(loss, gradient, {name: measured[name] for name in self.signals})
         student = upcast(student_logits)
-        p, q = softmax_(self._mixed(student, upcast(teacher_logits))), softmax_(student)
+        mixed = self._mixed(student, upcast(teacher_logits))
+        size = self._size(mixed)
+        p, q = softmax_(mixed), softmax_(student)
         signals: dict[str, Tensor] = {}
+        if "slope" in self.signals:
+            signals["slope"] = self._slope(size, p.probs, p.log_probs, q.log_probs)
         if "cross_entropy" in self.signals:
             signals["cross_entropy"] = entropy(p.log_probs, p.probs)
         if isinstance(self.divergence, ForwardKL):
@@ -150,11 +188,14 @@ class TAID(DistillationLoss):
 
     def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         own = log_q.detach()
-        target = self._mixed(own.clone(), log_p.clone()).log_softmax(-1)
+        mixed = self._mixed(own.clone(), log_p.clone())
+        target = mixed.log_softmax(-1)
         loss = self.divergence.between(target, log_q)
         signals = {"kl": loss if isinstance(self.divergence, ForwardKL) else kl_divergence(target, own)}
         if "cross_entropy" in self.signals:
             signals["cross_entropy"] = signals["kl"] + entropy(target, target.exp())
+        if "slope" in self.signals:
+            signals["slope"] = self._slope(self._size(mixed), target.exp(), target, own)
         return loss, signals
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
@@ -166,7 +207,7 @@ class TAID(DistillationLoss):
         elif self.schedule == "exponential":
             proposed = self.t_start + span * math.expm1(-self.rate * done) / math.expm1(-self.rate)
         elif self.schedule == "adaptive":
-            proposed = self._adaptive(float(signals.get("kl", math.nan)), progress)
+            proposed = self._adaptive(signals, progress)
         elif self.schedule == "paper":
             loss = float(signals.get("cross_entropy", math.nan))
             if math.isfinite(loss):
@@ -177,9 +218,11 @@ class TAID(DistillationLoss):
                 self._previous = loss
         self._t = max(self._t, min(self.t_end, proposed))
 
-    def _adaptive(self, kl: float, progress: Progress) -> float:
+    def _adaptive(self, signals: Mapping[str, float], progress: Progress) -> float:
         steps = max(progress.steps, 1)
-        pace = self._pace.after(kl / self._t**2 if self._t > 0.0 else math.nan, steps)
+        pace = self._pace.after(
+            float(signals.get("kl", math.nan)), float(signals.get("slope", math.nan)), self._t, steps
+        )
         floor = self.t_start + (self.t_end - self.t_start) * ((progress.step + 1) / steps) ** _FLOOR_POWER
         return max(floor, self._t + self.rate * pace * (self.t_end - self._t) / steps)
 
@@ -202,32 +245,37 @@ _FLOOR_POWER = 3.0
 class Pace:
     """How fast TAID's adaptive t may go: 0 to 2, 1 where the student's gap shrinks at the rate of e² a run.
 
-    The gap is KL(p_t‖q)/t². For logits that t mixes, KL(p_t‖q) = t²·s²/2 + O(t³), s² the variance under q of
-    teacher − student logits: dividing by t² takes out what t itself does to the KL, and leaves how far the student is
-    from its teacher. Its logarithm's slope over training is estimated by two exponential means of time constants of 1
-    and 5 % of the run, whose means lie 4 % of it apart; the pace is 2·sigmoid(slope − 2). A non-finite gap leaves
-    everything alone.
+    The gap is KL(p_t‖q) less what t itself has done to it: from step to step the logarithm of the KL is lowered by
+    e·Δlog t, e = dlog KL(p_t‖q)/dlog t of a student that does not change, the mean of both steps'. So the gap of a
+    student that learns nothing stays as it is, however t moves. Its logarithm's slope over training is estimated by two
+    exponential means of time constants of 1 and 5 % of the run, whose means lie 4 % of it apart; the pace is
+    2·sigmoid(slope − 2). A non-finite gap leaves everything alone.
     """
 
     FAST, SLOW, NEUTRAL = 0.01, 0.05, 2.0
 
-    def __init__(self, fast: float = 0.0, slow: float = 0.0, seen: int = 0) -> None:
-        self._fast, self._slow, self._seen = float(fast), float(slow), int(seen)
+    def __init__(self, *state: float) -> None:
+        self._fast, self._slow, self._seen, self._by_t, self._t, self._elasticity = state or (0.0,) * 6
 
-    def state(self) -> tuple[float, float, int]:
-        return self._fast, self._slow, self._seen
+    def state(self) -> tuple[float, ...]:
+        return self._fast, self._slow, self._seen, self._by_t, self._t, self._elasticity
 
-    def after(self, gap: float, steps: int) -> float:
-        """The pace after one more step of a run of ``steps``."""
-        if math.isfinite(gap) and gap > 0.0:
+    def after(self, kl: float, slope: float, t: float, steps: int) -> float:
+        """The pace after one more step of a run of ``steps``, from its KL(p_t‖q), dKL/dlog t, and the t of both."""
+        if math.isfinite(kl) and math.isfinite(slope) and kl > 0.0 and t > 0.0:
+            elasticity = slope / kl
+            if self._t > 0.0:
+                self._by_t += (elasticity + self._elasticity) / 2.0 * math.log(t / self._t)
+            self._t, self._elasticity = t, elasticity
+            gap = kl * math.exp(-self._by_t)
             self._seen += 1
             # Plain means until the exponential ones have seen their share: no value before the first weighs in.
             self._fast += (gap - self._fast) / min(self._seen, max(1.0, self.FAST * steps))
             self._slow += (gap - self._slow) / min(self._seen, max(1.0, self.SLOW * steps))
         if self._seen < max(2.0, self.SLOW * steps):
             return 1.0
-        slope = (math.log(self._slow) - math.log(self._fast)) / (self.SLOW - self.FAST)
-        return 2.0 * _sigmoid(slope - self.NEUTRAL)
+        shrinking = (math.log(self._slow) - math.log(self._fast)) / (self.SLOW - self.FAST)
+        return 2.0 * _sigmoid(shrinking - self.NEUTRAL)
 
 
 def _divergence(given: str | Mapping[str, Any]) -> Divergence:

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data.conversation import message_text
 from data.errors import BadSample
 
@@ -31,9 +34,14 @@ DEFAULT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Span:
-    """An answer in the rendered text, in characters: it begins at ``start``, and its own text ends at ``stop``."""
+    """An answer in the rendered text, in characters.
+
+    It begins at ``start``, blanks that the template writes before its own text included, which goes from ``text`` to
+    ``stop``.
+    """
 
     start: int
+    text: int
     stop: int
 
 
@@ -64,7 +72,7 @@ def find_answers(render: Render, messages: Sequence[dict[str, Any]]) -> tuple[st
             if text.startswith(opening):
                 raise BadSample("chat template rewrites the answer", f"writes {text[start:begin][:40]!r} before it")
             start = begin
-        spans.append(Span(start, stop))
+        spans.append(Span(start, begin, stop))
     return text, spans
 
 
@@ -118,6 +126,27 @@ def mark_tokens(
                 trailing.append(token)
             token += 1
     return supervised, ends
+
+
+def token_places(offsets: Sequence[tuple[int, int]], supervised: Sequence[bool], spans: Sequence[Span]) -> Tensor:
+    """Where the supervised tokens stand in the answers' own texts.
+
+    Args:
+        offsets: of each token, characters of the rendered text.
+        supervised: from :func:`mark_tokens`.
+        spans: from :func:`find_answers`.
+
+    Returns:
+        ``Encoded.places``, int64 ``[n, 3]``.
+    """
+    places = []
+    answer = 0
+    for (a, b), marked in zip(offsets, supervised, strict=True):
+        if marked:
+            while answer + 1 < len(spans) and spans[answer + 1].start < b:
+                answer += 1
+            places.append((answer, a - spans[answer].text, b - spans[answer].text))
+    return torch.tensor(places, dtype=torch.int64).reshape(-1, 3)
 
 
 def special_ids(tokenizer: Any) -> set[int]:

@@ -20,8 +20,9 @@ from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
-from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids
+from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids, token_places
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
+from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, Processor, VisionLanguageModel
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
@@ -98,9 +99,10 @@ class ComposedProcessor(Processor):
             offsets += [(at + a, at + b) for a, b in coded["offset_mapping"]]
             at += len(piece)
         supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
-        return self._encoded(
-            ids, supervised, ends, [self.transform(image) for image in images] if self.transform else []
-        )
+        pixels = [self.transform(image) for image in images] if self.transform else []
+        encoded = self._encoded(ids, supervised, ends, pixels)
+        encoded.places = token_places(offsets, supervised, spans)
+        return encoded
 
     def _encoded(self, ids: list[int], supervised: list[bool], ends: list[bool], pixels: list[Tensor]) -> Encoded:
         input_ids = torch.tensor(ids, dtype=torch.long)
@@ -201,21 +203,26 @@ class ComposedVLM(VisionLanguageModel):
         return super().end_tokens | self._ends | generation_ends(self.decoder)
 
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
-        """See the interface. ``features`` may name ``vision_encoder`` (``[images, T, D]``) and ``projector``
-        (``[images, tokens, H]``), which are there when the batch has an image.
-
-        Raises:
-            ValueError: another feature is asked for.
-        """
-        unknown = set(features) - {"vision_encoder", "projector"}
-        if unknown:
-            raise ValueError(f"unknown features {sorted(unknown)}; a composed model has vision_encoder and projector")
-        embeddings, found = self._embed(inputs)
+        embeddings, images = self._embed(inputs)
         # The base model, not the whole decoder: its output layer must never run on every token.
-        hidden = self.decoder.base_model(
-            inputs_embeds=embeddings, use_cache=False, **self._sequence(inputs)
-        ).last_hidden_state
-        return Outputs(hidden.flatten(0, 1)[positions], {name: found[name] for name in features if name in found})
+        body = self.decoder.base_model
+        states = wanted_states(features, body)
+        options = {"output_hidden_states": states} if states else {}
+        output = body(inputs_embeds=embeddings, use_cache=False, **self._sequence(inputs), **options)
+        hidden = output.last_hidden_state.flatten(0, 1)[positions]
+        kept = getattr(output, "hidden_states", None)
+        found = decoder_features(features, body, hidden, kept, positions)
+        return Outputs(hidden, found | {name: images[name] for name in features if name in images})
+
+    def feature_shape(self, name: str) -> tuple[int | None, int]:
+        if name in IMAGES:
+            if self.vision_encoder is None:
+                raise UserError(f"feature {name}: a language model sees no images")
+            if name == "vision":
+                return self.vision_encoder.tokens, self.vision_encoder.width
+            assert isinstance(self.processor, ComposedProcessor)
+            return self.processor.tokens, self.decoder.get_input_embeddings().embedding_dim
+        return None, decoder_width(name, self.decoder.base_model)
 
     def _embed(self, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self.decoder.get_input_embeddings()(inputs["input_ids"])
@@ -227,7 +234,7 @@ class ComposedVLM(VisionLanguageModel):
         projected = self.projector(features)
         mask = inputs["image_mask"].unsqueeze(-1)
         embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
-        return embeddings, {"vision_encoder": features, "projector": projected}
+        return embeddings, {"vision": features, "projector": projected}
 
     def _sequence(self, inputs: ModelInputs) -> dict[str, Tensor]:
         names = ("attention_mask", "position_ids") if self._takes_positions else ("attention_mask",)

@@ -11,6 +11,7 @@ from torch import nn
 from data.errors import UserError
 
 from .composed import ComposedVLM
+from .features import decoder_layers
 from .interface import VisionLanguageModel
 from .pretrained import PretrainedVLM, lm_head
 
@@ -76,10 +77,10 @@ def _text_model(model: VisionLanguageModel) -> Any:
 
 
 def _layers(body: Any) -> tuple[nn.ModuleList, str]:
-    for name, module in body.named_children():
-        if isinstance(module, nn.ModuleList) and len(module) == body.config.num_hidden_layers:
-            return module, name
-    raise UserError(f"from_teacher: not known where {type(body).__name__} keeps its layers; choose another teacher")
+    found = decoder_layers(body)
+    if found is None:
+        raise UserError(f"from_teacher: not known where {type(body).__name__} keeps its layers; choose another teacher")
+    return found
 
 
 def count_parameters(model: VisionLanguageModel) -> dict[str, int]:

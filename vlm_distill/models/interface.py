@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, count_images
+from data.errors import BadSample
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
 
@@ -26,7 +27,7 @@ class Outputs:
 
     Attributes:
         hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the asked positions.
-        features: further activations that were asked for, by name.
+        features: further activations that were asked for, by the names of :meth:`VisionLanguageModel.forward`.
     """
 
     hidden: Tensor
@@ -81,11 +82,32 @@ class LMHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[N, V]`` of ``hidden [N, H]``: the definition that the chunked losses are held to."""
         with self.weight() as weight:
-            logits = hidden.float() @ weight.float().T
-            if self.bias is not None:
-                logits = logits + self.bias.float()
+            return self._logits(hidden, weight)
+
+    def logprobs(self, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
+        """Log-probabilities ``[N]`` of the tokens ``targets [N]``, from logits of so many rows at a time."""
+        found = [hidden.new_zeros(0, dtype=torch.float32)]
+        with self.weight() as weight:
+            for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+                logits = self._logits(part, weight)
+                found.append(logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
+        return torch.cat(found)
+
+    def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden.float() @ weight.float().T
+        if self.bias is not None:
+            logits = logits + self.bias.float()
         logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _last_answer(row: Encoded) -> Tensor:
+    """Places of the tokens of a sample's last answer, its end tokens left out."""
+    tokens = (row.supervised & ~row.ends).nonzero().flatten()
+    if not len(tokens):
+        raise BadSample("empty answer", "the chat template renders it as nothing")
+    gaps = (tokens.diff() > 1).nonzero()
+    return tokens[int(gaps[-1]) + 1 :] if len(gaps) else tokens
 
 
 def _with_adapters(layer: Any) -> Tensor:
@@ -179,7 +201,28 @@ class VisionLanguageModel(nn.Module, ABC):
         Args:
             inputs: from ``processor.collate``, on this model's device.
             positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the sequence.
-            features: names of further activations to return.
+            features: names of further activations to return. Nothing is kept of those not asked for.
+
+                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings with the images', K the
+                  K-th layer's output; the last, which is also −1, is after the final norm: ``Outputs.hidden`` itself.
+                - ``vision``: ``[images, tokens, C]``, what the vision encoder gives to the projector.
+                - ``projector``: ``[images, tokens, H]``, what the projector gives to the decoder.
+                - ``queries``, ``keys``, ``values``: ``[N, heads · head width]``, the outputs of the projections in the
+                  last layer's attention at ``positions``, before rotary positions and norms of single heads; where
+                  several queries share a key, keys and values have fewer heads.
+
+                Those of images are there when the batch has an image, dummy rows' images among them.
+
+        Raises:
+            UserError: there is no such feature, or this model cannot give it.
+        """
+
+    @abstractmethod
+    def feature_shape(self, name: str) -> tuple[int | None, int]:
+        """A feature's number of tokens an image (``None``: not one of images, or known by running alone) and its width.
+
+        Raises:
+            UserError: as in :meth:`forward`.
         """
 
     @abstractmethod
@@ -234,6 +277,46 @@ class VisionLanguageModel(nn.Module, ABC):
         logprobs = torch.stack(record.columns[:steps], 1).tolist() if steps else [[] for _ in encoded]
         rows = zip(new.tolist(), logprobs, strict=True)
         return [self._answer(ids[:steps], row) for ids, row in rows][: len(prompts)]
+
+    @torch.no_grad()
+    def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Log-likelihoods in nats of given answers: the sum over an answer's tokens, its end token left out.
+
+        One forward for all of them together.
+
+        Args:
+            prompts: as in :meth:`generate`.
+            options: the answers to each prompt, at least one.
+
+        Raises:
+            BadSample: the chat template renders an answer as nothing, or not as it is.
+        """
+        rows, answers = [], []
+        for (conversation, images), texts in zip(prompts, options, strict=True):
+            prompt = conversation.prompt()
+            for text in texts:
+                message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+                answered = replace(prompt, messages=(*prompt.messages, message))
+                row = self.processor.encode(answered, images[: count_images(prompt.messages)])
+                rows.append(row)
+                answers.append(_last_answer(row))
+        count = len(rows)
+        if self.processor.has_vision and not any(row.images for row in rows) and self.synced:
+            rows.append(self.processor.dummy())
+        inputs = self.processor.collate(rows)
+        length = inputs["input_ids"].shape[1]
+        places = torch.cat([row * length + tokens for row, tokens in enumerate(answers)])
+        targets = inputs["input_ids"].flatten()[places]
+        device = next(self.parameters()).device
+        training = self.training
+        self.eval()
+        try:
+            hidden = self(inputs.to(device, self.dtype), (places - 1).to(device)).hidden
+        finally:
+            self.train(training)
+        logprobs = self.head.logprobs(hidden, targets.to(device)).cpu()
+        scores = iter([part.sum().item() for part in logprobs.split([len(tokens) for tokens in answers])][:count])
+        return [[next(scores) for _ in texts] for texts in options]
 
     def _encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         # Only an answer at the very end is left out: after a question the earlier answers are its history.

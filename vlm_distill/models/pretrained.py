@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
-from data.errors import BadSample
+from data.errors import BadSample, UserError
 
-from .chat import Span, find_answers, mark_tokens, rendered, special_ids
+from .chat import Span, find_answers, mark_tokens, rendered, special_ids, token_places
 from .common import checkpoint_layers, first_line
+from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
 
 #: Causal LMs of which Transformers multiplies the logits by ``logits_scaling`` where Granite divides by it.
@@ -99,7 +101,8 @@ class PretrainedProcessor(Processor):
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         marks = mark_tokens(text, coded["offset_mapping"], coded["input_ids"], spans, self._special)
         supervised, ends = self._carry(coded["input_ids"], input_ids.tolist(), marks)
-        return Encoded(input_ids, supervised, ends, len(images), tensors)
+        places = token_places(coded["offset_mapping"], marks[0], spans)
+        return Encoded(input_ids, supervised, ends, len(images), tensors, places)
 
     def _process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         bos = self.tokenizer.bos_token
@@ -208,11 +211,66 @@ class PretrainedVLM(VisionLanguageModel):
         return super().end_tokens | self._ends | generation_ends(self.model)
 
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
-        if features:
-            raise ValueError(f"{type(self.model).__name__} returns no features; asked for {list(features)}")
         # The base model, not its decoder: some models put vision features into deeper layers too.
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return Outputs(hidden.flatten(0, 1)[positions])
+        base, body = self.model.base_model, self.model.get_decoder()
+        given: dict[str, Any] = dict(inputs)
+        found: dict[str, Tensor] = {}
+        if any(name in IMAGES for name in features) and "pixel_values" in inputs:
+            # The tower runs here, once, and the model goes on from what it gave.
+            seen = base.get_image_features(**self._image_inputs(inputs), return_dict=True)
+            given = {k: v for k, v in given.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": seen}}
+            found = self._image_features(seen, features)
+        states = wanted_states(features, body)
+        if states:
+            given["output_hidden_states"] = states
+        output = base(**given, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)[positions]
+        kept = getattr(output, "hidden_states", None)
+        return Outputs(hidden, decoder_features(features, body, hidden, kept, positions) | found)
+
+    def feature_shape(self, name: str) -> tuple[int | None, int]:
+        config, body = self.model.config, self.model.get_decoder()
+        if name not in IMAGES:
+            return None, decoder_width(name, body)
+        base = self.model.base_model
+        asked = signature(base.get_image_features).parameters if hasattr(base, "get_image_features") else {}
+        dummy = self.processor.dummy()
+        # Grids and sizes are asked for where images are cut into tiles or keep their shape.
+        various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
+        whole = "pixel_values" in dummy.tensors and dummy.tensors["pixel_values"].shape[:-3].numel() == 1
+        width = getattr(config.vision_config, "hidden_size", None)
+        enters = "mm_encoder_outputs" in signature(base.forward).parameters
+        if not (asked and whole and width and enters) or various:
+            raise UserError(
+                f"feature {name}: {config.model_type} gives no features of equally many tokens an image; "
+                "leave out the losses on images"
+            )
+        if name == "projector":
+            return int(self.processor.image_tokens(dummy).sum()), body.config.hidden_size
+        return None, width * len(self._vision_layers() or [0])
+
+    def _image_inputs(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        asked = signature(self.model.base_model.get_image_features).parameters
+        return {name: tensor for name, tensor in inputs.items() if name in asked}
+
+    def _vision_layers(self) -> list[int]:
+        """The tower's hidden states that the projector reads; none where it reads the final output."""
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        return list(layers) if isinstance(layers, list | tuple) else [] if layers is None else [layers]
+
+    def _image_features(self, seen: Any, features: Sequence[str]) -> dict[str, Tensor]:
+        """``vision`` and ``projector``, ``[images, tokens, width]``, of what ``get_image_features`` returned."""
+        found: dict[str, Tensor] = {}
+        if "projector" in features:
+            projected = seen.pooler_output
+            found["projector"] = projected if isinstance(projected, Tensor) else torch.stack(list(projected))
+        if "vision" in features:
+            states = seen.hidden_states
+            layers = self._vision_layers() if states else []
+            vision = torch.cat([states[i] for i in layers], -1) if layers else seen.last_hidden_state
+            classed = getattr(self.model.config, "vision_feature_select_strategy", None) == "default"
+            found["vision"] = vision[:, 1:] if classed else vision
+        return found
 
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
         return self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.batch import DistillationBatch
 from vlm_distill.losses import HiddenTargets
 
 from .interface import Outputs, Processor, VisionLanguageModel
+
+
+@dataclass
+class TeacherOutputs:
+    """A teacher's side of a micro-batch: what the losses on logits learn from, and its features by name."""
+
+    targets: HiddenTargets
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Teacher(ABC):
@@ -24,8 +34,13 @@ class Teacher(ABC):
     processor: Processor
 
     @abstractmethod
-    def outputs(self, batch: DistillationBatch) -> HiddenTargets:
-        """Hidden states ``[N, H]`` at the positions of ``batch.teacher``, with the head that makes logits of them."""
+    def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
+        """Hidden states ``[N, H]`` at the positions of ``batch.teacher``, with the head that makes logits of them.
+
+        Args:
+            batch: on this rank's device.
+            features: names of further activations, as in ``VisionLanguageModel.forward``.
+        """
 
 
 class ModelTeacher(Teacher):
@@ -43,8 +58,8 @@ class ModelTeacher(Teacher):
 
     # Not inference_mode: its tensors cannot be saved for the student's backward.
     @torch.no_grad()
-    def outputs(self, batch: DistillationBatch) -> HiddenTargets:
+    def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         assert batch.teacher is not None
         inputs = batch.teacher.inputs.to(batch.targets.device, self.model.dtype)
-        outputs: Outputs = self._run(inputs, batch.teacher.positions)
-        return HiddenTargets(outputs.hidden, self.model.head)
+        outputs: Outputs = self._run(inputs, batch.teacher.positions, features)
+        return TeacherOutputs(HiddenTargets(outputs.hidden, self.model.head), outputs.features)

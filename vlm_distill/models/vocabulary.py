@@ -34,6 +34,14 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
     return n
 
 
+def separate_heads(*models: VisionLanguageModel) -> None:
+    """Cuts each model's head to the ids that its own tokenizer has: what embeddings are padded with is no token."""
+    for model in models:
+        model.head.vocabulary = None
+        with model.head.weight() as weight:
+            model.head.vocabulary = min(max(model.processor.tokenizer.get_vocab().values()) + 1, weight.shape[0])
+
+
 def align_heads(student: VisionLanguageModel, teacher: VisionLanguageModel) -> int:
     """Cuts both heads to the ids that both models share, and returns their number.
 

@@ -48,13 +48,15 @@ class InspectedModel:
 class InspectedSample:
     """A sample, its images, and how each model (``student``, ``teacher``) receives it.
 
-    ``problem`` says why training would leave the sample out.
+    ``problem`` says why training would leave the sample out. ``groups``, where the tokenizers differ, are the student's
+    and the teacher's tokens that are compared.
     """
 
     title: str
     images: list[Image.Image] = field(default_factory=list)
     models: dict[str, InspectedModel] = field(default_factory=dict)
     problem: str | None = None
+    groups: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Run(NamedTuple):
@@ -91,6 +93,11 @@ def visible(piece: str) -> str:
     return piece.replace("\t", "→\t").replace("\r", "␍").replace("\n", "↵\n")
 
 
+def group_text(group: tuple[str, str]) -> str:
+    """The tokens of both models; once where they are the same."""
+    return group[0] if group[0] == group[1] else f"{group[0]} = {group[1]}"
+
+
 def render_terminal(samples: Sequence[InspectedSample], console: Console) -> None:
     """Prints the samples; pictures in half blocks where the terminal has colours, else their size."""
     legend = Text("  ").join(Text(f" {name} ", _STYLES[kind]) for kind, name in _LEGEND)
@@ -106,6 +113,10 @@ def render_terminal(samples: Sequence[InspectedSample], console: Console) -> Non
                 content = run.label if run.kind == "image" else "".join(map(visible, run.pieces))
                 text.append(content, _STYLES[run.kind])
             parts += [Text.assemble((name, "bold"), (f"  {counts(model)}", "dim")), Padding(text, (0, 0, 1, 2))]
+        if sample.groups:
+            compared = Text("  ").join(Text(visible(group_text(group)), _STYLES["answer"]) for group in sample.groups)
+            title = Text.assemble(("groups", "bold"), (f"  {len(sample.groups)}, student = teacher", "dim"))
+            parts += [title, Padding(compared, (0, 0, 1, 2))]
         row = Table.grid(padding=(0, 2))
         pictures = [_blocks(image) if console.color_system else _size(image) for image in sample.images]
         row.add_row(*([Group(*pictures)] if pictures else []), Group(*parts))
@@ -146,6 +157,7 @@ def render_html(samples: Sequence[InspectedSample], path: Path) -> Path:
                     "problem": sample.problem,
                     "images": [{**image_uri(image.copy(), _PAGE_IMAGE), "size": image.size} for image in sample.images],
                     "models": [(name, counts(model), token_runs(model)) for name, model in sample.models.items()],
+                    "groups": [group_text(group) for group in sample.groups],
                 }
                 for sample in samples
             ],

@@ -17,12 +17,13 @@ from data.images import load_image
 from data.sources import Source, open_source
 from vlm_distill import losses, models
 from vlm_distill.config import DataSection, ModelSection, RunConfig, SourceSection
-from vlm_distill.losses import Term
+from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.vocabulary import align_heads, separate_heads
 
 from .engine import Processes, ShardedModel, gather_parameters, loading_in_shards
 
@@ -45,13 +46,18 @@ def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
     return micro, batch // (micro * world)
 
 
-def build_terms(config: RunConfig) -> list[Term]:
+def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
     """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
-    terms: list[Term] = []
+    terms: list[Term | FeatureTerm] = []
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
         if "teacher" in loss.needs and config.teacher is None:
             raise UserError(f"loss {section.name} needs a teacher; add a teacher section or use cross_entropy alone")
+        whole_rows = isinstance(loss, DistillationLoss) and loss.streamed() is None
+        if config.training.recompute_logits and whole_rows:
+            raise UserError(
+                f"loss {section.name} needs whole rows of logits; leave it or training.recompute_logits out"
+            )
         for source in config.data.train:
             if "targets" in loss.needs and not source.labelled:
                 raise UserError(
@@ -59,8 +65,44 @@ def build_terms(config: RunConfig) -> list[Term]:
                 )
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
-        terms.append(Term(name, loss, section.weight))
+        if isinstance(loss, FeatureLoss):
+            terms.append(FeatureTerm(name, loss, section.weight))
+        else:
+            terms.append(Term(name, loss, section.weight))
     return terms
+
+
+# Which of a student's parts a loss on images pulls at.
+_BEHIND = {"vision": ("vision_encoder",), "projector": ("vision_encoder", "projector")}
+
+
+def prepare_losses(
+    terms: Sequence[Term | FeatureTerm], student: VisionLanguageModel, teacher: ModelTeacher | None
+) -> None:
+    """Tells the losses the models' vocabulary and features, so that what they learn themselves exists before training.
+
+    Raises:
+        UserError: a model cannot give what a loss reads, the two cannot be compared, or nothing would learn from it.
+    """
+    with student.head.weight() as weight:
+        vocabulary = len(weight)
+    for term in terms:
+        if isinstance(term, Term):
+            term.loss.prepare(vocabulary)
+            continue
+        assert teacher is not None
+        mine, others = term.loss.student_features, term.loss.teacher_features
+        shapes = []
+        for role, model, names in (("student", student, mine), ("teacher", teacher.model, others)):
+            try:
+                shapes.append({name: model.feature_shape(name) for name in names})
+            except UserError as error:
+                raise UserError(f"loss {term.name}: {role}: {error}") from None
+        for parts in (_BEHIND[name] for name in mine if name in _BEHIND):
+            behind = [student.parts[part] for part in parts if part in student.parts]
+            if not any(p.requires_grad for part in behind for p in part.parameters()):
+                raise UserError(f"loss {term.name}: it pulls at the {' and '.join(parts)}, which student.train freezes")
+        term.loss.prepare(*shapes)
 
 
 def open_sources(sections: Sequence[SourceSection]) -> list[Source]:
@@ -148,6 +190,38 @@ def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLangu
     if not trained_parameters(student):
         raise UserError("student.train: nothing is left to train")
     return student.train()
+
+
+def pair_vocabularies(
+    config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel, terms: Sequence[Term | FeatureTerm]
+) -> bool:
+    """Cuts both heads to the tokens that are compared; true where groups of tokens are, the tokenizers being different.
+
+    Raises:
+        UserError: different tokenizers, and a loss that compares them token by token or answers that are placeholders.
+    """
+    try:
+        align_heads(student, teacher)
+    except UserError as error:
+        learning = [term for term in terms if "teacher" in term.loss.needs]
+        others = [term.name for term in learning if not _spans_tokenizers(term)]
+        if others:
+            raise UserError(f"{error}, or learn from this teacher by uld alone, without {', '.join(others)}") from None
+        unlabelled = [source.path for source in config.data.train if not source.labelled]
+        reading = [term.name for term in learning if isinstance(term, Term)]
+        if reading and unlabelled:
+            raise UserError(
+                f"loss {reading[0]} reads the answers where tokenizers differ, and {unlabelled[0]} is not "
+                "labelled; leave one out"
+            ) from None
+        separate_heads(student, teacher)
+        return bool(learning)
+    return False
+
+
+def _spans_tokenizers(term: Term | FeatureTerm) -> bool:
+    """Whether a loss can learn from a teacher with another tokenizer."""
+    return term.loss.takes_groups if isinstance(term, Term) else term.loss.unit == "image"
 
 
 def trained_parameters(model: VisionLanguageModel) -> int:

@@ -27,15 +27,24 @@ from vlm_distill import losses
 from vlm_distill.config import RunConfig, save_config
 from vlm_distill.evaluation.runner import evaluate, in_words, summarise
 from vlm_distill.launch import cores
-from vlm_distill.losses import Progress, TermSums
+from vlm_distill.losses import FeatureTerm, Progress, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vocabulary import align_heads
 
 from . import checkpoint
-from .build import build_terms, image_loader, load_student, load_teacher, open_sources, split_batch, trained_parameters
-from .engine import Engine, Processes
+from .build import (
+    build_terms,
+    image_loader,
+    load_student,
+    load_teacher,
+    open_sources,
+    pair_vocabularies,
+    prepare_losses,
+    split_batch,
+    trained_parameters,
+)
+from .engine import Engine, Processes, gather_parameters
 from .schedule import learning_rate_factor
 from .task import DistillationTask
 from .tracking import Tracker
@@ -81,11 +90,10 @@ class Trainer:
         # After the teacher, so that a student starts from the same weights with and without one.
         torch.manual_seed(config.training.seed)
         student = load_student(config, self.teacher)
-        if self.teacher is not None:
-            align_heads(student, self.teacher.model)
-        with student.head.weight() as weight:
-            for term in terms:
-                term.loss.prepare(len(weight))
+        # Where the tokenizers differ, groups of tokens are compared.
+        self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
+        prepare_losses(terms, student, self.guide)
+        self.features = losses.wanted_features(terms)[1]
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
@@ -109,6 +117,7 @@ class Trainer:
             roots=[Path(root) for root in data.roots],
             max_pixels=data.max_pixels,
             on_bad=data.bad_samples,
+            grouped=self.grouped,
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
@@ -118,9 +127,12 @@ class Trainer:
             self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
         if processes.device.type == "cuda":
             student.to(processes.device)
-        self.engine = Engine(DistillationTask(student, terms), config, processes, self.accumulation)
+        task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
+        self.engine = Engine(task, config, processes, self.accumulation)
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
+        if config.deepspeed.stage == 3:
+            student.head.gather = gather_parameters  # for what reads the head outside the task's forward
 
     def run(self, until: int | None = None) -> Path:
         config, first = self.config, self.processes.first
@@ -157,12 +169,13 @@ class Trainer:
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
         torch.manual_seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
         counts, here = step.counts(), sum(batch.samples for batch in step.batches)
-        supervised, distilled, tokens, samples, problems = self.processes.sum(
-            [counts["supervised"], counts["distilled"], step.tokens, here, len(step.problems)]
+        supervised, distilled, images, tokens, samples, problems = self.processes.sum(
+            [counts["supervised"], counts["distilled"], counts["images"], step.tokens, here, len(step.problems)]
         )
         if problems:
             self._record(step)
         rows = {t.name: distilled if "teacher" in t.loss.needs else supervised for t in self.terms}
+        rows |= {t.name: images for t in self.terms if isinstance(t, FeatureTerm) and t.loss.unit == "image"}
         scales = {name: world / count if count else 0.0 for name, count in rows.items()}
         lr = config.optimizer.lr * learning_rate_factor(
             step.index, self.steps, config.optimizer.schedule, config.optimizer.warmup, config.optimizer.min_lr_ratio
@@ -173,7 +186,7 @@ class Trainer:
         norm: float | None = None
         for micro in step.batches:
             batch = micro.to(self.processes.device)
-            targets = self.guide.outputs(batch) if self.guide is not None else None
+            targets = self.guide.outputs(batch, self.features) if self.guide is not None else None
             loss, terms = self.engine(batch, targets, scales)
             self.engine.backward(loss)
             norm = self.engine.step(lr)
@@ -281,16 +294,17 @@ class Trainer:
             try:
                 conversation = self.dataset.mixture.sources[source][row]
                 images = [self.load_image(image) for image in conversation.images]
-                pairs.append(
-                    encode_pair(conversation, images, self.student.processor, teacher.processor, data.max_length)
-                )
+                models = self.student.processor, teacher.processor
+                pairs.append(encode_pair(conversation, images, *models, data.max_length, grouped=self.grouped))
             except BadSample:
                 continue
         if not pairs:
             return None
-        batch = collate(pairs, self.student.processor, teacher.processor).to(self.processes.device)
-        outputs = teacher.outputs(batch)
-        sums = losses.fused_linear(losses.build("cross_entropy"), outputs.hidden, outputs.head, None, batch.targets)
+        batch = collate(pairs, self.student.processor, teacher.processor, grouped=self.grouped)
+        batch = batch.to(self.processes.device)
+        outputs = teacher.outputs(batch).targets
+        loss = losses.CrossEntropy()
+        sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
         with outputs.head.weight() as weight:
             limit = _SUSPECT_TEACHER * math.log(len(weight))
         term = sums.terms["loss"]
@@ -325,6 +339,7 @@ class Trainer:
             world=processes.world,
             all_gather=processes.gather,
             out=self.folder / "evaluation" / source.name / who if final else None,
+            resume=f"{who} after step {self.steps}" if final else None,
             load=self.load_image,
             skipped=skipped,
         )

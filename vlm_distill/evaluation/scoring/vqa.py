@@ -1,11 +1,25 @@
-"""VQA accuracy: the official normaliser and soft accuracy of the VQA challenge, and plain exact match.
+"""VQA accuracy: the normaliser and soft accuracy of the VQA challenge, and plain exact match.
 
 The rules are those of https://github.com/GT-Vision-Lab/VQA (Antol et al. 2015, "VQA: Visual Question Answering"),
-oddities included, so that scores can be compared with published ones.
+oddities included, so that scores can be compared with published ones; and what VLMEvalKit and lmms-eval, which has a
+second normaliser for TextVQA, made of them.
 """
 
+from __future__ import annotations
+
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from data.errors import UserError
+
+from .base import Row, Rules, Scores, Table, as_text, grouped, literal, mean, missing, prediction, reference_cell
+from .text import average
+
+#: Who normalises an answer how: the three rules, and lmms-eval's own way for TextVQA.
+Normaliser = Literal["official", "vlmevalkit", "lmms-eval", "lmms-eval-textvqa"]
 
 _NUMBERS = {
     word: str(number)
@@ -17,7 +31,9 @@ _NUMBERS = {
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_COMMAS_IN_NUMBER = re.compile(r"\d,+\d")
 _PERIOD = re.compile(r"\.(?!\d)")
+_PERIOD_APART_FROM_DIGITS = re.compile(r"(?<!\d)\.(?!\d)")
 
 # Written right; each is also recognised with any one of its apostrophes missing. "I" is absent because the official
 # table has it in upper case and looks it up in lower case; "let's" and "she's" because it maps them to themselves.
@@ -39,24 +55,33 @@ def _flatten(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalize(text: str) -> str:
-    """An answer as the official VQA evaluation compares it.
+def normalize(text: str, rules: Normaliser = "official") -> str:
+    """An answer as VQA evaluation compares it.
 
     In this order: line breaks and tabs become spaces; each punctuation mark is deleted where any one of its kind
     stands beside a space or the text holds a number with a comma, and becomes a space otherwise; the first 32 periods
     not followed by a digit are deleted; words are lower-cased, numbers up to ten become digits ("none" becomes 0),
     articles are dropped and missing apostrophes put back.
+
+    VLMEvalKit keeps a period after a digit, too ("3."). lmms-eval takes repeated commas for a number's ("3,,5"); for
+    TextVQA it first deletes commas and question marks and parts "'s" from its word.
     """
+    if rules == "lmms-eval-textvqa":
+        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     raw = _flatten(text)
-    delete_all = bool(_COMMA_IN_NUMBER.search(raw))
+    words = (_NUMBERS.get(word, word) for word in without_punctuation(raw, rules).lower().split())
+    return " ".join(_CONTRACTED.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def without_punctuation(raw: str, rules: Normaliser = "official") -> str:
+    """The text after the two steps about punctuation and periods; see ``normalize``."""
+    delete_all = bool((_COMMAS_IN_NUMBER if rules.startswith("lmms") else _COMMA_IN_NUMBER).search(raw))
     clean = raw
     for mark in _PUNCTUATION:
         delete = delete_all or f"{mark} " in raw or f" {mark}" in raw
         clean = clean.replace(mark, "" if delete else " ")
-    # The official code passes re.UNICODE, which is 32, where `sub` expects a count.
-    clean = _PERIOD.sub("", clean, count=32)
-    words = (_NUMBERS.get(word, word) for word in clean.lower().split())
-    return " ".join(_CONTRACTED.get(word, word) for word in words if word not in _ARTICLES)
+    # All three codes pass re.UNICODE, which is 32, where `sub` expects a count.
+    return (_PERIOD_APART_FROM_DIGITS if rules == "vlmevalkit" else _PERIOD).sub("", clean, count=32)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -85,9 +110,78 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
         raise ValueError("soft accuracy needs at least one reference answer")
     if len(answers) == 1:
         return float(normalize(prediction) == normalize(answers[0]))
+    return leave_one_out(prediction, answers)
+
+
+def leave_one_out(
+    prediction: str, answers: Sequence[str], rules: Normaliser = "official", *, ids: bool = True
+) -> float:
+    """VQA accuracy as the references compute it, single references included: those always score 0.
+
+    Args:
+        prediction, answers: raw texts.
+        rules: whose normaliser; the official code normalises only where the answers are not all the same.
+        ids: whether the answers are records with an ``answer_id``. Without it the official code and lmms-eval's VQAv2
+            leave out all equal answers together with the one.
+
+    Returns:
+        A score in 0…1. NaN without answers under VLMEvalKit, whose mean of nothing that is.
+
+    Raises:
+        UserError: there is no answer, under the other rules.
+    """
+    if not answers:
+        if rules == "vlmevalkit":
+            return math.nan
+        raise UserError("soft accuracy needs at least one reference answer")
     prediction, answers = _flatten(prediction), [_flatten(answer) for answer in answers]
-    if len(set(answers)) > 1:
-        prediction, answers = normalize(prediction), [normalize(answer) for answer in answers]
+    if rules != "official" or len(set(answers)) > 1:
+        prediction, answers = normalize(prediction, rules), [normalize(answer, rules) for answer in answers]
     matches = [answer == prediction for answer in answers]
     votes = sum(matches)
-    return sum(min(1.0, (votes - match) / 3) for match in matches) / len(matches)
+    # Without ids the equal answers go as one: nothing that matches is left beside an answer that does.
+    left_out = matches if ids else [votes * match for match in matches]
+    return mean(min(1.0, (votes - gone) / 3) for gone in left_out)
+
+
+def reference_records(row: Row) -> tuple[list[str], bool]:
+    """The answers of a VQA row, and whether they can be told apart: texts can, records only by an ``answer_id``.
+
+    Raises:
+        UserError: an answer is not text.
+    """
+    found = literal(row["answers"]) if "answers" in row else reference_cell(row)
+    found = list(found) if isinstance(found, list | tuple) else [found]
+    records = [answer for answer in found if isinstance(answer, Mapping)]
+    texts = [as_text(answer["answer"] if isinstance(answer, Mapping) else answer, "an answer") for answer in found]
+    return texts, all("answer_id" in record for record in records)
+
+
+def score_vqa(table: Table, *, rules: Rules = "official", textvqa: bool = False) -> Scores:
+    """VQAv2, OK-VQA and TextVQA: mean soft accuracy.
+
+    Official scores are per cent, rounded to two decimals, for each ``answer_type`` and ``question_type`` too. Those
+    rounded scores of each question are what the official means are of. lmms-eval scores 0 where the references are
+    hidden (``answers`` is empty, as in test splits); ``fallbacks`` counts them.
+
+    Args:
+        textvqa: whether lmms-eval's TextVQA normaliser is meant.
+    """
+    who: Normaliser = "lmms-eval-textvqa" if textvqa and rules == "lmms-eval" else rules
+    hidden = [rules == "lmms-eval" and missing(row.get("answers", ())) for row in table]
+    scores = []
+    for row, is_hidden in zip(table, hidden, strict=True):
+        answers, ids = reference_records(row) if not is_hidden else ([], True)
+        # VLMEvalKit, and lmms-eval for TextVQA, tell references apart by their place.
+        ids = ids or textvqa or rules == "vlmevalkit"
+        scores.append(0.0 if is_hidden else leave_one_out(prediction(row, rules), answers, who, ids=ids))
+    if rules != "official":
+        result = average(table, scores, "exact_match", percent=rules == "vlmevalkit")
+        return replace(result, fallbacks={"no reference": sum(hidden)})
+    percents = [round(100 * score, 2) for score in scores]
+    groups: dict[str, dict[str, float]] = {}
+    for name in ("answer_type", "question_type"):
+        of_group = grouped((row.get(name) for row in table), percents)
+        groups |= {f"{name}: {key}": {"accuracy": round(mean(values), 2)} for key, values in of_group.items()}
+    overall = round(mean(percents), 2) if percents else math.nan
+    return Scores("accuracy", overall, {"accuracy": overall}, groups, scores)

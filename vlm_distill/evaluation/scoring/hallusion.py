@@ -1,0 +1,121 @@
+"""HallusionBench: accuracy of answers, of figures and of questions; a figure or question is right if all of it is.
+
+Source: Guan et al. 2024, "HallusionBench".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data.errors import UserError
+
+from .base import Row, Rules, Scores, Table, column, grouped, mean, missing, prediction
+from .yes_no import read_by_index
+
+_PARTS = ("category", "subcategory", "set_id", "figure_id", "question_id")
+
+
+def score_hallusion(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
+    """aAcc, fAcc and qAcc; the main score is their mean, in per cent.
+
+    VLMEvalKit takes set, figure and question from the 4th to 6th parts of ``index``, joined by ``_``. lmms-eval has
+    them in columns. With the verdict of a judge in the column ``judge`` ("0" wrong, "1" right, "2" unclear) it scores
+    that, in per cent; without, an answer is yes if it contains "yes" and no otherwise, 0…1.
+
+    Raises:
+        UserError: an index has too few parts, a column is missing, a judged question is there twice.
+    """
+    if rules == "vlmevalkit":
+        return _by_index(table)
+    judged = [not missing(row.get("judge")) for row in table]
+    return _judged(table) if table and all(judged) else _by_yes(table)
+
+
+def has_yes(answer: str) -> str:
+    """lmms-eval without a judge: "1" if the answer contains "yes", else "0"."""
+    return "1" if "yes" in answer.lower() else "0"
+
+
+def _by_index(table: Table) -> Scores:
+    extracted, scores = read_by_index(table)
+    parts = [str(index).split("_") for index in column(table, "index")]
+    if short := [row["index"] for row, found in zip(table, parts, strict=True) if len(found) < 6]:
+        raise UserError(f"index {short[0]!r} of HallusionBench has no set, figure and question: six parts joined by _")
+    fine = column(table, "l2-category")
+    figures = [(kind, found[3], found[4]) for kind, found in zip(fine, parts, strict=True)]
+    questions = [(kind, found[3], found[5]) for kind, found in zip(fine, parts, strict=True)]
+
+    def metrics(rows: Sequence[int]) -> dict[str, float]:
+        here = [scores[i] for i in rows]
+        by_figure = grouped((figures[i] for i in rows), here)
+        by_question = grouped((questions[i] for i in rows), here)
+        return {
+            "aAcc": 100 * mean(here),
+            "fAcc": 100 * mean(map(min, by_figure.values())),
+            "qAcc": 100 * mean(map(min, by_question.values())),
+        }
+
+    overall = metrics(range(len(table)))
+    groups = {}
+    for name in ("category", "l2-category"):
+        for value in dict.fromkeys(row[name] for row in table if not missing(row.get(name))):
+            groups[str(value)] = metrics([i for i, row in enumerate(table) if row.get(name) == value])
+    unclear = sum(found == "Unknown" for found in extracted)
+    return Scores("mean", mean(overall.values()), overall, groups, scores, {"neither yes nor no": unclear})
+
+
+def _by_yes(table: Table) -> Scores:
+    for name in _PARTS:
+        column(table, name)
+    right = column(table, "gt_answer")
+    hits = [float(has_yes(prediction(row, "lmms-eval")) == str(a)) for row, a in zip(table, right, strict=True)]
+    by_figure = grouped((_key(row, "figure_id") for row in table), hits)
+    by_question = grouped((_key(row, "question_id") for row in table), hits)
+    overall = {
+        "aAcc": mean(hits),
+        "fAcc": mean(map(min, by_figure.values())),
+        "qAcc": mean(map(min, by_question.values())),
+    }
+    guessed = sum("yes" not in (text := prediction(row, "lmms-eval").lower()) and "no" not in text for row in table)
+    fallbacks = {"no for want of a yes": guessed}
+    judge = range(len(table))
+    return Scores("mean", 100 * mean(overall.values()), overall, {}, hits, fallbacks, judge)
+
+
+def _judged(table: Table) -> Scores:
+    for name in _PARTS:
+        column(table, name)
+    positions = [i for i, row in enumerate(table) if row["category"] in ("VD", "VS")]
+    names = [tuple(str(table[i][part]) for part in _PARTS) for i in positions]
+    if len(set(names)) < len(names):
+        raise UserError("a question of HallusionBench is there twice")
+    scores: list[float | None] = [None] * len(table)
+    for i in positions:
+        scores[i] = float(_verdict(table[i]))
+    hits = [scores[i] or 0.0 for i in positions]
+    # Without a figure there is none to be right about.
+    seen = [i for i in positions if not _no_figure(table[i])]
+    by_figure = grouped((_key(table[i], "figure_id") for i in seen), (scores[i] or 0.0 for i in seen))
+    by_question = grouped((_key(table[i], "question_id") for i in positions), hits)
+    overall = {
+        "aAcc": round(100 * mean(hits), 4),
+        "fAcc": round(100 * mean(map(min, by_figure.values())), 4),
+        "qAcc": round(100 * mean(map(min, by_question.values())), 4),
+    }
+    return Scores("mean", mean(overall.values()), overall, {}, scores)
+
+
+def _verdict(row: Row) -> bool:
+    verdict = str(row["judge"])
+    if verdict not in ("0", "1", "2"):
+        raise UserError(f"a judge's verdict is 0, 1 or 2, not {verdict!r}")
+    # "Unclear" is right about a figure that is not shown.
+    return verdict == "1" or (verdict == "2" and _no_figure(row))
+
+
+def _no_figure(row: Row) -> bool:
+    return row["category"] == "VS" and str(row["figure_id"]) == "0"
+
+
+def _key(row: Row, part: str) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("category", "subcategory", "set_id", part))

@@ -1,0 +1,229 @@
+"""Multiple choice as lmms-eval scores it: a rule for each benchmark, without a judge but for MMBench's second one."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from itertools import product
+
+from data.errors import UserError
+
+from .base import Row, Scores, Table, column, grouped, literal, mean, missing, prediction
+from .text import average, same_text
+
+#: Phrases before an answer, in lower case. Their first place in the answer counts.
+_PHRASES = (
+    *(
+        f"{the}{thing} is"
+        for the, thing in product(
+            ("", "the "),
+            ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice"),
+        )
+    ),
+    *(f"i {verb}" for verb in ("choose", "select", "pick")),
+    *(f"my {noun} is" for noun in ("answer", "choice")),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+#: How a letter may be written, with its rank; the letter's last place counts.
+_FORMS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
+#: How MMBench's first step knows a letter among the words, in the order in which it looks.
+_MMBENCH_FORMS = (
+    *("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({})."),
+    *(":{}", ":{},", ":{}.", ":{})", ":{})."),
+)
+_START, _END, _PHRASE, _ANYWHERE = 10, 9, 7, 0
+
+
+def extract_letter(answer: str, choices: Sequence[str] | None = None) -> str:
+    """The option letter of an answer, "" if none: MMStar, RealWorldQA, and MMBench where its own rules find nothing.
+
+    Every way in which a letter may be written has a rank; the highest wins, and the last of equal ones: alone at the
+    start, alone at the end, after a phrase such as "the answer is", "(A)", "A.", "A:", "A)", "A ", anywhere.
+
+    Args:
+        choices: capital letters; A…H by default.
+    """
+    letters = choices or string.ascii_uppercase[:8]
+    text = answer.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    bare = text.strip()
+    text = f" {text} "
+    if not bare:
+        return ""
+    found: list[tuple[int, int, str]] = []  # rank, place, letter
+    for form, rank in _FORMS:
+        found += [(rank, text.rfind(form.format(x)), x) for x in letters if form.format(x) in text]
+    # Places are those of the lower-cased text, as in lmms-eval, though a letter there may be two ("İ").
+    for phrase in _PHRASES:
+        if (place := text.lower().find(phrase)) >= 0:
+            after = place + len(phrase)
+            found += [(_PHRASE, text.find(x, after), x) for x in letters if x in text[after:]]
+    found += [(_START, 0, x) for x in letters if bare.startswith(x) and not bare[1:2].isalpha()]
+    found += [(_END, len(text) - 1, x) for x in letters if bare.endswith(x) and not bare[-2:-1].isalpha()]
+    found = found or [(_ANYWHERE, text.rfind(x), x) for x in letters if x in text]
+    return max(found, key=lambda candidate: candidate[:2])[2] if found else ""
+
+
+def ai2d_letter(answer: str) -> str:
+    """AI2D: the capital letter before a period at the start, or else the whole answer."""
+    found = re.match(r"\s*([A-Z])\.", answer)
+    return found[1] if found else answer
+
+
+def option_letter(index: object, options: Sequence[str]) -> str:
+    """The letter of the option at ``index``, a number or its text, from 0; a negative one counts from the end.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    try:
+        position = int(str(index))
+    except ValueError:
+        raise UserError(f"the reference answer {index!r} is no option's index") from None
+    if not -len(options) <= position < len(options):
+        raise UserError(f"the reference answer {index!r} is not one of {len(options)} options")
+    return string.ascii_uppercase[: len(options)][position]
+
+
+def scienceqa_match(answer: str, target: str) -> bool:
+    """ScienceQA: the letter alone, in either case, or a capital letter and a period at the start."""
+    answer = answer.strip()
+    if answer.lower() == target.lower():
+        return True
+    return answer[1:2] == "." and answer[0].isupper() and answer[0].lower() == target.lower()
+
+
+def mmstar_match(answer: str, target: str) -> bool:
+    """MMStar: the extracted letter, of A…D."""
+    return extract_letter(answer, "ABCD") == target.strip().upper()
+
+
+def realworldqa_match(answer: str, target: str) -> bool:
+    """RealWorldQA: as MMStar where the reference is a letter; else equality without case and closing periods."""
+    target = target.strip()
+    if target.upper() in ("A", "B", "C", "D"):
+        return mmstar_match(answer, target)
+    return answer.lower().strip().rstrip(".") == target.lower()
+
+
+def seedbench_letter(answer: str) -> str:
+    """SEEDBench: the first character, whatever it is."""
+    return answer.strip()[:1]
+
+
+def seedbench_match(answer: str, target: str) -> bool:
+    """SEEDBench: whether the first character is the letter, in either case."""
+    return seedbench_letter(answer).lower() == target.lower().strip()
+
+
+def score_ai2d(table: Table) -> Scores:
+    """AI2D: ``answer`` is an option's index as text, ``options`` their texts."""
+    right = [option_letter(row["answer"], literal(row["options"])) for row in _need(table, "answer", "options")]
+    letters = [ai2d_letter(prediction(row, "lmms-eval")) for row in table]
+    return _accuracy([same_text(a, b, rules="lmms-eval") for a, b in zip(letters, right, strict=True)])
+
+
+def score_scienceqa(table: Table) -> Scores:
+    """ScienceQA: ``answer`` is an option's index, ``choices`` their texts."""
+    right = [option_letter(row["answer"], literal(row["choices"])) for row in _need(table, "answer", "choices")]
+    return _accuracy([scienceqa_match(prediction(row, "lmms-eval"), a) for row, a in zip(table, right, strict=True)])
+
+
+def score_realworldqa(table: Table) -> Scores:
+    """RealWorldQA: ``answer`` is a letter, a word or a number."""
+    right = [str(answer) for answer in column(table, "answer")]
+    return _accuracy([realworldqa_match(prediction(row, "lmms-eval"), a) for row, a in zip(table, right, strict=True)])
+
+
+def score_mmstar(table: Table) -> Scores:
+    """MMStar: the mean over the ``l2_category`` means, not over questions; so within each ``category``."""
+    right = [str(answer) for answer in column(table, "answer")]
+    hits = [float(mmstar_match(prediction(row, "lmms-eval"), a)) for row, a in zip(table, right, strict=True)]
+    kinds, fine = column(table, "category"), column(table, "l2_category")
+
+    def of_means(rows: Sequence[int]) -> float:
+        return mean(map(mean, grouped((fine[i] for i in rows), (hits[i] for i in rows)).values()))
+
+    groups = {
+        str(kind): {"average": of_means([i for i, other in enumerate(kinds) if other == kind])}
+        for kind in dict.fromkeys(kinds)
+    }
+    overall = of_means(range(len(table)))
+    return Scores("average", 100 * overall, {"average": overall}, groups, hits)
+
+
+def score_seedbench(table: Table) -> Scores:
+    """SEEDBench: accuracy of all questions, and of each ``data_type`` (image, video)."""
+    right = [str(answer) for answer in column(table, "answer")]
+    hits = [float(seedbench_match(prediction(row, "lmms-eval"), a)) for row, a in zip(table, right, strict=True)]
+    kinds = grouped(column(table, "data_type"), hits)
+    groups = {f"seed_{kind}": {"accuracy": mean(values)} for kind, values in kinds.items()}
+    return Scores("seed_all", 100 * mean(hits), {"seed_all": mean(hits)}, groups, hits)
+
+
+def mmbench_letter(answer: str, choices: dict[str, object]) -> str | None:
+    """MMBench, first step: the option that an answer names, or ``None``.
+
+    The one letter of A…E that stands alone ("A" only in answers of at most three words), or alone with one of twelve
+    ways to punctuate it; or else the one option whose text is in the answer.
+    """
+    if "Failed to obtain answer via API" not in answer:
+        words = answer.split()
+        for form in _MMBENCH_FORMS:
+            named = [x for x in "ABCDE" if form.format(x) in words]
+            quantifier = form == "{}" and "A" in words and len(words) > 3
+            if len(named) == 1 and not quantifier:
+                return named[0]
+    found = [x for x, text in choices.items() if str(text).lower() in answer.lower()]
+    return found[0] if len(found) == 1 else None
+
+
+def score_mmbench(table: Table) -> Scores:
+    """MMBench, circular, by lmms-eval's static rules: a question is right if all its copies are.
+
+    A copy whose answer names no option gets a second chance by ``extract_letter``, if no other copy is wrong.
+    """
+    table = [{name if name in "ABCD" else name.lower(): cell for name, cell in row.items()} for row in table]
+    indices = column(table, "index")
+    by_question: dict[int, list[Row]] = {}
+    for index, row in zip(indices, table, strict=True):
+        by_question.setdefault(index % 1_000_000, []).append(row)
+    hits: dict[int, float] = {}
+    second = 0
+    for first in (i for i, index in enumerate(indices) if index < 1_000_000):
+        copies = by_question[indices[first]]
+        found = [mmbench_letter(prediction(row, "lmms-eval"), _four(row)) for row in copies]
+        right = [row["answer"] for row in copies]
+        if any(name not in (None, answer) for name, answer in zip(found, right, strict=True)):
+            hits[first] = 0.0
+            continue
+        second += sum(name is None for name in found)
+        found = [
+            name or extract_letter(prediction(row, "lmms-eval"), sorted(_four(row)))
+            for name, row in zip(found, copies, strict=True)
+        ]
+        hits[first] = float(found == right)
+    groups: dict[str, dict[str, float]] = {}
+    for key in ("category", "l2-category"):
+        of_group = grouped((table[i].get(key) for i in hits), hits.values())
+        groups |= {f"{key}: {value}": {"accuracy": mean(values)} for value, values in of_group.items()}
+    overall = mean(hits.values())
+    rows = [hits.get(i) for i in range(len(table))]
+    fallbacks = {"a letter looked for anywhere": second}
+    return Scores("overall", 100 * overall, {"overall": overall}, groups, rows, fallbacks)
+
+
+def _four(row: Row) -> dict[str, object]:
+    return {name: row[name] for name in "ABCD" if not missing(row.get(name))}
+
+
+def _need(table: Table, *names: str) -> Table:
+    for name in names:
+        column(table, name)
+    return table
+
+
+def _accuracy(hits: Sequence[bool]) -> Scores:
+    return average((), [float(hit) for hit in hits], "exact_match", percent=False)

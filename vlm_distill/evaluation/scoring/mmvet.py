@@ -1,0 +1,67 @@
+"""MM-Vet: a judge gives each answer 0 to 1; without one, whether the answer contains the right one.
+
+Source: Yu et al. 2024, "MM-Vet". The references have no scores without a judge, so that the deterministic part is our
+own, a stand-in to watch a training by: it is comparable with nothing that is published.
+"""
+
+from __future__ import annotations
+
+from data.errors import UserError
+
+from .base import Row, Scores, Table, column, mean, missing, prediction
+
+
+def contains_answer(answer: str, reference: str) -> bool:
+    """Whether all parts of one alternative are in the answer, without case, white space counting as one space.
+
+    In the references ``<OR>`` parts alternatives and ``<AND>`` the parts of one.
+    """
+    text = _plain(answer)
+    return any(
+        all(_plain(part) in text for part in alternative.split("<AND>")) for alternative in reference.split("<OR>")
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def score_mmvet(table: Table) -> Scores:
+    """The mean, in per cent, of the judge's scores in the column ``judge`` (0…1), and of containment where it is empty.
+
+    Groups are the abilities in ``category`` or ``capability``, a list or text with commas. ``judge`` of the result
+    lists the rows that no judge has seen.
+
+    Raises:
+        UserError: a judge's score is not in 0…1.
+    """
+    scores = []
+    for row, right in zip(table, column(table, "answer"), strict=True):
+        if missing(row.get("judge")):
+            scores.append(float(contains_answer(prediction(row, "official"), str(right))))
+        else:
+            scores.append(_judged(row))
+    abilities = [_abilities(row) for row in table]
+    groups = {}
+    for name in dict.fromkeys(name for found in abilities for name in found):
+        groups[name] = {"acc": 100 * mean(s for s, found in zip(scores, abilities, strict=True) if name in found)}
+    overall = 100 * mean(scores)
+    unseen = [i for i, row in enumerate(table) if missing(row.get("judge"))]
+    return Scores("acc", overall, {"acc": overall}, groups, scores, judge=unseen)
+
+
+def _judged(row: Row) -> float:
+    try:
+        score = float(row["judge"])
+    except (TypeError, ValueError):
+        score = -1.0
+    if not 0 <= score <= 1:
+        raise UserError(f"a judge of MM-Vet gives 0 to 1, not {row['judge']!r}")
+    return score
+
+
+def _abilities(row: Row) -> list[str]:
+    cell = row.get("category", row.get("capability"))
+    if missing(cell):
+        return []
+    return [part.strip() for part in (cell.split(",") if isinstance(cell, str) else cell)]

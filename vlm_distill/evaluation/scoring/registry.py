@@ -1,0 +1,76 @@
+"""Every scorer by name and rules. This is the whole list: a benchmark names one of these."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from data.errors import UserError
+
+from . import hallusion, mathvista, mcq, mcq_lmms, mmmu, mmvet, ocrbench, text, vqa, yes_no
+from .base import Rules, Scorer, Scores, Table
+
+
+def _each(scorer: Scorer, *rules: Rules, **options: Any) -> dict[Rules, Scorer]:
+    """The same function for several rules, which it takes as an argument."""
+    return {name: partial(scorer, rules=name, **options) for name in rules}
+
+
+_BOTH: tuple[Rules, ...] = ("vlmevalkit", "lmms-eval")
+_ALL: tuple[Rules, ...] = (*_BOTH, "official")
+
+SCORERS: dict[str, dict[Rules, Scorer]] = {
+    "vqa": _each(vqa.score_vqa, *_ALL),
+    "textvqa": _each(vqa.score_vqa, *_ALL, textvqa=True),
+    "anls": _each(text.score_anls, *_BOTH),
+    "chartqa": _each(text.score_relaxed, *_BOTH),
+    "gqa": _each(text.score_exact, *_BOTH),
+    "ocrvqa": _each(text.score_exact, *_BOTH, best=True),
+    "pope": _each(yes_no.score_pope, *_ALL),
+    "mme": _each(yes_no.score_mme, *_BOTH),
+    "hallusionbench": _each(hallusion.score_hallusion, *_BOTH),
+    "ocrbench": _each(ocrbench.score_ocrbench, *_BOTH),
+    "choice": {"vlmevalkit": mcq.score_choice},
+    "mmbench": {"vlmevalkit": mcq.score_circular, "lmms-eval": mcq_lmms.score_mmbench},
+    "mmstar": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_mmstar},
+    "ai2d": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_ai2d},
+    "scienceqa": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_scienceqa},
+    "seedbench": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_seedbench},
+    "realworldqa": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_realworldqa},
+    "mmmu": {
+        "vlmevalkit": partial(mcq.score_choice, mmmu=True),
+        "lmms-eval": partial(mmmu.score_mmmu, rules="lmms-eval"),
+        "official": partial(mmmu.score_mmmu, rules="official"),
+    },
+    "mathvista": _each(mathvista.score_mathvista, *_BOTH),
+    "mmvet": {"vlmevalkit": mmvet.score_mmvet, "lmms-eval": mmvet.score_mmvet, "official": mmvet.score_mmvet},
+}
+
+
+def rules_of(name: str) -> tuple[Rules, ...]:
+    """The rules that a scorer has.
+
+    Raises:
+        UserError: there is no such scorer.
+    """
+    if name not in SCORERS:
+        raise UserError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
+    return tuple(SCORERS[name])
+
+
+def score(name: str, table: Table, rules: str = "vlmevalkit", **options: Any) -> Scores:
+    """Scores a table.
+
+    Args:
+        name: a key of ``SCORERS``.
+        table: rows with the columns that the rules need and ``prediction``.
+        rules: whose rules.
+        options: of the scorer, for example ``split`` and ``meta`` of multiple choice.
+
+    Raises:
+        UserError: no such scorer or rules, or a table that they cannot score.
+    """
+    known = rules_of(name)
+    if rules not in known:
+        raise UserError(f"{name} has no rules {rules!r}; it has {', '.join(known)}")
+    return SCORERS[name][rules](table, **options)

@@ -1,0 +1,160 @@
+"""The kernels in torch: what a CPU runs, what a GPU runs in float64, and what the Triton kernels are held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .forms import Form, Kind, Source
+
+
+def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None, state: Tensor) -> None:
+    """Folds a tile into the rows' running statistics; see ``RowStatistics``.
+
+    Args:
+        form: the loss.
+        student: ``[n, v]`` logits.
+        teacher: ``[n, v]``; not read where the target is the student's own.
+        targets: int64 ``[n]``, the right tokens counted from the tile's first column; only for cross-entropy.
+        state: ``[n, 9]``.
+    """
+    x, y = _pair(form, student, teacher)
+    top_x, sum_x, top_y, sum_y, forward, reverse, spread, square, right = state.unbind(1)
+    if form.kind == Kind.CROSS_ENTROPY:
+        assert targets is not None
+        inside = (targets >= 0) & (targets < y.shape[1])
+        found = y.gather(1, targets.clamp(0, y.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        right += torch.where(inside, found, 0.0)
+    step_y, y = _advance(top_y, y)
+    q, shrink_y = y.exp(), step_y.neg().exp()
+    if form.kind == Kind.CROSS_ENTROPY:
+        sum_y.mul_(shrink_y).add_(q.sum(-1))
+        return
+    step_x, x = _advance(top_x, x)
+    p, shrink_x = x.exp(), step_x.neg().exp()
+    spread.copy_(_carried(shrink_x, spread - sum_x * step_x) + _weighted(p, x))
+    gap, shift = x.sub_(y), step_y - step_x
+    square.copy_(_carried(shrink_x, square + shift * (2.0 * forward + shift * sum_x)) + _weighted(p, gap * gap))
+    forward.copy_(_carried(shrink_x, forward + sum_x * shift) + _weighted(p, gap))
+    reverse.copy_(_carried(shrink_y, reverse - sum_y * shift) - _weighted(q, gap))
+    sum_x.mul_(shrink_x).add_(p.sum(-1))
+    sum_y.mul_(shrink_y).add_(q.sum(-1))
+
+
+def mix_(form: Form, student: Tensor, teacher: Tensor, totals: Tensor) -> None:
+    """Adds a tile's share of the loss and of the slope to ``totals [n, 6]``, where the loss compares with a mixture."""
+    log_p, log_q = _log_probs(form, student, teacher, totals)
+    value, slope = _parts(form, log_p, log_q)
+    assert value is not None
+    totals[:, 4] += value.sum(-1)
+    totals[:, 5] += slope.sum(-1)
+
+
+def gradient_(
+    form: Form,
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor | None,
+    totals: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    add: bool,
+) -> None:
+    """The gradient by a tile's student logits; ``out [n, v]`` may be the student's own memory.
+
+    Args:
+        form, student, teacher, targets: as for ``gather_``.
+        totals: ``[n, 6]``, complete.
+        out: receives ``scale`` times the derivative of each row's comparison by y.
+        scale: see ``out``.
+        softcap: the logits are c·tanh(z/c); the gradient is by z.
+        add: whether to add to what ``out`` holds.
+    """
+    if form.kind == Kind.CROSS_ENTROPY:
+        assert targets is not None
+        gradient = (student - totals[:, 2:3]).sub_(totals[:, 3:4]).exp_()
+        gradient -= (torch.arange(out.shape[1], device=out.device) == targets.unsqueeze(1)).to(gradient.dtype)
+    else:
+        log_p, log_q = _log_probs(form, student, teacher, totals)
+        _, slope = _parts(form, log_p, log_q)
+        gradient = slope.addcmul_(log_q.exp_(), totals[:, 5:6], value=-1.0)
+    gradient.mul_(scale)
+    if softcap is not None:
+        gradient.mul_(1.0 - (student / softcap).square_())
+    if add:
+        out.add_(gradient)
+    else:
+        out.copy_(gradient)
+
+
+def _pair(form: Form, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The target's and the student's logits at the temperature."""
+    y = student
+    if form.source == Source.BOTH:
+        x = (teacher * form.t).add_(student, alpha=1.0 - form.t)
+    else:
+        x = student if form.source == Source.STUDENT else teacher
+    return (x, y) if form.temperature == 1.0 else (x / form.temperature, y / form.temperature)
+
+
+def _advance(top: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Raises the running maximum ``top [n]`` by a tile: by how much, and the tile less the new maximum.
+
+    Where all was −∞ so far there is nothing to rescale, and 0 stands for the maximum.
+    """
+    new = torch.maximum(top, logits.amax(-1))
+    step = torch.where(top == -torch.inf, 0.0, new - top)
+    top.copy_(new)
+    return step, logits - torch.where(new == -torch.inf, 0.0, new).unsqueeze(1)
+
+
+def _carried(shrink: Tensor, value: Tensor) -> Tensor:
+    """A running sum at the new maximum; what has shrunk to nothing is 0, an infinite one too."""
+    return torch.where(shrink > 0, shrink * value, 0.0)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Σ weights·values ``[n]``. Where the weight is 0 the value may be infinite, and NaN where both logits are −∞."""
+    return torch.where(weights > 0, values, 0.0).mul_(weights).sum(-1)
+
+
+def _log_probs(form: Form, student: Tensor, teacher: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = _pair(form, student, teacher)
+    top_x, log_x, top_y, log_y = totals[:, :4].unsqueeze(2).unbind(1)
+    return (x - top_x).sub_(log_x), (y - top_y).sub_(log_y)
+
+
+def _parts(form: Form, log_p: Tensor, log_q: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Per token, its share l of the loss and u of the slope: loss = Σl, gradient = u − q·Σu.
+
+    l is made only where ``mix_`` has to add it up.
+    """
+    kind, share = form.kind, form.share
+    if kind == Kind.FORWARD_KL:
+        return None, log_p.exp().neg_()
+    q = log_q.exp()
+    if kind == Kind.REVERSE_KL:
+        return None, _summands(q, log_q - log_p)
+    p = log_p.exp()
+    if kind == Kind.TVD:
+        gap = q - p
+        return gap.abs().mul_(0.5), gap.sign_().mul_(q).mul_(0.5)
+    if kind == Kind.SKEW_REVERSE_KL:
+        share = 1.0 - share
+    mixture = (share * p).add_(q, alpha=1.0 - share).clamp_(min=torch.finfo(p.dtype).tiny)
+    log_m = mixture.log()
+    if kind == Kind.JSD:
+        own = _summands(q, log_q - log_m).mul_(1.0 - share)
+        return _summands(p, log_p - log_m).mul_(share).add_(own), own
+    ratio = q / mixture
+    if kind == Kind.SKEW_FORWARD_KL:
+        return _summands(p, log_p - log_m), ratio.mul_(p).mul_(share - 1.0)
+    value = _summands(q, log_q - log_m)
+    return value, value - ratio.mul_(q).mul_(1.0 - share)
+
+
+def _summands(weights: Tensor, values: Tensor) -> Tensor:
+    """weights·values, in the memory of the values; 0 where the weight is."""
+    return values.mul_(weights).masked_fill_(weights == 0, 0.0)

@@ -1,0 +1,168 @@
+"""ULD: probabilities compared by rank, so that teacher and student need not share a vocabulary."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Groups
+
+from .base import DistillationLoss, RowResult, check_number, need_targets, soften_, softmax_, upcast
+
+
+class ULD(DistillationLoss):
+    """Universal logit distillation, Σ|p₍ₖ₎ − q₍ₖ₎| over probabilities in descending order (Boizard et al., 2024).
+
+    It is the paper's closed form of the Wasserstein distance at a uniform cost; the smaller vocabulary is filled up
+    with zeros. It lies between 0 and 2, and has no derivative where p₍ₖ₎ = q₍ₖ₎; 0 is taken there.
+
+    Where tokenizers differ, groups of tokens that spell the same text are compared. With t₁ … tₙ a group's tokens on
+    one side and C = P(t₂ … tₙ | t₁), that side's distribution is the one at the first position with P(t₁) split in two:
+    P(t₁)·C for the whole group, P(t₁)·(1 − C) for the same beginning that goes on otherwise. It sums to 1.
+
+    Args:
+        temperature: divides both models' logits.
+    """
+
+    takes_groups = True
+    scratch = 7
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = check_number("loss uld: temperature", temperature, 0.0, above=True)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        targets: Tensor | None = None,
+        groups: Groups | None = None,
+    ) -> Tensor:
+        """See the base class.
+
+        Args:
+            student_logits: ``[N, V]``.
+            teacher_logits: ``[N, V']``; ``[M, V']`` with groups.
+            targets: int64 ``[N]``, read with groups only.
+            groups: of the N and M rows.
+
+        Returns:
+            ``[N]``; ``[G]`` with groups.
+        """
+        log_q = (upcast(student_logits) / self.temperature).log_softmax(-1)
+        log_p = (upcast(teacher_logits) / self.temperature).log_softmax(-1)
+        if groups is None:
+            return _distance(log_q.exp(), log_p.exp())
+        q = _merged(log_q, need_targets(targets), groups.student)
+        return _distance(q, _merged(log_p, groups.teacher_targets, groups.teacher))
+
+    @torch.no_grad()
+    def rows(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
+    ) -> RowResult:
+        student, teacher = soften_(student_logits, teacher_logits, self.temperature)
+        q, p = softmax_(student).probs, softmax_(teacher).probs
+        loss, slopes = _distance_and_slopes(q, p, grad=grad)
+        if slopes is None:
+            return RowResult(loss)
+        return RowResult(loss, _through_softmax_(slopes, q).div_(self.temperature))
+
+    @torch.no_grad()
+    def grouped(
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, groups: Groups, *, grad: bool
+    ) -> RowResult:
+        student, teacher = soften_(student_logits, teacher_logits, self.temperature)
+        log_p = softmax_(teacher).log_probs
+        p = _merged(log_p, groups.teacher_targets, groups.teacher)
+        log_q, q, _ = softmax_(student)
+        loss, slopes = _distance_and_slopes(_merged(log_q, targets, groups.student), p, grad=grad)
+        if slopes is None:
+            return RowResult(loss)
+        places = _places(groups.student)
+        first, index = q[places.first], targets[places.first].unsqueeze(-1)
+        log_chain = _log_chain(log_q, targets, places)
+        chain, other = log_chain.exp(), -torch.expm1(log_chain)
+        # By q: both parts of P(t₁) count for t₁. By log C: what P(t₁)·C gains, P(t₁)·(1 − C) loses.
+        slopes, split = slopes[:, :-1], slopes[:, -1:]
+        begun = slopes.gather(-1, index)
+        by_chain = (first.gather(-1, index) * chain * (begun - split))[places.group]
+        slopes.scatter_(-1, index, chain * begun + other * split)
+        # Of each later token the logarithm's derivative, onehot − q; the rows of a group are written each once.
+        gradient = q
+        weight = q.new_zeros(len(q), 1).index_copy_(0, places.later, by_chain)
+        gradient.mul_(-weight).scatter_add_(-1, targets.unsqueeze(-1), weight)
+        gradient.index_copy_(0, places.first, _through_softmax_(slopes, first))
+        return RowResult(loss, gradient.div_(self.temperature))
+
+
+class _Places(NamedTuple):
+    """Rows of G groups: ``first`` [G]; the ``later`` rows [K], and the ``group`` [K] that each of these is in."""
+
+    first: Tensor
+    later: Tensor
+    group: Tensor
+
+
+def _places(spans: Tensor) -> _Places:
+    first, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
+    group = torch.arange(len(spans), device=spans.device).repeat_interleave(lengths - 1)
+    before = (lengths - 1).cumsum(0) - (lengths - 1)
+    later = first[group] + 1 + torch.arange(len(group), device=spans.device) - before[group]
+    return _Places(first, later, group)
+
+
+def _log_chain(log_probs: Tensor, targets: Tensor, places: _Places) -> Tensor:
+    """log C ``[G, 1]``, 0 for a group of one token."""
+    own = log_probs[places.later].gather(-1, targets[places.later].unsqueeze(-1))
+    return log_probs.new_zeros(len(places.first), 1).index_add(0, places.group, own)
+
+
+def _merged(log_probs: Tensor, targets: Tensor, spans: Tensor) -> Tensor:
+    """The groups' distributions ``[G, V + 1]``, differentiable in ``log_probs [N, V]``."""
+    places = _places(spans)
+    probs, index = log_probs[places.first].exp(), targets[places.first].unsqueeze(-1)
+    log_chain, begun = _log_chain(log_probs, targets, places), probs.gather(-1, index)
+    return torch.cat([probs.scatter(-1, index, begun * log_chain.exp()), begun * -torch.expm1(log_chain)], dim=-1)
+
+
+def _distance(q: Tensor, p: Tensor) -> Tensor:
+    """``[N]``, from probabilities ``[N, V]`` and ``[N, V']``; differentiable in both."""
+    q, p = q.sort(-1, descending=True).values, p.sort(-1, descending=True).values
+    width = min(q.shape[-1], p.shape[-1])
+    return (q[:, :width] - p[:, :width]).abs().sum(-1) + q[:, width:].sum(-1) + p[:, width:].sum(-1)
+
+
+def _distance_and_slopes(q: Tensor, p: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The same with its derivative by ``q`` ``[N, V]``: the sign of the difference that each probability is part of."""
+    p, order = _ascending(p), _order(q) if grad else None
+    q = _ascending(q) if order is None else q.gather(-1, order)
+    width = min(q.shape[-1], p.shape[-1])
+    q_beyond, gap = q.tensor_split([q.shape[-1] - width], dim=-1)
+    p_beyond, p = p.tensor_split([p.shape[-1] - width], dim=-1)
+    gap.sub_(p)
+    loss = gap.abs().sum(-1) + q_beyond.sum(-1) + p_beyond.sum(-1)
+    if order is None:
+        return loss, None
+    gap.sign_()
+    q_beyond.fill_(1.0)
+    return loss, torch.empty_like(q).scatter_(-1, order, q)
+
+
+# On the CPU NumPy sorts float32 rows of 32,768 fourteen times as fast as torch, and finds their order in a third.
+
+
+def _ascending(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.sort(x.numpy(), axis=-1)) if x.device.type == "cpu" else x.sort(-1).values
+
+
+def _order(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.argsort(x.numpy(), axis=-1)) if x.device.type == "cpu" else x.argsort(-1)
+
+
+def _through_softmax_(slopes: Tensor, q: Tensor) -> Tensor:
+    """From dL/dq to dL/dlogits = q·(dL/dq − Σ q·dL/dq), in the memory of ``slopes``."""
+    slopes.mul_(q)
+    return slopes.addcmul_(q, slopes.sum(-1, keepdim=True), value=-1.0)

@@ -1,0 +1,149 @@
+"""Features by name: which hidden states a decoder must return, and queries, keys and values of its last layer.
+
+Transformers returns hidden states with its own ``output_hidden_states``, which takes the wanted indices and is closed
+when the forward ends, so that a recomputed layer adds nothing. Queries, keys and values are made again from the last
+layer's input by its own norm and projections: position by position, thus only where they are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from data.errors import UserError
+
+#: Of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind.
+ATTENTION = ("queries", "keys", "values")
+IMAGES = ("vision", "projector")
+
+#: Decoders whose attention reads the hidden state itself: their norms come after attention and MLP.
+NORM_AFTER = ("olmo2", "olmo3", "exaone4")
+
+
+def decoder_layers(body: Any) -> tuple[nn.ModuleList, str] | None:
+    """A decoder's layers and the name they have in it; ``None`` where they are not found."""
+    for name, module in body.named_children():
+        if isinstance(module, nn.ModuleList) and len(module) == body.config.num_hidden_layers:
+            return module, name
+    return None
+
+
+def hidden_index(name: str, layers: int) -> int | None:
+    """K of ``hidden.K``, counted from 0 (the embeddings) to ``layers``; ``None`` for another kind of name.
+
+    Raises:
+        UserError: no feature has this name, or the decoder has no such layer.
+    """
+    kind, _, text = name.partition(".")
+    if name in ATTENTION + IMAGES:
+        return None
+    if kind != "hidden" or not text.removeprefix("-").isdecimal():
+        raise UserError(f"no feature is called {name!r}; there are hidden.K, {', '.join(IMAGES + ATTENTION)}")
+    index = int(text)
+    if not -layers - 1 <= index <= layers:
+        raise UserError(f"feature {name}: the decoder has {layers} layers; give {-layers - 1} to {layers}")
+    return index % (layers + 1)
+
+
+def wanted_states(features: Iterable[str], body: Any) -> list[int]:
+    """The hidden states that the decoder has to return for ``features``, ascending.
+
+    The last one is not among them: it is the output that every forward gives.
+    """
+    layers = body.config.num_hidden_layers
+    wanted = {layers - 1 if name in ATTENTION else hidden_index(name, layers) for name in features}
+    return sorted(index for index in wanted if index is not None and index != layers)
+
+
+def decoder_features(
+    features: Sequence[str], body: Any, hidden: Tensor, states: Sequence[Tensor | None] | None, positions: Tensor
+) -> dict[str, Tensor]:
+    """What of ``features`` a decoder gives, at ``positions`` alone.
+
+    Args:
+        features: names of any kind; those of images are passed over.
+        body: the decoder without its output layer.
+        hidden: ``[N, H]``, the last hidden states.
+        states: the decoder's hidden states ``[B, L, H]``, those of :func:`wanted_states` at least.
+        positions: int64 ``[N]``.
+    """
+    layers = body.config.num_hidden_layers
+    if wanted_states(features, body) and (states is None or len(states) != layers + 1):
+        raise UserError(f"feature {features[0]}: {type(body).__name__} does not return its hidden states")
+
+    def at(index: int) -> Tensor:
+        if index == layers:
+            return hidden
+        state = None if states is None else states[index]
+        assert state is not None
+        return state.flatten(0, 1)[positions]
+
+    found = {name: at(i) for name in features if (i := hidden_index(name, layers)) is not None}
+    if any(name in ATTENTION for name in features):
+        made = dict(zip(ATTENTION, _queries_keys_values(body, at(layers - 1)), strict=True))
+        found |= {name: made[name] for name in features if name in ATTENTION}
+    return found
+
+
+def decoder_width(name: str, body: Any) -> int:
+    """The width of one of a decoder's features; ``UserError`` where there is no such feature."""
+    if hidden_index(name, body.config.num_hidden_layers) is None:
+        return attention_widths(body)[name]
+    return body.config.hidden_size
+
+
+def attention_widths(body: Any) -> dict[str, int]:
+    """Widths of the last layer's queries, keys and values, all heads together.
+
+    Raises:
+        UserError: it is not known how to make them for this decoder.
+    """
+    layer, attention = _last_attention(body)
+    heads, width = getattr(body.config, "num_attention_heads", 0), getattr(attention, "head_dim", 0)
+    queries = heads * width
+    if hasattr(attention, "qkv_proj"):
+        others = [(attention.qkv_proj.out_features - queries) // 2] * 2
+        whole = sum(others) + queries == attention.qkv_proj.out_features
+    else:
+        others = [attention.k_proj.out_features, attention.v_proj.out_features]
+        whole = attention.q_proj.out_features == queries  # some models put a gate into it as well
+    known = hasattr(layer, "input_layernorm") or body.config.model_type in NORM_AFTER
+    if not (queries and whole and known) or any(not n or n % width for n in others):
+        raise _unknown(body)
+    return dict(zip(ATTENTION, [queries, *others], strict=True))
+
+
+def _queries_keys_values(body: Any, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``[N, heads · head width]`` each of the last layer, whose input is ``state [N, H]``.
+
+    They are the projections' outputs: before rotary positions, and before norms of single heads where there are any.
+    """
+    layer, attention = _last_attention(body)
+    widths = attention_widths(body)
+    # The layer's own modules are called, never their weights read: where parameters are sharded, a module's call makes
+    # them whole, and once more in the backward.
+    normed = layer.input_layernorm(state) if hasattr(layer, "input_layernorm") else state
+    if hasattr(attention, "qkv_proj"):
+        queries, keys, values = attention.qkv_proj(normed).split([widths[name] for name in ATTENTION], -1)
+        return queries, keys, values
+    return attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+
+
+def _last_attention(body: Any) -> tuple[Any, Any]:
+    found = decoder_layers(body)
+    layer = None if found is None else found[0][-1]
+    attention = getattr(layer, "self_attn", None)
+    separate = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
+    # Falcon-H1 scales what its attention reads: the projections alone would not be its queries.
+    if not (separate or hasattr(attention, "qkv_proj")) or hasattr(layer, "attention_in_multiplier"):
+        raise _unknown(body)
+    return layer, attention
+
+
+def _unknown(body: Any) -> UserError:
+    return UserError(
+        f"queries, keys and values: not known how {type(body).__name__} makes them in its last layer; "
+        "leave out the loss on its attention"
+    )
