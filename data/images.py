@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -42,13 +43,21 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
-def load_image(source: ImageSource, *, roots: Sequence[Path] = (), max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: ImageSource,
+    *,
+    roots: Sequence[Path] = (),
+    max_pixels: int = MAX_PIXELS,
+    alpha: Literal["white", "drop"] = "white",
+) -> Image.Image:
     """The image as a person sees it: upright (EXIF), RGB, transparent parts on white, the first frame of several.
 
     Args:
         source: the path of a local file, the bytes of an image file, or a Pillow image (which is left as it is).
         roots: when given, folders outside of which no path is read, symbolic links followed first.
         max_pixels: the largest width × height, checked before decoding.
+        alpha: lay transparent parts on ``white``, or ``drop`` transparency, so that colours show which nobody was meant
+            to see. VLMEvalKit and lmms-eval drop it; their scores are of such images.
 
     Returns:
         An 8-bit image of mode ``RGB``. 16-bit grey values ``v`` become ``v / 257``, rounded.
@@ -58,7 +67,7 @@ def load_image(source: ImageSource, *, roots: Sequence[Path] = (), max_pixels: i
             range of values is not known (floating point, 32-bit integers).
     """
     if isinstance(source, Image.Image):
-        return _decoded(source, max_pixels, f"a {source.mode} image")
+        return _decoded(source, max_pixels, f"a {source.mode} image", alpha)
     if isinstance(source, bytes):
         if not source:
             raise BadSample("image file is empty", "0 bytes")
@@ -74,7 +83,7 @@ def load_image(source: ImageSource, *, roots: Sequence[Path] = (), max_pixels: i
     except Exception as error:  # plugins raise whatever a broken header leads them to
         raise BadSample("image is broken", f"{name}: {error}") from None
     with image:
-        return _decoded(image, max_pixels, name)
+        return _decoded(image, max_pixels, name, alpha)
 
 
 def _local_file(source: str, roots: Sequence[Path]) -> Path:
@@ -94,13 +103,13 @@ def _local_file(source: str, roots: Sequence[Path]) -> Path:
     return path
 
 
-def _decoded(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
+def _decoded(image: Image.Image, max_pixels: int, name: str, alpha: str) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadSample("image is too large", f"{name}: {width} x {height} pixels, limit {max_pixels}")
     try:
         image.load()
-        rgb = _rgb(image, name)
+        rgb = _rgb(image, name, alpha)
     except BadSample:
         raise
     except Exception as error:  # decoders raise almost anything on broken data
@@ -113,27 +122,27 @@ def _decoded(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _rgb(image: Image.Image, name: str, alpha: str) -> Image.Image:
     """Any mode as RGB; always a new image."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bit(image, name)
+        return _from_16_bit(image, name, alpha)
     if image.mode == "F":
         raise BadSample("image of floating-point values", name)
     if image.mode == "La":
         image = image.convert("LA")
-    if image.has_transparency_data:
+    if image.has_transparency_data and alpha == "white":
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+def _from_16_bit(image: Image.Image, name: str, alpha: str) -> Image.Image:
     # Pillow's own conversion clips at 255. Mode "I" holds 16-bit values too (PGM); what goes beyond has no known range.
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65_535:
         raise BadSample("image of 32-bit values", f"{name}: from {values.min()} to {values.max()}")
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
+    if isinstance(transparent, int) and alpha == "white":
         values[values == transparent] = 65_535
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

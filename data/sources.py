@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,7 +66,7 @@ def to_conversation(
     explicit = any(isinstance(content, list) and any(map(_is_image, content)) for _, content in turns)
     messages = [{"role": role, "content": _parts(content, explicit, images)} for role, content in turns]
     _check_order([role for role, _ in turns], answers_required)
-    placed = _place(messages, _images(record.get("images"), images) or _images(record.get("image"), images))
+    placed = _place(messages, images_of(record.get("images"), images) or images_of(record.get("image"), images))
     _check_texts(messages)
     return Conversation(tuple(messages), tuple(placed), source, line, _metadata(record))
 
@@ -132,7 +132,7 @@ def _parts(content: Any, explicit: bool, folder: Path) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for part in content:
         if _is_image(part):
-            own = [image for key in ("image", "bytes", "path", "url") for image in _images(part.get(key), folder)]
+            own = [image for key in ("image", "bytes", "path", "url") for image in images_of(part.get(key), folder)]
             parts.append({"type": "image", "image": own[0]} if own else {"type": "image"})
         elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
             parts += [{"type": "text", "text": part["text"]}] if explicit else _split(part["text"])
@@ -172,7 +172,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _images(value: Any, folder: Path) -> list[ImageSource]:
+def images_of(value: Any, folder: Path) -> list[ImageSource]:
     """The images of one value: none, one, or one per item of a list. Relative paths start from ``folder``."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
@@ -183,9 +183,9 @@ def _images(value: Any, folder: Path) -> list[ImageSource]:
     if isinstance(value, bytes | Image.Image):
         return [value]
     if isinstance(value, list | tuple):
-        return [image for item in value for image in _images(item, folder)]
+        return [image for item in value for image in images_of(item, folder)]
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes | None):
-        return [value["bytes"]] if value.get("bytes") is not None else _images(value.get("path"), folder)
+        return [value["bytes"]] if value.get("bytes") is not None else images_of(value.get("path"), folder)
     raise BadSample("unknown kind of image", f"a value of type {type(value).__name__}")
 
 
@@ -373,7 +373,7 @@ class HuggingFaceSource(Source):
         super().__init__(name, images, answers_required)
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
-        self._features = _without_media(dataset.features)
+        self._features = without_media(dataset.features)
         self._rows = dataset.with_format("arrow")
         self._texts = self._rows.select_columns([c for c in dataset.column_names if c in _TEXT_COLUMNS])
 
@@ -387,14 +387,14 @@ class HuggingFaceSource(Source):
         return _characters(self._texts[index].to_pylist()) if self._texts.column_names else 0
 
 
-def _without_media(feature: Any) -> Any:
+def without_media(feature: Any) -> Any:
     """Features that leave images, sound and video as stored. JSON columns (data sets 5) are still parsed."""
     if isinstance(feature, dict):
-        return type(feature)({key: _without_media(value) for key, value in feature.items()})
+        return type(feature)({key: without_media(value) for key, value in feature.items()})
     if isinstance(feature, list):
-        return [_without_media(value) for value in feature]
+        return [without_media(value) for value in feature]
     if hasattr(feature, "feature"):
-        return dataclasses.replace(feature, feature=_without_media(feature.feature))
+        return dataclasses.replace(feature, feature=without_media(feature.feature))
     if hasattr(feature, "decode") and type(feature).__name__ != "Json":
         return dataclasses.replace(feature, decode=False)
     return feature
@@ -452,7 +452,7 @@ def open_source(
     source: Source
     if kind == "huggingface":
         title = name or (path.stem if path.is_file() else path.name if path.exists() else str(path_or_name))
-        dataset = _open_dataset(path, str(path_or_name), split, config)
+        dataset = open_dataset(path, str(path_or_name), split, config)
         source = HuggingFaceSource(dataset, title, folder, limit=limit, answers_required=answers_required)
     else:
         reader = JsonlSource if kind == "jsonl" else JsonSource
@@ -490,7 +490,7 @@ def _format(path: Path, given: str, format: str) -> str:
     return kind
 
 
-def _open_dataset(path: Path, given: str, split: str | None, config: str | None) -> Any:
+def open_dataset(path: Path, given: str, split: str | None, config: str | None) -> Any:
     import datasets  # takes seconds to import; JSON files do without
 
     if path.is_file() or (path / "state.json").is_file():
@@ -508,6 +508,14 @@ def _open_dataset(path: Path, given: str, split: str | None, config: str | None)
     splits = _loaded(given, lambda: datasets.get_dataset_split_names(given, config_name=config))
     chosen = _choose(given, split, splits)
     return _loaded(given, lambda: datasets.load_dataset(given, name=config, split=chosen))
+
+
+def open_parquet(files: Sequence[Path]) -> Any:
+    """A data set of several parquet files, rows in the order of the files."""
+    import datasets
+
+    names = [str(file) for file in files]
+    return _loaded(names[0], lambda: datasets.load_dataset("parquet", data_files=names, split="train"))
 
 
 def _loaded(given: str, load: Callable[[], Any]) -> Any:

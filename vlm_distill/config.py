@@ -191,7 +191,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(plain)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{path}: {explain(error, RunConfig)}") from None
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -220,18 +220,18 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _explain(error: ValidationError) -> str:
-    """The first few validation errors, each as ``key: what is wrong``, in one line."""
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first few errors of validating ``root``, each as ``key: what is wrong``, in one line."""
     parts = []
     for item in error.errors()[:3]:
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = sorted(_fields_at(item["loc"][:-1]))
+            known = sorted(_fields_at(root, item["loc"][:-1]))
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
             parts.append(f"{where}: unknown key; {hint}")
         elif item["type"] == "missing":
-            parts.append(f"{where}: missing; every run needs it")
+            parts.append(f"{where}: missing; it has no default")
         else:
             message = item["msg"].removeprefix("Value error, ")
             found = "" if isinstance(item["input"], dict | list) else f" (found {item['input']!r})"
@@ -240,9 +240,9 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The keys a section knows, found by walking the models' annotations along an error's location."""
-    model: Any = RunConfig
+    model: Any = root
     for step in location:
         if isinstance(step, int):
             continue

@@ -1,0 +1,231 @@
+"""VLMEvalKit's TSV: a table whose images are base64 in its cells, read where they stand and never all at once."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import csv
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+
+from .conversation import ImageSource
+from .errors import BadSample, UserError
+from .tables import Row, Table
+
+#: A cell of ``image`` that is no longer holds the index of the row whose image is meant.
+POINTER = 64
+
+# A cell is as long as an image in base64, and csv's own limit of 128 KiB is one number for the whole process.
+csv.field_size_limit(2**31 - 1)
+
+_IMAGE = "+"  # no index of a row, and nothing that pandas takes for empty or for a number
+
+
+class TsvTable(Table):
+    """A file in the format of VLMEvalKit's data sets (its ``dataset/image_base.py``), indexed by byte offset.
+
+    Cells are typed as pandas types a whole column, because that is what VLMEvalKit's scorers see: a column of whole
+    numbers with gaps becomes floating point, and ``None``, ``N/A`` and others are empty. Cells of other columns than
+    ``image`` stay in memory.
+
+    ``image`` holds base64, the literal of a list of such, or another row's index (:data:`POINTER`); that row must stand
+    before, or hold an image itself. Rows whose image cell is empty are left out, as VLMEvalKit does. Without that
+    column, ``image_path`` holds a path or the literal of a list of paths, relative to ``images``.
+
+    Args:
+        path: the file.
+        images: the folder that paths start from; by default the file's.
+        md5: what the file's should be; it is compared while the file is read, with a warning where it differs.
+
+    Attributes:
+        left_out: number of rows without an image.
+
+    Raises:
+        UserError: the file is not such a table: names file, row and line.
+    """
+
+    def __init__(self, path: Path, *, name: str | None = None, images: Path | None = None, md5: str | None = None):
+        self.name = name or path.stem
+        self.path = path
+        self._folder = images or path.parent
+        digest = hashlib.md5(usedforsecurity=False) if md5 else None
+        header, cells, places = _scan(path, digest)
+        self.columns = header
+        self._place = header.index("image") if "image" in header else None
+        rows = _typed(header, cells)
+        kept = [number for number, row in enumerate(rows) if self._place is None or row["image"] is not None]
+        self.left_out = len(rows) - len(kept)
+        self._rows = [rows[number] for number in kept]
+        _whole_indices(self._rows)
+        self._lines, self._starts, self._lengths = places[kept].T.copy()
+        images_or_pointers = [row.pop("image", _IMAGE) for row in self._rows]
+        self._owners = self._follow([None if cell == _IMAGE else str(cell) for cell in images_or_pointers])
+        if digest is not None and digest.hexdigest() != md5:
+            warnings.warn(
+                f"{path}: md5 {digest.hexdigest()}, not the published {md5}; "
+                "scores may differ from published ones: is this file complete and of this version?",
+                stacklevel=2,
+            )
+
+    def _follow(self, pointers: Sequence[str | None]) -> np.ndarray:
+        """For each row, the row that holds its image."""
+        # Of rows with one index the last counts.
+        place = {str(row["index"]): number for number, row in enumerate(self._rows)}
+        owners = np.arange(len(pointers))
+        found = [pointer is None for pointer in pointers]
+        for number, pointer in enumerate(pointers):
+            if pointer is None:
+                continue
+            target = place.get(pointer)
+            if target is None or not found[target]:
+                what = "there is none" if target is None else "which has no image of its own"
+                raise UserError(
+                    f"{self.path}, row {number + 1} (line {self._lines[number]}): "
+                    f"its image is that of row index {pointer!r}, {what}; the file is broken or truncated"
+                )
+            owners[number], found[number] = owners[target], True
+        return owners
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return dict(self._rows[index])
+
+    def line(self, index: int) -> int:
+        return int(self._lines[index])
+
+    def images(self, index: int) -> list[ImageSource]:
+        if self._place is None:
+            return [str(self._folder / path) for path in _texts(self._rows[index].get("image_path"))]
+        owner = self._owners[range(len(self))[index]]
+        with self.path.open("rb") as file:
+            file.seek(self._starts[owner])
+            text = file.read(self._lengths[owner]).decode()
+        record = next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
+        return [_decoded(cell) for cell in _texts(record[self._place], what="image")]
+
+
+def _scan(path: Path, digest: Any) -> tuple[list[str], list[list[str]], np.ndarray]:
+    """Header; cells, and line, first byte and length of each row. For an image stands :data:`_IMAGE`."""
+    cells, places = [], []
+    with path.open("rb") as file:
+        records = _records(path, file, digest)
+        header = next(records, (0, 0, 0, []))[3]
+        _check_header(path, header)
+        place = header.index("image") if "image" in header else None
+        for row, (line, start, length, record) in enumerate(records, 1):
+            if len(record) != len(header):
+                raise UserError(
+                    f"{path}, row {row} (line {line}) has {len(record)} of {len(header)} columns; "
+                    "the file is truncated or not tab-separated: fetch it again"
+                )
+            if place is not None and len(record[place]) > POINTER:
+                record[place] = _IMAGE
+            cells.append(record)
+            places.append((line, start, length))
+    if not cells:
+        raise UserError(f"{path} has no rows; fetch it again")
+    return header, cells, np.array(places, dtype=np.int64)
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    missing = [name for name in ("index", "question") if name not in header]
+    if "image" not in header and "image_path" not in header:
+        missing.append("image or image_path")
+    if missing:
+        found = ", ".join(header)[:200] or "none: the file is empty"
+        raise UserError(f"{path} has no column {' and no column '.join(missing)}; its columns: {found}")
+
+
+def _records(path: Path, file: BinaryIO, digest: Any) -> Iterator[tuple[int, int, int, list[str]]]:
+    """Line, first byte, length and cells of each record; quoted cells may hold tabs and line breaks."""
+    position = line = 0
+    rows = -1  # the first record is the header
+
+    def lines() -> Iterator[str]:
+        nonlocal position, line
+        for raw in file:
+            if digest is not None:
+                digest.update(raw)
+            position += len(raw)
+            line += 1
+            try:
+                yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, row {rows + 1} (line {line}): not UTF-8 ({error.reason})") from None
+
+    reader = csv.reader(lines(), delimiter="\t")
+    start, last, first = 0, 0, 1
+    try:
+        # The reader takes no more lines than the record needs, so that `position` is where the record ends.
+        for record in reader:
+            rows += bool(record)
+            if record:
+                yield first, start, position - start, record
+                last = start
+            start, first = position, line + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, row {rows + 1} (line {first}): {error}; fetch the file again") from None
+    # Only a strict reader tells that a quotation mark was never closed; it also refuses oddities which pandas reads.
+    file.seek(last)
+    try:
+        list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""), delimiter="\t", strict=True))
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise UserError(f"{path}, row {rows}: a quotation mark is never closed; fetch the file again") from None
+
+
+def _typed(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[Row]:
+    """Rows with the types that pandas finds when it reads such a file; empty cells are ``None``."""
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter="\t").writerows([header, *cells])
+    text.seek(0)
+    return plain_rows(pd.read_csv(text, sep="\t", low_memory=False, skip_blank_lines=False))
+
+
+def plain_rows(frame: pd.DataFrame) -> list[Row]:
+    """A pandas table as rows of Python values, ``None`` where it has NaN."""
+    objects = frame.astype(object)
+    return [
+        {str(column): cell for column, cell in row.items()}
+        for row in objects.where(objects.notna(), None).to_dict("records")
+    ]
+
+
+def _whole_indices(rows: Sequence[Row]) -> None:
+    """Indices are whole numbers if all of them are, else text."""
+    texts = [str(row["index"]) for row in rows]
+    whole = all(text.removeprefix("-").isdecimal() for text in texts)
+    for row, text in zip(rows, texts, strict=True):
+        row["index"] = int(text) if whole else text
+        if "image_path" in row and row["image_path"] is not None:
+            paths = _texts(row["image_path"])
+            row["image_path"] = paths[0] if len(paths) == 1 else paths
+
+
+def _texts(cell: Any, what: str = "image_path") -> list[str]:
+    """A cell that holds one text, a list of texts, or the literal of such a list."""
+    if cell is None:
+        return []
+    if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
+        try:
+            cell = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise BadSample("list of images is broken", f"{what}: {cell[:40]}…") from None
+    return [str(item) for item in cell] if isinstance(cell, list) else [str(cell)]
+
+
+def _decoded(cell: str) -> bytes:
+    try:
+        return base64.b64decode("".join(cell.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadSample("image is not base64", str(error)) from None

@@ -1,0 +1,113 @@
+"""A benchmark as an entry: which files, how its questions are put, how long answers are, and who scores them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from data.errors import UserError
+from data.tables import Table
+from vlm_distill.config import Positive, Section, explain
+
+from . import prompts
+from .files import HuggingFace, Layout, Official, SourceFile, Tsv, selected
+from .questions import BenchmarkQuestions
+
+Rules = Literal["vlmevalkit", "lmms-eval", "official"]
+Format = Literal["tsv", "huggingface", "official", "source"]
+
+
+class Benchmark(Section):
+    """One benchmark.
+
+    Attributes:
+        name, aliases: what people call it; capitals and ``-`` or ``_`` do not matter.
+        tsv, huggingface, official, source: the layouts its files come in, looked for in this order.
+        where: column → value or values of the rows that belong to it.
+        prompt: a name or a template (``prompts.ask``), or one for each of the rules.
+        interleave: the rules under which images stand at ``<image k>``.
+        max_new_tokens: a bound on answers.
+        scorer: name in ``scoring.registry``; ``scorer_options`` go to it.
+        metric: the main score, as people call it.
+        groups: columns by which scores are reported.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    tsv: Tsv | None = None
+    huggingface: HuggingFace | None = None
+    official: Official | None = None
+    source: SourceFile | None = None
+    where: dict[str, str | list[str]] = Field(default={})
+    prompt: str | dict[Rules, str] = "question"
+    interleave: tuple[Rules, ...] = ()
+    max_new_tokens: Positive = 128
+    scorer: str
+    scorer_options: dict[str, Any] = Field(default={})
+    metric: str = "accuracy"
+    groups: tuple[str, ...] = ()
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_prompt(cls, prompt: str | dict[Rules, str]) -> str | dict[Rules, str]:
+        for text in [prompt] if isinstance(prompt, str) else prompt.values():
+            prompts.check(text)
+        return prompt
+
+    @model_validator(mode="after")
+    def _has_files(self) -> Benchmark:
+        if not self.layouts():
+            raise ValueError(f"name its files: one or more of {', '.join(get_args(Format))}")
+        return self
+
+    def layouts(self) -> dict[Format, Tsv | HuggingFace | Official | SourceFile]:
+        """The layouts it has, in the order in which they are looked for."""
+        found = {"tsv": self.tsv, "huggingface": self.huggingface, "official": self.official, "source": self.source}
+        return {name: layout for name, layout in found.items() if layout is not None}  # type: ignore[misc]
+
+    @property
+    def dataset(self) -> str:
+        """The name under which VLMEvalKit looks for predictions."""
+        return self.tsv.name if self.tsv else self.name
+
+    def prompt_for(self, rules: Rules) -> str:
+        """The prompt under these rules. Official scorers mostly leave it open: lmms-eval's then, or any there is."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return next(
+            (self.prompt[name] for name in (rules, "lmms-eval", "vlmevalkit", "official") if name in self.prompt),
+            "question",
+        )
+
+    def questions(self, table: Table, layout: Layout, rules: Rules = "vlmevalkit") -> BenchmarkQuestions:
+        """An open table as questions put by the rules."""
+        numbered = any(other.index_answers for other in self.layouts().values())
+        return BenchmarkQuestions(
+            self.name,
+            selected(table, self.where),
+            layout,
+            prompt=self.prompt_for(rules),
+            interleave=rules in self.interleave,
+            letters=rules == "vlmevalkit" or not numbered,
+        )
+
+
+def load(path: Path) -> Benchmark:
+    """A benchmark from a YAML file with the fields of :class:`Benchmark`.
+
+    Raises:
+        UserError: there is no such file, or what it says is not valid: names the key, and the nearest known one.
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a benchmark is a mapping with keys such as tsv, prompt and scorer")
+    try:
+        return Benchmark.model_validate({"name": path.stem, **content})
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Benchmark)}") from None

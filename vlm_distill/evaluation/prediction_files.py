@@ -1,0 +1,125 @@
+"""VLMEvalKit's prediction files, ``{model}_{dataset}.xlsx``: written so that its own scorer reads them, and read.
+
+Such a file holds the table's columns but the images, and ``prediction``. It is read with the types that pandas finds
+in a column, because VLMEvalKit does: "None" and "N/A" are empty, and "007" is 7 where the whole column is numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+
+FORMATS = ("xlsx", "tsv")
+
+# XML has none of these: control characters but tab and line breaks, halves of surrogate pairs, non-characters.
+_ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+#: The longest text of a cell in Excel.
+LONGEST = 32_767
+
+
+def prediction_file(folder: Path, model: str, dataset: str, format: str = "xlsx") -> Path:
+    """Where VLMEvalKit looks for the predictions of a model on one of its data sets.
+
+    Args:
+        model: name or folder of the model; only its last part is used.
+        dataset: VLMEvalKit's name.
+        format: ``xlsx`` or ``tsv`` (which it reads with ``PRED_FORMAT=tsv``).
+    """
+    return folder / f"{Path(model).name}_{dataset}.{format}"
+
+
+def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> None:
+    """Writes a prediction file; the suffix of ``path`` says in which format.
+
+    Characters that no such file can hold are left out, and texts are cut after :data:`LONGEST` characters in Excel.
+
+    Args:
+        rows: the table's rows without images.
+        predictions: an answer for each row.
+
+    Raises:
+        UserError: the format is not known, or openpyxl is not installed.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row if column != "prediction"))
+    table: list[list[Any]] = [[*columns, "prediction"]]
+    table += [
+        [*(row.get(column) for column in columns), prediction]
+        for row, prediction in zip(rows, predictions, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first, so that an interrupted run leaves no half file for a scorer to find.
+    partial = path.with_name(f".{path.name}.partial")
+    if path.suffix == ".xlsx":
+        _write_excel(partial, table)
+    elif path.suffix == ".tsv":
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+            writer.writerows([_cell(value) for value in line] for line in table)
+    else:
+        raise UserError(f"{path}: prediction files are {' or '.join(FORMATS)}")
+    partial.replace(path)
+
+
+def read_prediction_file(path: Path) -> list[dict[str, Any]]:
+    """The rows of a prediction file, typed as VLMEvalKit gets them; empty cells are ``None``.
+
+    Raises:
+        UserError: the file cannot be read or has no column ``index`` or ``prediction``.
+    """
+    import pandas as pd
+
+    from data.tsv import plain_rows
+
+    if path.suffix not in (".xlsx", ".tsv"):
+        raise UserError(f"{path}: prediction files are {' or '.join(FORMATS)}")
+    if path.suffix == ".xlsx":
+        _openpyxl()
+    try:
+        frame = pd.read_excel(path) if path.suffix == ".xlsx" else pd.read_csv(path, sep="\t", low_memory=False)
+    except Exception as error:  # a broken archive, a missing sheet, a missing file: many kinds
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    for column in ("index", "prediction"):
+        if column not in frame.columns:
+            raise UserError(f"{path} has no column {column!r}; its columns: {', '.join(map(str, frame.columns))}")
+    return plain_rows(frame)
+
+
+def _write_excel(path: Path, lines: Iterable[Sequence[Any]]) -> None:
+    openpyxl = _openpyxl()
+    from openpyxl.cell import WriteOnlyCell
+
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    for line in lines:
+        cells = []
+        for value in line:
+            value = _cell(value)
+            cell = WriteOnlyCell(sheet, value[:LONGEST] if isinstance(value, str) else value)
+            if isinstance(value, str):
+                cell.data_type = "s"  # also "=1+1", which would be a formula, and "#N/A", which would be an error
+            cells.append(cell)
+        sheet.append(cells)
+    book.save(path)
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell holds it: numbers and texts as they are, anything else as its literal."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return _ILLEGAL.sub("", value if isinstance(value, str) else repr(value))
+
+
+def _openpyxl() -> Any:
+    try:
+        import openpyxl
+    except ImportError:
+        raise UserError("prediction files for Excel need openpyxl; install vlm-distill[benchmarks]") from None
+    return openpyxl

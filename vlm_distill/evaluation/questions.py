@@ -1,0 +1,103 @@
+"""A benchmark's table as questions that the runner can ask, and as rows that a scorer takes."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable
+from typing import Any
+
+from data.conversation import Conversation
+from data.tables import SourceTable, Table
+
+from .files import Layout
+from .prompts import as_list, ask, options, parts
+
+
+class BenchmarkQuestions:
+    """Questions (``runner.Questions``) of an open benchmark under one set of rules.
+
+    Args:
+        name: what reports call it.
+        table: the rows.
+        layout: how the file's columns are named.
+        prompt: a name or template (:func:`~.prompts.ask`).
+        interleave: whether images stand at ``<image k>``.
+        letters: whether right answers of multiple choice are letters (VLMEvalKit's scorers take those) or as in the
+            layouts that number options (lmms-eval's take those).
+    """
+
+    def __init__(
+        self, name: str, table: Table, layout: Layout, *, prompt: str, interleave: bool = False, letters: bool = True
+    ) -> None:
+        self.name = name
+        self.table = table
+        self._layout = layout
+        self._prompt = prompt
+        self._interleave = interleave
+        self._letters = letters
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The cells of a row for scorers, images left out. ``index`` is the row's place where the file has none."""
+        index = range(len(self))[index]
+        row = self._layout.complete(self.table[index])
+        row.setdefault("index", index)
+        choices = as_list(row.get("choices")) or as_list(row.get("options"))
+        if choices and not options(row):
+            row.update(zip(string.ascii_uppercase, choices, strict=False))
+        elif options(row) and not choices and not self._letters:
+            row["choices"] = row["options"] = list(options(row).values())
+        if self._letters and self._layout.index_answers:
+            row["answer"] = _letter(row) or row.get("answer")
+        elif not self._letters and not self._layout.index_answers and row.get("answer") in options(row):
+            row["answer"] = list(options(row)).index(row["answer"])
+        return row
+
+    def rows(self, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """Several rows, by default all."""
+        return [self.row(index) for index in (range(len(self)) if indices is None else indices)]
+
+    def __getitem__(self, index: int) -> Conversation:
+        """The question as the rules put it. Its metadata are the row and, in ``answers``, the right answers.
+
+        Raises:
+            BadSample: the row's images or places for them are not sound.
+        """
+        index = range(len(self))[index]
+        row = self.row(index)
+        line = self.line(index)
+        if self._prompt == "question" and isinstance(self.table, SourceTable):
+            own = self.table.conversation(index).prompt()  # it may have more messages, and images between them
+            return Conversation(own.messages, own.images, self.name, line, row)
+        content, images = parts(ask(self._prompt, row), self.table.images(index), self._interleave)
+        metadata = row | {"answers": self._references(row)}
+        return Conversation(({"role": "user", "content": content},), images, self.name, line, metadata)
+
+    def line(self, index: int) -> int:
+        """The 1-based place of a question in its file, for reports."""
+        return self.table.line(range(len(self))[index])
+
+    def size(self, index: int) -> int:
+        if isinstance(self.table, SourceTable):  # which has rows that cannot be read
+            return self.table.source.size(index)
+        return len(ask(self._prompt, self.row(index)))
+
+    def _references(self, row: dict[str, Any]) -> list[Any]:
+        for column in ("answers", "answer"):
+            if row.get(column) is not None:
+                if column == "answer" and (self._layout.index_answers or not self._letters) and options(row):
+                    letter = _letter(row)
+                    return [] if letter is None else [letter]
+                found = as_list(row[column])
+                return [str(row[column])] if found is None else [a if isinstance(a, dict) else str(a) for a in found]
+        return []
+
+
+def _letter(row: dict[str, Any]) -> str | None:
+    """The letter of the option that ``answer`` numbers, or names already; ``None`` where it is no option."""
+    answer, letters = str(row.get("answer")), list(options(row))
+    if answer in letters:
+        return answer
+    return letters[int(answer)] if answer.isdecimal() and int(answer) < len(letters) else None
