@@ -92,26 +92,73 @@ def inspect(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or name of a model.", show_default=False)],
-    data: Annotated[list[str], typer.Option(help="Questions in any of the readers' formats; may be repeated.")],
+    benchmarks: Annotated[
+        list[str] | None, typer.Option(help="Names with commas between, or YAML files; may be repeated.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Questions in any of the readers' formats, may be repeated; or the benchmarks' folder."),
+    ] = None,
+    rules: Annotated[str, typer.Option(help="Whose: vlmevalkit, lmms-eval or official.")] = "vlmevalkit",
+    format: Annotated[
+        str | None, typer.Option(help="Of the benchmarks' files: tsv, huggingface, official or source.")
+    ] = None,
+    score: Annotated[str, typer.Option(help="generate, or likelihood of the options.")] = "generate",
+    judge: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint.")] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's name there.")] = "judge",
+    judge_rate: Annotated[float | None, typer.Option(help="Most requests a minute.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     root: Annotated[list[Path] | None, typer.Option(help="Read no image outside this folder; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for predictions and scores.")] = Path("runs/eval"),
     limit: Annotated[int | None, typer.Option(min=1, help="Ask this many questions, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the benchmark's, or 32.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: as saved.")] = None,
     nproc: Processes = 1,
 ) -> None:
-    """Answers questions with a model and scores the answers: exact match and VQA accuracy, by question type."""
-    words = ["--model", model, "--out", str(out), "--batch-size", str(batch_size)]
-    words += ["--max-new-tokens", str(max_new_tokens)]
-    for path in data:
-        words += ["--data", path]
-    for folder in root or []:
-        words += ["--root", str(folder)]
-    for name, value in (("--images", images), ("--limit", limit), ("--dtype", dtype)):
-        words += [name, str(value)] if value is not None else []
+    """Answers questions with a model and scores the answers: benchmarks by the rules of the field, or any data.
+
+    Data are scored by exact match and VQA accuracy, by question type.
+    """
+    words = ["--model", model, "--out", str(out), "--batch-size", str(batch_size), "--rules", rules, "--score", score]
+    words += ["--judge-model", judge_model]
+    for flag, values in (("--benchmarks", benchmarks), ("--data", data), ("--root", root)):
+        for value in values or []:
+            words += [flag, str(value)]
+    single = {
+        "--images": images,
+        "--limit": limit,
+        "--dtype": dtype,
+        "--format": format,
+        "--judge": judge,
+        "--judge-rate": judge_rate,
+        "--max-new-tokens": max_new_tokens,
+    }
+    for flag, given in single.items():
+        words += [flag, str(given)] if given is not None else []
     raise typer.Exit(launch("vlm_distill.evaluate", words, nproc))
+
+
+@app.command()
+def compare(
+    answers: Annotated[
+        list[Path], typer.Argument(help="Folders of evaluations or runs, or predictions.jsonl.", show_default=False)
+    ],
+    metric: Annotated[str | None, typer.Option(help="exact, soft or score; default: score where all have it.")] = None,
+) -> None:
+    """Compares models on the same questions, each with the first: paired bootstrap interval and McNemar's test."""
+    from vlm_distill.evaluation.compare import compare_all
+
+    for name, result in compare_all(answers, metric):
+        if isinstance(result, float):
+            print(f"{name}: {result:.2%}")
+            continue
+        print(
+            f"{name}: {result.mean_a:.2%}, {100 * result.difference:+.2f} points "
+            f"({100 * result.low:+.2f} to {100 * result.high:+.2f}, 95 %) on {result.n:,} questions about "
+            f"{result.clusters:,} pictures; better on {result.only_a:,}, worse on {result.only_b:,}, "
+            f"McNemar's p = {result.p_mcnemar:.2g}"
+        )
 
 
 @app.command()

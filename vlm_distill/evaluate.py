@@ -1,4 +1,4 @@
-"""One rank of an evaluation: ``python -m vlm_distill.evaluate --model M --data test.jsonl --out DIR``.
+"""One rank of an evaluation: ``python -m vlm_distill.evaluate --model M --benchmarks pope --out DIR``.
 
 The launchers start it on several processes as they start training; each answers its share of the questions.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.batch import Problem
 from data.errors import UserError
@@ -22,76 +24,191 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="vlm_distill.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="folder or name of a model")
-    parser.add_argument("--data", action="append", required=True, help="questions; may be repeated")
+    parser.add_argument("--benchmarks", action="append", default=[], help="names or YAML files; may be repeated")
+    parser.add_argument("--data", action="append", default=[], help="files of questions, or the benchmarks' folder")
+    parser.add_argument("--rules", choices=["vlmevalkit", "lmms-eval", "official"], default="vlmevalkit")
+    parser.add_argument(
+        "--format", choices=["tsv", "huggingface", "official", "source"], help="of the benchmarks' files"
+    )
+    parser.add_argument("--score", choices=["generate", "likelihood"], default="generate")
+    parser.add_argument("--judge", help="base address of an OpenAI-compatible endpoint")
+    parser.add_argument("--judge-model", default="judge", help="the judge's name there")
+    parser.add_argument("--judge-rate", type=float, help="most requests a minute")
     parser.add_argument("--images", type=Path, help="folder that image paths are relative to")
     parser.add_argument("--root", type=Path, action="append", default=[], help="read no image outside; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions and scores")
     parser.add_argument("--limit", type=int, help="ask this many questions, evenly spaced")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own, or 32")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: as saved; fp32 on a CPU")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(given)
-    return guarded(lambda: evaluate_files(options))
+    return guarded(lambda: run(options))
 
 
-def evaluate_files(options: argparse.Namespace) -> None:
-    """Every data file of the options, answered, scored, written and shown."""
+def run(options: argparse.Namespace) -> None:
+    """Everything the options name, answered, scored, written and shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rich.console import Console
-    from rich.table import Table
-
-    from data.images import load_image
-    from data.sources import open_source
-    from vlm_distill.evaluation.runner import evaluate, in_words, summarise
     from vlm_distill.models import load_vlm
     from vlm_distill.training.engine import Processes
 
-    sources = [open_source(path, images=options.images) for path in options.data]
-    if len({source.name for source in sources}) < len(sources):
-        raise UserError("--data: two files have one name, so that their scores would overwrite each other; rename one")
+    # Mistakes are told before a model is loaded.
+    opened = _benchmarks(options) if options.benchmarks else _sources(options)
     processes = Processes()
     try:
         # A CPU gains nothing from 16 bits, and some of its layers refuse them.
         dtype = options.dtype or ("fp32" if processes.device.type == "cpu" else None)
         model = load_vlm(options.model, dtype=dtype)
         model = model.to(processes.device).eval()
-        empty = []
-        for source in sources:
-            skipped: list[Problem] = []
-            predictions = evaluate(
-                model,
-                source,
-                batch_size=options.batch_size,
-                max_new_tokens=options.max_new_tokens,
-                limit=options.limit,
-                rank=processes.rank,
-                world=processes.world,
-                all_gather=processes.gather,
-                out=options.out / source.name,
-                resume=_identity(options.model),
-                load=partial(load_image, roots=options.root),
-                skipped=skipped,
-            )
-            if not predictions:
-                empty.append(source.name)
-            if not processes.first:
-                continue
-            scores = summarise(predictions)
-            print(f"{source.name}: {in_words(scores)}")
-            if scores["by_type"]:
-                table = Table("questions", "n", "exact match", "VQA accuracy")
-                for name, row in scores["by_type"].items():
-                    table.add_row(name, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
-                Console().print(table)
-            if skipped:
-                one = skipped[0]
-                print(f"{len(skipped)} left out, the first: {one.source}, line {one.line}: {one.reason}")
-            print(options.out / source.name)
-        if empty:
-            raise UserError(f"{', '.join(empty)}: no question could be read")
+        settings = {
+            "batch_size": options.batch_size,
+            "limit": options.limit,
+            "rank": processes.rank,
+            "world": processes.world,
+            "all_gather": processes.gather,
+            "resume": _identity(options.model),
+        }
+        (_score_benchmarks if options.benchmarks else _score_sources)(options, opened, model, settings)
     finally:
         processes.close()
+
+
+def _sources(options: argparse.Namespace) -> list[Any]:
+    from data.sources import open_source
+
+    if not options.data:
+        raise UserError("nothing to ask: name benchmarks (--benchmarks) or files of questions (--data)")
+    sources = [open_source(path, images=options.images) for path in options.data]
+    if len({source.name for source in sources}) < len(sources):
+        raise UserError("--data: two files have one name, so that their scores would overwrite each other; rename one")
+    return sources
+
+
+def _score_sources(
+    options: argparse.Namespace, sources: Sequence[Any], model: Any, settings: Mapping[str, Any]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from data.images import load_image
+    from vlm_distill.evaluation.runner import evaluate, in_words, summarise
+
+    empty = []
+    for source in sources:
+        skipped: list[Problem] = []
+        predictions = evaluate(
+            model,
+            source,
+            max_new_tokens=options.max_new_tokens or 32,
+            out=options.out / source.name,
+            load=partial(load_image, roots=options.root),
+            skipped=skipped,
+            **settings,
+        )
+        if not predictions:
+            empty.append(source.name)
+        if settings["rank"]:
+            continue
+        scores = summarise(predictions)
+        print(f"{source.name}: {in_words(scores)}")
+        if scores["by_type"]:
+            table = Table("questions", "n", "exact match", "VQA accuracy")
+            for name, row in scores["by_type"].items():
+                table.add_row(name, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
+            Console().print(table)
+        _tell_skipped(skipped)
+        print(options.out / source.name)
+    if empty:
+        raise UserError(f"{', '.join(empty)}: no question could be read")
+
+
+def _benchmarks(options: argparse.Namespace) -> list[Any]:
+    """Entries with their open questions."""
+    from vlm_distill.evaluation import benchmarks
+    from vlm_distill.evaluation.benchmark_run import check_rules
+
+    if len(options.data) > 1:
+        raise UserError("--data: with --benchmarks it is the one folder that their files are in")
+    folder = options.data[0] if options.data else None
+    opened = []
+    for name in [name for given in options.benchmarks for name in given.split(",")]:
+        entry = benchmarks.get(name)
+        check_rules(entry, options.rules)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            found = benchmarks.find(entry, folder, rules=options.rules, format=options.format, images=options.images)
+        if os.environ.get("RANK", "0") == "0":
+            for warning in told:
+                print(f"warning: {warning.message}", file=sys.stderr)
+        opened.append((entry, found))
+    return opened
+
+
+def _score_benchmarks(
+    options: argparse.Namespace, opened: Sequence[Any], model: Any, settings: Mapping[str, Any]
+) -> None:
+    from data.images import load_image
+    from vlm_distill.evaluation.benchmark_run import run_benchmark, write_summary
+    from vlm_distill.evaluation.judge import Judge
+
+    judge = None
+    if options.judge is not None:
+        cache = options.out / "judge.jsonl"
+        judge = Judge(options.judge, options.judge_model, cache, requests_per_minute=options.judge_rate)
+    results = []
+    for entry, questions in opened:
+        result = run_benchmark(
+            model,
+            entry,
+            questions,
+            options.out / entry.name,
+            rules=options.rules,
+            name=options.model,
+            judge=judge,
+            likelihood=options.score == "likelihood",
+            max_new_tokens=options.max_new_tokens,
+            load=partial(load_image, roots=options.root),
+            **settings,
+        )
+        if result is not None:
+            results.append(result)
+            _tell_skipped(result.skipped)
+    if results:
+        write_summary(options.out, results)
+        _show(results)
+        print(options.out / "scores.csv")
+
+
+def _show(results: Sequence[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlm_distill.evaluation.benchmark_run import average
+
+    table = Table("benchmark", "rules", "n", "metric", "score", "what to know")
+    for result in results:
+        scores = result.scores
+        notes = (
+            [f"{count} decided by {reason}" for reason, count in scores.fallbacks.items() if count] if scores else []
+        )
+        if scores is not None and scores.judge:
+            notes.append(f"{len(scores.judge)} answers need a judge (--judge)")
+        if scores is None:
+            notes.append("right answers are not published: predictions only")
+        main = "" if scores is None else f"{scores.main:.2f}"
+        table.add_row(
+            result.benchmark, result.rules, str(len(result.predictions)), result.metric, main, "; ".join(notes)
+        )
+    Console().print(table)
+    mean = average(results)
+    if mean is not None:
+        print(f"average of the eight, as the Open VLM Leaderboard has it: {mean}")
+
+
+def _tell_skipped(skipped: Sequence[Problem]) -> None:
+    if skipped:
+        one = skipped[0]
+        print(f"{len(skipped)} left out, the first: {one.source}, line {one.line}: {one.reason}")
 
 
 def _identity(model: str) -> str:

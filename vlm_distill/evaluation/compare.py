@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from data.errors import UserError
 
-from .runner import Prediction
+from .runner import Prediction, read_predictions
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Comparison:
 def paired(
     a: Sequence[Prediction],
     b: Sequence[Prediction],
-    metric: Literal["exact", "soft"] = "exact",
+    metric: Literal["exact", "soft", "score"] = "exact",
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
@@ -50,13 +51,15 @@ def paired(
     The interval is the 2.5th to 97.5th percentile of a cluster bootstrap (Efron 1979; clusters as in Davison & Hinkley
     1997, section 3.8): pictures are drawn with replacement, each with all its questions, because questions about one
     picture are not independent. The p-value is McNemar's exact test, a binomial test on the questions where the models
-    differ (under ``soft``: the sign test on who scores higher).
+    differ (where scores lie between 0 and 1: the sign test on who scores higher). Questions that a benchmark's rules
+    leave out are not compared by ``score``.
 
     Raises:
         UserError: the two have no question in common, or ask different questions under one number.
     """
     ours = {(p.source, p.index): p for p in a}
     pairs = [(ours[p.source, p.index], p) for p in b if (p.source, p.index) in ours]
+    pairs = [pair for pair in pairs if all(getattr(p, metric) is not None for p in pair)]
     if not pairs:
         raise UserError("nothing to compare: the two sets of predictions have no question in common")
     for x, y in pairs:
@@ -87,6 +90,51 @@ def paired(
         only_b=only_b,
         p_mcnemar=mcnemar(only_a, only_b),
     )
+
+
+def compare_all(paths: Sequence[Path], metric: str | None = None) -> list[tuple[str, Comparison | float]]:
+    """Every model's comparison with the first one, for which its mean score stands.
+
+    Args:
+        paths: ``predictions.jsonl``, or folders of evaluations or runs (:func:`find_predictions`); at least two.
+        metric: ``exact``, ``soft`` or ``score``; by default ``score`` where every answer has one, else ``exact``.
+
+    Raises:
+        UserError: fewer than two, one without predictions, or as in :func:`paired`.
+    """
+    if len(paths) < 2:
+        raise UserError("compare: name two or more sets of predictions")
+    found = [find_predictions(path) for path in paths]
+    if metric is None:
+        scored = all(any(p.score is not None for p in predictions) for predictions in found)
+        metric = "score" if scored else "exact"
+    if metric not in ("exact", "soft", "score"):
+        raise UserError(f"compare: no metric {metric!r}; there are exact, soft and score")
+    rows: list[tuple[str, Comparison | float]] = []
+    for path, predictions in zip(paths[1:], found[1:], strict=True):
+        result = paired(predictions, found[0], metric)  # type: ignore[arg-type]
+        if not rows:
+            rows.append((str(paths[0]), result.mean_b))
+        rows.append((str(path), result))
+    return rows
+
+
+def find_predictions(path: Path) -> list[Prediction]:
+    """The predictions in a file, below an evaluation's folder, or of a run's student.
+
+    Raises:
+        UserError: there are none, or one question is there twice.
+    """
+    if path.is_file():
+        return read_predictions(path)
+    run = path / "evaluation"
+    files = sorted(run.glob("*/student/predictions.jsonl") if run.is_dir() else path.rglob("predictions.jsonl"))
+    if not files:
+        raise UserError(f"{path}: no predictions.jsonl there; evaluate first, or name another folder")
+    predictions = [p for file in files for p in read_predictions(file)]
+    if len({(p.source, p.index) for p in predictions}) < len(predictions):
+        raise UserError(f"{path}: holds answers to one question twice; name the folder of one evaluation")
+    return predictions
 
 
 def _bootstrap(totals: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

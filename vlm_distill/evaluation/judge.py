@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+
+from .prompts import options
 
 KEY_VARIABLE = "JUDGE_API_KEY"
 _LATER = (408, 409, 429, 500, 502, 503, 504)  # what may go well on another try
@@ -140,3 +143,63 @@ def _read(cache: Path) -> Iterator[tuple[str, str]]:
             yield entry["key"], entry["reply"]
         except (ValueError, KeyError, TypeError):
             continue  # empty or cut short: asked again
+
+
+# What is asked for each kind of answer. The wording is this project's own: numbers of other judges and prompts differ.
+
+_LETTER = """A person answered a multiple-choice question. Which option does the answer mean?
+Question: {question}
+Options:
+{options}
+Answer: {prediction}
+Reply with the option's letter alone, or with Z if the answer means none of them."""
+_VALUE = """A person answered a question. Reply with nothing but the final value of the answer, as short as it can be: \
+a number, a word, a list, or the letter of a choice.
+Question: {question}
+Answer: {prediction}
+Final value:"""
+_GRADE = """Grade an answer to a question about a picture by comparing it with the right answer. <AND> joins parts \
+that must all be there, <OR> parts of which one suffices. 0.0 is wrong, 1.0 right, in steps of 0.1.
+Question: {question}
+Right answer: {answer}
+Answer: {prediction}
+Reply with the number alone:"""
+_VERDICT = """Compare an answer to a yes-or-no question with the right one.
+Question: {question}
+Right answer: {right}
+Answer: {prediction}
+Reply with one figure: 1 if it means the same, 0 if it contradicts it, 2 if it says neither."""
+
+
+def ask_judge(judge: Judge, scorer: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A judge's replies to rows of a benchmark, as the scorer takes them in the column ``judge``.
+
+    Args:
+        judge: see above.
+        scorer: the scorer's name.
+        rows: with ``question``, ``prediction`` and what else the prompt names.
+    """
+    replies = judge.ask([_prompt(scorer, row) for row in rows])
+    if scorer == "mmvet":
+        return [_grade(reply) for reply in replies]
+    if scorer == "hallusionbench":
+        return [next((c for c in reply if c in "012"), "2") for reply in replies]
+    return [reply.strip() for reply in replies]
+
+
+def _prompt(scorer: str, row: Mapping[str, Any]) -> str:
+    cells = {"answer": "", "right": row.get("gt_answer_details") or row.get("answer", ""), **row}
+    if scorer == "mmvet":
+        return _GRADE.format_map(cells)
+    if scorer == "mathvista":
+        return _VALUE.format_map(cells)
+    if scorer == "hallusionbench":
+        return _VERDICT.format_map(cells)
+    cells["options"] = "\n".join(f"{letter}. {text}" for letter, text in options(row).items())
+    return _LETTER.format_map(cells)
+
+
+def _grade(reply: str) -> str:
+    """The first number in 0…1 of a reply; 0 where there is none."""
+    numbers = (float(found) for found in re.findall(r"\d*\.?\d+", reply))
+    return str(next((number for number in numbers if 0 <= number <= 1), 0.0))

@@ -434,10 +434,14 @@ def in_words(scores: Mapping[str, Any]) -> str:
 def write_predictions(folder: Path, predictions: Sequence[Prediction], skipped: Sequence[Problem] = ()) -> None:
     """Writes ``predictions.jsonl`` (one :class:`Prediction` a line) and ``scores.json`` (:func:`summarise`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
-    (folder / "predictions.jsonl").write_text(lines, "utf-8")
+    write_lines(folder / "predictions.jsonl", predictions)
     scores = json.dumps(summarise(predictions, skipped), indent=2, ensure_ascii=False)
     (folder / "scores.json").write_text(scores + "\n", "utf-8")
+
+
+def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
+    """One :class:`Prediction` a line."""
+    path.write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions), "utf-8")
 
 
 def read_predictions(path: Path) -> list[Prediction]:

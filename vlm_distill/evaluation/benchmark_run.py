@@ -1,0 +1,228 @@
+"""A benchmark from questions to scores: answered by a model, scored by rules and perhaps a judge, written down."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from data.batch import Problem
+from data.conversation import ImageSource
+from data.errors import UserError
+from data.images import load_image
+from vlm_distill.models.interface import Answer, Prompt
+
+from .benchmark import Benchmark, Rules
+from .judge import Judge, ask_judge
+from .prediction_files import prediction_file
+from .prediction_files import write_predictions as write_table
+from .prompts import options
+from .questions import BenchmarkQuestions
+from .runner import AllGather, Answerer, Prediction, evaluate, write_lines
+from .scoring.base import Scores
+from .scoring.registry import rules_of, score
+from .scoring.suite import SUITE, suite_average
+
+#: The leaderboard's names of the suite's benchmarks, by ours.
+_SUITE = dict(
+    zip(("mmbench", "mmstar", "mmmu", "mathvista", "ocrbench", "ai2d", "hallusionbench", "mmvet"), SUITE, strict=True)
+)
+#: Scorers of answers that are yes or no.
+_YES_OR_NO = ("pope", "mme", "hallusionbench")
+
+
+class Chooser(Protocol):
+    """What scoring by likelihood needs of a model (``VisionLanguageModel`` is one)."""
+
+    def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """One benchmark's answers and scores.
+
+    Attributes:
+        benchmark: its name.
+        metric: what people call the main score.
+        rules: whose.
+        predictions: with their scores.
+        scores: ``None`` where the right answers are not published.
+        skipped: questions that could not be asked.
+    """
+
+    benchmark: str
+    metric: str
+    rules: str
+    predictions: list[Prediction]
+    scores: Scores | None
+    skipped: list[Problem]
+
+
+def check_rules(entry: Benchmark, rules: str) -> None:
+    """Raises ``UserError`` where a benchmark cannot be scored by these rules."""
+    known = rules_of(entry.scorer)
+    if rules not in known:
+        raise UserError(f"{entry.name} has no rules {rules!r}; it has {', '.join(known)}")
+
+
+def by_likelihood(model: Chooser, entry: Benchmark) -> Callable[[Sequence[Prompt]], list[Answer]]:
+    """Answers that are the likeliest option's letter, or the likelier of Yes and No, without generation.
+
+    Raises:
+        UserError: when asked a question without options.
+    """
+
+    def choose(prompts: Sequence[Prompt]) -> list[Answer]:
+        given = [list(options(conversation.metadata)) for conversation, _ in prompts]
+        if entry.scorer in _YES_OR_NO:
+            given = [["Yes", "No"]] * len(prompts)
+        if not all(given):
+            raise UserError(f"{entry.name}: a question has no options to choose from by likelihood; leave --score out")
+        answers = []
+        for texts, likelihoods in zip(given, model.score_options(prompts, given), strict=True):
+            best = max(range(len(texts)), key=lambda k: likelihoods[k])
+            answers.append(Answer(texts[best], [], [likelihoods[best]]))
+        return answers
+
+    return choose
+
+
+def run_benchmark(
+    model: Answerer,
+    entry: Benchmark,
+    questions: BenchmarkQuestions,
+    out: Path,
+    *,
+    rules: Rules = "vlmevalkit",
+    name: str = "model",
+    judge: Judge | None = None,
+    likelihood: bool = False,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    all_gather: AllGather | None = None,
+    resume: str | None = None,
+    load: Callable[[ImageSource], Image.Image] = load_image,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result | None:
+    """Answers a benchmark's questions, scores them and writes ``out``.
+
+    Args:
+        model: answers, as in ``runner.evaluate``; where ``likelihood``, also a :class:`Chooser`.
+        entry, questions: from ``benchmarks.find``.
+        out: receives ``predictions.jsonl``, ``scores.json``, ``scores.csv`` and VLMEvalKit's prediction file.
+        name: the model's, for that file.
+        judge: decides what the rules leave to one.
+        max_new_tokens: in place of the benchmark's own.
+        resume, load, progress, and others: as in ``runner.evaluate``.
+
+    Returns:
+        On rank 0 the result; ``None`` on others.
+    """
+    check_rules(entry, rules)
+    results: list[Result] = []
+
+    def finish(predictions: list[Prediction], skipped: list[Problem]) -> None:
+        rows = [questions.row(p.index) | {"prediction": p.answer} for p in predictions]
+        scores = None
+        if any(row.get("answer") is not None or row.get("answers") is not None for row in rows):
+            scores = judged(entry, rows, rules, judge)
+            predictions = [replace(p, score=s) for p, s in zip(predictions, scores.rows, strict=True)]
+        results.append(Result(entry.name, entry.metric, rules, predictions, scores, skipped))
+        _write(out, results[0], entry, rows, name)
+
+    evaluate(
+        model,
+        questions,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens or entry.max_new_tokens,
+        limit=limit,
+        rank=rank,
+        world=world,
+        all_gather=all_gather,
+        out=out,
+        resume=None if resume is None else f"{resume} {rules} {'likelihood' if likelihood else 'generate'}",
+        load=load,
+        progress=progress,
+        ask=by_likelihood(model, entry) if likelihood else None,  # type: ignore[arg-type]
+        references=False,
+        finish=finish,
+    )
+    return results[0] if results else None
+
+
+def judged(entry: Benchmark, rows: list[dict[str, Any]], rules: str, judge: Judge | None) -> Scores:
+    """The scores of answered rows; a judge sees those that the rules leave to it, whose column ``judge`` it fills."""
+    scores = score(entry.scorer, rows, rules, **entry.scorer_options)
+    if judge is not None and scores.judge:
+        replies = ask_judge(judge, entry.scorer, [rows[i] for i in scores.judge])
+        for i, reply in zip(scores.judge, replies, strict=True):
+            rows[i]["judge"] = reply
+        scores = score(entry.scorer, rows, rules, **entry.scorer_options)
+    return scores
+
+
+def average(results: Sequence[Result]) -> float | None:
+    """The Open VLM Leaderboard's average, if all of its eight benchmarks are there."""
+    return suite_average({_SUITE[r.benchmark]: r.scores.main for r in results if r.benchmark in _SUITE and r.scores})
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """A result without its answers, as ``scores.json`` has it; numbers that are none are ``None``."""
+    plain: dict[str, Any] = {"benchmark": result.benchmark, "rules": result.rules, "n": len(result.predictions)}
+    reasons = [problem.reason for problem in result.skipped]
+    plain["skipped"] = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+    if result.scores is None:
+        return plain
+    found = asdict(result.scores)
+    del found["rows"]
+    return _finite(plain | found | {"metric": result.metric, "judge": len(result.scores.judge)})
+
+
+def write_summary(folder: Path, results: Sequence[Result]) -> None:
+    """Writes ``scores.json`` and ``scores.csv`` of several benchmarks, and the leaderboard's average if it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {"benchmarks": [summary(r) for r in results], "average": average(results)}
+    (folder / "scores.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _write_csv(folder / "scores.csv", results)
+
+
+def _write(out: Path, result: Result, entry: Benchmark, rows: list[dict[str, Any]], name: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_lines(out / "predictions.jsonl", result.predictions)
+    (out / "scores.json").write_text(json.dumps(summary(result), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _write_csv(out / "scores.csv", [result])
+    # VLMEvalKit reads both formats; Excel's needs a package.
+    path = prediction_file(out, name, entry.dataset, "xlsx" if find_spec("openpyxl") else "tsv")
+    answers = [row["prediction"] for row in rows]
+    write_table(path, [{k: v for k, v in row.items() if k != "prediction"} for row in rows], answers)
+
+
+def _write_csv(path: Path, results: Sequence[Result]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["benchmark", "rules", "group", "metric", "score"])
+        for result in results:
+            if result.scores is None:
+                continue
+            first = [result.benchmark, result.rules]
+            writer.writerow([*first, "", result.metric, result.scores.main])
+            tables = {"": result.scores.overall} | dict(result.scores.groups)
+            writer.writerows([*first, group, key, value] for group, row in tables.items() for key, value in row.items())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
