@@ -295,7 +295,7 @@ OFFICIAL = {
     "easy-vqa": (
         {"questions.json": [["what shape?", "circle", 7]]},
         "images/7.png",
-        ("what shape?" + SHORT, ["circle"], {"index": 0}),
+        ("what shape?", ["circle"], {"index": 0}),
     ),
 }
 
