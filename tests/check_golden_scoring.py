@@ -7,14 +7,25 @@ expectation by calling the suite. A case that the reference crashes on passes if
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from data.errors import UserError
+from data.images import load_image
+from data.tsv import TsvTable
+from vlm_distill.evaluation.benchmark import Benchmark
+from vlm_distill.evaluation.files import Tsv
+from vlm_distill.evaluation.prediction_files import read_prediction_file, write_predictions
+from vlm_distill.evaluation.prompts import options
 from vlm_distill.evaluation.scoring import base, hallusion, mathvista, mcq, mcq_lmms, mmmu, ocrbench, text, vqa, yes_no
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "scoring"
@@ -39,6 +50,9 @@ class Case:
 def read_cases(file: Path) -> list[Case]:
     lines = file.read_text("utf-8").splitlines()
     parsed = [(number, json.loads(line)) for number, line in enumerate(lines, 1)]
+    for _, case in parsed:
+        if "file" in case["input"]:  # which stands beside the cases
+            case["input"]["file"] = str(file.parent / case["input"]["file"])
     return [Case(f"{file.stem}:{n}", c["rules"], c["scorer"], c["input"], c["expected"]) for n, c in parsed]
 
 
@@ -479,3 +493,67 @@ def _mathvista_normalize(given: dict[str, Any]) -> Any:
 def _mathvista(given: dict[str, Any]) -> Any:
     # The reference gives nothing for a score of zero.
     return {"accuracy": mathvista.score_mathvista(given["rows"], rules="lmms-eval").overall["accuracy"] or None}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@adapter("prediction_file", "vlmevalkit")
+def _prediction_file(given: dict[str, Any]) -> Any:
+    rows = [{"index": number} for number in range(len(given["predictions"]))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model_data.{given['format']}"
+        write_predictions(path, rows, given["predictions"])
+        read = read_prediction_file(path)
+    texts = [base.prediction(row, "vlmevalkit") for row in read]
+    loaded = [None if base.missing(row["prediction"]) else row["prediction"] for row in read]
+    return {"loaded": loaded, "as_scored_text": texts}
+
+
+@adapter("load_tsv", "vlmevalkit")
+def _load_tsv(given: dict[str, Any]) -> Any:
+    table, kind = TsvTable(Path(given["file"])), given["kind"]
+    entry = Benchmark(
+        name="golden",
+        tsv=Tsv(name="golden"),
+        prompt="short" if kind == "vqa" else "options",
+        interleave=("vlmevalkit",) if kind == "mmmu" else (),
+        scorer="vqa" if kind == "vqa" else "choice",
+    )
+    assert entry.tsv is not None
+    questions = entry.questions(table, entry.tsv)
+    has_images = "image" in table.columns
+    rows = []
+    for number in range(len(table)):
+        row, images = table[number], table.images(number)
+        names = _image_names(row, len(images))
+        left = iter(names)
+        prompt = [
+            {"type": part["type"], "value": next(left) if part["type"] == "image" else part["text"]}
+            for part in questions[number].messages[0]["content"]
+        ]
+        shown: dict[str, Any] = row | {"prompt": prompt}
+        if kind != "vqa":
+            shown["choices"] = {letter: row[letter] for letter in options(row)}
+        if has_images:
+            shown["image_is_list"] = len(images) > 1
+            shown["images"] = [_described(*pair) for pair in zip(images, names, strict=True)]
+        rows.append(shown)
+    return {"n_rows": len(table), "columns": list(table.columns), "meta_only": not has_images, "rows": rows}
+
+
+def _image_names(row: dict[str, Any], count: int) -> list[str]:
+    """The files that VLMEvalKit writes a row's images to."""
+    if row.get("image_path"):
+        return row["image_path"] if isinstance(row["image_path"], list) else [row["image_path"]]
+    return [f"{row['index']}.png"] if count == 1 else [f"{row['index']}_{k}.png" for k in range(count)]
+
+
+def _described(image: Any, name: str) -> dict[str, Any]:
+    rgb = load_image(image, alpha="drop")
+    return {
+        "file": name,
+        "size": list(rgb.size),
+        "mode": "L" if Image.open(io.BytesIO(image)).mode == "L" else "RGB",  # we have no use for grey images
+        "sha256_of_rgb_bytes": hashlib.sha256(rgb.tobytes()).hexdigest(),
+    }

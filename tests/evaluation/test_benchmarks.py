@@ -21,6 +21,7 @@ from vlm_distill.evaluation.benchmarks import BENCHMARKS, find, get
 from vlm_distill.evaluation.files import Tsv
 from vlm_distill.evaluation.prompts import LETTER, SHORT, parts
 from vlm_distill.evaluation.runner import evaluate
+from vlm_distill.evaluation.scoring.registry import rules_of, score
 from vlm_distill.models.interface import Answer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "scoring"
@@ -71,7 +72,7 @@ def test_prompts_are_vlmevalkits(case):
     kind, path = case["input"]["kind"], GOLDEN / case["input"]["file"]
     prompt = {"mcq": "options", "vqa": "short", "mmmu": "options"}[kind]
     entry = Benchmark(
-        name="t", tsv=Tsv(name="t"), prompt=prompt, interleave=("vlmevalkit",) if kind == "mmmu" else (), scorer="x"
+        name="t", tsv=Tsv(name="t"), prompt=prompt, interleave=("vlmevalkit",) if kind == "mmmu" else (), scorer="vqa"
     )
     questions = entry.questions(TsvTable(path), entry.tsv)
     for number, expected in enumerate(case["expected"]["rows"]):
@@ -286,11 +287,21 @@ OFFICIAL = {
     ),
     "mathvista": (
         {
-            "testmini.json": {"1": {"question": "x?", "image": "images/1.jpg", "answer": "2", "choices": None}},
+            "testmini.json": {
+                "1": {
+                    "question": "x?",
+                    "image": "images/1.jpg",
+                    "answer": "2 m",
+                    "choices": ["1 m", "2 m"],
+                    "question_type": "multi_choice",
+                    "answer_type": "text",
+                    "metadata": {"task": "geometry", "skills": ["logic"]},
+                }
+            },
             "query.json": {"1": "Hint: be short.\nQuestion: x?", "2": "other"},
         },
         "images/1.jpg",
-        ("Hint: be short.\nQuestion: x?", ["2"], {"index": "1"}),
+        ("Hint: be short.\nQuestion: x?", ["2 m"], {"index": "1", "task": "geometry", "answer_option": "B"}),
     ),
     "easy-vqa": (
         {"questions.json": [["what shape?", "circle", 7]]},
@@ -428,6 +439,70 @@ def test_the_hub_is_asked_only_by_name_of_the_format(tmp_path, monkeypatch):
     assert asked == [("lmms-lab/POPE", "test", None), ("lmms-lab-encoder/POPE", "test", None)]
 
 
+# Scoring.
+
+CHOICE = {"A": "cat", "B": "dog", "answer": "B", "category": "c", "l2-category": "l", "split": "dev"}
+#: Scorer → the columns of a TSV beside index, image and question; and a right answer.
+CELLS = {
+    **dict.fromkeys(("mmbench", "mmstar", "ai2d", "scienceqa", "seedbench", "realworldqa", "choice"), (CHOICE, "B")),
+    "mmmu": (CHOICE | {"split": "validation"}, "B"),
+    "mathvista": (
+        {"answer": 2, "question_type": "free_form", "answer_type": "integer", "choices": None, "precision": None}
+        | {"task": "t", "skills": "['s']"},
+        "2",
+    ),
+    "ocrbench": ({"answer": "['two']", "category": "Regular Text Recognition"}, "two"),
+    "hallusionbench": ({"answer": "Yes", "category": "VD", "l2-category": "math"}, "Yes"),
+    "mmvet": ({"answer": "two", "category": "ocr,math"}, "two"),
+    "textvqa": ({"answer": str(["two"] * 10)}, "two"),
+    **dict.fromkeys(("gqa", "ocrvqa"), ({"answer": "two"}, "two")),
+    "anls": ({"answer": "['two']"}, "two"),
+    "chartqa": ({"answer": "two", "split": "test_human"}, "two"),
+    "pope": ({"answer": "Yes", "category": "random"}, "Yes"),
+    "mme": ({"answer": "Yes", "category": "OCR", "image_path": "a.jpg"}, "Yes"),
+}
+PAIRS = [(entry, rules) for entry in BENCHMARKS for rules in rules_of(entry.scorer)]
+
+
+@pytest.mark.filterwarnings("ignore:.*md5")
+@pytest.mark.parametrize(
+    ("entry", "rules"), [pair for pair in PAIRS if pair[0].tsv], ids=lambda x: getattr(x, "name", x)
+)
+def test_rows_of_a_tsv_can_be_scored(entry, rules, tmp_path):
+    cells, right = CELLS[entry.scorer]
+    indices = ["hb_VD_math_0_0_0", "hb_VD_math_0_1_0"] if entry.name == "hallusionbench" else [5, 6]
+    rows = [[index, b64(), f"q {index}?", *cells.values()] for index in indices]
+    write_tsv(tmp_path / f"{entry.tsv.name}.tsv", ["index", "image", "question", *cells], *rows)
+    questions = find(entry.name, tmp_path, rules=rules)
+    table = [row | {"prediction": right} for row in questions.rows()]
+    if (entry.name, rules) in (("hallusionbench", "lmms-eval"), ("mme", "vlmevalkit")):
+        # The one needs columns of lmms-eval's data set, the other questions of every task.
+        with pytest.raises(UserError, match=r"no column 'subcategory'|MME is incomplete"):
+            score(entry.scorer, table, rules)
+        return
+    best = {"ocrbench": 2.0, "mme": 200.0}.get(entry.name, 100.0)
+    assert score(entry.scorer, table, rules).main == pytest.approx(best)
+    other = "No" if right == "Yes" else "elephant"
+    wrong = score(entry.scorer, [row | {"prediction": other} for row in table], rules)
+    assert wrong.main == 0 or math.isnan(wrong.main)
+
+
+@pytest.mark.parametrize(
+    ("entry", "rules"), [pair for pair in PAIRS if pair[0].name in OFFICIAL], ids=lambda x: getattr(x, "name", x)
+)
+def test_rows_of_official_files_can_be_scored(entry, rules, tmp_path):
+    content, _, (_, answers, _) = OFFICIAL[entry.name]
+    for file, value in content.items():
+        write_json(tmp_path / file, value)
+    questions = find(entry.name, tmp_path, rules=rules)
+    if not answers:
+        assert questions[0].references == []
+        return
+    right = {"1<AND>2": "1, 2", "2 m": "B" if rules == "vlmevalkit" else "2 m"}.get(answers[0], answers[0])
+    scores = score(entry.scorer, [row | {"prediction": right} for row in questions.rows()], rules)
+    assert scores.rows[0] == (0 if entry.name == "easy-vqa" else 1)  # one reference alone is no soft accuracy
+
+
 # A benchmark of one's own.
 
 
@@ -475,6 +550,7 @@ def test_the_manuals_examples_work(tmp_path):
         ("scorer: vqa", "name its files: one or more of tsv, huggingface, official, source"),
         ("tsv: {name: X}\nscorer: vqa\nprompt: shrt", "no prompt 'shrt'; there are question, short"),
         ("tsv: {name: X}\nscorer: vqa\nprompt: '{question'", "prompt: .*expected '}'"),
+        ("tsv: {name: X}\nscorer: vqqa", "there is no scorer 'vqqa'; there are vqa"),
         ("tsv: {name: X}\nscorer: vqa\nmax_new_tokens: 0", "greater than 0"),
         ("- a", "is a mapping with keys"),
         ("a: [", "not readable as YAML"),

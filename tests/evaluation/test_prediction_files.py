@@ -7,6 +7,7 @@ import pytest
 
 from data.errors import UserError
 from vlm_distill.evaluation.prediction_files import LONGEST, prediction_file, read_prediction_file, write_predictions
+from vlm_distill.evaluation.scoring.base import missing, prediction
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "scoring" / "vlmevalkit__prediction_file.jsonl"
 CASES = [json.loads(line) for line in GOLDEN.read_text("utf-8").splitlines()]
@@ -21,10 +22,11 @@ def test_predictions_come_back_as_vlmevalkit_sees_them(case, tmp_path):
     predictions, want = case["input"]["predictions"], case["expected"]
     path = tmp_path / f"m_d.{case['input']['format']}"
     write_predictions(path, [{"index": i, "question": "q"} for i in range(len(predictions))], predictions)
-    got = [row["prediction"] for row in read_prediction_file(path)]
+    read = read_prediction_file(path)
+    got = [None if missing(row["prediction"]) else row["prediction"] for row in read]
     assert got == want["loaded"]
     assert list(map(type, got)) == list(map(type, want["loaded"]))
-    assert ["nan" if value is None else str(value) for value in got] == want["as_scored_text"]
+    assert [prediction(row, "vlmevalkit") for row in read] == want["as_scored_text"]
 
 
 @pytest.mark.parametrize("format", ["xlsx", "tsv"])

@@ -15,8 +15,9 @@ from vlm_distill.config import Positive, Section, explain
 from . import prompts
 from .files import HuggingFace, Layout, Official, SourceFile, Tsv, selected
 from .questions import BenchmarkQuestions
+from .scoring.base import Rules
+from .scoring.registry import rules_of
 
-Rules = Literal["vlmevalkit", "lmms-eval", "official"]
 Format = Literal["tsv", "huggingface", "official", "source"]
 
 
@@ -57,6 +58,15 @@ class Benchmark(Section):
             prompts.check(text)
         return prompt
 
+    @field_validator("scorer")
+    @classmethod
+    def _known_scorer(cls, scorer: str) -> str:
+        try:
+            rules_of(scorer)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return scorer
+
     @model_validator(mode="after")
     def _has_files(self) -> Benchmark:
         if not self.layouts():
@@ -91,7 +101,8 @@ class Benchmark(Section):
             layout,
             prompt=self.prompt_for(rules),
             interleave=rules in self.interleave,
-            letters=rules == "vlmevalkit" or not numbered,
+            rules=rules,
+            numbered=numbered and rules != "vlmevalkit",
         )
 
 

@@ -100,6 +100,7 @@ _MMBENCH: dict[str, Any] = {"url": f"{_KIT_BENCHMARKS}MMBench/", "columns": {"L2
 _CHOICE: dict[Rules, str] = {"vlmevalkit": "options", "lmms-eval": "letter"}
 _CATEGORIES = ("category", "l2-category")
 _VQA: dict[str, Any] = {"prompt": "short", "max_new_tokens": 16}
+_MATHVISTA = {"index": "pid", "task": "{metadata[task]}", "skills": "{metadata[skills]}"}
 _COCO = "COCO_val2014_{image_id:012d}.jpg"
 
 
@@ -142,7 +143,12 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark(
         name="mmmu",
         aliases=("mmmu_val",),
-        tsv=_kit("MMMU_DEV_VAL", "585e8ad75e73f75dcad265dfd0417d64"),
+        tsv=_kit(
+            "MMMU_DEV_VAL",
+            "585e8ad75e73f75dcad265dfd0417d64",
+            columns={"id": "{split}_{category}_{index}"},
+            lists=("answer",),
+        ),
         huggingface=_lmms(
             "MMMU", "validation", images=tuple(f"image_{k}" for k in range(1, 8)), columns={"index": "id"}
         ),
@@ -157,14 +163,14 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         aliases=("mathvista_testmini",),
         tsv=_kit("MathVista_MINI", "f199b98e178e5a2a20e7048f5dcb0464"),
         huggingface=HuggingFace(
-            paths=("AI4Math/MathVista",), split="testmini", images=("decoded_image",), columns={"index": "pid"}
+            paths=("AI4Math/MathVista",), split="testmini", images=("decoded_image",), columns=_MATHVISTA
         ),
         official=Official(
             files="testmini.json",
             key="pid",
             join=(Join(file="query.json", by="pid", fields=("query",)),),
             image="{image}",
-            columns={"index": "pid"},
+            columns=_MATHVISTA,
             url="https://mathvista.github.io",
         ),
         prompt={"vlmevalkit": "question", "lmms-eval": "query"},
@@ -174,7 +180,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="ocrbench",
-        tsv=_kit("OCRBench", "e953d98a987cc6e26ef717b61260b778", columns={"question_type": "category"}),
+        tsv=_kit(
+            "OCRBench", "e953d98a987cc6e26ef717b61260b778", columns={"question_type": "category"}, lists=("answer",)
+        ),
         huggingface=HuggingFace(paths=("echo840/OCRBench",), split="test", columns={"category": "question_type"}),
         scorer="ocrbench",
         metric="right of 1000",

@@ -7,6 +7,7 @@ and prompts need under another name are given beside them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,28 @@ class Layout(Section):
     """What all layouts share.
 
     Attributes:
-        columns: further columns, name → the file's own column, or a pattern such as ``{set_id}_{figure_id}``.
+        columns: further columns, name → the file's own column, or a pattern such as ``{set_id}_{figure_id}``. A column
+            that the file has stays as it is.
         values: for a column, the file's value → ours.
         constants: columns that are the same in all rows.
+        lists: columns that hold the literals of lists, which VLMEvalKit's scorers read themselves and others' do not.
         index_answers: whether ``answer`` is an option's number from 0 and not its letter.
     """
 
     columns: dict[str, str] = Field(default={})
     values: dict[str, dict[str, Any]] = Field(default={})
     constants: dict[str, Any] = Field(default={})
+    lists: tuple[str, ...] = ()
     index_answers: bool = False
 
     def complete(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row with the further columns."""
         row |= self.constants
         for name, own in self.columns.items():
-            if "{" in own:
-                row[name] = own.format_map(row)
-            elif own in row:
-                row[name] = row[own]
+            if name in row:
+                continue
+            with suppress(KeyError, TypeError):  # what is lacking is told by the scorer or prompt that needs it
+                row[name] = own.format_map(row) if "{" in own else row[own]
         for name, translated in self.values.items():
             if name in row:
                 row[name] = translated.get(str(row[name]), row[name])

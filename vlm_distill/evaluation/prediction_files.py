@@ -67,7 +67,9 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]], predictions
 
 
 def read_prediction_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of a prediction file, typed as VLMEvalKit gets them; empty cells are ``None``.
+    """The rows of a prediction file, typed as VLMEvalKit gets them.
+
+    Empty cells are ``None``, but an empty prediction is NaN as there, where it is scored as the text "nan".
 
     Raises:
         UserError: the file cannot be read or has no column ``index`` or ``prediction``.
@@ -87,7 +89,11 @@ def read_prediction_file(path: Path) -> list[dict[str, Any]]:
     for column in ("index", "prediction"):
         if column not in frame.columns:
             raise UserError(f"{path} has no column {column!r}; its columns: {', '.join(map(str, frame.columns))}")
-    return plain_rows(frame)
+    rows = plain_rows(frame)
+    for row in rows:
+        if row["prediction"] is None:
+            row["prediction"] = math.nan
+    return rows
 
 
 def _write_excel(path: Path, lines: Iterable[Sequence[Any]]) -> None:

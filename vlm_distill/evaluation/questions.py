@@ -11,6 +11,7 @@ from data.tables import SourceTable, Table
 
 from .files import Layout
 from .prompts import as_list, ask, options, parts
+from .scoring.base import Rules
 
 
 class BenchmarkQuestions:
@@ -22,38 +23,62 @@ class BenchmarkQuestions:
         layout: how the file's columns are named.
         prompt: a name or template (:func:`~.prompts.ask`).
         interleave: whether images stand at ``<image k>``.
-        letters: whether right answers of multiple choice are letters (VLMEvalKit's scorers take those) or as in the
-            layouts that number options (lmms-eval's take those).
+        rules: whose scorers take the rows.
+        numbered: whether those take right answers of multiple choice as numbers of options, not as letters.
     """
 
     def __init__(
-        self, name: str, table: Table, layout: Layout, *, prompt: str, interleave: bool = False, letters: bool = True
+        self,
+        name: str,
+        table: Table,
+        layout: Layout,
+        *,
+        prompt: str,
+        interleave: bool = False,
+        rules: Rules = "vlmevalkit",
+        numbered: bool = False,
     ) -> None:
         self.name = name
         self.table = table
         self._layout = layout
         self._prompt = prompt
         self._interleave = interleave
-        self._letters = letters
+        self._rules = rules
+        self._numbered = numbered
 
     def __len__(self) -> int:
         return len(self.table)
 
     def row(self, index: int) -> dict[str, Any]:
-        """The cells of a row for scorers, images left out. ``index`` is the row's place where the file has none."""
+        """The cells of a row for scorers, images left out. ``index`` is the row's place where the file has none.
+
+        Multiple choice has its options as columns A to Z and, unless the rules are VLMEvalKit's, as lists as well.
+        Where ``answer`` is the text of an option, ``answer_option`` is its letter.
+        """
         index = range(len(self))[index]
         row = self._layout.complete(self.table[index])
         row.setdefault("index", index)
         choices = as_list(row.get("choices")) or as_list(row.get("options"))
         if choices and not options(row):
             row.update(zip(string.ascii_uppercase, choices, strict=False))
-        elif options(row) and not choices and not self._letters:
-            row["choices"] = row["options"] = list(options(row).values())
-        if self._letters and self._layout.index_answers:
-            row["answer"] = _letter(row) or row.get("answer")
-        elif not self._letters and not self._layout.index_answers and row.get("answer") in options(row):
+            if not self._layout.index_answers and row.get("answer") in choices:
+                row.setdefault("answer_option", string.ascii_uppercase[choices.index(row["answer"])])
+        if self._rules != "vlmevalkit":
+            self._as_lists(row)
+        if self._numbered and row.get("answer") in options(row):
             row["answer"] = list(options(row)).index(row["answer"])
+        elif self._layout.index_answers and not self._numbered:
+            row["answer"] = _letter(row) or row.get("answer")
         return row
+
+    def _as_lists(self, row: dict[str, Any]) -> None:
+        """Columns as lmms-eval's and the official files have them, from VLMEvalKit's."""
+        for column in self._layout.lists:
+            row[column] = as_list(row.get(column)) or row.get(column)
+        texts = list(options(row).values())
+        if texts and "choices" not in row and "options" not in row:
+            row["choices"] = row["options"] = texts
+            row.setdefault("question_type", "multiple-choice")
 
     def rows(self, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
         """Several rows, by default all."""
@@ -87,7 +112,7 @@ class BenchmarkQuestions:
     def _references(self, row: dict[str, Any]) -> list[Any]:
         for column in ("answers", "answer"):
             if row.get(column) is not None:
-                if column == "answer" and (self._layout.index_answers or not self._letters) and options(row):
+                if column == "answer" and (self._layout.index_answers or self._numbered) and options(row):
                     letter = _letter(row)
                     return [] if letter is None else [letter]
                 found = as_list(row[column])
