@@ -167,7 +167,8 @@ def _score_benchmarks(
             judge=judge,
             likelihood=options.score == "likelihood",
             max_new_tokens=options.max_new_tokens,
-            load=partial(load_image, roots=options.root),
+            # As VLMEvalKit and lmms-eval decode images.
+            load=partial(load_image, roots=options.root, alpha="drop"),
             **settings,
         )
         if result is not None:

@@ -235,7 +235,8 @@ def evenly_spaced(n: int, limit: int | None) -> list[int]:
 
 def _read(source: Questions, index: int, references: bool = True) -> Conversation | Problem:
     """A question that can be scored, or why there is none."""
-    line = index + 1
+    # Sources of the readers and benchmarks know it before the row is read.
+    line = source.line(index) if hasattr(source, "line") else index + 1
     try:
         conversation = source[index]
         line = conversation.line or line
