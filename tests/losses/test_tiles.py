@@ -177,3 +177,34 @@ def test_a_nan_shows_in_the_sum(chunked, small):
     teacher = HiddenTargets(setting.teacher.hidden, setting.teacher.head)
     sums = fused_linear(losses.build("jsd"), hidden, setting.head, teacher, recompute=True, chunk_bytes=small(4, 12))
     assert sums.loss.isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_on_a_gpu(recompute, benchmark_losses):
+    """1.2 GiB above inputs, returned gradients and the float32 accumulator of the head's gradient, at real sizes."""
+    case = benchmark_losses.Case(benchmark_losses.Shape(4096, 151_936, 1024, 2048), "cuda")
+    for name in ("taid", "jsd"):
+        case.ours(name, recompute=recompute)  # the matrix library's workspace stays
+        peak = benchmark_losses.peak_bytes(lambda name=name: case.ours(name, recompute=recompute), "cuda")
+        returned = sum(x.numel() * 2 for x in (case.hidden, case.weight))
+        assert peak - returned - case.weight.numel() * 4 < 1.2 * 2**30
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_float64_gives(benchmark_losses):
+    """bfloat16 operands at a real vocabulary, which is odd, against whole logits in float64."""
+    case = benchmark_losses.Case(benchmark_losses.Shape(300, 92_553, 256, 512), "cuda")
+    exact = benchmark_losses.Case(benchmark_losses.Shape(1, 1, 1, 1), "cuda")
+    for field in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        value = getattr(case, field).detach().double()
+        setattr(exact, field, value.requires_grad_(getattr(case, field).requires_grad))
+    student = exact.hidden @ exact.weight.t()
+    teacher = exact.teacher_hidden @ exact.teacher_weight.t()
+    for name, loss in benchmark_losses.LOSSES.items():
+        value = loss(student, teacher).mean()
+        want = torch.autograd.grad(value, (exact.hidden, exact.weight), retain_graph=True)
+        for recompute in (False, True):
+            for got, expected in zip(case.ours(name, recompute=recompute), want, strict=True):
+                largest = expected.abs().max().item()
+                torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=1e-2 * largest)

@@ -127,5 +127,5 @@ def _openpyxl() -> Any:
     try:
         import openpyxl
     except ImportError:
-        raise UserError("prediction files for Excel need openpyxl; install vlm-distill[benchmarks]") from None
+        raise UserError("prediction files for Excel need openpyxl; install vlm-distill[excel]") from None
     return openpyxl
