@@ -47,6 +47,15 @@ def test_each_loss_equals_whole_logits(name, tile, chunked, small):
     chunked.Setting().check([Term("only", losses.build(name))], recompute=True, chunk_bytes=small(*tile))
 
 
+@pytest.mark.parametrize("tile", [(13, 37), (5, 12)], ids=str)
+@pytest.mark.parametrize("name", STREAMED)
+def test_buffers_wider_than_the_tile(name, tile, chunked, small, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(tiles, "WIDTH_CPU", 16)
+    setting = chunked.Setting(softcap=4.0, bias=True)
+    setting.check([Term("only", losses.build(name))], recompute=True, chunk_bytes=small(*tile))
+
+
 @pytest.mark.parametrize("shape", [(3, 47), (31, 123), (1, 7)], ids=str)
 def test_odd_shapes(shape, chunked, small):
     chunked.Setting(*shape).check(chunked.two_terms(), recompute=True, chunk_bytes=small(7, 20))

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 # products large enough to fill it, and few passes over the gradient of the head.
 TOKENS_CPU, TILE_BYTES_CPU = 256, 2**22
 TOKENS, TILE_BYTES = 4096, 2**30
-# A tile's columns, rows of logits and rows' strides are multiples of these where they can be: matrix units read
-# whole lines, and a vocabulary may be odd.
-COLUMNS, ROWS, STRIDE = 128, 128, 64
+# A tile's columns and rows are multiples of these where they can be: matrix units work on whole squares.
+COLUMNS, ROWS = 128, 128
+# So is the width of the buffers, for a vocabulary may be odd and a GPU reads several aligned numbers at once. What lies
+# beyond the tile is −∞ in both models, which adds nothing, and is left out of the products.
+WIDTH_CPU, WIDTH = 1, 64
 # Buffers of a tile that the kernels' torch twin holds at its peak.
 TWIN_SCRATCH = 7
 
@@ -65,7 +67,8 @@ class Tiles:
             left = limit - self.tokens * formed * vocabulary
             self.group = max(1, left // (kept * vocabulary * self.tokens)) * self.tokens if kept else self.tokens
             self.group = min(self.group, count)
-        stride = self.columns if on_cpu else -(-self.columns // STRIDE) * STRIDE
+        self.width = WIDTH_CPU if on_cpu else WIDTH
+        stride = _up(self.columns, self.width)
         self.student_logits = side.weight.new_empty(self.tokens, stride, dtype=side.dtype)
         self.teacher_logits = None if self.teacher is None else torch.empty_like(self.student_logits)
         self.summed = torch.empty_like(self.student_logits) if adding else None
@@ -119,6 +122,7 @@ class Tiles:
         for tile in tiles if self.pulling else ():
             student, teacher = self._logits(operand, teacher_operand, tile)
             own = self.operand[block, : student.shape[1]]
+            grad = self.operand[: len(group), : tile.stop - tile.start]
             out = own if self.summed is None else self.summed[: len(index), : student.shape[1]]
             for number, term in enumerate(self.pulling):
                 statistics[term.name].gradient(
@@ -133,17 +137,20 @@ class Tiles:
             if out is not own:
                 own.copy_(out)
             if block.stop == len(group):
-                self._accumulate(tile, hidden, self.operand[: len(group), : student.shape[1]], d_hidden)
+                self._accumulate(tile, hidden, grad, d_hidden)
 
     def _logits(self, operand: Tensor, teacher_operand: Tensor | None, tile: slice) -> tuple[Tensor, Tensor]:
-        """Both models' logits ``[n, v]`` of a tile; the student's twice if no term reads the teacher's."""
+        """Both models' logits of a tile, widened by −∞; the student's twice if no term reads the teacher's."""
         n, v = len(operand), tile.stop - tile.start
-        student = self.student_logits[:n, :v]
-        teacher = student if self.teacher_logits is None else self.teacher_logits[:n, :v]
+        wide = _up(v, self.width)
+        student = self.student_logits[:n, :wide]
+        teacher = student if self.teacher_logits is None else self.teacher_logits[:n, :wide]
         if self.formed != tile.start:
-            self.side.logits_(operand, student, tile)
+            self.side.logits_(operand, student[:, :v], tile)
             if self.teacher is not None and teacher_operand is not None:
-                self.teacher.logits_(teacher_operand, teacher, tile)
+                self.teacher.logits_(teacher_operand, teacher[:, :v], tile)
+            if wide > v:
+                student[:, v:] = teacher[:, v:] = -torch.inf
             self.formed = tile.start
         return student, teacher
 
@@ -166,6 +173,10 @@ class Tiles:
         if d_weight is not None:
             own = d_weight[tile]
             torch.addmm(own, grad.t(), hidden, **side.output, out=own)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _whole(size: int, multiple: int) -> int:
