@@ -33,7 +33,7 @@ LOSSES = {
     "taid over reverse_kl": {"divergence": "reverse_kl"},
     "taid over jsd": {"divergence": {"name": "jsd", "beta": 0.2}},
     "taid over tvd": {"divergence": "tvd"},
-    "taid adaptive": {"schedule": "adaptive"},
+    "taid adaptive": {"schedule": "adaptive", "target_entropy": True},
     "cross_entropy": {},
 }
 FINITE = [name for name in LOSSES if "reverse_kl" not in name.replace("skew_reverse_kl", "") and "limit" not in name]

@@ -256,13 +256,16 @@ def test_jsd_is_symmetric_when_the_roles_change():
     torch.testing.assert_close(rows(losses.build("jsd", beta=0.8), teacher, student).loss, one)
 
 
-def test_taid_signals_are_the_kl_and_the_cross_entropy():
+def test_taid_signals_are_the_kl_the_cross_entropy_and_the_targets_entropy():
     loss = make("taid")
     student, teacher, _ = logits(3, 47)
     result = rows(loss, student, teacher)
     p = (0.7 * student + 0.3 * teacher).softmax(-1)
     torch.testing.assert_close(result.signals["cross_entropy"], -(p * student.log_softmax(-1)).sum(-1))
     torch.testing.assert_close(result.signals["kl"], result.loss)
+    told = rows(losses.build("taid", t_start=0.3, schedule="linear", target_entropy=True), student, teacher)
+    assert list(told.signals) == ["kl", "target_entropy"]
+    torch.testing.assert_close(told.signals["target_entropy"], -(p * p.log()).sum(-1))
     # Over another divergence the KL is still the signal; the entropy is read by the schedule `paper` alone.
     other = rows(make("taid over jsd"), student, teacher)
     assert list(other.signals) == ["kl"]

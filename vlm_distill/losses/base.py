@@ -211,6 +211,11 @@ def entropy(log_probs: Tensor, probs: Tensor) -> Tensor:
     return -log_probs.clamp(min=torch.finfo(log_probs.dtype).min).mul_(probs).sum(-1)
 
 
+def through_softmax_(slope: Tensor, q: Tensor) -> Tensor:
+    """From q·dL/dq to dL/dlogits = q·dL/dq − q·Σ q·dL/dq ``[N, V]``, in the memory of ``slope``."""
+    return slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1.0)
+
+
 def soften_(student_logits: Tensor, teacher_logits: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """Both models' logits, upcast and divided by the temperature, in their own memory where that is float32 already."""
     student, teacher = upcast(student_logits), upcast(teacher_logits)

@@ -22,6 +22,7 @@ from .base import (
     relative_entropy_,
     soften_,
     softmax_,
+    through_softmax_,
     upcast,
 )
 from .kernels import Form, Kind
@@ -221,7 +222,7 @@ class SkewForwardKL(_Skew):
             return loss, None
         # −(1−α) p q/m; the ratio (1−α) q/m is at most 1.
         slope = torch.div(q.probs, mixture, out=mixture).mul_(p.probs).mul_(self.alpha - 1.0)
-        return loss, _through_softmax_(slope, q.probs)
+        return loss, through_softmax_(slope, q.probs)
 
 
 class SkewReverseKL(_Skew):
@@ -241,7 +242,7 @@ class SkewReverseKL(_Skew):
             return loss, None
         # q·(log q/m − α q/m), less q, which the softmax takes out; the ratio α q/m is at most 1.
         ratio = torch.div(q.probs, mixture, out=mixture)
-        return loss, _through_softmax_(summands.addcmul_(ratio, q.probs, value=-self.alpha), q.probs)
+        return loss, through_softmax_(summands.addcmul_(ratio, q.probs, value=-self.alpha), q.probs)
 
 
 class TVD(Divergence):
@@ -262,7 +263,7 @@ class TVD(Divergence):
         loss = 0.5 * gap.abs().sum(-1)
         if not grad:
             return loss, None
-        return loss, _through_softmax_(gap.sign_().mul_(0.5).mul_(q.probs), q.probs)
+        return loss, through_softmax_(gap.sign_().mul_(0.5).mul_(q.probs), q.probs)
 
 
 class AdaptiveKL(Divergence):
@@ -297,7 +298,7 @@ class AdaptiveKL(Divergence):
                 leaf = q.log_probs.requires_grad_(grad)
                 value = self._as_in_taid(p.log_probs, leaf)
                 slope = torch.autograd.grad(value.sum(), leaf)[0] if grad else None
-            return value.detach(), None if slope is None else _through_softmax_(slope, q.probs)
+            return value.detach(), None if slope is None else through_softmax_(slope, q.probs)
         head = self._head_share(p.probs, q.probs)
         reverse, summands = relative_entropy_(Softmax(q.log_probs.clone(), q.probs, q.log_total), p)
         forward, _ = relative_entropy_(p, q)
@@ -365,11 +366,6 @@ def _mixture(p: Softmax, q: Softmax, share: float) -> Tensor:
     """share·p + (1−share)·q in a new tensor, kept above 0 so that its logarithm is finite; a NaN passes through."""
     mixture = (share * p.probs).add_(q.probs, alpha=1.0 - share)
     return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny)
-
-
-def _through_softmax_(slope: Tensor, q: Tensor) -> Tensor:
-    """From q·dL/dq to dL/dlogits = q·dL/dq − q·Σ q·dL/dq, in the memory of ``slope``."""
-    return slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1.0)
 
 
 def _summands_(a: Softmax, log_m: Tensor) -> Tensor:

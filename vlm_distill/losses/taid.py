@@ -64,6 +64,7 @@ class TAID(DistillationLoss):
             is q − p_t.
         power: the mean by which p_t is formed: 0 mixes logits (the paper), 1 probabilities, any other r > 0 takes
             p_t ∝ ((1−t)·q^r + t·p^r)^(1/r).
+        target_entropy: whether to log the target's entropy.
 
     Evaluation does not move t: only ``update`` does.
     """
@@ -80,6 +81,7 @@ class TAID(DistillationLoss):
         rate: float = 3.0,
         divergence: str | Mapping[str, Any] = "forward_kl",
         power: float = 0.0,
+        target_entropy: bool = False,
     ) -> None:
         super().__init__()
         self.t_start = check_number("loss taid: t_start", t_start, 0.0, 1.0)
@@ -98,6 +100,8 @@ class TAID(DistillationLoss):
             self.signals = ("kl", "cross_entropy")
         elif schedule == "adaptive":
             self.signals = ("kl", "slope")
+        if target_entropy:
+            self.signals += ("target_entropy",)
         alone = len(self.signals) == 1 and isinstance(self.divergence, ForwardKL)
         self.scratch = max(2 if alone else 3 if schedule != "adaptive" else 5, self.divergence.scratch)
         # Plain floats and not buffers: casting the module to bfloat16 would round a buffer.
@@ -174,17 +178,17 @@ class TAID(DistillationLoss):
         signals: dict[str, Tensor] = {}
         if "slope" in self.signals:
             signals["slope"] = self._slope(size, p.probs, p.log_probs, q.log_probs)
-        if "cross_entropy" in self.signals:
-            signals["cross_entropy"] = entropy(p.log_probs, p.probs)
+        if {"cross_entropy", "target_entropy"} & set(self.signals):
+            signals["target_entropy"] = entropy(p.log_probs, p.probs)
         if isinstance(self.divergence, ForwardKL):
             loss, gradient = self.divergence.between_(p, q, grad=grad)
             signals["kl"] = loss
         else:
             signals["kl"] = relative_entropy_(p._replace(log_probs=p.log_probs.clone()), q)[0]
             loss, gradient = self.divergence.between_(p, q, grad=grad)
-        if "cross_entropy" in signals:
-            signals["cross_entropy"] += signals["kl"]
-        return RowResult(loss, gradient, signals)
+        if "cross_entropy" in self.signals:
+            signals["cross_entropy"] = signals["target_entropy"] + signals["kl"]
+        return RowResult(loss, gradient, {name: signals[name] for name in self.signals})
 
     def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         own = log_q.detach()
@@ -192,11 +196,12 @@ class TAID(DistillationLoss):
         target = mixed.log_softmax(-1)
         loss = self.divergence.between(target, log_q)
         signals = {"kl": loss if isinstance(self.divergence, ForwardKL) else kl_divergence(target, own)}
-        if "cross_entropy" in self.signals:
-            signals["cross_entropy"] = signals["kl"] + entropy(target, target.exp())
+        if {"cross_entropy", "target_entropy"} & set(self.signals):
+            signals["target_entropy"] = entropy(target, target.exp())
+            signals["cross_entropy"] = signals["kl"] + signals["target_entropy"]
         if "slope" in self.signals:
             signals["slope"] = self._slope(self._size(mixed), target.exp(), target, own)
-        return loss, signals
+        return loss, {name: signals[name] for name in self.signals}
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
         done = progress.step / max(progress.steps, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch import Groups
 
-from .base import DistillationLoss, RowResult, check_number, need_targets, soften_, softmax_, upcast
+from .base import DistillationLoss, RowResult, check_number, need_targets, soften_, softmax_, through_softmax_, upcast
 
 
 class ULD(DistillationLoss):
@@ -68,7 +68,7 @@ class ULD(DistillationLoss):
         loss, slopes = _distance_and_slopes(q, p, grad=grad)
         if slopes is None:
             return RowResult(loss)
-        return RowResult(loss, _through_softmax_(slopes, q).div_(self.temperature))
+        return RowResult(loss, through_softmax_(slopes.mul_(q), q).div_(self.temperature))
 
     @torch.no_grad()
     def grouped(
@@ -94,7 +94,7 @@ class ULD(DistillationLoss):
         gradient = q
         weight = q.new_zeros(len(q), 1).index_copy_(0, places.later, by_chain)
         gradient.mul_(-weight).scatter_add_(-1, targets.unsqueeze(-1), weight)
-        gradient.index_copy_(0, places.first, _through_softmax_(slopes, first))
+        gradient.index_copy_(0, places.first, through_softmax_(slopes.mul_(first), first))
         return RowResult(loss, gradient.div_(self.temperature))
 
 
@@ -160,9 +160,3 @@ def _ascending(x: Tensor) -> Tensor:
 
 def _order(x: Tensor) -> Tensor:
     return torch.from_numpy(np.argsort(x.numpy(), axis=-1)) if x.device.type == "cpu" else x.argsort(-1)
-
-
-def _through_softmax_(slopes: Tensor, q: Tensor) -> Tensor:
-    """From dL/dq to dL/dlogits = q·(dL/dq − Σ q·dL/dq), in the memory of ``slopes``."""
-    slopes.mul_(q)
-    return slopes.addcmul_(q, slopes.sum(-1, keepdim=True), value=-1.0)

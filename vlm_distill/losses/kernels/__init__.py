@@ -69,8 +69,13 @@ class RowStatistics:
         return self._totals[:, 4] * self.form.factor
 
     def signals(self) -> dict[str, Tensor]:
-        """``[n]``, p the target: KL(p‖q) and −Σ p log q in nats, and the variance under p of log p/q (TAID's slope)."""
-        return {"kl": self._kl, "cross_entropy": self._kl + self._entropy, "slope": self._variance}
+        """``[n]``, p the target: KL(p‖q), p's entropy and their sum in nats; the variance under p of log p/q."""
+        return {
+            "kl": self._kl,
+            "target_entropy": self._entropy,
+            "cross_entropy": self._kl + self._entropy,
+            "slope": self._variance,
+        }
 
     def gradient(
         self,
