@@ -1,0 +1,32 @@
+"""Questions as other harnesses put them, answered in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from data.conversation import Conversation
+from data.images import load_image
+from vlm_distill.models.interface import Prompt, VisionLanguageModel
+
+
+def prompt(parts: Sequence[str | Image.Image]) -> Prompt:
+    """Texts and images in their order as one user message, decoded as the harnesses decode images."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    images = tuple(load_image(part, alpha="drop") for part in parts if isinstance(part, Image.Image))
+    return Conversation(({"role": "user", "content": content},), images), images
+
+
+def answers(
+    model: VisionLanguageModel, prompts: Sequence[Prompt], *, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers, in the order of the prompts."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i][0].question), i))
+    found = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        told = model.generate([prompts[i] for i in batch], max_new_tokens=max_new_tokens)
+        for i, answer in zip(batch, told, strict=True):
+            found[i] = answer.text
+    return found
