@@ -1,6 +1,9 @@
 """The command line: what a person's mistakes and a person's successes look like from outside."""
 
+import base64
+import csv
 import json
+import subprocess
 import sys
 
 import pytest
@@ -125,6 +128,53 @@ def test_evaluate(material, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        ([], "nothing to ask"),
+        (["--benchmarks", "mmstarr"], "did you mean 'mmstar'"),
+        (["--benchmarks", "mmstar", "--rules", "official"], "mmstar has no rules 'official'"),
+        (["--benchmarks", "mmstar", "--data", "nowhere"], "mmstar: no data in nowhere; put there MMStar.tsv"),
+        (["--benchmarks", "mmstar", "--data", "a", "--data", "b"], "the one folder"),
+    ],
+)
+def test_mistakes_of_an_evaluation_are_one_line(words, says, tmp_path, capsys):
+    assert evaluate.main(["--model", "nowhere", "--out", str(tmp_path), *words]) == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1
+
+
+def test_benchmarks_on_two_processes_equal_one(material, tmp_path, capsys):
+    _, data, teacher = material
+    with (tmp_path / "MMStar.tsv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["index", "image", "question", "A", "B", "answer", "category", "l2-category"])
+        for i in range(11):
+            picture = base64.b64encode((data.parent / f"{i}.png").read_bytes()).decode()
+            writer.writerow([i, picture, "what color is it?" * (1 + i % 3), "red", "blue", "AB"[i % 2], "c", "d"])
+    words = ["--benchmarks", "mmstar", "--data", str(tmp_path), "--batch-size", "3", "--max-new-tokens", "5"]
+    assert evaluate.main([*words, "--model", str(teacher), "--out", str(tmp_path / "one")]) == 0
+    told = capsys.readouterr()
+    assert "mmstar" in told.out
+    assert "md5" in told.err
+    # In shards, with answers of different lengths: no rank may leave the others waiting.
+    command = [sys.executable, "-m", "vlm_distill.cli", "eval", str(teacher), *words, "--nproc", "2", "--shard"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ((tmp_path / out / "mmstar" / "predictions.jsonl").read_text().splitlines() for out in ("one", "two"))
+    one, two = ([json.loads(line) for line in lines] for lines in (one, two))
+    assert len(one) == 11
+    for first, second in zip(one, two, strict=True):
+        assert second.pop("probability") == pytest.approx(first.pop("probability"), rel=1e-4)
+        assert second == first
+    summary = json.loads((tmp_path / "two" / "scores.json").read_text())
+    assert summary["benchmarks"][0]["benchmark"] == "mmstar"
+    assert summary["average"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compare", "nowhere"], "two or more"),
+        (["compare", "nowhere", "else"], "nowhere: no predictions.jsonl there"),
         (["export", "nowhere", "out"], "nowhere: not a run's folder"),
         (["report", "nowhere"], "nowhere"),
         (["ask", "nowhere", "-", "what?"], "nowhere"),

@@ -114,6 +114,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the benchmark's, or 32.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: as saved.")] = None,
+    shard: Annotated[bool, typer.Option(help="Each process holds its share of the weights (ZeRO-3).")] = False,
     nproc: Processes = 1,
 ) -> None:
     """Answers questions with a model and scores the answers: benchmarks by the rules of the field, or any data.
@@ -136,6 +137,7 @@ def evaluate(
     }
     for flag, given in single.items():
         words += [flag, str(given)] if given is not None else []
+    words += ["--shard"] if shard else []
     raise typer.Exit(launch("vlm_distill.evaluate", words, nproc))
 
 

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own, or 32")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: as saved; fp32 on a CPU")
+    parser.add_argument("--shard", action="store_true", help="each process holds its share of the weights (ZeRO-3)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     options = parser.parse_args(given)
     return guarded(lambda: run(options))
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> None:
     """Everything the options name, answered, scored, written and shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from vlm_distill.models import load_vlm
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.models.common import DTYPES
+    from vlm_distill.training.engine import Processes, load_sharded
 
     # Mistakes are told before a model is loaded.
     opened = _benchmarks(options) if options.benchmarks else _sources(options)
@@ -58,8 +60,13 @@ def run(options: argparse.Namespace) -> None:
     try:
         # A CPU gains nothing from 16 bits, and some of its layers refuse them.
         dtype = options.dtype or ("fp32" if processes.device.type == "cpu" else None)
-        model = load_vlm(options.model, dtype=dtype)
-        model = model.to(processes.device).eval()
+        if options.shard:
+            whole = DTYPES[dtype or "bf16"]
+            # The engine is kept for as long as the model is asked.
+            model, _engine = load_sharded(lambda: load_vlm(options.model, dtype=whole), whole, processes)
+        else:
+            model = load_vlm(options.model, dtype=dtype).to(processes.device)
+        model.eval()
         settings = {
             "batch_size": options.batch_size,
             "limit": options.limit,

@@ -25,7 +25,7 @@ from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import align_heads, separate_heads
 
-from .engine import Processes, ShardedModel, gather_parameters, loading_in_shards
+from .engine import Processes, load_sharded
 
 
 def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
@@ -162,12 +162,7 @@ def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None
         return ModelTeacher(load_model(section, dtype).to(processes.device))
     if config.student.from_teacher is not None:
         raise UserError("student.from_teacher: no student can be cut from a sharded teacher; use placement: replicate")
-    with loading_in_shards(dtype):
-        model = load_model(section, dtype)
-    model.requires_grad_(False)
-    model.synced = processes.world > 1
-    model.head.gather = gather_parameters
-    return ModelTeacher(model, ShardedModel(model, dtype))
+    return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes))
 
 
 def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLanguageModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from data.errors import UserError
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores, free_port
+from vlm_distill.models.interface import VisionLanguageModel
 
 from .schedule import parameter_groups
 from .task import DistillationTask
@@ -248,6 +249,27 @@ class ShardedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
+
+
+def load_sharded(
+    load: Callable[[], VisionLanguageModel], dtype: torch.dtype, processes: Processes
+) -> tuple[VisionLanguageModel, ShardedModel]:
+    """A frozen model of which each rank holds its share.
+
+    Args:
+        load: makes the model; Transformers' loading gives each rank its share alone.
+        dtype: of its parameters.
+        processes: the ranks; every one calls this.
+
+    Returns:
+        The model, whose ``generate`` and ``score_options`` all ranks must call together, and what calls its forward.
+    """
+    with loading_in_shards(dtype):
+        model = load()
+    model.requires_grad_(False)
+    model.synced = processes.world > 1
+    model.head.gather = gather_parameters
+    return model, ShardedModel(model, dtype)
 
 
 def gather_parameters(parameters: list[nn.Parameter]) -> Any:
