@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -33,6 +33,7 @@ class Benchmark(Section):
         max_new_tokens: a bound on answers.
         scorer: name in ``scoring.registry``; ``scorer_options`` go to it.
         metric: the main score, as people call it.
+        out_of: the main score of a model that is always right.
         groups: columns by which scores are reported.
     """
 
@@ -49,6 +50,7 @@ class Benchmark(Section):
     scorer: str
     scorer_options: dict[str, Any] = Field(default={})
     metric: str = "accuracy"
+    out_of: Annotated[float, Field(gt=0)] = 100.0
     groups: tuple[str, ...] = ()
 
     @field_validator("prompt")

@@ -186,6 +186,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         huggingface=HuggingFace(paths=("echo840/OCRBench",), split="test", columns={"category": "question_type"}),
         scorer="ocrbench",
         metric="right of 1000",
+        out_of=1000,
         groups=("category",),
     ),
     Benchmark(
@@ -409,6 +410,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         max_new_tokens=16,
         scorer="mme",
         metric="perception and cognition of 2800",
+        out_of=2800,
         groups=("category",),
     ),
     # Multiple choice.
