@@ -173,6 +173,17 @@ def test_two_ranks_with_shards(material):
     assert all(torch.equal(kept[name], last[name]) for name in kept) == (step == 6)
 
 
+def test_what_cannot_be_scored_does_not_end_the_run(material, processes, monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("three answers too few")
+
+    monkeypatch.setattr("vlm_distill.evaluation.benchmark_run.judged", refuse)
+    folder = train(settings(material, "refused", best="colours", every=3), processes)
+    assert capsys.readouterr().err.count("colours: not scored: three answers too few") == 3
+    assert (folder / "student").is_dir()
+    assert not (folder / "best").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

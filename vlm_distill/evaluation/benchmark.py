@@ -35,6 +35,8 @@ class Benchmark(Section):
         metric: the main score, as people call it.
         out_of: the main score of a model that is always right.
         groups: columns by which scores are reported.
+        together: columns whose equal values mark questions that are scored together, of which a limit asks all or
+            none. In ``index`` the millions do not count: they number circular copies.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Benchmark(Section):
     metric: str = "accuracy"
     out_of: Annotated[float, Field(gt=0)] = 100.0
     groups: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
     @field_validator("prompt")
     @classmethod
@@ -105,6 +108,7 @@ class Benchmark(Section):
             interleave=rules in self.interleave,
             rules=rules,
             numbered=numbered and rules != "vlmevalkit",
+            together=self.together,
         )
 
 

@@ -40,6 +40,10 @@ _SUITE = dict(
 _YES_OR_NO = ("pope", "mme", "hallusionbench")
 
 
+class CannotScore(UserError):
+    """Answers that the rules cannot score. It is raised when all ranks have done their part."""
+
+
 class Chooser(Protocol):
     """What scoring by likelihood needs of a model (``VisionLanguageModel`` is one)."""
 
@@ -158,13 +162,19 @@ def run_benchmark(
 
     Returns:
         On rank 0 the result; ``None`` on others.
+
+    Raises:
+        CannotScore: on rank 0 alone; the answers stay in ``out/unfinished`` where ``resume``.
     """
     check_rules(entry, rules)
     results: list[Result] = []
 
     def finish(predictions: list[Prediction], skipped: list[Problem]) -> None:
         rows = answered(questions, predictions)
-        scores = judged(entry, rows, rules, judge) if any(map(published, rows)) else None
+        try:
+            scores = judged(entry, rows, rules, judge) if any(map(published, rows)) else None
+        except UserError as error:
+            raise CannotScore(f"{entry.name}: {error}") from None
         if scores is not None:
             predictions = [replace(p, score=s) for p, s in zip(predictions, scores.rows, strict=True)]
         results.append(Result(entry.name, entry.metric, rules, predictions, scores, skipped, entry.out_of))

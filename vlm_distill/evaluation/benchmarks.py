@@ -122,6 +122,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
         scorer="mmbench",
         groups=_CATEGORIES,
+        together=("index",),
     ),
     Benchmark(  # its answers are hidden: predictions only
         name="mmbench_test",
@@ -130,6 +131,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
         scorer="mmbench",
         groups=_CATEGORIES,
+        together=("index",),
     ),
     Benchmark(
         name="mmstar",
@@ -412,6 +414,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         metric="perception and cognition of 2800",
         out_of=2800,
         groups=("category",),
+        together=("category", "image_path"),
     ),
     # Multiple choice.
     Benchmark(
@@ -477,6 +480,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
         scorer="mmbench",
         groups=_CATEGORIES,
+        together=("index",),
     ),
     # Small, made of shapes.
     Benchmark(

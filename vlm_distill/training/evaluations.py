@@ -18,10 +18,17 @@ from data.images import load_image
 from data.sources import Source
 from vlm_distill.config import RunConfig
 from vlm_distill.evaluation.benchmark import Benchmark
-from vlm_distill.evaluation.benchmark_run import answered, judged, open_benchmarks, published, run_benchmark
+from vlm_distill.evaluation.benchmark_run import (
+    CannotScore,
+    answered,
+    judged,
+    open_benchmarks,
+    published,
+    run_benchmark,
+)
 from vlm_distill.evaluation.benchmarks import data_folder
 from vlm_distill.evaluation.questions import BenchmarkQuestions
-from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, evenly_spaced, in_words, summarise
+from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, in_words, share, summarise
 from vlm_distill.models.interface import VisionLanguageModel
 
 from .build import image_loader, open_sources
@@ -133,12 +140,18 @@ class Evaluations:
                     self.scores.setdefault(entry.name, {})[who] = values.get("score")
                 if (who, entry.name) == ("student", self.best):
                     rows = answered(questions, self._share(questions, predictions))
-                    chosen = judged(entry, rows, self.settings.rules, None).main if rows else None
+                    chosen = self._main(entry, rows)
         return chosen if chosen is None or math.isfinite(chosen) else None, problems
+
+    def _main(self, entry: Benchmark, rows: list[dict[str, Any]]) -> float | None:
+        try:
+            return judged(entry, rows, self.settings.rules, None).main if rows else None
+        except UserError:  # the whole can be scored and the share cannot
+            return None
 
     def _share(self, questions: Questions, predictions: Iterable[Prediction]) -> list[Prediction]:
         """Those of the questions that are asked in training: what the end of the run is compared with is theirs."""
-        asked = set(evenly_spaced(len(questions), self.settings.limit))
+        asked = set(share(questions, self.settings.limit))
         return [p for p in predictions if p.index in asked]
 
     def _common(self, name: str, who: str, end: str | None) -> dict[str, Any]:
@@ -182,15 +195,18 @@ class Evaluations:
     ) -> tuple[list[Prediction], dict[str, Any], str] | None:
         """Predictions, values and words, on the first rank."""
         began = time.time()
-        result = run_benchmark(
-            model,
-            entry,
-            questions,
-            rules=self.settings.rules,
-            name=f"{self.folder.name}_{who}",
-            load=self.load_benchmark_image,
-            **self._common(entry.name, who, end),
-        )
+        try:
+            result = run_benchmark(
+                model,
+                entry,
+                questions,
+                rules=self.settings.rules,
+                name=f"{self.folder.name}_{who}",
+                load=self.load_benchmark_image,
+                **self._common(entry.name, who, end),
+            )
+        except CannotScore as error:  # no reason to lose a run
+            return [], {"n": 0}, f"[bold red]not scored:[/] {escape(str(error).removeprefix(f'{entry.name}: '))}"
         if result is None:
             return None
         problems += result.skipped
