@@ -23,6 +23,7 @@ from vlm_distill.models.interface import Answer, Prompt
 from . import benchmarks
 from .benchmark import Benchmark, Format, Rules
 from .judge import Judge, ask_judge
+from .pictures import write_pictures
 from .prediction_files import prediction_file
 from .prediction_files import write_predictions as write_table
 from .prompts import options
@@ -147,6 +148,7 @@ def run_benchmark(
     resume: str | None = None,
     load: Callable[[ImageSource], Image.Image] = load_image,
     progress: Callable[[int, int], None] | None = None,
+    pictures: Path | None = None,
 ) -> Result | None:
     """Answers a benchmark's questions, scores them and writes ``out``.
 
@@ -158,6 +160,7 @@ def run_benchmark(
         name: the model's, for that file.
         judge: decides what the rules leave to one.
         max_new_tokens: in place of the benchmark's own.
+        pictures: folder for small copies of pictures that are no files (:func:`~.pictures.write_pictures`).
         resume, load, progress, and others: as in ``runner.evaluate``.
 
     Returns:
@@ -180,6 +183,8 @@ def run_benchmark(
         results.append(Result(entry.name, entry.metric, rules, predictions, scores, skipped, entry.out_of))
         if out is not None:
             _write(out, results[0], entry, rows, name)
+        if pictures is not None:
+            write_pictures(pictures, questions, predictions, load)
 
     evaluate(
         model,

@@ -203,6 +203,7 @@ class Evaluations:
                 rules=self.settings.rules,
                 name=f"{self.folder.name}_{who}",
                 load=self.load_benchmark_image,
+                pictures=self.folder / "evaluation" / entry.name / "pictures" if end is not None else None,
                 **self._common(entry.name, who, end),
             )
         except CannotScore as error:  # no reason to lose a run
