@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data.errors import UserError
 
+from .evaluation.scoring.base import Rules
+
 DType = Literal["fp32", "bf16"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -143,6 +145,16 @@ class EvaluationSection(Section):
     batch_size: Positive = 64
     max_new_tokens: Positive = 32
     teacher: bool = True
+    benchmarks: list[str] = []
+    benchmark_data: str | None = None
+    rules: Rules = "vlmevalkit"
+    best: str | None = None
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> EvaluationSection:
+        if self.best is not None and self.every is None:
+            raise ValueError("best chooses among evaluations while training; say how often they are (every)")
+        return self
 
 
 class RunConfig(Section):

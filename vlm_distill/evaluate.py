@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -131,23 +130,16 @@ def _score_sources(
 
 def _benchmarks(options: argparse.Namespace) -> list[Any]:
     """Entries with their open questions."""
-    from vlm_distill.evaluation import benchmarks
-    from vlm_distill.evaluation.benchmark_run import check_rules
+    from vlm_distill.evaluation.benchmark_run import open_benchmarks
 
     if len(options.data) > 1:
         raise UserError("--data: with --benchmarks it is the one folder that their files are in")
     folder = options.data[0] if options.data else None
-    opened = []
-    for name in [name for given in options.benchmarks for name in given.split(",")]:
-        entry = benchmarks.get(name)
-        check_rules(entry, options.rules)
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always", UserWarning)
-            found = benchmarks.find(entry, folder, rules=options.rules, format=options.format, images=options.images)
-        if os.environ.get("RANK", "0") == "0":
-            for warning in told:
-                print(f"warning: {warning.message}", file=sys.stderr)
-        opened.append((entry, found))
+    names = [name for given in options.benchmarks for name in given.split(",")]
+    opened, told = open_benchmarks(names, folder, options.rules, format=options.format, images=options.images)
+    if os.environ.get("RANK", "0") == "0":
+        for text in told:
+            print(f"warning: {text}", file=sys.stderr)
     return opened
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.errors import UserError
 from vlm_distill.evaluation import benchmarks
-from vlm_distill.evaluation.benchmark_run import Result, average, run_benchmark, write_summary
+from vlm_distill.evaluation.benchmark_run import CannotScore, Result, average, run_benchmark, write_summary
 from vlm_distill.evaluation.compare import compare_all
 from vlm_distill.evaluation.prediction_files import read_prediction_file
 from vlm_distill.evaluation.runner import read_predictions
@@ -191,3 +191,22 @@ def test_two_models_are_compared_by_the_rules_scores(tmp_path):
         compare_all([tmp_path / "good"])
     with pytest.raises(UserError, match="no predictions"):
         compare_all([tmp_path / "good", tmp_path / "none"])
+
+
+def test_a_limit_asks_all_or_none_of_what_is_scored_together(tmp_path):
+    header = ["index", "image", "question", "answer", "category", "image_path"]
+    rows = [
+        [i, "x" * 70, f"Is it {i}?", "Yes", task, f"{task}/{i // 2}"] for task in ("OCR", "count") for i in range(10)
+    ]
+    write(tmp_path, "MME", header, *rows)
+    result = run("mme", tmp_path, ["Yes"] * 10, rules="lmms-eval", limit=7)
+    assert [p.index for p in result.predictions] == [0, 1, 4, 5, 10, 11, 14, 15]
+    assert result.scores.main == 400
+    with pytest.raises(CannotScore, match="mme: "):
+        run("mme", tmp_path, ["Yes"] * 10, limit=7)
+
+    header = ["index", "image", "question", "A", "B", "answer", "category", "l2-category"]
+    copies = [[i + 1_000_000 * k, "x" * 70, "?", "a", "b", "A", "c", "d"] for i in range(4) for k in range(2)]
+    write(tmp_path, "MMBench_DEV_EN_V11", header, *copies)
+    result = run("mmbench", tmp_path, {row[0]: "A" for row in copies}, limit=4)
+    assert [p.index for p in result.predictions] == [0, 1, 4, 5]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -33,7 +33,10 @@ class Benchmark(Section):
         max_new_tokens: a bound on answers.
         scorer: name in ``scoring.registry``; ``scorer_options`` go to it.
         metric: the main score, as people call it.
+        out_of: the main score of a model that is always right.
         groups: columns by which scores are reported.
+        together: columns whose equal values mark questions that are scored together, of which a limit asks all or
+            none. In ``index`` the millions do not count: they number circular copies.
     """
 
     name: str
@@ -49,7 +52,9 @@ class Benchmark(Section):
     scorer: str
     scorer_options: dict[str, Any] = Field(default={})
     metric: str = "accuracy"
+    out_of: Annotated[float, Field(gt=0)] = 100.0
     groups: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
     @field_validator("prompt")
     @classmethod
@@ -103,6 +108,7 @@ class Benchmark(Section):
             interleave=rules in self.interleave,
             rules=rules,
             numbered=numbered and rules != "vlmevalkit",
+            together=self.together,
         )
 
 

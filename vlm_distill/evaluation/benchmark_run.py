@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -19,8 +20,10 @@ from data.errors import UserError
 from data.images import load_image
 from vlm_distill.models.interface import Answer, Prompt
 
-from .benchmark import Benchmark, Rules
+from . import benchmarks
+from .benchmark import Benchmark, Format, Rules
 from .judge import Judge, ask_judge
+from .pictures import write_pictures
 from .prediction_files import prediction_file
 from .prediction_files import write_predictions as write_table
 from .prompts import options
@@ -36,6 +39,10 @@ _SUITE = dict(
 )
 #: Scorers of answers that are yes or no.
 _YES_OR_NO = ("pope", "mme", "hallusionbench")
+
+
+class CannotScore(UserError):
+    """Answers that the rules cannot score. It is raised when all ranks have done their part."""
 
 
 class Chooser(Protocol):
@@ -55,6 +62,7 @@ class Result:
         predictions: with their scores.
         scores: ``None`` where the right answers are not published.
         skipped: questions that could not be asked.
+        out_of: the main score of a model that is always right.
     """
 
     benchmark: str
@@ -63,6 +71,33 @@ class Result:
     predictions: list[Prediction]
     scores: Scores | None
     skipped: list[Problem]
+    out_of: float = 100.0
+
+
+def open_benchmarks(
+    names: Sequence[str],
+    data: str | Path | None,
+    rules: Rules,
+    *,
+    format: Format | None = None,
+    images: Path | None = None,
+) -> tuple[list[tuple[Benchmark, BenchmarkQuestions]], list[str]]:
+    """Entries with their open questions, and what is to be told about the files.
+
+    Args:
+        names, data, rules, format, images: as in ``benchmarks.find``.
+
+    Raises:
+        UserError: as there, or a benchmark has no such rules.
+    """
+    opened = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        for name in names:
+            entry = benchmarks.get(name)
+            check_rules(entry, rules)
+            opened.append((entry, benchmarks.find(entry, data, rules=rules, format=format, images=images)))
+    return opened, [str(warning.message) for warning in told]
 
 
 def check_rules(entry: Benchmark, rules: str) -> None:
@@ -98,7 +133,7 @@ def run_benchmark(
     model: Answerer,
     entry: Benchmark,
     questions: BenchmarkQuestions,
-    out: Path,
+    out: Path | None,
     *,
     rules: Rules = "vlmevalkit",
     name: str = "model",
@@ -113,32 +148,43 @@ def run_benchmark(
     resume: str | None = None,
     load: Callable[[ImageSource], Image.Image] = load_image,
     progress: Callable[[int, int], None] | None = None,
+    pictures: Path | None = None,
 ) -> Result | None:
     """Answers a benchmark's questions, scores them and writes ``out``.
 
     Args:
         model: answers, as in ``runner.evaluate``; where ``likelihood``, also a :class:`Chooser`.
         entry, questions: from ``benchmarks.find``.
-        out: receives ``predictions.jsonl``, ``scores.json``, ``scores.csv`` and VLMEvalKit's prediction file.
+        out: receives ``predictions.jsonl``, ``scores.json``, ``scores.csv`` and VLMEvalKit's prediction file; nothing
+            is written without it.
         name: the model's, for that file.
         judge: decides what the rules leave to one.
         max_new_tokens: in place of the benchmark's own.
+        pictures: folder for small copies of pictures that are no files (:func:`~.pictures.write_pictures`).
         resume, load, progress, and others: as in ``runner.evaluate``.
 
     Returns:
         On rank 0 the result; ``None`` on others.
+
+    Raises:
+        CannotScore: on rank 0 alone; the answers stay in ``out/unfinished`` where ``resume``.
     """
     check_rules(entry, rules)
     results: list[Result] = []
 
     def finish(predictions: list[Prediction], skipped: list[Problem]) -> None:
-        rows = [questions.row(p.index) | {"prediction": p.answer} for p in predictions]
-        scores = None
-        if any(row.get("answer") is not None or row.get("answers") is not None for row in rows):
-            scores = judged(entry, rows, rules, judge)
+        rows = answered(questions, predictions)
+        try:
+            scores = judged(entry, rows, rules, judge) if any(map(published, rows)) else None
+        except UserError as error:
+            raise CannotScore(f"{entry.name}: {error}") from None
+        if scores is not None:
             predictions = [replace(p, score=s) for p, s in zip(predictions, scores.rows, strict=True)]
-        results.append(Result(entry.name, entry.metric, rules, predictions, scores, skipped))
-        _write(out, results[0], entry, rows, name)
+        results.append(Result(entry.name, entry.metric, rules, predictions, scores, skipped, entry.out_of))
+        if out is not None:
+            _write(out, results[0], entry, rows, name)
+        if pictures is not None:
+            write_pictures(pictures, questions, predictions, load)
 
     evaluate(
         model,
@@ -158,6 +204,16 @@ def run_benchmark(
         finish=finish,
     )
     return results[0] if results else None
+
+
+def answered(questions: BenchmarkQuestions, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Rows as scorers take them, with the answers to them."""
+    return [questions.row(p.index) | {"prediction": p.answer} for p in predictions]
+
+
+def published(row: dict[str, Any]) -> bool:
+    """Whether a row's right answer is known."""
+    return row.get("answer") is not None or row.get("answers") is not None
 
 
 def judged(entry: Benchmark, rows: list[dict[str, Any]], rules: str, judge: Judge | None) -> Scores:
@@ -185,7 +241,9 @@ def summary(result: Result) -> dict[str, Any]:
         return plain
     found = asdict(result.scores)
     del found["rows"]
-    return _finite(plain | found | {"metric": result.metric, "judge": len(result.scores.judge)})
+    return _finite(
+        plain | found | {"metric": result.metric, "out_of": result.out_of, "judge": len(result.scores.judge)}
+    )
 
 
 def write_summary(folder: Path, results: Sequence[Result]) -> None:

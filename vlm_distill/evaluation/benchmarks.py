@@ -122,6 +122,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
         scorer="mmbench",
         groups=_CATEGORIES,
+        together=("index",),
     ),
     Benchmark(  # its answers are hidden: predictions only
         name="mmbench_test",
@@ -130,6 +131,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
         scorer="mmbench",
         groups=_CATEGORIES,
+        together=("index",),
     ),
     Benchmark(
         name="mmstar",
@@ -186,6 +188,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         huggingface=HuggingFace(paths=("echo840/OCRBench",), split="test", columns={"category": "question_type"}),
         scorer="ocrbench",
         metric="right of 1000",
+        out_of=1000,
         groups=("category",),
     ),
     Benchmark(
@@ -409,7 +412,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         max_new_tokens=16,
         scorer="mme",
         metric="perception and cognition of 2800",
+        out_of=2800,
         groups=("category",),
+        together=("category", "image_path"),
     ),
     # Multiple choice.
     Benchmark(
@@ -475,6 +480,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
         scorer="mmbench",
         groups=_CATEGORIES,
+        together=("index",),
     ),
     # Small, made of shapes.
     Benchmark(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data.conversation import Conversation
@@ -11,6 +12,7 @@ from data.tables import SourceTable, Table
 
 from .files import Layout
 from .prompts import as_list, ask, options, parts
+from .runner import evenly_spaced
 from .scoring.base import Rules
 
 
@@ -25,6 +27,7 @@ class BenchmarkQuestions:
         interleave: whether images stand at ``<image k>``.
         rules: whose scorers take the rows.
         numbered: whether those take right answers of multiple choice as numbers of options, not as letters.
+        together: columns by which questions are scored together (``Benchmark.together``).
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class BenchmarkQuestions:
         interleave: bool = False,
         rules: Rules = "vlmevalkit",
         numbered: bool = False,
+        together: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.table = table
@@ -45,6 +49,7 @@ class BenchmarkQuestions:
         self._interleave = interleave
         self._rules = rules
         self._numbered = numbered
+        self._together = together
 
     def __len__(self) -> int:
         return len(self.table)
@@ -109,6 +114,16 @@ class BenchmarkQuestions:
             return self.table.source.size(index)
         return len(ask(self._prompt, self.row(index)))
 
+    def share(self, limit: int) -> list[int]:
+        """At least ``limit`` questions, evenly spaced, those that are scored together all or none; in order."""
+        groups: dict[Any, list[int]] = {}
+        for index in range(len(self)):
+            row = self.row(index) if self._together else {}
+            groups.setdefault(tuple(_group(row, column) for column in self._together) or index, []).append(index)
+        members = list(groups.values())
+        chosen = evenly_spaced(len(members), math.ceil(limit * len(members) / max(1, len(self))))
+        return sorted(index for number in chosen for index in members[number])
+
     def _references(self, row: dict[str, Any]) -> list[Any]:
         for column in ("answers", "answer"):
             if row.get(column) is not None:
@@ -118,6 +133,11 @@ class BenchmarkQuestions:
                 found = as_list(row[column])
                 return [str(row[column])] if found is None else [a if isinstance(a, dict) else str(a) for a in found]
         return []
+
+
+def _group(row: dict[str, Any], column: str) -> str:
+    value = str(row.get(column))
+    return str(int(value) % 1_000_000) if column == "index" and value.isdecimal() else value
 
 
 def _letter(row: dict[str, Any]) -> str | None:

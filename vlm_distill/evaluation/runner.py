@@ -117,7 +117,7 @@ def evaluate(
     Args:
         model: answers batches of prompts.
         source: the questions with their right answers.
-        limit: ask only this many questions, evenly spaced over the source.
+        limit: ask only about this many questions, evenly spaced over the source (:func:`share`).
         all_gather: gives every rank's list to every rank; needed when ``world`` > 1.
         out: folder for ``predictions.jsonl`` and ``scores.json``, written by rank 0.
         resume: names this model with its settings; then every rank writes its batches to ``out/unfinished`` as they
@@ -136,7 +136,7 @@ def evaluate(
     """
     if world > 1 and all_gather is None:
         raise ValueError("evaluation on several ranks needs all_gather")
-    rows = sorted(evenly_spaced(len(source), limit), key=lambda i: (source.size(i), i))
+    rows = sorted(share(source, limit), key=lambda i: (source.size(i), i))
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     journal = None
     if resume is not None and out is not None:
@@ -231,6 +231,13 @@ def evenly_spaced(n: int, limit: int | None) -> list[int]:
     if limit is None or limit >= n:
         return list(range(n))
     return [i * n // limit for i in range(limit)]
+
+
+def share(source: Questions, limit: int | None) -> list[int]:
+    """The questions that a limit leaves, always the same ones; a source may know better which belong together."""
+    if limit is not None and hasattr(source, "share"):
+        return list(source.share(limit))
+    return evenly_spaced(len(source), limit)
 
 
 def _read(source: Questions, index: int, references: bool = True) -> Conversation | Problem:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from yaml import YAMLError
 from data.errors import BadSample, UserError
 from data.images import load_image
 from vlm_distill import __version__
-from vlm_distill.evaluation.compare import Comparison, paired
-from vlm_distill.evaluation.runner import Prediction, read_predictions
+from vlm_distill.evaluation.runner import read_predictions
 
 from . import plots
+from .benchmarks import benchmark_sections, is_benchmark
+from .entries import Duel, Entry, Run, duel, entries_on
 
 _COLOURS = 5
 _GALLERY_CARDS = 6
@@ -32,47 +32,6 @@ _THUMBNAIL = 224
 
 #: Titles of the curves that every run has; any other ``term/value`` of the metrics is shown under its own name.
 _CURVES = {"loss": "Loss, weighted sum", "lr": "Learning rate", "grad_norm": "Gradient norm"}
-
-
-@dataclass
-class Run:
-    """One training as its folder tells it."""
-
-    label: str
-    css: str
-    folder: Path
-    config: str
-    settings: dict[str, Any]
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    summary: dict[str, Any]
-    scores: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    predictions: dict[tuple[str, str], list[Prediction]] = field(default_factory=dict)
-
-
-@dataclass
-class Entry:
-    """One model's scores on one data set; ``role`` is student, teacher or baseline."""
-
-    role: str
-    label: str
-    css: str
-    scores: Mapping[str, Any]
-    predictions: list[Prediction]
-    parameters: int | None = None
-
-
-@dataclass
-class Duel:
-    """Two students on the same questions, and an axis that holds zero and the interval; places are per cent of it."""
-
-    first: Entry
-    second: Entry
-    result: Comparison
-    reach: float
-
-    def place(self, value: float) -> float:
-        return 50 + 50 * value / self.reach
 
 
 def write_report(
@@ -203,15 +162,16 @@ def environment() -> jinja2.Environment:
         swatch=lambda entry: plots.swatch(entry.css, entry.label),
         thousands=lambda n: f"{n:,}",
         data_uri=picture,
+        number=lambda value: "–" if value is None else f"{value:,.1f}",
     )
     return env
 
 
 def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[str, Any]]) -> str:
-    names = list(dict.fromkeys(data for run in runs for data, _ in run.scores))
+    names = list(dict.fromkeys(key[0] for run in runs for key, found in run.scores.items() if not is_benchmark(found)))
     sections: list[dict[str, Any]] = []
     for i, data in enumerate(names):
-        entries = _entries(runs, data, baselines if i == 0 else {})
+        entries = entries_on(runs, data, baselines if i == 0 else {})
         sections.append(
             {
                 "data": data,
@@ -221,6 +181,7 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
                 "gallery": _gallery([e for e in entries if e.predictions]),
             }
         )
+    benchmarks = benchmark_sections(runs)
     return (
         environment()
         .get_template("report.html.j2")
@@ -228,33 +189,16 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             title=title or "Distillation report",
             runs=runs,
             sections=sections,
+            benchmarks=benchmarks,
             headline=_headline(runs, sections[0]["entries"] if sections else []),
             best=_best,
-            charts=_charts(runs, sections),
+            charts=_charts(runs, [*sections, *benchmarks]),
             facts=_facts(runs),
             problems=[(run, run.summary["problems"]) for run in runs if run.summary.get("problems")],
             differences=_differences(runs),
             version=__version__,
         )
     )
-
-
-def _entries(runs: list[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
-    """Teacher, students, baselines. The teacher is the first run's that scored it: runs of one report share theirs."""
-    entries = []
-    for run in runs:
-        if (data, "teacher") in run.scores:
-            key = data, "teacher"
-            count = run.summary.get("parameters", {}).get("teacher")
-            entries.append(Entry("teacher", "Teacher", "teacher", run.scores[key], run.predictions[key], count))
-            break
-    for run in runs:
-        key = data, "student"
-        if key in run.scores:
-            count = run.summary.get("parameters", {}).get("student")
-            label = run.label if len(runs) > 1 else f"Student · {run.label}"
-            entries.append(Entry("student", label, run.css, run.scores[key], run.predictions[key], count))
-    return entries + [Entry("baseline", name, "baseline", scores, []) for name, scores in baselines.items()]
 
 
 def _headline(runs: list[Run], entries: list[Entry]) -> dict[str, Any]:
@@ -289,9 +233,7 @@ def _duels(students: list[Entry]) -> list[Duel]:
     for other in students[1:]:
         first = students[0]
         if first.predictions and other.predictions:
-            result = paired(first.predictions, other.predictions)
-            reach = max(abs(result.low), abs(result.high), 0.001) * 1.15
-            duels.append(Duel(first, other, result, reach))
+            duels.append(duel(first, other))
     return duels
 
 
@@ -336,12 +278,12 @@ def _group(roles: list[str], right: list[bool]) -> str:
     return "Student right, teacher wrong" if students == {True} else "Teacher right, student wrong"
 
 
-def picture(path: str | None) -> dict[str, Any] | None:
+def picture(path: str | Path | None) -> dict[str, Any] | None:
     """A picture as a ``data:`` address of at most 224 pixels a side, or ``None`` where there is no readable file."""
-    if path is None or path.startswith("sha256:"):
+    if path is None or str(path).startswith("sha256:"):
         return None
     try:
-        return image_uri(load_image(path), _THUMBNAIL)
+        return image_uri(load_image(str(path)), _THUMBNAIL)
     except BadSample:
         return None
 
@@ -368,23 +310,29 @@ def _is_number(value: Any) -> bool:
 
 def _charts(runs: list[Run], sections: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
     """(caption, chart) of accuracy by step and by time, then of every curve of the training."""
-    levels = {
-        section["data"]: [
-            plots.Series(e.label, e.css, [(0.0, e.scores["exact"])], level=True)
-            for e in section["entries"]
-            if e.role != "student" and _is_number(e.scores.get("exact"))
-        ]
-        for section in sections
-    }
     charts = []
-    data_sets = list(dict.fromkeys(str(e.get("data", "")) for run in runs for e in run.evaluations))
-    for data in data_sets:
-        for x, unit in (("step", "step"), ("seconds", "second")):
-            lines = [_line(r, [e for e in r.evaluations if str(e.get("data", "")) == data], x, "exact") for r in runs]
-            caption = f"Accuracy by {unit}" + (f" · {data}" if len(data_sets) > 1 else "")
-            charts.append(
-                (caption, plots.line_chart(caption, lines + levels.get(data, []), x_label=f"{unit}s", percent=True))
-            )
+    for key, level, title in (("exact", "exact", "Accuracy"), ("score", "main", "Score")):
+        levels = {
+            section["data"]: [
+                plots.Series(e.label, e.css, [(0.0, e.scores[level])], level=True)
+                for e in section["entries"]
+                if e.role != "student" and _is_number(e.scores.get(level))
+            ]
+            for section in sections
+        }
+        scored = [[e for e in run.evaluations if key in e] for run in runs]
+        data_sets = list(dict.fromkeys(str(e.get("data", "")) for found in scored for e in found))
+        for data in data_sets:
+            for x, unit in (("step", "step"), ("seconds", "second")):
+                lines = [
+                    _line(run, [e for e in found if str(e.get("data", "")) == data], x, key)
+                    for run, found in zip(runs, scored, strict=True)
+                ]
+                # A score's name says nothing without its benchmark's.
+                caption = f"{title} by {unit}" + (f" · {data}" if len(data_sets) > 1 or key == "score" else "")
+                lines += levels.get(data, [])
+                chart = plots.line_chart(caption, lines, x_label=f"{unit}s", percent=key == "exact")
+                charts.append((caption, chart))
     names = dict.fromkeys(name for run in runs for e in run.train[:50] for name in e)
     terms = [name for name in names if "/" in name]
     for name in ["loss", *sorted(terms, key=lambda n: not n.endswith("/loss")), "lr", "grad_norm"]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 _NAME = re.compile(r"step_(\d+)$")
 
@@ -55,6 +58,44 @@ def save(
             old.rename(doomed)
             shutil.rmtree(doomed)
     barrier()
+
+
+def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float:
+    """The score of the best student so far, −∞ where none is kept.
+
+    Args:
+        folder: the run's ``best``.
+        compared_by: scores of anything else do not count.
+        done: steps finished; what a run found after them it finds again.
+    """
+    path = folder / "best.json"
+    if not path.is_file():
+        return -math.inf
+    about = json.loads(path.read_text("utf-8"))
+    same = all(about.get(key) == value for key, value in compared_by.items())
+    return about["score"] if same and about["step"] <= done else -math.inf
+
+
+def save_best(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any]) -> None:
+    """Puts a student in the place of the best one before; one rank calls this.
+
+    A crash may leave none, but never half of one: the evaluation is repeated then, because its checkpoint comes after.
+
+    Args:
+        folder: the run's ``best``.
+        write: fills a folder with the student.
+        about: what ``best.json`` says.
+    """
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write(unfinished)
+    (unfinished / "best.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    for path in unfinished.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def _flush(path: Path) -> None:

@@ -102,6 +102,8 @@ class Processes:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+            # DeepSpeed 0.19 keeps its copy of the group, which the next training of this process could not use.
+            deepspeed.utils.groups._WORLD_GROUP = None
         # Nothing is left for what this process starts or does next to take for its own ranks.
         for name in self._alone:
             os.environ.pop(name, None)

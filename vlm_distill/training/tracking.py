@@ -75,7 +75,9 @@ class Tracker:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        # Evaluations on several data have a curve each.
+        prefix = f"{kind}/{values['data']}" if "data" in values else kind
+        numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:

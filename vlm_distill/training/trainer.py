@@ -15,21 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
-from data.batch import Problem, Step
+from data.batch import Step
 from data.collate import collate, encode_pair
 from data.errors import BadSample, UserError
 from data.loader import ProblemLog, StepDataset, make_loader
 from data.mixture import Mixture
-from data.sources import Source
 from vlm_distill import losses
 from vlm_distill.config import RunConfig, save_config
-from vlm_distill.evaluation.runner import evaluate, in_words, summarise
 from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, Progress, TermSums
 from vlm_distill.models.initialise import count_parameters
-from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 
 from . import checkpoint
@@ -45,6 +43,7 @@ from .build import (
     trained_parameters,
 )
 from .engine import Engine, Processes, gather_parameters
+from .evaluations import Evaluations
 from .schedule import learning_rate_factor
 from .task import DistillationTask
 from .tracking import Tracker
@@ -82,7 +81,7 @@ class Trainer:
             raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
         terms = build_terms(config)
         sources = open_sources(config.data.train)
-        self.eval_sources = open_sources(config.data.eval)
+        self.evaluations = Evaluations(config, processes)
 
         self.teacher = load_teacher(config, processes)
         # A teacher that no loss learns from is only there to be scored beside the student.
@@ -143,6 +142,7 @@ class Trainer:
             save_config(config, self.folder / "config.yaml")
         self.problems = ProblemLog(self.folder / "problems.jsonl") if first else None
         self.began = time.time() - elapsed
+        self.best = checkpoint.best_score(self.folder / "best", self.evaluations.compared_by, done)
         settings = config.model_dump(exclude_none=True)
         tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
         with tracker:
@@ -267,6 +267,8 @@ class Trainer:
             f"{self.steps:,} steps of {self.config.training.batch_size} on {self.processes.world} rank(s), "
             f"ZeRO {self.config.deepspeed.stage}, {self.config.training.dtype}"
         )
+        for warning in self.evaluations.told:
+            tracker.say(f"[bold red]warning:[/] {escape(warning)}")
         if done:
             tracker.say(f"resumed after step {done}")
         checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
@@ -311,43 +313,28 @@ class Trainer:
         return float(term.loss) / max(1, term.count), limit
 
     def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
-        """The student's answers to every evaluation source, and at the end of the run the teacher's beside them."""
-        limit = None if final else self.config.evaluation.limit
+        """Evaluates the student, at the end of the run with its teacher, and keeps it if it is the best so far."""
         self.engine.share_statistics()
-        for source in self.eval_sources:
-            values = self._answers(self.student, source, "student", limit, final)
-            if values["n"]:
-                tracker.log("eval", done, {"data": source.name, **values, "seconds": time.time() - self.began})
-            tracker.say(f"step {done}: {source.name}: {in_words(values)}")
-            if final and self.config.evaluation.teacher and self.teacher is not None:
-                values = self._answers(self.teacher.model, source, "teacher", None, final)
-                tracker.say(f"teacher: {source.name}: {in_words(values)}")
-
-    def _answers(
-        self, model: VisionLanguageModel, source: Source, who: str, limit: int | None, final: bool
-    ) -> dict[str, Any]:
-        processes, settings = self.processes, self.config.evaluation
-        began = time.time()
-        skipped: list[Problem] = []
-        predictions = evaluate(
-            model,
-            source,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            limit=limit,
-            rank=processes.rank,
-            world=processes.world,
-            all_gather=processes.gather,
-            out=self.folder / "evaluation" / source.name / who if final else None,
-            resume=f"{who} after step {self.steps}" if final else None,
-            load=self.load_image,
-            skipped=skipped,
-        )
+        teacher = self.teacher.model if self.teacher is not None else None
+        score, skipped = self.evaluations.run(self.student, teacher, done, tracker, self.began, final=final)
         if self.problems is not None:
             self.problems.add(skipped)
-        overall = summarise(predictions)
-        rate = len(predictions) / max(1e-9, time.time() - began)
-        return {"exact": overall["exact"], "soft": overall["soft"], "n": overall["n"], "answers_per_second": rate}
+        if self.evaluations.best is not None:
+            self._keep_best(done, score, tracker)
+
+    def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
+        # The first rank alone has the score, and perhaps the folder.
+        if not self.processes.gather(score is not None and score > self.best)[0]:
+            return
+        state = self.engine.whole_state(self.student)
+        if self.processes.first:
+            assert score is not None
+            self.best = score
+            about = {"step": done, "score": score, **self.evaluations.compared_by}
+            checkpoint.save_best(
+                self.folder / "best", lambda folder: self.student.save_pretrained(folder, state), about
+            )
+            tracker.say(f"step {done}: the best so far, written to {self.folder / 'best'}")
 
     def _finish(self, done: int, tracker: Tracker) -> None:
         trained = time.time()
@@ -380,6 +367,8 @@ class Trainer:
             "memory": {"peak_bytes": _peak_memory(device)},
             "problems": problems,
         }
+        if self.evaluations.scores:
+            summary["benchmarks"] = self.evaluations.scores
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 

@@ -1,0 +1,55 @@
+"""Small copies of pictures that are no files of their own, for pages about the answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
+
+from data.conversation import ImageSource
+from data.errors import BadSample
+
+from .runner import Prediction, Questions, evenly_spaced
+
+#: Pictures that are kept at most: some 10 kB each.
+_MOST = 200
+_LARGEST = 224
+# Up to this size every pixel counts, and is kept as it is.
+_TINY = 96
+_HASHED = "sha256:"
+
+
+def write_pictures(
+    folder: Path,
+    questions: Questions,
+    predictions: Sequence[Prediction],
+    load: Callable[[ImageSource], Image.Image],
+) -> None:
+    """Writes the first pictures of up to 200 evenly spaced questions whose data hold bytes, named by their hashes.
+
+    They are the same for every model that was asked the same questions; those that are there stay.
+    """
+    for position in evenly_spaced(len(predictions), _MOST):
+        asked = predictions[position]
+        if asked.image is None or not asked.image.startswith(_HASHED) or find_picture(asked.image, [folder]):
+            continue
+        with suppress(BadSample):
+            image = load(questions[asked.index].prompt().images[0]).convert("RGB")
+            tiny = max(image.size) <= _TINY
+            image.thumbnail((_LARGEST, _LARGEST))
+            folder.mkdir(parents=True, exist_ok=True)
+            name = asked.image.removeprefix(_HASHED)
+            image.save(folder / (f"{name}.png" if tiny else f"{name}.jpg"), quality=90)
+
+
+def find_picture(image: str | None, folders: Sequence[Path]) -> Path | None:
+    """The file of a prediction's ``image``: its own, or a copy in one of the folders."""
+    if image is None:
+        return None
+    if not image.startswith(_HASHED):
+        return Path(image)
+    name = image.removeprefix(_HASHED)
+    candidates = (folder / f"{name}{suffix}" for folder in folders for suffix in (".png", ".jpg"))
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,76 @@
+"""Runs and models as the report speaks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm_distill.evaluation.compare import Comparison, paired
+from vlm_distill.evaluation.runner import Prediction
+
+
+@dataclass
+class Run:
+    """One training as its folder tells it."""
+
+    label: str
+    css: str
+    folder: Path
+    config: str
+    settings: dict[str, Any]
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any]
+    scores: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    predictions: dict[tuple[str, str], list[Prediction]] = field(default_factory=dict)
+
+
+@dataclass
+class Entry:
+    """One model's scores on one data set; ``role`` is student, teacher or baseline."""
+
+    role: str
+    label: str
+    css: str
+    scores: Mapping[str, Any]
+    predictions: list[Prediction]
+    parameters: int | None = None
+
+
+@dataclass
+class Duel:
+    """Two models on the same questions, and an axis that holds zero and the interval; places are per cent of it."""
+
+    first: Entry
+    second: Entry
+    result: Comparison
+    reach: float
+
+    def place(self, value: float) -> float:
+        return 50 + 50 * value / self.reach
+
+
+def entries_on(runs: list[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
+    """Teacher, students, baselines. The teacher is the first run's that scored it: runs of one report share theirs."""
+    entries = []
+    for run in runs:
+        if (data, "teacher") in run.scores:
+            key = data, "teacher"
+            count = run.summary.get("parameters", {}).get("teacher")
+            entries.append(Entry("teacher", "Teacher", "teacher", run.scores[key], run.predictions[key], count))
+            break
+    for run in runs:
+        key = data, "student"
+        if key in run.scores:
+            count = run.summary.get("parameters", {}).get("student")
+            label = run.label if len(runs) > 1 else f"Student · {run.label}"
+            entries.append(Entry("student", label, run.css, run.scores[key], run.predictions[key], count))
+    return entries + [Entry("baseline", name, "baseline", scores, []) for name, scores in baselines.items()]
+
+
+def duel(first: Entry, second: Entry, metric: Literal["exact", "score"] = "exact") -> Duel:
+    """The comparison of two models' predictions."""
+    result = paired(first.predictions, second.predictions, metric)
+    return Duel(first, second, result, max(abs(result.low), abs(result.high), 0.001) * 1.15)
