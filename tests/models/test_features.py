@@ -148,7 +148,7 @@ def test_a_pretrained_models_image_features(llava, talk, picture):
     assert torch.equal(got["outputs"].hidden, llava(inputs, positions).hidden)
     own = base.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
     assert torch.equal(features["vision"], own)
-    assert torch.equal(features["projector"], base(**inputs).image_hidden_states.unflatten(0, (3, 16)))
+    assert torch.equal(features["projector"], base.multi_modal_projector(own))
     state = base(**inputs, output_hidden_states=True).hidden_states[1]
     assert torch.equal(features["hidden.1"], state.flatten(0, 1)[positions])
     assert features["vision"].shape[2] == llava.feature_shape("vision")[1]
