@@ -11,10 +11,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.evaluation.scoring.base import Rules
 from vlm_distill.launch import guarded, leave
 
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder or name of a model")
     parser.add_argument("--benchmarks", action="append", default=[], help="names or YAML files; may be repeated")
     parser.add_argument("--data", action="append", default=[], help="files of questions, or the benchmarks' folder")
-    parser.add_argument("--rules", choices=["vlmevalkit", "lmms-eval", "official"], default="vlmevalkit")
+    parser.add_argument("--rules", choices=get_args(Rules), default="vlmevalkit")
     parser.add_argument(
         "--format", choices=["tsv", "huggingface", "official", "source"], help="of the benchmarks' files"
     )

@@ -1,22 +1,11 @@
 """Files outside the packages that the tests of the losses share, loaded by path."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from by_path import load
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(path):
-    """A module from a file. (The folder ``tests`` must not go on ``sys.path``: its ``data`` would hide the package.)"""
-    name = "_tests_" + path.stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def pytest_generate_tests(metafunc):

@@ -31,12 +31,8 @@ from .questions import BenchmarkQuestions
 from .runner import AllGather, Answerer, Prediction, evaluate, write_lines
 from .scoring.base import Scores
 from .scoring.registry import rules_of, score
-from .scoring.suite import SUITE, suite_average
+from .scoring.suite import suite_average
 
-#: The leaderboard's names of the suite's benchmarks, by ours.
-_SUITE = dict(
-    zip(("mmbench", "mmstar", "mmmu", "mathvista", "ocrbench", "ai2d", "hallusionbench", "mmvet"), SUITE, strict=True)
-)
 #: Scorers of answers that are yes or no.
 _YES_OR_NO = ("pope", "mme", "hallusionbench")
 
@@ -147,7 +143,6 @@ def run_benchmark(
     all_gather: AllGather | None = None,
     resume: str | None = None,
     load: Callable[[ImageSource], Image.Image] = load_image,
-    progress: Callable[[int, int], None] | None = None,
     pictures: Path | None = None,
 ) -> Result | None:
     """Answers a benchmark's questions, scores them and writes ``out``.
@@ -161,7 +156,7 @@ def run_benchmark(
         judge: decides what the rules leave to one.
         max_new_tokens: in place of the benchmark's own.
         pictures: folder for small copies of pictures that are no files (:func:`~.pictures.write_pictures`).
-        resume, load, progress, and others: as in ``runner.evaluate``.
+        resume, load, and others: as in ``runner.evaluate``.
 
     Returns:
         On rank 0 the result; ``None`` on others.
@@ -198,7 +193,6 @@ def run_benchmark(
         out=out,
         resume=None if resume is None else f"{resume} {rules} {'likelihood' if likelihood else 'generate'}",
         load=load,
-        progress=progress,
         ask=by_likelihood(model, entry) if likelihood else None,  # type: ignore[arg-type]
         references=False,
         finish=finish,
@@ -229,7 +223,8 @@ def judged(entry: Benchmark, rows: list[dict[str, Any]], rules: str, judge: Judg
 
 def average(results: Sequence[Result]) -> float | None:
     """The Open VLM Leaderboard's average, if all of its eight benchmarks are there."""
-    return suite_average({_SUITE[r.benchmark]: r.scores.main for r in results if r.benchmark in _SUITE and r.scores})
+    names = benchmarks.LEADERBOARD
+    return suite_average({names[r.benchmark]: r.scores.main for r in results if r.benchmark in names and r.scores})
 
 
 def summary(result: Result) -> dict[str, Any]:

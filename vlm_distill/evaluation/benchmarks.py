@@ -18,9 +18,16 @@ from . import prompts
 from .benchmark import Benchmark, Format, Rules, load
 from .files import HuggingFace, Join, Official, Only, Tsv
 from .questions import BenchmarkQuestions
+from .scoring.suite import SUITE
 
 #: Where users keep benchmarks of their own, one YAML file each.
 FOLDER = Path("configs/benchmarks")
+
+
+#: The Open VLM Leaderboard's names of the benchmarks of its average, by ours.
+LEADERBOARD = dict(
+    zip(("mmbench", "mmstar", "mmmu", "mathvista", "ocrbench", "ai2d", "hallusionbench", "mmvet"), SUITE, strict=True)
+)
 
 
 def data_folder(given: str | Path | None = None) -> Path:

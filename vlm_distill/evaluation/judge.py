@@ -10,13 +10,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
 
+from . import jsonl
 from .prompts import options
 
 KEY_VARIABLE = "JUDGE_API_KEY"
@@ -59,7 +60,9 @@ class Judge:
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next = 0.0
         self._lock = threading.Lock()
-        self._replies = dict(_read(cache)) if cache.is_file() else {}
+        kept = jsonl.entries(cache) if cache.is_file() else ()
+        whole = (entry for entry in kept if isinstance(entry, dict) and {"key", "reply"} <= entry.keys())
+        self._replies: dict[str, str] = {entry["key"]: entry["reply"] for entry in whole}
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """The replies, in the order of the prompts; equal prompts are sent once.
@@ -87,10 +90,7 @@ class Judge:
         entry = {"key": self._key(prompt), "model": self.model, "prompt": prompt, "reply": reply}
         with self._lock:
             self._replies[entry["key"]] = reply
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            with self.cache.open("a", encoding="utf-8") as file:
-                # The line break comes first, so that a line which a kill cut short spoils no other.
-                file.write("\n" + json.dumps(entry, ensure_ascii=False))
+            jsonl.append(self.cache, entry)
 
     def _request(self, prompt: str) -> str:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
@@ -134,15 +134,6 @@ def _content(reply: Any) -> str:
     if not isinstance(content, str):
         raise TypeError("the reply has no text")
     return content
-
-
-def _read(cache: Path) -> Iterator[tuple[str, str]]:
-    for line in cache.read_text("utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            yield entry["key"], entry["reply"]
-        except (ValueError, KeyError, TypeError):
-            continue  # empty or cut short: asked again
 
 
 # What is asked for each kind of answer. The wording is this project's own: numbers of other judges and prompts differ.

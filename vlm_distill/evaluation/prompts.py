@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,9 @@ from typing import Any
 
 from data.conversation import ImageSource
 from data.errors import BadSample, UserError
+
+from .scoring.base import literal
+from .scoring.mcq import choices_of
 
 Row = Mapping[str, Any]
 
@@ -20,16 +22,13 @@ _IMAGE_TAG = re.compile(r"<image (\d+)>")
 
 def options(row: Row) -> dict[str, str]:
     """The options by letter: the columns A to Z that are not empty."""
-    return {letter: str(row[letter]) for letter in string.ascii_uppercase if row.get(letter) is not None}
+    return {letter: str(text) for letter, text in choices_of(row).items()}
 
 
 def as_list(cell: Any) -> list[Any] | None:
     """A cell that holds a list or the literal of one; ``None`` for any other."""
     if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
-        try:
-            cell = ast.literal_eval(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return None
+        cell = literal(cell)
     return list(cell) if isinstance(cell, list | tuple) else None
 
 

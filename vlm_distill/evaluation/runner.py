@@ -21,6 +21,7 @@ from data.errors import BadSample, UserError
 from data.images import load_image
 from vlm_distill.models.interface import Answer, Processor, Prompt
 
+from . import jsonl
 from .scoring.vqa import exact_match, soft_accuracy
 
 #: Every rank's list of objects, in rank order, on every rank.
@@ -204,21 +205,14 @@ class _Journal:
     def finished(self) -> _Results:
         results: _Results = {}
         for path in sorted(self.folder.glob(f"{self.key}-*.jsonl")):
-            for line in path.read_text("utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # a line that a kill cut short
+            for entry in jsonl.entries(path):
                 predictions = [Prediction(**fields) for fields in entry["predictions"]]
                 results[entry["batch"]] = predictions, [Problem(**fields) for fields in entry["problems"]]
         return results
 
     def add(self, batch: int, predictions: Sequence[Prediction], problems: Sequence[Problem]) -> None:
         entry = {"batch": batch, "predictions": [*map(asdict, predictions)], "problems": [*map(asdict, problems)]}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{self.key}-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
-            # The line break comes first, so that a line which a kill cut short spoils no other.
-            file.write("\n" + json.dumps(entry, ensure_ascii=False))
+        jsonl.append(self.folder / f"{self.key}-{self.rank}.jsonl", entry)
 
     def remove(self) -> None:
         for path in self.folder.glob("*.jsonl"):

@@ -161,7 +161,7 @@ class TAID(DistillationLoss):
     def streamed(self) -> Form | None:
         # Mixing probabilities takes both normalisers before there is a target.
         form = self.divergence.streamed() if self.power == 0.0 else None
-        return None if form is None else form._replace(t=self._t)
+        return None if form is None else form._replace(t=self._t, slope="slope" in self.signals)
 
     @torch.no_grad()
     def rows(

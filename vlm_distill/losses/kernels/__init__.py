@@ -69,13 +69,13 @@ class RowStatistics:
         return self._totals[:, 4] * self.form.factor
 
     def signals(self) -> dict[str, Tensor]:
-        """``[n]``, p the target: KL(p‖q), p's entropy and their sum in nats; the variance under p of log p/q."""
-        return {
+        """``[n]``, p the target: KL(p‖q), p's entropy and their sum in nats; with ``form.slope`` Var_p(log p/q)."""
+        found = {
             "kl": self._kl,
             "target_entropy": self._entropy,
             "cross_entropy": self._kl + self._entropy,
-            "slope": self._variance,
         }
+        return found | {"slope": self._variance} if self.form.slope else found
 
     def gradient(
         self,

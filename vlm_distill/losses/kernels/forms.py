@@ -36,6 +36,7 @@ class Form(NamedTuple):
         factor: multiplies the loss.
         t: the teacher's share in the target, x = (1−t)·student + t·teacher, the student in it held fixed. At 1 and at
             0 the other model's logits are not read.
+        slope: whether the variance of log p/q is gathered, too, TAID's signal of that name.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Form(NamedTuple):
     temperature: float = 1.0
     factor: float = 1.0
     t: float = 1.0
+    slope: bool = False
 
     @property
     def mixed(self) -> bool:

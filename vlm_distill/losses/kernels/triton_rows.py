@@ -45,6 +45,7 @@ def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None
         1.0 / form.temperature,
         KIND=int(form.kind),
         SOURCE=int(form.source),
+        SLOPE=form.slope,
         BLOCK=_block(columns),
         num_warps=WARPS,
     )
@@ -148,6 +149,7 @@ def _gather(
     inverse,
     KIND: tl.constexpr,
     SOURCE: tl.constexpr,
+    SLOPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -186,7 +188,8 @@ def _gather(
             gap = x - y
             shift = step_y - step_x
             spread = _carried(shrink_x, spread - sum_x * step_x) + _weighted(p, x)
-            square = _carried(shrink_x, square + shift * (2.0 * forward + shift * sum_x)) + _weighted(p, gap * gap)
+            if SLOPE:
+                square = _carried(shrink_x, square + shift * (2.0 * forward + shift * sum_x)) + _weighted(p, gap * gap)
             forward = _carried(shrink_x, forward + sum_x * shift) + _weighted(p, gap)
             reverse = _carried(shrink_y, reverse - sum_y * shift) - _weighted(q, gap)
             sum_x = sum_x * shrink_x + tl.sum(p, axis=0)

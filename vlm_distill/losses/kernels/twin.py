@@ -34,7 +34,8 @@ def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None
     p, shrink_x = x.exp(), step_x.neg().exp()
     spread.copy_(_carried(shrink_x, spread - sum_x * step_x) + _weighted(p, x))
     gap, shift = x.sub_(y), step_y - step_x
-    square.copy_(_carried(shrink_x, square + shift * (2.0 * forward + shift * sum_x)) + _weighted(p, gap * gap))
+    if form.slope:
+        square.copy_(_carried(shrink_x, square + shift * (2.0 * forward + shift * sum_x)) + _weighted(p, gap * gap))
     forward.copy_(_carried(shrink_x, forward + sum_x * shift) + _weighted(p, gap))
     reverse.copy_(_carried(shrink_y, reverse - sum_y * shift) - _weighted(q, gap))
     sum_x.mul_(shrink_x).add_(p.sum(-1))
