@@ -1,0 +1,1 @@
+"""Image classification: classifiers, their views, losses on batches and features, training and evaluation."""
