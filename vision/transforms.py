@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
-from timm.data import Mixup, create_transform
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
@@ -29,6 +28,17 @@ if TYPE_CHECKING:
 Transform = Callable[[Image.Image], Tensor]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    if bits_to_keep > 0:
+        return auto_augment.posterize(image, bits_to_keep)
+    return Image.new(image.mode, image.size)
+
+
+# timm's strongest posterization keeps no bit. Pillow made a black image of that once; now it raises, in the midst of a
+# training, whenever RandAugment happens to draw it (timm 1.0.31, Pillow 13).
+auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
 
 # timm's names of the crops that it makes itself.
 _TIMM_CROPS = {"random_resized": "rrc", "rkrc": "rkrc", "rkrr": "rkrr"}
@@ -78,9 +88,12 @@ class Augmentation(Section):
     def _a_policy(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+        kinds = {
+            "rand": auto_augment.rand_augment_transform,
+            "augmix": auto_augment.augment_and_mix_transform,
+        }
         try:
-            kinds.get(value.split("-")[0], auto_augment_transform)(value, {})
+            kinds.get(value.split("-")[0], auto_augment.auto_augment_transform)(value, {})
         except Exception:  # timm tells a wrong policy by whatever its parsing stumbles over
             raise ValueError("not a policy of timm; for example rand-m9-mstd0.5-inc1 or augmix-m5-w4-d2") from None
         return value
