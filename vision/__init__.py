@@ -1,0 +1,1 @@
+"""Distillation of image classifiers: ImageNet, CIFAR and folders of images."""
