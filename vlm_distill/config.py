@@ -179,7 +179,7 @@ class RunConfig(Section):
 
 
 class AnyRun(Protocol):
-    """What the two paths' configurations have in common; ``evaluation.every`` among it."""
+    """What the two paths' configurations have in common."""
 
     @property
     def loss(self) -> Sequence[LossSection]: ...
@@ -190,8 +190,6 @@ class AnyRun(Protocol):
     @property
     def deepspeed(self) -> DeepSpeedSection: ...
     @property
-    def evaluation(self) -> AnyEvaluation: ...
-    @property
     def output(self) -> str: ...
     def model_dump(self, *, exclude_none: bool = ...) -> dict[str, Any]: ...
 
@@ -199,11 +197,6 @@ class AnyRun(Protocol):
 class AnyOptimizer(Protocol):
     @property
     def max_grad_norm(self) -> float | None: ...
-
-
-class AnyEvaluation(Protocol):
-    @property
-    def every(self) -> int | None: ...
 
 
 def split_batch(config: AnyRun, world: int) -> tuple[int, int]:

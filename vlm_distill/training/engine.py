@@ -92,6 +92,19 @@ class Processes:
             dist.all_gather_object(items, item)
         return items
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """All ranks' rows ``[n, …]`` one after the other; a gradient flows to this rank's own alone."""
+        if self.world == 1:
+            return rows
+        counts = [int(count) for count in self.gather(len(rows))]
+        padded = rows.detach().new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        parts[self.rank] = rows
+        return torch.cat(parts)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -166,12 +179,12 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 
-    def share_statistics(self) -> None:
-        """Averages batch norm's running statistics over ranks, each of which normalises by its own micro-batches.
+    def share_statistics(self, module: nn.Module) -> None:
+        """Averages a module's batch norm's running statistics over ranks, each of which normalises by its own micro-batches.
 
         What is saved and asked afterwards is then one model (timm's ``--dist-bn reduce``).
         """
-        norms = [m for m in self.task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         if self.processes.world > 1:
             for tensor in statistics:

@@ -40,6 +40,7 @@ class Loop(ABC):
         micro, accumulation: samples of a rank's micro-batch, and micro-batches of a step.
         engine, student, terms: what is trained; to be set by the subclass, as is all that follows.
         steps, epoch_steps: optimizer steps of the run and of an epoch, of which there may be a fraction.
+        evaluate_every: steps between evaluations; ``None``: only at the end.
         parameters: their numbers, by ``student``, ``trained`` and, where there is one, ``teacher``.
         compared_by: what makes two scores of the student comparable; ``None`` to keep no best student.
         told: remarks on what was found while building.
@@ -58,6 +59,7 @@ class Loop(ABC):
     steps: int
     epoch_steps: float
     parameters: dict[str, int]
+    evaluate_every: int | None = None
     compared_by: Mapping[str, Any] | None = None
     told: Sequence[str] = ()
 
@@ -107,8 +109,12 @@ class Loop(ABC):
     def introduce(self, tracker: Tracker, done: int) -> None:
         """Says more about the run before its first step."""
 
-    def stepped(self) -> None:
-        """Called after each optimizer step."""
+    def stepped(self, step: int) -> None:
+        """Called after optimizer step ``step``, counted from 0."""
+
+    def share_statistics(self) -> None:
+        """Makes the ranks' batch-norm statistics one, before they are saved or used."""
+        self.engine.share_statistics(self.engine.task)
 
     def student_state(self) -> dict[str, Tensor]:
         """The student's whole state dict on the CPU, on the first rank; collective."""
@@ -151,7 +157,7 @@ class Loop(ABC):
                 tracker.log("train", done, values)
                 tracker.show(done, self._headline(values))
                 # Evaluated before it is saved: a resumed run has every evaluation of the steps that it does not repeat.
-                every = config.evaluation.every
+                every = self.evaluate_every
                 if every and done % every == 0 and done < self.steps:
                     self._evaluate(done, tracker)
                 if done == last or done % config.training.checkpoint_every == 0:
@@ -182,7 +188,7 @@ class Loop(ABC):
             self.engine.backward(loss)
             norm = self.engine.step(lr)
             sums.append(terms)
-        self.stepped()
+        self.stepped(step.index)
         means = self._means(sums)
         epochs = self.steps / self.epoch_steps
         for term in self.terms:
@@ -224,7 +230,7 @@ class Loop(ABC):
             self.problems.add(problem for part in gathered for problem in part)
 
     def _save(self, done: int) -> None:
-        self.engine.share_statistics()
+        self.share_statistics()
         # The losses' own state is in the task's state dict, so that it needs no word here.
         state = {"step": done, "seconds": time.time() - self.began}
 
@@ -280,7 +286,7 @@ class Loop(ABC):
 
     def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
         """Evaluates the student, at the end of the run with its teacher, and keeps it if it is the best so far."""
-        self.engine.share_statistics()
+        self.share_statistics()
         score, skipped = self.evaluate(done, tracker, final=final)
         if self.problems is not None:
             self.problems.add(skipped)

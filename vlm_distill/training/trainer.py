@@ -76,6 +76,7 @@ class Trainer(Loop):
         self.evaluations = Evaluations(config, processes)
         self.compared_by = self.evaluations.compared_by if self.evaluations.best is not None else None
         self.told = self.evaluations.told
+        self.evaluate_every = config.evaluation.every
 
         self.teacher = load_teacher(config, processes)
         # A teacher that no loss learns from is only there to be scored beside the student.
