@@ -1,0 +1,1 @@
+"""Distilling image classifiers: models, data, losses of a batch, training and evaluation."""
