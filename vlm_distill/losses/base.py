@@ -56,10 +56,12 @@ class Loss(nn.Module):
     Attributes:
         needs: what the loss reads beside the student's side: of ``{"teacher", "targets"}``.
         signals: names of the quantities whose means over an optimizer step ``update`` is given.
+        soft_targets: whether targets may be shares of the classes too, float ``[N, C]``, as of mixed images.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    needs: frozenset[str] = frozenset({"teacher"})
     signals: tuple[str, ...] = ()
+    soft_targets: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()  # no parameters, which nn.Module's own signature does not say

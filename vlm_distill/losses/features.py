@@ -29,11 +29,13 @@ class FeatureLoss(Loss):
 
     Attributes:
         unit: what it has one value for, and is averaged over: distilled ``token`` or real ``image``.
+        whole_batch: whether it compares the images of a batch with one another, and so has one value (0-d) for them.
         student_features, teacher_features: names of what it reads.
     """
 
     needs = frozenset({"teacher"})
     unit: ClassVar[Literal["token", "image"]] = "token"
+    whole_batch: ClassVar[bool] = False
     student_features: tuple[str, ...] = ()
     teacher_features: tuple[str, ...] = ()
 
