@@ -28,8 +28,8 @@ class TeacherCache:
 
     The files are ``cache.json`` (what the logits are of), ``logits.npy`` (float32 ``[rows · views, categories]``),
     ``checks.npy`` (uint32 ``[rows · views, 2]``: CRC-32 of the view, and of view and logits together) and
-    ``written.npy`` (bool ``[rows · views]``). An image takes ``views · (4 · categories + 9)`` bytes: with one view and the
-    1,000 classes of ImageNet 4,009, which is 5.1 GB for its 1.28 million images.
+    ``written.npy`` (bool ``[rows · views]``). An image takes ``views · (4 · categories + 9)`` bytes: with one view and
+    the 1,000 classes of ImageNet 4,009, which is 5.1 GB for its 1.28 million images.
 
     Several processes may read and write at once. A row is written logits first, flag last, and counts only while its
     second check fits: what a crash left half written, or another process is about to write, is not there yet.
@@ -155,8 +155,8 @@ class TeacherCache:
         for row, now, (seen, _) in zip(rows.tolist(), checks.tolist(), sums.tolist(), strict=True):
             if now != seen:
                 raise UserError(
-                    f"{self._place(row)}, view {view}: not the pixels whose logits are in {self.folder}: the image, or a "
-                    "library that decodes or augments it, has changed since; delete that folder to fill it anew"
+                    f"{self._place(row)}, view {view}: not the pixels whose logits {self.folder} holds: the image, or "
+                    "a library that decodes or augments it, has changed since; delete that folder to fill it anew"
                 )
         return torch.from_numpy(logits)
 
