@@ -1,1 +1,1 @@
-"""Distillation of image classifiers: the path from ImageNet and two model names to a trained student."""
+"""Distillation of image classifiers: from labelled images and two model names to a trained student."""

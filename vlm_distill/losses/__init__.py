@@ -8,7 +8,7 @@ from typing import Any
 
 from data.errors import UserError
 
-from .base import DistillationLoss, Loss, Progress, RowResult, Term
+from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
 from .ctkd import CTKD
 from .diagnostics import Diagnostics
 from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
@@ -22,7 +22,9 @@ from .features import (
     VisionFeatures,
     wanted_features,
 )
-from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
+from .fused_linear import HiddenTargets, fused_linear
+from .on_logits import on_logits
+from .sums import LossSums, TermSums
 from .taid import TAID
 from .topk import TopKTargets
 from .uld import ULD
@@ -36,6 +38,7 @@ __all__ = [
     "TVD",
     "ULD",
     "AdaptiveKL",
+    "BatchLoss",
     "CrossEntropy",
     "Diagnostics",
     "DistillationLoss",
@@ -60,6 +63,7 @@ __all__ = [
     "available",
     "build",
     "fused_linear",
+    "on_logits",
     "wanted_features",
 ]
 

@@ -152,6 +152,29 @@ class DistillationLoss(Loss):
         raise NotImplementedError
 
 
+class BatchLoss(Loss):
+    """A loss between logits that compares the rows of a batch with one another, and so has one value for a batch.
+
+    Attributes:
+        views: how many views of each image it compares; the first views of all images come first.
+    """
+
+    views: ClassVar[int] = 1
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The definition, differentiable by autograd.
+
+        Args:
+            student_logits: ``[views·N, C]``, any floating dtype; raised to float32 at least.
+            teacher_logits: ``[views·N, C]``, detached.
+            targets: int64 ``[N]``, the right class of each image; ``None`` where the loss does not need them.
+
+        Returns:
+            0-d, a mean over the N images.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand of the training loss that compares logits."""

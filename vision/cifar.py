@@ -1,0 +1,1 @@
+"""Networks of the distillation papers that timm does not have, registered with it."""
