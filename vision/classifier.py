@@ -25,7 +25,7 @@ from . import cifar, weights as files
 assert cifar  # importing it registers its architectures with timm
 
 #: Modules that timm lists as a first feature level although no stage has run yet.
-_STEM = re.compile(r"(features\.)?(stem|conv_stem|act1|bn1|norm0|conv1_1)\b")
+_STEM = re.compile(r"(features\.)?(stem|conv_stem|conv1|act1|bn1|norm0|conv1_1)\b")
 
 
 @dataclass(frozen=True)
