@@ -124,7 +124,6 @@ class ClassifierTrainingSection(TrainingSection):
     gather: bool = False
     channels_last: bool = False
     compile: bool = False
-    recompute_logits: Literal[False] = False
 
 
 class EvaluationSection(Section):

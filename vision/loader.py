@@ -152,6 +152,10 @@ class ImageSteps(Dataset[Step]):
                 batches.append(self._batch(index, number, places[start : start + self.micro_batch_size], problems))
         return Step(index, batches, problems)
 
+    def sample(self, count: int) -> ImageBatch:
+        """The first ``count`` images of the training, as far as they are readable, in one micro-batch."""
+        return self._batch(0, 0, self._places(0)[:count], [])
+
     def _places(self, step: int) -> list[tuple[int, int, int]]:
         """The (source, row, repeat) of all images of a step, over all ranks."""
         rows = self.mixture.rows(step)

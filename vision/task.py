@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vlm_distill.losses import BatchLoss, FeatureTerm, Term, TermSums, on_logits, wanted_features
 
 from .classifier import Classifier, Outputs
-from .losses import CrossEntropy
 from .transforms import Views
 
 
@@ -101,7 +100,7 @@ class ClassificationTask(nn.Module):
         soft = None if views.soft is None else views.soft.repeat(self.views, 1)
         together: dict[tuple[bool, bool], list[Term]] = {}
         for term in self.row_terms:
-            mixed = soft is not None and isinstance(term.loss, CrossEntropy)
+            mixed = soft is not None and term.loss.soft_targets
             together.setdefault((self._distils(term, outputs), mixed), []).append(term)
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}

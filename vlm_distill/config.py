@@ -118,7 +118,6 @@ class TrainingSection(Section):
     dtype: DType = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation_checkpointing: bool = False
-    recompute_logits: bool = False
     seed: NotNegative = 0
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
@@ -130,6 +129,12 @@ class TrainingSection(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("say how long to train: epochs or steps, one of them")
         return self
+
+
+class LanguageTrainingSection(TrainingSection):
+    """``recompute_logits`` forms the logits in tiles, twice, to save memory."""
+
+    recompute_logits: bool = False
 
 
 class DeepSpeedSection(Section):
@@ -166,7 +171,7 @@ class RunConfig(Section):
     loss: list[LossSection] = Field(min_length=1)
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
-    training: TrainingSection
+    training: LanguageTrainingSection
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: str
