@@ -21,6 +21,7 @@ from .conversation import Conversation
 from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
 from .mixture import Mixture
+from .sources import Source
 
 MANY_FILES = 65_536
 
@@ -53,7 +54,7 @@ class StepDataset(Dataset[Step]):
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture[Source],
         student: Processor,
         teacher: Processor | None,
         *,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class ImageSteps(Dataset[Step]):
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture[LabelledImages],
         inputs: InputSettings,
         augmentations: Sequence[Augmentation | None] = (None,),
         label_maps: Sequence[Sequence[int] | None] | None = None,
@@ -194,7 +194,7 @@ class ImageSteps(Dataset[Step]):
         )
 
     def _read(self, step: int, source: int, row: int, through: int, repeat: int) -> tuple[int, list[Tensor]]:
-        origin = cast("LabelledImages", self.mixture.sources[source])
+        origin = self.mixture.sources[source]
         sample = origin[row]
         label, mapping = sample.label, self.label_maps[source]
         if mapping is not None:

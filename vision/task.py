@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlm_distill.losses import BatchLoss, FeatureTerm, Term, TermSums, on_logits, wanted_features
+from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, on_logits, wanted_features
 
 from .classifier import Classifier, Outputs
 from .transforms import Views
@@ -53,9 +53,9 @@ class ClassificationTask(nn.Module):
         self.views = views
         self.gather = gather
         self.row_terms = [term for term in terms if isinstance(term, Term)]
-        self.batch_terms = [term for term in terms if isinstance(term, BatchTerm)]
-        self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
-        self.features = wanted_features(self.feature_terms)[0]
+        self.batch_terms: list[BatchTerm | FeatureTerm] = [term for term in terms if isinstance(term, BatchTerm)]
+        self.feature_terms: list[BatchTerm | FeatureTerm] = [term for term in terms if isinstance(term, FeatureTerm)]
+        self.features = wanted_features([term for term in terms if isinstance(term, FeatureTerm)])[0]
         # Registered for their parameters and for their state in a checkpoint.
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
 
@@ -79,15 +79,14 @@ class ClassificationTask(nn.Module):
         scales = scales or {}
         outputs = self.student(views.student, self.features)
         losses, sums = self._rows(outputs, teacher, views, scales)
-        for term in [*self.batch_terms, *self.feature_terms]:
-            factor = term.weight * scales.get(term.name, 1.0)
+        for term in self.batch_terms + self.feature_terms:
             assert teacher is not None
             with torch.autocast(views.student.device.type, enabled=False):
                 if isinstance(term, BatchTerm):
                     loss, found = self._batch(term.loss, outputs, teacher, views.labels)
                 else:
-                    loss, found = self._compare(term, outputs.features, teacher.features)
-            losses.append(factor * loss)
+                    loss, found = self._compare(term.loss, outputs.features, teacher.features)
+            losses.append(term.weight * scales.get(term.name, 1.0) * loss)
             sums[term.name] = found
         # A plain tuple with the tensor in it: ZeRO-3 hangs its backward hooks on the tensors it finds in an output.
         return torch.stack(losses).sum(), sums
@@ -134,9 +133,8 @@ class ClassificationTask(nn.Module):
         return rows * value, TermSums(count * value.detach(), count)
 
     def _compare(
-        self, term: FeatureTerm, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+        self, loss: FeatureLoss, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
     ) -> tuple[Tensor, TermSums]:
-        loss = term.loss
         mine = {name: student[name] for name in loss.student_features}
         other = {name: teacher[name] for name in loss.teacher_features}
         first = next(iter(mine.values()))

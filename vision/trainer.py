@@ -41,10 +41,11 @@ from .transforms import DeviceViews, Views
 
 # timm's optimizers whose update of a number reads that number's own gradient and state alone. ZeRO 1 to 3 hands the
 # optimizer flat slices of all parameters, so that any other would see layers that are none.
-_ELEMENTWISE = frozenset(
-    "sgd momentum nesterov nesterovw sgdw adam adamw adamax adagrad adadelta nadam nadamw radam radamw rmsprop "
-    "rmsproptf lion adan adanw adopt adoptw laprop madgrad".split()
-)
+_ELEMENTWISE = {
+    *("sgd", "momentum", "nesterov", "nesterovw", "sgdw", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam"),
+    *("nadamw", "radam", "radamw", "rmsprop", "rmsproptf", "lion", "adan", "adanw", "adopt", "adoptw", "laprop"),
+    "madgrad",
+}
 _CHECKED_IMAGES = 64
 
 
@@ -104,7 +105,9 @@ def build_optimizer(task: ClassificationTask, section: OptimizerSection, stage: 
     groups: list[dict[str, Any]]
     if section.layer_decay is not None:
         try:
-            groups = param_groups_layer_decay(student, decay, exempt, layer_decay=section.layer_decay)
+            groups = param_groups_layer_decay(
+                student, decay, no_weight_decay_list=exempt, layer_decay=section.layer_decay
+            )
         except (AttributeError, AssertionError):
             raise UserError(
                 f"optimizer.layer_decay: timm knows no layers of {type(student).__name__}; leave it out"
@@ -112,7 +115,7 @@ def build_optimizer(task: ClassificationTask, section: OptimizerSection, stage: 
     elif section.decay == "all":
         groups = [{"params": [p for p in student.parameters() if p.requires_grad], "weight_decay": decay}]
     else:
-        groups = param_groups_weight_decay(student, decay, exempt)
+        groups = param_groups_weight_decay(student, decay, no_weight_decay_list=exempt)
     groups += parameter_groups(task.losses, decay)
     try:
         return timm.optim.create_optimizer_v2(
@@ -215,7 +218,9 @@ class Trainer(Loop):
         names = [source.name for source in self.held_out]
         if settings.best is not None:
             if settings.best not in names:
-                raise UserError(f"evaluation.best: {settings.best} is not among data.eval ({', '.join(names) or 'none'})")
+                raise UserError(
+                    f"evaluation.best: {settings.best} is not among data.eval ({', '.join(names) or 'none'})"
+                )
             self.compared_by = {"name": settings.best, "limit": settings.limit}
 
         device = processes.device
@@ -228,11 +233,15 @@ class Trainer(Loop):
         told += [f"teacher: {note}" for note in teacher.notes] if teacher is not None else []
         label_maps = []
         for source in sources:
-            mapped = map_classes(student.classes, None if teacher is None else teacher.classes, source.classes,
-                                 student.num_classes, None if teacher is None else teacher.num_classes)  # fmt: skip
-            label_maps.append(mapped.labels)
+            mapped = map_classes(
+                student.classes,
+                None if teacher is None else teacher.classes,
+                source.classes,
+                student_outputs=student.num_classes,
+                teacher_outputs=None if teacher is None else teacher.num_classes,
+            )
+            label_maps.append(None if mapped.labels is None else mapped.labels.tolist())
             told += mapped.notes
-        self.label_maps = {source.name: labels for source, labels in zip(sources, label_maps, strict=True)}
         order = mapped.teacher_index
         self.told = list(dict.fromkeys(told))
 
@@ -275,13 +284,13 @@ class Trainer(Loop):
             "trained": sum(p.numel() for p in student.parameters() if p.requires_grad),
         }
         form = torch.channels_last if training.channels_last else torch.contiguous_format
-        student.to(device, memory_format=form)
+        student.to(device).to(memory_format=form)
         self.dtype = torch.bfloat16 if training.dtype == "bf16" else None
         self.teacher: Teacher | None = None
         self.guide: Teacher | None = None
         if teacher is not None:
             self.parameters["teacher"] = sum(p.numel() for p in teacher.parameters())
-            teacher.to(device, memory_format=form)
+            teacher.to(device).to(memory_format=form)
             features = wanted_features([term for term in terms if isinstance(term, FeatureTerm)])[1]
             cache = self._open_cache(teacher, order, student) if cached else None
             if cache is not None and features:
@@ -342,7 +351,7 @@ class Trainer(Loop):
     def counts(self, step: Step) -> dict[str, float]:
         return {"samples": sum(batch.samples for batch in step.batches)}
 
-    def rows(self, term: AnyTerm, totals: Mapping[str, float]) -> float:  # type: ignore[override]
+    def rows(self, term: AnyTerm, totals: Mapping[str, float]) -> float:
         one = isinstance(term, BatchTerm) and term.loss.views > 1
         return totals["samples"] * (1 if one else len(self.config.data.views))
 
@@ -397,8 +406,8 @@ class Trainer(Loop):
         chance = 1 / self.student.num_classes
         if right / count < max(3 * chance, 0.05) and chance < 0.3:
             tracker.warn(
-                f"the teacher is right on {right} of the first {count} training images, hardly better than a guess: its "
-                "classes, normalisation or weights do not fit this data"
+                f"the teacher is right on {right} of the first {count} training images, hardly better than a guess: "
+                "its classes, normalisation or weights do not fit this data"
             )
         else:
             tracker.say(f"the teacher is right on {right} of the first {count} training images")
@@ -439,7 +448,7 @@ class Trainer(Loop):
         for source in self.held_out:
             theirs: dict[int, Tensor] | None = None
             for who, model in models.items():
-                mapped = map_classes(model.classes, None, source.classes, model.num_classes, None)
+                mapped = map_classes(model.classes, None, source.classes, student_outputs=model.num_classes)
                 kept: dict[int, Tensor] | None = {} if who == "teacher" else None
                 folder = self.folder / "evaluation" / source.name
                 scores = predict(
@@ -456,7 +465,7 @@ class Trainer(Loop):
                     all_gather=processes.gather,
                     out=folder / who if final else None,
                     pictures=folder / "pictures" if final and who == "student" else None,
-                    label_map=mapped.labels,
+                    label_map=None if mapped.labels is None else mapped.labels.tolist(),
                     logits=kept,
                     teacher=theirs,
                     load=load_safely,
@@ -475,9 +484,7 @@ class Trainer(Loop):
 
 def open_sources(sections: Sequence[Any]) -> list[LabelledImages]:
     """The readers of a configuration's sources of labelled images."""
-    return [
-        open_images(**section.model_dump(exclude={"weight"}, exclude_none=True)) for section in sections
-    ]
+    return [open_images(**section.model_dump(exclude={"weight"}, exclude_none=True)) for section in sections]
 
 
 def load(section: ClassifierSection, classes: Sequence[str], role: str, **more: Any) -> Classifier:

@@ -61,7 +61,9 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="loss mlkd: standardise is 'yes'"):
         losses.build("mlkd", standardise="yes")
     for given in ({}, [1], {0: 1}, {"pooled": "pooled"}, {"1": 1}, {True: 1}):
-        with pytest.raises(UserError, match=r"loss attention_transfer: layers is .*; give numbers of stages, student's"):
+        with pytest.raises(
+            UserError, match=r"loss attention_transfer: layers is .*; give numbers of stages, student's"
+        ):
             losses.build("attention_transfer", layers=given)
     with pytest.raises(UserError, match="loss fitnet: relu is 0"):
         losses.build("fitnet", relu=0)

@@ -18,8 +18,9 @@ from data.errors import UserError
 
 from .base import Loss, Term, check_choice, upcast
 
-#: Of a feature: tokens an image (``None`` where that is not known before a run, or it is not of images) and width.
-Shape = tuple[int | None, int]
+#: Of a feature: tokens an image (``None`` where that is not known before a run, or it is not of images) and width; of a
+#: classifier's map channels, height and width, and of its pooled output the width alone.
+Shape = tuple[Any, ...]
 
 DISTANCES = ("mse", "normalised_mse", "cosine")
 

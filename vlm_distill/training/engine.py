@@ -180,7 +180,7 @@ class Engine:
         self._engine.train(mode)
 
     def share_statistics(self, module: nn.Module) -> None:
-        """Averages a module's batch norm's running statistics over ranks, each of which normalises by its own micro-batches.
+        """Averages batch norm's running statistics over ranks, each of which normalises by its own micro-batches.
 
         What is saved and asked afterwards is then one model (timm's ``--dist-bn reduce``).
         """
