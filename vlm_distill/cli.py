@@ -71,6 +71,16 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
 
 
 @app.command()
+def classify(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> None:
+    """Trains an image classifier as CONFIG says, evaluates it and its teacher, exports it.
+
+    The other path of this suite, from ImageNet, CIFAR or any folder of images: configs/imagenet, configs/cifar100.
+    Under DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
+    """
+    raise typer.Exit(launch("vision.train", [str(config), *(overrides or ())], nproc))
+
+
+@app.command()
 def inspect(
     config: Config,
     overrides: Overrides = None,
