@@ -230,23 +230,24 @@ def open_list(path: Path, name: str, *, limit: int | None = None) -> PathImages:
     """A text file with an image and its label on each line, between them a tab, a comma or, if neither, blanks.
 
     Paths start from the list's folder. A label is the number or the name of a class; a file ``classes.txt`` beside the
-    list names the classes in order. A first line that names no image is a header. Blank lines do not count.
+    list names the classes in order. A first line without an image's name and a number is a header. Blank lines do not count.
 
     Raises:
         UserError: the file is not UTF-8, has no rows, or a line has more than two columns.
     """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     first = next((line for line in lines if line.strip()), "")
     delimiter = next((mark for mark in "\t," if mark in first), None)
-    rows: Any = csv.reader(lines, delimiter=delimiter) if delimiter else (line.rsplit(None, 1) for line in lines)
     places: list[int] = []
     images: list[str] = []
     texts: list[str | None] = []
-    for number, row in enumerate(rows, 1):
-        if not "".join(row).strip() or (not images and len(row) == 2 and not is_image_name(row[0].strip())):
+    for number, line in enumerate(lines, 1):
+        # Line by line, so that a quotation mark that is never closed cannot swallow the lines that follow.
+        row = next(csv.reader([line], delimiter=delimiter)) if delimiter else line.rsplit(None, 1)
+        if not line.strip() or (line is first and _is_header(row)):
             continue
         if len(row) > 2:
             raise UserError(f"{path}, line {number} has {len(row)} columns; a list has two: image and label")
@@ -258,6 +259,10 @@ def open_list(path: Path, name: str, *, limit: int | None = None) -> PathImages:
     labels = labels_of(texts, read_classes(path.parent / "classes.txt"))
     lines_of_rows = np.array(places[:limit], dtype=np.int64)
     return PathImages(name, path.parent, Texts(images[:limit]), labels.first(limit), lines_of_rows)
+
+
+def _is_header(row: Sequence[str]) -> bool:
+    return len(row) == 2 and not is_image_name(row[0].strip()) and not row[1].strip().isdecimal()
 
 
 # Tars.
@@ -280,7 +285,9 @@ def _shards(path: Path, given: str, split: str | None) -> list[Path]:
                 shard
             )
         named = [one for one in by_split if one]
-        return by_split[choose_split(given, split, named)] if named else _no_split(shards, given, split)
+        if len(named) > 1 or (named and (split or "" not in by_split)):
+            return by_split[choose_split(given, split, named)]
+        return _no_split(shards, given, split)  # a tar may be called by its class, and a class train
     if path.exists():
         return _no_split([path], given, split)
     if _SHARD_RANGE.search(given):
