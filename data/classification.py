@@ -100,33 +100,36 @@ def _format(path: Path, given: str, format: str) -> str:
     """The reader for what the path names."""
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r} of images for {given}; known are {', '.join(FORMATS)}")
-    pattern = not path.exists() and (glob.has_magic(given) or _SHARD_RANGE.search(given))
-    if pattern:
-        kinds = ["tar"] if format != "huggingface" else []
-    elif not path.exists():
-        suffix = path.suffix[1:].lower()
+    suffix = path.suffix[1:].lower()
+    if not path.exists() and not _is_pattern(given):
         hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", given) and suffix not in (*_SUFFIXES, *IMAGE_SUFFIXES)
-        kinds = ["huggingface"] if hub_name or format == "huggingface" else []
-        if not kinds or format not in ("auto", "huggingface"):
-            raise UserError(f"data {given} do not exist; check the path (relative ones start at {Path.cwd()})")
-    elif path.is_file():
-        suffix = path.suffix[1:].lower()
-        kinds = [format] if format in _SUFFIXES.values() else [_SUFFIXES[suffix]] if suffix in _SUFFIXES else []
-        if not kinds:
-            hint = "; unpack it: only plain .tar files can be read in any order" if ".tar." in path.name else ""
-            raise UserError(f"cannot tell the format of {given} from its suffix{hint or f', known are {_known()}'}")
-    else:
-        kinds = [format] if format not in ("auto", "list") else _kinds(path)
-    if format == "auto" and len(kinds) > 1:
+        if format == "huggingface" or (format == "auto" and hub_name):
+            return "huggingface"
+        raise UserError(f"data {given} do not exist; check the path (relative ones start at {Path.cwd()})")
+    if format != "auto":
+        return format
+    if path.is_dir():
+        return _format_of_folder(path, given)
+    if not path.exists():
+        return "tar"
+    if suffix not in _SUFFIXES:
+        hint = "; unpack it: only plain .tar files can be read in any order" if ".tar." in path.name else ""
+        raise UserError(f"cannot tell the format of {given} from its suffix{hint or f', known are {_known()}'}")
+    return _SUFFIXES[suffix]
+
+
+def _is_pattern(given: str) -> bool:
+    return glob.has_magic(given) or _SHARD_RANGE.search(given) is not None
+
+
+def _format_of_folder(folder: Path, given: str) -> str:
+    kinds = _kinds(folder)
+    if len(kinds) > 1:
         raise UserError(f"{given} may be read as {' or '.join(kinds)}; set `format` to one of them")
-    if format != "auto" and format not in kinds:
-        raise UserError(f"{given} cannot be read as {format}; leave `format` out, or name the file")
+    if not kinds and any(is_image_name(entry.name) for entry in os.scandir(folder)):
+        raise UserError(f"images of {given} are in no class folders; write a list of them with labels, and name it")
     if not kinds:
-        flat = any(is_image_name(entry.name) for entry in os.scandir(path))
-        hint = (
-            "its images are in no class folders: write a list of them with labels" if flat else f"looked for {_known()}"
-        )
-        raise UserError(f"no images found in {given}; {hint}")
+        raise UserError(f"no images found in {given}; looked for {_known()}")
     return kinds[0]
 
 
@@ -163,7 +166,7 @@ def _title(path: Path, given: str) -> str:
         return path.stem
     if path.exists():
         return path.resolve().name
-    if glob.has_magic(given) or _SHARD_RANGE.search(given):
+    if _is_pattern(given):
         return re.split(r"[*?\[{]", path.name)[0].rstrip("-_.") or path.parent.name
     return given
 
@@ -179,7 +182,7 @@ def open_folder(folder: Path, name: str, *, split: str | None = None, limit: int
     """
     inside = _folders(folder)
     splits = [one for one in inside if one in _SPLITS or one == split]
-    if split or len(splits) > 1 or splits == inside:
+    if split or len(splits) > 1 or (splits and splits == inside):
         if not splits:
             raise UserError(f"{folder} has no folder {split!r}; leave `split` out if its folders are the classes")
         folder = folder / choose_split(str(folder), split, splits)
@@ -230,23 +233,25 @@ def open_list(path: Path, name: str, *, limit: int | None = None) -> PathImages:
     """A text file with an image and its label on each line, between them a tab, a comma or, if neither, blanks.
 
     Paths start from the list's folder. A label is the number or the name of a class; a file ``classes.txt`` beside the
-    list names the classes in order. A first line that names no image is a header. Blank lines do not count.
+    list names the classes in order. A first line that has neither an image's name nor a number is
+    a header. Blank lines do not count.
 
     Raises:
         UserError: the file is not UTF-8, has no rows, or a line has more than two columns.
     """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    first = next((line for line in lines if line.strip()), "")
-    delimiter = next((mark for mark in "\t," if mark in first), None)
-    rows: Any = csv.reader(lines, delimiter=delimiter) if delimiter else (line.rsplit(None, 1) for line in lines)
+    first = next((number for number, line in enumerate(lines, 1) if line.strip()), 1)
+    delimiter = next((mark for mark in "\t," if mark in lines[first - 1]), None)
     places: list[int] = []
     images: list[str] = []
     texts: list[str | None] = []
-    for number, row in enumerate(rows, 1):
-        if not "".join(row).strip() or (not images and len(row) == 2 and not is_image_name(row[0].strip())):
+    for number, line in enumerate(lines, 1):
+        # Line by line, so that a quotation mark that is never closed cannot swallow the lines that follow.
+        row = next(csv.reader([line], delimiter=delimiter)) if delimiter else line.rsplit(None, 1)
+        if not line.strip() or (number == first and _is_header(row)):
             continue
         if len(row) > 2:
             raise UserError(f"{path}, line {number} has {len(row)} columns; a list has two: image and label")
@@ -258,6 +263,10 @@ def open_list(path: Path, name: str, *, limit: int | None = None) -> PathImages:
     labels = labels_of(texts, read_classes(path.parent / "classes.txt"))
     lines_of_rows = np.array(places[:limit], dtype=np.int64)
     return PathImages(name, path.parent, Texts(images[:limit]), labels.first(limit), lines_of_rows)
+
+
+def _is_header(row: Sequence[str]) -> bool:
+    return len(row) == 2 and not is_image_name(row[0].strip()) and not row[1].strip().isdecimal()
 
 
 # Tars.
@@ -280,7 +289,9 @@ def _shards(path: Path, given: str, split: str | None) -> list[Path]:
                 shard
             )
         named = [one for one in by_split if one]
-        return by_split[choose_split(given, split, named)] if named else _no_split(shards, given, split)
+        if len(named) > 1 or (named and (split or "" not in by_split)):
+            return by_split[choose_split(given, split, named)]
+        return _no_split(shards, given, split)  # a tar may be called by its class, and a class train
     if path.exists():
         return _no_split([path], given, split)
     if _SHARD_RANGE.search(given):

@@ -146,6 +146,13 @@ def test_lists(folder, name, content):
     assert source[0].label == 1
 
 
+def test_names_without_suffix_are_no_header(folder):
+    (folder / "a").write_bytes(png(1))
+    for header in ("", "image label\n"):
+        (folder / "val.txt").write_text(f"{header}a 0\nclass2/02.png 1\n")
+        assert rows(open_images(folder / "val.txt")) == [(1, "0"), (2, "1")]
+
+
 def test_list_lines_and_names_of_classes(folder):
     (folder / "val.txt").write_text("class1/01.png,tabby cat\n\nclass2/02.png,dog\nclass3/03.png,0\n")
     source = open_images(folder / "val.txt")
@@ -153,6 +160,13 @@ def test_list_lines_and_names_of_classes(folder):
     assert [source.line(row) for row in range(3)] == [1, 3, 4]
     (folder / "classes.txt").write_text("tabby cat\ndog\n")
     assert rows(open_images(folder / "val.txt")) == [(1, "tabby cat"), (2, "dog"), (3, "tabby cat")]
+
+
+def test_an_open_quotation_mark_ends_with_its_line(folder):
+    (folder / "val.csv").write_text('"class0/00.png,1\nclass1/01.png,1\n')
+    source = open_images(folder / "val.csv")
+    assert len(source) == 2
+    assert source[1].label == 1
 
 
 def test_wrong_labels_are_bad_samples(folder):
@@ -243,8 +257,12 @@ def test_hugging_face_labels_without_names(datasets, tmp_path, labels, kind, cla
         ("set", {"format": "cifar"}, "no files of CIFAR"),
         ("set", {"format": "idx"}, "no IDX images"),
         ("set", {"format": "tar"}, "no .tar files"),
-        ("set", {"format": "list"}, "name the file"),
-        ("set/class0", {}, "in no class folders: write a list"),
+        ("set", {"format": "list"}, "Is a directory; check the path"),
+        ("set/class0", {"format": "folder"}, "it has no folders"),
+        ("set/class0", {}, "in no class folders; write a list"),
+        ("list.txt", {"format": "folder"}, "Not a directory; check the path"),
+        ("list.txt", {"format": "idx"}, "Not a directory; check the path"),
+        ("list.txt", {"format": "tar"}, "is truncated, broken or compressed"),
         ("set/class0/00.png", {}, "cannot tell the format"),
         ("none", {}, "no images found in .*none; looked for .avif, .bmp"),
         ("none", {"format": "folder"}, "no images found in the folders of .*none; looked for .avif"),

@@ -131,6 +131,12 @@ def test_splits_of_shards(tmp_path):
         open_images(tmp_path / "b" / "train", split="val")
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    for number, one in enumerate(("plane", "train")):
+        tar(tmp_path / "set" / f"{one}.tar", [("1.png", png(number))])
+    assert rows(open_images(tmp_path / "set")) == [(0, "plane"), (1, "train")]
+
+
 # Folders of classes in tars.
 
 
