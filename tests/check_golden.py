@@ -199,8 +199,8 @@ def _batch_value(case: dict, key: str, student: torch.Tensor, teacher: torch.Ten
     student, teacher = upcast(student) / scale, upcast(teacher) / scale
     if case["loss"] == "mlkd_instance":
         return mlkd.instance_terms(student, teacher, temperatures).sum()
-    terms = mlkd.batch_terms if case["loss"] == "mlkd_batch" else mlkd.class_terms
-    return terms(student.softmax(-1), teacher.softmax(-1)).sum()
+    of_images, of_classes = mlkd.relation_terms(student.softmax(-1), teacher.softmax(-1))
+    return (of_images if case["loss"] == "mlkd_batch" else of_classes).sum()
 
 
 def _compare_batch(golden: Golden, case: dict) -> Iterator[Comparison]:

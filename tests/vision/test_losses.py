@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from data.errors import UserError
 from vision import losses
+from vision.losses import mlkd
 from vlm_distill.losses import BatchLoss, DistillationLoss, FeatureLoss, Term, on_logits
 
 SAMPLES = torch.arange(5)
@@ -61,9 +62,7 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="loss mlkd: standardise is 'yes'"):
         losses.build("mlkd", standardise="yes")
     for given in ({}, [1], {0: 1}, {"pooled": "pooled"}, {"1": 1}, {True: 1}):
-        with pytest.raises(
-            UserError, match=r"loss attention_transfer: layers is .*; give numbers of stages, student's"
-        ):
+        with pytest.raises(UserError, match=r"loss attention_transfer: layers is .*; give numbers of stages, stu"):
             losses.build("attention_transfer", layers=given)
     with pytest.raises(UserError, match="loss fitnet: relu is 0"):
         losses.build("fitnet", relu=0)
@@ -165,8 +164,9 @@ def mlkd_by_hand(student, teacher, temperature):
     return instance, batch, classes
 
 
-def test_mlkd_by_hand():
-    student, teacher = pair()
+@pytest.mark.parametrize("classes", [2, 3, 5])  # fewer than the images of a view, as many, more
+def test_mlkd_by_hand(classes):
+    student, teacher = pair(c=classes)
     value = losses.build("mlkd", temperatures=[2.0, 1.0])(student, teacher)
     want = sum(sum(mlkd_by_hand(student[v], teacher[v], t)) for v in (slice(0, 3), slice(3, 6)) for t in (2.0, 1.0))
     assert value.item() == pytest.approx(want, rel=1e-12)
@@ -186,6 +186,13 @@ def test_mlkd_as_published(images):
         want += share * (instance + batch) + class_share * classes
         want += mlkd_by_hand(student[second], teacher[second], t)[0]
     assert value.item() == pytest.approx(want, rel=1e-12)
+
+
+def test_mlkds_relations_keep_their_digits_close_to_the_teacher():
+    p = pair(3, 5)[1].softmax(-1)
+    q = p + 1e-3 * (pair(3, 5)[0].softmax(-1) - p)
+    for exact, rounded in zip(mlkd.relation_terms(q, p), mlkd.relation_terms(q.float(), p.float()), strict=True):
+        assert rounded.item() == pytest.approx(exact.item(), rel=1e-3)
 
 
 def test_mlkd_standardises_its_instance_term_alone():

@@ -61,7 +61,8 @@ class MLKD(BatchLoss):
             return self._published(*student.chunk(2), *teacher.chunk(2))
         views = [x.unflatten(0, (2, -1)) for x in (student, teacher)]
         p, q = (self._soften(x).softmax(-1) for x in reversed(views))
-        return self._instance(*views).sum() + batch_terms(q, p).sum() + class_terms(q, p).sum()
+        of_images, of_classes = relation_terms(q, p)
+        return (self._instance(*views) + of_images + of_classes).sum()
 
     def _published(self, weak: Tensor, strong: Tensor, teacher_weak: Tensor, teacher_strong: Tensor) -> Tensor:
         sure = teacher_weak.softmax(-1)
@@ -70,8 +71,8 @@ class MLKD(BatchLoss):
         of_weak, of_strong = self._instance(weak, teacher_weak), self._instance(strong, teacher_strong)
         instead = torch.tensor([t in _WEAK_INSTEAD for t in self.temperatures], device=weak.device)
         second = torch.where(instead, of_weak, of_strong)
-        summed = images * (of_weak + batch_terms(q, p)) + classes * class_terms(q, p) + second
-        return summed.sum()
+        of_images, of_classes = relation_terms(q, p)
+        return (images * (of_weak + of_images) + classes * of_classes + second).sum()
 
     def _soften(self, logits: Tensor) -> Tensor:
         """``[..., N, C]`` at each temperature: ``[temperatures, ..., N, C]``."""
@@ -89,14 +90,21 @@ def instance_terms(student: Tensor, teacher: Tensor, temperatures: Sequence[floa
     return rows * rows.new_tensor(temperatures).square().view(-1, *[1] * (rows.ndim - 1))
 
 
-def batch_terms(q: Tensor, p: Tensor) -> Tensor:
-    """‖P Pᵀ − Q Qᵀ‖²/N ``[...]`` of probabilities ``[..., N, C]``."""
-    return (p @ p.mT - q @ q.mT).square().sum((-2, -1)) / p.shape[-2]
+def relation_terms(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """‖P Pᵀ − Q Qᵀ‖²/N and ‖Pᵀ P − Qᵀ Q‖²/C, both ``[...]``, of probabilities ``[..., N, C]``.
 
-
-def class_terms(q: Tensor, p: Tensor) -> Tensor:
-    """‖Pᵀ P − Qᵀ Q‖²/C ``[...]`` of probabilities ``[..., N, C]``."""
-    return (p.mT @ p - q.mT @ q).square().sum((-2, -1)) / p.shape[-1]
+    Only matrices of the smaller of the two sizes are made. With D = P − Q, S = P + Q and X = S Dᵀ the first difference
+    is (X + Xᵀ)/2, and ‖Pᵀ P − Qᵀ Q‖² = (⟨D Dᵀ, S Sᵀ⟩ + ⟨X, Xᵀ⟩)/2; neither loses digits as Q approaches P.
+    """
+    images, classes = p.shape[-2:]
+    wide = images <= classes
+    if not wide:
+        p, q = p.mT, q.mT
+    d, s = p - q, p + q
+    x = s @ d.mT
+    near = (x + x.mT).square().sum((-2, -1)) / 4
+    far = ((d @ d.mT) * (s @ s.mT) + x * x.mT).sum((-2, -1)) / 2
+    return (near / images, far / classes) if wide else (far / images, near / classes)
 
 
 def _lower_half(values: Tensor) -> Tensor:

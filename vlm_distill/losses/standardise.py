@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .base import DistillationLoss, Progress, RowResult, upcast
 
@@ -77,6 +79,7 @@ class Standardised(DistillationLoss):
 def _standardise_(logits: Tensor) -> Tensor:
     """``standardised`` in the memory of the logits; returns the rows' deviation ``[N, 1]``."""
     logits.sub_(logits.mean(-1, keepdim=True))
-    deviation = logits.std(-1, keepdim=True)
+    # Several times as fast as `std` on a CPU.
+    deviation = vector_norm(logits, dim=-1, keepdim=True).div_(math.sqrt(logits.shape[-1] - 1))
     logits.div_(deviation + _EPS)
     return deviation
