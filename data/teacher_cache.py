@@ -32,7 +32,8 @@ class TeacherCache:
     the 1,000 classes of ImageNet 4,009, which is 5.1 GB for its 1.28 million images.
 
     Several processes may read and write at once. A row is written logits first, flag last, and counts only while its
-    second check fits: what a crash left half written, or another process is about to write, is not there yet.
+    second check fits: what a crash left half written, or another process is about to write, is not there yet. Hosts
+    that share a network file system may overwrite one another's neighbouring rows: those too are then not there.
 
     Args:
         folder: where the files are, or will be.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -65,7 +65,7 @@ class ImageBatch:
 class ImageSteps(Dataset[Step]):
     """One rank's share of each optimizer step, by the step's number; micro-batches are dealt as in ``StepDataset``.
 
-    Each view's randomness is seeded by (seed, step, row, view, repeat), or for fixed views by (seed, epoch modulo
+    Each view's randomness is seeded by (seed, step, place in the step, view), or for fixed views by (seed, epoch modulo
     ``fixed_views``, row, view): whoever makes it, it is the same.
 
     Args:
@@ -142,49 +142,48 @@ class ImageSteps(Dataset[Step]):
         self._first = [0, *accumulate(len(source) for source in mixture.sources)]
 
     def __getitem__(self, index: int) -> Step:
-        places = self._places(index)
-        batches: list[Any] = []
+        rows = self._rows(index)
         problems: list[Problem] = []
+        numbers = range(self.rank, self.accumulation * self.world, self.world)
         with kept_randomness():
-            for a in range(self.accumulation):
-                number = a * self.world + self.rank
-                start = number * self.micro_batch_size
-                batches.append(self._batch(index, number, places[start : start + self.micro_batch_size], problems))
+            batches: list[Any] = [self._batch(index, rows, number, problems) for number in numbers]
         return Step(index, batches, problems)
 
     def sample(self, count: int) -> ImageBatch:
-        """The first ``count`` images of the training, as far as they are readable, in one micro-batch."""
-        return self._batch(0, 0, self._places(0)[:count], [])
+        """The first ``count`` images of the training's first micro-batch, as far as they are readable."""
+        with kept_randomness():
+            return self._batch(0, self._rows(0)[:count], 0, [])
 
-    def _places(self, step: int) -> list[tuple[int, int, int]]:
-        """The (source, row, repeat) of all images of a step, over all ranks."""
+    def turn(self, step: int) -> int:
+        """Which of the fixed views the images of a step are seen in, from 0."""
+        return step // self.steps_per_epoch % self.fixed_views
+
+    def _rows(self, step: int) -> list[tuple[int, int]]:
+        """The (source, row) pairs of a step, over all ranks."""
         rows = self.mixture.rows(step)
-        chosen = rows[: -(-len(rows) // self.repeats)]
-        return [(source, row, repeat) for repeat in range(self.repeats) for source, row in chosen][: len(rows)]
+        chosen = rows[: math.ceil(len(rows) / self.repeats)]
+        return (chosen * self.repeats)[: len(rows)]
 
-    def _batch(
-        self, step: int, number: int, places: Sequence[tuple[int, int, int]], problems: list[Problem]
-    ) -> ImageBatch:
+    def _batch(self, step: int, places: Sequence[tuple[int, int]], number: int, problems: list[Problem]) -> ImageBatch:
+        """Micro-batch ``number`` of a step, of which ``places`` are all rows."""
         labels, rows, images = [], [], []
-        for source, row, repeat in places:
-            through = self._first[source] + row
+        start = number * self.micro_batch_size
+        for place, (source, row) in enumerate(places[start : start + self.micro_batch_size], start):
             try:
-                label, views = self._read(step, source, row, through, repeat)
+                label, views = self._read(step, place, source, row)
             except BadSample as bad:
                 problems.append(self._problem(source, row, bad))
                 continue
             labels.append(label)
-            rows.append(through)
+            rows.append(self._first[source] + row)
             images.append(views)
         count = len(self.transforms)
         # A view is the transpose of Pillow's pixels: in this memory format it is copied as it lies.
         pixels = torch.empty((count * len(rows), 3, *self.size), dtype=torch.uint8, memory_format=torch.channels_last)
-        checks = []
-        for view in range(count):
-            for i, views in enumerate(images):
-                pixels[view * len(rows) + i] = views[view]
-                if self.checks:
-                    checks.append(zlib.crc32(np.ascontiguousarray(views[view].permute(1, 2, 0)).data))
+        for i, views in enumerate(images):
+            for view, pixels_of_view in enumerate(views):
+                pixels[view * len(rows) + i] = pixels_of_view
+        checks = [zlib.crc32(view.permute(1, 2, 0).numpy().data) for view in pixels] if self.checks else []
         return ImageBatch(
             pixels,
             torch.tensor(labels, dtype=torch.int64),
@@ -193,7 +192,7 @@ class ImageSteps(Dataset[Step]):
             number,
         )
 
-    def _read(self, step: int, source: int, row: int, through: int, repeat: int) -> tuple[int, list[Tensor]]:
+    def _read(self, step: int, place: int, source: int, row: int) -> tuple[int, list[Tensor]]:
         origin = self.mixture.sources[source]
         sample = origin[row]
         label, mapping = sample.label, self.label_maps[source]
@@ -205,11 +204,10 @@ class ImageSteps(Dataset[Step]):
         views = []
         for view, transform in enumerate(self.transforms):
             if self.fixed_views:
-                turn = step // self.steps_per_epoch % self.fixed_views
-                seed_randomness(self.mixture.seed, _FIXED, turn, through, view)
+                seed_randomness(self.mixture.seed, _FIXED, self.turn(step), self._first[source] + row, view)
             else:
-                # By the step, not the epoch: an epoch may take a row more than once.
-                seed_randomness(self.mixture.seed, _FREE, step, through, view, repeat)
+                # Not by epoch and row: an epoch, and even a step, may take a row more than once.
+                seed_randomness(self.mixture.seed, _FREE, step, place, view)
             views.append(transform(image))
         return label, views
 

@@ -360,8 +360,8 @@ class Trainer(Loop):
         views = self.on_device(batch, seed=self.config.training.seed, step=step.index)
         outputs = None
         if self.guide is not None and self.guide.cache is not None:
-            turn = step.index // self.epoch_steps % self.config.data.fixed_views
-            outputs = self.guide.remembered(batch, views, int(turn) * len(self.config.data.views))
+            first = self.dataset.turn(step.index) * len(self.config.data.views)
+            outputs = self.guide.remembered(batch, views, first)
         elif self.guide is not None:
             assert views.teacher is not None
             outputs = self.guide.outputs(views.teacher)
@@ -417,8 +417,7 @@ class Trainer(Loop):
         steps = ImageSteps(
             self.dataset.mixture,
             self.student.inputs,
-            (None,),
-            self.dataset.label_maps,
+            label_maps=self.dataset.label_maps,
             micro_batch_size=self.dataset.mixture.batch_size,
             roots=self.dataset.roots,
             max_pixels=self.dataset.max_pixels,

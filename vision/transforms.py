@@ -272,15 +272,15 @@ class DeviceViews:
         self.dtype = dtype
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.classes = classes
-        self._normalise = self._affine((0.0,) * 3, (1 / 255,) * 3, student.mean, student.std)
-        self._teacher: tuple[Tensor, Tensor] | None = None
+        self.teacher = teacher
+        self._student_scale, self._student_shift = self._affine((0.0,) * 3, (1 / 255,) * 3, student.mean, student.std)
         self._teacher_size: tuple[int, int] | None = None
-        self.has_teacher = teacher is not None
+        self._teacher_norm: tuple[Tensor, Tensor] | None = None
         if teacher is not None:
-            if (teacher.mean, teacher.std) != (student.mean, student.std):
-                self._teacher = self._affine(student.mean, student.std, teacher.mean, teacher.std)
             if teacher.size != student.size:
                 self._teacher_size = teacher.size
+            if (teacher.mean, teacher.std) != (student.mean, student.std):
+                self._teacher_norm = self._affine(student.mean, student.std, teacher.mean, teacher.std)
         self._erase: RandomErasing | None = None
         if erasing is not None and erasing.probability:
             self._erase = RandomErasing(
@@ -306,9 +306,8 @@ class DeviceViews:
             seed: of the training.
             step: the optimizer step, counted from 0 through all epochs.
         """
-        pixels = batch.images.to(torch.float32, memory_format=self.format)
-        scale, shift = self._normalise
-        images = pixels.mul_(scale).add_(shift) if pixels is not batch.images else pixels * scale + shift
+        images = batch.images.to(torch.float32, memory_format=self.format)
+        images.mul_(self._student_scale).add_(self._student_shift)
         labels, soft = batch.labels, None
         if self._erase is not None or self._mix is not None:
             with kept_randomness(self.device):
@@ -317,7 +316,8 @@ class DeviceViews:
                     self._erase(images)
                 if self._mix is not None:
                     labels, soft = self._mixed(images, batch.labels, (seed, step, batch.number, 1))
-        return Views(images.to(self.dtype), self._for_teacher(images), labels, soft)
+        shown = images.to(self.dtype)
+        return Views(shown, self._for_teacher(images, shown), labels, soft)
 
     def _mixed(self, images: Tensor, labels: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Mixes images ``[V·N, 3, H, W]`` in place; labels by their larger share, and shares ``[N, C]``."""
@@ -332,20 +332,22 @@ class DeviceViews:
         own = soft.gather(1, labels[:, None])[:, 0]
         return torch.where(own >= 0.5, labels, soft.argmax(1)), soft
 
-    def _for_teacher(self, images: Tensor) -> Tensor | None:
-        if not self.has_teacher:
+    def _for_teacher(self, images: Tensor, shown: Tensor) -> Tensor | None:
+        """The student's images in float32, and as they are ``shown`` to it, as the teacher's."""
+        if self.teacher is None:
             return None
+        if self._teacher_size is None and self._teacher_norm is None:
+            return shown
         if self._teacher_size is not None:
-            # Weights of interpolation add up to one, so that it may come before the change of mean and deviation.
-            if len(images):
-                images = torch.nn.functional.interpolate(
-                    images, self._teacher_size, mode="bicubic", antialias=True, align_corners=False
-                )
-            else:
-                images = images.new_empty(0, 3, *self._teacher_size)
-        if self._teacher is not None:
-            scale, shift = self._teacher
-            images = images * scale + shift
+            # The weights of an interpolation add up to one, so that mean and deviation may be changed after it.
+            images = (
+                torch.nn.functional.interpolate(images, self._teacher_size, mode="bicubic", antialias=True)
+                if len(images)
+                else images.new_empty(0, 3, *self._teacher_size)
+            )
+        if self._teacher_norm is not None:
+            scale, shift = self._teacher_norm
+            images = torch.addcmul(shift, images, scale)
         return images.to(self.dtype)
 
     def _affine(
@@ -356,6 +358,5 @@ class DeviceViews:
         new_std: tuple[float, ...],
     ) -> tuple[Tensor, Tensor]:
         """From one normalisation to another: ``x · scale + shift``, both float32 ``[3, 1, 1]``."""
-        a, b, c, d = (torch.tensor(x, dtype=torch.float64) for x in (mean, std, new_mean, new_std))
-        scale, shift = b / d, (a - c) / d
-        return tuple(x.float().reshape(3, 1, 1).to(self.device) for x in (scale, shift))  # type: ignore[return-value]
+        a, b, c, d = (torch.tensor(x, dtype=torch.float64).reshape(3, 1, 1) for x in (mean, std, new_mean, new_std))
+        return (b / d).float().to(self.device), ((a - c) / d).float().to(self.device)
