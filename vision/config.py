@@ -49,6 +49,12 @@ class TeacherSection(ClassifierSection):
     cache: str | None = None
 
 
+class ClassifierLossSection(LossSection):
+    """One term of the loss, whose weight rises over ``warmup_epochs``: e/warmup in the e-th epoch (as DKD's code)."""
+
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+
+
 class ImagesSection(Section):
     """One source of labelled images, by the arguments of ``data.classification.open_images``."""
 
@@ -147,7 +153,7 @@ class ClassifierConfig(Section):
 
     student: StudentSection
     teacher: TeacherSection | None = None
-    loss: list[LossSection] = Field(min_length=1)
+    loss: list[ClassifierLossSection] = Field(min_length=1)
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     training: ClassifierTrainingSection

@@ -318,6 +318,7 @@ class Trainer(Loop):
             task, optimizer, config, processes, read_parameters=task.read_parameters(), autocast=self.dtype is not None
         )
         self.student, self.terms = student, terms
+        self.warmups = {t.name: section.warmup_epochs for t, section in zip(terms, config.loss, strict=True)}
         self.schedule = Schedule(config.optimizer, self.steps, self.epoch_steps)
 
     def _open_cache(self, teacher: Classifier, order: Tensor | None, student: Classifier) -> TeacherCache:
@@ -354,6 +355,10 @@ class Trainer(Loop):
     def rows(self, term: AnyTerm, totals: Mapping[str, float]) -> float:
         one = isinstance(term, BatchTerm) and term.loss.views > 1
         return totals["samples"] * (1 if one else len(self.config.data.views))
+
+    def ramp(self, term: AnyTerm, step: int) -> float:
+        warmup = self.warmups[term.name]
+        return min(1.0, (step // self.epoch_steps + 1) / warmup) if warmup else 1.0
 
     def learn(self, step: Step, micro: ImageBatch, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
         batch = micro.to(self.processes.device)

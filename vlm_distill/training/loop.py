@@ -82,6 +82,10 @@ class Loop(ABC):
     def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
         """How many rows a term has in a step of these totals."""
 
+    def ramp(self, term: Term | FeatureTerm, step: int) -> float:
+        """A factor on a term's weight in an optimizer step."""
+        return 1.0
+
     @abstractmethod
     def learn(self, step: Step, micro: Any, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
         """The engine's forward of a micro-batch, on whatever device it lies: the loss and its terms."""
@@ -177,7 +181,8 @@ class Loop(ABC):
         if totals["problems"]:
             self._record(step)
         rows = {term.name: self.rows(term, totals) for term in self.terms}
-        scales = {name: world / count if count else 0.0 for name, count in rows.items()}
+        ramps = {term.name: self.ramp(term, step.index) for term in self.terms}
+        scales = {name: ramps[name] * world / count if count else 0.0 for name, count in rows.items()}
         lr = self.lr(step.index)
 
         self.engine.train()
@@ -195,7 +200,7 @@ class Loop(ABC):
             progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
             term.loss.update({k: v for k, v in means[term.name].items() if k != "loss"}, progress)
 
-        values: dict[str, Any] = {"loss": sum(t.weight * means[t.name]["loss"] for t in self.terms)}
+        values: dict[str, Any] = {"loss": sum(t.weight * ramps[t.name] * means[t.name]["loss"] for t in self.terms)}
         for term in self.terms:
             values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
         if norm is not None:
