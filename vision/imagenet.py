@@ -102,9 +102,9 @@ def readable(classes: Sequence[str]) -> tuple[str, ...]:
 
 @cache
 def _names() -> dict[str, str]:
-    info = ImageNetInfo("imagenet-22k")
-    described = {**info.label_descriptions(as_dict=True), **ImageNetInfo().label_descriptions(as_dict=True)}
-    return {synset: f"{text.split(', ')[0]} ({synset})" for synset, text in described.items()}
+    # The larger set lacks one of the thousand.
+    known = [(info, name) for info in map(ImageNetInfo, ("imagenet-22k", "imagenet-1k")) for name in info.label_names()]
+    return {name: f"{info.label_name_to_description(name).split(', ')[0]} ({name})" for info, name in known}
 
 
 def open_variant(name: Set, source: LabelledImages) -> Variant:

@@ -9,7 +9,7 @@ from listed_images import Says, Tiny, broken, numbered, picture
 from timm.data import create_transform
 
 from data.errors import UserError
-from vision.evaluate import in_words, predict
+from vision.predict import in_words, predict
 from vlm_distill.evaluation.compare import paired
 from vlm_distill.evaluation.runner import read_predictions
 
