@@ -44,6 +44,7 @@ def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str
         "shown": shown,
         "compared": any("agreement" in e.scores for e in entries),
         "mce": any(e.scores.get("mce") is not None for e in entries),
+        "skipped": _skipped(entries),
         "seeds": groups,
         "axis": seeds.axis(groups, [] if teacher is None else [teacher]) if groups else None,
         "teacher": teacher,
@@ -54,6 +55,13 @@ def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str
         "confusion": _confusion(answered),
         "gallery": _gallery(answered, [run for run in runs if (data, "student") in run.scores], data),
     }
+
+
+def _skipped(entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, int]]]:
+    """Who left out how many images for which reason; all models at once where it is the same of all."""
+    found = [(e.label, e.scores["skipped"]) for e in entries if e.scores.get("skipped")]
+    alike = len(found) > 1 and all(skipped == found[0][1] for _, skipped in found)
+    return [("All models", found[0][1])] if alike and len(found) == len(entries) else found
 
 
 def _duels(students: Sequence[Entry]) -> list[Duel]:
@@ -77,7 +85,9 @@ def _classes(entries: Sequence[Entry]) -> dict[str, Any]:
     scored = {name: f["exact"] for name, f in first.scores["by_type"].items() if f.get("exact") is not None}
     ranked = sorted(scored, key=lambda name: -scored[name])
     parts = [("best", ranked[:_EXTREMES]), ("worst", ranked[-_EXTREMES:])]
-    titled = [(f"{first.label}: the {which} of {len(names):,}", [row(name) for name in some]) for which, some in parts]
+    titled = [
+        (f"{first.label}: {which} of {len(names):,} classes", [row(name) for name in some]) for which, some in parts
+    ]
     return {"entries": entries, "parts": titled}
 
 
