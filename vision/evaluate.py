@@ -21,7 +21,7 @@ from data.errors import UserError
 from vlm_distill.launch import cores, guarded, leave
 
 from . import imagenet
-from .predict import predict
+from .predict import in_words, predict
 
 if TYPE_CHECKING:
     from data.classification import LabelledImages
@@ -84,6 +84,8 @@ def run(options: argparse.Namespace) -> None:
     finally:
         processes.close()
 
+
+__all__ = ["in_words", "main", "predict", "run"]
 
 #: A variant, and of ImageNet-C the corruption and severity.
 _Part = tuple[imagenet.Variant, tuple[str, int] | None]
@@ -192,28 +194,13 @@ def _told(problem: Problem) -> str:
 
 
 def _label_map(source: LabelledImages, classifier: Classifier, variant: str | None) -> list[int] | None:
-    """The classifier's output of each of the source's classes: by name, or in their order where it has no names.
-
-    Raises:
-        UserError: the classifier lacks a class, or has no names and another number of outputs.
-    """
+    """The classifier's output of each of the source's classes."""
     if variant is not None:
         return imagenet.outputs(source.classes, classifier.classes)
-    if classifier.classes is None:
-        if classifier.num_classes != len(source.classes):
-            raise UserError(
-                f"{source.name} has {len(source.classes)} classes and the classifier {classifier.num_classes} outputs "
-                "without names; name them with --classes, or ImageNet's set with --set"
-            )
-        return None
-    place = {name: k for k, name in enumerate(classifier.classes)}
-    for name in source.classes:
-        if name not in place:
-            raise UserError(
-                f"{source.name}: the classifier has no class {name}; it has {', '.join(classifier.classes[:3])}, …; "
-                "rename the data's classes, or name the outputs with --classes"
-            )
-    return [place[name] for name in source.classes]
+    from .classes import map_classes
+
+    found = map_classes(classifier.classes, None, source.classes, student_outputs=classifier.num_classes)
+    return None if found.labels is None else found.labels.tolist()
 
 
 def _show(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:

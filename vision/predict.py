@@ -75,7 +75,7 @@ def predict(
     all_gather: AllGather | None = None,
     out: Path | None = None,
     pictures: Path | None = None,
-    label_map: Sequence[int] | None = None,
+    label_map: Sequence[int] | Tensor | None = None,
     only_mapped: bool = False,
     references: Callable[[LabelledImage], Sequence[int]] | None = None,
     logits: dict[int, Tensor] | None = None,
@@ -118,6 +118,7 @@ def predict(
     if world > 1 and all_gather is None:
         raise ValueError("evaluation on several ranks needs all_gather")
     device = torch.device(device)
+    places = torch.as_tensor(range(len(source.classes)) if label_map is None else label_map)
     inputs = classifier.inputs
     rows = evenly_spaced(len(source), limit)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -129,6 +130,7 @@ def predict(
         collate_fn=_collate,
         num_workers=min(workers, len(mine)),
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # a loader draws a number, which training's own generator would miss
     )
     normalise = _Normalise(inputs, device, channels_last)
     names = imagenet.readable(source.classes)
@@ -136,25 +138,24 @@ def predict(
     facts: dict[int, tuple[str, list[int]]] = {}  # of a row: its image's key and its right labels
     problems: list[Problem] = []
     width = 0
-    with _evaluating(classifier), torch.inference_mode():
+    with _evaluating(classifier), torch.no_grad():
         for done, batch in enumerate(loader, start=1):
             # Ranks may wait for each other inside a forward pass: none leaves one out, and a blank image fills in.
             blank = torch.zeros(1, 3, *inputs.size, dtype=torch.uint8)
             with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
                 raw = classifier(normalise(batch.pixels if batch.rows else blank)).logits[: len(batch.rows)]
             raw = raw.float()
-            width = _width(raw, source, label_map)
+            width = _width(raw, source, places)
             problems += batch.problems
             if batch.rows:
-                places = torch.as_tensor(range(len(names)) if label_map is None else label_map, device=raw.device)
-                known = raw[:, places]
+                known = raw[:, places.to(raw.device)]
                 if logits is not None:
                     logits.update(zip(batch.rows, known.cpu(), strict=True))
                 pair = None if teacher is None else (known, _theirs(teacher, batch.rows).to(known.device))
                 compete = known if only_mapped else raw
                 right = torch.zeros(compete.shape, dtype=torch.bool)
                 for k, labels in enumerate(batch.right):
-                    right[k, list(labels) if only_mapped else places.cpu()[list(labels)]] = True
+                    right[k, list(labels) if only_mapped else places[list(labels)]] = True
                 parts.append(measure(batch.rows, batch.labels, compete, right.to(raw.device), pair))
                 facts.update(zip(batch.rows, zip(batch.keys, batch.right, strict=True), strict=True))
             if progress is not None:
@@ -171,7 +172,7 @@ def predict(
     answers = together(parts)
     scores = summarise(answers, names) | {"skipped": dict(Counter(problem.reason for problem in problems))}
     if rank == 0 and (out is not None or pictures is not None):
-        said = dict(enumerate(names)) if only_mapped else _output_names(classifier, names, label_map, width)
+        said = dict(enumerate(names)) if only_mapped else _output_names(classifier, names, places, width)
         predictions = _predictions(answers, source, names, said, facts)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -257,10 +258,10 @@ def _evaluating(classifier: nn.Module) -> Iterator[None]:
         classifier.train(training)
 
 
-def _width(raw: Tensor, source: LabelledImages, label_map: Sequence[int] | None) -> int:
+def _width(raw: Tensor, source: LabelledImages, places: Tensor) -> int:
     """The classifier's number of outputs, if it is enough."""
     width = raw.shape[-1]
-    needed = len(source.classes) if label_map is None else max(label_map, default=0) + 1
+    needed = int(places.max()) + 1
     if needed > width:
         raise UserError(
             f"{source.name}: its {len(source.classes)} classes need {needed} outputs and the classifier has {width}; "
@@ -276,14 +277,11 @@ def _theirs(teacher: Mapping[int, Tensor], rows: Sequence[int]) -> Tensor:
         raise ValueError(f"no logits of the teacher for row {missing}: ask it the same images, batched alike") from None
 
 
-def _output_names(
-    classifier: Classifier, names: Sequence[str], label_map: Sequence[int] | None, width: int
-) -> dict[int, str]:
+def _output_names(classifier: Classifier, names: Sequence[str], places: Tensor, width: int) -> dict[int, str]:
     """Names of all outputs: the source's where it has the class, else the classifier's own, else the number."""
     classes = classifier.classes
     own = [f"output {k}" for k in range(width)] if classes is None else imagenet.readable(classes)
-    places = range(len(names)) if label_map is None else label_map
-    return dict(enumerate(own)) | dict(zip(places, names, strict=True))
+    return dict(enumerate(own)) | dict(zip(places.tolist(), names, strict=True))
 
 
 def _predictions(

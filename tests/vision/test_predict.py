@@ -161,3 +161,9 @@ def test_nothing_to_read_gives_no_score(source):
     scores = predict(Tiny(), source)
     assert (scores["n"], scores["exact"]) == (0, None)
     assert in_words(scores) == "no image could be read"
+
+
+def test_training_draws_the_same_numbers_with_and_without_it(source):
+    before = torch.get_rng_state()
+    predict(Tiny(), source, batch_size=5, workers=1)
+    assert torch.equal(torch.get_rng_state(), before)

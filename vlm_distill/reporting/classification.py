@@ -84,10 +84,9 @@ def _classes(entries: Sequence[Entry]) -> dict[str, Any]:
         return {"entries": entries, "parts": [("", [row(name) for name in names])]}
     scored = {name: f["exact"] for name, f in first.scores["by_type"].items() if f.get("exact") is not None}
     ranked = sorted(scored, key=lambda name: -scored[name])
-    parts = [("best", ranked[:_EXTREMES]), ("worst", ranked[-_EXTREMES:])]
-    titled = [
-        (f"{first.label}: {which} of {len(names):,} classes", [row(name) for name in some]) for which, some in parts
-    ]
+    parts = {"best": ranked[:_EXTREMES], "worst": ranked[-_EXTREMES:]}
+    of = f"of {len(names):,} classes"
+    titled = [(f"{first.label}: {which} {of}", [row(name) for name in some]) for which, some in parts.items()]
     return {"entries": entries, "parts": titled}
 
 
