@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from vlm_distill.config import load_config, save_config
-from vlm_distill.training.build import build_terms, split_batch
+from vlm_distill.config import load_config, save_config, split_batch
+from vlm_distill.training.build import build_terms
 
 GOOD = {
     "student": {"path": "student"},

@@ -1,1 +1,1 @@
-"""Distillation of image classifiers: ImageNet, CIFAR and folders of images."""
+"""Distillation of image classifiers: from labelled images and two model names to a trained student."""

@@ -60,8 +60,8 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     A run that was stopped goes on from its latest checkpoint when started again. Under DeepSpeed's own launcher, with
     a hostfile for many nodes: deepspeed --module vlm_distill.train CONFIG.
     """
-    from vlm_distill.config import load_config
-    from vlm_distill.training.build import build_terms, split_batch
+    from vlm_distill.config import load_config, split_batch
+    from vlm_distill.training.build import build_terms
 
     # Mistakes are told here, before processes are started.
     settings = load_config(config, overrides or ())

@@ -1,0 +1,438 @@
+"""Classifiers: a timm model (or one with the same methods) with its input settings, class names and named features."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from data.errors import UserError
+from vlm_distill.models.common import choose, first_line
+
+from . import cifar, weights as files
+
+assert cifar  # importing it registers its architectures with timm
+
+#: Modules that timm lists as a first feature level although no stage has run yet.
+_STEM = re.compile(r"(features\.)?(stem|conv_stem|conv1|act1|bn1|norm0|conv1_1)\b")
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """How a classifier wants its images.
+
+    Attributes:
+        size: height and width in pixels.
+        mean, std: of the normalisation, for red, green and blue in 0..1.
+        interpolation: for resizing, by timm's names.
+        crop_pct: share of the resized image's side that the centre crop of an evaluation keeps.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+
+class Outputs(NamedTuple):
+    """What a classifier gives for ``N`` images.
+
+    Attributes:
+        logits: ``[N, C]``; in evaluation mode a distilled transformer's are the mean of both heads.
+        features: by name, as :meth:`Classifier.forward` describes.
+        distilled: ``[N, C]`` of a distillation head (DeiT, arXiv:2012.12877), in training mode, else ``None``.
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor]
+    distilled: Tensor | None
+
+
+class Classifier(nn.Module):
+    """Normalised images ``[N, 3, H, W]`` to class logits.
+
+    Attributes:
+        model: a timm model, or one with the same methods.
+        inputs: how it wants its images; the caller normalises.
+        classes: names of its outputs in order; ``None`` where not known.
+        notes: what a person should be told about how it was loaded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: InputSettings,
+        classes: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Args: settings: what ``config.json`` says of a model that timm does not know; ``None`` for timm's own."""
+        super().__init__()
+        self.model: Any = model
+        self.inputs = inputs
+        self.classes = None if classes is None else tuple(classes)
+        self.notes = tuple(notes)
+        self._settings = settings
+        self._head_only = False
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise UserError(
+                f"classes: {len(self.classes)} names for a classifier of {self.num_classes} outputs; "
+                "give as many, or set num_classes"
+            )
+        if hasattr(model, "set_distilled_training"):
+            self.model.set_distilled_training(True)  # timm heeds it in training mode only
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    def forward(self, images: Tensor, features: Sequence[str] = ()) -> Outputs:
+        """Logits, and the features that are asked for.
+
+        Args:
+            images: ``[N, 3, H, W]``, normalised by ``inputs``.
+            features: ``stage1`` … ``stageK``, ``[N, channels, h, w]``, the levels that timm lists for the model (each
+                block of a transformer, its tokens laid out as a grid without prefix tokens), ``stage-1`` being the
+                last; ``stem``, where timm lists one before them; ``pooled``, ``[N, width]``, what the classification
+                layer is given.
+
+        Raises:
+            UserError: a feature that this classifier does not give.
+        """
+        if not features:
+            return self._outputs(self.model(images), {})
+        levels = {name: self._level(name) for name in features if name != "pooled"}
+        wanted = sorted(set(levels.values()))
+        final, maps = self._intermediates(images, wanted)
+        found = {name: maps[wanted.index(level)] for name, level in levels.items()}
+        head = self.model.get_classifier()
+        if "pooled" not in features:
+            logits = self.model.forward_head(final)
+        elif isinstance(head, nn.Linear):
+            found["pooled"] = self.model.forward_head(final, pre_logits=True)
+            logits = head(found["pooled"])
+        else:  # several heads, or one that is a convolution: what precedes the layer runs twice
+            found["pooled"] = self.model.forward_head(final, pre_logits=True).flatten(1)
+            logits = self.model.forward_head(final)
+        return self._outputs(logits, found)
+
+    @staticmethod
+    def _outputs(logits: Tensor | tuple[Tensor, Tensor], features: dict[str, Tensor]) -> Outputs:
+        if isinstance(logits, tuple):
+            return Outputs(logits[0], features, logits[1])
+        return Outputs(logits, features, None)
+
+    def _intermediates(self, images: Tensor, levels: list[int]) -> tuple[Tensor, list[Tensor]]:
+        # timm takes an empty list for "all levels".
+        final, maps = self.model.forward_intermediates(images, indices=levels or [0])
+        return final, maps
+
+    def feature_names(self) -> list[str]:
+        """All features that :meth:`forward` gives, from the images upwards."""
+        if not hasattr(self.model, "forward_intermediates"):
+            return []
+        return [*self._levels(), "pooled"]
+
+    def _levels(self) -> list[str]:
+        info = list(self.model.feature_info)
+        stem = bool(info) and _STEM.match(info[0]["module"]) is not None
+        return (["stem"] if stem else []) + [f"stage{k}" for k in range(1, len(info) + 1 - stem)]
+
+    def _level(self, name: str) -> int:
+        """Which of timm's levels a feature name means."""
+        names = self._levels() if hasattr(self.model, "forward_intermediates") else []
+        if not names:
+            raise UserError(f"features: {type(self.model).__name__} of timm gives no features; choose another model")
+        found = name
+        if re.fullmatch(r"stage-[1-9]\d*", name):
+            stages = [n for n in names if n.startswith("stage")]
+            found = stages[-int(name[6:])] if int(name[6:]) <= len(stages) else name
+        if found not in names:
+            raise UserError(f"features: no '{name}' in this classifier; it has {', '.join(self.feature_names())}")
+        return names.index(found)
+
+    def feature_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a feature without ``N``, measured on one blank image of the classifier's own size."""
+        if self._shapes is None:
+            modes = {module: module.training for module in self.modules()}
+            first = next(self.parameters())
+            blank = torch.zeros(1, 3, *self.inputs.size, device=first.device, dtype=first.dtype)
+            names = self.feature_names()
+            if not names:
+                self._level(name)
+            with torch.no_grad():
+                measured = self.eval()(blank, names).features
+            for module, mode in modes.items():
+                module.training = mode
+            self._shapes = {k: tuple(v.shape[1:]) for k, v in measured.items()}
+        if name != "pooled":
+            name = self._levels()[self._level(name)]
+        return self._shapes[name]
+
+    def head(self) -> list[nn.Module]:
+        """The classification layer; two of them in a distilled transformer."""
+        found = self.model.get_classifier()
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def freeze_all_but_head(self) -> Classifier:
+        """A linear probe: only the classification layer learns; the rest stays as in evaluation, BatchNorm included."""
+        self.requires_grad_(False)
+        for layer in self.head():
+            layer.requires_grad_(True)
+        self._head_only = True
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if self._head_only:
+            self.model.eval()
+            for layer in self.head():
+                layer.train(mode)
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the model's blocks in the backward.
+
+        Raises:
+            UserError: timm's class cannot.
+        """
+        try:
+            self.model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise UserError(
+                f"activation checkpointing: {type(self.model).__name__} of timm cannot do it; leave it off"
+            ) from error
+
+    def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes ``model.safetensors`` and ``config.json``, the layout of timm's models on the hub.
+
+        Args:
+            folder: made if need be.
+            state: this module's ``state_dict`` where an engine has gathered it; ``None``: the parameters as they are.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state is None else state
+        tensors = {k.removeprefix("model."): v.detach().cpu().contiguous() for k, v in state.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if self._settings is None:
+            own = {"input_size": (3, *self.inputs.size)} | asdict(self.inputs)
+            own.pop("size")
+            names = {"label_names": list(self.classes)} if self.classes else {}
+            save_config_for_hf(self.model, str(folder / "config.json"), model_config=names, data_config=own)
+        else:
+            known = {"inputs": asdict(self.inputs), "classes": self.classes}
+            text = json.dumps({**self._settings, **known}, indent=2, ensure_ascii=False)
+            (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def load_classifier(
+    name_or_folder: str,
+    *,
+    source: str = "timm",
+    pretrained: bool | str = False,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    classes: Sequence[str] | str | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    config: Mapping[str, Any] | None = None,
+    templates: str | Sequence[str] = "openai",
+    train: str = "all",
+) -> Classifier:
+    """A classifier in float32 and training mode.
+
+    Args:
+        name_or_folder: a model of timm (``resnet18``, ``resnet34.tv_in1k``, ``cifar_resnet20``), or a folder that
+            :meth:`Classifier.save_pretrained` or timm wrote, or a model of open_clip.
+        source: ``timm`` or ``open_clip`` (:mod:`vision.zero_shot`); a folder says itself what it is.
+        pretrained: weights from the hub; a word chooses among a model's.
+        weights: a local file of weights instead (:mod:`vision.weights`).
+        num_classes: outputs; ``None``: as many as the weights have. Where the weights have another number, the
+            classification layer is a new one, and ``notes`` say so.
+        classes: names of the outputs in order; ``imagenet`` or another of timm's sets, or a text file of one name a
+            line; ``None``: those that came with the weights. With open_clip: what the zero-shot classifier tells apart.
+        image_size: pixels a side; position embeddings are resampled to it. ``None``: the model's own.
+        mean, std: normalisation in 0..1; ``None``: the model's own.
+        config: more keyword arguments of ``timm.create_model``; an open_clip model configuration.
+        templates: prompts of a zero-shot classifier.
+        train: ``all``, or ``head`` for a linear probe.
+
+    Raises:
+        UserError: unknown names, weights that do not fit or cannot be had, settings that contradict each other.
+    """
+    choose("train", train, ("all", "head"))
+    choose("source", source, ("timm", "open_clip"))
+    if weights and pretrained:
+        raise UserError("classifier: give 'pretrained' or 'weights', not both")
+    folder = Path(name_or_folder.removeprefix("local-dir:"))
+    saved = _saved_settings(folder, explicit=name_or_folder.startswith("local-dir:"))
+    if source == "open_clip" or saved.get("source") == "open_clip":
+        from . import zero_shot
+
+        if saved.get("source") == "open_clip":
+            classifier = zero_shot.rebuild(folder, saved)
+        else:
+            classifier = zero_shot.load(
+                name_or_folder,
+                pretrained=pretrained,
+                weights=weights,
+                num_classes=num_classes,
+                classes=class_names(classes),
+                image_size=image_size,
+                config=config,
+                templates=templates,
+            )
+        classifier.inputs = _inputs(classifier.inputs, None, mean, std)
+    else:
+        name = f"local-dir:{folder}" if saved else name_or_folder
+        options = dict(config or {})
+        model, notes, trained, hints = _timm_model(name, pretrained, weights, num_classes, image_size, options)
+        named = class_names(classes)
+        if named is None and trained:
+            named = _own_classes(model, trained)
+        known = resolve_model_data_config(model)
+        own = InputSettings(
+            _size(model, known),
+            tuple(hints.get("mean", known["mean"])),
+            tuple(hints.get("std", known["std"])),
+            known["interpolation"],
+            known["crop_pct"],
+        )
+        classifier = Classifier(model, _inputs(own, image_size, mean, std), named, notes=notes)
+    return classifier.freeze_all_but_head() if train == "head" else classifier
+
+
+def class_names(classes: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Class names from a list, the name of one of timm's ImageNet sets, or a text file of one name a line."""
+    if classes is None or not isinstance(classes, str):
+        return None if classes is None else tuple(str(c) for c in classes)
+    subset = {"imagenet": "imagenet-1k"}.get(classes, classes)
+    try:
+        return tuple(ImageNetInfo(subset).label_names())
+    except AssertionError:
+        pass
+    path = Path(classes)
+    if not path.is_file():
+        raise UserError(f"classes: '{classes}' is neither a file of names nor a set such as imagenet, imagenet-21k")
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _inputs(
+    own: InputSettings, image_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> InputSettings:
+    def three(values: Iterable[float] | None, default: tuple[float, float, float]) -> tuple[float, float, float]:
+        if values is None:
+            return default
+        red, green, blue = values
+        return float(red), float(green), float(blue)
+
+    size = own.size if image_size is None else (image_size, image_size)
+    return replace(own, size=size, mean=three(mean, own.mean), std=three(std, own.std))
+
+
+def _saved_settings(folder: Path, explicit: bool) -> dict[str, Any]:
+    """``config.json`` of a classifier's folder; nothing where the name is not a folder's."""
+    path = folder / "config.json"
+    if path.is_file():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON: {first_line(error)}") from error
+    if explicit or (folder.is_dir() and not timm.is_model(str(folder))):
+        raise UserError(f"{folder}: not a classifier's folder (it has no config.json)")
+    return {}
+
+
+def _size(model: Any, known: Mapping[str, Any]) -> tuple[int, int]:
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = built or known["input_size"][1:]
+    return int(height), int(width)
+
+
+def _own_classes(model: Any, trained: int) -> tuple[str, ...] | None:
+    """Names of the outputs of trained weights: those that came with them, or ImageNet's by their number."""
+    if model.num_classes != trained:
+        return None
+    named = model.pretrained_cfg.get("label_names")
+    if named:
+        return tuple(named.values()) if isinstance(named, Mapping) else tuple(named)
+    subset = infer_imagenet_subset({"num_classes": trained})
+    return tuple(ImageNetInfo(subset).label_names()) if subset else None
+
+
+def _timm_model(
+    name: str,
+    pretrained: bool | str,
+    weights: str | None,
+    num_classes: int | None,
+    image_size: int | None,
+    options: dict[str, Any],
+) -> tuple[nn.Module, list[str], int, dict[str, Any]]:
+    """The model, notes, the number of classes its weights were trained for (0: none), input settings of the weights."""
+    folder = name.startswith("local-dir:")
+    if isinstance(pretrained, str):
+        name, pretrained = f"{name.split('.')[0]}.{pretrained}", True
+    if not folder and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise UserError(f"classifier: '{name}' is neither a folder nor a model of timm; {hint}")
+    if not weights and not folder and not pretrained:
+        model = _create(name, image_size, {**options, "num_classes": num_classes})
+        return model, [], 0, {}
+
+    hints: dict[str, Any] = {}
+    if weights:
+        read = files.read(weights)
+        hints = read.inputs
+        own = read.num_classes
+        overlay = {"state_dict": read.state, "num_classes": own, "custom_load": False, "label_offset": 0}
+        where = f"weights {weights}"
+        model = _create(name, image_size, {**options, "num_classes": own, "pretrained_cfg_overlay": overlay}, where)
+        model.pretrained_cfg.pop("state_dict", None)
+    else:
+        model = _create(name, image_size, options, f"'{name}'")
+    trained = model.num_classes
+    notes = []
+    if num_classes is not None and num_classes != trained:
+        model.reset_classifier(num_classes)
+        notes.append(f"{name}: its weights know {trained} classes; the layer for these {num_classes} starts untrained")
+    return model, notes, trained, hints
+
+
+def _create(name: str, image_size: int | None, options: dict[str, Any], trained: str | None = None) -> Any:
+    """``timm.create_model`` with one-line errors; ``trained`` says where weights come from, if they do."""
+
+    def create(**more: Any) -> Any:
+        return timm.create_model(name, pretrained=trained is not None, **options, **more)
+
+    try:
+        if image_size is None or "img_size" in options:
+            return create()
+        try:  # transformers need the size for their position embeddings, convolutional nets do not know the option
+            return create(img_size=image_size)
+        except TypeError:
+            return create()
+    except Exception as error:  # whatever timm, torch and the hub raise
+        told = " ".join(str(error).split()) or type(error).__name__
+        told = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", told)
+        told = told if len(told) <= 300 else f"{told[:300]} …"
+        if trained is None:
+            raise UserError(f"classifier: timm cannot build '{name}': {told}") from error
+        if trained.startswith("weights"):
+            raise UserError(f"classifier: {trained} do not fit '{name}': {told}") from error
+        remedy = "" if name.startswith("local-dir:") else "; without a network give 'weights', a local file"
+        raise UserError(f"classifier: no weights of {trained} could be loaded: {told}{remedy}") from error

@@ -1,0 +1,162 @@
+"""Published weights in files: read without running code from them, and named as timm names them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor
+
+from data.errors import UserError
+from vlm_distill.models.common import first_line
+
+#: Where checkpoints keep the model among other things, averaged weights first.
+_WHOLE = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
+#: Classification layers, by the usual names.
+_HEADS = ("fc", "classifier", "head", "head.fc", "heads.head", "classifier.6", "linear")
+#: NumPy's numbers beside the tensors (a best accuracy): data, not code.
+_NUMBERS: list[Any] = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")),
+]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+        state: tensors under timm's names.
+        num_classes: outputs of the classification layer; 0 without one.
+        inputs: ``mean`` and ``std`` that these weights want, where their family differs from timm's.
+    """
+
+    state: dict[str, Tensor]
+    num_classes: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+def read(path: str | Path) -> Weights:
+    """Weights from a safetensors file or a state dict that torch saved, possibly with other things around it.
+
+    Raises:
+        UserError: no such file, not one of these, or none with tensors in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights: no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals(_NUMBERS):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(
+            f"weights: {path} is neither a safetensors file nor tensors that torch saved: {first_line(error)}"
+        ) from error
+    while isinstance(found, Mapping):
+        inner = next((found[k] for k in _WHOLE if isinstance(found.get(k), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    state = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    if not state:
+        raise UserError(f"weights: {path} holds no state dict (looked for tensors, then {', '.join(_WHOLE)})")
+    state = clean_state_dict(state)
+    inputs: dict[str, Any] = {}
+    for naming in NAMINGS:
+        if naming.mark in state:
+            inputs = naming.inputs(state)
+            state = naming.rename(state)
+            break
+    heads = [state[f"{h}.weight"] for h in _HEADS if f"{h}.weight" in state]
+    return Weights(state, int(heads[0].shape[0]) if heads else 0, inputs)
+
+
+def _efficientnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """EfficientNet and its Lite variant with underscored modules and blocks counted through."""
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    expanding = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    expanding |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    excite = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+    # timm counts blocks within stages; a stage begins where a block gives another width than it is given.
+    places: dict[str, str] = {}
+    stage, place = -1, 0
+    for number in range(sum(k.endswith("._project_conv.weight") for k in state)):
+        out = state[f"_blocks.{number}._project_conv.weight"].shape[0]
+        first = state.get(f"_blocks.{number}._expand_conv.weight", state[f"_blocks.{number}._depthwise_conv.weight"])
+        width_in = first.shape[1] if f"_blocks.{number}._expand_conv.weight" in state else first.shape[0]
+        stage, place = (stage, place + 1) if number and out == width_in else (stage + 1, 0)
+        places[str(number)] = f"blocks.{stage}.{place}"
+    renamed = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0] == "_blocks":
+            names = expanding if f"_blocks.{parts[1]}._expand_conv.weight" in state else plain
+            head, rest = f"{places[parts[1]]}.{(names | excite).get(parts[2], parts[2])}", parts[3:]
+        else:
+            head, rest = outer.get(parts[0], parts[0]), parts[1:]
+        renamed[".".join([head, *rest])] = value
+    return renamed
+
+
+def _efficientnet_inputs(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The Lite variants (no squeeze and excitation) were trained on ``(pixel - 127) / 128``."""
+    lite = not any("_se_reduce" in k for k in state)
+    return {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3} if lite else {}
+
+
+def _mobilenet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """MobileNet-V1 as one sequence ``model.0`` … ``model.13`` and ``fc``."""
+    stages = (1, 2, 2, 6, 2)
+    places = [f"blocks.{s}.{b}" for s, blocks in enumerate(stages) for b in range(blocks)]
+    inner = {"0": "conv_dw", "1": "bn1", "3": "conv_pw", "4": "bn2"}
+    renamed = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0] == "fc":
+            parts[0] = "classifier"
+        elif parts[:2] == ["model", "0"]:
+            parts[:3] = ["conv_stem" if parts[2] == "0" else "bn1"]
+        elif parts[0] == "model":
+            parts[:3] = [places[int(parts[1]) - 1], inner[parts[2]]]
+        renamed[".".join(parts)] = value
+    return renamed
+
+
+def _wide_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.replace(".convShortcut.", ".shortcut."): v for k, v in state.items()}
+
+
+def _none(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A family of published weights: a name by which it is known, and what to do."""
+
+    mark: str
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    inputs: Callable[[dict[str, Tensor]], dict[str, Any]] = _none
+
+
+#: Others need no entry: the papers' CIFAR ResNets and VGGs are named as ours, and torchvision's ResNets as timm's.
+NAMINGS = (
+    Naming("_conv_stem.weight", _efficientnet, _efficientnet_inputs),
+    Naming("model.0.0.weight", _mobilenet),
+    Naming("block1.layer.0.convShortcut.weight", _wide_resnet),
+    Naming("block2.layer.0.convShortcut.weight", _wide_resnet),
+)
