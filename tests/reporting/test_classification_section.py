@@ -44,6 +44,7 @@ def test_one_run(tmp_path):
     assert "Images per second (median)" in text
     assert "Waiting for data (median)" in text
     assert "3.0 %" in text
+    assert "vlm-distill classify kd/config.yaml" in text
     assert "question" not in text.lower()
     assert page.scripts == 1
 

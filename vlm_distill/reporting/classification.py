@@ -105,7 +105,9 @@ def _confusion(entries: Sequence[Entry]) -> list[tuple[Entry, Any]]:
 
 def _gallery(entries: Sequence[Entry], runs: Sequence[Run], data: str) -> list[dict[str, Any]]:
     folders = [run.folder / "evaluation" / data / "pictures" for run in runs]
-    groups = gallery(entries, lambda p: find_picture(p.image, folders) is not None)
+    kept = {f"sha256:{path.stem}" for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    # A picture that is a file of its own needs no copy.
+    groups = gallery(entries, lambda p: p.image is not None and (not p.image.startswith("sha256:") or p.image in kept))
     for group in groups:
         group["cards"] = [
             {"answers": card, "picture": find_picture(card[0][1].image, folders)} for card in group["cards"]
