@@ -1,0 +1,237 @@
+"""The demo of classifiers: a student alone and by KD, DKD and TAID, three seeds each: ``python -m vision.demo``.
+
+Its runs are those of ``configs/demo/vision``, on Fashion-MNIST where Debian's package is there or can be had, else on
+scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data.errors import UserError
+from vlm_distill.launch import guarded
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+METHODS = {"alone": "alone", "kd": "KD", "dkd": "DKD", "taid": "TAID"}
+SEEDS = (0, 1, 2)
+_PACKAGE = "dataset-fashion-mnist"
+_DOWNLOAD_SECONDS = 60
+
+
+class Job(NamedTuple):
+    """A training: a file of ``configs/demo/vision``, what overrides it, and the run's folder."""
+
+    config: str
+    overrides: tuple[str, ...]
+    folder: Path
+
+
+def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Sequence[str] = ()) -> Path:
+    """Trains the teacher and all students, ``nproc`` at once, prints a table and writes the report.
+
+    Args:
+        out: folder of data, runs and report.
+        nproc: processes, each of which trains one model after the other on its share of the cores.
+        seeds: of the students; the teacher's is the first.
+        overrides: for every run.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: there are no data, or a run's configuration is wrong.
+    """
+    from vlm_distill.reporting.report import write_report
+
+    console = Console(stderr=True)
+    data, title = prepare(out / "data")
+    console.print(f"{title}: a teacher, and a student in {len(METHODS)} ways with {len(seeds)} seeds", highlight=False)
+    given = [f"data.train.0.path={data}", f"data.eval.0.path={data}", *overrides]
+
+    def job(name: str, folder: Path, *more: str) -> Job:
+        return Job(f"{name}.yaml", (*given, *more, f"output={folder}"), folder)
+
+    teacher = job("teacher", out / "teacher", f"training.seed={seeds[0]}")
+    students = {
+        name: [
+            job(
+                name,
+                out / name / f"seed{seed}",
+                f"training.seed={seed}",
+                *([] if name == "alone" else [f"teacher.name={teacher.folder / 'student'}"]),
+            )
+            for seed in seeds
+        ]
+        for name in METHODS
+    }
+    with _pool(nproc, out / "log") as pool, _bar(console, 1 + len(METHODS) * len(seeds)) as bar:
+        # Students that need no teacher keep the other processes busy while it is trained.
+        first = pool.submit(train, teacher)
+        waiting = [pool.submit(train, one) for one in students["alone"]]
+        first.result()
+        waiting += [pool.submit(train, one) for name in METHODS if name != "alone" for one in students[name]]
+        for done in as_completed([first, *waiting]):
+            folder = done.result()
+            _, exact, seconds = _read(folder)
+            console.print(f"{folder.relative_to(out)}: top-1 {exact:.2%}, {seconds:.0f} s", highlight=False)
+            bar()
+    everything = {f"{name}/{one.folder.name}": one.folder for name, jobs in students.items() for one in jobs}
+    page = write_report(
+        {**dict(reversed(everything.items())), "teacher": teacher.folder},
+        out / "report.html",
+        title=f"{title}: a student alone and by KD, DKD and TAID",
+    )
+    console.print(_table(title, {"teacher": [teacher], **{METHODS[name]: jobs for name, jobs in students.items()}}))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return page
+
+
+def train(job: Job) -> Path:
+    """Trains, evaluates and exports what a job says, in a process of the pool; returns the run's folder."""
+    # Imported here: the process that only waits and writes the report does without.
+    from vlm_distill.config import load_config
+    from vlm_distill.demo import configs_folder
+    from vlm_distill.training.engine import Processes
+
+    from . import trainer
+    from .config import ClassifierConfig
+
+    config = load_config(configs_folder() / "demo" / "vision" / job.config, job.overrides, ClassifierConfig)
+    processes = Processes(config.training.device)
+    try:
+        return trainer.train(config, processes)
+    finally:
+        processes.close()
+
+
+def prepare(folder: Path) -> tuple[Path, str]:
+    """The data, and what they are called.
+
+    Fashion-MNIST is read where Debian's package puts it, or where an earlier demo has unpacked it below ``folder``;
+    failing that, the package is fetched and unpacked there, which takes no rights. Where that fails, too, the digits of
+    scikit-learn are written as class folders.
+
+    Args:
+        folder: for what must be written; made if need be.
+
+    Raises:
+        UserError: there is neither.
+    """
+    unpacked = folder / FASHION.relative_to("/")
+    for place in (FASHION, unpacked):
+        if place.is_dir():
+            return place, "Fashion-MNIST"
+    folder.mkdir(parents=True, exist_ok=True)
+    if _fetch(folder) and unpacked.is_dir():
+        return unpacked, "Fashion-MNIST"
+    return _write_digits(folder / "digits"), "scikit-learn's digits"
+
+
+def _fetch(folder: Path) -> bool:
+    """Whether Debian's package could be fetched and unpacked."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return False
+    try:
+        for command in (["apt-get", "download", _PACKAGE], ["dpkg-deb", "-x", "", "."]):
+            found = sorted(path.name for path in folder.glob(f"{_PACKAGE}_*.deb"))
+            filled = [found[-1] if found and not word else word for word in command]
+            subprocess.run(filled, cwd=folder, check=True, capture_output=True, timeout=_DOWNLOAD_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def _write_digits(folder: Path) -> Path:
+    """1,797 images of 8×8 in folders by class, every fifth for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            f"demo: its data are Debian's package {_PACKAGE} or scikit-learn's digits, and neither is here; install "
+            "vlm-distill[demo]"
+        ) from None
+    digits: Any = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        place = folder / ("train" if number % 5 else "test") / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        # Of 17 greys, 0 to 16.
+        Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(place / f"{number:04}.png")
+    return folder
+
+
+@contextmanager
+def _pool(nproc: int, log: Path) -> Iterator[ProcessPoolExecutor]:
+    """Processes of their own interpreters, each with its share of the cores, that write what they say to a file."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // nproc))
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(nproc, multiprocessing.get_context("spawn"), _hush, (log,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _hush(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+
+
+@contextmanager
+def _bar(console: Console, total: int) -> Iterator[Any]:
+    """A bar of finished trainings; gives what moves it."""
+    columns = [TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _read(folder: Path) -> tuple[int, float, float]:
+    """Parameters, top-1 accuracy on the test split, and seconds of training of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    scores = json.loads((folder / "evaluation" / "test" / "student" / "scores.json").read_text("utf-8"))
+    return summary["parameters"]["student"], scores["exact"], summary["seconds"]
+
+
+def _table(title: str, rows: dict[str, list[Job]]) -> Table:
+    from vlm_distill.reporting.seeds import t_interval
+
+    table = Table("", title=f"{title}, test split", title_justify="left")
+    for heading in ("parameters", "top-1, mean ± 95 % interval over seeds", "seconds a run"):
+        table.add_column(heading, justify="right")
+    for name, jobs in rows.items():
+        parameters, accuracies, seconds = zip(*(_read(job.folder) for job in jobs), strict=True)
+        mean, half = t_interval(accuracies)
+        told = f"{mean:.2%}" if half is None else f"{100 * mean:.2f} ± {100 * half:.2f} %"
+        table.add_row(name, f"{parameters[0]:,}", told, f"{sum(seconds) / len(seconds):.0f}")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m vision.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-vision"), help="folder of data, runs and report")
+    parser.add_argument("--nproc", type=int, default=min(4, os.cpu_count() or 1), help="trainings at once")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: run(options.out, options.nproc))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
