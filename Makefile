@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo demo-vision test test-slow lint format clean
 
 demo: $(READY)
 	$(BIN)/vlm-distill demo
+
+demo-vision: $(READY)
+	$(BIN)/python -m vision.demo
 
 test: lint
 	$(BIN)/pytest -m "not slow and not gpu" --durations=10

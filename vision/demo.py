@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data.errors import UserError
-from vlm_distill.launch import guarded
+from vlm_distill.launch import cores, guarded
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 METHODS = {"alone": "alone", "kd": "KD", "dkd": "DKD", "taid": "TAID"}
@@ -80,7 +80,7 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
         ]
         for name in METHODS
     }
-    with _pool(nproc, out / "log") as pool, _bar(console, 1 + len(METHODS) * len(seeds)) as bar:
+    with processes(nproc, out / "log") as pool, _bar(console, 1 + len(METHODS) * len(seeds)) as bar:
         # Students that need no teacher keep the other processes busy while it is trained.
         first = pool.submit(train, teacher)
         waiting = [pool.submit(train, one) for one in students["alone"]]
@@ -176,19 +176,20 @@ def _write_digits(folder: Path) -> Path:
 
 
 @contextmanager
-def _pool(nproc: int, log: Path) -> Iterator[ProcessPoolExecutor]:
-    """Processes of their own interpreters, each with its share of the cores, that write what they say to a file."""
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // nproc))
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def processes(count: int, log: Path) -> Iterator[ProcessPoolExecutor]:
+    """Processes for :func:`train`, each with its share of the cores, which write what they say to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(nproc, multiprocessing.get_context("spawn"), _hush, (log,))
+    threads = max(1, cores() // count)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (log, threads))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _hush(log: Path) -> None:
+def _start(log: Path, threads: int) -> None:
+    # Before PyTorch and DeepSpeed are imported, which read them.
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m vision.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo-vision"), help="folder of data, runs and report")
-    parser.add_argument("--nproc", type=int, default=min(4, os.cpu_count() or 1), help="trainings at once")
+    parser.add_argument("--nproc", type=int, default=min(4, cores()), help="trainings at once")
     options = parser.parse_args(arguments)
     return guarded(lambda: run(options.out, options.nproc))
 
