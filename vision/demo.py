@@ -107,12 +107,15 @@ def train(job: Job) -> Path:
     # Imported here: the process that only waits and writes the report does without.
     from vlm_distill.config import load_config
     from vlm_distill.demo import configs_folder
-    from vlm_distill.training.engine import Processes
 
-    from . import trainer
     from .config import ClassifierConfig
 
     config = load_config(configs_folder() / "demo" / "vision" / job.config, job.overrides, ClassifierConfig)
+    # And here: a mistake in a configuration is told without waiting for DeepSpeed.
+    from vlm_distill.training.engine import Processes
+
+    from . import trainer
+
     processes = Processes(config.training.device)
     try:
         return trainer.train(config, processes)
