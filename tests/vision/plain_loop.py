@@ -24,7 +24,11 @@ def main(folder: Path, terms: list) -> None:
     pictures.make_images(folder / "images", per_class=8)
     torch.manual_seed(3)
     names = [f"class{i}" for i in range(pictures.CLASSES)]
-    load_classifier("cifar_resnet32", num_classes=10, classes=names).save_pretrained(folder / "teacher")
+    teacher = load_classifier("cifar_resnet32", num_classes=10, classes=names)
+    with torch.no_grad():
+        for _ in range(50):  # batch norm's statistics: without them its logits would be in the hundreds
+            teacher(torch.randn(16, 3, 32, 32))
+    teacher.save_pretrained(folder / "teacher")
     plain = pictures.config(
         folder / "run",
         folder / "images",
