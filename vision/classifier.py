@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from data.errors import UserError
 from vlm_distill.models.common import choose, first_line
 
-from . import cifar, weights as files
+from . import cifar
+from . import weights as files
 
 assert cifar  # importing it registers its architectures with timm
 
@@ -279,12 +280,14 @@ def load_classifier(
     if weights and pretrained:
         raise UserError("classifier: give 'pretrained' or 'weights', not both")
     folder = Path(name_or_folder.removeprefix("local-dir:"))
-    saved = _saved_settings(folder, explicit=name_or_folder.startswith("local-dir:"))
+    if (folder / "open_clip_config.json").is_file():
+        source, name_or_folder = "open_clip", f"local-dir:{folder}"
+    saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name_or_folder))
     if source == "open_clip" or saved.get("source") == "open_clip":
         from . import zero_shot
 
         if saved.get("source") == "open_clip":
-            classifier = zero_shot.rebuild(folder, saved)
+            classifier = zero_shot.rebuild(folder, saved, num_classes)
         else:
             classifier = zero_shot.load(
                 name_or_folder,
@@ -344,15 +347,15 @@ def _inputs(
     return replace(own, size=size, mean=three(mean, own.mean), std=three(std, own.std))
 
 
-def _saved_settings(folder: Path, explicit: bool) -> dict[str, Any]:
-    """``config.json`` of a classifier's folder; nothing where the name is not a folder's."""
+def _saved_settings(folder: Path, a_name: bool) -> dict[str, Any]:
+    """``config.json`` of a classifier's folder; nothing where ``folder`` is not one but a library's name of a model."""
     path = folder / "config.json"
     if path.is_file():
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {first_line(error)}") from error
-    if explicit or (folder.is_dir() and not timm.is_model(str(folder))):
+    if folder.is_dir() and not a_name:
         raise UserError(f"{folder}: not a classifier's folder (it has no config.json)")
     return {}
 
