@@ -296,7 +296,7 @@ def load_classifier(
                 num_classes=num_classes,
                 classes=class_names(classes),
                 image_size=image_size,
-                config=config,
+                config=config or None,
                 templates=templates,
             )
         classifier.inputs = _inputs(classifier.inputs, None, mean, std)
