@@ -93,8 +93,9 @@ class Classifier(nn.Module):
                 f"classes: {len(self.classes)} names for a classifier of {self.num_classes} outputs; "
                 "give as many, or set num_classes"
             )
-        if hasattr(model, "set_distilled_training"):
-            self.model.set_distilled_training(True)  # timm heeds it in training mode only
+        both_heads: Any = getattr(model, "set_distilled_training", None)
+        if both_heads is not None:
+            both_heads(True)  # timm heeds it in training mode only
 
     @property
     def num_classes(self) -> int:
@@ -115,6 +116,7 @@ class Classifier(nn.Module):
         """
         if not features:
             return self._outputs(self.model(images), {})
+        self._levels()
         levels = {name: self._level(name) for name in features if name != "pooled"}
         wanted = sorted(set(levels.values()))
         final, maps = self._intermediates(images, wanted)
@@ -148,15 +150,15 @@ class Classifier(nn.Module):
         return [*self._levels(), "pooled"]
 
     def _levels(self) -> list[str]:
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"features: {type(self.model).__name__} of timm gives none; choose another model")
         info = list(self.model.feature_info)
         stem = bool(info) and _STEM.match(info[0]["module"]) is not None
         return (["stem"] if stem else []) + [f"stage{k}" for k in range(1, len(info) + 1 - stem)]
 
     def _level(self, name: str) -> int:
         """Which of timm's levels a feature name means."""
-        names = self._levels() if hasattr(self.model, "forward_intermediates") else []
-        if not names:
-            raise UserError(f"features: {type(self.model).__name__} of timm gives no features; choose another model")
+        names = self._levels()
         found = name
         if re.fullmatch(r"stage-[1-9]\d*", name):
             stages = [n for n in names if n.startswith("stage")]
@@ -167,15 +169,13 @@ class Classifier(nn.Module):
 
     def feature_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a feature without ``N``, measured on one blank image of the classifier's own size."""
+        self._levels()
         if self._shapes is None:
             modes = {module: module.training for module in self.modules()}
             first = next(self.parameters())
             blank = torch.zeros(1, 3, *self.inputs.size, device=first.device, dtype=first.dtype)
-            names = self.feature_names()
-            if not names:
-                self._level(name)
             with torch.no_grad():
-                measured = self.eval()(blank, names).features
+                measured = self.eval()(blank, self.feature_names()).features
             for module, mode in modes.items():
                 module.training = mode
             self._shapes = {k: tuple(v.shape[1:]) for k, v in measured.items()}
