@@ -116,10 +116,9 @@ class Classifier(nn.Module):
         """
         if not features:
             return self._outputs(self.model(images), {})
-        self._levels()
-        levels = {name: self._level(name) for name in features if name != "pooled"}
-        wanted = sorted(set(levels.values()))
-        final, maps = self._intermediates(images, wanted)
+        levels = {name: level for name in features if (level := self._level(name)) is not None}
+        wanted = sorted(set(levels.values())) or [0]  # timm takes an empty list for all of them
+        final, maps = self.model.forward_intermediates(images, indices=wanted)
         found = {name: maps[wanted.index(level)] for name, level in levels.items()}
         head = self.model.get_classifier()
         if "pooled" not in features:
@@ -138,11 +137,6 @@ class Classifier(nn.Module):
             return Outputs(logits[0], features, logits[1])
         return Outputs(logits, features, None)
 
-    def _intermediates(self, images: Tensor, levels: list[int]) -> tuple[Tensor, list[Tensor]]:
-        # timm takes an empty list for "all levels".
-        final, maps = self.model.forward_intermediates(images, indices=levels or [0])
-        return final, maps
-
     def feature_names(self) -> list[str]:
         """All features that :meth:`forward` gives, from the images upwards."""
         if not hasattr(self.model, "forward_intermediates"):
@@ -156,9 +150,11 @@ class Classifier(nn.Module):
         stem = bool(info) and _STEM.match(info[0]["module"]) is not None
         return (["stem"] if stem else []) + [f"stage{k}" for k in range(1, len(info) + 1 - stem)]
 
-    def _level(self, name: str) -> int:
-        """Which of timm's levels a feature name means."""
+    def _level(self, name: str) -> int | None:
+        """Which of timm's levels a feature name means; ``None`` for ``pooled``."""
         names = self._levels()
+        if name == "pooled":
+            return None
         found = name
         if re.fullmatch(r"stage-[1-9]\d*", name):
             stages = [n for n in names if n.startswith("stage")]
@@ -169,7 +165,7 @@ class Classifier(nn.Module):
 
     def feature_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a feature without ``N``, measured on one blank image of the classifier's own size."""
-        self._levels()
+        level = self._level(name)
         if self._shapes is None:
             modes = {module: module.training for module in self.modules()}
             first = next(self.parameters())
@@ -179,9 +175,7 @@ class Classifier(nn.Module):
             for module, mode in modes.items():
                 module.training = mode
             self._shapes = {k: tuple(v.shape[1:]) for k, v in measured.items()}
-        if name != "pooled":
-            name = self._levels()[self._level(name)]
-        return self._shapes[name]
+        return self._shapes["pooled" if level is None else self._levels()[level]]
 
     def head(self) -> list[nn.Module]:
         """The classification layer; two of them in a distilled transformer."""

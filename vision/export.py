@@ -48,6 +48,9 @@ class About:
 class FromPixels(nn.Module):
     """A classifier of RGB images in 0..1, with the normalisation inside."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.model = classifier.model

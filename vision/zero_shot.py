@@ -38,18 +38,19 @@ class ImageTower(nn.Module):
 
     def __init__(self, visual: nn.Module, head: nn.Linear, normalise: bool) -> None:
         super().__init__()
-        self.visual: Any = visual
+        tower: Any = visual
+        self.visual = tower
         self.head = head
         self.normalise = normalise
         self.num_features = head.in_features
         if hasattr(visual, "output_tokens"):
-            self.visual.output_tokens = False  # CoCa's tower gives them beside the image's features
+            tower.output_tokens = False  # CoCa's tower gives them beside the image's features
         if hasattr(visual, "trunk"):
-            self.feature_info = list(self.visual.trunk.feature_info)
+            self.feature_info = list(tower.trunk.feature_info)
         elif isinstance(visual, ModifiedResNet):
             self.feature_info = [{"module": m} for m in ("stem", "layer1", "layer2", "layer3", "layer4")]
         else:
-            self.feature_info = [{"module": f"blocks.{i}"} for i in range(len(self.visual.transformer.resblocks))]
+            self.feature_info = [{"module": f"blocks.{i}"} for i in range(len(tower.transformer.resblocks))]
 
     @property
     def num_classes(self) -> int:
@@ -147,7 +148,8 @@ def rebuild(folder: Path, saved: Mapping[str, Any], num_classes: int | None = No
         outputs, width = state["head.weight"].shape
         tower = ImageTower(visual, nn.Linear(width, outputs, bias=saved["bias"]), saved["normalise"])
         tower.load_state_dict(state)
-        inputs = InputSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["inputs"].items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["inputs"].items()}
+        inputs = InputSettings(**known)
     except Exception as error:  # a folder that something else has changed
         raise UserError(f"{folder}: not an open_clip classifier as saved: {first_line(error)}") from error
     settings = {k: v for k, v in saved.items() if k not in ("inputs", "classes")}
