@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -143,14 +143,26 @@ class DistillationBatch:
 
         student = move(self.student)
         assert student is not None
-        return DistillationBatch(
-            student,
-            move(self.teacher),
-            self.targets.to(device, non_blocking=True),
-            self.distilled.to(device, non_blocking=True),
-            self.samples,
-            self.images,
-            None if self.groups is None else self.groups.to(device),
+        return replace(
+            self,
+            student=student,
+            teacher=move(self.teacher),
+            targets=self.targets.to(device, non_blocking=True),
+            distilled=self.distilled.to(device, non_blocking=True),
+            groups=None if self.groups is None else self.groups.to(device),
+        )
+
+    def pin_memory(self) -> DistillationBatch:
+        def pin(rows: Rows) -> Rows:
+            return Rows(rows.inputs.pin_memory(), rows.positions.pin_memory())
+
+        return replace(
+            self,
+            student=pin(self.student),
+            teacher=self.teacher and pin(self.teacher),
+            targets=self.targets.pin_memory(),
+            distilled=self.distilled.pin_memory(),
+            groups=None if self.groups is None else self.groups.pin_memory(),
         )
 
 
@@ -170,20 +182,20 @@ class Step:
 
     Attributes:
         index: the optimizer step, counted from 0 through all epochs.
-        batches: this rank's micro-batches, the same number on every rank.
+        batches: this rank's micro-batches, the same number on every rank; each has ``to`` and ``pin_memory``.
         problems: samples of this rank that were left out of this step.
-        tokens: student tokens of this rank, padding not counted.
+        tokens: (of text) student tokens of this rank, padding not counted.
         samples: the conversations behind ``batches``, micro-batch by micro-batch (only where asked for).
     """
 
     index: int
-    batches: list[DistillationBatch]
+    batches: list[Any]
     problems: list[Problem] = field(default_factory=list)
     tokens: int = 0
     samples: list[list[Any]] = field(default_factory=list)
 
     def counts(self) -> Mapping[str, int]:
-        """This rank's supervised tokens, those of them (or the groups of them) that are distilled, and images."""
+        """Of image-text batches: images and supervised tokens of this rank, those (or groups) of them distilled."""
         return {
             "supervised": sum(len(b.targets) for b in self.batches),
             "distilled": sum(int(b.distilled.sum()) if b.groups is None else len(b.groups) for b in self.batches),

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .batch import DistillationBatch, Problem, Processor, Rows, Step
+from .batch import Problem, Processor, Step
 from .collate import Pair, collate, encode_pair
 from .conversation import Conversation
 from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
 from .mixture import Mixture
+from .sources import Source
 
 MANY_FILES = 65_536
 
@@ -53,7 +54,7 @@ class StepDataset(Dataset[Step]):
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture[Source],
         student: Processor,
         teacher: Processor | None,
         *,
@@ -170,22 +171,7 @@ class _Delivery:
         """What DataLoader calls, in this process, on what its workers send."""
         if isinstance(self.content, str):
             return self
-        return _Delivery(replace(self.content, batches=[_pinned(batch) for batch in self.content.batches]))
-
-
-def _pinned(batch: DistillationBatch) -> DistillationBatch:
-    def pin(rows: Rows) -> Rows:
-        return Rows(rows.inputs.pin_memory(), rows.positions.pin_memory())
-
-    return DistillationBatch(
-        pin(batch.student),
-        batch.teacher and pin(batch.teacher),
-        batch.targets.pin_memory(),
-        batch.distilled.pin_memory(),
-        batch.samples,
-        batch.images,
-        None if batch.groups is None else batch.groups.pin_memory(),
-    )
+        return _Delivery(replace(self.content, batches=[batch.pin_memory() for batch in self.content.batches]))
 
 
 class _Deliveries(Dataset[_Delivery]):

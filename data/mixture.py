@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UserError
-from .sources import Source
 
 
-class Mixture:
+class Rows(Protocol):
+    """What a source needs to be mixed; its samples are nobody's business here."""
+
+    @property
+    def name(self) -> str: ...
+    def __len__(self) -> int: ...
+    def size(self, index: int, /) -> int:
+        """About how long a sample is, for grouping by length."""
+        ...
+
+
+S = TypeVar("S", bound=Rows)
+
+
+class Mixture(Generic[S]):
     """Several sources as one endless, weighted, shuffled and repeatable order of batches.
 
     Each source is dealt from its own endless stream of shuffles, pass after pass: an epoch takes the next
@@ -37,7 +51,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[S],
         weights: Sequence[float] | None = None,
         seed: int = 0,
         *,

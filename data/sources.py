@@ -30,6 +30,7 @@ _TURNS = ("messages", "conversations", "conversation")
 _TEXT_COLUMNS = (*_TURNS, "texts", "question", "answer", "answers")
 _METADATA = ("id", "question_id", "question_type", "answer_type", "category")
 _NO_IMAGE = ("", "none", "null", "nan")
+_VALIDATION = ("val", "validation", "valid")
 
 
 # From a record to a conversation.
@@ -502,11 +503,11 @@ def open_dataset(path: Path, given: str, split: str | None, config: str | None) 
         return _loaded(given, lambda: datasets.load_dataset(kind, data_files=str(path), split="train"))
     if (path / "dataset_dict.json").is_file():
         tables = _loaded(given, lambda: datasets.load_from_disk(str(path)))
-        return tables[_choose(given, split, list(tables))]
+        return tables[choose_split(given, split, list(tables))]
     if path.is_dir() and not any(file.suffix in (".parquet", ".arrow") for file in path.rglob("*")):
         raise UserError(f"folder {given} holds no parquet or arrow file; for JSON or JSONL, name the file in it")
     splits = _loaded(given, lambda: datasets.get_dataset_split_names(given, config_name=config))
-    chosen = _choose(given, split, splits)
+    chosen = choose_split(given, split, splits)
     return _loaded(given, lambda: datasets.load_dataset(given, name=config, split=chosen))
 
 
@@ -526,10 +527,17 @@ def _loaded(given: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"cannot open {given} as a local path or a Hugging Face data set: {reason[:300]}") from None
 
 
-def _choose(given: str, split: str | None, splits: list[str]) -> str:
+def choose_split(given: str, split: str | None, splits: Sequence[str]) -> str:
+    """The split that is meant: the only one, the named one, or for a validation split that one by another usual name.
+
+    Raises:
+        UserError: there is no such split, or several and none named.
+    """
+    if split in _VALIDATION and split not in splits:
+        split = next((other for other in _VALIDATION if other in splits), split)
     if split is None and len(splits) == 1:
         return splits[0]
-    if split not in splits:
+    if split is None or split not in splits:
         problem = "has several splits" if split is None else f"has no split {split!r}"
         raise UserError(f"{given} {problem}; set `split` to one of {', '.join(splits)}")
     return split

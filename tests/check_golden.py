@@ -25,8 +25,11 @@ import torch
 if __name__ == "__main__":  # Python puts this file's folder first, where tests/data would hide the package `data`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import vision.losses
+from vision.losses import mlkd
 from vlm_distill import losses
 from vlm_distill.losses import Progress
+from vlm_distill.losses.base import upcast
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 # Relative to max(1, T²)(1 + |reference|) for values, to the largest reference entry for gradients, plus a floor.
@@ -85,13 +88,18 @@ class Golden:
         return None if owner is None else self.array(case["file"], f"{case['id']}.{owner}.{what}")
 
 
-# Cases of weighted sums, and of a schedule.
-COMPOSED = ("kd_total", "taid_schedule", "ctkd_decay")
+# Cases of weighted sums, of standardised logits, and of schedules.
+COMPOSED = ("kd_total", "logit_std_kd", "logit_std_dkd", "taid_schedule", "ctkd_decay")
+# Cases of losses that compare the rows of a batch, and MLKD's terms by themselves.
+BATCHES = ("dist", "mlkd", "mlkd_instance", "mlkd_batch", "mlkd_class")
 
 
 def build(case: dict, dtype: torch.dtype = torch.float64) -> list[losses.Term]:
     """The terms of a case: TAID's cases give a value of t where the suite has a schedule."""
     params = dict(case["params"])
+    if case["loss"].startswith("logit_std_"):
+        assert (params.pop("ddof", 1), params.pop("eps", 1e-7)) == (1, 1e-7)
+        return [losses.Term("loss", losses.build(case["loss"].removeprefix("logit_std_"), standardise=True, **params))]
     if case["loss"] == "kd_total":
         weights = params.pop("ce_weight"), params.pop("kd_weight")
         pair = losses.build("cross_entropy"), losses.build("kd", **params)
@@ -108,7 +116,7 @@ def build(case: dict, dtype: torch.dtype = torch.float64) -> list[losses.Term]:
 
 def built(name: str) -> bool:
     """Whether the suite has the loss of a case."""
-    return name in COMPOSED or name in losses.available()
+    return name in COMPOSED or name in BATCHES or name in losses.available()
 
 
 def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
@@ -118,6 +126,9 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
         return
     if case["loss"] == "ctkd_decay":
         yield _compare_decay(case)
+        return
+    if case["loss"] in BATCHES:
+        yield from _compare_batch(golden, case)
         return
     inputs = golden.inputs(case)
     mask, count = inputs["mask"], max(int(inputs["mask"].sum()), 1)
@@ -169,6 +180,61 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
         signals = results[0].signals
         if (want := golden.expected(case, "cross-entropy", "per_row")) is not None and signals:
             yield value(f"{name} signal cross_entropy", signals["cross_entropy"], want)
+
+
+def _batch_value(case: dict, key: str, student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor) -> Any:
+    """The value of a case of a batch, of two views one after the other where the case has them."""
+    params = dict(case["params"])
+    if case["loss"] == "dist":
+        assert params.pop("eps") == 1e-8
+        return vision.losses.build("dist", **params)(student, teacher)
+    if case["loss"] == "mlkd":
+        temperatures = [params["temperature"], *params["other_temperatures"]]
+        settings = {"variant": "paper" if key == "paper" else "published", "standardise": key == "published-logit-std"}
+        loss = vision.losses.build("mlkd", temperatures=temperatures, **settings)
+        entropy = vision.losses.build("cross_entropy")(student, None, target.repeat(2))
+        return 2 * params["ce_weight"] * entropy.mean() + params["kd_weight"] * loss(student, teacher)
+    temperatures = params["temperatures"]
+    scale = torch.tensor(temperatures, dtype=student.dtype).view(-1, 1, 1)
+    student, teacher = upcast(student) / scale, upcast(teacher) / scale
+    if case["loss"] == "mlkd_instance":
+        return mlkd.instance_terms(student, teacher, temperatures).sum()
+    of_images, of_classes = mlkd.relation_terms(student.softmax(-1), teacher.softmax(-1))
+    return (of_images if case["loss"] == "mlkd_batch" else of_classes).sum()
+
+
+def _compare_batch(golden: Golden, case: dict) -> Iterator[Comparison]:
+    """Losses of a whole batch, whose ignored rows are taken out first."""
+    views = ["weak", "strong"] if case["loss"] == "mlkd" else [None]
+    if case["loss"] == "mlkd":
+        arrays = {
+            name: torch.from_numpy(golden.array("inputs.npz", f"{case['input']}.{name}"))
+            for name in ("student_weak", "student_strong", "teacher_weak", "teacher_strong", "target")
+        }
+        student, teacher = (torch.cat([arrays[f"{role}_{v}"] for v in views]) for role in ("student", "teacher"))
+        target, kept = arrays["target"], torch.ones(len(student), dtype=torch.bool)
+    else:
+        inputs = golden.inputs(case)
+        student, teacher, target, kept = (inputs[name] for name in ("student", "teacher", "target", "mask"))
+    params = case["params"]
+    single = [params.get(name, 1.0) for name in ("tau", "temperature")]
+    softness = max(1.0, *single, *params.get("other_temperatures", ()), *params.get("temperatures", ())) ** 2
+    for key in ("paper", "published", "published-logit-std"):
+        if (want := golden.expected(case, key, "loss")) is None:
+            continue
+        for dtype, (value_tolerance, grad_tolerance, floor) in TOLERANCES.items():
+            relative = value_tolerance * softness
+            name = f"{str(dtype).removeprefix('torch.')} {key}"
+            leaf = student.to(dtype).requires_grad_()
+            value = _batch_value(case, key, leaf[kept], teacher.to(dtype)[kept], target)
+            yield Comparison(
+                case["id"], f"{name} loss", _error(value, want, lambda ref, r=relative: r * (1 + abs(ref)))
+            )
+            (gradient,) = torch.autograd.grad(value, leaf)
+            for view, part in zip(views, gradient.chunk(len(views)), strict=True):
+                expected = golden.expected(case, key, "grad" if view is None else f"grad_{view}")
+                error = _error(part, expected, lambda ref, r=grad_tolerance, f=floor: r * np.abs(ref).max() + f)
+                yield Comparison(case["id"], f"{name} grad {view or ''}", error)
 
 
 def _compare_decay(case: dict) -> Comparison:

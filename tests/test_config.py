@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from vlm_distill.config import load_config, save_config
-from vlm_distill.training.build import build_terms, split_batch
+from vlm_distill.config import load_config, save_config, split_batch
+from vlm_distill.losses import Standardised
+from vlm_distill.training.build import build_terms
 
 GOOD = {
     "student": {"path": "student"},
@@ -122,6 +123,20 @@ def test_recomputed_logits_are_for_losses_that_need_no_whole_rows(tmp_path):
         else:
             with pytest.raises(UserError, match=r"loss adaptive_kl needs whole rows of logits; leave it or training"):
                 build_terms(config)
+
+
+def test_standardised_losses_and_those_of_classifiers(tmp_path):
+    def terms(loss, **training):
+        changes = {"loss": [loss], "training": {"steps": 1, **training}}
+        return build_terms(load_config(write(tmp_path, changes)))
+
+    (term,) = terms({"name": "kd", "temperature": 2, "standardise": True})
+    assert isinstance(term.loss, Standardised)
+    assert term.loss.inner.temperature == 2.0
+    with pytest.raises(UserError, match="loss kd needs whole rows of logits"):
+        terms({"name": "kd", "standardise": True}, recompute_logits=True)
+    with pytest.raises(UserError, match="no loss is called 'mlkd'"):  # it compares images of a batch
+        terms({"name": "mlkd"})
 
 
 @pytest.mark.parametrize(("name", "refused"), [("taid", False), ("cross_entropy", True)])

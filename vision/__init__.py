@@ -1,1 +1,1 @@
-"""Image classification: classifiers, their views, losses on batches and features, training and evaluation."""
+"""Distillation of image classifiers: from labelled images and two model names to a trained student."""

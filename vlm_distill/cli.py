@@ -60,14 +60,24 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     A run that was stopped goes on from its latest checkpoint when started again. Under DeepSpeed's own launcher, with
     a hostfile for many nodes: deepspeed --module vlm_distill.train CONFIG.
     """
-    from vlm_distill.config import load_config
-    from vlm_distill.training.build import build_terms, split_batch
+    from vlm_distill.config import load_config, split_batch
+    from vlm_distill.training.build import build_terms
 
     # Mistakes are told here, before processes are started.
     settings = load_config(config, overrides or ())
     split_batch(settings, nproc)
     build_terms(settings)
     raise typer.Exit(launch("vlm_distill.train", [str(config), *(overrides or ())], nproc))
+
+
+@app.command()
+def classify(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> None:
+    """Trains an image classifier as CONFIG says, evaluates it and its teacher, exports it.
+
+    The other path of this suite, from ImageNet, CIFAR or any folder of images: configs/imagenet, configs/cifar100.
+    Under DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
+    """
+    raise typer.Exit(launch("vision.train", [str(config), *(overrides or ())], nproc))
 
 
 @app.command()

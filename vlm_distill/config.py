@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar, overload
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,7 @@ from data.errors import UserError
 
 from .evaluation.scoring.base import Rules
 
+T = TypeVar("T", bound=BaseModel)
 DType = Literal["fp32", "bf16"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -117,7 +118,6 @@ class TrainingSection(Section):
     dtype: DType = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation_checkpointing: bool = False
-    recompute_logits: bool = False
     seed: NotNegative = 0
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
@@ -129,6 +129,12 @@ class TrainingSection(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("say how long to train: epochs or steps, one of them")
         return self
+
+
+class LanguageTrainingSection(TrainingSection):
+    """``recompute_logits`` forms the logits in tiles, twice, to save memory."""
+
+    recompute_logits: bool = False
 
 
 class DeepSpeedSection(Section):
@@ -165,7 +171,7 @@ class RunConfig(Section):
     loss: list[LossSection] = Field(min_length=1)
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
-    training: TrainingSection
+    training: LanguageTrainingSection
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: str
@@ -177,12 +183,56 @@ class RunConfig(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+class AnyRun(Protocol):
+    """What the two paths' configurations have in common."""
+
+    @property
+    def loss(self) -> Sequence[LossSection]: ...
+    @property
+    def optimizer(self) -> AnyOptimizer: ...
+    @property
+    def training(self) -> TrainingSection: ...
+    @property
+    def deepspeed(self) -> DeepSpeedSection: ...
+    @property
+    def output(self) -> str: ...
+    def model_dump(self, *, exclude_none: bool = ...) -> dict[str, Any]: ...
+
+
+class AnyOptimizer(Protocol):
+    @property
+    def max_grad_norm(self) -> float | None: ...
+
+
+def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
+    """Micro-batch of a rank, and micro-batches of a step, whose product over ranks is the batch size.
+
+    Raises:
+        UserError: it does not come out even.
+    """
+    batch = config.training.batch_size
+    micro = config.training.micro_batch_size or max(1, batch // world)
+    if batch % (micro * world):
+        per = micro * world
+        near = sorted({max(per, batch // per * per), (batch // per + 1) * per})
+        raise UserError(
+            f"training.batch_size: {batch} is not divisible by micro_batch_size {micro} × {world} rank(s); "
+            f"nearest that are: {', '.join(map(str, near))}"
+        )
+    return micro, batch // (micro * world)
+
+
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: str | Path, overrides: Sequence[str], kind: type[T]) -> T: ...
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[BaseModel] = RunConfig) -> Any:
     """Reads, merges and validates a run's configuration.
 
     Args:
         path: a YAML file. A key ``base`` names another file, relative to this one, that this one is merged onto.
         overrides: ``section.key=value``; list items by number, as in ``loss.0.weight=0.5``.
+        kind: what the file configures.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
@@ -201,12 +251,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
     try:
-        return RunConfig.model_validate(plain)
+        return kind.model_validate(plain)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, RunConfig)}") from None
+        raise UserError(f"{path}: {explain(error, kind)}") from None
 
 
-def save_config(config: RunConfig, path: Path) -> None:
+def save_config(config: AnyRun, path: Path) -> None:
     """Writes the resolved configuration; running it again repeats the run."""
     path.write_text(yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
 

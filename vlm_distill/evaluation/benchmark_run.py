@@ -179,7 +179,7 @@ def run_benchmark(
         if out is not None:
             _write(out, results[0], entry, rows, name)
         if pictures is not None:
-            write_pictures(pictures, questions, predictions, load)
+            write_pictures(pictures, predictions, lambda row: questions[row].prompt().images[0], load)
 
     evaluate(
         model,

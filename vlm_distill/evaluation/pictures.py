@@ -11,7 +11,7 @@ from PIL import Image
 from data.conversation import ImageSource
 from data.errors import BadSample
 
-from .runner import Prediction, Questions, evenly_spaced
+from .runner import Prediction, evenly_spaced
 
 #: Pictures that are kept at most: some 10 kB each.
 _MOST = 200
@@ -23,20 +23,23 @@ _HASHED = "sha256:"
 
 def write_pictures(
     folder: Path,
-    questions: Questions,
     predictions: Sequence[Prediction],
+    picture: Callable[[int], ImageSource],
     load: Callable[[ImageSource], Image.Image],
 ) -> None:
-    """Writes the first pictures of up to 200 evenly spaced questions whose data hold bytes, named by their hashes.
+    """Writes the pictures of up to 200 evenly spaced questions whose data hold bytes, named by their hashes.
 
     They are the same for every model that was asked the same questions; those that are there stay.
+
+    Args:
+        picture: that of a row of the source; may raise ``BadSample``.
     """
     for position in evenly_spaced(len(predictions), _MOST):
         asked = predictions[position]
         if asked.image is None or not asked.image.startswith(_HASHED) or find_picture(asked.image, [folder]):
             continue
         with suppress(BadSample):
-            image = load(questions[asked.index].prompt().images[0]).convert("RGB")
+            image = load(picture(asked.index)).convert("RGB")
             tiny = max(image.size) <= _TINY
             image.thumbnail((_LARGEST, _LARGEST))
             folder.mkdir(parents=True, exist_ok=True)

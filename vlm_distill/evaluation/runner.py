@@ -355,11 +355,12 @@ def _score(index: int, conversation: Conversation, answer: str, probability: flo
         exact=exact_match(answer, references) if references else 0.0,
         soft=soft_accuracy(answer, references) if references else 0.0,
         question_type=None if kind is None else str(kind),
-        image=next((_image_key(image) for image in conversation.prompt().images), None),
+        image=next((image_key(image) for image in conversation.prompt().images), None),
     )
 
 
-def _image_key(image: ImageSource) -> str:
+def image_key(image: ImageSource) -> str:
+    """What :class:`Prediction` knows an image by: its path, or ``sha256:…`` of its bytes."""
     if isinstance(image, str):
         return image
     content = image if isinstance(image, bytes) else image.tobytes()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from typing import Any
 
-from data.errors import UserError
-
-from .base import DistillationLoss, Loss, Progress, RowResult, Term
+from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
 from .ctkd import CTKD
 from .diagnostics import Diagnostics
 from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
@@ -22,7 +18,11 @@ from .features import (
     VisionFeatures,
     wanted_features,
 )
-from .fused_linear import HiddenTargets, LossSums, TermSums, fused_linear
+from .fused_linear import HiddenTargets, fused_linear
+from .on_logits import on_logits
+from .registry import Registry
+from .standardise import Standardised
+from .sums import LossSums, TermSums
 from .taid import TAID
 from .topk import TopKTargets
 from .uld import ULD
@@ -32,10 +32,12 @@ __all__ = [
     "DKD",
     "JSD",
     "KD",
+    "REGISTRY",
     "TAID",
     "TVD",
     "ULD",
     "AdaptiveKL",
+    "BatchLoss",
     "CrossEntropy",
     "Diagnostics",
     "DistillationLoss",
@@ -49,10 +51,12 @@ __all__ = [
     "MiniLM",
     "Progress",
     "ProjectorFeatures",
+    "Registry",
     "ReverseKL",
     "RowResult",
     "SkewForwardKL",
     "SkewReverseKL",
+    "Standardised",
     "Term",
     "TermSums",
     "TopKTargets",
@@ -60,29 +64,33 @@ __all__ = [
     "available",
     "build",
     "fused_linear",
+    "on_logits",
     "wanted_features",
 ]
 
-_LOSSES: dict[str, type[DistillationLoss] | type[FeatureLoss]] = {
-    "taid": TAID,
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "jsd": JSD,
-    "skew_forward_kl": SkewForwardKL,
-    "skew_reverse_kl": SkewReverseKL,
-    "tvd": TVD,
-    "adaptive_kl": AdaptiveKL,
-    "kd": KD,
-    "dkd": DKD,
-    "ctkd": CTKD,
-    "uld": ULD,
-    "cross_entropy": CrossEntropy,
-    "hidden_states": HiddenStates,
-    "vision_features": VisionFeatures,
-    "projector_features": ProjectorFeatures,
-    "minilm": MiniLM,
-    "diagnostics": Diagnostics,
-}
+#: The losses that a vision-language model's configuration may name.
+REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
+    {
+        "taid": TAID,
+        "forward_kl": ForwardKL,
+        "reverse_kl": ReverseKL,
+        "jsd": JSD,
+        "skew_forward_kl": SkewForwardKL,
+        "skew_reverse_kl": SkewReverseKL,
+        "tvd": TVD,
+        "adaptive_kl": AdaptiveKL,
+        "kd": KD,
+        "dkd": DKD,
+        "ctkd": CTKD,
+        "uld": ULD,
+        "cross_entropy": CrossEntropy,
+        "hidden_states": HiddenStates,
+        "vision_features": VisionFeatures,
+        "projector_features": ProjectorFeatures,
+        "minilm": MiniLM,
+        "diagnostics": Diagnostics,
+    }
+)
 
 
 def available(kind: type[Loss] = Loss) -> dict[str, str]:
@@ -91,8 +99,7 @@ def available(kind: type[Loss] = Loss) -> dict[str, str]:
     Args:
         kind: ``DistillationLoss`` or ``FeatureLoss`` for those alone.
     """
-    known = {name: loss for name, loss in _LOSSES.items() if issubclass(loss, kind)}
-    return {name: (inspect.getdoc(loss) or "").splitlines()[0] for name, loss in known.items()}
+    return REGISTRY.available(kind)
 
 
 def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
@@ -100,21 +107,10 @@ def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
 
     Args:
         name: one of ``available()``.
-        params: the parameters of its constructor, such as ``t_start`` or ``temperature``.
+        params: the parameters of its constructor, such as ``t_start`` or ``temperature``; ``standardise=True`` lets a
+            loss between two models' logits see them standardised.
 
     Raises:
         UserError: there is no such loss or parameter, or a value is out of its range.
     """
-    if name not in _LOSSES:
-        raise UserError(f"no loss is called {name!r}{_nearest(name, _LOSSES)}; there are {', '.join(_LOSSES)}")
-    known = list(inspect.signature(_LOSSES[name]).parameters)
-    for param in params:
-        if param not in known:
-            listed = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"loss {name} has no parameter {param!r}{_nearest(param, known)}; {listed}")
-    return _LOSSES[name](**params)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return REGISTRY.build(name, params)

@@ -56,10 +56,12 @@ class Loss(nn.Module):
     Attributes:
         needs: what the loss reads beside the student's side: of ``{"teacher", "targets"}``.
         signals: names of the quantities whose means over an optimizer step ``update`` is given.
+        soft_targets: whether targets may be shares of the classes too, float ``[N, C]``, as of mixed images.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    needs: frozenset[str] = frozenset({"teacher"})
     signals: tuple[str, ...] = ()
+    soft_targets: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()  # no parameters, which nn.Module's own signature does not say
@@ -148,6 +150,29 @@ class DistillationLoss(Loss):
             targets: int64 ``[N]``, the student's right tokens.
             groups: G of them, with the teacher's right tokens.
             grad: whether to make the gradient.
+        """
+        raise NotImplementedError
+
+
+class BatchLoss(Loss):
+    """A loss between logits that compares the rows of a batch with one another, and so has one value for a batch.
+
+    Attributes:
+        views: how many views of each image it compares; the first views of all images come first.
+    """
+
+    views: ClassVar[int] = 1
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The definition, differentiable by autograd.
+
+        Args:
+            student_logits: ``[views·N, C]``, any floating dtype; raised to float32 at least.
+            teacher_logits: ``[views·N, C]``, detached.
+            targets: int64 ``[N]``, the right class of each image; ``None`` where the loss does not need them.
+
+        Returns:
+            0-d, a mean over the N images.
         """
         raise NotImplementedError
 

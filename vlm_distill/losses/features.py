@@ -18,8 +18,9 @@ from data.errors import UserError
 
 from .base import Loss, Term, check_choice, upcast
 
-#: Of a feature: tokens an image (``None`` where that is not known before a run, or it is not of images) and width.
-Shape = tuple[int | None, int]
+#: Of a feature: tokens an image (``None`` where that is not known before a run, or it is not of images) and width; of a
+#: classifier's map channels, height and width, and of its pooled output the width alone.
+Shape = tuple[Any, ...]
 
 DISTANCES = ("mse", "normalised_mse", "cosine")
 
@@ -29,11 +30,13 @@ class FeatureLoss(Loss):
 
     Attributes:
         unit: what it has one value for, and is averaged over: distilled ``token`` or real ``image``.
+        whole_batch: whether it compares the images of a batch with one another, and so has one value (0-d) for them.
         student_features, teacher_features: names of what it reads.
     """
 
     needs = frozenset({"teacher"})
     unit: ClassVar[Literal["token", "image"]] = "token"
+    whole_batch: ClassVar[bool] = False
     student_features: tuple[str, ...] = ()
     teacher_features: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from data.batch import Groups
 
-from .base import DistillationLoss, Term, need_targets
+from .base import DistillationLoss, RowResult, Term, need_targets
 from .groups import group_chunks
+from .sums import LossSums, Sums, check_same, check_terms, with_gradients
 from .tiles import Tiles
 from .topk import SCRATCH as TOPK_SCRATCH
 from .topk import TopKTargets, topk_rows
@@ -53,29 +54,6 @@ class HiddenTargets:
 
     hidden: Tensor
     head: Head
-
-
-@dataclass
-class TermSums:
-    """One term of the loss over its rows, detached.
-
-    Attributes:
-        loss: 0-d, the sum of the rows' losses, neither weighted nor scaled.
-        count: number of rows.
-        signals: 0-d sums of the loss's ``signals``; all of them also where there was no row.
-    """
-
-    loss: Tensor
-    count: int = 0
-    signals: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class LossSums:
-    """The differentiable weighted sum ``loss`` (0-d) and its terms by name."""
-
-    loss: Tensor
-    terms: dict[str, TermSums]
 
 
 # Loops over chunks and sums in place gain nothing from torch.compile, and its default backend gets them wrong.
@@ -150,24 +128,20 @@ def fused_linear(
                 assert teacher_weight is not None
                 other = _Side(teacher.head, teacher.hidden, teacher_weight, student.dtype)
                 if groups is None:
-                    _same("rows", len(student_hidden), len(teacher.hidden))
+                    check_same("rows", len(student_hidden), len(teacher.hidden))
                 if not all(term.loss.takes_groups for term in terms if "teacher" in term.loss.needs):
-                    _same("tokens in the vocabulary", len(weight), len(teacher_weight))
+                    check_same("tokens in the vocabulary", len(weight), len(teacher_weight))
             elif teacher is not None:
                 other = teacher
-                _same("rows", len(student_hidden), len(teacher.ids))
+                check_same("rows", len(student_hidden), len(teacher.ids))
             wanted = [recording and x is not None and x.requires_grad for x in inputs]
             work = _Pass(terms, scales or {}, student, other, targets, wanted, chunk_bytes, recompute)
-            work.learned = {
-                name: [torch.zeros_like(v, dtype=student.dtype) for v in vs] for name, vs in learned.items()
-            }
+            work.expect_learned(learned, student.dtype)
             work.run(distilled, groups)
             total = work.total()
             made = [*work.gradients, *(value for values in work.learned.values() for value in values)]
-            pairs = zip(made, inputs, strict=True)
-            gradients = [None if d is None or x is None else _cast(d, x.dtype) for d, x in pairs]
         if any(wanted):
-            total = _WithGradients.apply(total, gradients, *inputs)
+            total = with_gradients(total, made, inputs)
     return LossSums(total, work.sums)
 
 
@@ -178,15 +152,8 @@ def _check(
     groups: Groups | None,
     recompute: bool,
 ) -> None:
-    names = [term.name for term in terms]
-    if not names:
-        raise ValueError("the loss has no term")
-    if len(set(names)) < len(names):
-        raise ValueError(f"two terms of the loss share a name: {', '.join(names)}")
+    check_terms(terms, teacher=teacher, targets=targets)
     for term in terms:
-        for need, given in (("teacher", teacher), ("targets", targets)):
-            if need in term.loss.needs and given is None:
-                raise ValueError(f"term {term.name!r} of the loss needs {need}, and None was given")
         if isinstance(teacher, TopKTargets) and "teacher" in term.loss.needs and not term.loss.takes_topk:
             raise ValueError(
                 f"term {term.name!r} of the loss needs the teacher's whole distribution, not its top tokens"
@@ -199,32 +166,6 @@ def _check(
             raise ValueError(f"term {term.name!r} of the loss needs whole rows of logits, which recompute never forms")
     if recompute and isinstance(teacher, TopKTargets):
         raise ValueError("recompute needs the teacher's hidden states, not its top tokens")
-
-
-def _same(what: str, student: int, teacher: int) -> None:
-    if student != teacher:
-        raise ValueError(f"the student has {student} {what}, the teacher {teacher}")
-
-
-def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    # A gradient in float16 would underflow here: its loss scale arrives only with the backward pass.
-    return gradient if dtype == torch.float16 else gradient.to(dtype)
-
-
-class _WithGradients(torch.autograd.Function):
-    """A number whose gradients by its inputs are known beforehand."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return total.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (None, None, *(None if d is None else (d * outer).to(dtype) for d, dtype in pairs))
 
 
 class _Side:
@@ -256,7 +197,7 @@ class _Side:
         return None if self.softcap is None else 1.0 - (logits / self.softcap).square_()
 
 
-class _Pass:
+class _Pass(Sums):
     """One pass over all rows: the sums of every term, and the gradients that are wanted."""
 
     def __init__(
@@ -270,23 +211,14 @@ class _Pass:
         chunk_bytes: int | None,
         recompute: bool,
     ) -> None:
-        # Terms with a teacher last, so that only they may need copies of its logits.
-        self.terms = sorted(terms, key=lambda term: "teacher" in term.loss.needs)
+        zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
+        super().__init__(terms, scales, zero, grad=any(wanted))
         self.student, self.teacher, self.targets, self.recompute = student, teacher, targets, recompute
         self.teacher_side = teacher if isinstance(teacher, _Side) else None
-        self.factors = {term.name: term.weight * scales.get(term.name, 1.0) for term in terms}
-        zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
-        self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
         shapes = (student.hidden.shape, student.weight.shape, student.weight.shape[:1])
         self.gradients = [zero.new_zeros(s) if want else None for s, want in zip(shapes, wanted[:3], strict=True)]
-        self.learned: dict[str, list[Tensor]] = {}
-        self.grad = any(wanted)
         self.on_cpu = zero.device.type == "cpu"
         self.chunk_bytes = chunk_bytes  # as asked for; tiles have other defaults
-
-    def total(self) -> Tensor:
-        summands = [self.factors[name] * sums.loss for name, sums in self.sums.items()]
-        return torch.stack(summands).sum()
 
     def run(self, distilled: Tensor | None, groups: Groups | None) -> None:
         device, count = self.student.hidden.device, len(self.student.hidden)
@@ -386,38 +318,15 @@ class _Pass:
     ) -> None:
         """Adds a block's sums; leaves the gradient of the weighted sum where the student's logits were."""
         slope = self.student.slope(student) if self.grad else None
-        gradients: list[tuple[Tensor, float]] = []
-        for position, term in enumerate(terms, 1):
-            # `rows` overwrites what it is given, so only the last term gets the logits themselves.
-            last = position == len(terms)
-            factor = self.factors[term.name]
-            learns = "teacher" in term.loss.needs
-            own, grad = student if last else student.clone(), self.grad and factor != 0.0
-            if learns and top is not None:
-                result = topk_rows(term.loss, own, *top, grad=grad)
-            else:
-                other = teacher if learns else None
-                if other is not None and not last:
-                    other = other.clone()
-                if other is not None and groups is not None:
-                    result = term.loss.grouped(own, other, need_targets(targets), groups, grad=grad)
-                else:
-                    result = term.loss.rows(own, other, targets, grad=grad)
-            sums = self.sums[term.name]
-            sums.loss += result.loss.sum()
-            sums.count += len(result.loss)
-            for name, values in result.signals.items():
-                sums.signals[name] += values.sum()
-            if result.grad is not None:
-                gradients.append((result.grad, factor))
-            for total, gradient in zip(self.learned[term.name], result.learned, strict=False):  # none where not grad
-                total.add_(gradient, alpha=factor)
-        if not self.grad:
-            return
-        # Backwards: the last gradient may lie in the student's buffer, which is written first.
-        student.zero_() if not gradients else torch.mul(*gradients.pop(), out=student)
-        for gradient, factor in gradients:
-            student.add_(gradient, alpha=factor)
+
+        def evaluate(term: Term, own: Tensor, other: Tensor | None, grad: bool) -> RowResult:
+            if "teacher" in term.loss.needs and top is not None:
+                return topk_rows(term.loss, own, *top, grad=grad)
+            if other is not None and groups is not None:
+                return term.loss.grouped(own, other, need_targets(targets), groups, grad=grad)
+            return term.loss.rows(own, other, targets, grad=grad)
+
+        self.add_block(terms, student, teacher, evaluate)
         if slope is not None:
             student.mul_(slope)
 

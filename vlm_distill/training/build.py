@@ -28,24 +28,6 @@ from vlm_distill.models.vocabulary import align_heads, separate_heads
 from .engine import Processes, load_sharded
 
 
-def split_batch(config: RunConfig, world: int) -> tuple[int, int]:
-    """Micro-batch of a rank, and micro-batches of a step, whose product over ranks is the batch size.
-
-    Raises:
-        UserError: it does not come out even.
-    """
-    batch = config.training.batch_size
-    micro = config.training.micro_batch_size or max(1, batch // world)
-    if batch % (micro * world):
-        per = micro * world
-        near = sorted({max(per, batch // per * per), (batch // per + 1) * per})
-        raise UserError(
-            f"training.batch_size: {batch} is not divisible by micro_batch_size {micro} × {world} rank(s); "
-            f"nearest that are: {', '.join(map(str, near))}"
-        )
-    return micro, batch // (micro * world)
-
-
 def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
     """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
     terms: list[Term | FeatureTerm] = []

@@ -19,12 +19,9 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from data.errors import UserError
-from vlm_distill.config import RunConfig
+from vlm_distill.config import AnyRun, split_batch
 from vlm_distill.launch import cores, free_port
 from vlm_distill.models.interface import VisionLanguageModel
-
-from .schedule import parameter_groups
-from .task import DistillationTask
 
 SAVED_BY = "engine"
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
@@ -95,6 +92,19 @@ class Processes:
             dist.all_gather_object(items, item)
         return items
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """All ranks' rows ``[n, …]`` one after the other; a gradient flows to this rank's own alone."""
+        if self.world == 1:
+            return rows
+        counts = [int(count) for count in self.gather(len(rows))]
+        padded = rows.detach().new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        parts[self.rank] = rows
+        return torch.cat(parts)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -110,35 +120,38 @@ class Processes:
 
 
 class Engine:
-    """A task under DeepSpeed ZeRO, with AdamW.
+    """A task under DeepSpeed ZeRO.
 
     Args:
         task: what is trained; its ``forward`` is what a step calls.
+        optimizer: of its parameters. A group's ``lr_scale``, if there is one, is a factor on its learning rate.
         config: the run's.
         processes: ranks.
-        accumulation: micro-batches in an optimizer step.
+        read_parameters: parameters that the task's forward reads without calling their module.
+        autocast: with bf16 leave parameters and buffers float32 at every ZeRO stage, in torch's autocast; otherwise
+            that is so at stage 0 alone, and parameters are bf16 with float32 masters.
     """
 
-    def __init__(self, task: DistillationTask, config: RunConfig, processes: Processes, accumulation: int) -> None:
+    def __init__(
+        self,
+        task: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: AnyRun,
+        processes: Processes,
+        *,
+        read_parameters: Sequence[nn.Parameter] = (),
+        autocast: bool = False,
+    ) -> None:
         self.task = task
         self.processes = processes
         self.stage = config.deepspeed.stage
-        optimizer = torch.optim.AdamW(
-            parameter_groups(task, config.optimizer.weight_decay),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-        )
-        micro = config.training.micro_batch_size or config.training.batch_size // processes.world
-        self._engine, *_ = deepspeed.initialize(
-            model=task,
-            optimizer=optimizer,
-            config=_deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters())),
-        )
+        micro, accumulation = split_batch(config, processes.world)
+        settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
+        self._engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
         if self.stage == 3:
             # Left to find them itself, DeepSpeed 0.19 notices one only in a forward where it happens not to be whole,
             # which may be after it has fixed the order in which parameters are fetched; the forward after that fails.
-            for parameter in task.read_parameters():
+            for parameter in read_parameters:
                 deepspeed.zero.register_external_parameter(task, parameter)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +171,7 @@ class Engine:
             where DeepSpeed does not tell it, as at stage 0.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
@@ -166,12 +179,12 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
 
-    def share_statistics(self) -> None:
+    def share_statistics(self, module: nn.Module) -> None:
         """Averages batch norm's running statistics over ranks, each of which normalises by its own micro-batches.
 
         What is saved and asked afterwards is then one model (timm's ``--dist-bn reduce``).
         """
-        norms = [m for m in self.task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         if self.processes.world > 1:
             for tensor in statistics:
@@ -217,7 +230,7 @@ def _cpu_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
 
 
-def _deepspeed_config(config: RunConfig, micro: int, accumulation: int, parameters: int) -> dict[str, Any]:
+def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters: int, autocast: bool) -> dict[str, Any]:
     """The engine's settings: what the run's own sections say, then whatever the ``deepspeed`` section adds."""
     extra = dict(config.deepspeed.model_extra or {})
     # DeepSpeed allocates its buckets whole: two gigabytes each, were a small model not to need less.
@@ -233,7 +246,7 @@ def _deepspeed_config(config: RunConfig, micro: int, accumulation: int, paramete
         "zero_allow_untested_optimizer": True,
     }
     if config.training.dtype == "bf16":
-        if config.deepspeed.stage == 0:
+        if autocast or config.deepspeed.stage == 0:
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         else:
             settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

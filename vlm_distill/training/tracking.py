@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -96,6 +97,10 @@ class Tracker:
         """A remark for the person who watches."""
         if self.first:
             self.console.print(text, highlight=False)
+
+    def warn(self, text: str) -> None:
+        """A remark that a person should not overlook."""
+        self.say(f"[bold red]warning:[/] {escape(text)}")
 
 
 def _cut_back(path: Path, start: int, steps: int) -> None:

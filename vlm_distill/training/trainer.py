@@ -1,36 +1,28 @@
-"""The trainer: one loop for every loss, model, ZeRO stage and number of ranks."""
+"""Distilling a vision-language model: what the shared loop does with image-text data."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
-import shlex
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from torch import Tensor
 
-from data.batch import Step
+from data.batch import DistillationBatch, Problem, Step
 from data.collate import collate, encode_pair
-from data.errors import BadSample, UserError
-from data.loader import ProblemLog, StepDataset, make_loader
+from data.errors import BadSample
+from data.loader import StepDataset, make_loader
 from data.mixture import Mixture
 from vlm_distill import losses
-from vlm_distill.config import RunConfig, save_config
+from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores
-from vlm_distill.losses import FeatureTerm, Progress, TermSums
+from vlm_distill.losses import FeatureTerm, Term, TermSums
 from vlm_distill.models.initialise import count_parameters
+from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 
-from . import checkpoint
 from .build import (
     build_terms,
     image_loader,
@@ -39,12 +31,12 @@ from .build import (
     open_sources,
     pair_vocabularies,
     prepare_losses,
-    split_batch,
     trained_parameters,
 )
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
-from .schedule import learning_rate_factor
+from .loop import Loop
+from .schedule import learning_rate_factor, parameter_groups
 from .task import DistillationTask
 from .tracking import Tracker
 
@@ -70,18 +62,21 @@ def train(config: RunConfig, processes: Processes, *, until: int | None = None) 
     return Trainer(config, processes).run(until)
 
 
-class Trainer:
+class Trainer(Loop):
     """Everything of a run, built in the order in which its mistakes are cheapest to find."""
 
+    command, speed = "train", "tokens_per_second"
+    student: VisionLanguageModel
+
     def __init__(self, config: RunConfig, processes: Processes) -> None:
-        self.config, self.processes = config, processes
-        self.folder = Path(config.output)
-        self.micro, self.accumulation = split_batch(config, processes.world)
-        if config.training.wandb and find_spec("wandb") is None:
-            raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
+        super().__init__(config, processes)
+        self.config = config
         terms = build_terms(config)
         sources = open_sources(config.data.train)
         self.evaluations = Evaluations(config, processes)
+        self.compared_by = self.evaluations.compared_by if self.evaluations.best is not None else None
+        self.told = self.evaluations.told
+        self.evaluate_every = config.evaluation.every
 
         self.teacher = load_teacher(config, processes)
         # A teacher that no loss learns from is only there to be scored beside the student.
@@ -127,156 +122,52 @@ class Trainer:
         if processes.device.type == "cuda":
             student.to(processes.device)
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
-        self.engine = Engine(task, config, processes, self.accumulation)
+        section = config.optimizer
+        optimizer = torch.optim.AdamW(
+            parameter_groups(task, section.weight_decay), lr=section.lr, betas=section.betas, eps=section.eps
+        )
+        self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
         if config.deepspeed.stage == 3:
             student.head.gather = gather_parameters  # for what reads the head outside the task's forward
 
-    def run(self, until: int | None = None) -> Path:
-        config, first = self.config, self.processes.first
-        self.folder.mkdir(parents=True, exist_ok=True)
-        done, elapsed = self._resume()
-        last = min(self.steps, until or self.steps)
-        if first:
-            save_config(config, self.folder / "config.yaml")
-        self.problems = ProblemLog(self.folder / "problems.jsonl") if first else None
-        self.began = time.time() - elapsed
-        self.best = checkpoint.best_score(self.folder / "best", self.evaluations.compared_by, done)
-        settings = config.model_dump(exclude_none=True)
-        tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
-        with tracker:
-            self._greet(tracker, done)
-            workers = min(config.data.workers, cores())
-            loader = make_loader(self.dataset, done, last, workers=workers, prefetch=config.data.prefetch)
-            for batch in loader:
-                values = self._step(batch)
-                done = batch.index + 1
-                tracker.log("train", done, values)
-                tracker.show(done, _headline(values))
-                # Evaluated before it is saved: a resumed run has every evaluation of the steps that it does not repeat.
-                if config.evaluation.every and done % config.evaluation.every == 0 and done < self.steps:
-                    self._evaluate(done, tracker)
-                if done == last or done % config.training.checkpoint_every == 0:
-                    self._save(done)
-            if done == self.steps:
-                self._finish(done, tracker)
-        return self.folder
+    def batches(self, start: int, stop: int) -> Iterator[Step]:
+        data = self.config.data
+        return make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
 
-    def _step(self, step: Step) -> dict[str, Any]:
-        """One optimizer step over all ranks, and what it gave."""
-        config, world, began = self.config, self.processes.world, time.time()
-        # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
-        torch.manual_seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
-        counts, here = step.counts(), sum(batch.samples for batch in step.batches)
-        supervised, distilled, images, tokens, samples, problems = self.processes.sum(
-            [counts["supervised"], counts["distilled"], counts["images"], step.tokens, here, len(step.problems)]
-        )
-        if problems:
-            self._record(step)
-        rows = {t.name: distilled if "teacher" in t.loss.needs else supervised for t in self.terms}
-        rows |= {t.name: images for t in self.terms if isinstance(t, FeatureTerm) and t.loss.unit == "image"}
-        scales = {name: world / count if count else 0.0 for name, count in rows.items()}
-        lr = config.optimizer.lr * learning_rate_factor(
-            step.index, self.steps, config.optimizer.schedule, config.optimizer.warmup, config.optimizer.min_lr_ratio
+    def counts(self, step: Step) -> dict[str, float]:
+        samples = sum(batch.samples for batch in step.batches)
+        return {**step.counts(), "tokens": step.tokens, "samples": samples}
+
+    def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
+        if isinstance(term, FeatureTerm) and term.loss.unit == "image":
+            return totals["images"]
+        return totals["distilled"] if "teacher" in term.loss.needs else totals["supervised"]
+
+    def learn(
+        self, step: Step, micro: DistillationBatch, scales: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, TermSums]]:
+        batch = micro.to(self.processes.device)
+        targets = self.guide.outputs(batch, self.features) if self.guide is not None else None
+        return self.engine(batch, targets, scales)
+
+    def lr(self, step: int) -> float:
+        section = self.config.optimizer
+        return section.lr * learning_rate_factor(
+            step, self.steps, section.schedule, section.warmup, section.min_lr_ratio
         )
 
-        self.engine.train()
-        sums: list[dict[str, TermSums]] = []
-        norm: float | None = None
-        for micro in step.batches:
-            batch = micro.to(self.processes.device)
-            targets = self.guide.outputs(batch, self.features) if self.guide is not None else None
-            loss, terms = self.engine(batch, targets, scales)
-            self.engine.backward(loss)
-            norm = self.engine.step(lr)
-            sums.append(terms)
-        means = self._means(sums)
-        epochs = self.steps / self.epoch_steps
-        for term in self.terms:
-            progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
-            term.loss.update({k: v for k, v in means[term.name].items() if k != "loss"}, progress)
+    def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+        return {"supervised_tokens": int(totals["supervised"]), self.speed: totals["tokens"] / seconds}
 
-        values: dict[str, Any] = {"loss": sum(t.weight * means[t.name]["loss"] for t in self.terms)}
-        for term in self.terms:
-            values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
-        if norm is not None:
-            values["grad_norm"] = norm
-        seconds = time.time() - began
-        return values | {
-            "lr": lr,
-            "epoch": (step.index + 1) / self.epoch_steps,
-            "samples": int(samples),
-            "supervised_tokens": int(supervised),
-            "tokens_per_second": tokens / seconds,
-            "seconds": time.time() - self.began,
-        }
-
-    def _means(self, sums: Sequence[Mapping[str, TermSums]]) -> dict[str, dict[str, float]]:
-        """Means of every term's loss and signals over all rows of the step, from one all-reduce."""
-        names = {term.name: ["loss", *term.loss.signals] for term in self.terms}
-        flat: list[float | Tensor] = []
-        for term, keys in names.items():
-            flat.append(sum(micro[term].count for micro in sums))
-            for key in keys:
-                values = [micro[term].loss if key == "loss" else micro[term].signals.get(key, 0.0) for micro in sums]
-                flat.append(sum(value.double() if isinstance(value, Tensor) else value for value in values))
-        totals = iter(self.processes.sum(flat))
-        means: dict[str, dict[str, float]] = {}
-        for term, keys in names.items():
-            count = next(totals)
-            means[term] = {key: next(totals) / count if count else 0.0 for key in keys}
-        return means
-
-    def _record(self, step: Step) -> None:
-        gathered = self.processes.gather(step.problems)
-        if self.problems is not None:
-            self.problems.add(problem for part in gathered for problem in part)
-
-    def _save(self, done: int) -> None:
-        self.engine.share_statistics()
-        # The losses' own state is in the task's state dict, so that it needs no word here.
-        state = {"step": done, "seconds": time.time() - self.began}
-        checkpoint.save(
-            self.folder / "checkpoints",
-            done,
-            lambda folder: self.engine.save(folder, state),
-            keep=self.config.training.keep_checkpoints,
-            first=self.processes.first,
-            barrier=self.processes.barrier,
-        )
-
-    def _resume(self) -> tuple[int, float]:
-        """Steps done and seconds spent by the latest checkpoint, which is loaded; zeros without one."""
-        found = checkpoint.completed(self.folder / "checkpoints")
-        if not found:
-            return 0, 0.0
-        if not self.config.training.resume:
-            raise UserError(
-                f"{self.folder}: holds checkpoints of an earlier run; "
-                "set training.resume=true to go on, or choose another output"
-            )
-        state = self.engine.load(found[-1][1])
-        return state["step"], state["seconds"]
-
-    def _greet(self, tracker: Tracker, done: int) -> None:
-        counts = self.parameters
-        share = f" · {counts['student'] / counts['teacher']:.1%} of the teacher" if "teacher" in counts else ""
-        tracker.say(
-            f"student: {counts['student']:,} parameters, {counts['trained']:,} trained{share} · "
-            f"{self.steps:,} steps of {self.config.training.batch_size} on {self.processes.world} rank(s), "
-            f"ZeRO {self.config.deepspeed.stage}, {self.config.training.dtype}"
-        )
-        for warning in self.evaluations.told:
-            tracker.say(f"[bold red]warning:[/] {escape(warning)}")
-        if done:
-            tracker.say(f"resumed after step {done}")
+    def introduce(self, tracker: Tracker, done: int) -> None:
         checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
         if checked is not None:
             loss, limit = checked
             if loss > limit:
-                tracker.say(
-                    f"[bold red]warning:[/] the teacher's own loss on the answers is {loss:.2f} nats a token, hardly "
+                tracker.warn(
+                    f"the teacher's own loss on the answers is {loss:.2f} nats a token, hardly "
                     "better than a guess: its chat template, tokenizer or weights do not fit this data; see "
                     "`vlm-distill inspect`"
                 )
@@ -312,80 +203,12 @@ class Trainer:
         term = sums.terms["loss"]
         return float(term.loss) / max(1, term.count), limit
 
-    def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
-        """Evaluates the student, at the end of the run with its teacher, and keeps it if it is the best so far."""
-        self.engine.share_statistics()
+    def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
         teacher = self.teacher.model if self.teacher is not None else None
-        score, skipped = self.evaluations.run(self.student, teacher, done, tracker, self.began, final=final)
-        if self.problems is not None:
-            self.problems.add(skipped)
-        if self.evaluations.best is not None:
-            self._keep_best(done, score, tracker)
+        return self.evaluations.run(self.student, teacher, done, tracker, self.began, final=final)
 
-    def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
-        # The first rank alone has the score, and perhaps the folder.
-        if not self.processes.gather(score is not None and score > self.best)[0]:
-            return
-        state = self.engine.whole_state(self.student)
-        if self.processes.first:
-            assert score is not None
-            self.best = score
-            about = {"step": done, "score": score, **self.evaluations.compared_by}
-            checkpoint.save_best(
-                self.folder / "best", lambda folder: self.student.save_pretrained(folder, state), about
-            )
-            tracker.say(f"step {done}: the best so far, written to {self.folder / 'best'}")
+    def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
+        self.student.save_pretrained(folder, state)
 
-    def _finish(self, done: int, tracker: Tracker) -> None:
-        trained = time.time()
-        self._evaluate(done, tracker, final=True)
-        state = self.engine.whole_state(self.student)
-        if self.processes.first:
-            self.student.save_pretrained(self.folder / "student", state)
-            self._summarise(trained)
-            tracker.say(f"student written to {self.folder / 'student'}")
-            if self.problems is not None and self.problems.counts:
-                tracker.say(self.problems.summary())
-        self.processes.barrier()
-
-    def _summarise(self, trained: float) -> None:
-        device = self.processes.device
-        counts = self.problems.counts if self.problems is not None else {}
-        problems = {f"{source}: {reason}": number for (source, reason), number in counts.items()}
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores()} cores"
-        words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-        summary = {
-            "command": shlex.join(["vlm-distill", "train", *words, "--nproc", str(self.processes.world)]),
-            "started": datetime.datetime.fromtimestamp(self.began).isoformat(timespec="seconds"),
-            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
-            "seconds": trained - self.began,
-            "steps": self.steps,
-            "device": f"{device.type}: {name}",
-            "ranks": self.processes.world,
-            "versions": {p: version(p) for p in ("torch", "transformers", "deepspeed")},
-            "parameters": self.parameters,
-            "memory": {"peak_bytes": _peak_memory(device)},
-            "problems": problems,
-        }
-        if self.evaluations.scores:
-            summary["benchmarks"] = self.evaluations.scores
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _headline(values: Mapping[str, Any]) -> dict[str, float]:
-    """What the bar shows: the loss, the state of its terms and the speed."""
-    shown = {"loss": values["loss"]}
-    shown |= {name.split("/")[1]: v for name, v in values.items() if name.endswith("/t")}
-    return shown | {"tokens/s": values["tokens_per_second"]}
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, or this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    def final_summary(self) -> dict[str, Any]:
+        return {"benchmarks": self.evaluations.scores} if self.evaluations.scores else {}

@@ -1,0 +1,176 @@
+"""The typed configuration of a classifier's distillation; what it shares with the other path is in that one's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from vlm_distill.config import (
+    DeepSpeedSection,
+    DType,
+    Fraction,
+    LossSection,
+    NotNegative,
+    Positive,
+    Section,
+    TrainingSection,
+)
+
+from .transforms import Augmentation, Erasing, Mixing
+
+Colour = tuple[float, float, float]
+AboveZero = Annotated[float, Field(gt=0)]
+
+
+class ClassifierSection(Section):
+    """A classifier, by the arguments of ``vision.classifier.load_classifier``."""
+
+    name: str
+    source: Literal["timm", "open_clip"] = "timm"
+    pretrained: bool | str = False
+    weights: str | None = None
+    num_classes: Positive | None = None
+    classes: list[str] | str | None = None
+    image_size: Positive | None = None
+    mean: Colour | None = None
+    std: Colour | None = None
+    config: dict[str, Any] = {}
+    templates: str | list[str] = "openai"
+
+
+class StudentSection(ClassifierSection):
+    train: Literal["all", "head"] = "all"
+
+
+class TeacherSection(ClassifierSection):
+    """``cache`` names a folder for its logits of fixed views, which are then computed once."""
+
+    cache: str | None = None
+
+
+class ClassifierLossSection(LossSection):
+    """One term of the loss, whose weight rises over ``warmup_epochs``: e/warmup in the e-th epoch (as DKD's code)."""
+
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ImagesSection(Section):
+    """One source of labelled images, by the arguments of ``data.classification.open_images``."""
+
+    path: str
+    name: str | None = None
+    format: str = "auto"
+    split: str | None = None
+    config: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    weight: AboveZero = 1.0
+    limit: Positive | None = None
+
+
+class DataSection(Section):
+    """``views`` are what training sees of an image: one, or a weak and a strong one where a loss compares them."""
+
+    train: list[ImagesSection] = Field(min_length=1)
+    eval: list[ImagesSection] = []
+    views: list[Augmentation] = Field([Augmentation()], min_length=1)
+    erasing: Erasing = Erasing()
+    mixing: Mixing = Mixing()
+    repeats: Positive = 1
+    fixed_views: NotNegative = 0
+    roots: list[str] = []
+    max_pixels: Positive = 89_478_485
+    bad_samples: Literal["skip", "fail"] = "skip"
+    workers: NotNegative = 4
+    prefetch: Positive = 2
+
+
+class OptimizerSection(Section):
+    """An optimizer and a schedule, by timm's names; epochs may be fractions.
+
+    Attributes:
+        name: as ``timm.optim`` knows it: ``sgd`` is with Nesterov's momentum, ``momentum`` without.
+        decay: which parameters ``weight_decay`` applies to: ``weights`` leaves biases and norms out, ``all`` does not.
+        layer_decay: factor on the learning rate from each layer to the one before it.
+        milestones: epochs after which the learning rate is multiplied by ``decay_rate``, for ``multistep``.
+        decay_epochs: the same every so many epochs, for ``step``.
+        options: further arguments of the optimizer.
+    """
+
+    name: str = "sgd"
+    lr: AboveZero = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Fraction = 0.9
+    decay: Literal["weights", "all"] = "weights"
+    layer_decay: AboveZero | None = None
+    schedule: Literal["cosine", "multistep", "step", "constant"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    milestones: list[AboveZero] = []
+    decay_epochs: AboveZero = 30.0
+    decay_rate: AboveZero = 0.1
+    max_grad_norm: AboveZero | None = None
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _steps_are_named(self) -> OptimizerSection:
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError("milestones and schedule: multistep belong together; give both or neither")
+        return self
+
+
+class ClassifierTrainingSection(TrainingSection):
+    """``gather`` shows losses of a batch the rows of all ranks; ``ema`` is the decay of an average of the weights."""
+
+    batch_size: Positive = 256
+    dtype: DType = "fp32"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    gather: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+
+class EvaluationSection(Section):
+    """``best`` names the data by whose top-1 accuracy the best student is kept."""
+
+    every_epochs: AboveZero | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 256
+    teacher: bool = True
+    best: str | None = None
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> EvaluationSection:
+        if self.best is not None and self.every_epochs is None:
+            raise ValueError("best chooses among evaluations while training; say how often they are (every_epochs)")
+        return self
+
+
+class ClassifierConfig(Section):
+    """A run. ``teacher`` may be absent: then only losses that need none are allowed."""
+
+    student: StudentSection
+    teacher: TeacherSection | None = None
+    loss: list[ClassifierLossSection] = Field(min_length=1)
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    training: ClassifierTrainingSection
+    deepspeed: DeepSpeedSection = DeepSpeedSection(stage=0)
+    evaluation: EvaluationSection = EvaluationSection()
+    output: str
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> ClassifierConfig:
+        if self.training.ema is not None and self.deepspeed.stage == 3:
+            raise ValueError("training.ema: an average of the weights needs them whole; use deepspeed.stage 0, 1 or 2")
+        if self.teacher is not None and self.teacher.cache is not None:
+            if not self.data.fixed_views:
+                raise ValueError("teacher.cache: keeps logits of fixed views; say how many (data.fixed_views)")
+            if self.data.mixing.mixup or self.data.mixing.cutmix or self.data.erasing.probability:
+                raise ValueError(
+                    "teacher.cache: mixed and erased images are never the same twice; leave out data.mixing and "
+                    "data.erasing, or the cache"
+                )
+        return self

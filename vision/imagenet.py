@@ -1,0 +1,258 @@
+"""ImageNet's variants: which classes each has, in which order, and which answers count as right.
+
+The only file that knows them by name. Classes, their order and ReaL's labels are timm's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from timm.data import ImageNetInfo
+
+from data.errors import BadSample, UserError
+
+if TYPE_CHECKING:
+    from data.classification import LabelledImage, LabelledImages
+
+Set = Literal["val", "v2", "real", "a", "r", "val-a", "val-r", "sketch", "c"]
+
+TITLES: Mapping[str, str] = {
+    "val": "ImageNet",
+    "v2": "ImageNet-V2",
+    "real": "ImageNet ReaL",
+    "a": "ImageNet-A",
+    "r": "ImageNet-R",
+    "val-a": "ImageNet, classes of A",
+    "val-r": "ImageNet, classes of R",
+    "sketch": "ImageNet-Sketch",
+    "c": "ImageNet-C",
+}
+
+# Mean errors of AlexNet over the five severities (Hendrycks and Dietterich 2019, from the authors' published code).
+_ALEXNET = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+_SEVERITIES = range(1, 6)
+_VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\b")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A set as ``vision.evaluate.predict`` asks about it.
+
+    Attributes:
+        source: images whose classes are synsets in ImageNet's order.
+        only_mapped: only these classes compete, whatever else the classifier knows.
+        references: all right labels of an image, or ``None`` where it is the image's one label.
+    """
+
+    source: LabelledImages
+    only_mapped: bool = False
+    references: Callable[[LabelledImage], Sequence[int]] | None = None
+
+
+@cache
+def synsets() -> tuple[str, ...]:
+    """The 1,000 classes in the order of the classifiers' outputs."""
+    return tuple(ImageNetInfo().label_names())
+
+
+@cache
+def indices(name: Literal["a", "r"]) -> tuple[int, ...]:
+    """The 200 of the 1,000 classes that ImageNet-A or -R has, rising."""
+    return tuple(map(int, _info(f"imagenet_{name}_indices.txt").split()))
+
+
+@cache
+def real_labels() -> tuple[tuple[int, ...], ...]:
+    """Right classes of each of the 50,000 validation images (Beyer et al. 2020); of some there are none."""
+    return tuple(map(tuple, json.loads(_info("imagenet_real_labels.json"))))
+
+
+def _info(name: str) -> str:
+    return resources.files("timm.data").joinpath("_info", name).read_text("utf-8")
+
+
+def readable(classes: Sequence[str]) -> tuple[str, ...]:
+    """``tench (n01440764)`` for synsets that timm knows; other names stay."""
+    return tuple(_names().get(name, name) for name in classes)
+
+
+@cache
+def _names() -> dict[str, str]:
+    info = ImageNetInfo("imagenet-22k")
+    described = {**info.label_descriptions(as_dict=True), **ImageNetInfo().label_descriptions(as_dict=True)}
+    return {synset: f"{text.split(', ')[0]} ({synset})" for synset, text in described.items()}
+
+
+def open_variant(name: Set, source: LabelledImages) -> Variant:
+    """A set by its name.
+
+    Args:
+        name: ``val-a`` and ``val-r`` are the images of the validation set whose classes A and R have, scored as those
+            are: the "clean" scores to compare A and R with.
+        source: the set's images as they lie on disk. Classes are synsets, or for V2 the numbers 0…999: in whatever
+            order the reader has them.
+
+    Raises:
+        UserError: a class is none of the set's; ReaL: the source has not all 1,000 classes.
+    """
+    subset: Literal["a", "r"] | None = {"a": "a", "val-a": "a", "r": "r", "val-r": "r"}.get(name)  # type: ignore[assignment]
+    whole = synsets()
+    classes = whole if subset is None else tuple(whole[i] for i in indices(subset))
+    place = {synset: k for k, synset in enumerate(classes)}
+    if name == "v2":
+        place |= {str(k): k for k in range(len(classes))}
+    labels = [place.get(given) for given in source.classes]
+    known = set(whole) if name.startswith("val-") else place.keys()
+    for given in source.classes:
+        if given not in known:
+            kind = "a number 0…999 or a synset" if name == "v2" else "a synset"
+            raise UserError(f"{source.name}: class {given} is none of {TITLES[name]}; its folders are named by {kind}")
+    if name == "real" and len(set(labels)) < len(whole):
+        raise UserError(f"{source.name}: ReaL needs all 1,000 classes of the validation set, here are {len(labels)}")
+    chosen = _Relabelled(source, TITLES[name], classes, labels, filtered=name.startswith("val-"))
+    return Variant(chosen, subset is not None, _real if name == "real" else None)
+
+
+def _real(item: LabelledImage) -> Sequence[int]:
+    """Raises ``BadSample`` where the name is no validation file's, and where there is no right label."""
+    found = _VALIDATION_FILE.search(item.image) if isinstance(item.image, str) else None
+    if found is None or not 1 <= int(found[1]) <= len(real_labels()):
+        raise BadSample("no name like ILSVRC2012_val_00000001.JPEG, by which ReaL knows an image")
+    right = real_labels()[int(found[1]) - 1]
+    if not right:
+        raise BadSample("no right label")
+    return right
+
+
+class _Relabelled:
+    """A source under another name, with classes in another order; images of other classes are no part of it."""
+
+    def __init__(
+        self,
+        source: LabelledImages,
+        name: str,
+        classes: tuple[str, ...],
+        labels: Sequence[int | None],
+        *,
+        filtered: bool,
+    ) -> None:
+        self.source, self.name, self.classes, self.labels = source, name, classes, labels
+        self.rows: Sequence[int] = range(len(source))
+        if filtered:
+            self.rows = [row for row in self.rows if self._label(row) is not None]
+
+    def _label(self, row: int) -> int | None:
+        try:
+            return self.labels[self.source[row].label]
+        except BadSample:
+            return None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> LabelledImage:
+        item = self.source[self.rows[row]]
+        label = self.labels[item.label]
+        assert label is not None  # such classes are refused, or their rows are left out
+        return replace(item, label=label)
+
+    def line(self, row: int) -> int:
+        return self.source.line(self.rows[row])
+
+    def size(self, row: int) -> int:
+        return 1
+
+
+def outputs(wanted: Sequence[str], classes: Sequence[str] | None) -> list[int] | None:
+    """The classifier's output of each wanted synset.
+
+    Args:
+        classes: the classifier's, in order. Without names, or with 1,000 that are no synsets, the outputs are taken to
+            be ImageNet's in the usual order, as timm's are.
+
+    Raises:
+        UserError: a synset is not among them.
+    """
+    usual = synsets()
+    if classes is None or (len(classes) == len(usual) and not set(classes) & set(usual)):
+        classes = usual
+    place = {name: k for k, name in enumerate(classes)}
+    for synset in wanted:
+        if synset not in place:
+            raise UserError(f"the classifier has no class {readable([synset])[0]}; it has {len(classes)} others")
+    return [place[synset] for synset in wanted]
+
+
+def corruption_folders(folder: Path) -> list[tuple[str, int, Path]]:
+    """(corruption, severity, folder) of ``<corruption>/<1…5>/<synset>/…``, one level deeper where they are grouped.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(path for pattern in ("*/[1-5]", "*/*/[1-5]") for path in folder.glob(pattern) if path.is_dir())
+    if not found:
+        raise UserError(f"{folder}: no folders <corruption>/<severity 1 to 5>/<synset> there, as ImageNet-C has them")
+    return [(path.parent.name, int(path.name), path) for path in found]
+
+
+def corruption_scores(scores: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
+    """What ImageNet-C's scores come to, from those of every corruption and severity.
+
+    Returns:
+        As of a classification: ``n``, and plain means over all corruptions and severities of ``exact``, ``top5``,
+        ``nll`` and ``ece``; ``by_type``, the same of each corruption, as a mean over its severities; ``corruptions``,
+        ``exact`` by corruption and severity. ``mce``: where all 15 corruptions of the benchmark are there with all
+        severities, 100 · the mean over them of error / AlexNet's error (Hendrycks and Dietterich 2019), else ``None``.
+    """
+    scored = {key: found for key, found in scores.items() if found["n"]}
+    by_corruption: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for (corruption, severity), found in scored.items():
+        by_corruption.setdefault(corruption, {})[severity] = found
+
+    def mean(found: Sequence[Mapping[str, Any]], key: str) -> float | None:
+        return math.fsum(f[key] for f in found) / len(found) if found else None
+
+    def together(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {"n": sum(f["n"] for f in found), "exact": mean(found, "exact")}
+
+    everything = list(scored.values())
+    complete = all(set(by_corruption.get(name, {})) == set(_SEVERITIES) for name in _ALEXNET)
+    errors = [
+        (1 - math.fsum(f["exact"] for f in by_corruption[name].values()) / len(_SEVERITIES)) / usual
+        for name, usual in (_ALEXNET.items() if complete else ())
+    ]
+    return {
+        "kind": "classification",
+        **together(everything),
+        **{key: mean(everything, key) for key in ("top5", "nll", "ece")},
+        "by_type": {name: together(list(found.values())) for name, found in by_corruption.items()},
+        "corruptions": {
+            name: {str(severity): f["exact"] for severity, f in sorted(found.items())}
+            for name, found in by_corruption.items()
+        },
+        "mce": 100 * math.fsum(errors) / len(errors) if errors else None,
+    }

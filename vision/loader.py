@@ -1,0 +1,221 @@
+"""Labelled images as whole optimizer steps for one rank; the views are the same for any ranks and workers."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.batch import Problem, Step
+from data.errors import BadSample, UserError
+from data.images import MAX_PIXELS, load_image
+from data.mixture import Mixture
+
+from .transforms import Augmentation, build_transform, kept_randomness, seed_randomness
+
+if TYPE_CHECKING:
+    from data.classification import LabelledImages
+
+    from .classifier import InputSettings
+
+_FREE, _FIXED = 0, 1
+
+
+@dataclass
+class ImageBatch:
+    """A micro-batch of V views of N images, the first views of all images first.
+
+    Attributes:
+        images: uint8 ``[V·N, 3, H, W]`` of the student's size, in the memory format ``channels_last``.
+        labels: int64 ``[N]``, in the student's order of classes.
+        rows: int64 ``[N]``, the data's rows, numbered through all sources.
+        checks: int64 ``[V·N]``, CRC-32 of each view's pixels, row by row; empty unless asked for.
+        number: which micro-batch of the step this is, over all ranks; with seed and step it seeds the device's draws.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    checks: Tensor
+    number: int = 0
+
+    @property
+    def samples(self) -> int:
+        """N, the images that were readable."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> ImageBatch:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
+        return ImageBatch(change(self.images), change(self.labels), change(self.rows), change(self.checks), self.number)
+
+
+class ImageSteps(Dataset[Step]):
+    """One rank's share of each optimizer step, by the step's number; micro-batches are dealt as in ``StepDataset``.
+
+    Each view's randomness is seeded by (seed, step, place in the step, view), or for fixed views by (seed, epoch modulo
+    ``fixed_views``, row, view): whoever makes it, it is the same.
+
+    Args:
+        mixture: the order of rows of ``LabelledImages``; its seed is the views' too.
+        inputs: the student's input.
+        augmentations: of each view, such as a weak and a strong one; ``None`` is the view of evaluation.
+        label_maps: for each source ``None`` (its labels are the student's), or the student's class of each of its
+            labels, −1 for a class that the student does not have: such an image is a bad sample.
+        rank: this process, from 0.
+        world: number of processes.
+        micro_batch_size: images in a micro-batch.
+        accumulation: micro-batches of each rank in a step.
+        roots: when given, folders outside of which no image is read.
+        max_pixels: the largest image.
+        on_bad: what a bad sample does: ``skip`` leaves its micro-batch smaller, ``fail`` ends the training.
+        fixed_views: how many different views an image has in all, each the view of an epoch in turn, so that a
+            teacher's answer may be kept; 0 for a new one each time.
+        repeats: how often each chosen image stands in its step, each time another view (repeated augmentation: Hoffer
+            et al. 2020, Berman et al. 2019). An epoch has as many steps as without, so that it sees one image of
+            ``repeats``, others in each epoch. Repeats stand far from each other, on different ranks where possible.
+        checks: give a checksum of each view.
+
+    Attributes:
+        steps_per_epoch: steps of an epoch, the smaller last one counted.
+
+    Raises:
+        UserError: the mixture's batch size is not ``micro_batch_size × accumulation × world`` or no multiple of
+            ``repeats``, or both repeats and fixed views are asked for; on access, with ``fail``, a bad sample.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture[LabelledImages],
+        inputs: InputSettings,
+        augmentations: Sequence[Augmentation | None] = (None,),
+        label_maps: Sequence[Sequence[int] | None] | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch_size: int,
+        accumulation: int = 1,
+        roots: Sequence[Path] = (),
+        max_pixels: int = MAX_PIXELS,
+        on_bad: Literal["skip", "fail"] = "skip",
+        fixed_views: int = 0,
+        repeats: int = 1,
+        checks: bool = False,
+    ) -> None:
+        if mixture.batch_size != micro_batch_size * accumulation * world:
+            raise UserError(
+                f"batch size {mixture.batch_size} is not {micro_batch_size} (micro-batch) x {accumulation} "
+                f"(accumulation) x {world} (ranks) = {micro_batch_size * accumulation * world}; change one of them"
+            )
+        if mixture.batch_size % repeats:
+            raise UserError(f"batch size {mixture.batch_size} is no multiple of {repeats} repeats; change one of them")
+        if fixed_views and repeats > 1:
+            raise UserError(f"{fixed_views} fixed views and {repeats} repeats; one of them, as repeats need new views")
+        self.mixture = mixture
+        self.size = inputs.size
+        self.transforms = [build_transform(inputs, augmentation) for augmentation in augmentations]
+        self.label_maps = [None] * len(mixture.sources) if label_maps is None else list(label_maps)
+        self.rank = rank
+        self.world = world
+        self.micro_batch_size = micro_batch_size
+        self.accumulation = accumulation
+        self.roots = tuple(roots)
+        self.max_pixels = max_pixels
+        self.on_bad = on_bad
+        self.fixed_views = fixed_views
+        self.repeats = repeats
+        self.checks = checks
+        self.steps_per_epoch = mixture.steps_per_epoch
+        #: The first row of each source when the rows of all sources are numbered through.
+        self._first = [0, *accumulate(len(source) for source in mixture.sources)]
+
+    def __getitem__(self, index: int) -> Step:
+        rows = self._rows(index)
+        problems: list[Problem] = []
+        numbers = range(self.rank, self.accumulation * self.world, self.world)
+        with kept_randomness():
+            batches: list[Any] = [self._batch(index, rows, number, problems) for number in numbers]
+        return Step(index, batches, problems)
+
+    def sample(self, count: int) -> ImageBatch:
+        """The first ``count`` images of the training's first micro-batch, as far as they are readable."""
+        with kept_randomness():
+            return self._batch(0, self._rows(0)[:count], 0, [])
+
+    def turn(self, step: int) -> int:
+        """Which of the fixed views the images of a step are seen in, from 0."""
+        return step // self.steps_per_epoch % self.fixed_views
+
+    def _rows(self, step: int) -> list[tuple[int, int]]:
+        """The (source, row) pairs of a step, over all ranks."""
+        rows = self.mixture.rows(step)
+        chosen = rows[: math.ceil(len(rows) / self.repeats)]
+        return (chosen * self.repeats)[: len(rows)]
+
+    def _batch(self, step: int, places: Sequence[tuple[int, int]], number: int, problems: list[Problem]) -> ImageBatch:
+        """Micro-batch ``number`` of a step, of which ``places`` are all rows."""
+        labels, rows, images = [], [], []
+        start = number * self.micro_batch_size
+        for place, (source, row) in enumerate(places[start : start + self.micro_batch_size], start):
+            try:
+                label, views = self._read(step, place, source, row)
+            except BadSample as bad:
+                problems.append(self._problem(source, row, bad))
+                continue
+            labels.append(label)
+            rows.append(self._first[source] + row)
+            images.append(views)
+        count = len(self.transforms)
+        # A view is the transpose of Pillow's pixels: in this memory format it is copied as it lies.
+        pixels = torch.empty((count * len(rows), 3, *self.size), dtype=torch.uint8, memory_format=torch.channels_last)
+        for i, views in enumerate(images):
+            for view, pixels_of_view in enumerate(views):
+                pixels[view * len(rows) + i] = pixels_of_view
+        checks = [zlib.crc32(view.permute(1, 2, 0).numpy().data) for view in pixels] if self.checks else []
+        return ImageBatch(
+            pixels,
+            torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(rows, dtype=torch.int64),
+            torch.tensor(checks, dtype=torch.int64),
+            number,
+        )
+
+    def _read(self, step: int, place: int, source: int, row: int) -> tuple[int, list[Tensor]]:
+        origin = self.mixture.sources[source]
+        sample = origin[row]
+        label, mapping = sample.label, self.label_maps[source]
+        if mapping is not None:
+            label = mapping[label]
+            if label < 0:
+                raise BadSample("class the student does not have", str(origin.classes[sample.label]))
+        image = load_image(sample.image, roots=self.roots, max_pixels=self.max_pixels)
+        views = []
+        for view, transform in enumerate(self.transforms):
+            if self.fixed_views:
+                seed_randomness(self.mixture.seed, _FIXED, self.turn(step), self._first[source] + row, view)
+            else:
+                # Not by epoch and row: an epoch, and even a step, may take a row more than once.
+                seed_randomness(self.mixture.seed, _FREE, step, place, view)
+            views.append(transform(image))
+        return label, views
+
+    def _problem(self, source: int, row: int, bad: BadSample) -> Problem:
+        origin = self.mixture.sources[source]
+        line = origin.line(row)
+        if self.on_bad == "fail":
+            raise UserError(
+                f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
+            )
+        return Problem(origin.name, line, bad.reason, bad.detail)

@@ -1,0 +1,31 @@
+"""Hard distillation: the teacher's decision stands for the label."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vlm_distill.losses import DistillationLoss, RowResult
+from vlm_distill.losses.base import upcast
+
+from .cross_entropy import CrossEntropy
+
+
+class HardLabels(DistillationLoss):
+    """Cross-entropy with the teacher's likeliest class, −log q(argmax p) (Touvron et al., DeiT, ICML 2021).
+
+    Where mixed images have mixed labels, the teacher still decides for one class an image.
+    """
+
+    scratch = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cross_entropy = CrossEntropy()
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
+        return self._cross_entropy(student_logits, None, upcast(teacher_logits).argmax(-1))
+
+    def rows(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
+    ) -> RowResult:
+        return self._cross_entropy.rows(student_logits, None, upcast(teacher_logits).argmax(-1), grad=grad)

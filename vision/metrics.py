@@ -1,0 +1,165 @@
+"""Scores of a classifier from its logits: what is kept of every image, and the sums over all of them.
+
+Of every image a few numbers are kept and summed at the end, in the order of the source and exactly rounded
+(``math.fsum``): the scores depend neither on how images are batched nor on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm_distill.evaluation.runner import wilson_interval
+
+#: Guo et al. 2017, as most papers after it.
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A classifier's answers to N images; every field is an array ``[N]``.
+
+    Attributes:
+        rows: int64, rows of the source.
+        labels: int64, the source's labels.
+        answers: int64, the output with the greatest logit.
+        confidence: float64, its softmax.
+        right, right5: bool, whether it, or one of the five greatest, is right. Ties are broken as by ``torch.topk``.
+        nll: float64, ``−log`` of the summed softmax of the outputs that are right, in nats.
+        agrees: bool, whether the teacher's greatest logit is the same output's; empty without a teacher.
+        divergence: float64, ``KL(teacher ‖ classifier)`` in nats; empty without a teacher.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    answers: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+    right5: np.ndarray
+    nll: np.ndarray
+    agrees: np.ndarray
+    divergence: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def measure(
+    rows: Sequence[int],
+    labels: Sequence[int],
+    logits: Tensor,
+    right: Tensor,
+    pair: tuple[Tensor, Tensor] | None = None,
+) -> Answers:
+    """What is kept of a batch.
+
+    Args:
+        rows, labels: of the source, N each.
+        logits: ``[N, C]``, any floating type; the softmax is of float64.
+        right: bool ``[N, C]``, which outputs are right: one in each row, or several (ReaL).
+        pair: the classifier's and the teacher's logits ``[N, K]`` of the same K classes, to compare the two.
+    """
+    logits = logits.double()
+    log_p = logits.log_softmax(-1)
+    top = logits.topk(min(5, logits.shape[-1]), -1).indices
+    hits = right.gather(-1, top)
+    nothing = torch.empty(0)
+    agrees, divergence = nothing.bool(), nothing.double()
+    if pair is not None:
+        ours, theirs = (x.double() for x in pair)
+        agrees = ours.topk(1, -1).indices[:, 0] == theirs.topk(1, -1).indices[:, 0]
+        log_q = theirs.log_softmax(-1)
+        # A class that the teacher gives nothing adds nothing, whatever the student gives it: 0 · ∞ is 0 here.
+        divergence = torch.where(log_q.exp() > 0, log_q.exp() * (log_q - ours.log_softmax(-1)), 0).sum(-1)
+    found = (
+        top[:, 0],
+        log_p.gather(-1, top[:, :1])[:, 0].exp(),
+        hits[:, 0],
+        hits.any(-1),
+        -log_p.masked_fill(~right, -math.inf).logsumexp(-1),
+        agrees,
+        divergence,
+    )
+    return Answers(np.asarray(rows, np.int64), np.asarray(labels, np.int64), *(x.cpu().numpy() for x in found))
+
+
+def together(parts: Sequence[Answers]) -> Answers:
+    """The answers of all batches of all ranks, in the order of the source."""
+    if not parts:
+        parts = [measure([], [], torch.empty(0, 1), torch.empty(0, 1, dtype=torch.bool))]
+    whole = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
+    order = np.argsort(whole["rows"], kind="stable")
+    return Answers(**{name: values[order] if len(values) else values for name, values in whole.items()})
+
+
+def summarise(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
+    """Scores of N images, as ``scores.json`` has them.
+
+    Args:
+        names: of the source's classes, in the order of its labels.
+
+    Returns:
+        ``n``; ``exact`` (top-1) and ``top5``, shares in 0…1; ``interval``, Wilson's of top-1, 95 %; ``nll``, a mean in
+        nats; ``ece`` and ``calibration`` (:func:`calibration`); ``by_type``, ``n`` and ``exact`` of each class that
+        has an image, in the order of labels. With a teacher also ``agreement``, the share of equal answers, and ``kl``,
+        the mean of KL(teacher ‖ classifier) in nats. Of no image, scores are ``None``.
+    """
+    n = len(answers)
+    if n == 0:
+        empty = dict.fromkeys(("exact", "top5", "interval", "nll", "ece"))
+        return {"kind": "classification", "n": 0, **empty, "calibration": [], "by_type": {}}
+    exact = int(answers.right.sum()) / n
+    bins = calibration(answers.confidence, answers.right)
+    counts = np.bincount(answers.labels, minlength=len(names))
+    hits = np.bincount(answers.labels[answers.right], minlength=len(names))
+    scores: dict[str, Any] = {
+        "kind": "classification",
+        "n": n,
+        "exact": exact,
+        "top5": int(answers.right5.sum()) / n,
+        "interval": list(wilson_interval(exact, n)),
+        "nll": math.fsum(answers.nll) / n,
+        "ece": expected_calibration_error(bins),
+        "calibration": bins,
+        "by_type": {
+            name: {"n": int(count), "exact": int(hit) / int(count)}
+            for name, count, hit in zip(names, counts, hits, strict=True)
+            if count
+        },
+    }
+    if len(answers.agrees):
+        scores["agreement"] = int(answers.agrees.sum()) / n
+        scores["kl"] = math.fsum(answers.divergence) / n
+    return scores
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
+    """How often answers are right, by how sure the classifier is of them (Guo et al. 2017, section 3).
+
+    Images fall into 15 bins of equal width by the softmax of their answer: bin m of M = 15 is ((m − 1)/M, m/M].
+
+    Returns:
+        Of every bin that is not empty, in rising order: its number of images ``n``, mean ``confidence``, and share of
+        right answers ``exact``.
+    """
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    found = []
+    for number in range(BINS):
+        inside = place == number
+        n = int(inside.sum())
+        if n:
+            sure = math.fsum(confidence[inside]) / n
+            found.append({"n": n, "confidence": sure, "exact": int(right[inside].sum()) / n})
+    return found
+
+
+def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
+    """``ECE = Σ_m n_m/N · |exact_m − confidence_m|`` over the bins of :func:`calibration`, in 0…1."""
+    total = math.fsum(b["n"] for b in bins)
+    return math.fsum(b["n"] * abs(b["exact"] - b["confidence"]) for b in bins) / total

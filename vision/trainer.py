@@ -1,0 +1,529 @@
+"""Distilling a classifier: what the shared loop does with labelled images."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm.optim
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from data.batch import Problem, Step
+from data.classification import LabelledImages, open_images
+from data.errors import UserError
+from data.images import load_image
+from data.loader import make_loader
+from data.mixture import Mixture
+from data.teacher_cache import TeacherCache, fingerprint
+from vlm_distill.launch import cores
+from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
+from vlm_distill.training.engine import Engine, Processes
+from vlm_distill.training.loop import Loop
+from vlm_distill.training.schedule import parameter_groups
+from vlm_distill.training.tracking import Tracker
+
+from . import losses
+from .classes import map_classes
+from .classifier import Classifier, Outputs, load_classifier
+from .config import ClassifierConfig, ClassifierSection, OptimizerSection
+from .ema import Average
+from .evaluate import in_words, predict
+from .loader import ImageBatch, ImageSteps
+from .task import AnyTerm, BatchTerm, ClassificationTask
+from .transforms import DeviceViews, Views
+
+# timm's optimizers whose update of a number reads that number's own gradient and state alone. ZeRO 1 to 3 hands the
+# optimizer flat slices of all parameters, so that any other would see layers that are none.
+_ELEMENTWISE = {
+    *("sgd", "momentum", "nesterov", "nesterovw", "sgdw", "adam", "adamw", "adamax", "adagrad", "adadelta", "nadam"),
+    *("nadamw", "radam", "radamw", "rmsprop", "rmsproptf", "lion", "adan", "adanw", "adopt", "adoptw", "laprop"),
+    "madgrad",
+}
+_CHECKED_IMAGES = 64
+
+
+def train(config: ClassifierConfig, processes: Processes, *, until: int | None = None) -> Path:
+    """Trains a classifier, evaluates it and its teacher, and exports it; returns the run's folder.
+
+    Args:
+        config: the run.
+        processes: the ranks; every rank calls this.
+        until: stop (with a checkpoint) after this many optimizer steps of the whole schedule.
+
+    Raises:
+        UserError: the configuration asks for what cannot be.
+    """
+    return Trainer(config, processes).run(until)
+
+
+def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
+    """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
+    terms: list[AnyTerm] = []
+    for section in config.loss:
+        loss = losses.build(section.name, **(section.model_extra or {}))
+        if "teacher" in loss.needs and config.teacher is None:
+            raise UserError(f"loss {section.name} needs a teacher; add a teacher section or use cross_entropy alone")
+        taken = [term.name for term in terms]
+        name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
+        if isinstance(loss, BatchLoss):
+            if loss.views > 1 and loss.views != len(config.data.views):
+                raise UserError(
+                    f"loss {section.name} compares {loss.views} views of an image and data.views has "
+                    f"{len(config.data.views)}; give a weak and a strong one"
+                )
+            terms.append(BatchTerm(name, loss, section.weight))
+        elif isinstance(loss, FeatureLoss):
+            terms.append(FeatureTerm(name, loss, section.weight))
+        else:
+            terms.append(Term(name, loss, section.weight))
+    return terms
+
+
+def build_optimizer(task: ClassificationTask, section: OptimizerSection, stage: int) -> torch.optim.Optimizer:
+    """timm's optimizer of that name, over the student's parameters and what the losses learn.
+
+    Raises:
+        UserError: there is none of that name, it cannot work on what ZeRO gives it, or an option is unknown.
+    """
+    if section.name not in timm.optim.list_optimizers():
+        raise UserError(f"optimizer.name: timm has no {section.name}; for example sgd, momentum, adamw, lamb")
+    if stage and section.name not in _ELEMENTWISE:
+        raise UserError(
+            f"optimizer.name: {section.name} looks at whole layers (or may), which ZeRO {stage} cuts up; set "
+            f"deepspeed.stage to 0, or choose one of {', '.join(sorted(_ELEMENTWISE))}"
+        )
+    student: Any = task.student.model
+    exempt = student.no_weight_decay() if hasattr(student, "no_weight_decay") else ()
+    decay = section.weight_decay
+    groups: list[dict[str, Any]]
+    if section.layer_decay is not None:
+        try:
+            groups = param_groups_layer_decay(
+                student, decay, no_weight_decay_list=exempt, layer_decay=section.layer_decay
+            )
+        except (AttributeError, AssertionError):
+            raise UserError(
+                f"optimizer.layer_decay: timm knows no layers of {type(student).__name__}; leave it out"
+            ) from None
+    elif section.decay == "all":
+        groups = [{"params": [p for p in student.parameters() if p.requires_grad], "weight_decay": decay}]
+    else:
+        groups = param_groups_weight_decay(student, decay, no_weight_decay_list=exempt)
+    groups += parameter_groups(task.losses, decay)
+    try:
+        return timm.optim.create_optimizer_v2(
+            [group for group in groups if group["params"]],
+            section.name,
+            lr=section.lr,
+            weight_decay=decay,
+            momentum=section.momentum,
+            **section.options,
+        )
+    except (TypeError, ValueError, ImportError, AssertionError) as error:
+        raise UserError(f"optimizer: {section.name}: {' '.join(str(error).split())}") from None
+
+
+class Schedule:
+    """timm's schedule of a learning rate, as a function of the optimizer step."""
+
+    def __init__(self, section: OptimizerSection, steps: int, epoch_steps: int) -> None:
+        # timm's schedules write into an optimizer; the engine's is not theirs.
+        self._holder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=section.lr)
+        self._schedule, _ = create_scheduler_v2(
+            self._holder,
+            section.schedule,
+            num_epochs=steps / epoch_steps,  # type: ignore[arg-type]  # a fraction will do
+            decay_epochs=section.decay_epochs,
+            decay_milestones=section.milestones,  # type: ignore[arg-type]
+            decay_rate=section.decay_rate,
+            min_lr=section.min_lr,
+            warmup_lr=section.warmup_lr,
+            warmup_epochs=section.warmup_epochs,  # type: ignore[arg-type]
+            step_on_epochs=False,
+            updates_per_epoch=epoch_steps,
+        )
+
+    def __call__(self, step: int) -> float:
+        self._schedule.step_update(step)
+        return self._holder.param_groups[0]["lr"]
+
+
+class Teacher:
+    """A frozen classifier, its classes brought into the student's order, its logits kept on disk where asked.
+
+    Args:
+        classifier: on its device.
+        order: int64 ``[C]``, the teacher's output for each of the student's; ``None`` where they are the same.
+        features: what losses read beside the logits.
+        dtype: of autocast; ``None`` computes in float32.
+        cache: of its logits of fixed views.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        order: Tensor | None,
+        features: Sequence[str],
+        *,
+        dtype: torch.dtype | None = None,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.order, self.features, self.dtype, self.cache = order, features, dtype, cache
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> Outputs:
+        """What it gives for normalised images ``[n, 3, H, W]`` of its own size."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            logits, features, _ = self.classifier(images, self.features)
+        return Outputs(logits if self.order is None else logits[:, self.order], features, None)
+
+    def remembered(self, batch: ImageBatch, views: Views, first: int) -> Outputs:
+        """The same from the cache, which is filled where a batch is not in it yet; ``first`` is its first view."""
+        assert self.cache is not None
+        assert views.teacher is not None
+        count = max(1, len(batch.images) // max(1, batch.samples))
+        checks = batch.checks.chunk(count)
+        found = [self.cache.read(batch.rows, first + view, checks[view]) for view in range(count)]
+        if batch.samples == 0 or any(part is None for part in found):
+            outputs = self.outputs(views.teacher)
+            for view, logits in enumerate(outputs.logits.float().chunk(count) if batch.samples else ()):
+                self.cache.write(batch.rows, first + view, checks[view], logits)
+            return outputs
+        logits = torch.cat([part for part in found if part is not None])
+        return Outputs(logits.to(views.student.device, non_blocking=True), {}, None)
+
+
+class Trainer(Loop):
+    """Everything of a run, built in the order in which its mistakes are cheapest to find."""
+
+    command, speed = "classify", "images_per_second"
+    student: Classifier
+    terms: Sequence[AnyTerm]  # type: ignore[assignment]  # a term of a batch has what the loop reads
+
+    def __init__(self, config: ClassifierConfig, processes: Processes) -> None:
+        super().__init__(config, processes)
+        self.config = config
+        terms = build_terms(config)
+        sources = open_sources(config.data.train)
+        self.held_out = open_sources(config.data.eval)
+        settings, training = config.evaluation, config.training
+        names = [source.name for source in self.held_out]
+        if settings.best is not None:
+            if settings.best not in names:
+                raise UserError(
+                    f"evaluation.best: {settings.best} is not among data.eval ({', '.join(names) or 'none'})"
+                )
+            self.compared_by = {"name": settings.best, "limit": settings.limit}
+
+        device = processes.device
+        classes = sources[0].classes
+        teacher = load(config.teacher, classes, "teacher") if config.teacher is not None else None
+        # After the teacher, so that a student starts from the same weights with and without one.
+        torch.manual_seed(training.seed)
+        student = load(config.student, classes, "student", train=config.student.train)
+        told = [f"student: {note}" for note in student.notes]
+        told += [f"teacher: {note}" for note in teacher.notes] if teacher is not None else []
+        label_maps = []
+        for source in sources:
+            mapped = map_classes(
+                student.classes,
+                None if teacher is None else teacher.classes,
+                source.classes,
+                student_outputs=student.num_classes,
+                teacher_outputs=None if teacher is None else teacher.num_classes,
+            )
+            label_maps.append(None if mapped.labels is None else mapped.labels.tolist())
+            told += mapped.notes
+        order = mapped.teacher_index
+        self.told = list(dict.fromkeys(told))
+
+        guide = teacher if any("teacher" in term.loss.needs for term in terms) else None
+        prepare_losses(terms, student, guide)
+        if training.activation_checkpointing:
+            student.checkpoint_activations()
+
+        views = len(config.data.views)
+        mixture = Mixture(
+            sources,
+            [section.weight for section in config.data.train],
+            seed=training.seed,
+            batch_size=training.batch_size,
+        )
+        cached = config.teacher is not None and config.teacher.cache is not None
+        self.dataset = ImageSteps(
+            mixture,
+            student.inputs,
+            config.data.views,
+            label_maps,
+            rank=processes.rank,
+            world=processes.world,
+            micro_batch_size=self.micro,
+            accumulation=self.accumulation,
+            roots=[Path(root) for root in config.data.roots],
+            max_pixels=config.data.max_pixels,
+            on_bad=config.data.bad_samples,
+            fixed_views=config.data.fixed_views,
+            repeats=config.data.repeats,
+            checks=cached,
+        )
+        self.epoch_steps = self.dataset.steps_per_epoch
+        self.steps = training.steps or math.ceil((training.epochs or 0) * self.epoch_steps)
+        every = settings.every_epochs
+        self.evaluate_every = None if every is None else max(1, round(every * self.epoch_steps))
+
+        self.parameters = {
+            "student": sum(p.numel() for p in student.parameters()),
+            "trained": sum(p.numel() for p in student.parameters() if p.requires_grad),
+        }
+        form = torch.channels_last if training.channels_last else torch.contiguous_format
+        student.to(device).to(memory_format=form)
+        self.dtype = torch.bfloat16 if training.dtype == "bf16" else None
+        self.teacher: Teacher | None = None
+        self.guide: Teacher | None = None
+        if teacher is not None:
+            self.parameters["teacher"] = sum(p.numel() for p in teacher.parameters())
+            teacher.to(device).to(memory_format=form)
+            features = wanted_features([term for term in terms if isinstance(term, FeatureTerm)])[1]
+            cache = self._open_cache(teacher, order, student) if cached else None
+            if cache is not None and features:
+                raise UserError("teacher.cache: keeps logits, and a loss reads the teacher's features; leave out one")
+            self.teacher = Teacher(teacher, order, features, dtype=self.dtype, cache=cache)
+            self.guide = self.teacher if guide is not None else None
+        self.on_device = DeviceViews(
+            student.inputs,
+            guide.inputs if guide is not None else None,
+            student.num_classes,
+            erasing=config.data.erasing,
+            mixing=config.data.mixing,
+            device=device,
+            channels_last=training.channels_last,
+        )
+        self.average = Average(student, training.ema) if training.ema is not None else None
+        if training.compile:
+            for model in (student.model, teacher and teacher.model):
+                if model is not None:
+                    model.compile()
+        gather = processes.gather_rows if training.gather and processes.world > 1 else None
+        task = ClassificationTask(student, terms, views=views, gather=gather)
+        optimizer = build_optimizer(task, config.optimizer, config.deepspeed.stage)
+        self.engine = Engine(
+            task, optimizer, config, processes, read_parameters=task.read_parameters(), autocast=self.dtype is not None
+        )
+        self.student, self.terms = student, terms
+        self.warmups = {t.name: section.warmup_epochs for t, section in zip(terms, config.loss, strict=True)}
+        self.schedule = Schedule(config.optimizer, self.steps, self.epoch_steps)
+
+    def _open_cache(self, teacher: Classifier, order: Tensor | None, student: Classifier) -> TeacherCache:
+        section, data = self.config.teacher, self.config.data
+        assert section is not None
+        assert section.cache is not None
+        identity = {
+            "teacher's weights": fingerprint(teacher.state_dict()),
+            "teacher's input": str(teacher.inputs),
+            "student's input": str(student.inputs),
+            "classes": str(None if order is None else order.tolist())[:1000],
+            "data.views": str([view.model_dump() for view in data.views]),
+            "training.seed": str(self.config.training.seed),
+            "training.dtype": self.config.training.dtype,
+        }
+        sources = {source.name: len(source) for source in self.dataset.mixture.sources}
+        views = data.fixed_views * len(data.views)
+        # The first rank makes it, the others find it there.
+        if not self.processes.first:
+            self.processes.barrier()
+        cache = TeacherCache(Path(section.cache), sources, views, student.num_classes, identity)
+        if self.processes.first:
+            self.processes.barrier()
+        return cache
+
+    def batches(self, start: int, stop: int) -> Iterator[Step]:
+        data = self.config.data
+        workers = min(data.workers, cores())
+        return make_loader(self.dataset, start, stop, workers=workers, prefetch=data.prefetch)
+
+    def counts(self, step: Step) -> dict[str, float]:
+        return {"samples": sum(batch.samples for batch in step.batches)}
+
+    def rows(self, term: AnyTerm, totals: Mapping[str, float]) -> float:
+        one = isinstance(term, BatchTerm) and term.loss.views > 1
+        return totals["samples"] * (1 if one else len(self.config.data.views))
+
+    def ramp(self, term: AnyTerm, step: int) -> float:
+        warmup = self.warmups[term.name]
+        return min(1.0, (step // self.epoch_steps + 1) / warmup) if warmup else 1.0
+
+    def learn(self, step: Step, micro: ImageBatch, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
+        batch = micro.to(self.processes.device)
+        views = self.on_device(batch, seed=self.config.training.seed, step=step.index)
+        outputs = None
+        if self.guide is not None and self.guide.cache is not None:
+            first = self.dataset.turn(step.index) * len(self.config.data.views)
+            outputs = self.guide.remembered(batch, views, first)
+        elif self.guide is not None:
+            assert views.teacher is not None
+            outputs = self.guide.outputs(views.teacher)
+        return self.engine(views, outputs, scales)
+
+    def lr(self, step: int) -> float:
+        return self.schedule(step)
+
+    def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+        return {self.speed: totals["samples"] / seconds}
+
+    def stepped(self, step: int) -> None:
+        if self.average is not None:
+            self.average.update(self.student, step)
+
+    def share_statistics(self) -> None:
+        super().share_statistics()
+        if self.average is not None:
+            self.engine.share_statistics(self.average.model)
+
+    def student_state(self) -> dict[str, Tensor]:
+        return super().student_state() if self.average is None else self.average.model.state_dict()
+
+    def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
+        self.student.save_pretrained(folder, state)
+
+    def save_more(self, folder: Path) -> None:
+        if self.average is not None and self.processes.first:
+            self.average.save(folder)
+
+    def load_more(self, folder: Path) -> None:
+        if self.average is not None:
+            self.average.load(folder)
+
+    def introduce(self, tracker: Tracker, done: int) -> None:
+        if self.guide is None or done >= self.steps:
+            return
+        seen = self._teacher_accuracy(self.guide)
+        if seen is None:
+            return
+        right, count = seen
+        chance = 1 / self.student.num_classes
+        if right / count < max(3 * chance, 0.05) and chance < 0.3:
+            tracker.warn(
+                f"the teacher is right on {right} of the first {count} training images, hardly better than a guess: "
+                "its classes, normalisation or weights do not fit this data"
+            )
+        else:
+            tracker.say(f"the teacher is right on {right} of the first {count} training images")
+
+    def _teacher_accuracy(self, teacher: Teacher) -> tuple[int, int] | None:
+        """How many of some training images, without augmentation, it gets right."""
+        steps = ImageSteps(
+            self.dataset.mixture,
+            self.student.inputs,
+            label_maps=self.dataset.label_maps,
+            micro_batch_size=self.dataset.mixture.batch_size,
+            roots=self.dataset.roots,
+            max_pixels=self.dataset.max_pixels,
+        )
+        batch = steps.sample(_CHECKED_IMAGES).to(self.processes.device)
+        if not batch.samples:
+            return None
+        plain = DeviceViews(
+            self.student.inputs, teacher.classifier.inputs, self.student.num_classes, device=self.processes.device
+        )
+        seen = plain(batch, seed=0, step=0).teacher
+        assert seen is not None
+        answers = teacher.outputs(seen).logits.argmax(-1)
+        return int((answers == batch.labels).sum()), batch.samples
+
+    def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
+        settings, processes = self.config.evaluation, self.processes
+        chosen: float | None = None
+        problems: list[Problem] = []
+        student = self.student if self.average is None else self.average.model
+        models: dict[str, Classifier] = {"student": student}
+        if final and self.teacher is not None and settings.teacher:
+            models = {"teacher": self.teacher.classifier, "student": student}
+        load_safely = partial(
+            load_image, roots=[Path(root) for root in self.config.data.roots], max_pixels=self.config.data.max_pixels
+        )
+        for source in self.held_out:
+            theirs: dict[int, Tensor] | None = None
+            for who, model in models.items():
+                mapped = map_classes(model.classes, None, source.classes, student_outputs=model.num_classes)
+                kept: dict[int, Tensor] | None = {} if who == "teacher" else None
+                folder = self.folder / "evaluation" / source.name
+                scores = predict(
+                    model,
+                    source,
+                    batch_size=settings.batch_size,
+                    workers=min(self.config.data.workers, cores()),
+                    device=processes.device,
+                    channels_last=self.config.training.channels_last,
+                    dtype=self.dtype,
+                    limit=None if final else settings.limit,
+                    rank=processes.rank,
+                    world=processes.world,
+                    all_gather=processes.gather,
+                    out=folder / who if final else None,
+                    pictures=folder / "pictures" if final and who == "student" else None,
+                    label_map=None if mapped.labels is None else mapped.labels.tolist(),
+                    logits=kept,
+                    teacher=theirs,
+                    load=load_safely,
+                    skipped=problems if who == "student" else None,
+                )
+                theirs = kept if who == "teacher" else theirs
+                if who == "student" and scores["n"]:
+                    plain = {k: v for k, v in scores.items() if isinstance(v, int | float)}
+                    tracker.log("eval", done, {"data": source.name, **plain, "seconds": time.time() - self.began})
+                    if source.name == settings.best:
+                        chosen = scores["exact"]
+                where = f"step {done}" if who == "student" else who
+                tracker.say(f"{where}: {source.name}: {in_words(scores)}")
+        return chosen, problems
+
+
+def open_sources(sections: Sequence[Any]) -> list[LabelledImages]:
+    """The readers of a configuration's sources of labelled images."""
+    return [open_images(**section.model_dump(exclude={"weight"}, exclude_none=True)) for section in sections]
+
+
+def load(section: ClassifierSection, classes: Sequence[str], role: str, **more: Any) -> Classifier:
+    """A classifier by its section; one without weights has an output for each of the data's classes."""
+    given = section.model_dump(exclude={"train", "cache"})
+    fresh = not (section.pretrained or section.weights or Path(section.name).is_dir())
+    if fresh and section.source == "timm" and section.num_classes is None:
+        given["num_classes"] = len(classes)
+    if section.classes is None and given["num_classes"] == len(classes):
+        given["classes"] = list(classes)
+    name = given.pop("name")
+    try:
+        return load_classifier(name, **given, **more)
+    except UserError as error:
+        raise UserError(f"{role}: {error}") from None
+
+
+def prepare_losses(terms: Sequence[AnyTerm], student: Classifier, teacher: Classifier | None) -> None:
+    """Tells the losses the number of classes and the features' shapes, so that what they learn exists before training.
+
+    Raises:
+        UserError: a classifier cannot give what a loss reads.
+    """
+    for term in terms:
+        if isinstance(term, Term):
+            term.loss.prepare(student.num_classes)
+        elif isinstance(term, FeatureTerm):
+            assert teacher is not None
+            shapes = []
+            for role, model, names in (
+                ("student", student, term.loss.student_features),
+                ("teacher", teacher, term.loss.teacher_features),
+            ):
+                try:
+                    shapes.append({name: model.feature_shape(name) for name in names})
+                except UserError as error:
+                    raise UserError(f"loss {term.name}: {role}: {error}") from None
+            term.loss.prepare(*shapes)

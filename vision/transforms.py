@@ -1,0 +1,362 @@
+"""Views of an image: what a worker makes of it (8-bit pixels), and what the device makes of a batch of them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, field_validator
+from timm.data import Mixup, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torchvision import transforms as torchvision_transforms
+
+from vlm_distill.config import Section
+
+if TYPE_CHECKING:
+    from .classifier import InputSettings
+    from .loader import ImageBatch
+
+Transform = Callable[[Image.Image], Tensor]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    if bits_to_keep > 0:
+        return auto_augment.posterize(image, bits_to_keep)
+    return Image.new(image.mode, image.size)
+
+
+# timm's strongest posterization keeps no bit. Pillow made a black image of that once; now it raises, in the midst of a
+# training, whenever RandAugment happens to draw it (timm 1.0.31, Pillow 13).
+auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
+
+# timm's names of the crops that it makes itself.
+_TIMM_CROPS = {"random_resized": "rrc", "rkrc": "rkrc", "rkrr": "rkrr"}
+
+
+class Augmentation(Section):
+    """How a training view is made of an image. The defaults are timm's for ImageNet.
+
+    CIFAR's standard recipe is ``crop: pad`` and ``color_jitter: 0``; a view without any randomness is ``crop: center``,
+    ``hflip: 0`` and ``color_jitter: 0``.
+
+    Attributes:
+        crop: ``random_resized``: of a random area and shape (Inception's); ``pad``: ``padding`` black pixels on each
+            side, then a random window of the model's size; ``resize``: the whole image, squeezed to that size;
+            ``center``: the view of evaluation; ``rkrc`` and ``rkrr``: timm's crops of those names, which keep the
+            shape. ``pad`` and ``resize`` leave an image that has the size already as it is.
+        scale: least and greatest share of the image's area in a random crop; ``None``: timm's for that crop.
+        ratio: least and greatest width / height of a random crop, in the same way.
+        padding: pixels on each side, for ``pad``.
+        interpolation: ``random`` takes bilinear or bicubic by chance in a random crop, and the model's own otherwise.
+        hflip: probability of mirroring left and right.
+        vflip: probability of mirroring top and bottom.
+        color_jitter: greatest relative change of brightness, contrast and saturation, or three or four numbers, the
+            fourth for the hue. As in timm it is left out where ``auto_augment`` is set (other than ``3a``).
+        auto_augment: a policy as timm writes it: ``rand-m9-mstd0.5-inc1``, ``augmix-m5-w4-d2``, ``original``, ``3a``.
+    """
+
+    crop: Literal["random_resized", "pad", "resize", "center", "rkrc", "rkrr"] = "random_resized"
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None
+    padding: int = Field(4, ge=0)
+    interpolation: Literal["random", "nearest", "bilinear", "bicubic", "lanczos"] = "random"
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    color_jitter: Strength | tuple[Strength, Strength, Strength] | tuple[Strength, Strength, Strength, Strength] = 0.4
+    auto_augment: str | None = None
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _a_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError("give the least and the greatest, both greater than 0")
+        return value
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _a_policy(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        kinds = {
+            "rand": auto_augment.rand_augment_transform,
+            "augmix": auto_augment.augment_and_mix_transform,
+        }
+        try:
+            kinds.get(value.split("-")[0], auto_augment.auto_augment_transform)(value, {})
+        except Exception:  # timm tells a wrong policy by whatever its parsing stumbles over
+            raise ValueError("not a policy of timm; for example rand-m9-mstd0.5-inc1 or augmix-m5-w4-d2") from None
+        return value
+
+
+class Erasing(Section):
+    """Random erasing (Zhong et al. 2017), as timm does it to normalised images.
+
+    Attributes:
+        probability: that an image loses a rectangle.
+        mode: what takes its place: ``const``: the mean colour; ``rand``: one random colour; ``pixel``: noise.
+        count: the most rectangles in an image.
+    """
+
+    probability: Probability = 0.0
+    mode: Literal["const", "rand", "pixel"] = "pixel"
+    count: int = Field(1, ge=1)
+
+
+class Mixing(Section):
+    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019), as timm does them.
+
+    Attributes:
+        mixup: parameter of Mixup's beta distribution; 0: no Mixup.
+        cutmix: parameter of CutMix's beta distribution; 0: no CutMix.
+        probability: that a batch (a pair, an image) is mixed.
+        switch: probability of CutMix where both are on.
+        mode: draw once a ``batch``, a ``pair`` of images that are mixed with each other, or an image (``elem``).
+    """
+
+    mixup: Strength = 0.0
+    cutmix: Strength = 0.0
+    probability: Probability = 1.0
+    switch: Probability = 0.5
+    mode: Literal["batch", "pair", "elem"] = "batch"
+
+
+def build_transform(inputs: InputSettings, augmentation: Augmentation | None = None) -> Transform:
+    """What a worker does to a decoded image.
+
+    Args:
+        inputs: of the model whose images these are; their ``mean`` fills what an augmentation moves out of the image.
+        augmentation: of a training view; ``None``: the view of evaluation, as timm makes it.
+
+    Returns:
+        A function of an RGB image, to uint8 ``[3, H, W]`` of the model's size. It draws from Python's, NumPy's and
+        torch's global random numbers.
+    """
+    height, width = inputs.size
+    size = (3, height, width)
+    if augmentation is None:
+        return _evaluation(inputs)
+    crop = augmentation.crop
+    first, colours, last = create_transform(
+        size,
+        is_training=True,
+        separate=True,
+        use_prefetcher=True,
+        train_crop_mode=_TIMM_CROPS.get(crop),
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        hflip=augmentation.hflip,
+        vflip=augmentation.vflip,
+        # ColorJitter draws numbers even where it has nothing to change.
+        color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
+        auto_augment=augmentation.auto_augment,
+        interpolation=augmentation.interpolation,
+        mean=inputs.mean,
+        std=inputs.std,
+    )
+    if crop not in _TIMM_CROPS:
+        chosen = augmentation.interpolation
+        mode = str_to_interp_mode(inputs.interpolation if chosen == "random" else chosen)
+        # torchvision's Resize gives back an image of the right size as it is.
+        steps = [torchvision_transforms.Resize((height, width), mode)]
+        if crop == "pad":
+            steps.append(torchvision_transforms.RandomCrop((height, width), padding=augmentation.padding))
+        elif crop == "center":
+            steps = _evaluation(inputs).transforms[:-1]
+        if augmentation.hflip:
+            steps.append(torchvision_transforms.RandomHorizontalFlip(augmentation.hflip))
+        if augmentation.vflip:
+            steps.append(torchvision_transforms.RandomVerticalFlip(augmentation.vflip))
+        first = torchvision_transforms.Compose(steps)
+    return torchvision_transforms.Compose([*first.transforms, *colours.transforms, *last.transforms])
+
+
+def _evaluation(inputs: InputSettings) -> torchvision_transforms.Compose:
+    return create_transform(
+        (3, *inputs.size),
+        is_training=False,
+        use_prefetcher=True,
+        interpolation=inputs.interpolation,
+        mean=inputs.mean,
+        std=inputs.std,
+        crop_pct=inputs.crop_pct,
+    )
+
+
+@contextmanager
+def kept_randomness(device: torch.device | None = None) -> Iterator[None]:
+    """Leaves the global random numbers of Python, NumPy, torch (and a CUDA device) as they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            assert device is not None
+            torch.cuda.set_rng_state(cuda, device)
+
+
+def seed_randomness(*key: int, device: torch.device | None = None) -> None:
+    """Seeds the same global random numbers by a hash of some integers."""
+    seed = int.from_bytes(hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest(), "little")
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    # torch.manual_seed would seed every device, and only the given one is put back.
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ].manual_seed(seed)
+
+
+class Views(NamedTuple):
+    """A micro-batch as the models receive it; V views of N images, the first views of all images first.
+
+    Attributes:
+        student: floating point ``[V·N, 3, H, W]``, normalised for the student.
+        teacher: the same pixels ``[V·N, 3, H', W']``, normalised for the teacher; ``None`` without one.
+        labels: int64 ``[N]``; of a mixed image the label with the larger share, its own where they are equal.
+        soft: float32 ``[N, C]``, the shares of the labels; ``None`` where images are not mixed.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor
+    soft: Tensor | None
+
+
+class DeviceViews:
+    """Normalises, erases and mixes a micro-batch on the device, and shows the teacher the same pixels.
+
+    What is drawn depends on the seed, the step and the micro-batch's number alone: the same for any split over ranks.
+    The views of an image are mixed alike, that is with the same partner, share and box, because they share a label.
+    Images are paired within their micro-batch; of an odd number the last one stays unmixed.
+
+    Args:
+        student: the student's input.
+        teacher: the teacher's input; ``None`` without a teacher.
+        classes: C, the student's number of classes.
+        erasing: random erasing; ``None`` for none. Each view loses its own rectangles.
+        mixing: Mixup and CutMix; ``None`` for neither.
+        device: where the batches are.
+        dtype: of the images; everything is computed in float32.
+        channels_last: the memory format of the images.
+    """
+
+    def __init__(
+        self,
+        student: InputSettings,
+        teacher: InputSettings | None,
+        classes: int,
+        *,
+        erasing: Erasing | None = None,
+        mixing: Mixing | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.classes = classes
+        self.teacher = teacher
+        self._student_scale, self._student_shift = self._affine((0.0,) * 3, (1 / 255,) * 3, student.mean, student.std)
+        self._teacher_size: tuple[int, int] | None = None
+        self._teacher_norm: tuple[Tensor, Tensor] | None = None
+        if teacher is not None:
+            if teacher.size != student.size:
+                self._teacher_size = teacher.size
+            if (teacher.mean, teacher.std) != (student.mean, student.std):
+                self._teacher_norm = self._affine(student.mean, student.std, teacher.mean, teacher.std)
+        self._erase: RandomErasing | None = None
+        if erasing is not None and erasing.probability:
+            self._erase = RandomErasing(
+                erasing.probability, mode=erasing.mode, max_count=erasing.count, device=self.device
+            )
+        self._mix: Mixup | None = None
+        if mixing is not None and (mixing.mixup or mixing.cutmix):
+            self._mix = Mixup(
+                mixup_alpha=mixing.mixup,
+                cutmix_alpha=mixing.cutmix,
+                prob=mixing.probability,
+                switch_prob=mixing.switch,
+                mode=mixing.mode,
+                label_smoothing=0.0,
+                num_classes=classes,
+            )
+
+    def __call__(self, batch: ImageBatch, *, seed: int, step: int) -> Views:
+        """The views of a micro-batch that is on the device.
+
+        Args:
+            batch: the micro-batch.
+            seed: of the training.
+            step: the optimizer step, counted from 0 through all epochs.
+        """
+        images = batch.images.to(torch.float32, memory_format=self.format)
+        images.mul_(self._student_scale).add_(self._student_shift)
+        labels, soft = batch.labels, None
+        if self._erase is not None or self._mix is not None:
+            with kept_randomness(self.device):
+                if self._erase is not None:
+                    seed_randomness(seed, step, batch.number, 0, device=self.device)
+                    self._erase(images)
+                if self._mix is not None:
+                    labels, soft = self._mixed(images, batch.labels, (seed, step, batch.number, 1))
+        shown = images.to(self.dtype)
+        return Views(shown, self._for_teacher(images, shown), labels, soft)
+
+    def _mixed(self, images: Tensor, labels: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Mixes images ``[V·N, 3, H, W]`` in place; labels by their larger share, and shares ``[N, C]``."""
+        assert self._mix is not None
+        soft = torch.nn.functional.one_hot(labels, self.classes).float()
+        even = len(labels) // 2 * 2
+        if even:
+            for view in images.chunk(len(images) // len(labels)):
+                # Seeded anew, so that each view draws the same.
+                seed_randomness(*key, device=self.device)
+                _, soft[:even] = self._mix(view[:even], labels[:even])
+        own = soft.gather(1, labels[:, None])[:, 0]
+        return torch.where(own >= 0.5, labels, soft.argmax(1)), soft
+
+    def _for_teacher(self, images: Tensor, shown: Tensor) -> Tensor | None:
+        """The student's images in float32, and as they are ``shown`` to it, as the teacher's."""
+        if self.teacher is None:
+            return None
+        if self._teacher_size is None and self._teacher_norm is None:
+            return shown
+        if self._teacher_size is not None:
+            # The weights of an interpolation add up to one, so that mean and deviation may be changed after it.
+            images = (
+                torch.nn.functional.interpolate(images, self._teacher_size, mode="bicubic", antialias=True)
+                if len(images)
+                else images.new_empty(0, 3, *self._teacher_size)
+            )
+        if self._teacher_norm is not None:
+            scale, shift = self._teacher_norm
+            images = torch.addcmul(shift, images, scale)
+        return images.to(self.dtype)
+
+    def _affine(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        new_mean: tuple[float, ...],
+        new_std: tuple[float, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """From one normalisation to another: ``x · scale + shift``, both float32 ``[3, 1, 1]``."""
+        a, b, c, d = (torch.tensor(x, dtype=torch.float64).reshape(3, 1, 1) for x in (mean, std, new_mean, new_std))
+        return (b / d).float().to(self.device), ((a - c) / d).float().to(self.device)

@@ -1,0 +1,70 @@
+"""Losses by name: what a configuration's `loss` sections are made into."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar, cast
+
+from data.errors import UserError
+
+from .base import DistillationLoss, Loss
+from .standardise import Standardised
+
+L = TypeVar("L", bound=Loss)
+
+
+class Registry(Generic[L]):
+    """Classes of losses under the names that configurations have for them.
+
+    Args:
+        kinds: the classes, by name.
+    """
+
+    def __init__(self, kinds: Mapping[str, type[L]]) -> None:
+        self.kinds = dict(kinds)
+
+    def available(self, kind: type[Loss] = Loss) -> dict[str, str]:
+        """The names that ``build`` knows, each with one line about the loss; those of one kind, if wanted."""
+        known = {name: loss for name, loss in self.kinds.items() if issubclass(loss, kind)}
+        return {name: (inspect.getdoc(loss) or "").splitlines()[0] for name, loss in known.items()}
+
+    def build(self, name: str, params: Mapping[str, Any]) -> L:
+        """A loss by its name and its constructor's parameters; ``standardise`` is a parameter of losses on logits.
+
+        Raises:
+            UserError: there is no such loss or parameter, or a value is out of its range.
+        """
+        if name not in self.kinds:
+            raise UserError(
+                f"no loss is called {name!r}{_nearest(name, self.kinds)}; there are {', '.join(self.kinds)}"
+            )
+        kind, params = self.kinds[name], dict(params)
+        known = list(inspect.signature(kind).parameters)
+        standardise = False
+        if "standardise" in params and "standardise" not in known:
+            standardise = _wants_standardised(name, kind, params.pop("standardise"))
+        for param in params:
+            if param not in known:
+                listed = f"it has {', '.join(known)}" if known else "it has none"
+                raise UserError(f"loss {name} has no parameter {param!r}{_nearest(param, known)}; {listed}")
+        loss = kind(**params)
+        return cast(L, Standardised(loss)) if standardise and isinstance(loss, DistillationLoss) else loss
+
+
+def _wants_standardised(name: str, kind: type[Loss], given: Any) -> bool:
+    if not isinstance(given, bool):
+        raise UserError(f"loss {name}: standardise is {given!r}; give true or false")
+    compares = issubclass(kind, DistillationLoss) and "teacher" in kind.needs and not kind.takes_groups
+    if given and not compares:
+        raise UserError(
+            f"loss {name}: standardise is for losses that compare the student's logits with the teacher's, class by "
+            "class; leave it out"
+        )
+    return given
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,357 @@
+"""The loop that both paths share: steps, their numbers, checkpoints, the best student, the end of a run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Problem, Step
+from data.errors import UserError
+from data.loader import ProblemLog
+from vlm_distill.config import AnyRun, save_config, split_batch
+from vlm_distill.launch import cores
+from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
+
+from . import checkpoint
+from .engine import Engine, Processes
+from .tracking import Tracker
+
+
+class Loop(ABC):
+    """A run. A subclass builds the parts in its constructor, and says what a step learns from and what is evaluated.
+
+    Args:
+        config: the run.
+        processes: the ranks; every rank builds and runs one.
+
+    Attributes:
+        micro, accumulation: samples of a rank's micro-batch, and micro-batches of a step.
+        engine, student, terms: what is trained; to be set by the subclass, as is all that follows.
+        steps, epoch_steps: optimizer steps of the run and of an epoch, of which there may be a fraction.
+        evaluate_every: steps between evaluations; ``None``: only at the end.
+        parameters: their numbers, by ``student``, ``trained`` and, where there is one, ``teacher``.
+        compared_by: what makes two scores of the student comparable; ``None`` to keep no best student.
+        told: remarks on what was found while building.
+
+    Raises:
+        UserError: the configuration asks for what cannot be.
+    """
+
+    #: The command that starts such a run, and the unit of its speed.
+    command: ClassVar[str]
+    speed: ClassVar[str]
+
+    engine: Engine
+    student: nn.Module
+    terms: Sequence[Term | FeatureTerm]
+    steps: int
+    epoch_steps: float
+    parameters: dict[str, int]
+    evaluate_every: int | None = None
+    compared_by: Mapping[str, Any] | None = None
+    told: Sequence[str] = ()
+
+    def __init__(self, config: AnyRun, processes: Processes) -> None:
+        self.settings, self.processes = config, processes
+        self.folder = Path(config.output)
+        self.micro, self.accumulation = split_batch(config, processes.world)
+        if config.training.wandb and find_spec("wandb") is None:
+            raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
+
+    @abstractmethod
+    def batches(self, start: int, stop: int) -> Iterator[Step]:
+        """This rank's share of the steps ``start`` to ``stop - 1``."""
+
+    @abstractmethod
+    def counts(self, step: Step) -> dict[str, float]:
+        """What of this rank's share is to be summed over ranks before the first forward; ``samples`` among it."""
+
+    @abstractmethod
+    def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
+        """How many rows a term has in a step of these totals."""
+
+    def ramp(self, term: Term | FeatureTerm, step: int) -> float:
+        """A factor on a term's weight in an optimizer step."""
+        return 1.0
+
+    @abstractmethod
+    def learn(self, step: Step, micro: Any, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
+        """The engine's forward of a micro-batch, on whatever device it lies: the loss and its terms."""
+
+    @abstractmethod
+    def lr(self, step: int) -> float:
+        """The learning rate of an optimizer step."""
+
+    @abstractmethod
+    def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """What is told of a step beside losses and time, its speed under ``speed`` last."""
+
+    @abstractmethod
+    def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
+        """Evaluates the student, at the end with its teacher.
+
+        Returns:
+            On the first rank the score by which the best student is chosen, and samples that could not be read.
+        """
+
+    @abstractmethod
+    def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Writes the student with these weights; the first rank calls it."""
+
+    def introduce(self, tracker: Tracker, done: int) -> None:
+        """Says more about the run before its first step."""
+
+    def stepped(self, step: int) -> None:
+        """Called after optimizer step ``step``, counted from 0."""
+
+    def share_statistics(self) -> None:
+        """Makes the ranks' batch-norm statistics one, before they are saved or used."""
+        self.engine.share_statistics(self.engine.task)
+
+    def student_state(self) -> dict[str, Tensor]:
+        """The student's whole state dict on the CPU, on the first rank; collective."""
+        return self.engine.whole_state(self.student)
+
+    def save_more(self, folder: Path) -> None:
+        """Writes into a checkpoint what the engine does not know of."""
+
+    def load_more(self, folder: Path) -> None:
+        """Restores it."""
+
+    def final_summary(self) -> dict[str, Any]:
+        """What ``summary.json`` says beside the rest."""
+        return {}
+
+    def run(self, until: int | None = None) -> Path:
+        """Trains, evaluates and exports; returns the run's folder.
+
+        Args:
+            until: stop (with a checkpoint) after this many optimizer steps of the whole schedule.
+        """
+        config, first = self.settings, self.processes.first
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done, elapsed = self._resume()
+        last = min(self.steps, until or self.steps)
+        if first:
+            save_config(config, self.folder / "config.yaml")
+        self.problems = ProblemLog(self.folder / "problems.jsonl") if first else None
+        self.began = time.time() - elapsed
+        self.best = checkpoint.best_score(self.folder / "best", self.compared_by or {}, done)
+        settings = config.model_dump(exclude_none=True)
+        tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
+        with tracker:
+            self._greet(tracker, done)
+            asked = time.time()
+            for step in self.batches(done, last):
+                waited = time.time() - asked
+                values = self._step(step, waited)
+                done = step.index + 1
+                tracker.log("train", done, values)
+                tracker.show(done, self._headline(values))
+                # Evaluated before it is saved: a resumed run has every evaluation of the steps that it does not repeat.
+                every = self.evaluate_every
+                if every and done % every == 0 and done < self.steps:
+                    self._evaluate(done, tracker)
+                if done == last or done % config.training.checkpoint_every == 0:
+                    self._save(done)
+                asked = time.time()
+            if done == self.steps:
+                self._finish(done, tracker)
+        return self.folder
+
+    def _step(self, step: Step, waited: float) -> dict[str, Any]:
+        """One optimizer step over all ranks, and what it gave."""
+        config, world, began = self.settings, self.processes.world, time.time()
+        # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
+        torch.manual_seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
+        counts = self.counts(step) | {"problems": len(step.problems), "waited": waited}
+        totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
+        if totals["problems"]:
+            self._record(step)
+        rows = {term.name: self.rows(term, totals) for term in self.terms}
+        ramps = {term.name: self.ramp(term, step.index) for term in self.terms}
+        scales = {name: ramps[name] * world / count if count else 0.0 for name, count in rows.items()}
+        lr = self.lr(step.index)
+
+        self.engine.train()
+        sums: list[dict[str, TermSums]] = []
+        norm: float | None = None
+        for micro in step.batches:
+            loss, terms = self.learn(step, micro, scales)
+            self.engine.backward(loss)
+            norm = self.engine.step(lr)
+            sums.append(terms)
+        self.stepped(step.index)
+        means = self._means(sums)
+        epochs = self.steps / self.epoch_steps
+        for term in self.terms:
+            progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
+            term.loss.update({k: v for k, v in means[term.name].items() if k != "loss"}, progress)
+
+        values: dict[str, Any] = {"loss": sum(t.weight * ramps[t.name] * means[t.name]["loss"] for t in self.terms)}
+        for term in self.terms:
+            values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
+        if norm is not None:
+            values["grad_norm"] = norm
+        seconds = waited + time.time() - began
+        return (
+            values
+            | {"lr": lr, "epoch": (step.index + 1) / self.epoch_steps, "samples": int(totals["samples"])}
+            | self.values(totals, seconds)
+            | {"waiting": totals["waited"] / world / seconds, "seconds": time.time() - self.began}
+        )
+
+    def _means(self, sums: Sequence[Mapping[str, TermSums]]) -> dict[str, dict[str, float]]:
+        """Means of every term's loss and signals over all rows of the step, from one all-reduce."""
+        names = {term.name: ["loss", *term.loss.signals] for term in self.terms}
+        flat: list[float | Tensor] = []
+        for term, keys in names.items():
+            flat.append(sum(micro[term].count for micro in sums))
+            for key in keys:
+                values = [micro[term].loss if key == "loss" else micro[term].signals.get(key, 0.0) for micro in sums]
+                flat.append(sum(value.double() if isinstance(value, Tensor) else value for value in values))
+        totals = iter(self.processes.sum(flat))
+        means: dict[str, dict[str, float]] = {}
+        for term, keys in names.items():
+            count = next(totals)
+            means[term] = {key: next(totals) / count if count else 0.0 for key in keys}
+        return means
+
+    def _record(self, step: Step) -> None:
+        gathered = self.processes.gather(step.problems)
+        if self.problems is not None:
+            self.problems.add(problem for part in gathered for problem in part)
+
+    def _save(self, done: int) -> None:
+        self.share_statistics()
+        # The losses' own state is in the task's state dict, so that it needs no word here.
+        state = {"step": done, "seconds": time.time() - self.began}
+
+        def write(folder: Path) -> None:
+            self.engine.save(folder, state)
+            self.save_more(folder)
+
+        checkpoint.save(
+            self.folder / "checkpoints",
+            done,
+            write,
+            keep=self.settings.training.keep_checkpoints,
+            first=self.processes.first,
+            barrier=self.processes.barrier,
+        )
+
+    def _resume(self) -> tuple[int, float]:
+        """Steps done and seconds spent by the latest checkpoint, which is loaded; zeros without one."""
+        found = checkpoint.completed(self.folder / "checkpoints")
+        if not found:
+            return 0, 0.0
+        if not self.settings.training.resume:
+            raise UserError(
+                f"{self.folder}: holds checkpoints of an earlier run; "
+                "set training.resume=true to go on, or choose another output"
+            )
+        state = self.engine.load(found[-1][1])
+        self.load_more(found[-1][1])
+        return state["step"], state["seconds"]
+
+    def _greet(self, tracker: Tracker, done: int) -> None:
+        counts, config = self.parameters, self.settings
+        share = f" · {counts['student'] / counts['teacher']:.1%} of the teacher" if "teacher" in counts else ""
+        tracker.say(
+            f"student: {counts['student']:,} parameters, {counts['trained']:,} trained{share} · "
+            f"{self.steps:,} steps of {config.training.batch_size} on {self.processes.world} rank(s), "
+            f"ZeRO {config.deepspeed.stage}, {config.training.dtype}"
+        )
+        for remark in self.told:
+            tracker.warn(remark)
+        if done:
+            tracker.say(f"resumed after step {done}")
+        self.introduce(tracker, done)
+
+    def _headline(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """What the bar shows: the loss, the state of its terms, the speed and the share of time waiting for data."""
+        shown = {"loss": values["loss"]}
+        shown |= {name.split("/")[1]: v for name, v in values.items() if name.endswith("/t")}
+        return shown | {
+            self.speed.replace("_per_second", "/s"): values[self.speed],
+            "waiting %": 100 * values["waiting"],
+        }
+
+    def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
+        """Evaluates the student, at the end of the run with its teacher, and keeps it if it is the best so far."""
+        self.share_statistics()
+        score, skipped = self.evaluate(done, tracker, final=final)
+        if self.problems is not None:
+            self.problems.add(skipped)
+        if self.compared_by is not None:
+            self._keep_best(done, score, tracker)
+
+    def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
+        # The first rank alone has the score, and perhaps the folder.
+        if not self.processes.gather(score is not None and score > self.best)[0]:
+            return
+        state = self.student_state()
+        if self.processes.first:
+            assert score is not None
+            assert self.compared_by is not None
+            self.best = score
+            about = {"step": done, "score": score, **self.compared_by}
+            checkpoint.save_best(self.folder / "best", lambda folder: self.write_student(folder, state), about)
+            tracker.say(f"step {done}: the best so far, written to {self.folder / 'best'}")
+
+    def _finish(self, done: int, tracker: Tracker) -> None:
+        trained = time.time()
+        self._evaluate(done, tracker, final=True)
+        state = self.student_state()
+        if self.processes.first:
+            self.write_student(self.folder / "student", state)
+            self._summarise(trained)
+            tracker.say(f"student written to {self.folder / 'student'}")
+            if self.problems is not None and self.problems.counts:
+                tracker.say(self.problems.summary())
+        self.processes.barrier()
+
+    def _summarise(self, trained: float) -> None:
+        device = self.processes.device
+        counts = self.problems.counts if self.problems is not None else {}
+        problems = {f"{source}: {reason}": number for (source, reason), number in counts.items()}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores()} cores"
+        words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+        summary = {
+            "command": shlex.join(["vlm-distill", self.command, *words, "--nproc", str(self.processes.world)]),
+            "started": datetime.datetime.fromtimestamp(self.began).isoformat(timespec="seconds"),
+            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+            "seconds": trained - self.began,
+            "steps": self.steps,
+            "device": f"{device.type}: {name}",
+            "ranks": self.processes.world,
+            "versions": {p: version(p) for p in ("torch", "transformers", "timm", "deepspeed")},
+            "parameters": self.parameters,
+            "memory": {"peak_bytes": _peak_memory(device)},
+            "problems": problems,
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary | self.final_summary(), indent=1) + "\n")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, or this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
