@@ -102,7 +102,7 @@ def test_bases_are_merged_in_their_order(tmp_path):
     with pytest.raises(UserError, match="circle"):
         load_config(child)
     child.write_text("base: [../run.yaml, ../nowhere.yaml]\n")
-    with pytest.raises(UserError, match="nowhere.yaml: no such configuration"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration"):
         load_config(child)
 
 
