@@ -102,6 +102,7 @@ def build_optimizer(task: ClassificationTask, section: OptimizerSection, stage: 
     student: Any = task.student.model
     exempt = student.no_weight_decay() if hasattr(student, "no_weight_decay") else ()
     decay = section.weight_decay
+    learned = parameter_groups(task.losses, decay)
     groups: list[dict[str, Any]]
     if section.layer_decay is not None:
         try:
@@ -114,9 +115,10 @@ def build_optimizer(task: ClassificationTask, section: OptimizerSection, stage: 
             ) from None
     elif section.decay == "all":
         groups = [{"params": [p for p in student.parameters() if p.requires_grad], "weight_decay": decay}]
+        learned = [{**group, "weight_decay": decay} for group in learned]
     else:
         groups = param_groups_weight_decay(student, decay, no_weight_decay_list=exempt)
-    groups += parameter_groups(task.losses, decay)
+    groups += learned
     try:
         return timm.optim.create_optimizer_v2(
             [group for group in groups if group["params"]],
