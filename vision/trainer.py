@@ -138,12 +138,14 @@ class Schedule:
     def __init__(self, section: OptimizerSection, steps: int, epoch_steps: int) -> None:
         # timm's schedules write into an optimizer; the engine's is not theirs.
         self._holder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=section.lr)
+        # timm compares them with the update after this one: half an update later, they are exact.
+        milestones = [(round(epoch * epoch_steps) + 0.5) / epoch_steps for epoch in section.milestones]
         self._schedule, _ = create_scheduler_v2(
             self._holder,
             section.schedule,
             num_epochs=steps / epoch_steps,  # type: ignore[arg-type]  # a fraction will do
             decay_epochs=section.decay_epochs,
-            decay_milestones=section.milestones,  # type: ignore[arg-type]
+            decay_milestones=milestones,  # type: ignore[arg-type]
             decay_rate=section.decay_rate,
             min_lr=section.min_lr,
             warmup_lr=section.warmup_lr,

@@ -47,13 +47,16 @@ def main(folder: Path, terms: list) -> None:
     theirs = load_classifier(str(folder / "teacher")).eval()
     mine = load_classifier("cifar_resnet20", num_classes=10)
     mine.load_state_dict(trainer.student.state_dict())
+    before = mine.model.conv1.weight.detach().clone()
     batches = [trainer.dataset[step].batches[0] for step in range(STEPS)]
     trainer.run()
     # The very same pixels: a rounding of them is enough for a ReLU to change sides, and a gradient by two per cent.
     views = [trainer.on_device(batch, seed=0, step=step).student for step, batch in enumerate(batches)]
     by_hand(mine.train(), theirs, batches, views, terms)
     for (name, a), b in zip(trainer.student.state_dict().items(), mine.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), (name, (a - b).abs().max())
+        # Batch norm over 16 images multiplies float32's rounding, step by step; the weights move a hundred times as far.
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), (name, (a - b).abs().max())
+    assert (mine.model.conv1.weight - before).abs().max() > 1e-2
 
 
 def by_hand(student, teacher, batches, views, terms):

@@ -197,8 +197,9 @@ def test_the_rate_falls_after_the_milestones():
     optimizer = read(CONFIGS / "cifar100" / "resnet56_resnet20" / "kd.yaml").optimizer
     epoch = 782
     schedule = Schedule(optimizer, 240 * epoch, epoch)
-    rates = [schedule(round(x * epoch)) for x in (0, 149, 149.5, 150, 179.5, 180, 209.5, 210, 239.9)]
-    assert rates == pytest.approx([0.05, 0.05, 0.05, 5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5])
+    starts = [0, 150 * epoch, 180 * epoch, 210 * epoch]
+    assert [schedule(step) for step in starts] == pytest.approx([0.05, 5e-3, 5e-4, 5e-5])
+    assert [schedule(step - 1) for step in [*starts[1:], 240 * epoch]] == pytest.approx([0.05, 5e-3, 5e-4, 5e-5])
 
 
 def test_everything_decays_that_is_learnt():
