@@ -55,13 +55,13 @@ def listed(items: Iterable[str]) -> str:
     return f"[{', '.join(items)}]"
 
 
-def job(method: str, lr: float, seed: int, folder: Path, data: Path, held_out: Path, teacher: Path) -> Job:
-    """A run of the demo's configuration with a method's losses."""
+def job(method: str, lr: float, seed: int, folder: Path, data: Path, scored: Path, teacher: Path) -> Job:
+    """A run with a method's losses, trained on ``data``, scored on the test split of ``scored``."""
     overrides = [
         f"loss={listed(METHODS[method])}",
         f"data.views={listed(VIEWS.get(method, [WEAK]))}",
         f"data.train.0.path={data}",
-        f"data.eval.0.path={held_out}",
+        f"data.eval.0.path={scored}",
         f"optimizer.lr={lr}",
         f"training.seed={seed}",
         f"output={folder}",
@@ -71,15 +71,16 @@ def job(method: str, lr: float, seed: int, folder: Path, data: Path, held_out: P
     return Job("alone.yaml" if method == "alone" else "kd.yaml", tuple(overrides), folder)
 
 
-def hold_out(data: Path, folder: Path, count: int = 10_000) -> Path:
-    """The last training images as the test split of a folder of their own."""
+def split(data: Path, folder: Path, train: int = 20_000, held_out: int = 10_000) -> Path:
+    """A folder whose training split is the first training images, and whose test split is the last ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
         content = gzip.decompress((data / f"train-{kind}-ubyte.gz").read_bytes())
         shape = np.frombuffer(content, ">u4", dimensions, 4)
-        size = int(np.prod(shape[1:], dtype=np.int64))
-        head = content[:4] + np.array([count, *shape[1:]], ">u4").tobytes()
-        (folder / f"t10k-{kind}-ubyte").write_bytes(head + content[-count * size :])
+        rows = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        for part, chosen in (("train", rows[:train]), ("t10k", rows[-held_out:])):
+            head = content[:4] + np.array(chosen.shape, ">u4").tobytes()
+            (folder / f"{part}-{kind}-ubyte").write_bytes(head + chosen.tobytes())
     return folder
 
 
@@ -127,20 +128,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/vision-study"))
     options = parser.parse_args()
     out: Path = options.out
-    data, title = prepare(out / "data")
+    whole, title = prepare(out / "data")
     if title != "Fashion-MNIST":
         sys.exit("the study needs Fashion-MNIST: install Debian's package dataset-fashion-mnist")
     # Named so that the reader finds the classes' names.
-    validation = hold_out(data, out / "fashion-mnist-validation")
+    data = split(whole, out / "fashion-mnist-split")
     teacher = out / "teacher"
-    paths = (f"data.train.0.path={data}", f"data.eval.0.path={data}", f"output={teacher}")
+    paths = (f"data.train.0.path={data}", f"data.eval.0.path={whole}", f"output={teacher}")
     with processes(options.jobs, out / "log") as pool:
         print(f"teacher: {run(pool, [Job('teacher.yaml', paths, teacher)])[0]}", flush=True)
         trials = list(product(METHODS, LEARNING_RATES))
         places = [out / "trials" / f"{method}_{lr}" for method, lr in trials]
         found = run(
             pool,
-            [job(m, lr, TRIAL_SEED, at, data, validation, teacher) for (m, lr), at in zip(trials, places, strict=True)],
+            [job(m, lr, TRIAL_SEED, at, data, data, teacher) for (m, lr), at in zip(trials, places, strict=True)],
         )
         tried = {trial: score["top1"] for trial, score in zip(trials, found, strict=True)}
         write(
@@ -149,7 +150,7 @@ def main() -> None:
         )
         best = {method: max(LEARNING_RATES, key=lambda lr: tried[method, lr]) for method in METHODS}
         runs = list(product(range(options.seeds), METHODS))
-        found = run(pool, [job(m, best[m], s, out / m / f"seed{s}", data, data, teacher) for s, m in runs])
+        found = run(pool, [job(m, best[m], s, out / m / f"seed{s}", data, whole, teacher) for s, m in runs])
     rows = [{"method": m, "lr": best[m], "seed": s} | score for (s, m), score in zip(runs, found, strict=True)]
     rows.sort(key=lambda row: list(METHODS).index(row["method"]))
     write(RESULTS / "vision_study.csv", rows)
