@@ -37,7 +37,7 @@ METHODS = {
     "kd_standardise": ["{name: kd, temperature: 2.0, weight: 0.9, standardise: true}", CROSS_ENTROPY % 0.1],
     "dkd": ["{name: dkd, alpha: 1.0, beta: 1.0, temperature: 1.0, weight: 0.5}", CROSS_ENTROPY % 0.5],
     "ctkd": ["{name: ctkd, t_range: 3.0, loops: 1, weight: 0.5}", CROSS_ENTROPY % 0.5],
-    "mlkd": ["{name: mlkd, temperatures: [1.0, 1.5, 2.0], weight: 0.2}", CROSS_ENTROPY % 0.5],
+    "mlkd": ["{name: mlkd, temperatures: [1.0, 1.5, 2.0], weight: 0.01}", CROSS_ENTROPY % 0.5],
     "dist": ["{name: dist, weight: 0.5}", CROSS_ENTROPY % 0.5],
     "taid_paper": ["{name: taid, schedule: paper}"],
     "taid_linear": ["{name: taid, schedule: linear}"],

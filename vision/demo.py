@@ -91,9 +91,10 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
             _, exact, seconds = _read(folder)
             console.print(f"{folder.relative_to(out)}: top-1 {exact:.2%}, {seconds:.0f} s", highlight=False)
             bar()
-    everything = {f"{name}/{one.folder.name}": one.folder for name, jobs in students.items() for one in jobs}
+    # The first run is the one that a report compares with the others.
+    runs = {f"{name}/{one.folder.name}": one.folder for name in reversed(METHODS) for one in students[name]}
     page = write_report(
-        {**dict(reversed(everything.items())), "teacher": teacher.folder},
+        runs | {"teacher": teacher.folder},
         out / "report.html",
         title=f"{title}: a student alone and by KD, DKD and TAID",
     )
