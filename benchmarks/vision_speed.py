@@ -1,7 +1,7 @@
 """One optimizer step of image distillation, ours against a plain loop and timm's task: time and peak memory.
 
-    python benchmarks/vision_speed.py [--threads 2] [--rounds 9] [--output FILE.csv]
-    python benchmarks/vision_speed.py --device cuda       large batches, bfloat16, torch.compile; benchmarks/gpu.sh runs it
+    python benchmarks/vision_speed.py [--threads 1] [--rounds 9] [--batch N] [--output FILE.csv]
+    python benchmarks/vision_speed.py --device cuda    large batches, bfloat16, compile; benchmarks/gpu.sh runs it
 
 Knowledge distillation with temperature 4 (weight 0.9) and cross-entropy (0.1), SGD with momentum. All sides start from
 the same weights, see the same images and must give the same losses; they take turns step by step in one process. The
@@ -15,8 +15,10 @@ sides:
   ``PrefetchLoader`` (8-bit images, normalised on the device), with timm's SGD; the loss is read in each iteration.
 
 A ratio is the median over rounds of one side's time over ours in the same round: what else runs on the machine hits
-both. In ``loop`` cases images are JPEGs of 500 × 375 pixels which one worker decodes and augments, by timm's default
-augmentation on both sides, and ``waiting`` is the share of time spent waiting for it; ``loader`` cases only load.
+both. With one thread on a CPU a step's time is the processor's, which others hardly change; otherwise it is the clock's
+(column clock). In ``loop`` cases images are JPEGs of 500 × 375 pixels which one worker decodes and augments, by timm's
+default augmentation on both sides, and ``waiting`` is the share of time spent waiting for it; ``loader`` cases only
+load.
 
 Peak memory is above the weights, the optimizer's state and the gradients: on a CPU what torch's allocator held in a
 step of its own under the profiler, on a GPU ``max_memory_allocated``.
@@ -98,7 +100,7 @@ GPU_CASES = [
 
 
 def write_images(folder: Path, case: Case) -> Path:
-    """As many JPEGs as the loader needs, a folder for each class; smooth shapes with noise compress like photographs."""
+    """As many JPEGs as the loader needs, a folder for each class; of smooth shapes with noise, about 100 kB each."""
     generator = np.random.default_rng(0)
     width, height = (500, 375) if case.kind != "step" else (case.size, case.size)
     pictures = []
@@ -157,6 +159,7 @@ class Bench:
         self.images = write_images(images, case)
         self.trainer = our_trainer(case, self.images, folder / "run", processes)
         self.trainer.began = time.time()
+        self.trainer.engine.train()
         teacher = self.trainer.guide
         assert teacher is not None
         inputs = self.trainer.student.inputs
@@ -173,12 +176,8 @@ class Bench:
         self.floats = (pixels.float() / 255 - mean) / std
         if self.device.type == "cuda":
             self.step = Step(0, [batch.pin_memory() for batch in self.step.batches], [])
-            self.pixels, self.floats, self.labels = (
-                x.pin_memory() for x in (self.pixels, self.floats, self.labels)
-            )
-        self.autocast = partial(
-            torch.autocast, self.device.type, torch.bfloat16, enabled=case.dtype == "bf16"
-        )
+            self.pixels, self.floats, self.labels = (x.pin_memory() for x in (self.pixels, self.floats, self.labels))
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=case.dtype == "bf16")
         self.format = torch.channels_last if case.channels_last else torch.contiguous_format
         student = self.trainer.student.model
         self.plain_student, self.timm_student = deepcopy(student), deepcopy(student)
@@ -222,9 +221,7 @@ class Bench:
             logits = self.plain_student(images)
             with torch.no_grad():
                 wanted = self.teacher(images)
-            kd = F.kl_div(
-                F.log_softmax(logits / TEMPERATURE, 1), F.softmax(wanted / TEMPERATURE, 1), reduction="none"
-            )
+            kd = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), F.softmax(wanted / TEMPERATURE, 1), reduction="none")
             loss = KD * TEMPERATURE**2 * kd.sum(1).mean() + CE * F.cross_entropy(logits, labels)
         loss.backward()
         self.plain_optimizer.step()
@@ -265,13 +262,20 @@ class Bench:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
+    clock = time.process_time if clock_of(device) == "processor" else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def clock_of(device: torch.device, kind: str = "step") -> str:
+    """What a time is of: more threads would count their waiting for each other, and a loader's are other processes."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1 and kind == "step"
+    return "processor" if alone else "wall"
 
 
 def time_steps(bench: Bench, rounds: int, steps: int) -> dict[str, dict[str, object]]:
@@ -366,7 +370,8 @@ def measure(case: Case, rounds: int, processes: Processes) -> list[dict[str, obj
             rows = time_loops(bench, max(1, rounds // 3), steps)
     name = torch.cuda.get_device_name() if processes.device.type == "cuda" else processor()
     blank: dict[str, object] = {"peak_mib": "", "waiting": ""}
-    about = {"rounds": rounds, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about: dict[str, object] = {"clock": clock_of(processes.device, case.kind), "rounds": rounds}
+    about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     return [
         {"device": name, **case._asdict(), "side": side} | row | {k: row.get(k, v) for k, v in blank.items()} | about
         for side, row in rows.items()
@@ -389,8 +394,9 @@ def show(rows: list[dict[str, object]]) -> None:
 def main(words: Sequence[str] | None = None, cases: Sequence[Case] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, help="images in a batch, instead of the cases' own number")
     parser.add_argument("--only", help="of the cases those whose student or kind is this")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(words)
@@ -402,7 +408,7 @@ def main(words: Sequence[str] | None = None, cases: Sequence[Case] | None = None
     try:
         for case in cases or (GPU_CASES if options.device == "cuda" else CPU_CASES):
             if options.only in (None, case.student, case.kind):
-                rows = measure(case, options.rounds, processes)
+                rows = measure(case._replace(batch=options.batch or case.batch), options.rounds, processes)
                 results += rows
                 show(rows)
                 # After every case: a run that is stopped leaves what it has measured.
