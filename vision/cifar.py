@@ -70,10 +70,8 @@ class _Net(nn.Module):
         wanted, last = feature_take_indices(count, indices)
         found = []
         for index in range(last + 1 if stop_early and intermediates_only else count):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(self.level, index, x)
-            else:
-                x = self.level(index, x)
+            again = self.grad_checkpointing and self.training
+            x = checkpoint(self.level, index, x) if again else self.level(index, x)
             if index in wanted:
                 found.append(self.finish(x) if norm and index == count - 1 else x)
         return found if intermediates_only else (self.finish(x), found)
@@ -156,7 +154,7 @@ class CifarResNet(_Net):
 
 
 class PreActivationBlock(nn.Module):
-    """Norm and ReLU before each of two 3×3 convolutions; a 1×1 convolution on the activated input where widths differ."""
+    """Norm and ReLU before each of two 3×3 convolutions; the activated input is projected where widths differ."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,6 +78,11 @@ def map_classes(
 def _names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
     if classes is None or all(name == str(i) for i, name in enumerate(classes)):
         return None
+    # The whole of ImageNet by its order: open_clip calls two classes missile, and timm two crane.
+    info = ImageNetInfo("imagenet-1k")
+    for naming in (IMAGENET_CLASSNAMES, _descriptions(info).values()):
+        if [plain(n) for n in classes] == [plain(n) for n in naming]:
+            return tuple(info.label_names())
     return tuple(classes)
 
 
@@ -98,6 +103,9 @@ def _index(wanted: Sequence[str], among: Sequence[str], whose: str, where: str) 
     synsets: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(among):
         synsets[synset(name) or ""].append(place)
+    twice = {name for name, times in Counter(plain(n) for n in wanted).items() if times > 1}
+    if twice:
+        raise UserError(f"classes: {whose} have '{min(twice)}' more than once, so names cannot tell them apart")
     found, missing = [], []
     for name in wanted:
         direct = places.get(plain(name)) or synsets.get(synset(name) or "-", [])

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from data.errors import UserError
 from vlm_distill.models.common import choose, first_line
 
-from . import cifar, weights as files
+from . import cifar
+from . import weights as files
 
 assert cifar  # importing it registers its architectures with timm
 
@@ -92,8 +93,9 @@ class Classifier(nn.Module):
                 f"classes: {len(self.classes)} names for a classifier of {self.num_classes} outputs; "
                 "give as many, or set num_classes"
             )
-        if hasattr(model, "set_distilled_training"):
-            self.model.set_distilled_training(True)  # timm heeds it in training mode only
+        both_heads: Any = getattr(model, "set_distilled_training", None)
+        if both_heads is not None:
+            both_heads(True)  # timm heeds it in training mode only
 
     @property
     def num_classes(self) -> int:
@@ -114,9 +116,9 @@ class Classifier(nn.Module):
         """
         if not features:
             return self._outputs(self.model(images), {})
-        levels = {name: self._level(name) for name in features if name != "pooled"}
-        wanted = sorted(set(levels.values()))
-        final, maps = self._intermediates(images, wanted)
+        levels = {name: level for name in features if (level := self._level(name)) is not None}
+        wanted = sorted(set(levels.values())) or [0]  # timm takes an empty list for all of them
+        final, maps = self.model.forward_intermediates(images, indices=wanted)
         found = {name: maps[wanted.index(level)] for name, level in levels.items()}
         head = self.model.get_classifier()
         if "pooled" not in features:
@@ -135,11 +137,6 @@ class Classifier(nn.Module):
             return Outputs(logits[0], features, logits[1])
         return Outputs(logits, features, None)
 
-    def _intermediates(self, images: Tensor, levels: list[int]) -> tuple[Tensor, list[Tensor]]:
-        # timm takes an empty list for "all levels".
-        final, maps = self.model.forward_intermediates(images, indices=levels or [0])
-        return final, maps
-
     def feature_names(self) -> list[str]:
         """All features that :meth:`forward` gives, from the images upwards."""
         if not hasattr(self.model, "forward_intermediates"):
@@ -147,15 +144,17 @@ class Classifier(nn.Module):
         return [*self._levels(), "pooled"]
 
     def _levels(self) -> list[str]:
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"features: {type(self.model).__name__} of timm gives none; choose another model")
         info = list(self.model.feature_info)
         stem = bool(info) and _STEM.match(info[0]["module"]) is not None
         return (["stem"] if stem else []) + [f"stage{k}" for k in range(1, len(info) + 1 - stem)]
 
-    def _level(self, name: str) -> int:
-        """Which of timm's levels a feature name means."""
-        names = self._levels() if hasattr(self.model, "forward_intermediates") else []
-        if not names:
-            raise UserError(f"features: {type(self.model).__name__} of timm gives no features; choose another model")
+    def _level(self, name: str) -> int | None:
+        """Which of timm's levels a feature name means; ``None`` for ``pooled``."""
+        names = self._levels()
+        if name == "pooled":
+            return None
         found = name
         if re.fullmatch(r"stage-[1-9]\d*", name):
             stages = [n for n in names if n.startswith("stage")]
@@ -166,21 +165,17 @@ class Classifier(nn.Module):
 
     def feature_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a feature without ``N``, measured on one blank image of the classifier's own size."""
+        level = self._level(name)
         if self._shapes is None:
             modes = {module: module.training for module in self.modules()}
             first = next(self.parameters())
             blank = torch.zeros(1, 3, *self.inputs.size, device=first.device, dtype=first.dtype)
-            names = self.feature_names()
-            if not names:
-                self._level(name)
             with torch.no_grad():
-                measured = self.eval()(blank, names).features
+                measured = self.eval()(blank, self.feature_names()).features
             for module, mode in modes.items():
                 module.training = mode
             self._shapes = {k: tuple(v.shape[1:]) for k, v in measured.items()}
-        if name != "pooled":
-            name = self._levels()[self._level(name)]
-        return self._shapes[name]
+        return self._shapes["pooled" if level is None else self._levels()[level]]
 
     def head(self) -> list[nn.Module]:
         """The classification layer; two of them in a distilled transformer."""
@@ -279,12 +274,14 @@ def load_classifier(
     if weights and pretrained:
         raise UserError("classifier: give 'pretrained' or 'weights', not both")
     folder = Path(name_or_folder.removeprefix("local-dir:"))
-    saved = _saved_settings(folder, explicit=name_or_folder.startswith("local-dir:"))
+    if (folder / "open_clip_config.json").is_file():
+        source, name_or_folder = "open_clip", f"local-dir:{folder}"
+    saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name_or_folder))
     if source == "open_clip" or saved.get("source") == "open_clip":
         from . import zero_shot
 
         if saved.get("source") == "open_clip":
-            classifier = zero_shot.rebuild(folder, saved)
+            classifier = zero_shot.rebuild(folder, saved, num_classes)
         else:
             classifier = zero_shot.load(
                 name_or_folder,
@@ -293,7 +290,7 @@ def load_classifier(
                 num_classes=num_classes,
                 classes=class_names(classes),
                 image_size=image_size,
-                config=config,
+                config=config or None,
                 templates=templates,
             )
         classifier.inputs = _inputs(classifier.inputs, None, mean, std)
@@ -344,15 +341,15 @@ def _inputs(
     return replace(own, size=size, mean=three(mean, own.mean), std=three(std, own.std))
 
 
-def _saved_settings(folder: Path, explicit: bool) -> dict[str, Any]:
-    """``config.json`` of a classifier's folder; nothing where the name is not a folder's."""
+def _saved_settings(folder: Path, a_name: bool) -> dict[str, Any]:
+    """``config.json`` of a classifier's folder; nothing where ``folder`` is not one but a library's name of a model."""
     path = folder / "config.json"
     if path.is_file():
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {first_line(error)}") from error
-    if explicit or (folder.is_dir() and not timm.is_model(str(folder))):
+    if folder.is_dir() and not a_name:
         raise UserError(f"{folder}: not a classifier's folder (it has no config.json)")
     return {}
 

@@ -5,305 +5,229 @@ The launchers start it on several processes as they start training; each answers
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from PIL import Image
-from timm.data import create_transform
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from data.batch import Problem
-from data.conversation import ImageSource
-from data.errors import BadSample, UserError
-from data.images import load_image
-from vlm_distill.evaluation.pictures import write_pictures
-from vlm_distill.evaluation.runner import (
-    AllGather,
-    Prediction,
-    evenly_spaced,
-    image_key,
-    write_lines,
-)
+from data.errors import UserError
+from vlm_distill.launch import cores, guarded, leave
 
 from . import imagenet
-from .metrics import Answers, measure, summarise, together
+from .predict import in_words, predict
 
 if TYPE_CHECKING:
-    from data.classification import LabelledImage, LabelledImages
+    from data.classification import LabelledImages
 
-    from .classifier import InputSettings
-
-# Pictures that are kept for the report: mostly of wrong answers, where models differ.
-_WRONG_PICTURES, _RIGHT_PICTURES = 60, 20
+    from .classifier import Classifier
 
 
-class _Item(NamedTuple):
-    row: int
-    label: int
-    right: Sequence[int]
-    key: str
-    pixels: Tensor
-
-
-class _Batch(NamedTuple):
-    """uint8 ``[N, 3, H, W]`` with what is known of the N images, and those that cannot be read."""
-
-    rows: list[int]
-    labels: list[int]
-    right: list[list[int]]
-    keys: list[str]
-    pixels: Tensor
-    problems: list[Problem]
-
-
-def predict(
-    classifier: nn.Module,
-    source: LabelledImages,
-    *,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    channels_last: bool = False,
-    dtype: torch.dtype | None = None,
-    limit: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    all_gather: AllGather | None = None,
-    out: Path | None = None,
-    pictures: Path | None = None,
-    label_map: Sequence[int] | None = None,
-    only_mapped: bool = False,
-    references: Callable[[LabelledImage], Sequence[int]] | None = None,
-    logits: dict[int, Tensor] | None = None,
-    teacher: Mapping[int, Tensor] | None = None,
-    load: Callable[[ImageSource], Image.Image] = load_image,
-    skipped: list[Problem] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """A classifier's scores on a source: timm's evaluation transform, one view, no augmentation.
-
-    Batches are cut once from the source and dealt to the ranks in turn: neither their content nor a score depends on
-    ``world``. Every rank makes the same number of forward passes. Images that cannot be read are left out of the scores
-    and listed in ``skipped``.
-
-    Args:
-        classifier: a ``vision.classifier.Classifier``, or what has its ``inputs``, ``classes`` and forward; on
-            ``device``. Its mode is put back to what it was.
-        source: images with labels; names of its classes that are ImageNet's synsets are written out.
-        workers: processes that decode, of this rank; 0 decodes in this one.
-        dtype: of autocast in the forward passes; ``None`` computes in the weights' own.
-        limit: ask only about this many images, evenly spaced over the source.
-        all_gather: gives every rank's list to every rank; needed when ``world`` > 1.
-        out: folder for ``predictions.jsonl`` and ``scores.json``, written by rank 0.
-        pictures: folder for small copies of pictures that are no files, for the report's gallery.
-        label_map: of each of the source's labels, the classifier's output; by default the outputs are in their order.
-        only_mapped: only these outputs compete; otherwise all that the classifier has.
-        references: all right labels of an image, where there may be several; ``BadSample`` leaves it out.
-        logits: receives this rank's logits of the source's classes, float32 ``[K]`` on the CPU, by row.
-        teacher: such logits of a teacher, from the same ``batch_size``, ``limit`` and ranks, to be compared with.
-        load: decodes an image.
-        skipped: receives the images that were left out, of all ranks.
-        progress: called with (images done over all ranks, images in all) after each batch.
-
-    Returns:
-        As :func:`vision.metrics.summarise`, with ``skipped``, reason to number; the same on every rank.
-
-    Raises:
-        UserError: the source has classes that the classifier has no output for.
-    """
-    if world > 1 and all_gather is None:
-        raise ValueError("evaluation on several ranks needs all_gather")
-    device = torch.device(device)
-    inputs: InputSettings = classifier.inputs  # type: ignore[assignment]
-    rows = evenly_spaced(len(source), limit)
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    rounds = math.ceil(len(batches) / world)
-    mine = [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
-    loader = DataLoader(
-        _Views(source, inputs, load, references),
-        batch_sampler=mine,  # type: ignore[arg-type]  # a list of batches is all that it needs
-        collate_fn=_collate,
-        num_workers=min(workers, len(mine)),
-        pin_memory=device.type == "cuda",
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Scores what the options name; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="vision.evaluate", description=__doc__)
+    parser.add_argument("model", help="folder of a classifier, or timm's name of one")
+    parser.add_argument("--data", type=Path, required=True, help="folder or file of labelled images")
+    parser.add_argument("--set", choices=get_args(imagenet.Set), help="which of ImageNet's sets they are")
+    parser.add_argument("--format", default="auto", help="of the data; default: as they look")
+    parser.add_argument("--split", help="of the data")
+    parser.add_argument(
+        "--source", choices=["timm", "open_clip"], default="timm", help="where the model's name is from"
     )
-    normalise = _Normalise(inputs, device, channels_last)
-    names = imagenet.readable(source.classes)
-    parts: list[Answers] = []
-    keys: dict[int, str] = {}
-    problems: list[Problem] = []
-    width = 0
-    with _evaluating(classifier), torch.inference_mode():
-        for done, batch in enumerate(loader, start=1):
-            # Ranks may wait for each other inside a forward pass: none leaves one out, and a blank image fills in.
-            blank = torch.zeros(1, 3, *inputs.size, dtype=torch.uint8)
-            with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
-                raw = classifier(normalise(batch.pixels if batch.rows else blank)).logits[: len(batch.rows)]
-            raw = raw.float()
-            width = _width(raw, source, label_map)
-            problems += batch.problems
-            if batch.rows:
-                places = torch.as_tensor(range(len(names)) if label_map is None else label_map, device=raw.device)
-                known = raw[:, places]
-                if logits is not None:
-                    logits.update(zip(batch.rows, known.cpu(), strict=True))
-                pair = None if teacher is None else (known, _theirs(teacher, batch.rows).to(known.device))
-                compete = known if only_mapped else raw
-                right = torch.zeros(compete.shape, dtype=torch.bool)
-                for k, labels in enumerate(batch.right):
-                    right[k, list(labels) if only_mapped else places.cpu()[list(labels)]] = True
-                parts.append(measure(batch.rows, batch.labels, compete, right.to(raw.device), pair))
-                keys.update(zip(batch.rows, batch.keys, strict=True))
-            if progress is not None:
-                progress(min(done * world * batch_size, len(rows)), len(rows))
-
-    if all_gather is not None:
-        gathered = [part for found in all_gather([(parts, keys, problems)]) for part in found]
-        parts = [part for found, _, _ in gathered for part in found]
-        keys = {row: key for _, found, _ in gathered for row, key in found.items()}
-        problems = [problem for _, _, found in gathered for problem in found]
-    problems.sort(key=lambda problem: problem.line)
-    if skipped is not None:
-        skipped += problems
-    answers = together(parts)
-    scores = summarise(answers, names) | {"skipped": dict(Counter(problem.reason for problem in problems))}
-    if rank == 0 and (out is not None or pictures is not None):
-        said = dict(enumerate(names)) if only_mapped else _output_names(classifier, names, label_map, width)
-        predictions = _predictions(answers, source, names, said, keys)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_lines(out / "predictions.jsonl", predictions)
-            (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        if pictures is not None:
-            wrong = [p for p in predictions if not p.exact]
-            right_ones = [p for p in predictions if p.exact]
-            shown = [wrong[i] for i in evenly_spaced(len(wrong), _WRONG_PICTURES)]
-            shown += [right_ones[i] for i in evenly_spaced(len(right_ones), _RIGHT_PICTURES)]
-            write_pictures(pictures, shown, lambda row: source[row].image, load)
-    return scores
+    parser.add_argument("--pretrained", action="store_true", help="the model's published weights, from its hub")
+    parser.add_argument("--weights", help="file of weights for the model")
+    parser.add_argument("--classes", help="names of the model's outputs: a file of one a line, or imagenet")
+    parser.add_argument("--num-classes", type=int, help="number of the model's outputs")
+    parser.add_argument("--teacher", help="a classifier to agree with: folder or timm's name")
+    parser.add_argument("--teacher-weights", help="file of weights for the teacher")
+    parser.add_argument("--out", type=Path, help="folder for scores and predictions, such as RUN/evaluation")
+    parser.add_argument("--limit", type=int, help="this many images, evenly spaced (of ImageNet-C: of each folder)")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, help="processes that decode, of each rank; default: by cores, at most 8")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    options = parser.parse_args(given)
+    return guarded(lambda: run(options))
 
 
-def in_words(scores: Mapping[str, Any]) -> str:
-    """The overall scores of :func:`predict`, for a person."""
-    if not scores["n"]:
-        return "no image could be read"
-    text = f"top-1 {scores['exact']:.2%}, top-5 {scores['top5']:.2%} on {scores['n']:,} images"
-    return text + (f", agrees with the teacher on {scores['agreement']:.2%}" if "agreement" in scores else "")
+def run(options: argparse.Namespace) -> None:
+    """The model, and the teacher if there is one, on the data; scores are written and shown."""
+    from vlm_distill.training.engine import Processes
 
-
-class _Views(Dataset[_Item | Problem]):
-    """Images as timm's evaluation has them, before they are normalised."""
-
-    def __init__(
-        self,
-        source: LabelledImages,
-        inputs: InputSettings,
-        load: Callable[[ImageSource], Image.Image],
-        references: Callable[[LabelledImage], Sequence[int]] | None,
-    ) -> None:
-        self.source, self.load, self.references = source, load, references
-        # Not normalised: bytes are a quarter of what floats are on their way to the device.
-        self.view = create_transform(
-            (3, *inputs.size),
-            interpolation=inputs.interpolation,
-            crop_pct=inputs.crop_pct,
-            normalize=False,
-        )
-
-    def __getitem__(self, row: int) -> _Item | Problem:
-        try:
-            item = self.source[row]
-            right = [item.label] if self.references is None else self.references(item)
-            return _Item(row, item.label, right, image_key(item.image), self.view(self.load(item.image)))
-        except BadSample as bad:
-            return Problem(self.source.name, self.source.line(row), bad.reason, bad.detail)
-
-
-def _collate(items: Sequence[_Item | Problem]) -> _Batch:
-    good = [item for item in items if isinstance(item, _Item)]
-    return _Batch(
-        [item.row for item in good],
-        [item.label for item in good],
-        [list(item.right) for item in good],
-        [item.key for item in good],
-        torch.stack([item.pixels for item in good]) if good else torch.empty(0, dtype=torch.uint8),
-        [item for item in items if isinstance(item, Problem)],
-    )
-
-
-class _Normalise:
-    """uint8 to what the classifier takes: ``(x / 255 − mean) / std``, on the device."""
-
-    def __init__(self, inputs: InputSettings, device: torch.device, channels_last: bool) -> None:
-        self.device = device
-        self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (inputs.mean, inputs.std))
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        x = pixels.to(self.device, non_blocking=True).float().div_(255).sub_(self.mean).div_(self.std)
-        return x.contiguous(memory_format=self.format)
-
-
-@contextmanager
-def _evaluating(classifier: nn.Module) -> Iterator[None]:
-    training = classifier.training
-    classifier.eval()
+    for name in ("limit", "batch_size", "num_classes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 1")
+    parts = _open(options)  # mistakes are told before a model is loaded
+    processes = Processes()
     try:
-        yield
+        device = torch.device(options.device) if options.device else processes.device
+        models = _models(options, device)
+        workers = options.workers if options.workers is not None else min(8, cores() // processes.world)
+        settings = {
+            "batch_size": options.batch_size,
+            "workers": workers if workers > 1 else 0,
+            "device": device,
+            "channels_last": device.type == "cuda",
+            "limit": options.limit,
+            "rank": processes.rank,
+            "world": processes.world,
+            "all_gather": processes.gather,
+        }
+        _score(options, parts, models, settings)
     finally:
-        classifier.train(training)
+        processes.close()
 
 
-def _width(raw: Tensor, source: LabelledImages, label_map: Sequence[int] | None) -> int:
-    """The classifier's number of outputs, if it is enough."""
-    width = raw.shape[-1]
-    needed = len(source.classes) if label_map is None else max(label_map, default=0) + 1
-    if needed > width:
+__all__ = ["in_words", "main", "predict", "run"]
+
+#: A variant, and of ImageNet-C the corruption and severity.
+_Part = tuple[imagenet.Variant, tuple[str, int] | None]
+
+
+def _open(options: argparse.Namespace) -> list[_Part]:
+    from data.classification import open_images
+
+    def opened(path: Path) -> LabelledImages:
+        return open_images(path, format=options.format, split=options.split)
+
+    if options.set is None:
+        return [(imagenet.Variant(opened(options.data)), None)]
+    if options.set == "c":
+        folders = imagenet.corruption_folders(options.data)
+        return [(imagenet.open_variant("c", opened(path)), (name, severity)) for name, severity, path in folders]
+    return [(imagenet.open_variant(options.set, opened(options.data)), None)]
+
+
+def _models(options: argparse.Namespace, device: torch.device) -> dict[str, Classifier]:
+    """The teacher first: the student is compared with its answers."""
+    from .classifier import load_classifier
+
+    models = {}
+    if options.teacher:
+        models["teacher"] = load_classifier(
+            options.teacher,
+            pretrained=options.pretrained and not options.teacher_weights,
+            weights=options.teacher_weights,
+        )
+    models["student"] = load_classifier(
+        options.model,
+        source=options.source,
+        pretrained=options.pretrained and not options.weights,
+        weights=options.weights,
+        classes=options.classes,
+        num_classes=options.num_classes,
+    )
+    return {who: model.to(device).eval() for who, model in models.items()}
+
+
+def _score(
+    options: argparse.Namespace,
+    parts: Sequence[_Part],
+    models: Mapping[str, Classifier],
+    settings: Mapping[str, Any],
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    first = settings["rank"] == 0
+    name = parts[0][0].source.name
+    found: dict[str, dict[Any, dict[str, Any]]] = {who: {} for who in models}
+    skipped: list[Problem] = []
+    began = time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True, disable=not first) as bar:
+        for variant, corruption in parts:
+            logits: dict[int, Tensor] = {}
+            for who, model in models.items():
+                task = bar.add_task(" ".join(map(str, (f"{who}: {name}", *(corruption or ())))))
+
+                def progress(done: int, whole: int, task: Any = task) -> None:
+                    bar.update(task, completed=done, total=whole)
+
+                folder = options.out and options.out / name
+                alone = corruption is None and folder is not None
+                found[who][corruption] = predict(
+                    model,
+                    variant.source,
+                    label_map=_label_map(variant.source, model, options.set),
+                    only_mapped=variant.only_mapped,
+                    references=variant.references,
+                    logits=logits if who == "teacher" else None,
+                    teacher=logits if who == "student" and logits else None,
+                    out=folder / who if alone else None,
+                    pictures=folder / "pictures" if alone else None,
+                    skipped=skipped if who == "student" else None,
+                    progress=progress,
+                    **settings,
+                )
+                bar.remove_task(task)
+    if not first:
+        return
+    results = {}
+    for who, scores in found.items():
+        results[who] = imagenet.corruption_scores(scores) if options.set == "c" else scores[None]
+        if options.set == "c" and options.out:
+            path = options.out / name / who / "scores.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results[who], indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if not results["student"]["n"]:
         raise UserError(
-            f"{source.name}: its {len(source.classes)} classes need {needed} outputs and the classifier has {width}; "
-            "name the classifier's classes, or other data"
+            f"{name}: no image could be read; the first: {_told(skipped[0]) if skipped else 'there is none'}"
         )
-    return width
+    _show(name, results)
+    images = sum(scores["n"] for scores in results.values())
+    print(f"{images / max(1e-9, time.monotonic() - began):,.0f} images per second")
+    if skipped:
+        print(f"{len(skipped)} left out, the first: {_told(skipped[0])}")
+    if options.out:
+        print(options.out / name)
 
 
-def _theirs(teacher: Mapping[int, Tensor], rows: Sequence[int]) -> Tensor:
-    try:
-        return torch.stack([teacher[row] for row in rows])
-    except KeyError as missing:
-        raise ValueError(f"no logits of the teacher for row {missing}: ask it the same images, batched alike") from None
+def _told(problem: Problem) -> str:
+    return f"{problem.source}, line {problem.line}: {problem.reason}"
 
 
-def _output_names(
-    classifier: nn.Module, names: Sequence[str], label_map: Sequence[int] | None, width: int
-) -> dict[int, str]:
-    """Names of all outputs: the source's where it has the class, else the classifier's own, else the number."""
-    classes: Any = classifier.classes
-    own = [f"output {k}" for k in range(width)] if classes is None else imagenet.readable(classes)
-    places = range(len(names)) if label_map is None else label_map
-    return dict(enumerate(own)) | dict(zip(places, names, strict=True))
+def _label_map(source: LabelledImages, classifier: Classifier, variant: str | None) -> list[int] | None:
+    """The classifier's output of each of the source's classes."""
+    if variant is not None:
+        return imagenet.outputs(source.classes, classifier.classes)
+    from .classes import map_classes
+
+    found = map_classes(classifier.classes, None, source.classes, student_outputs=classifier.num_classes)
+    return None if found.labels is None else found.labels.tolist()
 
 
-def _predictions(
-    answers: Answers, source: LabelledImages, names: Sequence[str], said: Mapping[int, str], keys: Mapping[int, str]
-) -> list[Prediction]:
-    return [
-        Prediction(
-            index=row,
-            source=source.name,
-            line=source.line(row),
-            question="",
-            references=[names[answers.labels[k]]],
-            answer=said[int(answers.answers[k])],
-            probability=float(answers.confidence[k]),
-            exact=float(answers.right[k]),
-            soft=float(answers.right[k]),
-            image=keys[row],
-        )
-        for k, row in enumerate(answers.rows.tolist())
-    ]
+def _show(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.2%}"
+
+    def plain(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    table = Table("model", "images", "top-1", "top-5", "NLL", "ECE", "agreement", "KL", title=name)
+    for who, scores in results.items():
+        numbers = [share(scores["exact"]), share(scores["top5"]), plain(scores["nll"]), plain(scores["ece"])]
+        compared = [share(scores.get("agreement")), plain(scores.get("kl"))]
+        table.add_row(who, f"{scores['n']:,}", *numbers, *compared)
+    Console().print(table)
+    if "corruptions" in results["student"]:
+        table = Table("corruption", *map(str, range(1, 6)), "mean", title="top-1 by severity")
+        for corruption, found in results["student"]["corruptions"].items():
+            mean = results["student"]["by_type"][corruption]["exact"]
+            table.add_row(corruption, *(share(found.get(str(s))) for s in range(1, 6)), share(mean))
+        Console().print(table)
+        mce = results["student"]["mce"]
+        print("mCE needs all 15 corruptions at five severities" if mce is None else f"mCE {mce:.1f} (AlexNet: 100)")
+
+
+if __name__ == "__main__":
+    leave(main())

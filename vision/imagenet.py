@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -96,15 +97,17 @@ def _info(name: str) -> str:
 
 
 def readable(classes: Sequence[str]) -> tuple[str, ...]:
-    """``tench (n01440764)`` for synsets that timm knows; other names stay."""
+    """``tench`` for a synset of ImageNet-1k, with the synset where two share a word; other names stay."""
     return tuple(_names().get(name, name) for name in classes)
 
 
 @cache
 def _names() -> dict[str, str]:
-    info = ImageNetInfo("imagenet-22k")
-    described = {**info.label_descriptions(as_dict=True), **ImageNetInfo().label_descriptions(as_dict=True)}
-    return {synset: f"{text.split(', ')[0]} ({synset})" for synset, text in described.items()}
+    words = {
+        name: text.split(", ")[0] for name, text in zip(synsets(), ImageNetInfo().label_descriptions(), strict=True)
+    }
+    counts = Counter(words.values())
+    return {name: word if counts[word] == 1 else f"{word} ({name})" for name, word in words.items()}
 
 
 def open_variant(name: Set, source: LabelledImages) -> Variant:

@@ -115,7 +115,8 @@ def summarise(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
         empty = dict.fromkeys(("exact", "top5", "interval", "nll", "ece"))
         return {"kind": "classification", "n": 0, **empty, "calibration": [], "by_type": {}}
     exact = int(answers.right.sum()) / n
-    bins = calibration(answers.confidence, answers.right)
+    # A classifier that diverged is sure of nothing.
+    bins = calibration(answers.confidence, answers.right) if np.isfinite(answers.confidence).all() else []
     counts = np.bincount(answers.labels, minlength=len(names))
     hits = np.bincount(answers.labels[answers.right], minlength=len(names))
     scores: dict[str, Any] = {
@@ -124,8 +125,8 @@ def summarise(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
         "exact": exact,
         "top5": int(answers.right5.sum()) / n,
         "interval": list(wilson_interval(exact, n)),
-        "nll": math.fsum(answers.nll) / n,
-        "ece": expected_calibration_error(bins),
+        "nll": _mean(answers.nll),
+        "ece": expected_calibration_error(bins) if bins else None,
         "calibration": bins,
         "by_type": {
             name: {"n": int(count), "exact": int(hit) / int(count)}
@@ -135,8 +136,13 @@ def summarise(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
     }
     if len(answers.agrees):
         scores["agreement"] = int(answers.agrees.sum()) / n
-        scores["kl"] = math.fsum(answers.divergence) / n
+        scores["kl"] = _mean(answers.divergence)
     return scores
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Exactly rounded; ``None`` where one is no finite number: JSON has no other word for it."""
+    return math.fsum(values) / len(values) if np.isfinite(values).all() else None
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:

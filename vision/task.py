@@ -64,14 +64,20 @@ class ClassificationTask(nn.Module):
         return list(self.student.model.parameters(recurse=False)) if self.features else []
 
     def forward(
-        self, views: Views, teacher: Outputs | None, scales: Mapping[str, float] | None = None
+        self,
+        views: Views,
+        teacher: Outputs | None,
+        scales: Mapping[str, float] | None = None,
+        *,
+        real: bool = True,
     ) -> tuple[Tensor, dict[str, TermSums]]:
         """The loss of a micro-batch and its terms.
 
         Args:
-            views: V views of N images on this rank's device.
+            views: V views of N > 0 images on this rank's device.
             teacher: what the teacher gives for them, its classes in the student's order.
             scales: a factor for each term's sum over rows, by name; 1 where none is given.
+            real: false where the images only fill in for a micro-batch without any: nothing is learnt from them.
 
         Returns:
             The differentiable weighted sum (0-d), and the detached sums of each term.
@@ -83,11 +89,14 @@ class ClassificationTask(nn.Module):
             assert teacher is not None
             with torch.autocast(views.student.device.type, enabled=False):
                 if isinstance(term, BatchTerm):
-                    loss, found = self._batch(term.loss, outputs, teacher, views.labels)
+                    loss, found = self._batch(term.loss, outputs, teacher, views.labels, real)
                 else:
-                    loss, found = self._compare(term.loss, outputs.features, teacher.features)
+                    loss, found = self._compare(term.loss, outputs.features, teacher.features, real)
             losses.append(term.weight * scales.get(term.name, 1.0) * loss)
             sums[term.name] = found
+        if not real:
+            losses = [0.0 * loss for loss in losses]
+            sums = {name: TermSums(0.0 * found.loss, 0, {}) for name, found in sums.items()}
         # A plain tuple with the tensor in it: ZeRO-3 hangs its backward hooks on the tensors it finds in an output.
         return torch.stack(losses).sum(), sums
 
@@ -116,39 +125,36 @@ class ClassificationTask(nn.Module):
     def _distils(term: Term, outputs: Outputs) -> bool:
         return outputs.distilled is not None and "teacher" in term.loss.needs
 
-    def _batch(self, loss: BatchLoss, outputs: Outputs, teacher: Outputs, labels: Tensor) -> tuple[Tensor, TermSums]:
+    def _batch(
+        self, loss: BatchLoss, outputs: Outputs, teacher: Outputs, labels: Tensor, real: bool
+    ) -> tuple[Tensor, TermSums]:
         """A loss of a batch times the rows that it is a mean over, so that it adds up as sums over rows do."""
-        mine = outputs.logits if outputs.distilled is None else outputs.distilled
-        count = len(labels) * (self.views if loss.views == 1 else 1)
-        if self.gather is None:
-            rows, sides, targets = count, [mine, teacher.logits], labels
-        else:
+        mine, other = outputs.logits if outputs.distilled is None else outputs.distilled, teacher.logits
+        each = self.views if loss.views == 1 else 1
+        count = each * len(labels)
+        together = None if self.gather is None else self.gather(labels[: len(labels) * real])
+        if self.gather is not None and together is not None and len(together):
             # View by view: a batch of all ranks has the first views of all images first, too.
-            chunks = [[self.gather(part) for part in side.chunk(self.views)] for side in (mine, teacher.logits)]
-            sides, targets = [torch.cat(parts) for parts in chunks], self.gather(labels)
-            rows = len(targets) * (self.views if loss.views == 1 else 1)
-        if not rows:
-            return 0.0 * mine.sum(), TermSums(mine.new_zeros(()))
-        value = loss(sides[0], sides[1], targets if loss.views > 1 else targets.repeat(self.views))
-        return rows * value, TermSums(count * value.detach(), count)
+            mine, other = (
+                torch.cat([self.gather(part[: len(labels) * real]) for part in side.chunk(self.views)])
+                for side in (mine, other)
+            )
+            labels = together
+        return self._times_rows(loss(mine, other, labels.repeat(each)), each * len(labels), count)
 
     def _compare(
-        self, loss: FeatureLoss, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+        self, loss: FeatureLoss, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], real: bool
     ) -> tuple[Tensor, TermSums]:
         mine = {name: student[name] for name in loss.student_features}
         other = {name: teacher[name] for name in loss.teacher_features}
-        first = next(iter(mine.values()))
-        count = rows = len(first)
-        samples = torch.arange(rows, device=first.device)
-        if not loss.whole_batch:
-            if not count:
-                return 0.0 * first.float().sum(), TermSums(first.new_zeros((), dtype=torch.float32))
-            values = loss(mine, other, samples)
-            return values.sum(), TermSums(values.detach().sum(), count)
-        if self.gather is not None:
-            mine, other = ({k: self.gather(v) for k, v in side.items()} for side in (mine, other))
-            rows = len(next(iter(mine.values())))
-        if not rows:
-            return 0.0 * first.float().sum(), TermSums(first.new_zeros((), dtype=torch.float32))
-        value = loss(mine, other, torch.arange(rows, device=first.device))
-        return rows * value, TermSums(count * value.detach(), count)
+        rows = count = len(next(iter(mine.values())))
+        if loss.whole_batch and self.gather is not None:
+            joined = [{k: self.gather(v[: rows * real]) for k, v in side.items()} for side in (mine, other)]
+            if found := len(next(iter(joined[0].values()))):
+                (mine, other), rows = joined, found
+        value = loss(mine, other, torch.arange(rows, device=next(iter(mine.values())).device))
+        return self._times_rows(value if loss.whole_batch else value.mean(), rows, count)
+
+    @staticmethod
+    def _times_rows(mean: Tensor, rows: int, count: int) -> tuple[Tensor, TermSums]:
+        return rows * mean, TermSums(count * mean.detach(), count)

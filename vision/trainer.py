@@ -37,7 +37,7 @@ from .ema import Average
 from .evaluate import in_words, predict
 from .loader import ImageBatch, ImageSteps
 from .task import AnyTerm, BatchTerm, ClassificationTask
-from .transforms import DeviceViews, Views
+from .transforms import DeviceViews
 
 # timm's optimizers whose update of a number reads that number's own gradient and state alone. ZeRO 1 to 3 hands the
 # optimizer flat slices of all parameters, so that any other would see layers that are none.
@@ -185,20 +185,19 @@ class Teacher:
             logits, features, _ = self.classifier(images, self.features)
         return Outputs(logits if self.order is None else logits[:, self.order], features, None)
 
-    def remembered(self, batch: ImageBatch, views: Views, first: int) -> Outputs:
+    def remembered(self, batch: ImageBatch, images: Tensor, first: int) -> Outputs:
         """The same from the cache, which is filled where a batch is not in it yet; ``first`` is its first view."""
         assert self.cache is not None
-        assert views.teacher is not None
-        count = max(1, len(batch.images) // max(1, batch.samples))
+        count = len(batch.images) // batch.samples
         checks = batch.checks.chunk(count)
         found = [self.cache.read(batch.rows, first + view, checks[view]) for view in range(count)]
-        if batch.samples == 0 or any(part is None for part in found):
-            outputs = self.outputs(views.teacher)
-            for view, logits in enumerate(outputs.logits.float().chunk(count) if batch.samples else ()):
-                self.cache.write(batch.rows, first + view, checks[view], logits)
-            return outputs
-        logits = torch.cat([part for part in found if part is not None])
-        return Outputs(logits.to(views.student.device, non_blocking=True), {}, None)
+        kept = [logits for logits in found if logits is not None]
+        if len(kept) == count:
+            return Outputs(torch.cat(kept).to(images.device, non_blocking=True), {}, None)
+        outputs = self.outputs(images)
+        for view, logits in enumerate(outputs.logits.chunk(count)):
+            self.cache.write(batch.rows, first + view, checks[view], logits)
+        return outputs
 
 
 class Trainer(Loop):
@@ -283,14 +282,15 @@ class Trainer(Loop):
             "student": sum(p.numel() for p in student.parameters()),
             "trained": sum(p.numel() for p in student.parameters() if p.requires_grad),
         }
-        form = torch.channels_last if training.channels_last else torch.contiguous_format
-        student.to(device).to(memory_format=form)
+        student.to(device)
         self.dtype = torch.bfloat16 if training.dtype == "bf16" else None
         self.teacher: Teacher | None = None
         self.guide: Teacher | None = None
         if teacher is not None:
             self.parameters["teacher"] = sum(p.numel() for p in teacher.parameters())
-            teacher.to(device).to(memory_format=form)
+            teacher.to(device)
+            if training.channels_last:
+                teacher.to(memory_format=torch.channels_last)
             features = wanted_features([term for term in terms if isinstance(term, FeatureTerm)])[1]
             cache = self._open_cache(teacher, order, student) if cached else None
             if cache is not None and features:
@@ -317,6 +317,9 @@ class Trainer(Loop):
         self.engine = Engine(
             task, optimizer, config, processes, read_parameters=task.read_parameters(), autocast=self.dtype is not None
         )
+        if training.channels_last and config.deepspeed.stage == 0:
+            # Not before: DeepSpeed broadcasts weights as they lie. ZeRO keeps them in flat memory, in the usual order.
+            student.to(memory_format=torch.channels_last)
         self.student, self.terms = student, terms
         self.warmups = {t.name: section.warmup_epochs for t, section in zip(terms, config.loss, strict=True)}
         self.schedule = Schedule(config.optimizer, self.steps, self.epoch_steps)
@@ -361,16 +364,18 @@ class Trainer(Loop):
         return min(1.0, (step // self.epoch_steps + 1) / warmup) if warmup else 1.0
 
     def learn(self, step: Step, micro: ImageBatch, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
-        batch = micro.to(self.processes.device)
+        real = bool(micro.samples)
+        batch = micro.to(self.processes.device).filled(len(self.config.data.views))
         views = self.on_device(batch, seed=self.config.training.seed, step=step.index)
         outputs = None
-        if self.guide is not None and self.guide.cache is not None:
-            first = self.dataset.turn(step.index) * len(self.config.data.views)
-            outputs = self.guide.remembered(batch, views, first)
-        elif self.guide is not None:
+        if self.guide is not None:
             assert views.teacher is not None
-            outputs = self.guide.outputs(views.teacher)
-        return self.engine(views, outputs, scales)
+            if self.guide.cache is not None and real:
+                first = self.dataset.turn(step.index) * len(self.config.data.views)
+                outputs = self.guide.remembered(batch, views.teacher, first)
+            else:
+                outputs = self.guide.outputs(views.teacher)
+        return self.engine(views, outputs, scales, real=real)
 
     def lr(self, step: int) -> float:
         return self.schedule(step)
@@ -402,7 +407,7 @@ class Trainer(Loop):
             self.average.load(folder)
 
     def introduce(self, tracker: Tracker, done: int) -> None:
-        if self.guide is None or done >= self.steps:
+        if self.guide is None or done >= self.steps or not self.processes.first:
             return
         seen = self._teacher_accuracy(self.guide)
         if seen is None:

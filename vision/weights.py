@@ -22,10 +22,11 @@ from vlm_distill.models.common import first_line
 _WHOLE = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
 #: Classification layers, by the usual names.
 _HEADS = ("fc", "classifier", "head", "head.fc", "heads.head", "classifier.6", "linear")
-#: NumPy's numbers beside the tensors (a best accuracy): data, not code.
+#: NumPy's numbers beside the tensors (a best accuracy): data, not code. NumPy 1 has the function elsewhere.
+_SCALAR = np.float64(0).__reduce__()[0]
 _NUMBERS: list[Any] = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")),
 ]

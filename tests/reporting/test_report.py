@@ -8,7 +8,8 @@ from page import Page, read
 
 from data.errors import UserError
 from vlm_distill.evaluation.runner import read_predictions, write_predictions
-from vlm_distill.reporting.report import _gallery, load_run, write_report
+from vlm_distill.reporting.gallery import gallery
+from vlm_distill.reporting.report import load_run, write_report
 
 
 def test_one_run_has_every_section(make_run):
@@ -113,7 +114,7 @@ def test_gallery_groups_hold_every_question_once(make_run):
 
     entries = [Entry("teacher", runs[0].predictions["test", "teacher"])]
     entries += [Entry("student", run.predictions["test", "student"]) for run in runs]
-    groups = _gallery(entries)
+    groups = gallery(entries)
     assert sum(g["count"] for g in groups) == 40
     for group in groups:
         assert len(group["cards"]) <= 6

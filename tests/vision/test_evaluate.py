@@ -1,163 +1,115 @@
-"""One rank and several agree, broken images are counted, and what is written reads well."""
+"""The command: what it opens, loads, writes and says; readers and models are small stand-ins."""
 
 import json
-from threading import Barrier, Thread
+import sys
+from types import ModuleType
 
 import pytest
 import torch
-from listed_images import Says, Tiny, broken, numbered, picture
-from timm.data import create_transform
+from listed_images import Inputs, Listed, Says, Tiny, broken, numbered
+from timm.data import ImageNetInfo
 
-from data.errors import UserError
-from vision.evaluate import in_words, predict
-from vlm_distill.evaluation.compare import paired
-from vlm_distill.evaluation.runner import read_predictions
+from data.errors import BadSample
+from vision import evaluate
+
+SYNSETS = ImageNetInfo().label_names()
+
+
+class Single:
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def gather(self, item):
+        return [item]
+
+    def close(self):
+        pass
 
 
 @pytest.fixture
-def source():
-    return broken()
+def command(monkeypatch):
+    """``command(sources, models)(*arguments)``: sources by path, models by name."""
+
+    def stand_in(sources, models):
+        data, classifiers, classes = (ModuleType(name) for name in ("classification", "classifier", "classes"))
+
+        def open_images(path, *, format, split):
+            return sources[str(path)]
+
+        def load_classifier(name, **options):
+            return models[name]
+
+        class Mapped:
+            labels = None
+
+        data.open_images, classifiers.load_classifier = open_images, load_classifier
+        classes.map_classes = lambda student, teacher, data, *, student_outputs: Mapped
+        monkeypatch.setitem(sys.modules, "data.classification", data)
+        monkeypatch.setitem(sys.modules, "vision.classifier", classifiers)
+        monkeypatch.setitem(sys.modules, "vision.classes", classes)
+        monkeypatch.setattr("vlm_distill.training.engine.Processes", Single)
+        return lambda *arguments: evaluate.main([*arguments, "--workers", "0"])
+
+    return stand_in
 
 
-def on_ranks(world, work):
-    """Runs ``work(rank, all_gather)`` on threads that wait for each other as ranks do."""
-    barrier, lists, results = Barrier(world), [None] * world, [None] * world
-
-    def run(rank):
-        def all_gather(mine):
-            lists[rank] = mine
-            barrier.wait()
-            found = list(lists)
-            barrier.wait()
-            return found
-
-        results[rank] = work(rank, all_gather)
-
-    threads = [Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
+def test_a_student_and_its_teacher(command, tmp_path, capsys):
+    student, teacher = Tiny(seed=1), Tiny(seed=2, inputs=Inputs((6, 6)))
+    student.num_classes = teacher.num_classes = 10
+    run = command({"images": broken()}, {"small": student, "large": teacher})
+    assert run("small", "--teacher", "large", "--data", "images", "--out", str(tmp_path), "--batch-size", "4") == 0
+    scores = {
+        who: json.loads((tmp_path / "listed" / who / "scores.json").read_text()) for who in ("student", "teacher")
+    }
+    assert scores["student"]["n"] == scores["teacher"]["n"] == 21
+    assert 0 <= scores["student"]["agreement"] <= 1
+    assert "agreement" not in scores["teacher"]
+    assert {image.shape[-1] for image in teacher.seen} == {6}
+    said = capsys.readouterr().out
+    assert "2 left out, the first: listed, line 5: not an image" in said
+    assert f"{scores['student']['exact']:.2%}" in said
 
 
-def test_a_classifier_sees_what_timm_shows_it(source):
-    classifier = Tiny()
-    predict(classifier, source, batch_size=64)
-    i = classifier.inputs
-    view = create_transform((3, *i.size), interpolation=i.interpolation, crop_pct=i.crop_pct, mean=i.mean, std=i.std)
-    expected = torch.stack([view(picture(row)) for row in range(23) if row not in (4, 9)])
-    assert torch.equal(classifier.seen[0], expected)
-
-
-@pytest.mark.parametrize(("world", "batch"), [(2, 4), (3, 2), (5, 16)])
-def test_any_number_of_ranks_gives_the_same_scores_and_files(source, tmp_path, world, batch):
-    alone = predict(Tiny(), source, batch_size=batch, out=tmp_path / "alone")
-    seen = []
-
-    def work(rank, all_gather):
-        classifier = Tiny()
-        scores = predict(
-            classifier,
-            source,
-            batch_size=batch,
-            rank=rank,
-            world=world,
-            all_gather=all_gather,
-            out=tmp_path / "ranks",
-        )
-        seen.append(len(classifier.seen))
-        return scores
-
-    results = on_ranks(world, work)
-    assert all(scores == alone for scores in results)
-    assert len(set(seen)) == 1  # ranks that wait for each other would hang otherwise
-    for name in ("scores.json", "predictions.jsonl"):
-        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "ranks" / name).read_bytes()
-
-
-def test_images_that_cannot_be_read_are_counted_and_told(source):
-    skipped = []
-    scores = predict(Tiny(), source, batch_size=5, skipped=skipped)
-    assert scores["n"] == 21
-    assert scores["skipped"] == {"not an image": 1, "label is missing": 1}
-    assert [(p.source, p.line) for p in skipped] == [("listed", 5), ("listed", 10)]
-
-
-def test_workers_change_nothing(source):
-    assert predict(Tiny(), source, batch_size=5, workers=2) == predict(Tiny(), source, batch_size=5)
-
-
-def test_what_is_written(source, tmp_path):
-    classifier = Tiny()
-    classifier.train()
-    scores = predict(classifier, source, out=tmp_path / "student", pictures=tmp_path / "pictures")
-    assert classifier.training
-    assert json.loads((tmp_path / "student" / "scores.json").read_text()) == scores
-    assert set(scores) == {"kind", "n", "exact", "top5", "interval", "nll", "ece", "calibration", "by_type", "skipped"}
-    predictions = read_predictions(tmp_path / "student" / "predictions.jsonl")
-    assert [p.index for p in predictions] == [row for row in range(23) if row not in (4, 9)]
-    assert sum(p.exact for p in predictions) / 21 == scores["exact"]
-    assert all((p.answer == p.references[0]) == p.exact for p in predictions)
-    assert all(p.image.startswith("sha256:") for p in predictions)
-    assert len(list((tmp_path / "pictures").iterdir())) == 21
-    assert paired(predictions, predictions).difference == 0
-
-
-def test_a_limit_takes_an_even_share(source):
-    logits = {}
-    predict(Tiny(), source, limit=4, logits=logits)
-    assert sorted(logits) == [0, 5, 11, 17]
-
-
-def test_a_student_is_compared_with_its_teacher():
-    ours = torch.tensor([[2.0, 0, 1], [0, 1, 0], [0, 0, 3]])
-    theirs = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 3]])
-    source, logits = numbered([0, 1, 2], "abc"), {}
-    # The teacher's outputs stand in another order, and it has one more.
-    teacher = Says(torch.cat([theirs[:, [2, 0, 1]], torch.full((3, 1), 9.0)], 1))
-    wrong = predict(teacher, source, label_map=[1, 2, 0], logits=logits)
-    assert wrong["exact"] == 0
-    scores = predict(Says(ours), source, teacher=logits)
-    assert scores["agreement"] == 2 / 3
-    p, q = theirs.double().softmax(-1), ours.double().softmax(-1)
-    assert scores["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
-    assert "agrees with the teacher on 66.67%" in in_words(scores)
-    with pytest.raises(ValueError, match="row 2"):
-        predict(Says(ours), source, teacher={0: ours[0], 1: ours[1]})
-
-
-def test_outputs_that_the_data_lack_compete_unless_told_otherwise(tmp_path):
-    logits = torch.tensor([[0.0, 1, 5], [0, 3, 5]])
-    source = numbered([0, 1], ["cat", "dog"])
-    classifier = Says(logits, ("dog", "cat", "owl"))
-    predict(classifier, source, label_map=[1, 0], out=tmp_path)
-    assert [p.answer for p in read_predictions(tmp_path / "predictions.jsonl")] == ["owl", "owl"]
-    scores = predict(classifier, source, label_map=[1, 0], only_mapped=True, out=tmp_path)
-    assert [p.answer for p in read_predictions(tmp_path / "predictions.jsonl")] == ["cat", "cat"]
-    assert scores["exact"] == 0.5
-    assert scores["nll"] == pytest.approx(
-        float(-torch.tensor([[1.0, 0], [3, 0]]).log_softmax(-1)[[0, 1], [0, 1]].mean())
+def test_a_set_of_imagenet(command, tmp_path):
+    source = numbered([0, 1], SYNSETS[1:3], "sketch")
+    model = Says(torch.nn.functional.one_hot(torch.tensor([1, 7]), 1000).float(), SYNSETS)
+    assert (
+        command({"images": source}, {"m": model})("m", "--data", "images", "--set", "sketch", "--out", str(tmp_path))
+        == 0
     )
+    scores = json.loads((tmp_path / "ImageNet-Sketch" / "student" / "scores.json").read_text())
+    assert scores["by_type"] == {"goldfish": {"n": 1, "exact": 1.0}, "great white shark": {"n": 1, "exact": 0.0}}
 
 
-def test_several_labels_may_be_right():
-    source = numbered([0, 1, 2], "abc")
-    right = {0: [1, 2], 1: [0], 2: [2]}
-    scores = predict(Says(torch.eye(3)), source, references=lambda item: right[item.label])
-    assert scores["exact"] == 1 / 3
-    p = torch.eye(3).double().softmax(-1)
-    assert scores["nll"] == pytest.approx(float(-(p[0, 1:].sum().log() + p[1, 0].log() + p[2, 2].log()) / 3))
+def test_corruptions(command, tmp_path, capsys):
+    folders = [("fog", 1), ("fog", 2), ("snow", 5)]
+    sources = {}
+    for k, (name, severity) in enumerate(folders):
+        path = tmp_path / "c" / name / str(severity)
+        path.mkdir(parents=True)
+        sources[str(path)] = numbered([0] * 4, SYNSETS[:1], path.name)
+        sources[str(path)].items = sources[str(path)].items[k:]
+    right = torch.nn.functional.one_hot(torch.tensor([5, 0, 0, 0]), 1000).float()
+    run = command(sources, {"m": Says(right, SYNSETS)})
+    assert run("m", "--data", str(tmp_path / "c"), "--set", "c", "--out", str(tmp_path / "out")) == 0
+    scores = json.loads((tmp_path / "out" / "ImageNet-C" / "student" / "scores.json").read_text())
+    assert scores["corruptions"] == {"fog": {"1": 0.75, "2": 1.0}, "snow": {"5": 1.0}}
+    assert not (tmp_path / "out" / "ImageNet-C" / "student" / "predictions.jsonl").exists()
+    assert "mCE needs all 15 corruptions" in capsys.readouterr().out
 
 
-def test_too_few_outputs_are_refused():
-    with pytest.raises(UserError, match="4 classes need 4 outputs and the classifier has 3") as error:
-        predict(Says(torch.eye(3)), numbered([0], "abcd"))
-    assert "\n" not in str(error.value)
-
-
-def test_nothing_to_read_gives_no_score(source):
-    source.items = [source.items[4], source.items[9]]
-    scores = predict(Tiny(), source)
-    assert (scores["n"], scores["exact"]) == (0, None)
-    assert in_words(scores) == "no image could be read"
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--limit", "0"], "--limit: 0 is less than 1"),
+        (["--set", "a"], "class class 0 is none of ImageNet-A"),
+        ([], "no image could be read; the first: listed, line 1: gone"),
+    ],
+)
+def test_mistakes_are_one_line(command, capsys, arguments, said):
+    source = Listed([BadSample("gone")], [f"class {k}" for k in range(10)])
+    model = Tiny()
+    model.num_classes = 10
+    assert command({"images": source}, {"m": model})("m", "--data", "images", *arguments) == 2
+    told = capsys.readouterr().err.strip()
+    assert said in told
+    assert "\n" not in told

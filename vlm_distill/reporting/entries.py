@@ -26,6 +26,12 @@ class Run:
     scores: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     predictions: dict[tuple[str, str], list[Prediction]] = field(default_factory=dict)
 
+    @property
+    def verb(self) -> str:
+        """The command of ``vlm-distill`` that repeats the run."""
+        classifier = any(found.get("kind") == "classification" for found in self.scores.values())
+        return "classify" if classifier or " classify " in str(self.summary.get("command", "")) else "train"
+
 
 @dataclass
 class Entry:

@@ -22,12 +22,13 @@ from data.images import load_image
 from vlm_distill import __version__
 from vlm_distill.evaluation.runner import read_predictions
 
-from . import plots
+from . import plots, seeds
 from .benchmarks import benchmark_sections, is_benchmark
+from .classification import classification_sections, is_classification
 from .entries import Duel, Entry, Run, duel, entries_on
+from .gallery import gallery
 
 _COLOURS = 5
-_GALLERY_CARDS = 6
 _THUMBNAIL = 224
 
 #: Titles of the curves that every run has; any other ``term/value`` of the metrics is shown under its own name.
@@ -60,10 +61,14 @@ def write_report(
     if not isinstance(runs, Mapping):
         for folder in runs:
             label = folder.resolve().name
-            named[f"{folder.resolve().parent.name}/{label}" if label in named else label] = folder
+            longer = label in named or seeds.family(folder.resolve()) is not None
+            named[f"{folder.resolve().parent.name}/{label}" if longer else label] = folder
     if not named:
         raise UserError("report: no run given; name at least one folder that `vlm-distill train` wrote")
-    loaded = [load_run(folder, label, f"c{i % _COLOURS}") for i, (label, folder) in enumerate(named.items())]
+    # Runs that differ by their seed alone have one colour.
+    families = {label: seeds.family(folder.resolve()) or label for label, folder in named.items()}
+    colours = {family: f"c{i % _COLOURS}" for i, family in enumerate(dict.fromkeys(families.values()))}
+    loaded = [load_run(folder, label, colours[families[label]]) for label, folder in named.items()]
     if out is None:
         first = loaded[0].folder
         out = (first if len(loaded) == 1 else first.parent) / "report.html"
@@ -163,12 +168,20 @@ def environment() -> jinja2.Environment:
         thousands=lambda n: f"{n:,}",
         data_uri=picture,
         number=lambda value: "–" if value is None else f"{value:,.1f}",
+        decimals=lambda value: "–" if value is None else f"{value:.3f}",
     )
     return env
 
 
 def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[str, Any]]) -> str:
-    names = list(dict.fromkeys(key[0] for run in runs for key, found in run.scores.items() if not is_benchmark(found)))
+    names = list(
+        dict.fromkeys(
+            key[0]
+            for run in runs
+            for key, found in run.scores.items()
+            if not is_benchmark(found) and not is_classification(found)
+        )
+    )
     sections: list[dict[str, Any]] = []
     for i, data in enumerate(names):
         entries = entries_on(runs, data, baselines if i == 0 else {})
@@ -178,10 +191,12 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
                 "entries": entries,
                 "kinds": list(dict.fromkeys(k for e in entries for k in e.scores.get("by_type", {}))),
                 "duels": _duels([e for e in entries if e.role == "student"]),
-                "gallery": _gallery([e for e in entries if e.predictions]),
+                "gallery": gallery([e for e in entries if e.predictions]),
             }
         )
     benchmarks = benchmark_sections(runs)
+    classified = classification_sections(runs, {} if sections else baselines)
+    first = [*sections, *classified]
     return (
         environment()
         .get_template("report.html.j2")
@@ -190,9 +205,10 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             runs=runs,
             sections=sections,
             benchmarks=benchmarks,
-            headline=_headline(runs, sections[0]["entries"] if sections else []),
+            classified=classified,
+            headline={**_headline(runs, first[0]["entries"] if first else []), "asked": bool(sections)},
             best=_best,
-            charts=_charts(runs, [*sections, *benchmarks]),
+            charts=_charts(runs, [*first, *benchmarks]),
             facts=_facts(runs),
             problems=[(run, run.summary["problems"]) for run in runs if run.summary.get("problems")],
             differences=_differences(runs),
@@ -235,47 +251,6 @@ def _duels(students: list[Entry]) -> list[Duel]:
         if first.predictions and other.predictions:
             duels.append(duel(first, other))
     return duels
-
-
-def _gallery(entries: list[Entry]) -> list[dict[str, Any]]:
-    """Questions that all models answered, in groups by who was right, evenly spaced in each group."""
-    if not entries:
-        return []
-    answers = [{p.index: p for p in entry.predictions} for entry in entries]
-    common = sorted(set[int].intersection(*map(set, answers)))
-    roles = [entry.role for entry in entries]
-    groups: dict[str, list[int]] = {}
-    for index in common:
-        right = [by_index[index].exact > 0 for by_index in answers]
-        groups.setdefault(_group(roles, right), []).append(index)
-    order = [
-        "Students differ",
-        "Teacher right, student wrong",
-        "Student right, teacher wrong",
-        "All right",
-        "All wrong",
-    ]
-    result = []
-    for name in order:
-        rows = groups.get(name, [])
-        count = min(_GALLERY_CARDS, len(rows))
-        # The middle of each of `count` equal stretches: deterministic, and seldom twice the same picture.
-        chosen = [rows[(2 * k + 1) * len(rows) // (2 * count)] for k in range(count)]
-        cards = [[(e, by_index[i]) for e, by_index in zip(entries, answers, strict=True)] for i in chosen]
-        if cards:
-            result.append({"name": name, "count": len(rows), "of": len(common), "cards": cards})
-    return result
-
-
-def _group(roles: list[str], right: list[bool]) -> str:
-    students = {r for role, r in zip(roles, right, strict=True) if role == "student"}
-    if all(right):
-        return "All right"
-    if not any(right):
-        return "All wrong"
-    if len(students) == 2:
-        return "Students differ"
-    return "Student right, teacher wrong" if students == {True} else "Teacher right, student wrong"
 
 
 def picture(path: str | Path | None) -> dict[str, Any] | None:
@@ -355,9 +330,9 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
             value = value.get(key) if isinstance(value, Mapping) else None
         return "" if value is None else show(value)
 
-    def median(run: Run, key: str) -> str:
+    def median(run: Run, key: str, show: Any = plots.compact) -> str:
         values = sorted(e[key] for e in run.train if _is_number(e.get(key)))
-        return plots.compact(values[len(values) // 2]) if values else ""
+        return show(values[len(values) // 2]) if values else ""
 
     rows = [
         ("Device", texts(lambda r: found(r, str, "device"))),
@@ -365,6 +340,8 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         ("Steps", texts(lambda r: found(r, "{:,}".format, "steps"))),
         ("Time", texts(lambda r: found(r, plots.duration, "seconds"))),
         ("Tokens per second (median)", texts(lambda r: median(r, "tokens_per_second"))),
+        ("Images per second (median)", texts(lambda r: median(r, "images_per_second"))),
+        ("Waiting for data (median)", texts(lambda r: median(r, "waiting", plots.percent))),
         ("Peak memory of a rank", texts(lambda r: found(r, plots.size_in_bytes, "memory", "peak_bytes"))),
         ("Parameters, student", texts(lambda r: found(r, "{:,}".format, "parameters", "student"))),
         ("Parameters, trained", texts(lambda r: found(r, "{:,}".format, "parameters", "trained"))),

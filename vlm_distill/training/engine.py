@@ -66,7 +66,10 @@ class Processes:
             torch.set_num_threads(max(1, cores() // local_world))
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed 0.19 calls what torch 2.14 has renamed.
-        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
+        renamed = "`torch.distributed.(all_gather_into|reduce_scatter)_tensor`"
+        warnings.filterwarnings("ignore", renamed, FutureWarning)
+        # Which optimizers work under which stage is looked at before one gets here.
+        logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in str(record.msg))
         # DeepSpeed's own all-reduce for CPUs needs a compiler on its first use, and 69 MB of shared memory a rank: more
         # than a container has by default, and they stay there after the run. gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,162 @@
+"""The same step gives the same loss and weights however it is split, under every ZeRO stage, and after a resume.
+
+One rank and two ranks run ``runs.py``, each in one launch; the tests compare what they wrote.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from by_path import load
+
+from vlm_distill.launch import free_port
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "support"))
+runs = load(HERE / "runs.py")
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifiers")
+    # The tree that this file lies in first, wherever the package is installed from.
+    paths = os.pathsep.join(map(str, [HERE.parents[1], HERE, HERE.parent / "support"]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    script = str(HERE / "runs.py")
+    port = str(free_port())
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    for command in ([sys.executable, script], [*launcher, script]):
+        done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def read(world, name):
+        return json.loads((folder / f"ranks{world}" / f"{name}.json").read_text())
+
+    return read
+
+
+def losses(result):
+    return [line["loss"] for line in result["metrics"] if line["kind"] == "train"]
+
+
+def same_weights(a, b, tolerance):
+    assert a["weights"].keys() == b["weights"].keys()
+    for name, values in a["weights"].items():
+        if name.endswith("qkv.bias"):
+            continue  # softmax ignores a key's bias: its gradient is rounding alone, which AdamW makes a step of
+        assert b["weights"][name] == pytest.approx(values, abs=tolerance), name
+
+
+@pytest.mark.parametrize("name", sorted(runs.SHARED))
+def test_two_ranks_equal_one(results, name):
+    one, two = results(1, name), results(2, name)
+    # CTKD's loss is a small KL times T², and float32's rounding with it.
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3 if name.startswith("ctkd") else 1e-4)
+    same_weights(one, two, 1e-5)
+    assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3)
+    assert any(one["moved"].values())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", sorted(n for n in runs.SHARED if n[-1] != "0" and f"{n[:-1]}0" in runs.SHARED))
+def test_every_zero_stage_equals_none(results, world, name):
+    same_weights(results(world, f"{name[:-1]}0"), results(world, name), 1e-5)
+
+
+def test_layer_decay_is_heeded_under_zero(results):
+    assert losses(results(2, "layer_decay_zero2")) != losses(results(2, "adamw_zero2"))
+
+
+@pytest.mark.parametrize("name", runs.RESUMED)
+def test_resumed_equals_uninterrupted(results, name):
+    def story(result):
+        times = ("seconds", "waiting", "images_per_second")
+        return [{k: v for k, v in line.items() if k not in times} for line in result["metrics"]]
+
+    straight, resumed = results(2, name), results(2, f"resumed_{name}")
+    assert story(resumed) == story(straight)
+    assert resumed["weights"] == straight["weights"]
+    assert resumed["exported"] == straight["exported"]
+
+
+@pytest.mark.parametrize("name", ["batchnorm_zero2", "averaged_batchnorm_zero0"])
+def test_ranks_agree_on_running_statistics(results, name):
+    first, second = results(2, name)["statistics"]
+    assert first
+    assert first == second
+
+
+def test_activation_checkpointing_changes_nothing(results):
+    same_weights(results(1, "zero0"), results(1, "checkpointing_zero0"), 1e-6)
+
+
+def test_channels_last_changes_nothing_but_rounding(results):
+    plain, other = results(2, "averaged_batchnorm_zero0"), results(2, "channels_last_zero0")
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_remembered_teacher_teaches_the_same(results, world):
+    """Two fixed views of 60 images in four steps an epoch: from the third epoch on, step 8, the teacher rests."""
+    asked, remembered = results(world, "views_zero0"), results(world, "cached_zero0")
+    assert losses(remembered) == losses(asked)
+    assert remembered["weights"] == asked["weights"]
+    # One more at the beginning, which looks whether the teacher is any good; and in the third epoch again one for the
+    # micro-batch that has no images, as 60 are 3 and 3/4 steps of 16.
+    assert sum(asked["asked"]) == 12 * 4 + 1
+    assert sum(remembered["asked"]) == 8 * 4 + 1 + 1
+
+
+def test_broken_images_are_counted_and_cost_nothing(results):
+    for name in ("broken_zero0", "broken_gathered_zero0"):
+        for world in (1, 2):
+            result = results(world, name)
+            assert result["problems"] == {"images: not an image": 40}
+            assert all(value == value for value in losses(result))
+
+
+def test_a_probe_moves_the_head_alone(results):
+    moved = results(1, "probe_zero0")["moved"]
+    assert {name for name, changed in moved.items() if changed} == {"model.head.weight", "model.head.bias"}
+
+
+def test_the_average_is_what_is_exported(results):
+    result = results(2, "averaged_zero2")
+    name = "model.head.weight"
+    assert result["exported"]["head.weight"] != result["weights"][name]
+    assert result["dtypes"] == ["torch.float32"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_stays_near_float32(results, stage):
+    assert losses(results(2, f"bf16_zero{stage}")) == pytest.approx(losses(results(2, "zero0")), rel=0.05)
+    assert losses(results(2, f"bf16_zero{stage}")) != losses(results(2, "zero0"))
+
+
+def test_dkd_warms_up(results):
+    lines = [line for line in results(1, "mixed_zero0")["metrics"] if line["kind"] == "train"]
+    # Four steps an epoch, two epochs of warm-up.
+    for line, factor in ((lines[0], 0.5), (lines[4], 1.0)):
+        assert line["loss"] == pytest.approx(factor * line["dkd/loss"] + line["cross_entropy/loss"], rel=1e-5)
+
+
+def test_no_teacher_is_in_a_checkpoint(results):
+    assert results(1, "zero0")["teacher_keys"] == []
+
+
+@pytest.mark.parametrize("loss", ["kd", "dkd"])
+def test_steps_equal_a_plain_loop(tmp_path, loss):
+    """Five steps of SGD of a CIFAR network, from the same weights and batches, against plain PyTorch."""
+    terms = {"kd": [{"name": "kd", "temperature": 4, "weight": 0.9}], "dkd": [{"name": "dkd", "beta": 2.0}]}[loss]
+    done = plain_loop(tmp_path, [*terms, {"name": "cross_entropy", "weight": 0.1}])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def plain_loop(folder, terms):
+    """In a process of its own: DeepSpeed's is one training's."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [HERE.parents[1], HERE.parent / "support"]))}
+    command = [sys.executable, str(HERE / "plain_loop.py"), str(folder), json.dumps(terms)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,269 @@
+"""A student for others: safetensors that timm loads, class names, a model card and, if asked for, ONNX.
+
+``python -m vision.export RUN FOLDER [--onnx]`` exports a run's student, or any folder that holds a classifier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import UserError
+from vlm_distill.launch import guarded
+from vlm_distill.models.common import first_line
+
+from .classifier import Classifier, load_classifier
+
+#: Share of the largest logit by which ONNX may differ from torch; kernels add in other orders.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class About:
+    """What a model card says beyond the model itself; what is not known is left out.
+
+    Attributes:
+        name: of the model.
+        teacher: its name as the run's configuration has it.
+        data: names of the training data.
+        losses: each with its weight and parameters, in words.
+        scores: by name of the evaluation data, as ``scores.json`` has them.
+    """
+
+    name: str
+    teacher: str | None = None
+    data: Sequence[str] = ()
+    losses: Sequence[str] = ()
+    scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class FromPixels(nn.Module):
+    """A classifier of RGB images in 0..1, with the normalisation inside."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.model = classifier.model
+        self.register_buffer("mean", torch.tensor(classifier.inputs.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(classifier.inputs.std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std)
+
+
+def export(classifier: Classifier, folder: Path, about: About, onnx: bool = False) -> float | None:
+    """Writes ``model.safetensors``, ``config.json``, ``labels.txt``, ``README.md`` and, if asked for, ``model.onnx``.
+
+    Args:
+        classifier: in float32 on the CPU; left in evaluation mode.
+        folder: made if need be.
+        about: for the model card.
+        onnx: RGB in 0..1, float32 ``[batch, 3, height, width]``, to logits ``[batch, classes]``.
+
+    Returns:
+        The largest difference between the logits of onnxruntime and of torch; ``None`` without ONNX.
+
+    Raises:
+        UserError: ONNX's packages are not installed, or torch cannot put this model into it.
+    """
+    classifier.eval()
+    classifier.save_pretrained(folder)
+    if classifier.classes is not None:
+        (folder / "labels.txt").write_text("\n".join(classifier.classes) + "\n", encoding="utf-8")
+    difference = _write_onnx(classifier, folder / "model.onnx") if onnx else None
+    (folder / "README.md").write_text(_card(classifier, folder, about, difference), encoding="utf-8")
+    return difference
+
+
+def _write_onnx(classifier: Classifier, path: Path) -> float:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--onnx: {error.name} is not installed; pip install 'vlm-distill[onnx]'") from error
+    model = FromPixels(classifier).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, *classifier.inputs.size, generator=generator)
+    try:
+        torch.onnx.export(
+            model,
+            (images[:2],),
+            str(path),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever torch and its converters raise for what they cannot express
+        raise UserError(f"--onnx: this model cannot be put into ONNX: {first_line(error)}") from error
+    difference = 0.0
+    for count in (1, 3):  # neither is the number it was traced with
+        with torch.no_grad():
+            expected = model(images[:count])
+        found = torch.from_numpy(session.run(None, {"images": images[:count].numpy()})[0])
+        difference = max(difference, (found - expected).abs().max().item())
+    if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise UserError(f"--onnx: its logits differ from torch's by up to {difference:.1e}; {path} is not to be used")
+    return difference
+
+
+def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
+    """Exports the student of a run, or the classifier in a folder; see :func:`export`.
+
+    Raises:
+        UserError: neither a finished run nor a classifier.
+    """
+    source = run / "student" if (run / "student").is_dir() else run
+    if not (source / "config.json").is_file():
+        raise UserError(f"{run}: neither a run with a finished student nor a classifier's folder")
+    if folder.resolve() == source.resolve():
+        raise UserError(f"{folder}: is where the classifier comes from; choose another folder")
+    return export(load_classifier(str(source)), folder, _about(run), onnx)
+
+
+def _about(run: Path) -> About:
+    """What a run's own files say of it."""
+    from omegaconf import OmegaConf
+
+    name = run.resolve().name
+    path = run / "config.yaml"
+    if not path.is_file():
+        return About(name)
+    config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    losses = []
+    for term in config.get("loss") or []:
+        parameters = {k: v for k, v in term.items() if k not in ("name", "weight")}
+        given = ", ".join(f"{k} {v}" for k, v in parameters.items())
+        losses.append(f"{term.get('weight', 1.0)} × {term['name']}" + (f" ({given})" if given else ""))
+    sources = (config.get("data") or {}).get("train") or []
+    data = [s.get("name") or Path(s["path"]).name for s in sources]
+    scores = {
+        file.parent.parent.name: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(run.glob("evaluation/*/student/scores.json"))
+    }
+    return About(name, (config.get("teacher") or {}).get("name"), data, losses, scores)
+
+
+def _card(classifier: Classifier, folder: Path, about: About, difference: float | None) -> str:
+    """A model card in the hub's form: facts as YAML for machines, then the same in words."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = settings.get("architecture")
+    facts: dict[str, Any] = {"library_name": "timm"} if architecture else {}
+    facts |= {"pipeline_tag": "image-classification", "tags": ["image-classification", "knowledge-distillation"]}
+    if about.teacher and not Path(about.teacher).exists():
+        facts["base_model"] = f"timm/{about.teacher}" if "." in about.teacher else about.teacher
+    results = [
+        {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": data, "type": data},
+            "metrics": [
+                {"type": "accuracy", "name": words, "value": round(scores[key], 4)}
+                for key, words in (("exact", "top-1"), ("top5", "top-5"))
+                if scores.get(key) is not None
+            ],
+        }
+        for data, scores in about.scores.items()
+    ]
+    if results:
+        facts["model-index"] = [{"name": about.name, "results": results}]
+    lines = ["---", _yaml(facts), "# license: yours to choose; mind those of the data and the teacher", "---", ""]
+    lines += [f"# {about.name}", "", *_description(classifier, about, architecture), ""]
+    lines += ["## Use", "", "```python", *_usage(classifier, settings), "```", ""]
+    if about.scores:
+        lines += ["## Scores", "", "| data | images | top-1 | top-5 | ECE |", "|---|---|---|---|---|"]
+        for data, scores in about.scores.items():
+            shares = [f"{scores[k]:.2%}" if scores.get(k) is not None else "" for k in ("exact", "top5")]
+            error = f"{scores['ece']:.3f}" if scores.get("ece") is not None else ""
+            lines.append(f"| {data} | {scores.get('n', '')} | {shares[0]} | {shares[1]} | {error} |")
+        lines.append("")
+    if difference is not None:
+        lines += [
+            "## ONNX",
+            "",
+            "`model.onnx` takes RGB images in 0..1 (`images`, float32, `[batch, 3, "
+            f"{classifier.inputs.size[0]}, {classifier.inputs.size[1]}]`); mean and standard deviation are inside. "
+            f"It gives `logits`. Against torch they differ by at most {difference:.1e}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _description(classifier: Classifier, about: About, architecture: str | None) -> list[str]:
+    inputs = classifier.inputs
+    size = sum(p.numel() for p in classifier.parameters())
+    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (inputs.mean, inputs.std))
+    rows = [
+        ("architecture", architecture or "an image tower of open_clip under a linear layer"),
+        ("parameters", f"{size / 1e6:.2f} million"),
+        ("classes", f"{classifier.num_classes}" + (", named in labels.txt" if classifier.classes else "")),
+        ("images", f"{inputs.size[0]}×{inputs.size[1]}, {inputs.interpolation}, centre crop {inputs.crop_pct:g}"),
+        ("normalisation", f"mean {mean}; standard deviation {std}"),
+        ("teacher", about.teacher or ""),
+        ("trained on", ", ".join(about.data)),
+        ("loss", " + ".join(about.losses)),
+    ]
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
+
+
+def _usage(classifier: Classifier, settings: Mapping[str, Any]) -> list[str]:
+    architecture = settings.get("architecture")
+    if architecture is None:
+        return [
+            "from vision.classifier import load_classifier  # of vlm-distill",
+            "",
+            'classifier = load_classifier("path/to/this/folder").eval()',
+        ]
+    lines = ["import timm"]
+    if architecture.startswith("cifar_") or architecture == "mobilenet_v1":
+        lines.append("import vision.cifar  # of vlm-distill: registers the architecture with timm")
+    unsaid = {"in_chans": 3, "global_pool": settings.get("global_pool")}
+    options = {k: v for k, v in settings.get("model_args", {}).items() if v != unsaid.get(k, object())}
+    options["num_classes"] = classifier.num_classes
+    given = "".join(f", {k}={v!r}" for k, v in options.items())
+    return [
+        *lines,
+        "",
+        f'model = timm.create_model("{architecture}", checkpoint_path="model.safetensors"{given}).eval()',
+        '# or, with its input settings: timm.create_model("local-dir:path/to/this/folder", pretrained=True)',
+    ]
+
+
+def _yaml(facts: Mapping[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(facts))).strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m vision.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run's folder, or one that holds a classifier")
+    parser.add_argument("folder", type=Path, help="where the export goes")
+    parser.add_argument("--onnx", action="store_true", help="write and check model.onnx as well")
+    options = parser.parse_args(arguments)
+
+    def command() -> None:
+        difference = export_run(options.run, options.folder, options.onnx)
+        if difference is not None:
+            print(f"onnx: logits differ from torch's by at most {difference:.1e}")
+        print(options.folder)
+
+    return guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The report's sections on classifiers: measures, classes, seeds, calibration, and images on which models differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_distill.evaluation.pictures import find_picture
+
+from . import class_plots, seeds
+from .entries import Duel, Entry, Run, duel, entries_on
+from .gallery import gallery
+
+_ALL_CLASSES = 20
+_EXTREMES = 5
+
+
+def is_classification(scores: Mapping[str, Any]) -> bool:
+    """Whether a ``scores.json`` is a classifier's."""
+    return scores.get("kind") == "classification"
+
+
+def classification_sections(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A section for each data set; ``baselines`` stand in the first.
+
+    All runs have their scores shown. Where runs repeat others with another seed, one of each name stands for the rest
+    in what goes into single images.
+    """
+    names = dict.fromkeys(data for run in runs for (data, _), found in run.scores.items() if is_classification(found))
+    return [_section(runs, data, baselines if k == 0 else {}) for k, data in enumerate(names)]
+
+
+def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    entries = entries_on(list(runs), data, baselines)
+    chosen = {run.label for run in seeds.one_seed([run for run in runs if (data, "student") in run.scores])}
+    several = len(runs) > 1
+    shown = [e for e in entries if e.role != "student" or not several or e.label in chosen]
+    answered = [entry for entry in shown if entry.predictions]
+    groups = seeds.seed_groups(runs, data)
+    teacher = next((e.scores["exact"] for e in entries if e.role == "teacher" and e.scores.get("exact")), None)
+    return {
+        "data": data,
+        "entries": entries,
+        "shown": shown,
+        "compared": any("agreement" in e.scores for e in entries),
+        "mce": any(e.scores.get("mce") is not None for e in entries),
+        "skipped": _skipped(entries),
+        "seeds": groups,
+        "axis": seeds.axis(groups, [] if teacher is None else [teacher]) if groups else None,
+        "teacher": teacher,
+        "duels": _duels([e for e in answered if e.role == "student"]),
+        "classes": _classes([e for e in shown if e.scores.get("by_type")]),
+        "corruptions": next((e for e in shown if e.role == "student" and e.scores.get("corruptions")), None),
+        "reliability": class_plots.reliability([(e.label, e.css, e.scores.get("calibration", [])) for e in shown]),
+        "confusion": _confusion(answered),
+        "gallery": _gallery(answered, [run for run in runs if (data, "student") in run.scores], data),
+    }
+
+
+def _skipped(entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, int]]]:
+    """Who left out how many images for which reason; all models at once where it is the same of all."""
+    found = [(e.label, e.scores["skipped"]) for e in entries if e.scores.get("skipped")]
+    alike = len(found) > 1 and all(skipped == found[0][1] for _, skipped in found)
+    return [("All models", found[0][1])] if alike and len(found) == len(entries) else found
+
+
+def _duels(students: Sequence[Entry]) -> list[Duel]:
+    """The first student against each other one."""
+    return [duel(students[0], other) for other in students[1:]]
+
+
+def _classes(entries: Sequence[Entry]) -> dict[str, Any]:
+    """Rows of name, number of images and one accuracy a model: all classes, or the best and worst of many."""
+    if not entries:
+        return {}
+    names = list(dict.fromkeys(name for entry in entries for name in entry.scores["by_type"]))
+    first = next((e for e in entries if e.role == "student"), entries[0])
+
+    def row(name: str) -> tuple[str, int, list[float | None]]:
+        found = [entry.scores["by_type"].get(name, {}) for entry in entries]
+        return name, max(f.get("n", 0) for f in found), [f.get("exact") for f in found]
+
+    if len(names) <= _ALL_CLASSES:
+        return {"entries": entries, "parts": [("", [row(name) for name in names])]}
+    scored = {name: f["exact"] for name, f in first.scores["by_type"].items() if f.get("exact") is not None}
+    ranked = sorted(scored, key=lambda name: -scored[name])
+    parts = {"best": ranked[:_EXTREMES], "worst": ranked[-_EXTREMES:]}
+    of = f"of {len(names):,} classes"
+    titled = [(f"{first.label}: {which} {of}", [row(name) for name in some]) for which, some in parts.items()]
+    return {"entries": entries, "parts": titled}
+
+
+def _confusion(entries: Sequence[Entry]) -> list[tuple[Entry, Any]]:
+    """Of the first student, and of its teacher beside it."""
+    chosen = [e for e in entries if e.role == "student"][:1] + [e for e in entries if e.role == "teacher"]
+    pictures = []
+    for entry in chosen:
+        names = list(entry.scores.get("by_type", {}))
+        # With several right labels (ReaL) there is no row to put an image into.
+        if 2 <= len(names) <= _ALL_CLASSES and all(len(p.references) == 1 for p in entry.predictions):
+            pairs = [(p.references[0], p.answer) for p in entry.predictions]
+            pictures.append((entry, class_plots.confusion(f"Answers of {entry.label}", entry.css, names, pairs)))
+    return pictures
+
+
+def _gallery(entries: Sequence[Entry], runs: Sequence[Run], data: str) -> list[dict[str, Any]]:
+    folders = [run.folder / "evaluation" / data / "pictures" for run in runs]
+    kept = {f"sha256:{path.stem}" for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    # A picture that is a file of its own needs no copy.
+    groups = gallery(entries, lambda p: p.image is not None and (not p.image.startswith("sha256:") or p.image in kept))
+    for group in groups:
+        group["cards"] = [
+            {"answers": card, "picture": find_picture(card[0][1].image, folders)} for card in group["cards"]
+        ]
+    return groups

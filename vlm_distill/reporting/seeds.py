@@ -1,0 +1,100 @@
+"""Runs that differ by their seed alone: means over seeds, and how sure they are.
+
+Such runs lie in folders ``<name>/seed<k>``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .entries import Run
+
+_SEED = re.compile(r"seed[-_]?(\d+)")
+
+
+def family(folder: Path) -> str | None:
+    """What runs of several seeds have in common: the name of the folder above ``seed<k>``, or nothing."""
+    return folder.parent.name if _SEED.fullmatch(folder.name) else None
+
+
+def one_seed(runs: Sequence[Run]) -> list[Run]:
+    """One run of each family, of the first run's seed where it has that one; all runs where nothing is repeated."""
+    chosen: dict[str, Run] = {}
+    for run in runs:
+        name = family(run.folder) or run.label
+        if name not in chosen or (run.folder.name == runs[0].folder.name != chosen[name].folder.name):
+            chosen[name] = run
+    return list(chosen.values())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Accuracies of one name's seeds, with ``t``-interval ``mean ± half`` (95 %); ``None`` of a single seed."""
+
+    name: str
+    css: str
+    values: list[float]
+    mean: float
+    half: float | None
+
+
+def seed_groups(runs: Sequence[Run], data: str) -> list[Group]:
+    """Groups of the runs that a data set has scores of; none unless a name has two seeds."""
+    found: dict[str, list[tuple[Run, float]]] = {}
+    for run in runs:
+        name, exact = family(run.folder), run.scores.get((data, "student"), {}).get("exact")
+        if name is not None and exact is not None:
+            found.setdefault(name, []).append((run, exact))
+    if all(len(members) < 2 for members in found.values()):
+        return []
+    groups = []
+    for name, members in found.items():
+        values = [value for _, value in members]
+        groups.append(Group(name, members[0][0].css, values, *t_interval(values)))
+    return groups
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half of its 95 % interval (Student 1908): ``t₀.₉₇₅(n − 1) · s / √n``; ``None`` for fewer than two."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, t_quantile(n - 1) * deviation / math.sqrt(n)
+
+
+def t_quantile(freedom: int, inside: float = 0.95) -> float:
+    """The t with ``P(|T| ≤ t) = inside`` for a whole number of degrees of freedom, by bisection."""
+    low, high = 0.0, 1e3
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < inside else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """``P(|T| ≤ t)``, the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def axis(groups: Sequence[Group], levels: Sequence[float]) -> dict[str, Any]:
+    """Where values lie on an axis that holds all of them and their intervals, in per cent of its length."""
+    ends = [v + side * (g.half or 0) for g in groups for v in (g.mean,) for side in (-1, 1)]
+    everything = [*ends, *(v for g in groups for v in g.values), *levels]
+    low, high = min(everything), max(everything)
+    margin = 0.06 * (high - low) or 0.01
+    low, high = low - margin, high + margin
+    return {"low": low, "high": high, "place": lambda value: 100 * (value - low) / (high - low)}
