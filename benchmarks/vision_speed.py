@@ -80,11 +80,12 @@ class Case(NamedTuple):
 IMAGENET = partial(Case, "resnet18", "resnet34", 224, classes=1000)
 CIFAR = partial(Case, "cifar_resnet20", "cifar_resnet56", 32, batch=64, classes=100)
 CPU_CASES = [
-    IMAGENET(batch=32),
-    IMAGENET(batch=32, channels_last=True),
+    # Small batches: what a step costs beside the models weighs more in them.
+    IMAGENET(batch=8),
+    IMAGENET(batch=8, channels_last=True),
     CIFAR(),
     CIFAR(channels_last=True),
-    IMAGENET(batch=32, kind="loop", channels_last=True),
+    IMAGENET(batch=16, kind="loop", channels_last=True),
     IMAGENET(batch=32, kind="loader"),
 ]
 GPU_CASES = [
@@ -367,7 +368,8 @@ def measure(case: Case, rounds: int, processes: Processes) -> list[dict[str, obj
             rows = time_steps(bench, rounds, steps)
         else:
             steps = 4 if case.kind == "loop" else 8
-            rows = time_loops(bench, max(1, rounds // 3), steps)
+            rounds = max(1, rounds // 3)
+            rows = time_loops(bench, rounds, steps)
     name = torch.cuda.get_device_name() if processes.device.type == "cuda" else processor()
     blank: dict[str, object] = {"peak_mib": "", "waiting": ""}
     about: dict[str, object] = {"clock": clock_of(processes.device, case.kind), "rounds": rounds}
