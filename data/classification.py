@@ -20,6 +20,7 @@ from .labelled import (
     LabelledImages,
     Labels,
     PathImages,
+    Share,
     Texts,
     class_order,
     is_image_name,
@@ -58,7 +59,7 @@ def open_images(
         split: which part, where there are several; ``val``, ``valid`` and ``validation`` mean the same.
         config: which configuration of a Hugging Face data set.
         name: what reports call the source; by default the name of the folder or file.
-        limit: only the first so many rows; the classes remain those of all.
+        limit: only so many rows, evenly spaced; the classes remain those of all.
         image_key: the column, or the field of a WebDataset sample, that holds the image.
         label_key: the column, field, or key in the field ``json``, that holds the label.
 
@@ -69,28 +70,42 @@ def open_images(
     if limit is not None and limit < 1:
         raise UserError(f"limit of {given} is {limit}; it must be at least 1, or left out for all rows")
     try:
-        kind = _format(path, given, format)
-        if config and kind != "huggingface":
-            raise UserError(f"{given} is read as {kind} and has no config; leave it out")
-        if (image_key or label_key) and kind not in ("huggingface", "tar"):
-            raise UserError(f"{given} is read as {kind} and has no columns; leave image_key and label_key out")
-        title = name or _title(path, given)
-        if kind == "huggingface":
-            dataset = open_dataset(path, given, split, config)
-            base = path if path.is_dir() else path.parent if path.exists() else Path()
-            return HuggingFaceImages(dataset, title, base, given, limit, image_key, label_key)
-        if kind == "tar":
-            shards = _shards(path, given, split)
-            classes = read_classes(shards[0].parent / "classes.txt")
-            return TarImages(shards, title, classes=classes, limit=limit, image_key=image_key, label_key=label_key)
-        if kind == "list":
-            if split:
-                raise UserError(f"{given} is a list and has no splits; leave `split` out")
-            return open_list(path, title, limit=limit)
-        reader = {"folder": open_folder, "cifar": open_cifar, "idx": open_idx}[kind]
-        return reader(path, title, split=split, limit=limit)
+        source = _open(path, given, format, split, config, name, image_key, label_key)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or given}: {error.strerror or error}; check the path") from None
+    return source if limit is None else Share(source, limit)
+
+
+def _open(
+    path: Path,
+    given: str,
+    format: str,
+    split: str | None,
+    config: str | None,
+    name: str | None,
+    image_key: str | None,
+    label_key: str | None,
+) -> LabelledImages:
+    kind = _format(path, given, format)
+    if config and kind != "huggingface":
+        raise UserError(f"{given} is read as {kind} and has no config; leave it out")
+    if (image_key or label_key) and kind not in ("huggingface", "tar"):
+        raise UserError(f"{given} is read as {kind} and has no columns; leave image_key and label_key out")
+    title = name or _title(path, given)
+    if kind == "huggingface":
+        dataset = open_dataset(path, given, split, config)
+        base = path if path.is_dir() else path.parent if path.exists() else Path()
+        return HuggingFaceImages(dataset, title, base, given, image_key, label_key)
+    if kind == "tar":
+        shards = _shards(path, given, split)
+        classes = read_classes(shards[0].parent / "classes.txt")
+        return TarImages(shards, title, classes=classes, image_key=image_key, label_key=label_key)
+    if kind == "list":
+        if split:
+            raise UserError(f"{given} is a list and has no splits; leave `split` out")
+        return open_list(path, title)
+    reader = {"folder": open_folder, "cifar": open_cifar, "idx": open_idx}[kind]
+    return reader(path, title, split=split)
 
 
 # What is there.
@@ -174,7 +189,7 @@ def _title(path: Path, given: str) -> str:
 # Class folders.
 
 
-def open_folder(folder: Path, name: str, *, split: str | None = None, limit: int | None = None) -> PathImages:
+def open_folder(folder: Path, name: str, *, split: str | None = None) -> PathImages:
     """``folder/class/…/image``, or ``folder/split/class/…/image``; classes by :func:`data.labelled.class_order`.
 
     Raises:
@@ -203,7 +218,7 @@ def open_folder(folder: Path, name: str, *, split: str | None = None, limit: int
             + ("" if classes else ": it has no folders")
         )
     labels = Labels(np.repeat(np.arange(len(classes)), numbers), classes)
-    return PathImages(name, folder, Texts(paths[:limit]), labels.first(limit))
+    return PathImages(name, folder, Texts(paths), labels)
 
 
 def _folders(folder: Path) -> list[str]:
@@ -229,7 +244,7 @@ def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 # Lists.
 
 
-def open_list(path: Path, name: str, *, limit: int | None = None) -> PathImages:
+def open_list(path: Path, name: str) -> PathImages:
     """A text file with an image and its label on each line, between them a tab, a comma or, if neither, blanks.
 
     Paths start from the list's folder. A label is the number or the name of a class; a file ``classes.txt`` beside the
@@ -261,8 +276,8 @@ def open_list(path: Path, name: str, *, limit: int | None = None) -> PathImages:
     if not images:
         raise UserError(f"{path} names no images; write `path label` on each line")
     labels = labels_of(texts, read_classes(path.parent / "classes.txt"))
-    lines_of_rows = np.array(places[:limit], dtype=np.int64)
-    return PathImages(name, path.parent, Texts(images[:limit]), labels.first(limit), lines_of_rows)
+    lines_of_rows = np.array(places, dtype=np.int64)
+    return PathImages(name, path.parent, Texts(images), labels, lines_of_rows)
 
 
 def _is_header(row: Sequence[str]) -> bool:
@@ -332,7 +347,6 @@ class HuggingFaceImages(LabelledImages):
         name: what reports call the source.
         folder: what relative image paths start from.
         given: how the person named the data, for errors.
-        limit: only the first so many rows.
         image_key: the column of images; by default the only one of the type ``Image``.
         label_key: the column of labels (``ClassLabel``, numbers or names); by default the only ``ClassLabel``.
 
@@ -346,7 +360,6 @@ class HuggingFaceImages(LabelledImages):
         name: str,
         folder: Path,
         given: str,
-        limit: int | None = None,
         image_key: str | None = None,
         label_key: str | None = None,
     ) -> None:
@@ -366,11 +379,8 @@ class HuggingFaceImages(LabelledImages):
             raise UserError(
                 f"column {label!r} of {given} holds neither numbers nor names of classes; correct label_key"
             )
-        self._labels = self._labels.first(limit)
         self.classes = self._labels.classes
         images = dataset.select_columns([self._image])
-        if limit is not None:
-            images = images.select(range(min(limit, len(images))))
         self._features = without_media(images.features)
         self._rows = images.with_format("arrow")
 

@@ -30,14 +30,13 @@ class ArrayImages(LabelledImages):
         name: what reports call the source.
         pixels: uint8 [rows, height, width] (grey) or [rows, height, width, 3].
         labels: one for each row.
-        limit: only the first so many rows.
     """
 
-    def __init__(self, name: str, pixels: NDArray[np.uint8], labels: Labels, *, limit: int | None = None) -> None:
+    def __init__(self, name: str, pixels: NDArray[np.uint8], labels: Labels) -> None:
         self.name = name
         self.classes = labels.classes
-        self._pixels = pixels if limit is None else pixels[:limit].copy()
-        self._labels = labels.first(limit)
+        self._pixels = pixels
+        self._labels = labels
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -67,7 +66,7 @@ def _layout(folder: Path) -> tuple[Mapping[str, Sequence[str]], str] | None:
     return None
 
 
-def open_cifar(folder: Path, name: str, *, split: str | None = None, limit: int | None = None) -> ArrayImages:
+def open_cifar(folder: Path, name: str, *, split: str | None = None) -> ArrayImages:
     """CIFAR-10 or CIFAR-100 (fine labels), from the binary files or the Python pickles, whose code is not run.
 
     Raises:
@@ -87,7 +86,7 @@ def open_cifar(folder: Path, name: str, *, split: str | None = None, limit: int 
     # Rows of all red, then all green, then all blue values.
     flat = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, _SIDE, _SIDE)
     labels = Labels(np.concatenate([numbers for _, numbers in parts]), _cifar_classes(folder, files is _HUNDRED))
-    return ArrayImages(name, np.ascontiguousarray(flat.transpose(0, 2, 3, 1)), labels, limit=limit)
+    return ArrayImages(name, np.ascontiguousarray(flat.transpose(0, 2, 3, 1)), labels)
 
 
 def _binary(path: Path, fine: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -144,7 +143,7 @@ def _idx_splits(folder: Path) -> dict[str, Path]:
     return dict(sorted(splits.items()))
 
 
-def open_idx(folder: Path, name: str, *, split: str | None = None, limit: int | None = None) -> ArrayImages:
+def open_idx(folder: Path, name: str, *, split: str | None = None) -> ArrayImages:
     """A folder of ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-…``, as they are or with ``.gz``.
 
     Classes are named by a file ``classes.txt`` beside them, by Fashion-MNIST's own names where the folder or the one
@@ -166,7 +165,7 @@ def open_idx(folder: Path, name: str, *, split: str | None = None, limit: int | 
         raise UserError(f"{images} has {len(pixels)} images and {labels.name} {len(numbers)} labels; fetch both again")
     where = "/".join(folder.resolve().parts[-2:]).lower()
     classes = read_classes(folder / "classes.txt") or (FASHION if "fashion" in where else tuple("0123456789"))
-    return ArrayImages(name, pixels, Labels(numbers.astype(np.int64), classes), limit=limit)
+    return ArrayImages(name, pixels, Labels(numbers.astype(np.int64), classes))
 
 
 def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:

@@ -87,6 +87,33 @@ def class_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+class Share(LabelledImages):
+    """So many rows of a source, evenly spaced, since class folders stand class by class.
+
+    Args:
+        whole: the source; the classes remain those of all its rows.
+        rows: how many, at most.
+    """
+
+    def __init__(self, whole: LabelledImages, rows: int) -> None:
+        self.name = whole.name
+        self.classes = whole.classes
+        self._whole = whole
+        self._count = min(rows, len(whole))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> LabelledImage:
+        return self._whole[self._place(row)]
+
+    def line(self, row: int) -> int:
+        return self._whole.line(self._place(row))
+
+    def _place(self, row: int) -> int:
+        return range(self._count)[row] * len(self._whole) // self._count
+
+
 class Labels:
     """The class of each row.
 
@@ -116,9 +143,6 @@ class Labels:
         raise BadSample(
             "label outside the classes", f"{self._texts.get(row, number)!s:.80}; there are {len(self.classes)} classes"
         )
-
-    def first(self, limit: int | None) -> Labels:
-        return Labels(self.numbers[:limit].copy(), self.classes, self._texts)
 
 
 def labels_of(texts: Sequence[str | None], classes: Sequence[str] | None) -> Labels:

@@ -43,7 +43,6 @@ class TarImages(LabelledImages):
         shards: the tar files, in the order of rows.
         name: what reports call the source.
         classes: names in the order of labels that are numbers; by default as :func:`data.labelled.labels_of` says.
-        limit: only the first so many rows.
         image_key: the field that holds the image; by default the first one with the name of an image format.
         label_key: the field that holds the label, or the key of it in the field ``json``; by default ``cls``, then
             ``label`` in ``json``, then ``txt``.
@@ -58,7 +57,6 @@ class TarImages(LabelledImages):
         name: str,
         *,
         classes: Sequence[str] | None = None,
-        limit: int | None = None,
         image_key: str | None = None,
         label_key: str | None = None,
     ) -> None:
@@ -67,9 +65,9 @@ class TarImages(LabelledImages):
         self._stats = _stats(self._shards)
         index = _cached_index(self._shards, self._stats, image_key, label_key)
         texts = [*index.texts, None]  # the code -1 is the last
-        self._labels = labels_of([texts[code] for code in index.codes.tolist()], classes).first(limit)
+        self._labels = labels_of([texts[code] for code in index.codes.tolist()], classes)
         self.classes = self._labels.classes
-        self._places = index.places[:limit].copy()
+        self._places = index.places
         self._files: OrderedDict[int, _File] = OrderedDict()
 
     def __len__(self) -> int:

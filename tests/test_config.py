@@ -84,6 +84,28 @@ def test_overrides_and_base(tmp_path):
     assert config.optimizer.betas == (0.8, 0.9)
 
 
+def test_bases_are_merged_in_their_order(tmp_path):
+    write(tmp_path)
+    (tmp_path / "first.yaml").write_text("training: {batch_size: 8, seed: 1}\noptimizer: {lr: 0.5}\n")
+    (tmp_path / "second.yaml").write_text("training: {seed: 2}\nloss: [{name: kd}, {name: cross_entropy}]\n")
+    (tmp_path / "deeper").mkdir()
+    child = tmp_path / "deeper" / "child.yaml"
+    child.write_text("base: [../run.yaml, ../first.yaml, ../second.yaml]\noutput: runs/y\n")
+    config = load_config(child)
+    assert (config.training.batch_size, config.training.seed, config.training.steps) == (8, 2, 10)
+    assert (config.optimizer.lr, config.output) == (0.5, "runs/y")
+    assert [section.name for section in config.loss] == ["kd", "cross_entropy"]
+    # Two bases may stand on the same one, which is no circle.
+    (tmp_path / "second.yaml").write_text("base: first.yaml\ntraining: {seed: 3}\n")
+    assert load_config(child).training.seed == 3
+    child.write_text("base: [../run.yaml, child.yaml]\n")
+    with pytest.raises(UserError, match="circle"):
+        load_config(child)
+    child.write_text("base: [../run.yaml, ../nowhere.yaml]\n")
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration"):
+        load_config(child)
+
+
 def test_base_in_a_circle(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
@@ -160,7 +182,8 @@ def test_terms_of_one_loss_are_numbered(tmp_path):
     assert [term.name for term in build_terms(config)] == ["jsd", "jsd_2"]
 
 
-RUNS = [path for path in sorted(Path("configs").rglob("*.yaml")) if path.parent.name != "benchmarks"]
+# Those of classifiers are in tests/vision/test_recipes.py.
+RUNS = [path for folder in ("demo", "vlm") for path in sorted(Path("configs", folder).rglob("*.yaml"))]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=str)

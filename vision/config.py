@@ -91,7 +91,8 @@ class OptimizerSection(Section):
 
     Attributes:
         name: as ``timm.optim`` knows it: ``sgd`` is with Nesterov's momentum, ``momentum`` without.
-        decay: which parameters ``weight_decay`` applies to: ``weights`` leaves biases and norms out, ``all`` does not.
+        decay: which parameters ``weight_decay`` applies to: ``weights`` leaves biases and norms out, ``all`` does not,
+            nor what losses learn.
         layer_decay: factor on the learning rate from each layer to the one before it.
         milestones: epochs after which the learning rate is multiplied by ``decay_rate``, for ``multistep``.
         decay_epochs: the same every so many epochs, for ``step``.

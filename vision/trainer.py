@@ -102,6 +102,7 @@ def build_optimizer(task: ClassificationTask, section: OptimizerSection, stage: 
     student: Any = task.student.model
     exempt = student.no_weight_decay() if hasattr(student, "no_weight_decay") else ()
     decay = section.weight_decay
+    learned = parameter_groups(task.losses, decay)
     groups: list[dict[str, Any]]
     if section.layer_decay is not None:
         try:
@@ -114,9 +115,10 @@ def build_optimizer(task: ClassificationTask, section: OptimizerSection, stage: 
             ) from None
     elif section.decay == "all":
         groups = [{"params": [p for p in student.parameters() if p.requires_grad], "weight_decay": decay}]
+        learned = [{**group, "weight_decay": decay} for group in learned]
     else:
         groups = param_groups_weight_decay(student, decay, no_weight_decay_list=exempt)
-    groups += parameter_groups(task.losses, decay)
+    groups += learned
     try:
         return timm.optim.create_optimizer_v2(
             [group for group in groups if group["params"]],
@@ -136,12 +138,14 @@ class Schedule:
     def __init__(self, section: OptimizerSection, steps: int, epoch_steps: int) -> None:
         # timm's schedules write into an optimizer; the engine's is not theirs.
         self._holder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=section.lr)
+        # timm compares them with the update after this one: half an update later, they are exact.
+        milestones = [(round(epoch * epoch_steps) + 0.5) / epoch_steps for epoch in section.milestones]
         self._schedule, _ = create_scheduler_v2(
             self._holder,
             section.schedule,
             num_epochs=steps / epoch_steps,  # type: ignore[arg-type]  # a fraction will do
             decay_epochs=section.decay_epochs,
-            decay_milestones=section.milestones,  # type: ignore[arg-type]
+            decay_milestones=milestones,  # type: ignore[arg-type]
             decay_rate=section.decay_rate,
             min_lr=section.min_lr,
             warmup_lr=section.warmup_lr,

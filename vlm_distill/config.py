@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, overload
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -230,7 +230,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Base
     """Reads, merges and validates a run's configuration.
 
     Args:
-        path: a YAML file. A key ``base`` names another file, relative to this one, that this one is merged onto.
+        path: a YAML file. A key ``base`` names another file, relative to this one, that this one is merged onto, or a
+            list of files, each merged onto those before it.
         overrides: ``section.key=value``; list items by number, as in ``loss.0.weight=0.5``.
         kind: what the file configures.
 
@@ -272,10 +273,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
-    base = loaded.pop("base", None)
-    if base is None:
-        return loaded
-    return OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), loaded)
+    named = loaded.pop("base", None)
+    bases = named if isinstance(named, ListConfig) else [] if named is None else [named]
+    return OmegaConf.merge(*(_read(path.parent / str(base), (*seen, path.resolve())) for base in bases), loaded)
 
 
 def _first_line(error: Exception) -> str:

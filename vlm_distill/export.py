@@ -7,6 +7,15 @@ from pathlib import Path
 from data.errors import UserError
 
 
+def is_classifier(run: Path) -> bool:
+    """Whether a run trained an image classifier, whose student is named where others have a path or parts."""
+    from omegaconf import OmegaConf
+
+    config = run / "config.yaml"
+    student = OmegaConf.load(config).get("student") if config.is_file() else None
+    return student is not None and "name" in student
+
+
 def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
     """Writes the student of a run.
 

@@ -69,7 +69,7 @@ def test_shards_by_folder_pattern_and_range(tmp_path):
         assert rows(source) == expected
         assert source.name == ("set" if path == "set" else "part")
         assert source.classes == tuple("0123456789")
-    assert rows(open_images(tmp_path / "set" / "part-{001..001}.tar", limit=2)) == expected[10:12]
+    assert rows(open_images(tmp_path / "set" / "part-{001..001}.tar", limit=2)) == [expected[10], expected[15]]
     assert isinstance(source[0].image, bytes)
     with pytest.raises(UserError, match=r"part-003\.tar cannot be read"):
         open_images(tmp_path / "set" / "part-{000..003}.tar")

@@ -47,20 +47,27 @@ def main(folder: Path, terms: list) -> None:
     theirs = load_classifier(str(folder / "teacher")).eval()
     mine = load_classifier("cifar_resnet20", num_classes=10)
     mine.load_state_dict(trainer.student.state_dict())
+    before = mine.model.conv1.weight.detach().clone()
     batches = [trainer.dataset[step].batches[0] for step in range(STEPS)]
     trainer.run()
-    by_hand(mine.train(), theirs, batches, terms)
+    # The very same pixels: a rounding of them is enough for a ReLU to change sides, and a gradient by two per cent.
+    views = [trainer.on_device(batch, seed=0, step=step).student for step, batch in enumerate(batches)]
+    by_hand(mine.train(), theirs, batches, views, terms)
     for (name, a), b in zip(trainer.student.state_dict().items(), mine.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), (name, (a - b).abs().max())
+        # Batch norm over 16 images multiplies float32's rounding, step by step. The weights move much further.
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), (name, (a - b).abs().max())
+    moved = (mine.model.conv1.weight - before).abs().max()
+    assert moved > 2e-3, moved
 
 
-def by_hand(student, teacher, batches, terms):
+def by_hand(student, teacher, batches, views, terms):
     optimizer = torch.optim.SGD(student.parameters(), LR, momentum=0.9, weight_decay=DECAY)
     mean, std = (torch.tensor(x).reshape(3, 1, 1) for x in (student.inputs.mean, student.inputs.std))
     for step, batch in enumerate(batches):
+        assert torch.allclose(views[step], (batch.images / 255 - mean) / std, atol=1e-5)
         # Five steps an epoch, the learning rate falls after 0.6 of it.
         optimizer.param_groups[0]["lr"] = LR if step < 3 else 0.1 * LR
-        images, labels = (batch.images / 255 - mean) / std, batch.labels
+        images, labels = views[step], batches[step].labels
         with torch.no_grad():
             other = teacher(images).logits
         logits = student(images).logits
