@@ -9,11 +9,11 @@ from data.errors import UserError
 
 def is_classifier(run: Path) -> bool:
     """Whether a run trained an image classifier, whose student is named where others have a path or parts."""
-    from omegaconf import OmegaConf
+    import yaml
 
     config = run / "config.yaml"
-    student = OmegaConf.load(config).get("student") if config.is_file() else None
-    return student is not None and "name" in student
+    content = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None
+    return isinstance(content, dict) and "name" in (content.get("student") or {})
 
 
 def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
