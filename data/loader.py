@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -69,11 +69,7 @@ class StepDataset(Dataset[Step]):
         keep_samples: bool = False,
         grouped: bool = False,
     ) -> None:
-        if mixture.batch_size != micro_batch_size * accumulation * world:
-            raise UserError(
-                f"batch size {mixture.batch_size} is not {micro_batch_size} (micro-batch) x {accumulation} "
-                f"(accumulation) x {world} (ranks) = {micro_batch_size * accumulation * world}; change one of them"
-            )
+        check_split(mixture.batch_size, micro_batch_size, accumulation, world)
         self.mixture = mixture
         self.student = student
         self.teacher = teacher
@@ -99,7 +95,7 @@ class StepDataset(Dataset[Step]):
                 try:
                     conversation, images, pair = self._read(source, row)
                 except BadSample as bad:
-                    step.problems.append(self._problem(source, row, bad))
+                    step.problems.append(problem_of(self.mixture.sources[source], row, bad, self.on_bad))
                     continue
                 pairs.append(pair)
                 samples.append((conversation, images))
@@ -115,14 +111,32 @@ class StepDataset(Dataset[Step]):
         pair = encode_pair(conversation, images, self.student, self.teacher, self.max_length, grouped=self.grouped)
         return conversation, images, pair
 
-    def _problem(self, source: int, row: int, bad: BadSample) -> Problem:
-        origin = self.mixture.sources[source]
-        line = origin.line(row)
-        if self.on_bad == "fail":
-            raise UserError(
-                f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
-            )
-        return Problem(origin.name, line, bad.reason, bad.detail)
+
+def check_split(batch_size: int, micro_batch_size: int, accumulation: int, world: int) -> None:
+    """Raises ``UserError`` where a batch is not cut into micro-batches of all ranks without a rest."""
+    if batch_size != micro_batch_size * accumulation * world:
+        raise UserError(
+            f"batch size {batch_size} is not {micro_batch_size} (micro-batch) x {accumulation} "
+            f"(accumulation) x {world} (ranks) = {micro_batch_size * accumulation * world}; change one of them"
+        )
+
+
+def problem_of(origin: Located, row: int, bad: BadSample, on_bad: Literal["skip", "fail"]) -> Problem:
+    """A bad sample with its place, to be counted; with ``fail`` a ``UserError``."""
+    line = origin.line(row)
+    if on_bad == "fail":
+        raise UserError(
+            f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
+        )
+    return Problem(origin.name, line, bad.reason, bad.detail)
+
+
+class Located(Protocol):
+    """What a problem's place is found with: any source of samples."""
+
+    @property
+    def name(self) -> str: ...
+    def line(self, index: int, /) -> int: ...
 
 
 def make_loader(dataset: Dataset[Step], start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Iterator[Step]:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from data.batch import Problem, Step
 from data.errors import BadSample, UserError
 from data.images import MAX_PIXELS, load_image
+from data.loader import check_split, problem_of
 from data.mixture import Mixture
 
 from .transforms import Augmentation, build_transform, kept_randomness, seed_randomness
@@ -126,11 +127,7 @@ class ImageSteps(Dataset[Step]):
         repeats: int = 1,
         checks: bool = False,
     ) -> None:
-        if mixture.batch_size != micro_batch_size * accumulation * world:
-            raise UserError(
-                f"batch size {mixture.batch_size} is not {micro_batch_size} (micro-batch) x {accumulation} "
-                f"(accumulation) x {world} (ranks) = {micro_batch_size * accumulation * world}; change one of them"
-            )
+        check_split(mixture.batch_size, micro_batch_size, accumulation, world)
         if mixture.batch_size % repeats:
             raise UserError(f"batch size {mixture.batch_size} is no multiple of {repeats} repeats; change one of them")
         if fixed_views and repeats > 1:
@@ -184,7 +181,7 @@ class ImageSteps(Dataset[Step]):
             try:
                 label, views = self._read(step, place, source, row)
             except BadSample as bad:
-                problems.append(self._problem(source, row, bad))
+                problems.append(problem_of(self.mixture.sources[source], row, bad, self.on_bad))
                 continue
             labels.append(label)
             rows.append(self._first[source] + row)
@@ -222,12 +219,3 @@ class ImageSteps(Dataset[Step]):
                 seed_randomness(self.mixture.seed, _FREE, step, place, view)
             views.append(transform(image))
         return label, views
-
-    def _problem(self, source: int, row: int, bad: BadSample) -> Problem:
-        origin = self.mixture.sources[source]
-        line = origin.line(row)
-        if self.on_bad == "fail":
-            raise UserError(
-                f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
-            )
-        return Problem(origin.name, line, bad.reason, bad.detail)

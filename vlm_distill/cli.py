@@ -210,10 +210,20 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Where to write the student.", show_default=False)],
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as trained.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Of a classifier: write and check model.onnx, too.")] = False,
 ) -> None:
-    """Writes a run's student, finished or at its latest checkpoint, as a folder that load_vlm reads."""
-    from vlm_distill.export import export_student
+    """Writes a run's student, finished or at its latest checkpoint, as a folder that load_vlm reads.
 
+    A classifier, whose run must be finished, becomes a folder that timm reads, with a model card.
+    """
+    from vlm_distill.export import export_student, is_classifier
+
+    if is_classifier(run):
+        if dtype is not None:
+            raise UserError("export: a classifier is written as it was trained, in fp32; leave --dtype out")
+        raise typer.Exit(launch("vision.export", [str(run), str(folder), *(["--onnx"] if onnx else [])], 1))
+    if onnx:
+        raise UserError(f"export: {run} is no classifier's run, and others are not written as ONNX; leave --onnx out")
     print(export_student(run, folder, dtype))
 
 

@@ -7,6 +7,15 @@ from pathlib import Path
 from data.errors import UserError
 
 
+def is_classifier(run: Path) -> bool:
+    """Whether a run trained an image classifier, whose student is named where others have a path or parts."""
+    import yaml
+
+    config = run / "config.yaml"
+    content = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None
+    return isinstance(content, dict) and "name" in (content.get("student") or {})
+
+
 def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
     """Writes the student of a run.
 

@@ -3,38 +3,16 @@
 One rank and two ranks run ``scenarios.py``, each in one launch; the tests compare what they wrote.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import scenarios
-
-from vlm_distill.launch import free_port
-
-HERE = Path(__file__).parent
+from launches import on_one_rank_and_two
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenarios")
-    # The tree that this file lies in first, wherever the package is installed from.
-    paths = os.pathsep.join(map(str, [HERE.parents[1], HERE, HERE.parent / "support"]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    script = str(HERE / "scenarios.py")
-    # Not a fixed one, which another run on this machine may hold.
-    port = str(free_port())
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
-    for command in ([sys.executable, script], [*launcher, script]):
-        done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    def read(world, name):
-        return json.loads((folder / f"ranks{world}" / f"{name}.json").read_text())
-
-    return read
+    return on_one_rank_and_two(Path(scenarios.__file__), tmp_path_factory.mktemp("scenarios"))
 
 
 def losses(result):

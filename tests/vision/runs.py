@@ -64,7 +64,12 @@ SHARED = {
     "other_teacher_zero0": {"teacher": "large"},
     # Some images cannot be read: a rank's micro-batch may hold nothing.
     "broken_zero0": {"images": "broken"},
-    "broken_gathered_zero0": {**GATHERED, "images": "broken", "loss": [*FEATURES, {"name": "dist"}], "optimizer__lr": 5e-3},
+    "broken_gathered_zero0": {
+        **GATHERED,
+        "images": "broken",
+        "loss": [*FEATURES, {"name": "dist"}],
+        "optimizer__lr": 5e-3,
+    },
     "cached_zero0": {"cache": "memory", "data__fixed_views": 2, "data__views": VIEWS, "training__steps": 12},
     "views_zero0": {"data__fixed_views": 2, "data__views": VIEWS, "training__steps": 12},
     "averaged_zero2": {"deepspeed__stage": 2, "training__ema": 0.5},

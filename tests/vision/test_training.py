@@ -11,31 +11,15 @@ from pathlib import Path
 
 import pytest
 from by_path import load
-
-from vlm_distill.launch import free_port
+from launches import on_one_rank_and_two
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "support"))
 runs = load(HERE / "runs.py")
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifiers")
-    # The tree that this file lies in first, wherever the package is installed from.
-    paths = os.pathsep.join(map(str, [HERE.parents[1], HERE, HERE.parent / "support"]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    script = str(HERE / "runs.py")
-    port = str(free_port())
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
-    for command in ([sys.executable, script], [*launcher, script]):
-        done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    def read(world, name):
-        return json.loads((folder / f"ranks{world}" / f"{name}.json").read_text())
-
-    return read
+    return on_one_rank_and_two(HERE / "runs.py", tmp_path_factory.mktemp("classifiers"))
 
 
 def losses(result):
@@ -55,7 +39,8 @@ def test_two_ranks_equal_one(results, name):
     one, two = results(1, name), results(2, name)
     # CTKD's loss is a small KL times T², and float32's rounding with it.
     assert losses(two) == pytest.approx(losses(one), rel=1e-3 if name.startswith("ctkd") else 1e-4)
-    same_weights(one, two, 1e-5)
+    # DIST compares columns of few numbers, whose spread may be near its guard against zero.
+    same_weights(one, two, 1e-4 if name.startswith("broken_gathered") else 1e-5)
     assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3)
     assert any(one["moved"].values())
 

@@ -153,6 +153,7 @@ class Loop(ABC):
         tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
         with tracker:
             self._greet(tracker, done)
+            self.engine.train()
             asked = time.time()
             for step in self.batches(done, last):
                 waited = time.time() - asked
@@ -164,6 +165,7 @@ class Loop(ABC):
                 every = self.evaluate_every
                 if every and done % every == 0 and done < self.steps:
                     self._evaluate(done, tracker)
+                    self.engine.train()
                 if done == last or done % config.training.checkpoint_every == 0:
                     self._save(done)
                 asked = time.time()
@@ -175,7 +177,7 @@ class Loop(ABC):
         """One optimizer step over all ranks, and what it gave."""
         config, world, began = self.settings, self.processes.world, time.time()
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
-        torch.manual_seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
+        self.processes.seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
         counts = self.counts(step) | {"problems": len(step.problems), "waited": waited}
         totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
         if totals["problems"]:
@@ -185,7 +187,6 @@ class Loop(ABC):
         scales = {name: ramps[name] * world / count if count else 0.0 for name, count in rows.items()}
         lr = self.lr(step.index)
 
-        self.engine.train()
         sums: list[dict[str, TermSums]] = []
         norm: float | None = None
         for micro in step.batches:
@@ -221,7 +222,9 @@ class Loop(ABC):
             flat.append(sum(micro[term].count for micro in sums))
             for key in keys:
                 values = [micro[term].loss if key == "loss" else micro[term].signals.get(key, 0.0) for micro in sums]
-                flat.append(sum(value.double() if isinstance(value, Tensor) else value for value in values))
+                # The sum of one would cost a GPU two launches, of which a small model's step has few.
+                many = len(values) > 1
+                flat.append(sum(v.double() if isinstance(v, Tensor) else v for v in values) if many else values[0])
         totals = iter(self.processes.sum(flat))
         means: dict[str, dict[str, float]] = {}
         for term, keys in names.items():

@@ -1,0 +1,27 @@
+"""Scripts of several trainings, run once on one rank and once on two: launches are slow, so that tests share them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm_distill.launch import free_port
+
+_ROOT = Path(__file__).parents[2]
+
+
+def on_one_rank_and_two(script: Path, folder: Path) -> Callable[[int, str], Any]:
+    """Runs a script, which writes ``folder/ranks{world}/{name}.json``, and gives what reads these."""
+    # The tree that this file lies in first, wherever the package is installed from.
+    paths = os.pathsep.join(map(str, [_ROOT, script.parent, Path(__file__).parent]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    # Not a fixed port, which another run on this machine may hold.
+    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    for command in ([sys.executable], [sys.executable, "-m", *launcher]):
+        words = [*command, str(script), str(folder)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return lambda world, name: json.loads((folder / f"ranks{world}" / f"{name}.json").read_text())

@@ -1,0 +1,57 @@
+"""What the engine does on one rank, where it leaves out DeepSpeed's sum over ranks."""
+
+import pytest
+import torch
+from torch import nn
+
+from vision.config import ClassifierConfig
+from vlm_distill.training.engine import Engine, Processes
+
+
+class Task(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read, self.unread = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def forward(self, factor):
+        return (factor * self.read).sum()
+
+
+@pytest.fixture
+def processes():
+    made = Processes("cpu")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_parameter_that_no_loss_reaches_is_decayed_as_on_many_ranks(processes, accumulation):
+    config = ClassifierConfig.model_validate(
+        {
+            "student": {"name": "x"},
+            "loss": [{"name": "cross_entropy"}],
+            "data": {"train": [{"path": "x"}]},
+            "training": {"steps": 1, "batch_size": accumulation, "micro_batch_size": 1, "device": "cpu"},
+            "output": "x",
+        }
+    )
+    task = Task()
+    engine = Engine(task, torch.optim.SGD(task.parameters(), lr=1.0, weight_decay=0.5), config, processes)
+    for _ in range(accumulation):
+        engine.backward(engine(0.25))
+        engine.step(1.0)
+    assert task.read.tolist() == [1 - 0.25 * accumulation - 0.5] * 2
+    assert task.unread.tolist() == [0.5] * 2
+
+
+def test_sums_on_one_rank_keep_their_order(processes):
+    values = [1, torch.tensor(2.5), 0.1, torch.tensor(3, dtype=torch.int64), torch.tensor(0.1, dtype=torch.float64)]
+    assert processes.sum(values) == [1.0, 2.5, 0.1, 3.0, 0.1]
+    assert processes.sum([2, 0.1]) == [2.0, 0.1]
+
+
+def test_a_seed_is_torch_s_own(processes):
+    processes.seed(2**62 + 5)
+    drawn = torch.rand(3)
+    torch.manual_seed(2**62 + 5)
+    assert torch.equal(drawn, torch.rand(3))
