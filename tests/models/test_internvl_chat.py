@@ -9,13 +9,21 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    InternVLConfig,
+    LlamaForCausalLM,
+    Phi3ForCausalLM,
+    Qwen2ForCausalLM,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 from data.conversation import Conversation
 from data.errors import UserError
 from vlm_distill.models import PretrainedVLM, load_vlm
-from vlm_distill.models.internvl_chat import TEMPLATES
+from vlm_distill.models.internvl_chat import TEMPLATES, _processor
+from vlm_distill.models.internvl_chat import _tokenizer as load_internvl_tokenizer
 from vlm_distill.models.sentencepiece import load_sentencepiece
 
 SENTENCEPIECE = Path(__file__).parents[1] / "golden" / "sentencepiece"
@@ -400,23 +408,17 @@ def test_while_zero_3_shards_what_is_loaded_it_is_made_whole(folder, weights, mo
 # Images.
 
 
-def tiles(width, height, **config):
-    """Tiles of a picture by the processor of a checkpoint with tiles of 448 pixels."""
-    from transformers import InternVLConfig, InternVLVisionConfig
+@pytest.fixture(scope="module")
+def tiles(model):
+    """What a checkpoint with tiles of 448 pixels makes of a picture: pixels and the number of image tokens."""
 
-    from vlm_distill.models.internvl_chat import _processor
+    def cut(size, **config):
+        source = CONFIG | {"force_image_size": 448} | config
+        processor = _processor(source, InternVLConfig(image_seq_length=256), model.processor.tokenizer)
+        out = processor(text=["<IMG_CONTEXT>"], images=[Image.new("RGB", size, "red")], return_tensors="pt")
+        return out["pixel_values"], (out["input_ids"] == CONTEXT).sum()
 
-    vision = CONFIG["vision_config"] | {"image_size": 448, "patch_size": 14}
-    native = InternVLConfig(vision_config=InternVLVisionConfig(), image_seq_length=256)
-    source = CONFIG | {"vision_config": vision, "force_image_size": 448} | config
-    processor = _processor(source, native, tiles.tokenizer)
-    out = processor(text=["<IMG_CONTEXT>"], images=[Image.new("RGB", (width, height), "red")], return_tensors="pt")
-    return len(out["pixel_values"]), (out["input_ids"] == CONTEXT).sum().item(), out["pixel_values"]
-
-
-@pytest.fixture(autouse=True)
-def _tokenizer(model):
-    tiles.tokenizer = model.processor.tokenizer
+    return cut
 
 
 @pytest.mark.parametrize(
@@ -432,14 +434,14 @@ def _tokenizer(model):
         ((950, 950), 12, 2 * 2 + 1),
     ],
 )
-def test_tiles_of_448_pixels(size, most, expected):
-    count, tokens, pixels = tiles(*size, max_dynamic_patch=most)
-    assert (count, tokens) == (expected, 256 * expected)
-    assert pixels.shape[1:] == (3, 448, 448)
+def test_tiles_of_448_pixels(size, most, expected, tiles):
+    pixels, tokens = tiles(size, max_dynamic_patch=most)
+    assert pixels.shape == (expected, 3, 448, 448)
+    assert tokens == 256 * expected
 
 
-def test_one_tile_where_the_checkpoint_does_not_cut():
-    assert tiles(800, 600, dynamic_image_size=False, use_thumbnail=False)[0] == 1
+def test_one_tile_where_the_checkpoint_does_not_cut(tiles):
+    assert len(tiles((800, 600), dynamic_image_size=False, use_thumbnail=False)[0]) == 1
 
 
 def test_several_images_share_their_tiles(model, talk, picture):
@@ -526,28 +528,16 @@ def test_answers_and_their_ends_are_supervised(model, sample):
 # Tokens.
 
 
-def test_sentencepiece_ids():
+@pytest.mark.parametrize("name", ["plain", "prefix"])
+def test_sentencepiece_ids(name, tmp_path):
     """Ids are those of the sentencepiece package (``golden/sentencepiece/README.md``)."""
-    expected = json.loads((SENTENCEPIECE / "expected.json").read_text(encoding="utf-8"))
-    for case in expected["cases"]:
-        tokenizer = sentencepiece(case["model"])
+    shutil.copy(SENTENCEPIECE / f"{name}.model", tmp_path / "tokenizer.model")
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer = load_sentencepiece(tmp_path)
+    for case in json.loads((SENTENCEPIECE / "expected.json").read_text(encoding="utf-8"))[name]:
         assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"], case["text"]
         assert tokenizer.decode(case["ids"]) == case["decoded"]
-
-
-_LOADED = {}
-
-
-def sentencepiece(name):
-    if name not in _LOADED:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(SENTENCEPIECE / f"{name}.model", f"{folder}/tokenizer.model")
-            named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-            Path(folder, "tokenizer_config.json").write_text(json.dumps(named))
-            _LOADED[name] = load_sentencepiece(Path(folder))
-    return _LOADED[name]
 
 
 def test_added_tokens_keep_their_ids(model):
@@ -564,6 +554,32 @@ def test_older_checkpoints_list_added_tokens_in_a_file_of_their_own(model, folde
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "added_tokens.json").write_text(json.dumps({token: i for i, token in ADDED.items()}))
     assert load_vlm(tmp_path).processor.tokenizer.get_vocab() == model.processor.tokenizer.get_vocab()
+
+
+def test_a_qwen2_tokenizer_in_files_of_its_own(folder, weights, tmp_path, make_tokenizer, talk, picture):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.model").unlink()
+    plain = make_tokenizer(bos=None, eos=None)
+    plain.backend_tokenizer.model.save(str(tmp_path))
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    config = {
+        "added_tokens_decoder": {
+            str(len(plain) + i): {"content": token, "special": True, "normalized": False}
+            for i, token in enumerate(marks)
+        },
+        "additional_special_tokens": marks[1:],
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    text = {k: v for k, v in INTERNLM2.items() if k not in ("auto_map", "bias", "rope_scaling", "model_type")}
+    config = CONFIG | {"llm_config": text | {"architectures": ["Qwen2ForCausalLM"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = load_internvl_tokenizer(tmp_path, "Qwen2ForCausalLM")
+    assert [loaded.convert_tokens_to_ids(token) for token in marks] == [len(plain) + i for i in range(len(marks))]
+    assert (loaded.context_image_token, loaded.start_image_token) == ("<IMG_CONTEXT>", "<img>")
+    assert loaded("What")["input_ids"] == plain("What", add_special_tokens=False)["input_ids"]
 
 
 # What is refused.

@@ -94,14 +94,13 @@ def load_vlm(
         config = None if foreign else AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"model: no model at '{name}': {first_line(error)}; check the name, or download it") from error
+    remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
+    model: VisionLanguageModel
     if config is None:
         own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, attention)
-        converted = _with_processor(name, own, processor, tokenizer, template)
-        cast_parameters(converted, as_dtype(dtype))
-        return converted
-    remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote:
-        model: VisionLanguageModel = _load_image_text(name, wanted, attention, trust_remote_code, tokenizer, template)
+        model = _with_processor(name, own, processor, tokenizer, template)
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote:
+        model = _load_image_text(name, wanted, attention, trust_remote_code, tokenizer, template)
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code)
         tokenizer.chat_template = template or tokenizer.chat_template

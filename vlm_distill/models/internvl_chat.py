@@ -367,7 +367,7 @@ def _processor(config: Mapping[str, Any], native: Any, tokenizer: Any) -> Any:
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
     side = {"height": _side(config), "width": _side(config)}
-    pixels = {"size": side, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    pixels: dict[str, Any] = {"size": side, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
     tiled = config.get("dynamic_image_size", False)
     images = GotOcr2ImageProcessor(
         **pixels,
