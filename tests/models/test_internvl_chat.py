@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 from data.conversation import Conversation
-from data.errors import UserError
+from data.errors import BadSample, UserError
 from vlm_distill.models import PretrainedVLM, load_vlm
 from vlm_distill.models.internvl_chat import TEMPLATES, _processor
 from vlm_distill.models.internvl_chat import _tokenizer as load_internvl_tokenizer
@@ -523,6 +523,12 @@ def test_answers_and_their_ends_are_supervised(model, sample):
     assert ids.count(1) == 1
     first = ids.index(IMG)
     assert ids[first + 1 : first + 14] == [CONTEXT] * 12 + [END_IMG]
+
+
+def test_placeholders_in_a_persons_text_are_refused(model, talk):
+    for text in ("what does <IMG_CONTEXT> mean?", "what does <video> mean?"):
+        with pytest.raises(BadSample):
+            model.processor.encode(talk(text, "red"), [])
 
 
 # Tokens.

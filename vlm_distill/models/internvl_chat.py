@@ -29,7 +29,8 @@ IMAGE_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",  # frames are images here; no id of it ever reaches the model
+    # Transformers' processor wants one. It has no row in the matrices, and the processor lets none through.
+    "video_token": "<video>",
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -159,10 +160,8 @@ def _folder(name: str) -> Path:
 
 def _tokenizer(folder: Path, architecture: str) -> Any:
     if architecture == INTERNLM2 and not (folder / "tokenizer.json").is_file():
-        tokenizer = load_sentencepiece(folder, extra_special_tokens=IMAGE_TOKENS)
-    else:
-        tokenizer = load_tokenizer(str(folder), extra_special_tokens=IMAGE_TOKENS)
-    return tokenizer
+        return load_sentencepiece(folder, extra_special_tokens=IMAGE_TOKENS)
+    return load_tokenizer(str(folder), extra_special_tokens=IMAGE_TOKENS)
 
 
 # From a configuration to Transformers' own.
