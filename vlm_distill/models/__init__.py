@@ -10,6 +10,7 @@ import torch
 
 from data.errors import UserError
 
+from . import internvl_chat
 from .common import as_dtype, check_attention, first_line
 from .composed import (
     CONFIG_NAME,
@@ -58,6 +59,8 @@ def load_vlm(
 ) -> VisionLanguageModel:
     """A whole model: one this suite saved, or a vision-language model or causal LM of Transformers.
 
+    InternVL2's own checkpoints become Transformers' InternVL; nothing of theirs is run.
+
     Args:
         name_or_folder: a folder, or a name that Transformers finds.
         dtype: of the parameters, ``None``: as saved.
@@ -69,7 +72,12 @@ def load_vlm(
     Raises:
         UserError: no such model, or one that is neither of these kinds.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        PreTrainedConfig,
+    )
 
     name = str(name_or_folder)
     template = None if chat_template is None else read_template(chat_template)
@@ -78,15 +86,21 @@ def load_vlm(
         tokenizer = tokenizer or load_tokenizer(name)
         tokenizer.chat_template = template or tokenizer.chat_template
         return load_composed(name, dtype=dtype, attn_implementation=attn_implementation, tokenizer=tokenizer)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise UserError(f"model: no model at '{name}': {first_line(error)}; check the name, or download it") from error
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     wanted = as_dtype(dtype) or "auto"
+    try:
+        plain, _ = PreTrainedConfig.get_config_dict(name)
+        foreign = plain.get("model_type") == internvl_chat.MODEL_TYPE
+        config = None if foreign else AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"model: no model at '{name}': {first_line(error)}; check the name, or download it") from error
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote:
-        model: VisionLanguageModel = _load_image_text(name, wanted, attention, trust_remote_code, tokenizer, template)
+    model: VisionLanguageModel
+    if config is None:
+        own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, attention)
+        model = _with_processor(name, own, processor, tokenizer, template)
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote:
+        model = _load_image_text(name, wanted, attention, trust_remote_code, tokenizer, template)
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code)
         tokenizer.chat_template = template or tokenizer.chat_template
@@ -113,6 +127,11 @@ def _load_image_text(
         )
     except Exception as error:
         raise UserError(f"model: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
+    return _with_processor(name, model, processor, tokenizer, template)
+
+
+def _with_processor(name: str, model: Any, processor: Any, tokenizer: Any, template: str | None) -> PretrainedVLM:
+    """A model and a processor of Transformers behind the suite's interface, a given tokenizer and template put in."""
     if tokenizer is not None:
         processor.tokenizer = tokenizer
     if not processor.tokenizer.is_fast:
@@ -124,4 +143,5 @@ def _load_image_text(
     image_token_id = getattr(model.config, "image_token_id", None)
     if image_token_id is None:
         image_token_id = model.config.image_token_index
-    return PretrainedVLM(model, PretrainedProcessor(processor, image_token_id))
+    kind = internvl_chat.InternVLProcessing if model.config.model_type == "internvl" else PretrainedProcessor
+    return PretrainedVLM(model, kind(processor, image_token_id))

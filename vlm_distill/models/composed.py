@@ -411,10 +411,10 @@ def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, a
         raise UserError(f"decoder: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """A pretrained tokenizer; ``UserError`` where there is none."""
+def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -> Any:
+    """A pretrained tokenizer, made with further ``options``; ``UserError`` where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise UserError(
             f"tokenizer: '{name}' cannot be loaded: {first_line(error)}; check the name or folder"

@@ -104,7 +104,7 @@ class PretrainedProcessor(Processor):
         places = token_places(coded["offset_mapping"], marks[0], spans)
         return Encoded(input_ids, supervised, ends, len(images), tensors, places)
 
-    def _process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def _process(self, text: str, images: Sequence[Image.Image], **options: Any) -> Any:
         bos = self.tokenizer.bos_token
         try:
             inputs = self.processor(
@@ -113,6 +113,7 @@ class PretrainedProcessor(Processor):
                 return_tensors="pt",
                 # As Transformers does after its own templates: no second start token.
                 add_special_tokens=not (bos and text.startswith(bos)),
+                **options,
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise BadSample("processor refuses the sample", first_line(error)[:120]) from error

@@ -1,0 +1,118 @@
+"""A sentencepiece BPE model (``tokenizer.model``) as a fast tokenizer, where a checkpoint's own is remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+
+from data.errors import UserError
+
+MODEL_NAME = "tokenizer.model"
+#: What a piece is, in sentencepiece's own numbers.
+_NORMAL, _USER_DEFINED, _BPE_MODEL = 1, 4, 2
+
+
+def load_sentencepiece(folder: Path, **options: Any) -> Any:
+    """The tokenizer of a folder with ``tokenizer.model`` and ``tokenizer_config.json``.
+
+    The file is read through the message classes that Transformers carries: the sentencepiece package is not needed.
+    Added tokens keep their ids, whether behind the pieces or in the place of one, as InternLM2's ``<|im_end|>`` is.
+
+    Args:
+        folder: of the checkpoint.
+        options: further ones of ``PreTrainedTokenizerFast``.
+
+    Raises:
+        UserError: a file is missing, the model is not BPE, or an added token cannot have its id.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import import_protobuf
+    from transformers.tokenization_utils_base import generate_merges
+
+    for name in (MODEL_NAME, "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"tokenizer: '{folder}' has no {name}; is the copy complete?")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    model = import_protobuf().ModelProto()
+    try:
+        model.ParseFromString((folder / MODEL_NAME).read_bytes())
+    except Exception as error:
+        raise UserError(f"tokenizer: '{folder / MODEL_NAME}' is no sentencepiece model; copy it again") from error
+    if model.trainer_spec.model_type != _BPE_MODEL:
+        raise UserError(f"tokenizer: '{folder / MODEL_NAME}' is not a BPE model, the only kind that is read")
+
+    added = _added_tokens(folder, config)
+    pieces = [added[i].content if i in added else piece.piece for i, piece in enumerate(model.pieces)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    # Control symbols, bytes and replaced pieces are never made by merging letters.
+    whole = {pieces[i] for i, piece in enumerate(model.pieces) if piece.type != _NORMAL or i in added}
+    bpe = BPE(
+        vocabulary,
+        generate_merges(vocabulary, {pieces[i]: piece.score for i, piece in enumerate(model.pieces)}, whole),
+        unk_token=pieces[model.trainer_spec.unk_id],
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = _normalizer(model.normalizer_spec)
+    tokenizer.decoder = _decoder(model.normalizer_spec.add_dummy_prefix)
+    symbols = [piece.piece for i, piece in enumerate(model.pieces) if piece.type == _USER_DEFINED and i not in added]
+    tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+    for i, token in sorted(added.items()):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(token.content) != i:
+            raise UserError(
+                f"tokenizer: added token {token.content!r} of '{folder}' has id {i}, but the one before it leaves "
+                f"{tokenizer.token_to_id(token.content)}; is tokenizer_config.json this model's?"
+            )
+    named = {
+        key: _content(config[key]) for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)
+    }
+    if config.get("add_bos_token", True) and "bos_token" in named:
+        bos = named["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **({"model_max_length": config["model_max_length"]} if config.get("model_max_length") else {}),
+        **named,
+        **options,
+    )
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    """Added tokens by id: of the configuration, or of the older ``added_tokens.json``."""
+    if "added_tokens_decoder" in config:
+        keys = ("lstrip", "rstrip", "single_word", "normalized", "special")
+        return {
+            int(i): AddedToken(token["content"], **{key: token[key] for key in keys if key in token})
+            for i, token in config["added_tokens_decoder"].items()
+        }
+    path = folder / "added_tokens.json"
+    tokens = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {i: AddedToken(token, normalized=False, special=True) for token, i in tokens.items()}
+
+
+def _normalizer(spec: Any) -> Any:
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+
+
+def _decoder(dummy_prefix: bool) -> Any:
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps)
