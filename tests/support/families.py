@@ -17,6 +17,8 @@ TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num
 TEXT |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIDE = {"height": 28, "width": 28}
+#: Of two layers the second sees all: an answer must see its image.
+MIXED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
 #: Names under which a tokenizer gives special tokens to the processors. A tokenizer has one ``image_token``: it differs.
 NAMED = {
@@ -50,9 +52,6 @@ def template(image: str, style: str = "chatml") -> str:
         f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
         f"{closing}{{% endfor %}}{{% if add_generation_prompt %}}{start}{{% endif %}}"
     )
-
-
-Parts = tuple[Any, Callable[[dict[str, Any]], Any], Any]
 
 
 class Maker:
@@ -315,20 +314,22 @@ def _paligemma2(tokenizer: Any, chat: str) -> tuple[Any, Any]:
 def _gemma3(tokenizer: Any, chat: str) -> tuple[Any, Any]:
     config = hf.Gemma3Config(
         vision_config=_siglip(),
-        text_config=_text(hf.Gemma3TextConfig, tokenizer, head_dim=8, sliding_window=16, final_logit_softcapping=0.5),
+        text_config=_text(hf.Gemma3TextConfig, tokenizer, **MIXED, head_dim=8, final_logit_softcapping=0.5),
         image_token_id=tokenizer.image_token_id,
         boi_token_id=tokenizer.boi_token_id,
         eoi_token_id=tokenizer.eoi_token_id,
         mm_tokens_per_image=4,
     )
     processor = hf.Gemma3Processor(hf.Gemma3ImageProcessor(size=SIDE), tokenizer, chat, 4)
-    return hf.Gemma3ForConditionalGeneration(config), processor
+    model = hf.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # drawn as zeros
+    return model, processor
 
 
 def _aya_vision(tokenizer: Any, chat: str) -> tuple[Any, Any]:
     config = hf.AyaVisionConfig(
         vision_config=_siglip(),
-        text_config=_text(hf.Cohere2Config, tokenizer, sliding_window=16, logit_scale=0.25),
+        text_config=_text(hf.Cohere2Config, tokenizer, **MIXED, logit_scale=0.25),
         image_token_id=tokenizer.image_token_id,
         downsample_factor=2,
         adapter_layer_norm_eps=1e-6,

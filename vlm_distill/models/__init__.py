@@ -119,8 +119,8 @@ def _load_image_text(
         processor.tokenizer = tokenizer
     if not processor.tokenizer.is_fast:
         raise UserError(f"tokenizer: '{name}' has no fast tokenizer; character offsets need one")
-    if template is not None:
-        processor.chat_template = template
+    # Some processors (Phi-4-multimodal) leave their template to the tokenizer.
+    processor.chat_template = template or processor.chat_template or processor.tokenizer.chat_template
     if processor.chat_template is None and model_type not in WITHOUT_CHAT:
         raise UserError(f"model: '{name}' has no chat template; give one as 'chat_template'")
     return adapted(model, processor)

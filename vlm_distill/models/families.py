@@ -50,6 +50,14 @@ class PaliGemmaProcessor(PretrainedProcessor):
 class Phi4MultimodalVLM(PretrainedVLM):
     """Phi-4-multimodal: a causal LM to Transformers, whose embedding layer holds the vision encoder."""
 
+    def __init__(self, model: Any, processor: PretrainedProcessor) -> None:
+        super().__init__(model, processor)
+        # Marked as causal in Transformers 5.23, which sdpa believes where no tile of a batch has padding: an image's
+        # features would depend on the other images.
+        for module in self.parts["vision_encoder"].modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+
     @property
     def parts(self) -> dict[str, nn.Module]:
         base = self.model.base_model
