@@ -23,8 +23,9 @@ from .composed import (
     load_tokenizer,
     read_template,
 )
+from .families import CAUSAL, WITHOUT_CHAT, adapted
 from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
-from .pretrained import PretrainedProcessor, PretrainedVLM
+from .pretrained import PretrainedVLM
 
 __all__ = [
     "Answer",
@@ -99,7 +100,11 @@ def load_vlm(
     if config is None:
         own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, attention)
         model = _with_processor(name, own, processor, tokenizer, template)
-    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote:
+    elif (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        or config.model_type in CAUSAL
+        or "AutoModelForImageTextToText" in remote
+    ):
         model = _load_image_text(name, wanted, attention, trust_remote_code, tokenizer, template)
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code)
@@ -118,13 +123,13 @@ def load_vlm(
 def _load_image_text(
     name: str, dtype: Any, attention: Mapping[str, Any], trust_remote_code: bool, tokenizer: Any, template: str | None
 ) -> PretrainedVLM:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     try:
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).model_type
+        kind = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForImageTextToText
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, **attention
-        )
+        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
     except Exception as error:
         raise UserError(f"model: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
     return _with_processor(name, model, processor, tokenizer, template)
@@ -136,12 +141,8 @@ def _with_processor(name: str, model: Any, processor: Any, tokenizer: Any, templ
         processor.tokenizer = tokenizer
     if not processor.tokenizer.is_fast:
         raise UserError(f"tokenizer: '{name}' has no fast tokenizer; character offsets need one")
-    if template is not None:
-        processor.chat_template = template
-    if processor.chat_template is None:
+    # Some processors (Phi-4-multimodal) leave their template to the tokenizer.
+    processor.chat_template = template or processor.chat_template or processor.tokenizer.chat_template
+    if processor.chat_template is None and model.config.model_type not in WITHOUT_CHAT:
         raise UserError(f"model: '{name}' has no chat template; give one as 'chat_template'")
-    image_token_id = getattr(model.config, "image_token_id", None)
-    if image_token_id is None:
-        image_token_id = model.config.image_token_index
-    kind = internvl_chat.InternVLProcessing if model.config.model_type == "internvl" else PretrainedProcessor
-    return PretrainedVLM(model, kind(processor, image_token_id))
+    return adapted(model, processor)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from data.errors import UserError
 
 from .common import built_whole, first_line
 from .composed import load_tokenizer
-from .pretrained import PretrainedProcessor
 from .sentencepiece import load_sentencepiece
 
 MODEL_TYPE = "internvl_chat"
@@ -319,16 +317,6 @@ def _pieces(key: str, tensor: Tensor, text: Any) -> Iterator[tuple[str, Tensor]]
 
 
 # Conversations and images.
-
-
-class InternVLProcessing(PretrainedProcessor):
-    """Of any InternVL, converted or not: several images share the tiles that one alone may have, as in its training."""
-
-    def _process(self, text: str, images: Sequence[Image.Image], **options: Any) -> Any:
-        if len(images) > 1:
-            cut = self.processor.image_processor
-            options["max_patches"] = max(cut.min_patches, cut.max_patches // len(images))
-        return super()._process(text, images, **options)
 
 
 def chat_template(name: str, start: str = "") -> str:

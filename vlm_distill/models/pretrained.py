@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
 
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
@@ -28,6 +29,9 @@ MULTIPLIED = ("hyperclovax", "hyperclovax_vision_v2")
 #: their text model alone would apply (Gemma 3: its soft-cap; Aya Vision: Cohere 2's scale).
 COMPOSITE_SOFTCAP = ("paligemma", "gemma3n", "gemma4", "gemma4_unified", "mistral_large4", "muse_glimmer", "muse_spark")
 COMPOSITE_SCALE = ("granite4_vision", "granite_docling", "hyperclovax_vision_v2", "muse_glimmer", "muse_spark")
+
+#: Inputs without which a model computes something else in silence: flat positions, images attended causally.
+SILENTLY_NEEDED = {"qwen2_5_vl": "mm_token_type_ids", "gemma3": "token_type_ids", "paligemma": "token_type_ids"}
 
 
 def lm_head(model: Any) -> LMHead:
@@ -69,8 +73,38 @@ def generation_ends(model: Any) -> set[int]:
     return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
 
 
+class Expanded:
+    """A rendered text after the images' placeholders were replaced.
+
+    Args:
+        text: before.
+        replaced: for each image its placeholder (``text``), where that stood (``span``), and what took its place
+            (``replacement``).
+    """
+
+    def __init__(self, text: str, replaced: Sequence[dict[str, Any]]) -> None:
+        if any(text[slice(*item["span"])] != item["text"] for item in replaced):
+            raise BadSample("image expansion not understood", "the processor rewrites the text")
+        self._replaced = [(*item["span"], item["replacement"]) for item in replaced]
+        pieces, last = [], 0
+        for start, stop, replacement in self._replaced:
+            pieces += [text[last:start], replacement]
+            last = stop
+        self.text = "".join([*pieces, text[last:]])
+
+    def span(self, span: Span) -> Span:
+        """An answer's place afterwards; no image stands in an answer."""
+        shift = sum(len(new) - (stop - start) for start, stop, new in self._replaced if stop <= span.start)
+        return Span(span.start + shift, span.text + shift, span.stop + shift)
+
+
 class PretrainedProcessor(Processor):
-    """A Transformers processor, which expands each image's placeholder; marks are carried over that expansion."""
+    """A Transformers processor, which expands each image's placeholder and says where.
+
+    Args:
+        processor: with its chat template and a fast tokenizer.
+        image_token_id: of the token that stands for images in the ids.
+    """
 
     has_vision = True
 
@@ -78,9 +112,10 @@ class PretrainedProcessor(Processor):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = image_token_id
-        #: What stands for an image in the rendered text; Gemma 3 has another token there than in the ids.
-        self.placeholder = getattr(processor, "boi_token", None) or processor.image_token
-        self._placeholder_id = self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        #: What stands for an image in the rendered text; Gemma 3 and Aya Vision have another token in the ids.
+        self.placeholder = processor.image_token
+        names = [processor.video_token] if getattr(processor, "video_token", None) else []
+        self._reserved = [self.placeholder, self.tokenizer.convert_ids_to_tokens(image_token_id), *names]
         self._special = special_ids(self.tokenizer)
         self._dummy: Encoded | None = None
 
@@ -89,6 +124,7 @@ class PretrainedProcessor(Processor):
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
         messages = conversation.messages
+        self._check(messages, images)
         spans: list[Span] = []
         if generation:
             text = rendered(self._render, messages, True)
@@ -96,65 +132,67 @@ class PretrainedProcessor(Processor):
             text, spans = find_answers(self._render, messages)
         if text.count(self.placeholder) != len(images):
             raise BadSample("images and placeholders differ in number", f"{text.count(self.placeholder)} placeholders")
-        tensors = self._process(text, images)
-        input_ids = tensors.pop("input_ids")[0]
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        marks = mark_tokens(text, coded["offset_mapping"], coded["input_ids"], spans, self._special)
-        supervised, ends = self._carry(coded["input_ids"], input_ids.tolist(), marks)
-        places = token_places(coded["offset_mapping"], marks[0], spans)
-        return Encoded(input_ids, supervised, ends, len(images), tensors, places)
-
-    def _process(self, text: str, images: Sequence[Image.Image], **options: Any) -> Any:
+        # As Transformers does after its own templates: no second start token.
         bos = self.tokenizer.bos_token
+        return self._encoded(text, spans, images, add_special_tokens=not (bos and text.startswith(bos)))
+
+    def _check(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:
+        parts = [part for message in messages for part in message["content"]]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        for token in self._reserved:
+            if any(token in text for text in texts):
+                raise BadSample("text holds one of the model's placeholders", token)
+        if sum(part["type"] == "image" for part in parts) != len(images):
+            raise BadSample("images and image parts differ in number", f"{len(images)} images")
+
+    def _encoded(self, text: str, spans: Sequence[Span], images: Sequence[Image.Image], **options: Any) -> Encoded:
+        """A rendered text with the answers at ``spans`` marked, which are carried over the images' expansion."""
+        tensors, replaced = self._process(text, images, **options)
+        expanded = Expanded(text, replaced)
+        moved = [expanded.span(span) for span in spans]
+        offsets = tensors.pop("offset_mapping")[0].tolist()
+        input_ids = tensors.pop("input_ids")[0]
+        supervised, ends = mark_tokens(expanded.text, offsets, input_ids.tolist(), moved, self._special)
+        places = token_places(offsets, supervised, moved)
+        return Encoded(input_ids, torch.tensor(supervised), torch.tensor(ends), len(images), tensors, places)
+
+    def _process(
+        self, text: str, images: Sequence[Image.Image], **options: Any
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """The model's inputs, offsets among them, and what became of each image's placeholder."""
         try:
             inputs = self.processor(
                 text=[text],
-                images=list(images) or None,
-                return_tensors="pt",
-                # As Transformers does after its own templates: no second start token.
-                add_special_tokens=not (bos and text.startswith(bos)),
+                # One list for one sample: several images in a flat list are several samples to some families.
+                images=[list(images)] if images else None,
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
                 **options,
             )
+            # Not by the processor: InternVL's would make a tensor of the replacements too.
+            (replaced,) = inputs.pop("text_replacement_offsets", None) or [[]]
+            tensors = dict(BatchFeature(dict(inputs), tensor_type="pt"))
         except (ValueError, TypeError, RuntimeError) as error:
             raise BadSample("processor refuses the sample", first_line(error)[:120]) from error
-        return dict(inputs)
+        if len(replaced) != len(images):
+            raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not tell it")
+        return tensors, replaced
 
-    def _carry(self, plain: list[int], full: list[int], marks: tuple[list[bool], list[bool]]) -> tuple[Tensor, Tensor]:
-        """Marks on the ids before the images' expansion, carried to those after it.
-
-        Between two placeholders the ids are the same in both. From the right, each such run that holds a supervised
-        token is looked for in front of the one found before; the last run must be the end.
-        """
-        supervised = torch.zeros(len(full), dtype=torch.bool)
-        ends = torch.zeros(len(full), dtype=torch.bool)
-        limit = len(full)
-        stop = len(plain)
-        while stop >= 0:
-            start = next((i + 1 for i in range(stop - 1, -1, -1) if plain[i] == self._placeholder_id), 0)
-            run = plain[start:stop]
-            if any(marks[0][start:stop]):
-                first = limit - len(run)
-                lowest = first if stop == len(plain) else 0
-                while first >= lowest and full[first : first + len(run)] != run:
-                    first -= 1
-                if first < lowest:
-                    raise BadSample("image expansion not understood", "an answer's tokens changed")
-                supervised[first : first + len(run)] = torch.tensor(marks[0][start:stop])
-                ends[first : first + len(run)] = torch.tensor(marks[1][start:stop])
-                limit = first
-            stop = start - 1
-        return supervised, ends
+    def blank(self, width: int, height: int) -> Encoded:
+        """A row with one blank image of so many pixels."""
+        return self._encoded(self.placeholder, [], [Image.new("RGB", (width, height))])
 
     def dummy(self) -> Encoded:
         if self._dummy is None:
-            tensors = self._process(self.placeholder, [Image.new("RGB", (64, 64))])
-            input_ids = tensors.pop("input_ids")[0]
-            nothing = torch.zeros(len(input_ids), dtype=torch.bool)
-            self._dummy = Encoded(input_ids, nothing, nothing, 1, tensors)
+            self._dummy = self.blank(64, 64)
         return self._dummy
 
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
-        """Tensors of the shape ``[1, L]`` are padded to ``[B, L]``, all others joined along their first dimension."""
+        """Tensors of the shape ``[1, L]`` are padded to ``[B, L]``, all others joined along their first dimension.
+
+        Where these differ in a further one (tiles, height, width), they are padded there with zeros, as processors do
+        with the images of one sample; masks and sizes among the inputs tell the models what is padding.
+        """
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
         def padded(rows: list[Tensor], value: float) -> Tensor:
@@ -171,7 +209,7 @@ class PretrainedProcessor(Processor):
                 ]
                 inputs[name] = padded(rows, 0)
             else:
-                inputs[name] = torch.cat([s.tensors[name] for s in present])
+                inputs[name] = _joined([s.tensors[name] for s in present])
         return inputs
 
     def image_tokens(self, sample: Encoded) -> Tensor:
@@ -179,6 +217,17 @@ class PretrainedProcessor(Processor):
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.processor.save_pretrained(folder)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Along the first dimension, the others padded with zeros at their end to the largest."""
+    sizes = [max(size) for size in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+
+    def grown(tensor: Tensor) -> Tensor:
+        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+        return nn.functional.pad(tensor, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else tensor
+
+    return torch.cat([grown(tensor) for tensor in tensors])
 
 
 class PretrainedVLM(VisionLanguageModel):
@@ -195,17 +244,27 @@ class PretrainedVLM(VisionLanguageModel):
         self.processor = processor
         self.head = lm_head(model)
         self._ends = template_ends(processor)
+        # What no part holds takes no part: towers for sound.
+        used = {id(parameter) for part in self.parts.values() for parameter in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in used)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Views of the model's own modules; a projector inside the vision tower (Qwen2-VL) is not told apart."""
-        base = self.model.base_model
-        parts: dict[str, nn.Module] = {"vision_encoder": self.model.get_encoder(modality="image")}
-        for name in ("multi_modal_projector", "connector"):
-            if hasattr(base, name):
-                parts["projector"] = getattr(base, name)
-        parts["decoder"] = nn.ModuleList([self.model.get_decoder(), self.model.get_output_embeddings()])
-        return parts
+        """Views of the model's own modules."""
+        base, tower = self.model.base_model, self.model.get_encoder(modality="image")
+        # The projectors of Qwen-VL stand inside the tower.
+        inside = [name for name in ("merger", "deepstack_merger_list") if hasattr(tower, name)]
+        beside = [getattr(base, name) for name in ("multi_modal_projector", "connector") if hasattr(base, name)]
+        if inside:
+            beside = [getattr(tower, name) for name in inside]
+            tower = nn.ModuleList([module for name, module in tower.named_children() if name not in inside])
+        # The embedding of a line's end in LLaVA-NeXT and LLaVA-OneVision.
+        if hasattr(base, "image_newline"):
+            beside.append(nn.ParameterList([base.image_newline]))
+        decoder = nn.ModuleList([self.model.get_decoder(), self.model.get_output_embeddings()])
+        projector = beside[0] if len(beside) == 1 else nn.ModuleList(beside)
+        return {"vision_encoder": tower} | ({"projector": projector} if beside else {}) | {"decoder": decoder}
 
     @property
     def end_tokens(self) -> set[int]:
@@ -215,6 +274,9 @@ class PretrainedVLM(VisionLanguageModel):
         # The base model, not its decoder: some models put vision features into deeper layers too.
         base, body = self.model.base_model, self.model.get_decoder()
         given: dict[str, Any] = dict(inputs)
+        needed = SILENTLY_NEEDED.get(self.model.config.model_type)
+        if needed and needed not in given:
+            raise UserError(f"{self.model.config.model_type}: its processor gives no {needed}; load one that does")
         found: dict[str, Tensor] = {}
         if any(name in IMAGES for name in features) and "pixel_values" in inputs:
             # The tower runs here, once, and the model goes on from what it gave.
@@ -238,7 +300,10 @@ class PretrainedVLM(VisionLanguageModel):
         dummy = self.processor.dummy()
         # Grids and sizes are asked for where images are cut into tiles or keep their shape.
         various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
-        whole = "pixel_values" in dummy.tensors and dummy.tensors["pixel_values"].shape[:-3].numel() == 1
+        wide = self.processor.blank(256, 64)  # families that cut tiles do it by an image's shape
+        whole = all(
+            "pixel_values" in s.tensors and s.tensors["pixel_values"].shape[:-3].numel() == 1 for s in (dummy, wide)
+        )
         width = getattr(config.vision_config, "hidden_size", None)
         enters = "mm_encoder_outputs" in signature(base.forward).parameters
         if not (asked and whole and width and enters) or various:

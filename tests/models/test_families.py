@@ -1,0 +1,320 @@
+"""Every family of Transformers' VLMs: the same logits, the right tokens, steps of training, saved and generated alike."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from data.collate import collate, encode_pair
+from data.errors import BadSample, UserError
+from vlm_distill.models import load_vlm
+from vlm_distill.models.pretrained import Expanded
+
+HERE = Path(__file__).parent
+PALIGEMMA = ("paligemma", "paligemma2")
+CHATS = [name for name in families.FAMILIES if name not in PALIGEMMA]
+# Large pictures: its image size is part of the model.
+LARGE = ("phi4_multimodal",)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_tokenizer):
+    folder = tmp_path_factory.mktemp("families")
+    maker = families.Maker(make_tokenizer)
+    for name in families.FAMILIES:
+        maker.write(name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(folder):
+    """Each family's model, loaded once; a test must leave it as it was."""
+    loaded = {}
+
+    def get(name):
+        if name not in loaded:
+            with families.num2words():
+                loaded[name] = load_vlm(folder / name).eval()
+        return loaded[name]
+
+    return get
+
+
+@pytest.fixture
+def samples(talk, picture):
+    """Conversations of unlike lengths, with images of unlike shapes, as a family can take them."""
+
+    def get(name):
+        wide, tall, flat = picture(1, (60, 30)), picture(2, (30, 60)), picture(3, (90, 20))
+        if name in PALIGEMMA:
+            return [
+                (talk([None, "What colour is it?"], "It is red."), [wide]),
+                (talk([None, "Yes?"], "no", system="Be brief."), [picture(4)]),
+                (talk(["Compare", None, None], "blue triangles"), [tall, picture(5)]),
+            ]
+        return [
+            (talk([None, "What colour is it?"], "It is red."), [wide]),
+            (talk("Yes?", "no"), []),
+            (talk(["Compare", None, "with", None], "blue", [None, "And?"], "three", system="Be."), [tall, wide, flat]),
+        ]
+
+    return get
+
+
+def encoded(model, talks):
+    return [model.processor.encode(*sample) for sample in talks]
+
+
+def answers(model, sample, marks):
+    edges = [i for i, m in enumerate(marks) if m and not (i and marks[i - 1])]
+    stops = [next((j for j in range(i, len(marks)) if not marks[j]), len(marks)) for i in edges]
+    return [model.processor.tokenizer.decode(sample.input_ids[i:j]) for i, j in zip(edges, stops, strict=True)]
+
+
+def close(got, expected):
+    """Within 1e-5 of the largest logit, in float32."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_logits_are_the_models_own(name, load, samples):
+    model = load(name)
+    rows = [*encoded(model, samples(name)), model.processor.dummy()]
+    assert [row.images for row in rows] == [1, 1 if name in PALIGEMMA else 0, 2 if name in PALIGEMMA else 3, 1]
+    with torch.no_grad():
+        alone = torch.cat([model.model(**model.processor.collate([row])).logits[0] for row in rows])
+        assert alone.std() > 0.05
+        for side in ("right", "left"):
+            inputs = model.processor.collate(rows, padding_side=side)
+            positions = inputs["attention_mask"].flatten().nonzero().flatten()
+            got = model.head.logits(model(inputs, positions).hidden)
+            close(got, model.model(**inputs).logits.flatten(0, 1)[positions])
+            close(got, alone)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_images_reach_the_answer(name, load, talk, picture):
+    model = load(name)
+    rows = [model.processor.encode(talk([None, "What?"], "red"), [picture(seed, (60, 30))]) for seed in (1, 2)]
+    assert rows[0].input_ids.equal(rows[1].input_ids)
+    with torch.no_grad():
+        a, b = (model(model.processor.collate([row]), row.supervised.nonzero()[:1, 0] - 1).hidden for row in rows)
+    assert (a - b).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_supervised_tokens_are_the_answers(name, load, samples):
+    model = load(name)
+    end = "<end_of_utterance>" if families.FAMILIES[name][1] == "colon" else "</s>"
+    for sample, (conversation, _) in zip(encoded(model, samples(name)), samples(name), strict=True):
+        texts = [m["content"][0]["text"] for m in conversation.messages if m["role"] == "assistant"]
+        assert answers(model, sample, sample.supervised.tolist()) == [text + end for text in texts]
+        assert answers(model, sample, sample.ends.tolist()) == [end] * len(texts)
+        own = (sample.supervised & ~sample.ends).sum()
+        within = [0 <= a < b <= len(texts[answer]) for answer, a, b in sample.places.tolist()]
+        assert sum(within) == own
+        assert not (sample.supervised & model.processor.image_tokens(sample)).any()
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_no_token_sees_those_after_it(name, load, talk, picture):
+    """Another last token of an answer leaves every supervised position before it as it was."""
+    model = load(name)
+    sample = model.processor.encode(talk([None, "What colour?"], "It is red."), [picture(1)])
+    positions = sample.supervised.nonzero().flatten() - 1
+    inputs = model.processor.collate([sample])
+    changed = inputs["input_ids"].clone()
+    changed[0, positions[-1]] += 1
+    with torch.no_grad():
+        one, other = model(inputs, positions).hidden, model({**inputs, "input_ids": changed}, positions).hidden
+    assert torch.equal(one[:-1], other[:-1])
+    assert not torch.allclose(one[-1], other[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_parts_hold_every_parameter_once(name, load):
+    model = load(name)
+    assert list(model.parts) == ["vision_encoder", "projector", "decoder"]
+    held = [id(p) for part in model.parts.values() for p in {id(p): p for p in part.parameters()}.values()]
+    assert len(held) == len(set(held))
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained <= set(held)
+    others = [n for n, p in model.model.named_parameters() if id(p) not in held]
+    assert all("audio" in n for n in others)
+    assert bool(others) == (name == "phi4_multimodal")
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_plain_transformers_loads_what_is_saved(name, load, samples, tmp_path):
+    model = load(name)
+    model.save_pretrained(tmp_path / "saved")
+    kind = AutoModelForCausalLM if name == "phi4_multimodal" else AutoModelForImageTextToText
+    plain = kind.from_pretrained(tmp_path / "saved").eval()
+    with families.num2words():
+        processor = AutoProcessor.from_pretrained(tmp_path / "saved")
+    conversation, images = samples(name)[0]
+    mine = model.processor.encode(conversation, images)
+    if name in PALIGEMMA:
+        given = {"text": ["<image>What colour is it?"], "suffix": ["It is red."]}
+    else:
+        template = processor.chat_template or processor.tokenizer.chat_template
+        messages = list(conversation.messages)
+        given = {"text": [processor.apply_chat_template(messages, template, tokenize=False)]}
+    theirs = processor(images=[images], return_tensors="pt", **given)
+    theirs.pop("labels", None)
+    assert theirs["input_ids"][0].equal(mine.input_ids)
+    with torch.no_grad():
+        positions = torch.arange(len(mine.input_ids))
+        got = model.head.logits(model(model.processor.collate([mine]), positions).hidden)
+        close(got, plain(**theirs).logits[0])
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_answers_are_transformers_own(name, load, samples):
+    model = load(name)
+    prompts = [(conversation.prompt(), images) for conversation, images in samples(name)]
+    if name not in PALIGEMMA:
+        prompts[2] = (samples(name)[2][0].prompt(), samples(name)[2][1])
+    together = model.generate(prompts, max_new_tokens=5)
+    for prompt, answer in zip(prompts, together, strict=True):
+        inputs = model.processor.collate([model.processor.encode(*prompt, generation=True)])
+        length = inputs["input_ids"].shape[1]
+        own = model.model.generate(
+            **inputs, max_new_tokens=5, do_sample=False, eos_token_id=sorted(model.end_tokens), pad_token_id=0
+        )
+        assert answer.token_ids == own[0, length:].tolist()
+    # What generation leaves on a model (Qwen-VL's rope_deltas) changes nothing afterwards.
+    row = model.processor.encode(*samples(name)[2])
+    inputs = model.processor.collate([row])
+    with torch.no_grad():
+        got = model.head.logits(model(inputs, torch.arange(len(row.input_ids))).hidden)
+        close(got, model.model(**inputs).logits[0])
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    tiny.write_data(folder / "data")
+    paths = os.pathsep.join(map(str, [HERE.parents[1], HERE.parent / "support"]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, str(HERE / "family_runs.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_three_steps_as_student_and_as_teacher(name, runs):
+    assert name in {run["teacher"] for run in runs.values()}
+    run = runs[name]
+    assert len(run["lines"]) == 3
+    for line in run["lines"]:
+        assert line["samples"] == 4
+        assert 0 < line["forward_kl/loss"] < 20
+        assert 0 < line["cross_entropy/loss"] < 20
+    assert run["lines"][-1]["loss"] < run["lines"][0]["loss"]
+    assert run["moved"] == {"vision_encoder": True, "projector": True, "decoder": True}
+
+
+FOUR = ("llava", "qwen2_5_vl", "internvl", "smolvlm")
+
+
+@pytest.mark.parametrize(("student", "teacher"), itertools.permutations(FOUR, 2))
+def test_unlike_pairs_align(student, teacher, load, samples, talk, picture):
+    pair = load(student).processor, load(teacher).processor
+    talks = [
+        *samples("any"),
+        (talk([None, "What?"], "It is red.", "Sure?", "yes", ["And", None], "no"), [picture(1), picture(2, (90, 20))]),
+    ]
+    pairs = [encode_pair(*sample, *pair, 2048) for sample in talks]
+    assert any(len(p.student.input_ids) != len(p.teacher.input_ids) for p in pairs)
+    batch = collate(pairs, *pair)
+    ours, theirs = (rows.inputs["input_ids"].flatten()[rows.positions + 1] for rows in (batch.student, batch.teacher))
+    assert ours.equal(batch.targets)
+    # SmolVLM ends its turns with another token: it is learnt, not distilled.
+    assert ours[batch.distilled].equal(theirs[batch.distilled])
+    ends = sum(message["role"] == "assistant" for conversation, _ in talks for message in conversation.messages)
+    assert (~batch.distilled).sum() == (ends if "smolvlm" in (student, teacher) else 0)
+    text = "".join(m["content"][0]["text"] for c, _ in talks for m in c.messages if m["role"] == "assistant")
+    assert load(student).processor.tokenizer.decode(ours[batch.distilled], skip_special_tokens=True) == text
+    # Nothing is cut off: a sample that either model's tokens make too long is left out.
+    lengths = [len(row.input_ids) for row in (pairs[2].student, pairs[2].teacher)]
+    with pytest.raises(BadSample, match="too long"):
+        encode_pair(*talks[2], *pair, max(lengths) - 1)
+    assert len(encode_pair(*talks[2], *pair, max(lengths)).distilled)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_placeholder_in_a_persons_text_is_refused(name, load, talk, picture):
+    processor = load(name).processor
+    for token in {processor.placeholder, processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)}:
+        with pytest.raises(BadSample, match="placeholders"):
+            processor.encode(talk([None, f"what does {token} mean?"], "red"), [picture()])
+        with pytest.raises(BadSample, match="placeholders"):
+            processor.encode(talk([None, "what?"], f"a {token}"), [picture()])
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_images_and_image_parts_must_agree(name, load, talk, picture):
+    with pytest.raises(BadSample, match="differ in number"):
+        load(name).processor.encode(talk([None, "what?"], "red"), [picture(1), picture(2)])
+
+
+def test_paligemma_takes_a_question_with_an_image(load, talk, picture):
+    processor = load("paligemma").processor
+    with pytest.raises(BadSample, match="one question"):
+        processor.encode(talk([None, "what?"], "red", "Sure?", "yes"), [picture()])
+    with pytest.raises(BadSample, match="needs an image"):
+        processor.encode(talk("what?", "red"), [])
+    sample = processor.encode(talk([None, "what?"], "red"), [picture()])
+    assert sample.tensors["token_type_ids"][0].equal(sample.supervised.long())
+
+
+def test_onevision_tiles_one_image_and_not_two(load, talk, picture):
+    processor = load("llava_onevision").processor
+    one = processor.encode(talk([None, "what?"], "red"), [picture(1, (90, 40))])
+    two = processor.encode(talk([None, None, "what?"], "red"), [picture(1, (90, 40)), picture(2, (90, 40))])
+    assert one.tensors["pixel_values"].shape[1] > 1
+    assert two.tensors["pixel_values"].shape[:2] == (2, 1)
+    assert processor.image_tokens(two).sum() == 2 * 17
+    assert two.tensors["batch_num_images"].tolist() == [2]
+
+
+@pytest.mark.parametrize(("name", "key"), [("qwen2_5_vl", "mm_token_type_ids"), ("gemma3", "token_type_ids")])
+def test_inputs_that_would_be_missed_in_silence_are_asked_for(name, key, load, samples):
+    model = load(name)
+    inputs = model.processor.collate(encoded(model, samples(name))[:1])
+    positions = torch.arange(inputs["input_ids"].shape[1])
+    with torch.no_grad():
+        right = model.model(**inputs).logits
+        del inputs[key]
+        assert not torch.allclose(model.model(**inputs).logits, right, atol=1e-4)
+    with pytest.raises(UserError, match=key):
+        model(inputs, positions)
+
+
+def test_caps_and_scales_are_the_models_own(load):
+    # Gemma 3's and Aya Vision's classes ignore what their text configurations name.
+    assert load("paligemma2").head.softcap == 2.0
+    assert (load("gemma3").head.softcap, load("gemma3").model.config.text_config.final_logit_softcapping) == (None, 0.5)
+    assert (load("aya_vision").head.scale, load("aya_vision").model.config.text_config.logit_scale) == (1.0, 0.25)
+
+
+@pytest.mark.parametrize("name", ["internvl", "aya_vision", "qwen2_5_vl", "smolvlm", "mistral3", "phi4_multimodal"])
+def test_features_of_images_in_tiles_are_refused(name, load):
+    with pytest.raises(UserError, match="leave out the losses on images"):
+        load(name).feature_shape("projector")
+
+
+def test_a_processor_that_rewrites_its_text_is_not_understood():
+    with pytest.raises(BadSample, match="not understood"):
+        Expanded("a <image> b", [{"span": (1, 8), "text": "<image>", "replacement": "xx"}])

@@ -1,0 +1,104 @@
+"""Where families of Transformers' vision-language models differ from what :mod:`.pretrained` does for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from data.batch import Encoded
+from data.conversation import Conversation, message_text
+from data.errors import BadSample
+
+from .pretrained import PretrainedProcessor, PretrainedVLM
+
+
+class PaliGemmaProcessor(PretrainedProcessor):
+    """PaliGemma 1 and 2: images, a question seen in both directions, and its answer, which is seen token by token.
+
+    There is no chat. The answer goes in as the processor's ``suffix``: as text it would see itself in both directions.
+    """
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
+        messages = conversation.messages
+        self._check(messages, images)
+        prompt = messages if generation else messages[:-1]
+        if any(message["role"] == "assistant" for message in prompt):
+            raise BadSample("PaliGemma takes one question and its answer", f"{len(messages)} messages")
+        if not images:
+            raise BadSample("PaliGemma needs an image", "there is none")
+        text = self.placeholder * len(images) + "\n".join(message_text(message) for message in prompt)
+        return self._suffixed(text, None if generation else message_text(messages[-1]), images)
+
+    def blank(self, width: int, height: int) -> Encoded:
+        return self._suffixed(self.placeholder, None, [Image.new("RGB", (width, height))])
+
+    def _suffixed(self, text: str, answer: str | None, images: Sequence[Image.Image]) -> Encoded:
+        tensors, _ = self._process(text, images, **({} if answer is None else {"suffix": [answer]}))
+        tensors.pop("labels")
+        input_ids, offsets = tensors.pop("input_ids")[0], tensors.pop("offset_mapping")[0]
+        supervised = tensors["token_type_ids"][0] == 1
+        # The last token is the end token that the processor puts behind an answer.
+        ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)
+        places = torch.nn.functional.pad(offsets[supervised], (1, 0))
+        return Encoded(input_ids, supervised, ends, len(images), tensors, places)
+
+
+class InternVLImages(PretrainedProcessor):
+    """Of any InternVL, converted or not: several images share the tiles that one alone may have, as in its training."""
+
+    def _process(self, text: str, images: Sequence[Image.Image], **options: Any) -> Any:
+        if len(images) > 1:
+            cut = self.processor.image_processor
+            options["max_patches"] = max(cut.min_patches, cut.max_patches // len(images))
+        return super()._process(text, images, **options)
+
+
+class Phi4MultimodalVLM(PretrainedVLM):
+    """Phi-4-multimodal: a causal LM to Transformers, whose embedding layer holds the vision encoder."""
+
+    def __init__(self, model: Any, processor: PretrainedProcessor) -> None:
+        super().__init__(model, processor)
+        # Marked as causal in Transformers 5.23, which sdpa believes where no tile of a batch has padding: an image's
+        # features would depend on the other images.
+        for module in self.parts["vision_encoder"].modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        base = self.model.base_model
+        images = base.embed_tokens_extend.image_embed
+        tower = images.img_processor
+        projector = [module for module in images.children() if module is not tower]
+        separators = nn.ParameterList([images.global_img_feature_extensor, images.sub_img_feature_extensor])
+        decoder = [module for module in base.children() if module is not base.embed_tokens_extend]
+        return {
+            "vision_encoder": tower,
+            "projector": nn.ModuleList([*projector, separators]),
+            "decoder": nn.ModuleList([*decoder, self.model.get_output_embeddings()]),
+        }
+
+
+#: Model types with a processor or a class of their own here.
+PROCESSORS = {"internvl": InternVLImages, "paligemma": PaliGemmaProcessor}
+MODELS = {"phi4_multimodal": Phi4MultimodalVLM}
+
+#: Those that Transformers lists among the causal LMs.
+CAUSAL = ("phi4_multimodal",)
+
+#: Those without a chat template.
+WITHOUT_CHAT = ("paligemma",)
+
+
+def adapted(model: Any, processor: Any) -> PretrainedVLM:
+    """A Transformers model and its processor behind the suite's interface."""
+    config = model.config
+    found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    found.append(getattr(config.vision_config, "image_token_id", None))
+    image_token_id = next(token for token in found if token is not None)
+    wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id)
+    return MODELS.get(config.model_type, PretrainedVLM)(model, wrapped)
