@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation, count_images
+from data.conversation import Conversation, Document, count_images
 from data.errors import BadSample
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
@@ -145,6 +145,21 @@ class Processor(ABC):
             BadSample: the chat template or the model cannot take this conversation.
         """
 
+    def encode_document(self, document: Document) -> Encoded:
+        """A document's tokens with what the tokenizer puts around a text, and its end token where it ends.
+
+        All but the first are supervised. ``supervised`` and ``ends`` are as in :class:`~data.batch.Encoded`.
+        """
+        ids = list(self.tokenizer(document.text, verbose=False)["input_ids"])  # its length is nobody's mistake
+        eos = self.tokenizer.eos_token_id
+        if document.last and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        input_ids = torch.tensor(ids, dtype=torch.long)
+        ends = torch.zeros(len(ids), dtype=torch.bool)
+        if document.last and eos is not None:
+            ends[-1] = True
+        return Encoded(input_ids, torch.arange(len(ids)) > 0, ends)
+
     @abstractmethod
     def dummy(self) -> Encoded:
         """A row with one blank image (no image for a text model) and no supervised token."""
@@ -183,11 +198,13 @@ class VisionLanguageModel(nn.Module, ABC):
         head: the output layer as the losses read it.
         processor: conversations to inputs.
         synced: set by the engine when ranks must leave ``generate`` together (parameters sharded over ranks).
+        packs: whether positions that start again keep documents in one row apart.
     """
 
     processor: Processor
     head: LMHead
     synced: bool = False
+    packs: bool = False
 
     @property
     @abstractmethod
