@@ -30,6 +30,9 @@ class Turns:
     max_response: int | None = None
 
 
+EVERY_ANSWER = Turns()
+
+
 @dataclass
 class Pair:
     """One conversation, or one or more documents, as both models receive it.
@@ -70,7 +73,7 @@ class Collator:
     student: Processor
     teacher: Processor | None
     max_length: int
-    turns: Turns = Turns()
+    turns: Turns = EVERY_ANSWER
     grouped: bool = False
 
     def encode(self, sample: Conversation | Document, images: Sequence[Image.Image] = ()) -> list[Pair]:
@@ -94,7 +97,7 @@ def encode_pair(
     teacher: Processor | None,
     max_length: int,
     *,
-    turns: Turns = Turns(),
+    turns: Turns = EVERY_ANSWER,
     grouped: bool = False,
 ) -> Pair:
     """A conversation encoded for both models, its supervised tokens aligned.

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .batch import Problem, Processor, Step
-from .collate import Collator, Pair, Turns
+from .collate import EVERY_ANSWER, Collator, Pair, Turns
 from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
@@ -70,7 +70,7 @@ class StepDataset(Dataset[Step]):
         on_bad: Literal["skip", "fail"] = "skip",
         keep_samples: bool = False,
         grouped: bool = False,
-        turns: Turns = Turns(),
+        turns: Turns = EVERY_ANSWER,
     ) -> None:
         if mixture.batch_size != micro_batch_size * accumulation * world:
             raise UserError(

@@ -464,8 +464,8 @@ class TextFiles(Source):
 class TextSource:
     """Plain text, in rows of bounded length: documents, long ones in pieces.
 
-    It is indexed as a :class:`Source` is, and gives a :class:`~data.conversation.Document` for each row. How many pieces a document has is known from its size, without reading it. They are equally long, to the next white
-    space.
+    It is indexed as a :class:`Source` is, and gives a :class:`~data.conversation.Document` for each row. How many
+    pieces a document has is known from its size, without reading it. They are equally long, to the next white space.
 
     Args:
         records: where each record has its document under ``text``.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data.collate import Turns
 from data.conversation import ImageSource
 from data.errors import UserError
 from data.images import load_image
-from data.collate import Turns
 from data.sources import Source, TextSource, open_source, open_text
 from vlm_distill import losses, models
 from vlm_distill.config import TEACHERS, DataSection, ModelSection, RunConfig, SourceSection
@@ -188,7 +188,11 @@ def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLangu
         student = keep_layers(teacher.model, layers).float()
     else:
         # Masters are float32 in any case; DeepSpeed casts the working copy.
-        student = load_model(section, torch.float32, teacher.processor.tokenizer if teacher is not None else None)
+        tokenizer = teacher.processor.tokenizer if teacher is not None else None
+        pretrained = section.decoder is not None and section.decoder.get("name") is not None
+        if section.tokenizer == TEACHERS and pretrained:
+            tokenizer = None  # its embeddings have other rows before they take it
+        student = load_model(section, torch.float32, tokenizer)
         if section.tokenizer == TEACHERS:
             assert teacher is not None
             _take_tokenizer(student, teacher.model, section.chat_template)
