@@ -203,9 +203,6 @@ class ComposedVLM(VisionLanguageModel):
         self.projector_settings = dict(projector_settings or {})
         self.head = lm_head(decoder)
         self._takes_positions = "position_ids" in inspect.signature(decoder.base_model.forward).parameters
-        # Attention alone is kept apart; a state or a convolution runs on through the row. Remote code is not known.
-        own = type(decoder).__module__.startswith("transformers.")
-        self.packs = vision_encoder is None and self._takes_positions and own and not decoder._is_stateful
         self._ends = template_ends(processor)
 
     @property
@@ -258,6 +255,28 @@ class ComposedVLM(VisionLanguageModel):
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
         embeddings, _ = self._embed(inputs)
         return self.decoder.generate(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], **settings)
+
+    @torch.no_grad()
+    def keeps_documents_apart(self) -> bool:
+        """As the interface says, found by trying: some classes take positions and make their mask without them.
+
+        Layers with a state or a convolution run on from one document into the next.
+        """
+        if self.vision_encoder is not None or not self._takes_positions:
+            return False
+        device, training = next(self.parameters()).device, self.training
+        positions = torch.arange(4).repeat(1, 2)
+        # Two rows whose second document is the same.
+        ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [3, 2, 1, 0, 4, 5, 6, 7]])
+        inputs = ModelInputs(input_ids=ids, position_ids=positions.expand(2, -1)).to(device)
+        self.eval()
+        try:
+            # FlashAttention takes 16 bits alone.
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                first, second = self(inputs, torch.tensor([4, 5, 6, 7, 12, 13, 14, 15], device=device)).hidden.chunk(2)
+        finally:
+            self.train(training)
+        return bool((first - second).abs().max() <= 1e-4 * first.abs().max())
 
     def use_tokenizer(self, tokenizer: Any, ends: set[int]) -> None:
         """Takes another tokenizer, with its chat template, in place of its own.

@@ -198,13 +198,11 @@ class VisionLanguageModel(nn.Module, ABC):
         head: the output layer as the losses read it.
         processor: conversations to inputs.
         synced: set by the engine when ranks must leave ``generate`` together (parameters sharded over ranks).
-        packs: whether positions that start again keep documents in one row apart.
     """
 
     processor: Processor
     head: LMHead
     synced: bool = False
-    packs: bool = False
 
     @property
     @abstractmethod
@@ -254,6 +252,10 @@ class VisionLanguageModel(nn.Module, ABC):
             folder: made if need be.
             state: the weights to write, where the model's own are sharded over ranks.
         """
+
+    def keeps_documents_apart(self) -> bool:
+        """Whether documents in one row, told by positions that start again, see nothing of each other."""
+        return False
 
     @abstractmethod
     def checkpoint_activations(self) -> None:

@@ -131,10 +131,10 @@ def check_packing(
     if grouped:
         raise UserError(f"{text}: plain text needs a student with the teacher's tokenizer (student.tokenizer: teacher)")
     for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None and not model.packs:
+        if model is not None and not model.keeps_documents_apart():
             raise UserError(
-                f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models of "
-                "Transformers whose layers are attention alone"
+                f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models whose "
+                "layers are attention alone and that make their masks by position, such as Llama, Qwen2 or GPT-NeoX"
             )
 
 

@@ -90,9 +90,7 @@ class Trainer(Loop):
         student = load_student(config, self.teacher)
         # Where the tokenizers differ, groups of tokens are compared.
         self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
-        check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
         prepare_losses(terms, student, self.guide)
-        self.evaluations.prepare(student, self.teacher)
         self.features = losses.wanted_features(terms)[1]
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
@@ -128,6 +126,8 @@ class Trainer(Loop):
             self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
         if processes.device.type == "cuda":
             student.to(processes.device)
+        check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
+        self.evaluations.prepare(student, self.teacher)
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
         section = config.optimizer
         optimizer = torch.optim.AdamW(
