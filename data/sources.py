@@ -24,6 +24,8 @@ from .images import is_url
 
 FORMATS = ("auto", "json", "jsonl", "huggingface")
 PLACEHOLDER = "<image>"
+#: Of English, about: a row of plain text is cut to have about as many tokens as may stand in one.
+CHARACTERS_PER_TOKEN = 4
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "huggingface", ".arrow": "huggingface"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

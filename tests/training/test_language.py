@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from data.errors import UserError
+from vlm_distill import evaluate
 from vlm_distill.config import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.inspection import inspect_samples
@@ -96,6 +97,38 @@ def test_the_measures_are_those_of_the_definition(material, run):
     assert scores["tokens"] == len(losses)
     assert scores["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert scores["kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+
+
+def test_the_command_measures_the_same(material, run, tmp_path, capsys):
+    _, talks, text, teacher = material
+    words = ["--model", str(run / "student"), "--teacher", str(teacher), "--out", str(tmp_path), "--max-length", "64"]
+    asked = ["--data", str(talks), "--measures", "perplexity,kl,rouge_l", "--max-new-tokens", "8"]
+    assert evaluate.main([*words, *asked]) == 0
+    assert evaluate.main([*words, "--data", str(text), "--format", "text", "--measures", "kl,perplexity"]) == 0
+    assert "KL" in capsys.readouterr().out
+    for name in ("talks", "text"):
+        ours, theirs = (
+            json.loads((place / "scores.json").read_text())
+            for place in (tmp_path / name, run / "evaluation" / name / "student")
+        )
+        names = {"n", "tokens", "perplexity", "kl", "rouge_l"}
+        assert names & set(ours) == names & set(theirs)
+        for measure in names & set(ours):
+            assert ours[measure] == pytest.approx(theirs[measure], rel=1e-5), measure
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--measures", "bleu"], "no 'bleu'"),
+        (["--measures", "kl"], "kl is measured from a --teacher"),
+        (["--format", "text"], "plain text gets no answers"),
+    ],
+)
+def test_mistakes_of_the_command(material, capsys, tmp_path, words, says):
+    given = ["--model", str(material[3]), "--data", str(material[2]), "--out", str(tmp_path)]
+    assert evaluate.main([*given, *words]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_the_best_has_the_lowest(run):

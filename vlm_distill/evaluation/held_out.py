@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +22,10 @@ from vlm_distill.losses import CrossEntropy, DistillationLoss, ForwardKL, Term, 
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 
-from .runner import AllGather, share
+from .runner import AllGather, in_words, share
+
+#: Measures that need answers; the others need one forward.
+OF_ANSWERS = {"exact", "rouge_l"}
 
 
 class Samples(Protocol):
@@ -135,3 +140,25 @@ def measure(
         kl / distilled if distilled else None,
         dict(Counter(problem.reason for problem in left_out)),
     )
+
+
+def add_to_scores(folder: Path, measures: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Writes what was measured into ``scores.json``, beside what stands there of answers where there were any."""
+    path = folder / "scores.json"
+    answered = OF_ANSWERS & set(measures) and path.is_file()
+    scores = json.loads(path.read_text("utf-8")) if answered else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(scores | {"measures": list(measures)} | dict(values), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", "utf-8")
+
+
+def measured_in_words(values: Mapping[str, Any]) -> str:
+    """What was measured on a source, for a person."""
+    words = [in_words(values)] if "exact" in values else []
+    if "rouge_l" in values:
+        words.append(f"ROUGE-L {values['rouge_l']:.2%} on {values['n']:,} samples")
+    if "perplexity" in values:
+        words.append(f"perplexity {values['perplexity']:.4g}")
+    if "kl" in values:
+        words.append(f"KL {values['kl']:.4f} nats a token")
+    return ", ".join(words) or "nothing could be read"

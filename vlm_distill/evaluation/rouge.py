@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+
+from .runner import Prediction
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -16,6 +19,11 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
     """
     ours = _words(answer)
     return max((_f1(ours, _words(reference)) for reference in references), default=0.0)
+
+
+def mean_rouge_l(predictions: Sequence[Prediction]) -> float | None:
+    """Mean over answers, 0…1; ``None`` where there are none."""
+    return math.fsum(rouge_l(p.answer, p.references) for p in predictions) / len(predictions) if predictions else None
 
 
 def _words(text: str) -> list[str]:

@@ -281,8 +281,8 @@ class ComposedVLM(VisionLanguageModel):
     def use_tokenizer(self, tokenizer: Any, ends: set[int]) -> None:
         """Takes another tokenizer, with its chat template, in place of its own.
 
-        Embeddings and output layer are cut or grown to its tokens; new rows are drawn from the normal distribution that
-        the old ones' mean and covariance make, as Transformers does. A row keeps its id, whatever token it was of.
+        Embeddings and output layer are cut or grown to its tokens; new rows are the old ones' mean, with a billionth of
+        their covariance as noise, as Transformers does. A row keeps its id, whatever token it was of.
 
         Args:
             tokenizer: a copy is kept.

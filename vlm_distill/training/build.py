@@ -15,7 +15,7 @@ from data.collate import Turns
 from data.conversation import ImageSource
 from data.errors import UserError
 from data.images import load_image
-from data.sources import Source, TextSource, open_source, open_text
+from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
 from vlm_distill import losses, models
 from vlm_distill.config import TEACHERS, DataSection, ModelSection, RunConfig, SourceSection
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
@@ -88,10 +88,6 @@ def prepare_losses(
         term.loss.prepare(*shapes)
 
 
-# A row of plain text has about as many tokens as may stand in one, English having some four characters in each.
-_CHARACTERS = 4
-
-
 def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Source | TextSource]:
     """The readers of a configuration's sources.
 
@@ -106,7 +102,7 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
     for section in sections:
         named = section.model_dump(include={"split", "config", "name", "limit"})
         if section.format == "text":
-            sources.append(open_text(section.path, _CHARACTERS * max_length, **named))
+            sources.append(open_text(section.path, CHARACTERS_PER_TOKEN * max_length, **named))
         else:
             images = Path(section.images) if section.images else None
             sources.append(open_source(section.path, images=images, format=section.format, **named))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -30,10 +29,10 @@ from vlm_distill.evaluation.benchmark_run import (
     run_benchmark,
 )
 from vlm_distill.evaluation.benchmarks import data_folder
-from vlm_distill.evaluation.held_out import measure
+from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
 from vlm_distill.evaluation.questions import BenchmarkQuestions
-from vlm_distill.evaluation.rouge import rouge_l
-from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, in_words, share, summarise
+from vlm_distill.evaluation.rouge import mean_rouge_l
+from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, share, summarise
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import same_tokens
@@ -42,8 +41,6 @@ from .build import check_packing, image_loader, open_sources, turns
 from .engine import Processes
 from .tracking import Tracker
 
-#: Measures that need answers; the others need one forward.
-_OF_ANSWERS = {"exact", "rouge_l"}
 _LOWER_IS_BETTER = {"perplexity", "kl"}
 
 
@@ -88,7 +85,7 @@ class Evaluations:
         if "kl" in measures and self.config.teacher is None:
             raise UserError("evaluation.measures: kl is that from a teacher, and there is none; leave it out")
         for source in self.sources:
-            if isinstance(source, TextSource) and set(measures) <= _OF_ANSWERS:
+            if isinstance(source, TextSource) and set(measures) <= OF_ANSWERS:
                 raise UserError(
                     f"evaluation.measures: {source.name} is plain text and gets no answers; name perplexity or kl"
                 )
@@ -103,7 +100,7 @@ class Evaluations:
         source = next((source for source in self.sources if source.name == best), None)
         if source is not None:
             text = isinstance(source, TextSource)
-            measured = [m for m in self.settings.measures if not (text and m in _OF_ANSWERS)]
+            measured = [m for m in self.settings.measures if not (text and m in OF_ANSWERS)]
             if wanted not in measured:
                 choices = ", ".join(f"{best}/{m}" for m in measured)
                 raise UserError(f"evaluation.best: {wanted} of {best} is not measured; there is {choices}")
@@ -185,7 +182,7 @@ class Evaluations:
         for source in self.sources:
             for who, model in models.items():
                 values, score = self._measure_source(model, source, who, end, problems)
-                tell(who, source.name, values, _in_words(values))
+                tell(who, source.name, values, measured_in_words(values))
                 if (who, source.name) == ("student", self.best):
                     chosen = score
         for entry, questions in self.benchmarks:
@@ -237,16 +234,12 @@ class Evaluations:
         """Everything measured on a source, and the score by which the best student is chosen."""
         measures, values, score = self.settings.measures, dict[str, Any](), None
         is_best = (who, source.name) == ("student", self.best)
-        path = self.folder / "evaluation" / source.name / who / "scores.json"
-        if not isinstance(source, TextSource) and _OF_ANSWERS & set(measures):
+        if not isinstance(source, TextSource) and OF_ANSWERS & set(measures):
             values, asked = self._ask_source(model, source, who, end, problems)
-            if is_best and self.measure in _OF_ANSWERS:
+            if is_best and self.measure in OF_ANSWERS:
                 of_share = self._share(source, asked)
-                score = _rouge(of_share) if self.measure == "rouge_l" else summarise(of_share)["exact"]
-        elif end is not None and self.processes.first:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}", "utf-8")
-        if not set(measures) <= _OF_ANSWERS:
+                score = mean_rouge_l(of_share) if self.measure == "rouge_l" else summarise(of_share)["exact"]
+        if not set(measures) <= OF_ANSWERS:
             limit = self.settings.limit if end is None else None
             found = self._predict(model, source, who, limit, problems)
             values |= found
@@ -256,8 +249,7 @@ class Evaluations:
                 shared = found if limit == asked_of else self._predict(model, source, who, asked_of, [])
                 score = shared.get(self.measure)
         if end is not None and self.processes.first and list(measures) != ["exact"]:
-            scores = json.loads(path.read_text("utf-8")) | {"measures": list(measures)} | values
-            path.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            add_to_scores(self.folder / "evaluation" / source.name / who, measures, values)
         return values, score
 
     def _ask_source(
@@ -280,7 +272,7 @@ class Evaluations:
         if "exact" in self.settings.measures:
             values |= {"exact": overall["exact"], "soft": overall["soft"]}
         if "rouge_l" in self.settings.measures and predictions:
-            values["rouge_l"] = _rouge(predictions)
+            values["rouge_l"] = mean_rouge_l(predictions)
         return values, predictions
 
     def _predict(
@@ -372,20 +364,3 @@ class _Fitting:
                 if bad.reason == "too long":
                     raise
         return conversation
-
-
-def _rouge(predictions: Sequence[Prediction]) -> float | None:
-    """Mean ROUGE-L, 0…1."""
-    return math.fsum(rouge_l(p.answer, p.references) for p in predictions) / len(predictions) if predictions else None
-
-
-def _in_words(values: dict[str, Any]) -> str:
-    """What was measured on a source, for a person."""
-    words = [in_words(values)] if "exact" in values else []
-    if "rouge_l" in values:
-        words.append(f"ROUGE-L {values['rouge_l']:.2%} on {values['n']:,} answers")
-    if "perplexity" in values:
-        words.append(f"perplexity {values['perplexity']:.4g}")
-    if "kl" in values:
-        words.append(f"KL {values['kl']:.4f} nats a token")
-    return ", ".join(words) or "nothing could be read"
