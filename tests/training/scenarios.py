@@ -76,7 +76,7 @@ SHARED = {
     **{f"images_zero{s}": features(s, IMAGES, data="mixed") for s in range(4)},
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
     # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
-    **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 2, 3)},
+    **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 3)},
     # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
     "persistent_zero3": {"deepspeed__stage": 3, "persistent": True},
     # Student and teacher with different tokenizers: groups of tokens are compared.
