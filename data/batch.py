@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .conversation import Conversation
+from .conversation import Conversation, Document
 
 
 @dataclass
@@ -59,6 +59,10 @@ class Processor(Protocol):
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids with the supervised ones marked. Raises ``BadSample`` where the sample does not fit the model."""
+        ...
+
+    def encode_document(self, document: Document) -> Encoded:
+        """Token ids of plain text, all supervised but the first."""
         ...
 
     def dummy(self) -> Encoded:

@@ -1,9 +1,9 @@
-"""Samples to micro-batches: both models' encodings of a conversation, aligned, and rows put together."""
+"""Samples to micro-batches: both models' encodings, aligned, documents packed, and rows put together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -11,13 +11,31 @@ from torch import Tensor
 
 from .alignment import group_tokens
 from .batch import DistillationBatch, Encoded, Groups, Processor, Rows
-from .conversation import Conversation, message_text
+from .conversation import Conversation, Document, message_text
 from .errors import BadSample
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What of a conversation is learnt, and how long it may be besides its whole length.
+
+    Attributes:
+        last_only: only the last answer is supervised; earlier ones are context.
+        max_prompt: the most tokens before the last answer, in either model; ``None``: any number.
+        max_response: the most tokens of the last answer, its end tokens counted.
+    """
+
+    last_only: bool = False
+    max_prompt: int | None = None
+    max_response: int | None = None
+
+
+EVERY_ANSWER = Turns()
 
 
 @dataclass
 class Pair:
-    """One conversation as both models receive it.
+    """One conversation, or one or more documents, as both models receive it.
 
     Attributes:
         student: the student's row.
@@ -27,6 +45,8 @@ class Pair:
             ``student_tokens`` without a teacher. With ``groups``: ``[m]``, of all of the teacher's supervised tokens.
         distilled: bool ``[n]``; false where student and teacher expect different end tokens, or in no group.
         groups: int64 ``[G, 2]`` of both models, as :func:`~data.alignment.group_tokens` gives them.
+        samples: rows of sources that end here.
+        document: whether it is plain text, which may stand in a row with other documents.
     """
 
     student: Encoded
@@ -35,6 +55,39 @@ class Pair:
     teacher_tokens: Tensor
     distilled: Tensor
     groups: tuple[Tensor, Tensor] | None = None
+    samples: int = 1
+    document: bool = False
+
+
+@dataclass(frozen=True)
+class Collator:
+    """A run's way from samples to micro-batches.
+
+    Attributes:
+        student, teacher: the models' processors; there may be no teacher.
+        max_length: the most tokens in a row of either model.
+        turns: what of conversations is learnt.
+        grouped: whether the models have different tokenizers.
+    """
+
+    student: Processor
+    teacher: Processor | None
+    max_length: int
+    turns: Turns = EVERY_ANSWER
+    grouped: bool = False
+
+    def encode(self, sample: Conversation | Document, images: Sequence[Image.Image] = ()) -> list[Pair]:
+        """One pair of a conversation, one or more of a document. Raises ``BadSample`` as these do."""
+        models = self.student, self.teacher, self.max_length
+        if isinstance(sample, Document):
+            return encode_document(sample, *models)
+        return [encode_pair(sample, images, *models, turns=self.turns, grouped=self.grouped)]
+
+    def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
+        """A micro-batch, its documents packed."""
+        packed = pack([pair for pair in pairs if pair.document], self.max_length)
+        rows = [pair for pair in pairs if not pair.document] + packed
+        return collate(rows, self.student, self.teacher, grouped=self.grouped)
 
 
 def encode_pair(
@@ -44,6 +97,7 @@ def encode_pair(
     teacher: Processor | None,
     max_length: int,
     *,
+    turns: Turns = EVERY_ANSWER,
     grouped: bool = False,
 ) -> Pair:
     """A conversation encoded for both models, its supervised tokens aligned.
@@ -58,25 +112,31 @@ def encode_pair(
         student: the student's processor.
         teacher: the teacher's processor, if there is a teacher.
         max_length: the most tokens either model may receive, image tokens counted.
+        turns: what of the conversation is learnt, and further limits.
         grouped: whether the models have different tokenizers.
 
     Raises:
         BadSample: it is too long for one of the models (nothing is ever cut off), has no supervised token or one that
             no token precedes, or its answers differ between the models.
     """
-    student_row = _encode("student", student, conversation, images, max_length)
+    student_row = _encode("student", student, conversation, images, max_length, turns)
     if teacher is None:
         tokens = student_row.supervised.nonzero().flatten()
         return Pair(student_row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
-    teacher_row = _encode("teacher", teacher, conversation, images, max_length)
+    teacher_row = _encode("teacher", teacher, conversation, images, max_length, turns)
     if grouped:
         answers = [message_text(m) for m in conversation.messages if m["role"] == "assistant"]
-        return _grouped(student_row, teacher_row, answers)
+        return _grouped(student_row, teacher_row, answers[-1:] if turns.last_only else answers)
     return Pair(student_row, teacher_row, *_align(student_row, teacher_row))
 
 
 def _encode(
-    role: str, processor: Processor, conversation: Conversation, images: Sequence[Image.Image], max_length: int
+    role: str,
+    processor: Processor,
+    conversation: Conversation,
+    images: Sequence[Image.Image],
+    max_length: int,
+    turns: Turns,
 ) -> Encoded:
     row = processor.encode(conversation, images)
     if len(row.input_ids) > max_length:
@@ -85,7 +145,96 @@ def _encode(
         raise BadSample("no supervised token", f"the {role}'s template marks none")
     if row.supervised[0]:
         raise BadSample("first token is supervised", f"nothing predicts the {role}'s first token")
-    return row
+    last = _runs(row)[-1]
+    response = last.answer + last.ends
+    for part, length, limit in (
+        ("before the last answer", response[0], turns.max_prompt),
+        ("in the last answer", len(response), turns.max_response),
+    ):
+        if limit is not None and length > limit:
+            raise BadSample("too long", f"{length} tokens {part} for the {role}, limit {limit}")
+    return _from(row, response[0]) if turns.last_only else row
+
+
+def _from(row: Encoded, start: int) -> Encoded:
+    """The same row, supervised from a place on, where its last answer begins."""
+    later = torch.arange(len(row.input_ids)) >= start
+    places = row.places
+    if places is not None:
+        places = places[row.supervised.nonzero().flatten() >= start]
+        places = places - torch.tensor([int(places[0, 0]), 0, 0])
+    return replace(row, supervised=row.supervised & later, ends=row.ends & later, places=places)
+
+
+def encode_document(document: Document, student: Processor, teacher: Processor | None, max_length: int) -> list[Pair]:
+    """Plain text for both models, which must cut it into the same tokens: pieces of at most ``max_length`` of them.
+
+    All tokens but each piece's first are supervised and distilled.
+
+    Raises:
+        BadSample: the two tokenizers differ on it, or there is nothing to learn.
+    """
+    row = student.encode_document(document)
+    ids = row.input_ids.tolist()
+    if teacher is not None:
+        others = teacher.encode_document(document).input_ids.tolist()
+        if ids != others:
+            raise BadSample("misaligned", _difference(ids, others))
+    pairs: list[Pair] = []
+    for start in range(0, len(ids), max_length):
+        piece = slice(start, start + max_length)
+        supervised = row.supervised[piece].clone()
+        supervised[0] = False
+        if supervised.any():
+            encoded = Encoded(row.input_ids[piece], supervised, row.ends[piece] & supervised)
+            tokens = supervised.nonzero().flatten()
+            own = None if teacher is None else encoded
+            every = torch.ones(len(tokens), dtype=torch.bool)
+            pairs.append(Pair(encoded, own, tokens, tokens, every, samples=int(not pairs), document=True))
+    if not pairs:
+        raise BadSample("no supervised token", "the document is one token long")
+    return pairs
+
+
+def pack(documents: Sequence[Pair], max_length: int) -> list[Pair]:
+    """Documents put together into rows of at most ``max_length`` tokens: the longest first, each into the first row
+    that has room for it.
+
+    Their ``position_ids`` start again with each document. Models that are given these and no attention mask keep the
+    documents apart.
+    """
+    rows: list[list[Pair]] = []
+    lengths: list[int] = []
+    for pair in sorted(documents, key=lambda pair: -len(pair.student.input_ids)):
+        length = len(pair.student.input_ids)
+        place = next((i for i, used in enumerate(lengths) if used + length <= max_length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            lengths.append(0)
+        rows[place].append(pair)
+        lengths[place] += length
+    return [_packed(row) for row in rows]
+
+
+def _packed(documents: Sequence[Pair]) -> Pair:
+    rows = [pair.student for pair in documents]
+    lengths = [len(row.input_ids) for row in rows]
+    row = Encoded(
+        torch.cat([row.input_ids for row in rows]),
+        torch.cat([row.supervised for row in rows]),
+        torch.cat([row.ends for row in rows]),
+        tensors={"position_ids": torch.cat([torch.arange(length) for length in lengths])},
+    )
+    tokens = row.supervised.nonzero().flatten()
+    return Pair(
+        row,
+        None if documents[0].teacher is None else row,
+        tokens,
+        tokens,
+        torch.cat([pair.distilled for pair in documents]),
+        samples=sum(pair.samples for pair in documents),
+        document=True,
+    )
 
 
 def _grouped(student: Encoded, teacher: Encoded, answers: Sequence[str]) -> Pair:
@@ -183,7 +332,7 @@ def collate(
         teacher=None if teacher is None else _rows(teacher, teacher_rows, [pair.teacher_tokens for pair in pairs]),
         targets=torch.cat([nothing, *(pair.student.input_ids[pair.student_tokens] for pair in pairs)]),
         distilled=torch.cat([nothing.bool(), *(pair.distilled for pair in pairs)]),
-        samples=len(pairs),
+        samples=sum(pair.samples for pair in pairs),
         images=sum(pair.student.images for pair in pairs),
         groups=_groups(pairs) if grouped else None,
     )

@@ -1,4 +1,4 @@
-"""Conversation: the one image-text sample that every reader yields and every processor takes."""
+"""What readers yield and processors take: Conversation, the image-text sample, and Document, a piece of plain text."""
 
 from __future__ import annotations
 
@@ -52,6 +52,22 @@ class Conversation:
     def question(self) -> str:
         """The text of the last user message."""
         return next((message_text(m) for m in reversed(self.messages) if m["role"] == "user"), "")
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text to learn token by token: a document, or a piece of a long one.
+
+    Attributes:
+        text: not empty.
+        source, line: as in :class:`Conversation`.
+        last: whether the document ends here, so that an end token follows.
+    """
+
+    text: str
+    source: str = ""
+    line: int = 0
+    last: bool = True
 
 
 def message_text(message: Mapping[str, Any]) -> str:

@@ -16,12 +16,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .batch import Problem, Processor, Step
-from .collate import Pair, collate, encode_pair
-from .conversation import Conversation
+from .collate import EVERY_ANSWER, Collator, Pair, Turns
+from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
 from .mixture import Mixture
-from .sources import Source
+from .sources import Source, TextSource
 
 MANY_FILES = 65_536
 
@@ -36,7 +36,8 @@ class StepDataset(Dataset[Step]):
         mixture: the order of rows.
         student: the student's processor.
         teacher: the teacher's processor, or ``None`` to train without one.
-        max_length: the most tokens either model may receive; longer samples are bad samples, never cut.
+        max_length: the most tokens in a row of either model; longer conversations are bad samples, never cut. Documents
+            of a micro-batch are packed into rows of that length, longer ones in pieces.
         rank: this process, from 0.
         world: number of processes.
         micro_batch_size: rows in a micro-batch.
@@ -46,6 +47,7 @@ class StepDataset(Dataset[Step]):
         on_bad: what a bad sample does: ``skip`` leaves its micro-batch smaller, ``fail`` ends the training.
         keep_samples: put conversations and decoded images into the steps, to look at them.
         grouped: whether student and teacher have different tokenizers, so that groups of tokens are compared.
+        turns: what of conversations is learnt.
 
     Raises:
         UserError: the mixture's batch size is not ``micro_batch_size × accumulation × world``; on access, with
@@ -54,7 +56,7 @@ class StepDataset(Dataset[Step]):
 
     def __init__(
         self,
-        mixture: Mixture[Source],
+        mixture: Mixture[Source | TextSource],
         student: Processor,
         teacher: Processor | None,
         *,
@@ -68,12 +70,11 @@ class StepDataset(Dataset[Step]):
         on_bad: Literal["skip", "fail"] = "skip",
         keep_samples: bool = False,
         grouped: bool = False,
+        turns: Turns = EVERY_ANSWER,
     ) -> None:
         check_split(mixture.batch_size, micro_batch_size, accumulation, world)
         self.mixture = mixture
-        self.student = student
-        self.teacher = teacher
-        self.max_length = max_length
+        self.collator = Collator(student, teacher, max_length, turns, grouped)
         self.rank = rank
         self.world = world
         self.micro_batch_size = micro_batch_size
@@ -82,34 +83,33 @@ class StepDataset(Dataset[Step]):
         self.max_pixels = max_pixels
         self.on_bad = on_bad
         self.keep_samples = keep_samples
-        self.grouped = grouped
 
     def __getitem__(self, index: int) -> Step:
         rows = self.mixture.rows(index)
         step = Step(index, [])
         for a in range(self.accumulation):
             start = (a * self.world + self.rank) * self.micro_batch_size
-            pairs = []
+            pairs: list[Pair] = []
             samples = []
             for source, row in rows[start : start + self.micro_batch_size]:
                 try:
-                    conversation, images, pair = self._read(source, row)
+                    sample, images, found = self._read(source, row)
                 except BadSample as bad:
                     step.problems.append(problem_of(self.mixture.sources[source], row, bad, self.on_bad))
                     continue
-                pairs.append(pair)
-                samples.append((conversation, images))
-                step.tokens += len(pair.student.input_ids)
-            step.batches.append(collate(pairs, self.student, self.teacher, grouped=self.grouped))
+                pairs += found
+                samples.append((sample, images))
+                step.tokens += sum(len(pair.student.input_ids) for pair in found)
+            step.batches.append(self.collator.batch(pairs))
             if self.keep_samples:
                 step.samples.append(samples)
         return step
 
-    def _read(self, source: int, row: int) -> tuple[Conversation, list[Image.Image], Pair]:
-        conversation = self.mixture.sources[source][row]
-        images = [load_image(i, roots=self.roots, max_pixels=self.max_pixels) for i in conversation.images]
-        pair = encode_pair(conversation, images, self.student, self.teacher, self.max_length, grouped=self.grouped)
-        return conversation, images, pair
+    def _read(self, source: int, row: int) -> tuple[Conversation | Document, list[Image.Image], list[Pair]]:
+        sample = self.mixture.sources[source][row]
+        wanted = () if isinstance(sample, Document) else sample.images
+        images = [load_image(i, roots=self.roots, max_pixels=self.max_pixels) for i in wanted]
+        return sample, images, self.collator.encode(sample, images)
 
 
 def check_split(batch_size: int, micro_batch_size: int, accumulation: int, world: int) -> None:

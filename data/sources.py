@@ -1,4 +1,4 @@
-"""Readers: JSON, JSONL and Hugging Face data sets as indexable sources of conversations, with one converter for all."""
+"""Readers: JSON, JSONL, Hugging Face data sets and plain text as indexable sources of conversations or documents."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from .conversation import Conversation, ImageSource, message_text
+from .conversation import Conversation, Document, ImageSource, message_text
 from .errors import BadSample, UserError
 from .images import is_url
 
 FORMATS = ("auto", "json", "jsonl", "huggingface")
 PLACEHOLDER = "<image>"
+#: Of English, about: a row of plain text is cut to have about as many tokens as may stand in one.
+CHARACTERS_PER_TOKEN = 4
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "huggingface", ".arrow": "huggingface"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURNS = ("messages", "conversations", "conversation")
-_TEXT_COLUMNS = (*_TURNS, "texts", "question", "answer", "answers")
+_TEXT_COLUMNS = (*_TURNS, "texts", "question", "answer", "answers", "text")
 _METADATA = ("id", "question_id", "question_type", "answer_type", "category")
 _NO_IMAGE = ("", "none", "null", "nan")
+_SPACE = re.compile(r"\s")
 _VALIDATION = ("val", "validation", "valid")
 
 
@@ -254,6 +258,10 @@ class Source(ABC):
     def size(self, index: int) -> int:
         """About how long a sample is, in characters or bytes; cheap, decodes no image. For grouping by length."""
 
+    def sizes(self) -> NDArray[np.int64]:
+        """:meth:`size` of every sample, ``[len(self)]``."""
+        return np.array([self.size(i) for i in range(len(self))], dtype=np.int64)
+
     def line(self, index: int) -> int:
         """The 1-based place of a sample in its file, for reports."""
         return index + 1
@@ -306,6 +314,9 @@ class JsonlSource(Source):
 
     def size(self, index: int) -> int:
         return int(self._lengths[index])
+
+    def sizes(self) -> NDArray[np.int64]:
+        return self._lengths
 
     def line(self, index: int) -> int:
         return int(self._lines[index])
@@ -387,6 +398,23 @@ class HuggingFaceSource(Source):
     def size(self, index: int) -> int:
         return _characters(self._texts[index].to_pylist()) if self._texts.column_names else 0
 
+    def only_text(self) -> HuggingFaceSource:
+        """The same rows with their column ``text`` alone. Raises ``UserError`` where there is none."""
+        if "text" not in self._rows.column_names:
+            raise UserError(f"{self.name} has no column text, but {', '.join(self._rows.column_names)}; rename one")
+        return HuggingFaceSource(self._rows.select_columns("text"), self.name, self.images)
+
+    def sizes(self) -> NDArray[np.int64]:
+        if self._rows.column_names != ["text"]:
+            return super().sizes()
+        import pyarrow.compute  # which knows lengths without reading the texts
+
+        found = []
+        for table in self._rows.iter(batch_size=100_000):
+            lengths = pyarrow.compute.fill_null(pyarrow.compute.binary_length(table["text"]), 0)
+            found.append(lengths.to_numpy().astype(np.int64))
+        return np.concatenate(found)
+
 
 def without_media(feature: Any) -> Any:
     """Features that leave images, sound and video as stored. JSON columns (data sets 5) are still parsed."""
@@ -409,6 +437,90 @@ def _characters(value: Any) -> int:
     elif not isinstance(value, list):
         return 0
     return sum(map(_characters, value))
+
+
+class TextFiles(Source):
+    """Text files, each a record ``{"text": …}``.
+
+    Args:
+        paths: of the files.
+    """
+
+    def __init__(self, paths: Sequence[Path], name: str) -> None:
+        super().__init__(name, Path())
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def record(self, index: int) -> Any:
+        try:
+            return {"text": self.paths[index].read_text("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            raise BadSample("invalid UTF-8", f"{self.paths[index].name}: {error}") from None
+
+    def size(self, index: int) -> int:
+        return self.paths[index].stat().st_size
+
+
+class TextSource:
+    """Plain text, in rows of bounded length: documents, long ones in pieces.
+
+    It is indexed as a :class:`Source` is, and gives a :class:`~data.conversation.Document` for each row. How many
+    pieces a document has is known from its size, without reading it. They are equally long, to the next white space.
+
+    Args:
+        records: where each record has its document under ``text``.
+        characters: about the most in a row.
+    """
+
+    def __init__(self, records: Source, characters: int) -> None:
+        self.name = records.name
+        self.records = records
+        sizes = records.sizes()
+        self._pieces = np.maximum(1, -(-sizes // characters))
+        self._sizes = sizes // self._pieces
+        self._first = np.concatenate(([0], np.cumsum(self._pieces)))
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The document of a row, and which of its pieces the row is."""
+        document = int(np.searchsorted(self._first, index, side="right")) - 1
+        return document, index - int(self._first[document])
+
+    def size(self, index: int) -> int:
+        return int(self._sizes[self._place(index)[0]])
+
+    def line(self, index: int) -> int:
+        return self.records.line(self._place(index)[0])
+
+    def __getitem__(self, index: int) -> Document:
+        """The row at ``index``. Raises ``BadSample`` where there is no text, ``IndexError`` past the end."""
+        index = range(len(self))[index]
+        document, piece = self._place(index)
+        record, pieces = self.records.record(document), int(self._pieces[document])
+        text = record.get("text") if isinstance(record, Mapping) else None
+        if not isinstance(text, str):
+            raise BadSample("no text", "a record of plain text has it under the key 'text'")
+        part = text[_cut(text, piece, pieces) : _cut(text, piece + 1, pieces)]
+        if not part.strip():
+            raise BadSample("empty document")
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise BadSample("invalid Unicode", str(error)) from None
+        return Document(part, self.name, self.line(index), last=piece + 1 == pieces)
+
+
+def _cut(text: str, piece: int, pieces: int) -> int:
+    """Where one of so many equal pieces begins: at the first white space from there on, if its own text has any."""
+    start, stop = piece * len(text) // pieces, (piece + 1) * len(text) // pieces
+    if start in (0, len(text)):
+        return start
+    found = _SPACE.search(text, start, stop)
+    return start if found is None else found.start()
 
 
 # Opening.
@@ -461,6 +573,38 @@ def open_source(
     if not len(source):
         raise UserError(f"{path_or_name} has no rows; check the file{' and the split' if split else ''}")
     return source
+
+
+def open_text(
+    path_or_name: str | Path,
+    characters: int,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    name: str | None = None,
+    limit: int | None = None,
+) -> TextSource:
+    """Plain text by its path or its name on the Hugging Face hub.
+
+    Args:
+        path_or_name: a ``.txt`` file, which is one document, or a folder of such; or what :func:`open_source` reads,
+            with the documents under the key, or in the column, ``text``.
+        characters: about the most in a row: longer documents are several.
+        split, config, name: as in :func:`open_source`.
+        limit: only the first so many documents.
+
+    Raises:
+        UserError: as in :func:`open_source`, or a data set has no such column.
+    """
+    path = Path(path_or_name)
+    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt") if path.is_dir() else []
+    files = inside or ([path] if path.is_file() and path.suffix.lower() == ".txt" else [])
+    if files:
+        return TextSource(TextFiles(files[:limit], name or path.stem), characters)
+    records = open_source(path_or_name, split=split, config=config, name=name, limit=limit)
+    if isinstance(records, HuggingFaceSource):
+        records = records.only_text()
+    return TextSource(records, characters)
 
 
 def _format(path: Path, given: str, format: str) -> str:

@@ -183,7 +183,7 @@ def test_terms_of_one_loss_are_numbered(tmp_path):
 
 
 # Those of classifiers are in tests/vision/test_recipes.py.
-RUNS = [path for folder in ("demo", "vlm") for path in sorted(Path("configs", folder).rglob("*.yaml"))]
+RUNS = [path for folder in ("demo", "vlm", "language") for path in sorted(Path("configs", folder).rglob("*.yaml"))]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=str)

@@ -111,9 +111,13 @@ def evaluate(
     ] = None,
     rules: Annotated[str, typer.Option(help="Whose: vlmevalkit, lmms-eval or official.")] = "vlmevalkit",
     format: Annotated[
-        str | None, typer.Option(help="Of the benchmarks' files: tsv, huggingface, official or source.")
+        str | None, typer.Option(help="Of the benchmarks' files: tsv, huggingface, official or source; of data: text.")
     ] = None,
     score: Annotated[str, typer.Option(help="generate, or likelihood of the options.")] = "generate",
+    measures: Annotated[
+        str, typer.Option(help="Of data: exact, rouge_l, perplexity, kl; with commas between.")
+    ] = "exact",
+    teacher: Annotated[str | None, typer.Option(help="The model that kl is measured from.")] = None,
     judge: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint.")] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's name there.")] = "judge",
     judge_rate: Annotated[float | None, typer.Option(help="Most requests a minute.")] = None,
@@ -129,10 +133,10 @@ def evaluate(
 ) -> None:
     """Answers questions with a model and scores the answers: benchmarks by the rules of the field, or any data.
 
-    Data are scored by exact match and VQA accuracy, by question type.
+    Data are scored by exact match and VQA accuracy, by question type, or by other measures.
     """
     words = ["--model", model, "--out", str(out), "--batch-size", str(batch_size), "--rules", rules, "--score", score]
-    words += ["--judge-model", judge_model]
+    words += ["--judge-model", judge_model, "--measures", measures]
     for flag, values in (("--benchmarks", benchmarks), ("--data", data), ("--root", root)):
         for value in values or []:
             words += [flag, str(value)]
@@ -141,6 +145,7 @@ def evaluate(
         "--limit": limit,
         "--dtype": dtype,
         "--format": format,
+        "--teacher": teacher,
         "--judge": judge,
         "--judge-rate": judge_rate,
         "--max-new-tokens": max_new_tokens,

@@ -18,6 +18,9 @@ from .evaluation.scoring.base import Rules
 
 T = TypeVar("T", bound=BaseModel)
 DType = Literal["fp32", "bf16"]
+Measure = Literal["exact", "rouge_l", "perplexity", "kl"]
+#: In place of a tokenizer's name: the student takes its teacher's.
+TEACHERS = "teacher"
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -79,7 +82,7 @@ class SourceSection(Section):
     path: str
     name: str | None = None
     images: str | None = None
-    format: Literal["auto", "json", "jsonl", "huggingface"] = "auto"
+    format: Literal["auto", "json", "jsonl", "huggingface", "text"] = "auto"
     split: str | None = None
     config: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -88,10 +91,15 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
+    """``answers: last``, ``max_prompt`` and ``max_response`` are about conversations' last answers (``data.Turns``)."""
+
     train: list[SourceSection] = Field(min_length=1)
     eval: list[SourceSection] = []
     roots: list[str] = []
     max_length: Positive = 2048
+    max_prompt: Positive | None = None
+    max_response: Positive | None = None
+    answers: Literal["all", "last"] = "all"
     max_pixels: Positive = 89_478_485
     bad_samples: Literal["skip", "fail"] = "skip"
     length_window: NotNegative = 0
@@ -150,6 +158,7 @@ class EvaluationSection(Section):
     limit: Positive | None = None
     batch_size: Positive = 64
     max_new_tokens: Positive = 32
+    measures: Annotated[list[Measure], Field(min_length=1)] = ["exact"]
     teacher: bool = True
     benchmarks: list[str] = []
     benchmark_data: str | None = None
@@ -180,6 +189,8 @@ class RunConfig(Section):
     def _student_needs_teacher(self) -> RunConfig:
         if self.student.from_teacher is not None and self.teacher is None:
             raise ValueError("student.from_teacher needs a teacher section to cut from")
+        if self.student.tokenizer == TEACHERS and self.teacher is None:
+            raise ValueError("student.tokenizer: teacher needs a teacher section to take it from")
         return self
 
 

@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmarks", action="append", default=[], help="names or YAML files; may be repeated")
     parser.add_argument("--data", action="append", default=[], help="files of questions, or the benchmarks' folder")
     parser.add_argument("--rules", choices=get_args(Rules), default="vlmevalkit")
-    parser.add_argument(
-        "--format", choices=["tsv", "huggingface", "official", "source"], help="of the benchmarks' files"
-    )
+    parser.add_argument("--format", choices=["tsv", "huggingface", "official", "source", "text"], help="of the files")
     parser.add_argument("--score", choices=["generate", "likelihood"], default="generate")
+    parser.add_argument("--measures", default="exact", help="of data: exact, rouge_l, perplexity, kl; commas between")
+    parser.add_argument("--teacher", help="a model that kl is measured from")
+    parser.add_argument("--max-length", type=int, default=2048, help="most tokens of a sample, for perplexity and kl")
     parser.add_argument("--judge", help="base address of an OpenAI-compatible endpoint")
     parser.add_argument("--judge-model", default="judge", help="the judge's name there")
     parser.add_argument("--judge-rate", type=float, help="most requests a minute")
@@ -52,6 +53,8 @@ def run(options: argparse.Namespace) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
+    from vlm_distill.models.teacher import ModelTeacher
+    from vlm_distill.models.vocabulary import align_heads
     from vlm_distill.training.engine import Processes, load_sharded
 
     # Mistakes are told before a model is loaded.
@@ -67,6 +70,10 @@ def run(options: argparse.Namespace) -> None:
         else:
             model = load_vlm(options.model, dtype=dtype).to(processes.device)
         model.eval()
+        if options.teacher is not None:
+            teacher = load_vlm(options.teacher, dtype=dtype).to(processes.device)
+            align_heads(model, teacher)
+            options.teacher = ModelTeacher(teacher)
         settings = {
             "batch_size": options.batch_size,
             "limit": options.limit,
@@ -81,11 +88,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sources(options: argparse.Namespace) -> list[Any]:
-    from data.sources import open_source
+    from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
+    from vlm_distill.config import Measure
+    from vlm_distill.evaluation.held_out import OF_ANSWERS
 
+    measures = options.measures.split(",")
+    unknown = [name for name in measures if name not in get_args(Measure)]
+    if unknown:
+        raise UserError(f"--measures: no {unknown[0]!r}; there are {', '.join(get_args(Measure))}")
+    if ("kl" in measures) != (options.teacher is not None):
+        raise UserError("--measures: kl is measured from a --teacher; name both or neither")
+    if options.format == "text" and OF_ANSWERS & set(measures):
+        raise UserError("--format text: plain text gets no answers; name --measures perplexity, or kl")
     if not options.data:
         raise UserError("nothing to ask: name benchmarks (--benchmarks) or files of questions (--data)")
-    sources = [open_source(path, images=options.images) for path in options.data]
+    if options.format == "text":
+        return [open_text(path, CHARACTERS_PER_TOKEN * options.max_length) for path in options.data]
+    sources: list[Any] = [open_source(path, images=options.images) for path in options.data]
     if len({source.name for source in sources}) < len(sources):
         raise UserError("--data: two files have one name, so that their scores would overwrite each other; rename one")
     return sources
@@ -97,28 +116,47 @@ def _score_sources(
     from rich.console import Console
     from rich.table import Table
 
+    from data.collate import Collator
     from data.images import load_image
-    from vlm_distill.evaluation.runner import evaluate, in_words, summarise
+    from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
+    from vlm_distill.evaluation.rouge import mean_rouge_l
+    from vlm_distill.evaluation.runner import evaluate, summarise
 
-    empty = []
+    empty, measures, teacher = [], options.measures.split(","), options.teacher
+    load = partial(load_image, roots=options.root)
+    collator = Collator(model.processor, teacher and teacher.processor, options.max_length)
     for source in sources:
         skipped: list[Problem] = []
-        predictions = evaluate(
-            model,
-            source,
-            max_new_tokens=options.max_new_tokens or 32,
-            out=options.out / source.name,
-            load=partial(load_image, roots=options.root),
-            skipped=skipped,
-            **settings,
-        )
-        if not predictions:
+        values: dict[str, Any] = {}
+        scores: dict[str, Any] = {"n": 0, "by_type": {}}
+        if OF_ANSWERS & set(measures):
+            predictions = evaluate(
+                model,
+                source,
+                max_new_tokens=options.max_new_tokens or 32,
+                out=options.out / source.name,
+                load=load,
+                skipped=skipped,
+                **settings,
+            )
+            scores = summarise(predictions)
+            values["n"] = scores["n"]
+            if "exact" in measures:
+                values |= {"exact": scores["exact"], "soft": scores["soft"]}
+            if "rouge_l" in measures and predictions:
+                values["rouge_l"] = mean_rouge_l(predictions)
+        if not set(measures) <= OF_ANSWERS:
+            ranks = {key: settings[key] for key in ("limit", "rank", "world", "all_gather")}
+            found = measure(model, teacher, source, collator, load=load, skipped=skipped, **ranks)
+            values |= {"n": found.n, **found.values(measures)}
+        if not values["n"]:
             empty.append(source.name)
         if settings["rank"]:
             continue
-        scores = summarise(predictions)
-        print(f"{source.name}: {in_words(scores)}")
-        if scores["by_type"]:
+        if measures != ["exact"]:
+            add_to_scores(options.out / source.name, measures, values)
+        print(f"{source.name}: {measured_in_words(values)}")
+        if "exact" in measures and scores["by_type"]:
             table = Table("questions", "n", "exact match", "VQA accuracy")
             for name, row in scores["by_type"].items():
                 table.add_row(name, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from data.batch import Encoded
-from data.collate import Pair, encode_pair
-from data.conversation import Conversation
+from data.collate import Collator, Pair
+from data.conversation import Document
 from data.errors import BadSample
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig
@@ -19,6 +19,7 @@ from vlm_distill.training.build import (
     load_teacher,
     open_sources,
     pair_vocabularies,
+    turns,
 )
 from vlm_distill.training.engine import Processes
 
@@ -27,7 +28,7 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     """The first ``count`` samples in the order in which training meets them, bad ones with what is wrong."""
     torch.manual_seed(config.training.seed)
     processes = Processes("cpu")
-    sources = open_sources(config.data.train)
+    sources = open_sources(config.data.train, config.data.max_length)
     teacher = load_teacher(config, processes)
     student = load_student(config, teacher)
     processors, grouped = {"student": student.processor}, False
@@ -42,6 +43,8 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
         batch_size=count,
         window=0,
     )
+    both = processors["student"], processors.get("teacher")
+    collator = Collator(*both, config.data.max_length, turns(config.data), grouped)
     load, shown = image_loader(config.data), []
     for source, row in mixture.rows(0):
         title, images = f"{sources[source].name}, row {row + 1}", []
@@ -49,13 +52,18 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
         groups: list[tuple[str, str]] = []
         problem = None
         try:
-            conversation: Conversation = sources[source][row]
-            title = f"{conversation.source}, line {conversation.line}"
-            images = [load(image) for image in conversation.images]
-            models = {name: _inspected(p, p.encode(conversation, images)) for name, p in processors.items()}
-            both = processors["student"], processors.get("teacher")
-            pair = encode_pair(conversation, images, *both, config.data.max_length, grouped=grouped)
-            groups = _groups(pair, processors)
+            sample = sources[source][row]
+            title = f"{sample.source}, line {sample.line}"
+            if isinstance(sample, Document):
+                models = {name: _inspected(p, p.encode_document(sample)) for name, p in processors.items()}
+            else:
+                images = [load(image) for image in sample.images]
+                models = {name: _inspected(p, p.encode(sample, images)) for name, p in processors.items()}
+            pairs = collator.encode(sample, images)
+            if config.data.answers == "last":  # as it is learnt
+                learnt = {"student": pairs[0].student, "teacher": pairs[0].teacher}
+                models |= {name: _inspected(processors[name], row) for name, row in learnt.items() if row is not None}
+            groups = _groups(pairs[0], processors)
         except BadSample as bad:
             problem = str(bad)
         shown.append(InspectedSample(title=title, images=images, models=models, problem=problem, groups=groups))

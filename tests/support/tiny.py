@@ -86,6 +86,14 @@ def write_data(folder: Path, rows: int = 24, text_only: tuple[int, ...] = (), br
     return folder / "data.jsonl"
 
 
+def write_text(folder: Path, documents: int = 16) -> Path:
+    """JSONL of plain text: documents of one to fifteen words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1 + i % 15)) for i in range(1, documents + 1)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder / "text.jsonl"
+
+
 def write_teacher(folder: Path) -> Path:
     """An untrained teacher whose logits are far from flat."""
     torch.manual_seed(7)

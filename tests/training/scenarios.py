@@ -75,6 +75,8 @@ SHARED = {
     **{f"layer_zero{s}": features(s, [{"name": "hidden_states", "layers": {1: 2}}]) for s in range(4)},
     **{f"images_zero{s}": features(s, IMAGES, data="mixed") for s in range(4)},
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
+    # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
+    **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 3)},
     # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
     "persistent_zero3": {"deepspeed__stage": 3, "persistent": True},
     # Student and teacher with different tokenizers: groups of tokens are compared.
@@ -108,6 +110,7 @@ TWO_RANKS = {
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
     "shard_zero2": {"deepspeed__stage": 2, "teacher": "shard"},
     "shard_zero3": {"deepspeed__stage": 3, "teacher": "shard"},
+    "text_shard_zero3": {"deepspeed__stage": 3, "family": "language", "data": "text", "teacher": "shard"},
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
@@ -142,6 +145,8 @@ def main(folder: Path) -> None:
         tiny.write_data(folder / "plain")
         tiny.write_data(folder / "mixed", text_only=(0, 1, 2, 3, 8, 9, 14, 15), broken=(4, 5, 6, 7, 20))
         tiny.write_data(folder / "language", text_only=tuple(range(24)))
+        tiny.write_data(folder / "text", text_only=tuple(range(24)))
+        tiny.write_text(folder / "text")
         tiny.write_teacher(folder / "teacher")
         tiny.write_language_model(folder / "language_teacher")
         tiny.write_pieces_teacher(folder / "pieces_teacher")
@@ -182,6 +187,11 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     plain["teacher"]["placement"] = placement
     if kind.endswith("eval"):
         plain["data"]["eval"] = [{"path": str(data), "name": "questions", "limit": 13}]
+    if kind == "text":
+        text = {"path": str(data.with_name("text.jsonl")), "format": "text", "name": "text"}
+        plain["data"] |= {"train": [*plain["data"]["train"], text], "eval": [text, {"path": str(data), "limit": 13}]}
+        plain["data"] |= {"answers": "last", "max_length": 16}
+        plain["evaluation"] |= {"measures": ["rouge_l", "perplexity", "kl"], "every": 2, "best": "text/kl", "limit": 5}
     config = RunConfig.model_validate(plain)
     if stop:
         Trainer(config, processes).run(stop)

@@ -57,6 +57,7 @@ def test_every_zero_stage_equals_none(results, world, name):
         ("features_shard_zero2", "features_zero2"),
         ("features_llava_shard_zero3", "features_llava_zero3"),
         ("uld_shard_zero3", "uld_zero2"),
+        ("text_shard_zero3", "text_zero0"),
     ],
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):
@@ -167,3 +168,27 @@ def test_answers_under_zero3(results, name, questions):
     lines = [line for line in results(2, name)["metrics"] if line["kind"] == "eval"]
     assert [line["step"] for line in lines] == ([2, 4, 5] if name == "eval_frozen_zero3" else [5])
     assert all(line["n"] == questions for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [(1, "text_zero3"), (2, "text_zero0"), (2, "text_zero3"), (2, "text_shard_zero3")],
+)
+def test_held_out_measures_are_the_same_everywhere(results, world, name):
+    def measured(result):
+        counts, means = ("step", "data", "n", "tokens"), ("perplexity", "kl", "rouge_l")
+        return [
+            ([line[key] for key in counts], [line[key] for key in means if key in line])
+            for line in result["metrics"]
+            if line["kind"] == "eval"
+        ]
+
+    expected = measured(results(1, "text_zero0"))
+    assert [counts[:3] for counts, _ in expected] == [
+        *([step, data, 5] for step in (2, 4) for data in ("text", "data")),
+        [5, "text", 19],  # rows: some of the 16 documents are longer than one
+        [5, "data", 13],
+    ]
+    for (counts, means), (others, values) in zip(expected, measured(results(world, name)), strict=True):
+        assert others == counts
+        assert values == pytest.approx(means, rel=1e-4)

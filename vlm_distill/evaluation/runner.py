@@ -33,6 +33,10 @@ _DECODE_THREADS = 4
 _BATCHES_AHEAD = 2
 
 
+class Countable(Protocol):
+    def __len__(self) -> int: ...
+
+
 class Questions(Protocol):
     """What evaluation needs of a data source (``data.sources.Source`` is one)."""
 
@@ -227,7 +231,7 @@ def evenly_spaced(n: int, limit: int | None) -> list[int]:
     return [i * n // limit for i in range(limit)]
 
 
-def share(source: Questions, limit: int | None) -> list[int]:
+def share(source: Countable, limit: int | None) -> list[int]:
     """The questions that a limit leaves, always the same ones; a source may know better which belong together."""
     if limit is not None and hasattr(source, "share"):
         return list(source.share(limit))

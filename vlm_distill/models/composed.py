@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -133,6 +134,8 @@ class ComposedProcessor(Processor):
         Returns:
             ``input_ids``, ``attention_mask``, ``position_ids`` int64 ``[B, L]``; with a vision encoder ``image_mask``
             bool ``[B, L]`` and, unless no sample has an image, ``pixel_values`` float32 ``[images, 3, H, W]``.
+            Where a sample is packed there is no ``attention_mask``: Transformers makes one by positions that start
+            again, for any kind of attention, and padding is one more document.
         """
 
         def padded(rows: list[Tensor], value: float) -> Tensor:
@@ -144,6 +147,9 @@ class ComposedProcessor(Processor):
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         )
+        if any("position_ids" in s.tensors for s in samples):
+            del inputs["attention_mask"]
+            inputs["position_ids"] = torch.stack([_packed_positions(s, mask.shape[1]) for s in samples])
         if self.has_vision:
             inputs["image_mask"] = padded([s.tensors["image_mask"] for s in samples], False)
             pixels = [s.tensors["pixel_values"] for s in samples if s.images]
@@ -157,6 +163,12 @@ class ComposedProcessor(Processor):
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
+
+
+def _packed_positions(sample: Encoded, length: int) -> Tensor:
+    """``[length]``: a sample's positions, packed or not, and those of its padding, which begin again at 0."""
+    own = sample.tensors.get("position_ids", torch.arange(len(sample.input_ids)))
+    return torch.cat([own, torch.arange(length - len(own))])
 
 
 def _flat_content(content: Sequence[Mapping[str, Any]]) -> str:
@@ -238,11 +250,53 @@ class ComposedVLM(VisionLanguageModel):
 
     def _sequence(self, inputs: ModelInputs) -> dict[str, Tensor]:
         names = ("attention_mask", "position_ids") if self._takes_positions else ("attention_mask",)
-        return {name: inputs[name] for name in names}
+        return {name: inputs[name] for name in names if name in inputs}
 
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
         embeddings, _ = self._embed(inputs)
         return self.decoder.generate(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], **settings)
+
+    @torch.no_grad()
+    def keeps_documents_apart(self) -> bool:
+        """As the interface says, found by trying: some classes take positions and make their mask without them.
+
+        Layers with a state or a convolution run on from one document into the next.
+        """
+        if self.vision_encoder is not None or not self._takes_positions:
+            return False
+        device, training = next(self.parameters()).device, self.training
+        positions = torch.arange(4).repeat(1, 2)
+        # Two rows whose second document is the same.
+        ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [3, 2, 1, 0, 4, 5, 6, 7]])
+        inputs = ModelInputs(input_ids=ids, position_ids=positions.expand(2, -1)).to(device)
+        self.eval()
+        try:
+            # FlashAttention takes 16 bits alone.
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                first, second = self(inputs, torch.tensor([4, 5, 6, 7, 12, 13, 14, 15], device=device)).hidden.chunk(2)
+        finally:
+            self.train(training)
+        return bool((first - second).abs().max() <= 1e-4 * first.abs().max())
+
+    def use_tokenizer(self, tokenizer: Any, ends: set[int]) -> None:
+        """Takes another tokenizer, with its chat template, in place of its own.
+
+        Embeddings and output layer are cut or grown to its tokens; new rows are the old ones' mean, with a billionth of
+        their covariance as noise, as Transformers does. A row keeps its id, whatever token it was of.
+
+        Args:
+            tokenizer: a copy is kept.
+            ends: ids that end an answer from now on, beside the template's.
+        """
+        assert isinstance(self.processor, ComposedProcessor)
+        tokenizer = copy.deepcopy(tokenizer)
+        self.decoder.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
+        for settings in (self.decoder.config.get_text_config(), self.decoder.generation_config):
+            settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+            settings.eos_token_id = sorted(ends)
+        self.processor = ComposedProcessor(tokenizer, self.processor.transform, self.processor.tokens)
+        self.head = lm_head(self.decoder)
+        self._ends = template_ends(self.processor)
 
     def checkpoint_activations(self) -> None:
         checkpoint_layers(self.decoder)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation, count_images
+from data.conversation import Conversation, Document, count_images
 from data.errors import BadSample
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
@@ -145,6 +145,21 @@ class Processor(ABC):
             BadSample: the chat template or the model cannot take this conversation.
         """
 
+    def encode_document(self, document: Document) -> Encoded:
+        """A document's tokens with what the tokenizer puts around a text, and its end token where it ends.
+
+        All but the first are supervised. ``supervised`` and ``ends`` are as in :class:`~data.batch.Encoded`.
+        """
+        ids = list(self.tokenizer(document.text, verbose=False)["input_ids"])  # its length is nobody's mistake
+        eos = self.tokenizer.eos_token_id
+        if document.last and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        input_ids = torch.tensor(ids, dtype=torch.long)
+        ends = torch.zeros(len(ids), dtype=torch.bool)
+        if document.last and eos is not None:
+            ends[-1] = True
+        return Encoded(input_ids, torch.arange(len(ids)) > 0, ends)
+
     @abstractmethod
     def dummy(self) -> Encoded:
         """A row with one blank image (no image for a text model) and no supervised token."""
@@ -237,6 +252,10 @@ class VisionLanguageModel(nn.Module, ABC):
             folder: made if need be.
             state: the weights to write, where the model's own are sharded over ranks.
         """
+
+    def keeps_documents_apart(self) -> bool:
+        """Whether documents in one row, told by positions that start again, see nothing of each other."""
+        return False
 
     @abstractmethod
     def checkpoint_activations(self) -> None:

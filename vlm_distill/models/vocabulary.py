@@ -34,6 +34,15 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
     return n
 
 
+def same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
+    """Whether two tokenizers are the same but for added tokens."""
+    try:
+        shared_vocabulary(student_tokenizer, teacher_tokenizer)
+    except UserError:
+        return False
+    return True
+
+
 def separate_heads(*models: VisionLanguageModel) -> None:
     """Cuts each model's head to the ids that its own tokenizer has: what embeddings are padded with is no token."""
     for model in models:

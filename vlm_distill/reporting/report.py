@@ -27,6 +27,7 @@ from .benchmarks import benchmark_sections, is_benchmark
 from .classification import classification_sections, is_classification
 from .entries import Duel, Entry, Run, duel, entries_on
 from .gallery import gallery
+from .language import MEASURES, has_answers, language_sections
 
 _COLOURS = 5
 _THUMBNAIL = 224
@@ -179,7 +180,7 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             key[0]
             for run in runs
             for key, found in run.scores.items()
-            if not is_benchmark(found) and not is_classification(found)
+            if not is_benchmark(found) and not is_classification(found) and has_answers(found)
         )
     )
     sections: list[dict[str, Any]] = []
@@ -196,6 +197,7 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
         )
     benchmarks = benchmark_sections(runs)
     classified = classification_sections(runs, {} if sections else baselines)
+    language = language_sections(runs)
     first = [*sections, *classified]
     return (
         environment()
@@ -206,9 +208,10 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             sections=sections,
             benchmarks=benchmarks,
             classified=classified,
+            language=language,
             headline={**_headline(runs, first[0]["entries"] if first else []), "asked": bool(sections)},
             best=_best,
-            charts=_charts(runs, [*first, *benchmarks]),
+            charts=_charts(runs, [*first, *benchmarks, *language]),
             facts=_facts(runs),
             problems=[(run, run.summary["problems"]) for run in runs if run.summary.get("problems")],
             differences=_differences(runs),
@@ -286,7 +289,9 @@ def _is_number(value: Any) -> bool:
 def _charts(runs: list[Run], sections: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
     """(caption, chart) of accuracy by step and by time, then of every curve of the training."""
     charts = []
-    for key, level, title in (("exact", "exact", "Accuracy"), ("score", "main", "Score")):
+    kinds = [("exact", "exact", "Accuracy"), ("score", "main", "Score")]
+    kinds += [(key, key, title) for key, (title, _) in MEASURES.items()]
+    for key, level, title in kinds:
         levels = {
             section["data"]: [
                 plots.Series(e.label, e.css, [(0.0, e.scores[level])], level=True)
@@ -303,10 +308,10 @@ def _charts(runs: list[Run], sections: list[dict[str, Any]]) -> list[tuple[str, 
                     _line(run, [e for e in found if str(e.get("data", "")) == data], x, key)
                     for run, found in zip(runs, scored, strict=True)
                 ]
-                # A score's name says nothing without its benchmark's.
-                caption = f"{title} by {unit}" + (f" · {data}" if len(data_sets) > 1 or key == "score" else "")
+                # Neither a score's nor a measure's name says anything without its data's.
+                caption = f"{title} by {unit}" + (f" · {data}" if len(data_sets) > 1 or key != "exact" else "")
                 lines += levels.get(data, [])
-                chart = plots.line_chart(caption, lines, x_label=f"{unit}s", percent=key == "exact")
+                chart = plots.line_chart(caption, lines, x_label=f"{unit}s", percent=key in ("exact", "rouge_l"))
                 charts.append((caption, chart))
     names = dict.fromkeys(name for run in runs for e in run.train[:50] for name in e)
     terms = [name for name in names if "/" in name]

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data.collate import Turns
 from data.conversation import ImageSource
 from data.errors import UserError
 from data.images import load_image
-from data.sources import Source, open_source
+from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
 from vlm_distill import losses, models
-from vlm_distill.config import DataSection, ModelSection, RunConfig, SourceSection
+from vlm_distill.config import TEACHERS, DataSection, ModelSection, RunConfig, SourceSection
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import load_tokenizer
+from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
@@ -87,28 +88,50 @@ def prepare_losses(
         term.loss.prepare(*shapes)
 
 
-def open_sources(sections: Sequence[SourceSection]) -> list[Source]:
+def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Source | TextSource]:
     """The readers of a configuration's sources.
+
+    Args:
+        sections: of the configuration.
+        max_length: the most tokens in a row.
 
     Raises:
         UserError: a source cannot be read, or two have one name, so that neither problems nor scores tell them apart.
     """
-    sources = [
-        open_source(
-            section.path,
-            images=Path(section.images) if section.images else None,
-            format=section.format,
-            split=section.split,
-            config=section.config,
-            name=section.name,
-            limit=section.limit,
-        )
-        for section in sections
-    ]
+    sources: list[Source | TextSource] = []
+    for section in sections:
+        named = section.model_dump(include={"split", "config", "name", "limit"})
+        if section.format == "text":
+            sources.append(open_text(section.path, CHARACTERS_PER_TOKEN * max_length, **named))
+        else:
+            images = Path(section.images) if section.images else None
+            sources.append(open_source(section.path, images=images, format=section.format, **named))
     name, count = Counter(source.name for source in sources).most_common(1)[0] if sources else ("", 0)
     if count > 1:
         raise UserError(f"data: {count} sources are called {name}; give each a name of its own (key name)")
     return sources
+
+
+def turns(data: DataSection) -> Turns:
+    """What of conversations is learnt."""
+    return Turns(data.answers == "last", data.max_prompt, data.max_response)
+
+
+def check_packing(
+    sections: Sequence[SourceSection], student: VisionLanguageModel, teacher: VisionLanguageModel | None, grouped: bool
+) -> None:
+    """Raises ``UserError`` where there is plain text and a model cannot keep packed documents apart."""
+    text = next((section.path for section in sections if section.format == "text"), None)
+    if text is None:
+        return
+    if grouped:
+        raise UserError(f"{text}: plain text needs a student with the teacher's tokenizer (student.tokenizer: teacher)")
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and not model.keeps_documents_apart():
+            raise UserError(
+                f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models whose "
+                "layers are attention alone and that make their masks by position, such as Llama, Qwen2 or GPT-NeoX"
+            )
 
 
 def image_loader(data: DataSection) -> Callable[[ImageSource], Image.Image]:
@@ -125,6 +148,8 @@ def load_model(section: ModelSection, dtype: torch.dtype, tokenizer: Any = None)
         tokenizer: for an assembled model whose section names none.
     """
     common = section.model_dump(include={"attn_implementation", "trust_remote_code", "chat_template"})
+    if section.tokenizer == TEACHERS:
+        section = section.model_copy(update={"tokenizer": None})
     if section.tokenizer is not None:
         tokenizer = load_tokenizer(section.tokenizer, section.trust_remote_code)
     if section.path is not None:
@@ -159,7 +184,14 @@ def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLangu
         student = keep_layers(teacher.model, layers).float()
     else:
         # Masters are float32 in any case; DeepSpeed casts the working copy.
-        student = load_model(section, torch.float32, teacher.processor.tokenizer if teacher is not None else None)
+        tokenizer = teacher.processor.tokenizer if teacher is not None else None
+        pretrained = section.decoder is not None and section.decoder.get("name") is not None
+        if section.tokenizer == TEACHERS and pretrained:
+            tokenizer = None  # its embeddings have other rows before they take it
+        student = load_model(section, torch.float32, tokenizer)
+        if section.tokenizer == TEACHERS:
+            assert teacher is not None
+            _take_tokenizer(student, teacher.model, section.chat_template)
     missing = [part for part in section.train if part not in student.parts]
     if missing and "train" in section.model_fields_set:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
@@ -167,6 +199,14 @@ def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLangu
     if not trained_parameters(student):
         raise UserError("student.train: nothing is left to train")
     return student.train()
+
+
+def _take_tokenizer(student: VisionLanguageModel, teacher: VisionLanguageModel, chat_template: str | None) -> None:
+    if not isinstance(student, ComposedVLM):
+        raise UserError("student.tokenizer: teacher is for language models and models from parts, not for whole VLMs")
+    student.use_tokenizer(teacher.processor.tokenizer, teacher.end_tokens)
+    if chat_template is not None:
+        student.processor.tokenizer.chat_template = read_template(chat_template)
 
 
 def pair_vocabularies(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -60,8 +59,8 @@ def save(
     barrier()
 
 
-def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float:
-    """The score of the best student so far, −∞ where none is kept.
+def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float | None:
+    """The score of the best student so far, ``None`` where none is kept.
 
     Args:
         folder: the run's ``best``.
@@ -70,10 +69,10 @@ def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float
     """
     path = folder / "best.json"
     if not path.is_file():
-        return -math.inf
+        return None
     about = json.loads(path.read_text("utf-8"))
     same = all(about.get(key) == value for key, value in compared_by.items())
-    return about["score"] if same and about["step"] <= done else -math.inf
+    return about["score"] if same and about["step"] <= done else None
 
 
 def save_best(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any]) -> None:

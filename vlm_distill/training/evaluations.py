@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.markup import escape
 
 from data.batch import Problem
-from data.errors import UserError
+from data.collate import Collator
+from data.conversation import Conversation
+from data.errors import BadSample, UserError
 from data.images import load_image
-from data.sources import Source
-from vlm_distill.config import RunConfig
+from data.sources import Source, TextSource
+from vlm_distill.config import Measure, RunConfig, split_batch
 from vlm_distill.evaluation.benchmark import Benchmark
 from vlm_distill.evaluation.benchmark_run import (
     CannotScore,
@@ -27,13 +29,19 @@ from vlm_distill.evaluation.benchmark_run import (
     run_benchmark,
 )
 from vlm_distill.evaluation.benchmarks import data_folder
+from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
 from vlm_distill.evaluation.questions import BenchmarkQuestions
-from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, in_words, share, summarise
+from vlm_distill.evaluation.rouge import mean_rouge_l
+from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, share, summarise
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.vocabulary import same_tokens
 
-from .build import image_loader, open_sources
+from .build import check_packing, image_loader, open_sources, turns
 from .engine import Processes
 from .tracking import Tracker
+
+_LOWER_IS_BETTER = {"perplexity", "kl"}
 
 
 class Evaluations:
@@ -54,14 +62,16 @@ class Evaluations:
     def __init__(self, config: RunConfig, processes: Processes) -> None:
         self.settings, self.processes = config.evaluation, processes
         self.folder = Path(config.output)
+        self.config, self.micro = config, split_batch(config, processes.world)[0]
         settings, data = config.evaluation, config.data
-        self.sources = open_sources(data.eval)
+        self.sources = open_sources(data.eval, data.max_length)
         self.benchmarks, self.told = open_benchmarks(settings.benchmarks, settings.benchmark_data, settings.rules)
         names = [source.name for source in self.sources] + [entry.name for entry, _ in self.benchmarks]
         for name, count in Counter(names).items():
             if count > 1:
                 raise UserError(f"evaluation: {count} things to evaluate on are called {name}; leave one out or rename")
-        self.best = self._best_of(names)
+        self._check_measures()
+        self.best, self.measure = self._best_of(names)
         self.load_image = image_loader(data)
         roots = [Path(root) for root in data.roots]
         if roots:  # images of benchmarks lie where the benchmarks do
@@ -70,30 +80,77 @@ class Evaluations:
         self.load_benchmark_image = partial(load_image, roots=roots, max_pixels=data.max_pixels, alpha="drop")
         self.scores: dict[str, dict[str, float | None]] = {}
 
-    def _best_of(self, names: Sequence[str]) -> str | None:
-        """The name by which the best student is chosen."""
-        best = self.settings.best
+    def _check_measures(self) -> None:
+        measures = self.settings.measures
+        if "kl" in measures and self.config.teacher is None:
+            raise UserError("evaluation.measures: kl is that from a teacher, and there is none; leave it out")
+        for source in self.sources:
+            if isinstance(source, TextSource) and set(measures) <= OF_ANSWERS:
+                raise UserError(
+                    f"evaluation.measures: {source.name} is plain text and gets no answers; name perplexity or kl"
+                )
+
+    def _best_of(self, names: Sequence[str]) -> tuple[str | None, Measure]:
+        """The name by which the best student is chosen, and what of it where it is a source."""
+        best, wanted = self.settings.best, "exact"
         given = dict(zip(self.settings.benchmarks, (entry.name for entry, _ in self.benchmarks), strict=True))
         best = best if best is None else given.get(best, best)
+        if best is not None and best not in names and best.rpartition("/")[2] in get_args(Measure):
+            best, _, wanted = best.rpartition("/")
+        source = next((source for source in self.sources if source.name == best), None)
+        if source is not None:
+            text = isinstance(source, TextSource)
+            measured = [m for m in self.settings.measures if not (text and m in OF_ANSWERS)]
+            if wanted not in measured:
+                choices = ", ".join(f"{best}/{m}" for m in measured)
+                raise UserError(f"evaluation.best: {wanted} of {best} is not measured; there is {choices}")
+        elif wanted != "exact":
+            best = self.settings.best
         if best is not None and best not in names:
             known = ", ".join(names) or "nothing is evaluated: name benchmarks, or data.eval"
             raise UserError(f"evaluation.best: {best} is not evaluated on; there is {known}")
         for entry, questions in self.benchmarks:
             if entry.name == best and not any(published(questions.row(i)) for i in range(len(questions))):
                 raise UserError(f"evaluation.best: the right answers of {best} are not published; choose another")
-        return best
+        return best, next(m for m in get_args(Measure) if m == wanted)
+
+    def prepare(self, student: VisionLanguageModel, teacher: ModelTeacher | None) -> None:
+        """Takes the models.
+
+        Raises:
+            UserError: something that is to be measured cannot be, of these two.
+        """
+        data = self.config.data
+        alike = teacher is not None and same_tokens(student.processor.tokenizer, teacher.processor.tokenizer)
+        wants_kl = "kl" in self.settings.measures
+        if wants_kl and not alike:
+            raise UserError("evaluation.measures: kl needs a student with the teacher's tokenizer; leave it out")
+        self.student, self.teacher = student, teacher
+        self.guide = teacher if wants_kl else None
+        check_packing(data.eval, student, teacher.model if teacher is not None else None, False)
+
+        def collator(one: VisionLanguageModel, other: ModelTeacher | None) -> Collator:
+            beside = other.processor if other is not None else None
+            return Collator(one.processor, beside, data.max_length, turns(data))
+
+        self.collators = {"student": collator(student, self.guide)}
+        if teacher is not None:
+            self.collators["teacher"] = collator(teacher.model, None)
 
     @property
     def compared_by(self) -> dict[str, Any]:
         """What makes two scores comparable: of what, by whose rules, on how many questions."""
         of_benchmark = any(entry.name == self.best for entry, _ in self.benchmarks)
         rules = self.settings.rules if of_benchmark else None
-        return {"name": self.best, "rules": rules, "limit": self.settings.limit}
+        measured = {"measure": self.measure} if self.measure != "exact" else {}
+        return {"name": self.best, "rules": rules, "limit": self.settings.limit} | measured
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.measure in _LOWER_IS_BETTER
 
     def run(
         self,
-        student: VisionLanguageModel,
-        teacher: VisionLanguageModel | None,
         done: int,
         tracker: Tracker,
         began: float,
@@ -103,7 +160,6 @@ class Evaluations:
         """The student's answers to everything; at the end of the run all of it, and the teacher's beside them.
 
         Args:
-            teacher: is asked only at the end, where the settings want it.
             done: optimizer steps finished.
             began: when the run did, in seconds of the clock.
 
@@ -113,10 +169,10 @@ class Evaluations:
         """
         chosen: float | None = None
         problems: list[Problem] = []
-        models = {"student": student}
+        models = {"student": self.student}
         end = f"after step {done}" if final else None
-        if final and teacher is not None and self.settings.teacher:
-            models["teacher"] = teacher
+        if final and self.teacher is not None and self.settings.teacher:
+            models["teacher"] = self.teacher.model
 
         def tell(who: str, name: str, values: dict[str, Any], words: str) -> None:
             if who == "student" and values["n"]:
@@ -125,10 +181,10 @@ class Evaluations:
 
         for source in self.sources:
             for who, model in models.items():
-                predictions, values = self._ask_source(model, source, who, end, problems)
-                tell(who, source.name, values, in_words(values))
+                values, score = self._measure_source(model, source, who, end, problems)
+                tell(who, source.name, values, measured_in_words(values))
                 if (who, source.name) == ("student", self.best):
-                    chosen = summarise(self._share(source, predictions))["exact"]
+                    chosen = score
         for entry, questions in self.benchmarks:
             for who, model in models.items():
                 found = self._ask_benchmark(model, entry, questions, who, end, problems)
@@ -167,13 +223,44 @@ class Evaluations:
             "resume": f"{who} {end}" if end is not None else None,
         }
 
+    def _measure_source(
+        self,
+        model: VisionLanguageModel,
+        source: Source | TextSource,
+        who: str,
+        end: str | None,
+        problems: list[Problem],
+    ) -> tuple[dict[str, Any], float | None]:
+        """Everything measured on a source, and the score by which the best student is chosen."""
+        measures, values, score = self.settings.measures, dict[str, Any](), None
+        is_best = (who, source.name) == ("student", self.best)
+        if not isinstance(source, TextSource) and OF_ANSWERS & set(measures):
+            values, asked = self._ask_source(model, source, who, end, problems)
+            if is_best and self.measure in OF_ANSWERS:
+                of_share = self._share(source, asked)
+                score = mean_rouge_l(of_share) if self.measure == "rouge_l" else summarise(of_share)["exact"]
+        if not set(measures) <= OF_ANSWERS:
+            limit = self.settings.limit if end is None else None
+            found = self._predict(model, source, who, limit, problems)
+            values |= found
+            if is_best and self.lower_is_better:
+                # What the end of the run is compared with is of a share.
+                asked_of = self.settings.limit
+                shared = found if limit == asked_of else self._predict(model, source, who, asked_of, [])
+                score = shared.get(self.measure)
+        if end is not None and self.processes.first and list(measures) != ["exact"]:
+            add_to_scores(self.folder / "evaluation" / source.name / who, measures, values)
+        return values, score
+
     def _ask_source(
         self, model: VisionLanguageModel, source: Source, who: str, end: str | None, problems: list[Problem]
-    ) -> tuple[list[Prediction], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], list[Prediction]]:
         began = time.time()
+        wanted = turns(self.config.data)
+        limited = wanted.max_prompt is not None or wanted.max_response is not None
         predictions = evaluate(
             model,
-            source,
+            _Fitting(source, self.collators["student"]) if limited else source,
             max_new_tokens=self.settings.max_new_tokens,
             load=self.load_image,
             skipped=problems,
@@ -181,8 +268,37 @@ class Evaluations:
         )
         overall = summarise(predictions)
         rate = len(predictions) / max(1e-9, time.time() - began)
-        values = {"exact": overall["exact"], "soft": overall["soft"], "n": overall["n"], "answers_per_second": rate}
-        return predictions, values
+        values = {"n": overall["n"], "answers_per_second": rate}
+        if "exact" in self.settings.measures:
+            values |= {"exact": overall["exact"], "soft": overall["soft"]}
+        if "rouge_l" in self.settings.measures and predictions:
+            values["rouge_l"] = mean_rouge_l(predictions)
+        return values, predictions
+
+    def _predict(
+        self,
+        model: VisionLanguageModel,
+        source: Source | TextSource,
+        who: str,
+        limit: int | None,
+        problems: list[Problem],
+    ) -> dict[str, Any]:
+        """Perplexity and, of the student, KL from the teacher."""
+        processes = self.processes
+        found = measure(
+            model,
+            self.guide if who == "student" else None,
+            source,
+            self.collators[who],
+            batch_size=self.micro,
+            limit=limit,
+            rank=processes.rank,
+            world=processes.world,
+            all_gather=processes.gather,
+            load=self.load_image,
+            skipped=problems,
+        )
+        return {"n": found.n, **found.values(self.settings.measures)}
 
     def _ask_benchmark(
         self,
@@ -219,3 +335,32 @@ class Evaluations:
             return result.predictions, values, "no question could be scored"
         values["score"] = result.scores.main
         return result.predictions, values, f"{entry.metric} {result.scores.main:.2f} on {n:,} questions"
+
+
+class _Fitting:
+    """The questions of a source whose conversations would be learnt: those too long are none.
+
+    Their length is measured without images, where there are any.
+    """
+
+    def __init__(self, source: Source, collator: Collator) -> None:
+        self.source, self.collator, self.name = source, collator, source.name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def size(self, index: int) -> int:
+        return self.source.size(index)
+
+    def line(self, index: int) -> int:
+        return self.source.line(index)
+
+    def __getitem__(self, index: int) -> Conversation:
+        conversation = self.source[index]
+        if not conversation.images:
+            try:
+                self.collator.encode(conversation)
+            except BadSample as bad:
+                if bad.reason == "too long":
+                    raise
+        return conversation

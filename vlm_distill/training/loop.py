@@ -43,6 +43,7 @@ class Loop(ABC):
         evaluate_every: steps between evaluations; ``None``: only at the end.
         parameters: their numbers, by ``student``, ``trained`` and, where there is one, ``teacher``.
         compared_by: what makes two scores of the student comparable; ``None`` to keep no best student.
+        lower_is_better: whether the best student has the lowest of these scores, not the highest.
         told: remarks on what was found while building.
 
     Raises:
@@ -61,6 +62,7 @@ class Loop(ABC):
     parameters: dict[str, int]
     evaluate_every: int | None = None
     compared_by: Mapping[str, Any] | None = None
+    lower_is_better: bool = False
     told: Sequence[str] = ()
 
     def __init__(self, config: AnyRun, processes: Processes) -> None:
@@ -303,7 +305,10 @@ class Loop(ABC):
 
     def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
         # The first rank alone has the score, and perhaps the folder.
-        if not self.processes.gather(score is not None and score > self.best)[0]:
+        better = score is not None and (
+            self.best is None or (score < self.best if self.lower_is_better else score > self.best)
+        )
+        if not self.processes.gather(better)[0]:
             return
         state = self.student_state()
         if self.processes.first:

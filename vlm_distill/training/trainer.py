@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from data.batch import DistillationBatch, Problem, Step
-from data.collate import collate, encode_pair
+from data.collate import Pair
+from data.conversation import Document
 from data.errors import BadSample
 from data.loader import StepDataset, make_loader
 from data.mixture import Mixture
@@ -25,6 +26,7 @@ from vlm_distill.models.teacher import ModelTeacher
 
 from .build import (
     build_terms,
+    check_packing,
     image_loader,
     load_student,
     load_teacher,
@@ -32,6 +34,7 @@ from .build import (
     pair_vocabularies,
     prepare_losses,
     trained_parameters,
+    turns,
 )
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
@@ -72,9 +75,10 @@ class Trainer(Loop):
         super().__init__(config, processes)
         self.config = config
         terms = build_terms(config)
-        sources = open_sources(config.data.train)
+        sources = open_sources(config.data.train, config.data.max_length)
         self.evaluations = Evaluations(config, processes)
         self.compared_by = self.evaluations.compared_by if self.evaluations.best is not None else None
+        self.lower_is_better = self.evaluations.lower_is_better
         self.told = self.evaluations.told
         self.evaluate_every = config.evaluation.every
 
@@ -112,6 +116,7 @@ class Trainer(Loop):
             max_pixels=data.max_pixels,
             on_bad=data.bad_samples,
             grouped=self.grouped,
+            turns=turns(data),
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
@@ -121,6 +126,8 @@ class Trainer(Loop):
             self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
         if processes.device.type == "cuda":
             student.to(processes.device)
+        check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
+        self.evaluations.prepare(student, self.teacher)
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
         section = config.optimizer
         optimizer = torch.optim.AdamW(
@@ -180,21 +187,19 @@ class Trainer(Loop):
 
         ``None`` where none of them has an answer to measure it by.
         """
-        data, pairs = self.config.data, []
+        data, pairs = self.config.data, list[Pair]()
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
             if not data.train[source].labelled:
                 continue
             try:
-                conversation = self.dataset.mixture.sources[source][row]
-                images = [self.load_image(image) for image in conversation.images]
-                models = self.student.processor, teacher.processor
-                pairs.append(encode_pair(conversation, images, *models, data.max_length, grouped=self.grouped))
+                sample = self.dataset.mixture.sources[source][row]
+                wanted = () if isinstance(sample, Document) else sample.images
+                pairs += self.dataset.collator.encode(sample, [self.load_image(image) for image in wanted])
             except BadSample:
                 continue
         if not pairs:
             return None
-        batch = collate(pairs, self.student.processor, teacher.processor, grouped=self.grouped)
-        batch = batch.to(self.processes.device)
+        batch = self.dataset.collator.batch(pairs).to(self.processes.device)
         outputs = teacher.outputs(batch).targets
         loss = losses.CrossEntropy()
         sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
@@ -204,8 +209,7 @@ class Trainer(Loop):
         return float(term.loss) / max(1, term.count), limit
 
     def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
-        teacher = self.teacher.model if self.teacher is not None else None
-        return self.evaluations.run(self.student, teacher, done, tracker, self.began, final=final)
+        return self.evaluations.run(done, tracker, self.began, final=final)
 
     def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
         self.student.save_pretrained(folder, state)
