@@ -86,6 +86,26 @@ def test_a_teacher_without_the_students_tokens(material, capsys):
     assert "token" in capsys.readouterr().err
 
 
+def test_an_adapter_and_its_export(material, command):
+    folder, data, teacher = material
+    lora = {"rank": 2, "merge": False}
+    student = {"path": str(teacher), "lora": lora, "train": ["projector"]}
+    config = write(material, "adapter", student=student, training__steps=2, evaluation__teacher=False)
+    assert train.main([str(config)]) == 0
+    run = folder / "adapter"
+    assert {path.name for path in (run / "student").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert command("export", run, folder / "merged")[0] == 0
+    (run / "student").rename(run / "elsewhere")
+    assert command("export", run, folder / "merged_from_checkpoint")[0] == 0
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("merged", "merged_from_checkpoint"))
+    base = load_file(teacher / "model.safetensors")
+    assert one.keys() == other.keys() == base.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-6, atol=1e-6)
+        trained = name.startswith("projector.") or "_proj." in name
+        assert torch.equal(tensor, base[name]) != trained, name
+
+
 def test_from_training_to_an_answer(material, command, capsys):
     folder, data, teacher = material
     config = write(material, "whole", data__eval=[{"path": str(data), "name": "questions"}])

@@ -131,6 +131,46 @@ def test_batch_that_does_not_split(tmp_path):
         split_batch(load_config(write(tmp_path, {"training": training})), 2)
 
 
+LORA = {"path": "base", "lora": {"rank": 8}}
+OWN = {"teacher": {"from_student": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {**LORA, "train": ["decoder"]}}, "train and lora.parts both name the decoder"),
+        ({"student": {"path": "base", "lora": {"rnk": 8}}}, r"student\.lora\.rnk: unknown key; did you mean 'rank'"),
+        ({"student": {"decoder": {"config": {}}, "lora": {"merge": False}}}, "whose base must be on disk"),
+        ({"student": {"path": "base", "quantize": "nf4"}}, "add lora, or leave quantize out"),
+        ({"student": {**LORA, "quantize": "nf4"}}, "set lora.merge to false"),
+        (
+            {"student": {"path": "b", "quantize": "nf4", "lora": {"merge": False}}, "deepspeed": {"stage": 3}},
+            "ZeRO-3 does not shard weights of 4 bits",
+        ),
+        ({**OWN, "student": {"path": "base"}}, "from_student needs a student trained by student.lora alone"),
+        ({**OWN, "student": {**LORA, "train": ["projector"]}}, "needs a student trained by student.lora alone"),
+        ({**OWN, "student": {"from_teacher": {"layers": 2}, "lora": {}}}, "one of the two must be on disk"),
+        ({"student": LORA, "teacher": {"from_student": True, "dtype": "bf16"}}, "leave dtype out"),
+        (
+            {"student": LORA, "teacher": {"from_student": True, "path": "x"}},
+            "name exactly one of path, decoder, from_st",
+        ),
+    ],
+)
+def test_lora_that_cannot_be(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, changes))
+
+
+def test_what_trains_beside_adapters_is_saved_as_it_was_said(tmp_path):
+    for student, whole in ((LORA, []), ({"path": "base"}, ["vision_encoder", "projector", "decoder"])):
+        config = load_config(write(tmp_path, {**(OWN if student is LORA else {}), "student": student}))
+        save_config(config, tmp_path / "saved.yaml")
+        again = load_config(tmp_path / "saved.yaml")
+        assert again == config
+        assert again.student.trained_whole == whole
+
+
 def test_loss_without_its_teacher(tmp_path):
     with pytest.raises(UserError, match="taid needs a teacher"):
         build_terms(load_config(write(tmp_path, drop=["teacher"])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, overload
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -24,6 +24,7 @@ TEACHERS = "teacher"
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Part = Literal["vision_encoder", "projector", "decoder"]
 
 
 class Section(BaseModel):
@@ -44,26 +45,82 @@ class ModelSection(Section):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
+    #: Keys of which one says where the model comes from.
+    ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_teacher")
+
     @model_validator(mode="after")
     def _one_way(self) -> ModelSection:
-        ways = [name for name in ("path", "decoder", "from_teacher") if getattr(self, name) is not None]
+        ways = [name for name in self.ways if getattr(self, name)]
         if len(ways) != 1:
             found = " and ".join(ways) or "none of them"
-            raise ValueError(f"name exactly one of path, decoder, from_teacher (found {found})")
+            raise ValueError(f"name exactly one of {', '.join(self.ways)} (found {found})")
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters on linear layers; ``alpha`` left out is 2 · ``rank``."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    parts: Annotated[list[Part], Field(min_length=1)] = ["decoder"]
+    rslora: bool = False
+    merge: bool = True
+
+
 class StudentSection(ModelSection):
-    train: list[Literal["vision_encoder", "projector", "decoder"]] = ["vision_encoder", "projector", "decoder"]
+    """The student. ``train`` names what trains whole: everything, or with ``lora`` nothing unless it is said."""
+
+    train: list[Part] | None = None
+    lora: LoraSection | None = None
+    quantize: Literal["nf4"] | None = None
+
+    @property
+    def trained_whole(self) -> list[Part]:
+        if self.train is not None:
+            return self.train
+        return list(get_args(Part)) if self.lora is None else []
+
+    @property
+    def base(self) -> str | None:
+        """The name or folder of the model that an adapter would be for; ``None`` where the model is nowhere on disk."""
+        alone = self.decoder is not None and self.vision_encoder is None
+        return self.decoder.get("name") if self.decoder is not None and alone else self.path
+
+    @model_validator(mode="after")
+    def _lora(self) -> StudentSection:
+        if self.lora is None:
+            if self.quantize is not None:
+                raise ValueError("quantize: weights of 4 bits are not trained; add lora, or leave quantize out")
+            return self
+        both = [part for part in self.trained_whole if part in self.lora.parts]
+        if both:
+            raise ValueError(f"train and lora.parts both name the {both[0]}; it trains whole or by LoRA")
+        if not self.lora.merge:
+            if self.base is None:
+                raise ValueError("lora.merge: false keeps an adapter, whose base must be on disk; give its path")
+            if "decoder" in self.trained_whole:
+                raise ValueError("lora.merge: false keeps an adapter, and a decoder trained whole is none; merge")
+        elif self.quantize is not None:
+            raise ValueError("quantize: nothing is merged into 4 bits; set lora.merge to false (export merges)")
+        return self
 
 
 class TeacherSection(ModelSection):
+    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off."""
+
+    ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
+    from_student: bool = False
     placement: Literal["replicate", "shard"] = "replicate"
 
     @model_validator(mode="after")
-    def _not_from_itself(self) -> TeacherSection:
+    def _own_weights(self) -> TeacherSection:
         if self.from_teacher is not None:
             raise ValueError("from_teacher is for the student; a teacher has a path, or parts")
+        more = sorted(self.model_fields_set - {"from_student"})
+        if self.from_student and any(getattr(self, name) != type(self).model_fields[name].default for name in more):
+            raise ValueError(f"from_student is the student's base as it is; leave {', '.join(more)} out")
         return self
 
 
@@ -191,6 +248,18 @@ class RunConfig(Section):
             raise ValueError("student.from_teacher needs a teacher section to cut from")
         if self.student.tokenizer == TEACHERS and self.teacher is None:
             raise ValueError("student.tokenizer: teacher needs a teacher section to take it from")
+        return self
+
+    @model_validator(mode="after")
+    def _base_as_teacher(self) -> RunConfig:
+        student, stage = self.student, self.deepspeed.stage
+        if self.teacher is not None and self.teacher.from_student:
+            if student.lora is None or student.trained_whole:
+                raise ValueError("teacher.from_student needs a student trained by student.lora alone: its base stays")
+            if student.from_teacher is not None:
+                raise ValueError("teacher.from_student and student.from_teacher: one of the two must be on disk")
+        if student.quantize is not None and stage == 3:
+            raise ValueError("student.quantize: ZeRO-3 does not shard weights of 4 bits; choose stage 0, 1 or 2")
         return self
 
 

@@ -17,7 +17,7 @@ def is_classifier(run: Path) -> bool:
 
 
 def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
-    """Writes the student of a run.
+    """Writes the student of a run, whole: adapters are merged.
 
     Args:
         run: the folder of a run that has finished, or has a checkpoint.
@@ -45,12 +45,12 @@ def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
         found = checkpoint.completed(run / "checkpoints")
         if not found:
             raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
-        from vlm_distill.training.build import load_student, load_teacher
+        from vlm_distill.training.build import load_models
         from vlm_distill.training.engine import Processes, checkpoint_weights
 
         config = load_config(run / "config.yaml")
         processes = Processes("cpu")
-        model = load_student(config, load_teacher(config, processes))
+        model, _ = load_models(config, processes)
         weights = checkpoint_weights(found[-1][1], config.deepspeed.stage)
         prefix = "student."
         model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})

@@ -15,8 +15,7 @@ from vlm_distill.reporting.inspect import InspectedModel, InspectedSample
 from vlm_distill.training.build import (
     build_terms,
     image_loader,
-    load_student,
-    load_teacher,
+    load_models,
     open_sources,
     pair_vocabularies,
     turns,
@@ -29,8 +28,7 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     torch.manual_seed(config.training.seed)
     processes = Processes("cpu")
     sources = open_sources(config.data.train, config.data.max_length)
-    teacher = load_teacher(config, processes)
-    student = load_student(config, teacher)
+    student, teacher = load_models(config, processes)
     processors, grouped = {"student": student.processor}, False
     if teacher is not None:
         processors["teacher"] = teacher.processor

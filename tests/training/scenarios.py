@@ -89,6 +89,11 @@ SHARED = {
         }
         for stage in (0, 2, 3)
     },
+    # LoRA on the decoder and the vision encoder, the projector trained whole; and adapters alone, on the output layer
+    # too, whose base is their teacher: once a second copy of it, and else the student's own.
+    **{f"lora_zero{s}": {"deepspeed__stage": s, "family": "lora"} for s in (0, 2, 3)},
+    **{f"own_base_zero{s}": {"deepspeed__stage": s, "family": "adapters", "teacher": "student"} for s in (0, 3)},
+    "copied_base_zero0": {"deepspeed__stage": 0, "family": "adapters"},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
@@ -124,11 +129,24 @@ TWO_RANKS = {
         "student": {**tiny.settings(), "train": ["projector", "decoder"]},
         "evaluation__every": 2,
     },
+    "lora_checkpointing_zero3": {
+        "deepspeed__stage": 3,
+        "family": "lora",
+        "training__activation_checkpointing": True,
+    },
+    "lora_bf16_zero2": {"deepspeed__stage": 2, "family": "lora", "training__dtype": "bf16"},
     "shard_mixed_zero3": {"deepspeed__stage": 3, "teacher": "shard", "data": "mixed_eval"},
 }
 # Stopped after two steps and started again, to be compared with the run that was not.
 RESUMED = [*(f"zero{stage}" for stage in range(4)), "bf16_zero0", "bf16_zero2", "bf16_zero3"]
-RESUMED += ["persistent_zero3", "dropout_zero2", "batchnorm_zero2", "ctkd_instance_zero3"]
+RESUMED += [
+    "own_base_zero3",
+    "lora_bf16_zero2",
+    "persistent_zero3",
+    "dropout_zero2",
+    "batchnorm_zero2",
+    "ctkd_instance_zero3",
+]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
@@ -179,12 +197,22 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         changes["student"] = {"path": str(folder / "llava_student")}
     elif family == "language":
         changes["student"] = {"decoder": tiny.settings()["decoder"]}
+    elif family == "lora":
+        lora = {"rank": 2, "parts": ["vision_encoder", "decoder"]}
+        changes["student"] = {"path": str(folder / "teacher"), "lora": lora, "train": ["projector"]}
+    elif family == "adapters":
+        lora = {"rank": 2, "target": ["q_proj", "down_proj", "lm_head"]}
+        changes["student"] = {"path": str(folder / "teacher"), "lora": lora}
     elif family == "pieces":
         changes["student"] = {**tiny.settings(), "tokenizer": str(folder / "pieces_teacher" / "student")}
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
     placement = changes.pop("teacher", "replicate")
-    plain = tiny.config(out, data, folder / f"{family}_teacher".lstrip("_"), **changes)
+    teacher = folder / (f"{family}_teacher" if family in ("llava", "language", "pieces") else "teacher")
+    plain = tiny.config(out, data, teacher, **changes)
     plain["teacher"]["placement"] = placement
+    if placement == "student":
+        plain["teacher"] = {"from_student": True}
+        kind = "eval"
     if kind.endswith("eval"):
         plain["data"]["eval"] = [{"path": str(data), "name": "questions", "limit": 13}]
     if kind == "text":

@@ -195,7 +195,7 @@ def test_what_cannot_be_scored_does_not_end_the_run(material, processes, monkeyp
     ],
 )
 def test_mistakes_are_told_before_models_load(material, processes, monkeypatch, changes, said):
-    monkeypatch.setattr("vlm_distill.training.trainer.load_teacher", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("vlm_distill.training.trainer.load_models", lambda *_: pytest.fail("loaded"))
     changes = dict(changes)
     if changes.pop("twice", False):
         changes["benchmarks"] = [str(material[3])] * 2

@@ -49,7 +49,7 @@ class Setting:
         self.student = models.build_vlm(tiny.settings(), tokenizer=make_tokenizer(tiny.WORDS))
         plain = tiny.config(folder, folder / "data.jsonl", folder / "teacher", loss=loss or FEATURES, **sections)
         self.config = RunConfig.model_validate(plain)
-        self.student.set_trainable(self.config.student.train)
+        self.student.set_trainable(self.config.student.trained_whole)
         self.terms = build_terms(self.config)
 
     def prepare(self):

@@ -145,6 +145,28 @@ def test_frozen_parts_stay_and_others_move(results):
     assert all(changed for name, changed in moved.items() if not name.startswith("vision_encoder."))
 
 
+@pytest.mark.parametrize("name", ["lora_zero0", "lora_zero3", "own_base_zero3"])
+def test_adapters_train_and_their_base_stays(results, name):
+    result = results(2, name)
+    moved = {key for key, changed in result["moved"].items() if changed}
+    trained = ("lora_", "projector.") if name.startswith("lora") else ("lora_",)
+    assert moved == {key for key in result["moved"] if any(word in key for word in trained)}
+    # The student is written as a model of its own.
+    assert not [key for key in result["exported"] if "lora_" in key or "base_layer" in key]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_base_teaches_as_its_copy_does(results, stage):
+    copied, own = results(2, "copied_base_zero0"), results(2, f"own_base_zero{stage}")
+    assert losses(own) == pytest.approx(losses(copied), rel=1e-5)
+    same_weights(copied, own, 1e-5)
+
+
+def test_lora_with_activation_checkpointing_and_bfloat16(results):
+    same_weights(results(2, "lora_zero3"), results(2, "lora_checkpointing_zero3"), 1e-6)
+    assert losses(results(2, "lora_bf16_zero2")) == pytest.approx(losses(results(2, "lora_zero0")), rel=1e-2)
+
+
 def test_every_part_trains_by_default(results):
     assert all(results(2, "zero3")["moved"].values())
 

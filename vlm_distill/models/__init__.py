@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .composed import (
 )
 from .families import CAUSAL, WITHOUT_CHAT, adapted
 from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
+from .lora import ADAPTER_CONFIG, merge_adapter
 from .pretrained import PretrainedVLM
 
 __all__ = [
@@ -57,8 +59,11 @@ def load_vlm(
     trust_remote_code: bool = False,
     tokenizer: Any = None,
     chat_template: str | None = None,
+    quantize: Any = None,
 ) -> VisionLanguageModel:
-    """A whole model: one this suite saved, or a vision-language model or causal LM of Transformers.
+    """A whole model: one this suite saved, or a vision-language model or causal LM of Transformers, or an adapter.
+
+    A folder with an adapter of peft's is read with the base that it names, and merged with it.
 
     InternVL2's own checkpoints become Transformers' InternVL; nothing of theirs is run.
 
@@ -69,6 +74,7 @@ def load_vlm(
         trust_remote_code: run code that comes with the model.
         tokenizer: instead of the model's own.
         chat_template: text or file, instead of the model's own.
+        quantize: a ``quantization_config`` of Transformers, for a model of its own.
 
     Raises:
         UserError: no such model, or one that is neither of these kinds.
@@ -83,11 +89,16 @@ def load_vlm(
     name = str(name_or_folder)
     template = None if chat_template is None else read_template(chat_template)
     check_attention(attn_implementation)
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        return _load_adapted(Path(name), dtype, tokenizer, template, attn_implementation, trust_remote_code)
     if (Path(name) / CONFIG_NAME).is_file():
+        if quantize is not None:
+            raise UserError(f"student.quantize: '{name}' is assembled; only models of Transformers load in 4 bits")
         tokenizer = tokenizer or load_tokenizer(name)
         tokenizer.chat_template = template or tokenizer.chat_template
         return load_composed(name, dtype=dtype, attn_implementation=attn_implementation, tokenizer=tokenizer)
-    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options |= {"quantization_config": quantize} if quantize is not None else {}
     wanted = as_dtype(dtype) or "auto"
     try:
         plain, _ = PreTrainedConfig.get_config_dict(name)
@@ -98,18 +109,20 @@ def load_vlm(
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
     model: VisionLanguageModel
     if config is None:
-        own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, attention)
+        if quantize is not None:
+            raise UserError(f"student.quantize: '{name}' is converted as it loads; save it as it is here, and name that")
+        own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, options)
         model = _with_processor(name, own, processor, tokenizer, template)
     elif (
         type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         or config.model_type in CAUSAL
         or "AutoModelForImageTextToText" in remote
     ):
-        model = _load_image_text(name, wanted, attention, trust_remote_code, tokenizer, template)
+        model = _load_image_text(name, wanted, options, trust_remote_code, tokenizer, template)
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code)
         tokenizer.chat_template = template or tokenizer.chat_template
-        decoder = load_decoder(name, wanted, trust_remote_code, attention)
+        decoder = load_decoder(name, wanted, trust_remote_code, options)
         model = ComposedVLM(decoder, ComposedProcessor(tokenizer))
     else:
         raise UserError(
@@ -120,8 +133,34 @@ def load_vlm(
     return model
 
 
+def _load_adapted(
+    folder: Path, dtype: Any, tokenizer: Any, template: str | None, attention: str | None, trust_remote_code: bool
+) -> VisionLanguageModel:
+    """The base of an adapter with the adapter merged; tokenizer and template are those beside the adapter, if any."""
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    except (ValueError, OSError) as error:
+        raise UserError(f"model: '{folder / ADAPTER_CONFIG}' cannot be read: {first_line(error)}") from None
+    if not base:
+        raise UserError(f"model: '{folder / ADAPTER_CONFIG}' names no base; set base_model_name_or_path in it")
+    if tokenizer is None and (folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(str(folder), trust_remote_code)
+    if template is None and (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    model = load_vlm(
+        base,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+        tokenizer=tokenizer,
+        chat_template=template,
+    )
+    merge_adapter(model, folder)
+    return model
+
+
 def _load_image_text(
-    name: str, dtype: Any, attention: Mapping[str, Any], trust_remote_code: bool, tokenizer: Any, template: str | None
+    name: str, dtype: Any, options: Mapping[str, Any], trust_remote_code: bool, tokenizer: Any, template: str | None
 ) -> PretrainedVLM:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -129,7 +168,7 @@ def _load_image_text(
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).model_type
         kind = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForImageTextToText
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
+        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise UserError(f"model: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
     return _with_processor(name, model, processor, tokenizer, template)

@@ -21,6 +21,7 @@ from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
+from .adapters import plain_state
 from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids, token_places
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
@@ -306,7 +307,7 @@ class ComposedVLM(VisionLanguageModel):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict() if state is None else state
+        state = plain_state(self, state)
         if self.vision_encoder is None:
             decoder = {k.removeprefix("decoder."): v for k, v in state.items()}
             self.decoder.save_pretrained(folder, state_dict=decoder)
@@ -367,6 +368,7 @@ class ComposedSettings:
         dtype: of all parameters; ``None``: float32.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …; ``None``: the best there is.
         trust_remote_code: run code that comes with a pretrained decoder.
+        quantize: a ``quantization_config`` of Transformers for a pretrained decoder.
     """
 
     decoder: str | Mapping[str, Any]
@@ -377,6 +379,7 @@ class ComposedSettings:
     dtype: str | torch.dtype | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    quantize: Any = None
 
 
 def build(settings: Mapping[str, Any], tokenizer: Any = None) -> ComposedVLM:
@@ -407,7 +410,8 @@ def build(settings: Mapping[str, Any], tokenizer: Any = None) -> ComposedVLM:
         tokenizer.chat_template = read_template(s.chat_template)
     attention = {"attn_implementation": s.attn_implementation} if s.attn_implementation else {}
     if decoder_settings.name is not None:
-        decoder = load_decoder(decoder_settings.name, dtype, s.trust_remote_code, attention)
+        options = attention | ({"quantization_config": s.quantize} if s.quantize is not None else {})
+        decoder = load_decoder(decoder_settings.name, dtype, s.trust_remote_code, options)
     else:
         assert decoder_settings.config is not None
         decoder = _new_decoder(decoder_settings.config, tokenizer, attention)
@@ -457,10 +461,10 @@ def _new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping
         raise UserError(f"decoder.config: {model_type} cannot be built: {first_line(error)}") from error
 
 
-def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, attention: Mapping[str, Any]) -> Any:
-    """A pretrained causal LM; ``UserError`` where there is none."""
+def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
+    """A pretrained causal LM; ``options`` are more of ``from_pretrained``. ``UserError`` where there is none."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise UserError(f"decoder: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
 

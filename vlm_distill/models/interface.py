@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, Document, count_images
 from data.errors import BadSample
+
+from .adapters import with_adapters
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
 
@@ -62,6 +65,17 @@ class LMHead:
         self.softcap = softcap
         self.vocabulary: int | None = None
         self.gather: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: nullcontext()
+        self._adapters = True
+
+    def rebind(self, linear: nn.Linear) -> None:
+        """Reads this layer from now on: the output layer with adapters around it, or without them again."""
+        self._linear = linear
+
+    def without_adapters(self) -> LMHead:
+        """The same head with the adapters on its layer left out."""
+        plain = copy.copy(self)
+        plain._adapters = False
+        return plain
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -72,7 +86,8 @@ class LMHead:
     def weight(self) -> Iterator[Tensor]:
         """The weight ``[V, H]``, whole and cut to the shared vocabulary; inside, :attr:`bias` may be read."""
         with self.gather(self.parameters):
-            yield _with_adapters(self._linear)[: self.vocabulary]
+            weight = with_adapters(self._linear) if self._adapters else self._linear.weight
+            yield weight[: self.vocabulary]
 
     @property
     def bias(self) -> Tensor | None:
@@ -108,22 +123,6 @@ def _last_answer(row: Encoded) -> Tensor:
         raise BadSample("empty answer", "the chat template renders it as nothing")
     gaps = (tokens.diff() > 1).nonzero()
     return tokens[int(gaps[-1]) + 1 :] if len(gaps) else tokens
-
-
-def _with_adapters(layer: Any) -> Tensor:
-    """The weight of a linear layer with what peft's LoRA adds to it, differentiable in both."""
-    weight = layer.weight
-    if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
-        return weight
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A:
-            drops = layer.training and isinstance(layer.lora_dropout[adapter], nn.Dropout)
-            if drops or layer.use_dora.get(adapter):
-                raise ValueError(
-                    "LoRA on the output layer works without dropout and without DoRA; leave them out there"
-                )
-            weight = weight + layer.get_delta_weight(adapter)
-    return weight
 
 
 class Processor(ABC):

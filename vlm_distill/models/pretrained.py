@@ -17,6 +17,7 @@ from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
+from .adapters import plain_state
 from .chat import Span, find_answers, mark_tokens, rendered, special_ids, token_places
 from .common import checkpoint_layers, first_line
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
@@ -345,6 +346,6 @@ class PretrainedVLM(VisionLanguageModel):
         checkpoint_layers(self.model)
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        state = self.state_dict() if state is None else state
+        state = plain_state(self, state)
         self.model.save_pretrained(folder, state_dict={k.removeprefix("model."): v for k, v in state.items()})
         self.processor.save_pretrained(folder)

@@ -23,6 +23,7 @@ from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.lora import WithoutAdapters, add_lora, quantization, save_adapter
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import align_heads, separate_heads
 
@@ -139,17 +140,22 @@ def image_loader(data: DataSection) -> Callable[[ImageSource], Image.Image]:
     return partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
 
 
-def load_model(section: ModelSection, dtype: torch.dtype, tokenizer: Any = None) -> VisionLanguageModel:
+def load_model(
+    section: ModelSection, dtype: torch.dtype, tokenizer: Any = None, quantize: Any = None
+) -> VisionLanguageModel:
     """A model by its section: loaded from a path, or assembled from parts.
 
     Args:
         section: the student's or the teacher's.
         dtype: of the parameters.
         tokenizer: for an assembled model whose section names none.
+        quantize: what ``models.lora.quantization`` gives, to load weights in fewer bits.
     """
     common = section.model_dump(include={"attn_implementation", "trust_remote_code", "chat_template"})
     if section.tokenizer == TEACHERS:
         section = section.model_copy(update={"tokenizer": None})
+    if quantize is not None:
+        common["quantize"] = quantize
     if section.tokenizer is not None:
         tokenizer = load_tokenizer(section.tokenizer, section.trust_remote_code)
     if section.path is not None:
@@ -159,10 +165,20 @@ def load_model(section: ModelSection, dtype: torch.dtype, tokenizer: Any = None)
     return models.build_vlm({**parts, **common, "dtype": dtype}, tokenizer=tokenizer)
 
 
-def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
-    """The teacher, whole on each rank or in shards."""
+def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, ModelTeacher | None]:
+    """The student, with what trains of it marked, and the teacher, whole on each rank or in shards."""
+    teacher = _load_teacher(config, processes)
+    # After the teacher, so that a student starts from the same weights with and without one.
+    torch.manual_seed(config.training.seed)
+    student = _load_student(config, teacher)
+    if config.teacher is not None and config.teacher.from_student:
+        teacher = ModelTeacher(WithoutAdapters(student))
+    return student, teacher
+
+
+def _load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
     section = config.teacher
-    if section is None:
+    if section is None or section.from_student:
         return None
     dtype = DTYPES[section.dtype or config.training.dtype]
     if section.placement == "replicate":
@@ -172,8 +188,7 @@ def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None
     return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes))
 
 
-def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLanguageModel:
-    """The student, with the parts that train marked."""
+def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLanguageModel:
     section = config.student
     if section.from_teacher is not None:
         assert teacher is not None
@@ -183,19 +198,21 @@ def load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLangu
             raise UserError("student.from_teacher: takes layers, a number of decoder layers to keep or a list of them")
         student = keep_layers(teacher.model, layers).float()
     else:
-        # Masters are float32 in any case; DeepSpeed casts the working copy.
         tokenizer = teacher.processor.tokenizer if teacher is not None else None
-        pretrained = section.decoder is not None and section.decoder.get("name") is not None
-        if section.tokenizer == TEACHERS and pretrained:
+        bits = None if section.quantize is None else quantization(section.quantize, DTYPES[config.training.dtype])
+        # Masters are float32 in any case; DeepSpeed casts the working copy.
+        if section.tokenizer == TEACHERS and section.decoder is not None and section.decoder.get("name") is not None:
             tokenizer = None  # its embeddings have other rows before they take it
-        student = load_model(section, torch.float32, tokenizer)
+        student = load_model(section, torch.float32, tokenizer, bits)
         if section.tokenizer == TEACHERS:
             assert teacher is not None
             _take_tokenizer(student, teacher.model, section.chat_template)
-    missing = [part for part in section.train if part not in student.parts]
-    if missing and "train" in section.model_fields_set:
+    missing = [part for part in section.trained_whole if part not in student.parts]
+    if missing and section.train is not None:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
-    student.set_trainable(section.train)
+    student.set_trainable(section.trained_whole)
+    if section.lora is not None:
+        add_lora(student, **section.lora.model_dump(exclude={"merge"}))
     if not trained_parameters(student):
         raise UserError("student.train: nothing is left to train")
     return student.train()
@@ -207,6 +224,22 @@ def _take_tokenizer(student: VisionLanguageModel, teacher: VisionLanguageModel, 
     student.use_tokenizer(teacher.processor.tokenizer, teacher.end_tokens)
     if chat_template is not None:
         student.processor.tokenizer.chat_template = read_template(chat_template)
+
+
+def write_student(
+    config: RunConfig, student: VisionLanguageModel, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Writes the student as a model of its own, or as an adapter where ``student.lora.merge`` is false.
+
+    Args:
+        state: the weights to write, where the student's own are sharded over ranks.
+    """
+    section = config.student
+    if section.lora is None or section.lora.merge:
+        student.save_pretrained(folder, state)
+    else:
+        assert section.base is not None
+        save_adapter(student, folder, section.base, whole=section.trained_whole, state=state)
 
 
 def pair_vocabularies(

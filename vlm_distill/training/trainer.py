@@ -28,13 +28,13 @@ from .build import (
     build_terms,
     check_packing,
     image_loader,
-    load_student,
-    load_teacher,
+    load_models,
     open_sources,
     pair_vocabularies,
     prepare_losses,
     trained_parameters,
     turns,
+    write_student,
 )
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
@@ -82,12 +82,9 @@ class Trainer(Loop):
         self.told = self.evaluations.told
         self.evaluate_every = config.evaluation.every
 
-        self.teacher = load_teacher(config, processes)
+        student, self.teacher = load_models(config, processes)
         # A teacher that no loss learns from is only there to be scored beside the student.
         self.guide = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
-        # After the teacher, so that a student starts from the same weights with and without one.
-        torch.manual_seed(config.training.seed)
-        student = load_student(config, self.teacher)
         # Where the tokenizers differ, groups of tokens are compared.
         self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
         prepare_losses(terms, student, self.guide)
@@ -212,7 +209,7 @@ class Trainer(Loop):
         return self.evaluations.run(done, tracker, self.began, final=final)
 
     def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
-        self.student.save_pretrained(folder, state)
+        write_student(self.config, self.student, folder, state)
 
     def final_summary(self) -> dict[str, Any]:
         return {"benchmarks": self.evaluations.scores} if self.evaluations.scores else {}

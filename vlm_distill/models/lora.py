@@ -1,0 +1,284 @@
+"""LoRA by peft on any part of a model: adding it, reading it back, merging it, and the model with its adapters off."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from data.batch import ModelInputs
+from data.errors import UserError
+
+from .adapters import ADAPTER, adapted_layers
+from .common import first_line
+from .composed import ComposedVLM
+from .interface import Answer, LMHead, Outputs, Prompt, VisionLanguageModel
+from .pretrained import PretrainedVLM
+
+#: peft's own names for an adapter's files.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add_lora(
+    model: VisionLanguageModel,
+    *,
+    parts: Sequence[str] = ("decoder",),
+    target: str | Sequence[str] = "all-linear",
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> None:
+    """Puts W + s·B·A in the place of linear layers' W (Hu et al. 2021); A and B alone are trained in these parts.
+
+    A is random, from torch's global generator, and B is zero: the model's outputs are as before.
+
+    Args:
+        model: changed in place. What else of it trains goes on training.
+        parts: whose layers, by their names in ``model.parts``; their own weights are frozen.
+        target: ``all-linear`` (every linear layer but the output layer), or names, of which each stands for the layers
+            whose path ends in it (``q_proj``).
+        rank: r, the rows of A.
+        alpha: s is α/r; ``None``: 2·r.
+        dropout: probability, on the input of A.
+        rslora: s is α/√r instead (Kalajdzievski 2023).
+
+    Raises:
+        UserError: peft is missing, or no such part or layer is there, or one that cannot have an adapter.
+    """
+    peft = _peft("student.lora")
+    missing = [part for part in parts if part not in model.parts]
+    if missing:
+        raise UserError(f"student.lora.parts: this student has no {missing[0]}; it has {', '.join(model.parts)}")
+    _, root, transformer = _modules(model)
+    names = _targets(root, [model.parts[part] for part in parts], transformer, target)
+    if dropout and any(root.get_submodule(name) is transformer.get_output_embeddings() for name in names):
+        raise UserError("student.lora.dropout: the output layer is read without it; leave one of the two out")
+    for part in parts:
+        model.parts[part].requires_grad_(False)
+    # peft freezes all but its own.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        target_modules=names,
+        # Lets peft's classes for whole language models load the adapter.
+        task_type="CAUSAL_LM" if root is transformer and isinstance(model, ComposedVLM) else None,
+    )
+    peft.inject_adapter_in_model(settings, root)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    model.head.rebind(transformer.get_output_embeddings())
+
+
+def save_adapter(
+    model: VisionLanguageModel,
+    folder: str | Path,
+    base: str,
+    *,
+    whole: Sequence[str] = (),
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes what :func:`add_lora` added, as peft reads it, with the processor; ``load_vlm`` reads the folder, too.
+
+    Args:
+        model: with adapters.
+        folder: made if need be.
+        base: the name or folder of the model that was adapted.
+        whole: parts other than the decoder that were trained whole, and are saved whole.
+        state: the weights, where the model's own are sharded over ranks.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if state is None else state
+    prefix, root, _ = _modules(model)
+    parts = {id(model.parts[part]) for part in whole}
+    kept = [name for name, module in root.named_modules() if id(module) in parts]
+    weights = {}
+    for key, tensor in state.items():
+        name = key.removeprefix(prefix)
+        if any(f".lora_{side}.{ADAPTER}." in name for side in "AB"):
+            name = name.replace(f".{ADAPTER}.", ".")
+        elif not name.startswith(tuple(f"{part}." for part in kept)):
+            continue
+        weights[f"base_model.model.{name}"] = tensor.detach().cpu().contiguous()
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    settings = copy.copy(root.peft_config[ADAPTER])
+    settings.base_model_name_or_path, settings.inference_mode = base, True
+    settings.modules_to_save = kept or None
+    settings.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+
+
+def merge_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
+    """Adds a saved adapter to the weights of its base.
+
+    Raises:
+        UserError: peft is missing, or the adapter does not fit.
+    """
+    peft = _peft(str(folder))
+    _, root, transformer = _modules(model)
+    try:
+        peft.PeftModel.from_pretrained(root, str(folder)).merge_and_unload()
+    except Exception as error:  # files, shapes and kinds of layers, each with an error of its own
+        raise UserError(f"model: the adapter in '{folder}' does not fit its base: {first_line(error)}") from error
+    model.head.rebind(transformer.get_output_embeddings())
+
+
+class WithoutAdapters(VisionLanguageModel):
+    """A model as it is with its adapters off, in evaluation mode: a second model that has no weights of its own.
+
+    The model's own modules run, so that those whose parameters are sharded gather them as ever.
+
+    Args:
+        model: not registered here. Between calls it is in the mode that it was in, its adapters on.
+    """
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        super().__init__()
+        self.processor = model.processor
+        self._model = (model,)  # in a tuple, so that nothing done to this module reaches the other
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        return self._model[0]
+
+    @property
+    def head(self) -> LMHead:  # type: ignore[override]
+        return self.model.head.without_adapters()
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return self.model.parts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def end_tokens(self) -> set[int]:
+        return self.model.end_tokens
+
+    def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
+        with self._off():
+            return self.model(inputs, positions, features)
+
+    def feature_shape(self, name: str) -> tuple[int | None, int]:
+        return self.model.feature_shape(name)
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[Answer]:
+        with self._off():
+            return self.model.generate(prompts, max_new_tokens=max_new_tokens)
+
+    def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
+        with self._off():
+            return self.model.score_options(prompts, options)
+
+    def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
+        with self._off():
+            return self.model._generate(inputs, **settings)
+
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        raise NotImplementedError("the base is where it was loaded from")
+
+    def checkpoint_activations(self) -> None:
+        raise NotImplementedError("it never runs with a gradient")
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        training, layers = self.model.training, list(adapted_layers(self.model).values())
+        self.model.eval()
+        try:
+            for layer in layers:
+                # Not enable_adapters, which sets requires_grad as well: an engine's hooks hang on it.
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            self.model.train(training)
+
+
+def quantization(kind: str, dtype: torch.dtype) -> Any:
+    """The settings with which Transformers loads linear layers' weights in 4 bits, for LoRA on them (QLoRA).
+
+    Args:
+        kind: ``nf4``, the only one; its own scales are quantised as well (Dettmers et al. 2023).
+        dtype: in which is computed.
+
+    Raises:
+        UserError: bitsandbytes is missing.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise UserError(
+            f"student.quantize: {kind} needs the package bitsandbytes, and best a GPU; pip install bitsandbytes, "
+            "or leave quantize out"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def _peft(where: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{where}: the package peft is not installed; install vlm-distill[lora]") from None
+    return peft
+
+
+def _modules(model: VisionLanguageModel) -> tuple[str, Any, Any]:
+    """What an adapter's names are relative to: its prefix in the state dict and itself; and the Transformers model."""
+    if isinstance(model, ComposedVLM):
+        if model.vision_encoder is None:
+            return "decoder.", model.decoder, model.decoder
+        return "", model, model.decoder
+    assert isinstance(model, PretrainedVLM)
+    return "model.", model.model, model.model
+
+
+def _targets(root: nn.Module, parts: Sequence[nn.Module], transformer: Any, target: str | Sequence[str]) -> list[str]:
+    """Paths of the layers that get an adapter."""
+    inside = {id(module) for part in parts for module in part.modules()}
+    # This attention reads the weights of its layers without calling them.
+    unseen = {id(m) for a in root.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    linear = {
+        name: module
+        for name, module in root.named_modules()
+        if id(module) in inside - unseen and isinstance(module, nn.Linear | Conv1D)
+    }
+    output = transformer.get_output_embeddings()
+    if isinstance(target, str):
+        found = [name for name, module in linear.items() if module is not output]
+        if not found:
+            raise UserError("student.lora.parts: no linear layers in them; choose other parts")
+        return found
+    found = []
+    for wanted in target:
+        ends = [name for name in linear if f".{name}".endswith(f".{wanted}")]
+        if not ends:
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            near = difflib.get_close_matches(wanted, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"student.lora.target: no linear layer is called {wanted!r} in these parts; {hint}")
+        found += ends
+    tied = output is not None and output.weight is transformer.get_input_embeddings().weight
+    if tied and any(linear[name] is output for name in found):
+        raise UserError("student.lora.target: the output layer is tied to the embeddings; leave it out")
+    return sorted(set(found))
