@@ -19,9 +19,10 @@ def document(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
 
 
 def hub_name(name: str | None) -> str | None:
-    """``name`` if it is one on the hub, ``owner/name``, and no folder here."""
-    is_one = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    return name if is_one else None
+    """``name`` if it looks like one on the hub, ``owner/name``, and is no file or folder here."""
+    if name is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+        return None
+    return None if name.endswith((".json", ".jsonl", ".ndjson", ".parquet", ".arrow")) else name
 
 
 def in_words(losses: Sequence[Mapping[str, Any]]) -> list[str]:
