@@ -74,9 +74,9 @@ def as_llava(model: ComposedVLM) -> PretrainedVLM:
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     rows = decoder.get_input_embeddings().num_embeddings
     tied = head.weight is decoder.get_input_embeddings().weight
-    text = type(text).from_dict(
-        text.to_dict() | {"vocab_size": max(rows, image_id + 1), "tie_word_embeddings": tied, "architectures": None}
-    )
+    changes = {"vocab_size": max(rows, image_id + 1), "tie_word_embeddings": tied}
+    # vLLM asks the text's configuration for its class.
+    text = type(text).from_dict(text.to_dict() | changes | {"architectures": [type(decoder).__name__]})
     selected: Literal["default", "full"] = "default" if classed and encoder.settings["select"] == "patch" else "full"
     config = LlavaConfig(
         vision_config=vision,
