@@ -27,7 +27,8 @@ from .labelled import (
     labels_of,
     read_classes,
 )
-from .sources import choose_split, images_of, open_dataset, without_media
+from .layouts import images_of
+from .sources import choose_split, open_dataset, without_media
 from .tar_images import TarImages
 
 __all__ = ["FORMATS", "LabelledImage", "LabelledImages", "open_images"]

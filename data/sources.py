@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,219 +14,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from .conversation import Conversation, Document, ImageSource, message_text
+from .conversation import Conversation, Document
 from .errors import BadSample, UserError
-from .images import is_url
+from .layouts import TEXT_COLUMNS, to_conversation
 
 FORMATS = ("auto", "json", "jsonl", "huggingface")
-PLACEHOLDER = "<image>"
 #: Of English, about: a row of plain text is cut to have about as many tokens as may stand in one.
 CHARACTERS_PER_TOKEN = 4
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "huggingface", ".arrow": "huggingface"}
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_TURNS = ("messages", "conversations", "conversation")
-_TEXT_COLUMNS = (*_TURNS, "texts", "question", "answer", "answers", "text")
-_METADATA = ("id", "question_id", "question_type", "answer_type", "category")
-_NO_IMAGE = ("", "none", "null", "nan")
 _SPACE = re.compile(r"\s")
 _VALIDATION = ("val", "validation", "valid")
-
-
-# From a record to a conversation.
-
-
-def to_conversation(
-    record: Any, *, images: Path = Path(), source: str = "", line: int = 0, answers_required: bool = True
-) -> Conversation:
-    """One record of any supported layout as a conversation.
-
-    Layouts, recognised by their keys: ``messages``, ``conversations`` or ``conversation`` (lists of ``role`` and
-    ``content`` or ``from`` and ``value``); ``texts`` (a list of ``user`` and ``assistant``, the turns); ``question``
-    with ``answer`` or ``answers``.
-    Images stand in ``images`` or ``image`` or in the image parts themselves. ``<image>`` in a string (or in a text part
-    where no message has an image part) becomes an image part at its place; the text around it stays exactly as it is.
-    Where a record has images and nothing says where they belong, they precede the text of the first user message.
-
-    Args:
-        record: what a line of JSON or a row of a table holds.
-        images: the folder that relative image paths start from.
-        source: name of the source, for reports.
-        line: place in the source, for reports.
-        answers_required: refuse a record without an assistant's answer.
-
-    Raises:
-        BadSample: the record has no supported layout, or its messages or images are not sound.
-    """
-    if not isinstance(record, Mapping):
-        raise BadSample("not a JSON object", type(record).__name__)
-    for key in ("video", "videos", "audio", "audios"):
-        if record.get(key):
-            raise BadSample("video and audio are not supported", f"key {key!r}")
-    turns = _turns(record)
-    explicit = any(isinstance(content, list) and any(map(_is_image, content)) for _, content in turns)
-    messages = [{"role": role, "content": _parts(content, explicit, images)} for role, content in turns]
-    _check_order([role for role, _ in turns], answers_required)
-    placed = _place(messages, images_of(record.get("images"), images) or images_of(record.get("image"), images))
-    _check_texts(messages)
-    return Conversation(tuple(messages), tuple(placed), source, line, _metadata(record))
-
-
-def _turns(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The record's messages as pairs of role and raw content."""
-    for key in (*_TURNS, "texts"):
-        turns = record.get(key)
-        if turns is None:
-            continue
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise BadSample("messages are not a list of objects", f"key {key!r}")
-        if key == "texts":
-            return [(role, turn.get(role)) for turn in turns for role in ("user", "assistant")]
-        return [_turn(turn) for turn in turns]
-    if record.get("question") is not None:
-        answer = _answer(record)
-        return [("user", record["question"])] + ([] if answer is None else [("assistant", answer)])
-    raise BadSample("unknown layout", f"keys: {', '.join(map(str, record)) or 'none'}")
-
-
-def _turn(turn: Mapping[str, Any]) -> tuple[str, Any]:
-    name = turn.get("role") or turn.get("from")
-    role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise BadSample("unknown role", repr(name)[:80])
-    if turn.get("loss") is False:  # to learn what its author kept out of the loss would be a silent mistake
-        raise BadSample("messages kept out of the loss are not supported", f"a message of the {role} has loss: false")
-    content = turn.get("content")
-    return role, turn.get("value") if content is None else content
-
-
-def _answer(record: Mapping[str, Any]) -> str | None:
-    """What the assistant says in a question row: ``answer``, else the commonest of ``answers``, the first in a tie."""
-    if record.get("choices") or record.get("options"):  # the answer may be a number or a letter of a choice
-        raise BadSample("multiple-choice rows are not supported", "write question and choices as a conversation")
-    answer = record.get("answer")
-    if answer is None:
-        texts = [str(a.get("answer") if isinstance(a, Mapping) else a) for a in _answers(record)]
-        return Counter(texts).most_common(1)[0][0] if texts else None
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise BadSample("answer is not a text", repr(answer)[:80])
-    return str(answer)
-
-
-def _answers(record: Mapping[str, Any]) -> list[Any]:
-    answers = record.get("answers")
-    if answers is None:
-        return []
-    return answers if isinstance(answers, list) else [answers]
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "image"
-
-
-def _parts(content: Any, explicit: bool, folder: Path) -> list[dict[str, Any]]:
-    """Content as a list of parts. An image part that brings its own image holds it under ``image``, until `_place`."""
-    if isinstance(content, str):
-        return _split(content)
-    if not isinstance(content, list):
-        raise BadSample("message without text", repr(content)[:80])
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if _is_image(part):
-            own = [image for key in ("image", "bytes", "path", "url") for image in images_of(part.get(key), folder)]
-            parts.append({"type": "image", "image": own[0]} if own else {"type": "image"})
-        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts += [{"type": "text", "text": part["text"]}] if explicit else _split(part["text"])
-        else:
-            raise BadSample("unknown message part", repr(part)[:80])
-    return parts
-
-
-def _split(text: str) -> list[dict[str, Any]]:
-    """A string cut at its placeholders."""
-    parts: list[dict[str, Any]] = []
-    for i, piece in enumerate(text.split(PLACEHOLDER)):
-        if i:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _place(messages: list[dict[str, Any]], images: list[ImageSource]) -> list[ImageSource]:
-    """All images in the order of the image parts, which lose their own; parts are made where the record has none."""
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    if not parts and images:
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"][:0] = [{"type": "image"} for _ in images]
-        return images
-    placeholders = sum("image" not in part for part in parts)
-    if placeholders != len(images):
-        raise BadSample(
-            "image count mismatch", f"{_count(placeholders, 'placeholder')}, {_count(len(images), 'image')}"
-        )
-    remaining = iter(images)
-    return [part.pop("image") if "image" in part else next(remaining) for part in parts]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def images_of(value: Any, folder: Path) -> list[ImageSource]:
-    """The images of one value: none, one, or one per item of a list. Relative paths start from ``folder``."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return []
-    if isinstance(value, str):
-        if value.strip().lower() in _NO_IMAGE:
-            return []
-        return [value if is_url(value) else str(folder / value)]
-    if isinstance(value, bytes | Image.Image):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [image for item in value for image in images_of(item, folder)]
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes | None):
-        return [value["bytes"]] if value.get("bytes") is not None else images_of(value.get("path"), folder)
-    raise BadSample("unknown kind of image", f"a value of type {type(value).__name__}")
-
-
-def _check_order(roles: list[str], answers_required: bool) -> None:
-    if "system" in roles[1:]:
-        raise BadSample("system message is not the first", f"roles: {', '.join(roles)}")
-    speakers = roles[1:] if roles[:1] == ["system"] else roles
-    if "user" not in speakers:
-        raise BadSample("no user message", f"roles: {', '.join(roles) or 'none'}")
-    if speakers[0] != "user":
-        raise BadSample("assistant speaks before the user", f"roles: {', '.join(roles)}")
-    if answers_required and "assistant" not in speakers:
-        raise BadSample("no assistant answer", f"roles: {', '.join(roles)}")
-
-
-def _check_texts(messages: list[dict[str, Any]]) -> None:
-    for number, message in enumerate(messages, 1):
-        try:
-            message_text(message).encode()
-        except UnicodeEncodeError as error:  # half of an escaped emoji, say: JSON lets it pass, tokenizers do not
-            raise BadSample("invalid Unicode", f"message {number}: {error}") from None
-        has_image = any(part["type"] == "image" for part in message["content"])
-        if message["role"] == "assistant" and not message_text(message):
-            raise BadSample("empty answer", f"message {number}")
-        if message["role"] == "user" and not message_text(message) and not has_image:
-            raise BadSample("empty user message", f"message {number}")
-
-
-def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
-    extra = record.get("metadata")
-    metadata = dict(extra) if isinstance(extra, Mapping) else {}
-    metadata |= {key: record[key] for key in _METADATA if record.get(key) is not None}
-    if answers := _answers(record):
-        metadata["answers"] = answers
-    return metadata
-
-
-# Sources.
 
 
 class Source(ABC):
@@ -387,7 +184,7 @@ class HuggingFaceSource(Source):
             dataset = dataset.select(range(min(limit, len(dataset))))
         self._features = without_media(dataset.features)
         self._rows = dataset.with_format("arrow")
-        self._texts = self._rows.select_columns([c for c in dataset.column_names if c in _TEXT_COLUMNS])
+        self._texts = self._rows.select_columns([c for c in dataset.column_names if c in TEXT_COLUMNS])
 
     def __len__(self) -> int:
         return len(self._rows)

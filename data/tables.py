@@ -9,7 +9,8 @@ from typing import Any
 
 from .conversation import Conversation, ImageSource
 from .errors import BadSample, UserError
-from .sources import Source, images_of, without_media
+from .layouts import images_of
+from .sources import Source, without_media
 
 Row = dict[str, Any]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.errors import UserError
 from vlm_distill.launch import guarded
 from vlm_distill.models.common import first_line
+from vlm_distill.reporting.card import document, fact_table, in_words, result, source_names, student_scores
 
 from .classifier import Classifier, load_classifier
 
@@ -144,18 +145,9 @@ def _about(run: Path) -> About:
     if not path.is_file():
         return About(name)
     config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    losses = []
-    for term in config.get("loss") or []:
-        parameters = {k: v for k, v in term.items() if k not in ("name", "weight")}
-        given = ", ".join(f"{k} {v}" for k, v in parameters.items())
-        losses.append(f"{term.get('weight', 1.0)} × {term['name']}" + (f" ({given})" if given else ""))
-    sources = (config.get("data") or {}).get("train") or []
-    data = [s.get("name") or Path(s["path"]).name for s in sources]
-    scores = {
-        file.parent.parent.name: json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(run.glob("evaluation/*/student/scores.json"))
-    }
-    return About(name, (config.get("teacher") or {}).get("name"), data, losses, scores)
+    losses = in_words(config.get("loss") or [])
+    data = source_names((config.get("data") or {}).get("train") or [])
+    return About(name, (config.get("teacher") or {}).get("name"), data, losses, student_scores(run))
 
 
 def _card(classifier: Classifier, folder: Path, about: About, difference: float | None) -> str:
@@ -166,22 +158,17 @@ def _card(classifier: Classifier, folder: Path, about: About, difference: float 
     facts |= {"pipeline_tag": "image-classification", "tags": ["image-classification", "knowledge-distillation"]}
     if about.teacher and not Path(about.teacher).exists():
         facts["base_model"] = f"timm/{about.teacher}" if "." in about.teacher else about.teacher
-    results = [
-        {
-            "task": {"type": "image-classification"},
-            "dataset": {"name": data, "type": data},
-            "metrics": [
-                {"type": "accuracy", "name": words, "value": round(scores[key], 4)}
-                for key, words in (("exact", "top-1"), ("top5", "top-5"))
-                if scores.get(key) is not None
-            ],
-        }
-        for data, scores in about.scores.items()
-    ]
+    results = []
+    for data, scores in about.scores.items():
+        metrics = [
+            {"type": "accuracy", "name": words, "value": round(scores[key], 4)}
+            for key, words in (("exact", "top-1"), ("top5", "top-5"))
+            if scores.get(key) is not None
+        ]
+        results.append(result("image-classification", data, metrics))
     if results:
         facts["model-index"] = [{"name": about.name, "results": results}]
-    lines = ["---", _yaml(facts), "# license: yours to choose; mind those of the data and the teacher", "---", ""]
-    lines += [f"# {about.name}", "", *_description(classifier, about, architecture), ""]
+    lines = [f"# {about.name}", "", *_description(classifier, about, architecture), ""]
     lines += ["## Use", "", "```python", *_usage(classifier, settings), "```", ""]
     if about.scores:
         lines += ["## Scores", "", "| data | images | top-1 | top-5 | ECE |", "|---|---|---|---|---|"]
@@ -199,7 +186,7 @@ def _card(classifier: Classifier, folder: Path, about: About, difference: float 
             f"It gives `logits`. Against torch they differ by at most {difference:.1e}.",
             "",
         ]
-    return "\n".join(lines)
+    return document(facts, lines)
 
 
 def _description(classifier: Classifier, about: About, architecture: str | None) -> list[str]:
@@ -216,7 +203,7 @@ def _description(classifier: Classifier, about: About, architecture: str | None)
         ("trained on", ", ".join(about.data)),
         ("loss", " + ".join(about.losses)),
     ]
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
+    return fact_table(rows)
 
 
 def _usage(classifier: Classifier, settings: Mapping[str, Any]) -> list[str]:
@@ -240,12 +227,6 @@ def _usage(classifier: Classifier, settings: Mapping[str, Any]) -> list[str]:
         f'model = timm.create_model("{architecture}", checkpoint_path="model.safetensors"{given}).eval()',
         '# or, with its input settings: timm.create_model("local-dir:path/to/this/folder", pretrained=True)',
     ]
-
-
-def _yaml(facts: Mapping[str, Any]) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(dict(facts))).strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

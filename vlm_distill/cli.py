@@ -215,21 +215,35 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Where to write the student.", show_default=False)],
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as trained.")] = None,
+    format: Annotated[str, typer.Option(help="native, or llava: an assembled student as a LLaVA.")] = "native",
     onnx: Annotated[bool, typer.Option("--onnx", help="Of a classifier: write and check model.onnx, too.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Also upload it, as owner/name, private.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see what is uploaded.")] = False,
 ) -> None:
-    """Writes a run's student, finished or at its latest checkpoint, as a folder that load_vlm reads.
+    """Writes a run's student, finished or at its latest checkpoint, as a folder with a model card.
 
-    A classifier, whose run must be finished, becomes a folder that timm reads, with a model card.
+    docs/export.md says what loads it. A classifier, whose run must be finished, becomes a folder that timm reads.
     """
-    from vlm_distill.export import export_student, is_classifier
+    from vlm_distill.export import check_hub, export_student, is_classifier, push
 
+    if push_to_hub is not None:
+        check_hub(push_to_hub)
+    elif public:
+        raise UserError("export: --public says how to upload; name what is uploaded by --push-to-hub")
     if is_classifier(run):
-        if dtype is not None:
-            raise UserError("export: a classifier is written as it was trained, in fp32; leave --dtype out")
-        raise typer.Exit(launch("vision.export", [str(run), str(folder), *(["--onnx"] if onnx else [])], 1))
-    if onnx:
-        raise UserError(f"export: {run} is no classifier's run, and others are not written as ONNX; leave --onnx out")
-    print(export_student(run, folder, dtype))
+        if dtype is not None or format != "native":
+            raise UserError("export: a classifier is written as it was trained, in fp32; leave --dtype, --format out")
+        code = launch("vision.export", [str(run), str(folder), *(["--onnx"] if onnx else [])], 1)
+        if code:
+            raise typer.Exit(code)
+    else:
+        if onnx:
+            raise UserError(
+                f"export: {run} is no classifier's run, and others are not written as ONNX; leave --onnx out"
+            )
+        print(export_student(run, folder, dtype, format))
+    if push_to_hub is not None:
+        print(push(folder, push_to_hub, public))
 
 
 @app.command()

@@ -1,10 +1,13 @@
-"""A run's student as a folder of its own: the finished one, or the latest checkpoint's."""
+"""A run's student as a folder of its own, with a model card, and if asked for on the Hugging Face hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
+
+FORMATS = ("native", "llava")
 
 
 def is_classifier(run: Path) -> bool:
@@ -16,45 +19,158 @@ def is_classifier(run: Path) -> bool:
     return isinstance(content, dict) and "name" in (content.get("student") or {})
 
 
-def export_student(run: Path, folder: Path, dtype: str | None = None) -> Path:
-    """Writes the student of a run, whole: adapters are merged.
+def export_student(run: Path, folder: Path, dtype: str | None = None, format: str = "native") -> Path:
+    """Writes the student of a run, finished or at its latest checkpoint, adapters merged, and its model card.
 
     Args:
         run: the folder of a run that has finished, or has a checkpoint.
         folder: where the student goes; made if need be.
         dtype: ``fp32``, ``bf16``, ``fp16`` or ``None`` for the one it was trained in.
+        format: ``native`` is Transformers' own for its models, and this suite's for assembled ones; ``llava`` makes a
+            LLaVA of Transformers of an assembled one.
 
     Returns:
         ``folder``, which ``load_vlm`` reads.
 
     Raises:
-        UserError: no run, or nothing in it to export.
+        UserError: no run, nothing in it to export, a model of another format in the folder, or a student that no LLaVA
+            equals.
     """
-    from vlm_distill.config import load_config
-    from vlm_distill.models import load_vlm
-    from vlm_distill.models.common import as_dtype
-    from vlm_distill.models.composed import cast_parameters
-    from vlm_distill.training import checkpoint
+    from vlm_distill.models.common import as_dtype, choose
+    from vlm_distill.models.composed import CONFIG_NAME, ComposedVLM, cast_parameters
+    from vlm_distill.models.llava import as_llava
 
     wanted = as_dtype(dtype)
+    choose("--format", format, FORMATS)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
-    if (run / "student").is_dir():
-        model = load_vlm(run / "student")
-    else:
-        found = checkpoint.completed(run / "checkpoints")
-        if not found:
-            raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
-        from vlm_distill.training.build import load_models
-        from vlm_distill.training.engine import Processes, checkpoint_weights
-
-        config = load_config(run / "config.yaml")
-        processes = Processes("cpu")
-        model, _ = load_models(config, processes)
-        weights = checkpoint_weights(found[-1][1], config.deepspeed.stage)
-        prefix = "student."
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-        processes.close()
+    model = _student(run)
     cast_parameters(model, wanted)
+    if format == "llava":
+        if not isinstance(model, ComposedVLM):
+            raise UserError("--format llava: the student is one of Transformers' models already; leave --format out")
+        model = as_llava(model)
+    ours = isinstance(model, ComposedVLM) and model.processor.has_vision
+    if (folder / ("config.json" if ours else CONFIG_NAME)).is_file():
+        raise UserError(f"{folder}: holds a model in another format; choose another folder, or empty it")
+    _tell_ends(model)
     model.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(model, run), encoding="utf-8")
     return folder
+
+
+def _student(run: Path) -> Any:
+    from vlm_distill.config import load_config
+    from vlm_distill.models import load_vlm
+    from vlm_distill.training import checkpoint
+
+    if (run / "student").is_dir():
+        return load_vlm(run / "student")
+    found = checkpoint.completed(run / "checkpoints")
+    if not found:
+        raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
+    from vlm_distill.training.build import load_models
+    from vlm_distill.training.engine import Processes, checkpoint_weights
+
+    config = load_config(run / "config.yaml")
+    processes = Processes("cpu")
+    model, _ = load_models(config, processes)
+    weights = checkpoint_weights(found[-1][1], config.deepspeed.stage)
+    prefix = "student."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    processes.close()
+    return model
+
+
+def _tell_ends(model: Any) -> None:
+    """Has a plain ``generate`` stop where ours does: the chat template's end token may not be the tokenizer's."""
+    settings = getattr(model, "model", None) or model.decoder
+    settings.generation_config.eos_token_id = sorted(model.end_tokens) or None
+    settings.generation_config.pad_token_id = model.pad_token
+
+
+def _card(model: Any, run: Path) -> str:
+    from omegaconf import OmegaConf
+
+    from vlm_distill.models.composed import ComposedVLM
+    from vlm_distill.reporting.card import run_card
+
+    config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)
+    sees = model.processor.has_vision
+    size = sum(p.numel() for p in model.parameters())
+    if not isinstance(model, ComposedVLM):
+        return run_card(config, run, sees, size, "transformers", _IMAGES)
+    if not sees:
+        return run_card(config, run, sees, size, "transformers", _TEXT)
+    return run_card(config, run, sees, size, "vlm-distill", _OURS)
+
+
+_IMAGES = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder")
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+content = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))""".splitlines()
+
+_TEXT = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))""".splitlines()
+
+_OURS = """\
+from data.conversation import Conversation  # of vlm-distill
+from PIL import Image
+from vlm_distill.models import load_vlm
+
+model = load_vlm("path/to/this/folder")
+content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+question = Conversation(({"role": "user", "content": content},))
+print(model.generate([(question, [Image.open("picture.png").convert("RGB")])])[0].text)""".splitlines()
+
+
+def check_hub(name: str) -> None:
+    """Raises ``UserError`` where nothing could be pushed: no ``owner/name``, or nobody is logged in."""
+    import re
+
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--push-to-hub: '{name}' is no name on the hub; write owner/name")
+    if get_token() is None:
+        raise UserError("--push-to-hub: no token of the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, name: str, public: bool = False) -> str:
+    """Uploads a folder to the hub; returns its address.
+
+    Args:
+        folder: an export.
+        name: ``owner/name``; made if need be. One that is there keeps its visibility.
+        public: seen by everybody; else by its owner.
+
+    Raises:
+        UserError: see :func:`check_hub`, or the hub refuses.
+    """
+    from huggingface_hub import create_repo, upload_folder
+
+    from vlm_distill.models.common import first_line
+
+    check_hub(name)
+    try:
+        address = create_repo(name, private=not public, exist_ok=True)
+        upload_folder(repo_id=name, folder_path=folder, commit_message="Export of vlm-distill")
+    except Exception as error:  # no network, no right to write, no room: of many kinds
+        raise UserError(f"--push-to-hub: {name}: {first_line(error)}; {folder} is written and complete") from error
+    return str(address)

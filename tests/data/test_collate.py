@@ -6,7 +6,7 @@ from PIL import Image
 
 from data.collate import collate, encode_pair
 from data.errors import BadSample
-from data.sources import to_conversation
+from data.layouts import to_conversation
 
 END, OTHER_END, NEWLINE = 4, 5, 10
 

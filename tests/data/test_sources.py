@@ -9,7 +9,8 @@ from PIL import Image
 
 from data.errors import BadSample, UserError
 from data.images import load_image
-from data.sources import JsonlSource, open_source, to_conversation
+from data.layouts import to_conversation
+from data.sources import JsonlSource, open_source
 
 
 def text(value):

@@ -110,7 +110,9 @@ def load_vlm(
     model: VisionLanguageModel
     if config is None:
         if quantize is not None:
-            raise UserError(f"student.quantize: '{name}' is converted as it loads; save it as it is here, and name that")
+            raise UserError(
+                f"student.quantize: '{name}' is converted as it loads; save it as it is here, and name that"
+            )
         own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, options)
         model = _with_processor(name, own, processor, tokenizer, template)
     elif (

@@ -1,0 +1,157 @@
+"""Public data sets' layouts, each made by hand as its authors store it, read from files as a training reads them."""
+
+import io
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from data.errors import BadSample
+from data.images import load_image
+from data.layouts import LAYOUTS, layout_of
+from data.sources import open_source
+
+IMAGE = {"type": "image"}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def png(side):
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def sides(conversation):
+    return [load_image(image).width for image in conversation.images]
+
+
+def write_parquet(path, rows, features=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
+
+
+def test_llava_665k(tmp_path):
+    """A JSON list; some records have no image; ids repeat."""
+    (tmp_path / "coco").mkdir()
+    Image.new("RGB", (3, 3)).save(tmp_path / "coco" / "1.jpg")
+
+    def said(*values):
+        return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+    records = [
+        {"id": "7", "image": "coco/1.jpg", "conversations": said("<image>\nColour?", "Red.", "Sure?", "Yes.")},
+        {"id": "7", "image": "coco/1.jpg", "conversations": said("Colour?\n<image>", "Red.")},
+        {"id": "8", "conversations": said("Hi", "Hello."), "model": ""},
+        {"id": "9", "image": "coco/1.jpg", "conversations": said("Colour?", "Red.")},
+        {"id": "10", "image": "coco/1.jpg", "conversations": said("<image><image>", "Red.")},
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps(records))
+    source = open_source(tmp_path / "mix.json", images=tmp_path)
+    assert source[0].messages[0]["content"] == [IMAGE, text("\nColour?")]
+    assert [m["role"] for m in source[0].messages] == ["user", "assistant"] * 2
+    assert sides(source[0]) == [3]
+    assert source[1].messages[0]["content"] == [text("Colour?\n"), IMAGE]
+    assert source[2].messages[0]["content"] == [text("Hi")]
+    assert source[2].images == ()
+    assert source[3].messages[0]["content"] == [IMAGE, text("Colour?")]
+    with pytest.raises(BadSample, match="image count mismatch: 2 placeholders, 1 image"):
+        source[4]
+
+
+def test_llava_onevision_by_a_config_with_brackets(tmp_path):
+    """Parquet with an image column, null for text, in configs that the data set's card names."""
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "image": datasets.Image(),
+            "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+            "data_source": datasets.Value("string"),
+        }
+    )
+    said = [{"from": "human", "value": "<image>\nRead."}, {"from": "gpt", "value": "abc"}]
+    only = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    rows = [
+        {"id": "a", "image": png(4), "conversations": said, "data_source": "iam"},
+        {"id": "b", "image": None, "conversations": only, "data_source": "text"},
+    ]
+    write_parquet(tmp_path / "iam(cauldron)" / "train-00000-of-00001.parquet", rows, features)
+    write_parquet(tmp_path / "other" / "train-00000-of-00001.parquet", rows[:1], features)
+    lines = ["---", "configs:"]
+    for name in ("iam(cauldron)", "other"):
+        lines += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {name}/train-*"]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---", ""]))
+    source = open_source(tmp_path, config="iam(cauldron)", split="train")
+    assert len(source) == 2
+    assert source[0].messages[0]["content"] == [IMAGE, text("\nRead.")]
+    assert sides(source[0]) == [4]
+    assert source[1].images == ()
+
+
+def test_the_cauldron(tmp_path):
+    """A list of images without placeholders, several exchanges about all of them."""
+    features = datasets.Features(
+        {
+            "images": [datasets.Image()],
+            "texts": [{key: datasets.Value("string") for key in ("user", "assistant", "source")}],
+        }
+    )
+    rows = [
+        {
+            "images": [png(2), png(5)],
+            "texts": [
+                {"user": "Same?", "assistant": "No.", "source": "x"},
+                {"user": "Sure?", "assistant": "Yes.", "source": "x"},
+            ],
+        },
+        {"images": [png(2)], "texts": [{"user": "Count?", "assistant": None, "source": "x"}]},
+        {"images": [png(2)], "texts": []},
+    ]
+    write_parquet(tmp_path / "train.parquet", rows, features)
+    source = open_source(tmp_path / "train.parquet")
+    assert source[0].messages[0]["content"] == [IMAGE, IMAGE, text("Same?")]
+    assert [m["role"] for m in source[0].messages] == ["user", "assistant"] * 2
+    assert sides(source[0]) == [2, 5]
+    for row, reason in ((1, "message without text"), (2, "no user message")):
+        with pytest.raises(BadSample, match=reason):
+            source[row]
+
+
+def test_mantis_instruct(tmp_path):
+    """Paths without bytes; pictures unzipped beside; placeholders of which some may be missing."""
+    for name, side in (("a.jpg", 6), ("b.jpg", 7)):
+        Image.new("RGB", (side, side)).save(tmp_path / name)
+    images = [{"bytes": None, "path": name} for name in ("a.jpg", "b.jpg")]
+
+    def row(question, *more):
+        said = [question, "No", *more]
+        turns = [{"role": ("user", "assistant")[i % 2], "content": value} for i, value in enumerate(said)]
+        return {"id": "n1", "images": images, "conversation": turns}
+
+    rows = [
+        row("<image> <image> Same?"),
+        row("Same?", "And <image>?", "Yes"),
+        row("Same?"),
+        row("<image><image><image>"),
+    ]
+    write_parquet(tmp_path / "nlvr2" / "train-00000-of-00001.parquet", rows)
+    source = open_source(tmp_path / "nlvr2", images=tmp_path, split="train")
+    assert source[0].messages[0]["content"] == [IMAGE, text(" "), IMAGE, text(" Same?")]
+    assert sides(source[0]) == [6, 7]
+    # One of two has its place: the other goes before everything.
+    assert source[1].messages[0]["content"] == [IMAGE, text("Same?")]
+    assert source[1].messages[2]["content"] == [text("And "), IMAGE, text("?")]
+    assert sides(source[1]) == [6, 7]
+    assert source[2].messages[0]["content"] == [IMAGE, IMAGE, text("Same?")]
+    with pytest.raises(BadSample, match="image count mismatch: 3 placeholders, 2 images"):
+        source[3]
+
+
+def test_every_layout_is_known_by_its_column():
+    for layout in LAYOUTS:
+        assert layout_of({"id": 1, layout.column: [], "images": None}) is layout
+    with pytest.raises(BadSample, match="unknown layout: keys: id, images"):
+        layout_of({"id": 1, "images": []})

@@ -1,0 +1,187 @@
+"""Exports: others load them without this suite and get the same tokens; the card is what the hub reads; the upload."""
+
+import json
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from data.conversation import Conversation
+from data.errors import UserError
+from vlm_distill import cli
+from vlm_distill.demo import make_tokenizer
+from vlm_distill.export import export_student, push
+from vlm_distill.models import build_vlm, load_vlm
+
+CLIP = {
+    "source": "transformers",
+    "config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "image_size": 28,
+        "patch_size": 7,
+    },
+    "layer": -2,
+}
+
+# Run by a Python that cannot import anything of ours: what others do with a folder, as its card says.
+ELSEWHERE = """
+import json, sys
+for ours in ("vlm_distill", "data", "vision"):
+    sys.modules[ours] = None
+code = sys.argv[1:]
+found = {}
+for name in code:
+    text = open(f"{name}/README.md", encoding="utf-8").read()
+    lines = text.split("```python\\n")[1].split("```")[0]
+    lines = lines.replace("path/to/this/folder", name).replace("max_new_tokens=64", "max_new_tokens=6")
+    scope = {}
+    exec(lines, scope)
+    found[name] = scope["output"][0, scope["inputs"]["input_ids"].shape[1]:].tolist()
+print(json.dumps(found))
+"""
+
+
+def write_run(folder, model, **sections):
+    """What a finished run leaves, without the training."""
+    model.save_pretrained(folder / "student")
+    config = tiny.config(folder, folder / "data.jsonl", folder / "teacher") | sections
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for data, scores in {
+        "questions": {"n": 12, "exact": 0.75, "soft": 0.8},
+        "mmstar": {"benchmark": "mmstar", "n": 5, "main": 41.5, "metric": "accuracy", "rules": "vlmevalkit"},
+    }.items():
+        (folder / "evaluation" / data / "student").mkdir(parents=True)
+        (folder / "evaluation" / data / "student" / "scores.json").write_text(json.dumps(scores))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    native = load_vlm(tiny.write_llava(folder / "teacher", layers=2))
+    torch.manual_seed(0)
+    parts = {**tiny.settings(), "vision_encoder": CLIP}
+    composed = build_vlm(parts, tokenizer=make_tokenizer([*tiny.WORDS, "User:", "Assistant:", "What", "this?"]))
+    language = load_vlm(tiny.write_language_model(folder / "language_model"))
+    tiny._sharpen(composed.decoder)
+    models = {"native": native, "composed": composed, "language": language}
+    return folder, {name: (write_run(folder / name, model), model) for name, model in models.items()}
+
+
+def answer(model, sees):
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    conversation = Conversation(
+        ({"role": "user", "content": content if sees else [{"type": "text", "text": "Hello"}]},)
+    )
+    return model.generate([(conversation, [picture()] if sees else [])], max_new_tokens=6)[0].token_ids
+
+
+def picture():
+    # Of the towers' size: two libraries resize a picture alike only to a rounding step.
+    return Image.linear_gradient("L").resize((28, 28)).convert("RGB")
+
+
+def test_others_load_it_and_get_the_same_tokens(runs):
+    folder, made = runs
+    picture().save(folder / "picture.png")
+    exported = {}
+    for name, (run, model) in made.items():
+        out = export_student(run, folder / f"{name}_out", format="llava" if name == "composed" else "native")
+        exported[str(out)] = answer(model.eval(), name != "language")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", ELSEWHERE, *exported]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == exported
+    assert all(exported.values())
+
+
+def test_the_card_is_what_the_hub_reads(runs, tmp_path):
+    _, made = runs
+    run, model = made["composed"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["teacher"] = {"path": "Qwen/Qwen2.5-VL-7B-Instruct"}
+    config["student"] |= {"decoder": {"name": "HuggingFaceTB/SmolLM2-135M"}, "projector": {"type": "mlp"}}
+    config["data"]["train"] = [{"path": "TIGER-Lab/Mantis-Instruct"}, {"path": "here/own.jsonl", "weight": 0.5}]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    out = export_student(run, tmp_path / "out")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "vlm-distill"
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.base_model == ["Qwen/Qwen2.5-VL-7B-Instruct", "HuggingFaceTB/SmolLM2-135M"]
+    assert card.data.datasets == ["TIGER-Lab/Mantis-Instruct"]
+    assert card.data.license is None
+    results = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results}
+    assert results[("questions", "exact match")] == 0.75
+    assert results[("mmstar", "accuracy")] == 41.5
+    for words in (
+        "1.0 × taid (t_start 0.4) + 0.5 × cross_entropy",
+        "TIGER-Lab/Mantis-Instruct, own.jsonl (weight 0.5)",
+        "steps 5, batch_size 8",
+        "lr 0.01, schedule cosine, warmup 0.2",
+        "| mmstar | 5 | accuracy 41.5 | vlmevalkit |",
+        "# license: yours to choose",
+    ):
+        assert words in (out / "README.md").read_text()
+    loaded = load_vlm(out)
+    assert answer(loaded, True) == answer(model.eval(), True)
+
+
+def test_a_model_of_transformers_is_no_assembled_one(runs, tmp_path):
+    _, made = runs
+    with pytest.raises(UserError, match="leave --format out"):
+        export_student(made["native"][0], tmp_path / "out", format="llava")
+    with pytest.raises(UserError, match="--format: 'gguf' is not one of native, llava"):
+        export_student(made["native"][0], tmp_path / "out", format="gguf")
+    export_student(made["composed"][0], tmp_path / "two")
+    with pytest.raises(UserError, match="holds a model in another format"):
+        export_student(made["composed"][0], tmp_path / "two", format="llava")
+
+
+def test_the_upload_is_private_and_whole(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(
+        huggingface_hub, "create_repo", lambda name, **o: calls.append((name, o)) or f"https://x/{name}"
+    )
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **o: calls.append(o))
+    assert push(tmp_path, "me/student") == "https://x/me/student"
+    assert calls[0] == ("me/student", {"private": True, "exist_ok": True})
+    assert (calls[1]["repo_id"], calls[1]["folder_path"]) == ("me/student", tmp_path)
+    push(tmp_path, "me/student", public=True)
+    assert calls[2][1]["private"] is False
+
+    def refuse(**options):
+        raise OSError("403 Forbidden\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
+    with pytest.raises(UserError, match=r"me/student: 403 Forbidden; .* is written"):
+        push(tmp_path, "me/student")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--push-to-hub", "me/student"], "no token of the Hugging Face hub"),
+        (["--push-to-hub", "student"], "write owner/name"),
+        (["--public"], "name what is uploaded by --push-to-hub"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_refused_before_any_work(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["vlm-distill", "export", "nowhere", "out", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err

@@ -1,0 +1,272 @@
+"""Assembled students as LLaVA of Transformers: CLIP or SigLIP, an mlp, a Llama, Qwen2 or Mistral decoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from data.conversation import Conversation
+from data.errors import BadSample, UserError
+
+from .common import first_line
+from .composed import ComposedVLM, cast_parameters
+from .pretrained import PretrainedProcessor, PretrainedVLM
+from .projectors import MLPProjector
+from .vision_encoders import INTERPOLATION, VisionEncoder
+
+DECODERS = ("llama", "mistral", "qwen2")
+IMAGE = "<image>"
+#: Share of the largest hidden state by which LLaVA's may differ from ours: the same sums in another order.
+TOLERANCE = {torch.float32: 1e-4}
+
+# Content that is a list of parts becomes the text that the tokenizer's own template has seen in training.
+_FLATTEN = """\
+{%- set flat = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set flat.text = message['content'] -%}
+{%- else -%}
+{%- set flat.text = '' -%}
+{%- for part in message['content'] -%}
+{%- set flat.text = flat.text + ('<image>' if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': flat.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.messages %}"""
+
+
+@torch.no_grad()
+def as_llava(model: ComposedVLM) -> PretrainedVLM:
+    """The same model as ``LlavaForConditionalGeneration`` with a ``LlavaProcessor``, compared with the original.
+
+    Weights are copied, in the model's dtype. The vocabulary gets an image token, ``<image>``, whose row in both
+    matrices is the mean of all others: its logit is never the largest.
+
+    Args:
+        model: on the CPU; left in evaluation mode.
+
+    Raises:
+        UserError: a part that LLaVA has no equal for, by name, or one that turns out to compute something else.
+    """
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+    encoder, projector, decoder = model.vision_encoder, model.projector, model.decoder
+    text = decoder.config
+    if encoder is None:
+        raise _refusal("it has no vision encoder", "export it without --format")
+    if not isinstance(projector, MLPProjector) or len(projector.layers) != 3:
+        kind = model.projector_settings.get("type", "mlp")
+        raise _refusal(f"projector {kind} is none of its two linear layers", "use mlp with depth 2")
+    head = decoder.get_output_embeddings()
+    if text.model_type not in DECODERS or head.bias is not None or model.head.scale != 1:
+        raise _refusal(f"decoder {text.model_type} is none that it is checked with", f"use {', '.join(DECODERS)}")
+    vision, tower, classed = _tower(encoder)
+    tokenizer = copy.deepcopy(model.processor.tokenizer)
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    rows = decoder.get_input_embeddings().num_embeddings
+    tied = head.weight is decoder.get_input_embeddings().weight
+    changes = {"vocab_size": max(rows, image_id + 1), "tie_word_embeddings": tied}
+    # vLLM asks the text's configuration for its class.
+    text = type(text).from_dict(text.to_dict() | changes | {"architectures": [type(decoder).__name__]})
+    selected: Literal["default", "full"] = "default" if classed and encoder.settings["select"] == "patch" else "full"
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_id,
+        image_seq_length=encoder.tokens,
+        vision_feature_layer=-1,  # layers behind it are gone
+        vision_feature_select_strategy=selected,
+        tie_word_embeddings=tied,
+    )
+    llava: Any = LlavaForConditionalGeneration(config)
+    state = {f"model.vision_tower.{name}": weight for name, weight in tower.items()}
+    for ours, theirs in (("layers.0", "linear_1"), ("layers.2", "linear_2")):
+        for name in ("weight", "bias"):
+            state[f"model.multi_modal_projector.{theirs}.{name}"] = projector.state_dict()[f"{ours}.{name}"]
+    body = decoder.base_model.state_dict()
+    state |= {f"model.language_model.{name}": weight for name, weight in body.items()}
+    state["lm_head.weight"] = head.weight
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        state[name] = _with_image_row(state[name], image_id)
+    wrong = llava.load_state_dict(state, strict=False)
+    # What LLaVA's towers have behind the layer that is read is never used.
+    lacking = [name for name in wrong.missing_keys if "post_layernorm" not in name]
+    if lacking or wrong.unexpected_keys:
+        raise _refusal(f"{(lacking + wrong.unexpected_keys)[0]} has no equal", "export it without --format")
+    cast_parameters(llava, model.dtype)
+    llava.generation_config.eos_token_id = sorted(model.end_tokens)
+    llava.generation_config.bos_token_id = tokenizer.bos_token_id
+    llava.generation_config.pad_token_id = model.pad_token
+
+    transform = encoder.transform
+    (height, width), cropped = transform.size, transform.resize == "crop"
+    padded: dict[str, Any] = {"do_pad": True} if transform.resize == "pad" else {}
+    images = (LlavaImageProcessor if padded else CLIPImageProcessor)(
+        size={"shortest_edge": height} if cropped else {"height": height, "width": width},
+        crop_size={"height": height, "width": width},
+        do_center_crop=cropped,
+        resample=INTERPOLATION[transform.interpolation],
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+        **padded,
+    )
+    template = _FLATTEN + tokenizer.chat_template
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=selected,
+        num_additional_image_tokens=int(classed),
+        chat_template=template,
+        image_token=IMAGE,
+    )
+    tokenizer.chat_template = template
+    made = PretrainedVLM(llava, PretrainedProcessor(processor, image_id)).eval()
+    _compare(model.eval(), made)
+    return made
+
+
+def _refusal(what: str, remedy: str) -> UserError:
+    return UserError(f"--format llava: {what}; {remedy}")
+
+
+def _with_image_row(weight: Tensor, image: int) -> Tensor:
+    """The matrix with the mean of all other rows as the image token's; rows without a token may lie between."""
+    mean = weight[: min(image, len(weight))].float().mean(0, keepdim=True).to(weight.dtype)
+    missing = max(0, image + 1 - len(weight))
+    whole = torch.cat([weight, mean.expand(missing, -1)])
+    whole[image] = mean[0]
+    return whole
+
+
+def _tower(encoder: VisionEncoder) -> tuple[Any, dict[str, Tensor], bool]:
+    """A vision configuration of CLIP or SigLIP, the weights under its names, and whether it has a class token."""
+    source = encoder.settings["source"]
+    module: Any = encoder.tower
+    height, width = encoder.transform.size
+    if height != width:
+        raise _refusal(f"images of {height}×{width} are no square", "use a square image_size")
+    if source == "transformers":
+        own = encoder.settings["config"]
+        classed = own["model_type"] == "clip_vision_model"
+        if not classed and own["model_type"] != "siglip_vision_model":
+            raise _refusal(f"vision encoder {own['model_type']} is neither CLIP nor SigLIP", "use one of them")
+        if own["image_size"] != height:
+            raise _refusal(f"positions of {own['image_size']} pixels are stretched to {height}", "use their own size")
+        return _vision(own, classed, len(module.encoder.layers), encoder), module.state_dict(), classed
+    blocks = getattr(getattr(module, "transformer", None), "resblocks", None) or getattr(module, "blocks", None)
+    if source == "open_clip" and not hasattr(module, "class_embedding"):
+        blocks = None  # towers of open_clip that are timm's
+    if blocks is None or not hasattr(blocks[0], "mlp"):
+        raise _refusal(f"vision encoder {source}'s {encoder.settings['name']} is neither CLIP nor SigLIP", "use one")
+    state = module.state_dict()
+    classed = "class_embedding" in state or "cls_token" in state
+    first = blocks[0]
+    norm, act = (first.ln_1, first.mlp.gelu) if source == "open_clip" else (first.norm1, first.mlp.act)
+    attention = first.attn
+    patch = module.conv1 if source == "open_clip" else module.patch_embed.proj
+    own = {
+        "hidden_size": patch.out_channels,
+        "intermediate_size": (first.mlp.c_fc if source == "open_clip" else first.mlp.fc1).out_features,
+        "num_attention_heads": attention.num_heads,
+        "image_size": height,
+        "patch_size": patch.kernel_size[0],
+        "layer_norm_eps": norm.eps,
+        "hidden_act": _activation(act),
+    }
+    return _vision(own, classed, len(blocks), encoder), _renamed(state, classed), classed
+
+
+def _vision(own: Mapping[str, Any], classed: bool, layers: int, encoder: VisionEncoder) -> Any:
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    if encoder.settings["layer"] is None and not (classed and encoder.settings["source"] == "transformers"):
+        raise _refusal("it reads the encoder's layers before the final norm", "train with vision_encoder.layer: -1")
+    left = {k: v for k, v in own.items() if k not in ("model_type", "architectures", "transformers_version")}
+    left |= {"num_hidden_layers": layers} | ({} if classed else {"vision_use_head": False})
+    return (CLIPVisionConfig if classed else SiglipVisionConfig)(**left)
+
+
+def _activation(module: nn.Module) -> str:
+    if type(module).__name__ == "QuickGELU":
+        return "quick_gelu"
+    tanh = getattr(module, "approximate", "none") == "tanh" or type(module).__name__ == "GELUTanh"
+    return "gelu_pytorch_tanh" if tanh else "gelu"
+
+
+#: Parts of the names of timm and open_clip, and of Transformers.
+_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "class_embedding": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "patch_embed.proj.": "embeddings.patch_embedding.",
+    "conv1.": "embeddings.patch_embedding.",
+    "norm_pre.": "pre_layrnorm.",
+    "ln_pre.": "pre_layrnorm.",
+    "transformer.resblocks.": "encoder.layers.",
+    "blocks.": "encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".norm1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".norm2.": ".layer_norm2.",
+    ".c_fc.": ".fc1.",
+    ".c_proj.": ".fc2.",
+    ".attn.proj.": ".self_attn.out_proj.",
+    ".attn.": ".self_attn.",
+}
+
+
+def _renamed(state: Mapping[str, Tensor], classed: bool) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        for theirs, ours in _NAMES.items():
+            if name.startswith(theirs) or (theirs.startswith(".") and theirs in name):
+                name = name.replace(theirs, ours, 1)
+        if "position_embedding" in name:
+            weight = weight.reshape(-1, weight.shape[-1])
+        elif "class_embedding" in name:
+            weight = weight.flatten()
+        stem, fused, kind = name.partition("in_proj_") if "in_proj_" in name else name.partition("qkv.")
+        if fused:
+            parts = zip("qkv", weight.chunk(3), strict=True)
+            renamed |= {f"{stem}{letter}_proj.{kind}": part for letter, part in parts}
+        else:
+            renamed[name] = weight
+    return renamed
+
+
+def _compare(ours: ComposedVLM, theirs: PretrainedVLM) -> None:
+    """Refuses what renders, tokenizes or computes otherwise than the original."""
+    picture = Image.radial_gradient("L").convert("RGB")
+    question = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": "\nthis? 1 word."}]
+    messages = (
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "Grey."}]},
+    )
+    conversation = Conversation(messages, (picture,))
+    try:
+        rows = [model.processor.encode(conversation, [picture]) for model in (ours, theirs)]
+    except BadSample as error:
+        raise _refusal(f"its chat template or processor fails: {first_line(error)}", "report it") from error
+    masks = [model.processor.image_tokens(row) for model, row in zip((ours, theirs), rows, strict=True)]
+    ids = [row.input_ids[~mask].tolist() for row, mask in zip(rows, masks, strict=True)]
+    if ids[0] != ids[1] or not torch.equal(*masks):
+        raise _refusal("text around an image becomes other tokens there", "write the start token in its chat template")
+    inputs = [model.processor.collate([row]) for model, row in zip((ours, theirs), rows, strict=True)]
+    inputs[1]["pixel_values"] = inputs[0]["pixel_values"]  # resized by another library, the picture differs a little
+    places = torch.arange(len(rows[0].input_ids))
+    dtype = ours.dtype
+    hidden = [m(i.to("cpu", dtype), places).hidden.float() for m, i in zip((ours, theirs), inputs, strict=True)]
+    difference = (hidden[0] - hidden[1]).abs().max().item() / max(1e-9, hidden[0].abs().max().item())
+    if not difference <= TOLERANCE.get(dtype, 0.05):
+        raise _refusal(f"its hidden states differ by {difference:.1e} of the largest", "export it without --format")

@@ -1,0 +1,154 @@
+"""Model cards in the hub's form: facts as YAML for machines, then the same in words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def document(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
+    """A card: what the hub reads as front matter, the licence left to fill in, and its text."""
+    from omegaconf import OmegaConf
+
+    front = OmegaConf.to_yaml(OmegaConf.create(dict(facts))).strip()
+    licence = "# license: yours to choose; mind those of the data and of every base model"
+    return "\n".join(["---", front, licence, "---", "", *lines])
+
+
+def hub_name(name: str | None) -> str | None:
+    """``name`` if it looks like one on the hub, ``owner/name``, and is no file or folder here."""
+    if name is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+        return None
+    return None if name.endswith((".json", ".jsonl", ".ndjson", ".parquet", ".arrow")) else name
+
+
+def in_words(losses: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The terms of a run's configuration, each with its weight and parameters."""
+    words = []
+    for term in losses:
+        given = ", ".join(f"{k} {v}" for k, v in term.items() if k not in ("name", "weight"))
+        words.append(f"{term.get('weight', 1.0)} × {term['name']}" + (f" ({given})" if given else ""))
+    return words
+
+
+def source_names(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of a run's sources of data."""
+    return [s.get("name") or hub_name(s["path"]) or Path(s["path"]).name for s in sources]
+
+
+def student_scores(run: Path) -> dict[str, dict[str, Any]]:
+    """The student's ``scores.json`` of the end of a run, by the name of the data."""
+    files = sorted(run.glob("evaluation/*/student/scores.json"))
+    return {file.parent.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def fact_table(rows: Sequence[tuple[str, Any]]) -> list[str]:
+    """Lines of a table of facts; empty ones are left out."""
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
+
+
+def result(task: str, data: str, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """An entry of ``model-index``."""
+    return {"task": {"type": task}, "dataset": {"name": data, "type": data}, "metrics": list(metrics)}
+
+
+def run_card(config: Mapping[str, Any], run: Path, sees: bool, size: int, library: str, usage: Sequence[str]) -> str:
+    """The card of a run's student that reads text and, perhaps, images.
+
+    Args:
+        config: the run's, as plain data.
+        run: its folder, which has its scores and names the model.
+        sees: whether the student takes images.
+        size: number of its parameters.
+        library: what loads it: ``transformers`` or ``vlm-distill``.
+        usage: lines of Python.
+    """
+    task = "image-text-to-text" if sees else "text-generation"
+    name = run.resolve().name
+    facts: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": task,
+        "tags": ["knowledge-distillation", "vlm-distill"],
+    }
+    sources = config["data"]["train"]
+    if origins := _origins(config):
+        facts["base_model"] = origins
+    if datasets := list(dict.fromkeys(found for s in sources if (found := hub_name(s["path"])))):
+        facts["datasets"] = datasets
+    results, table = [], []
+    for data, scores in student_scores(run).items():
+        metrics = _metrics(scores)
+        if metrics:
+            results.append(result(task, data, metrics))
+        shown = ", ".join(f"{m['name']} {m['value']:g}" for m in metrics)
+        table.append(f"| {data} | {scores.get('n', '')} | {shown} | {scores.get('rules', '')} |")
+    if results:
+        facts["model-index"] = [{"name": name, "results": results}]
+    teacher, student = config.get("teacher") or {}, config["student"]
+    rows = [
+        ("parameters", f"{size / 1e6:.2f} million"),
+        ("teacher", _whole(teacher)),
+        ("student", _whole(student)),
+        ("trained parts", ", ".join(student.get("train") or [])),
+        ("trained on", ", ".join(_shares(sources))),
+        ("loss", " + ".join(in_words(config["loss"]))),
+        ("optimizer", _pairs(config.get("optimizer"), "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")),
+        ("training", _pairs(config.get("training"), "epochs", "steps", "batch_size", "dtype", "seed")),
+        ("ZeRO stage", str((config.get("deepspeed") or {}).get("stage", ""))),
+    ]
+    lines = [f"# {name}", "", "A student distilled by vlm-distill.", "", *fact_table(rows), ""]
+    lines += ["## Use", "", "```python", *usage, "```", ""]
+    if table:
+        lines += ["## Scores", "", "| data | questions | score | rules |", "|---|---|---|---|", *table, ""]
+    lines += ["## Licence", "", "To be filled in, here and as `license` above.", ""]
+    return document(facts, lines)
+
+
+def _metrics(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if "main" in scores and scores["main"] is not None:
+        return [{"type": "accuracy", "name": str(scores["metric"]), "value": round(scores["main"], 2)}]
+    return [
+        {"type": "accuracy", "name": words, "value": round(scores[key], 4)}
+        for key, words in (("exact", "exact match"), ("soft", "VQA accuracy"))
+        if scores.get(key) is not None
+    ]
+
+
+def _origins(config: Mapping[str, Any]) -> list[str]:
+    """Names on the hub of what the student's weights and lessons come from."""
+    teacher, student = config.get("teacher") or {}, config["student"]
+    encoder, decoder = student.get("vision_encoder") or {}, student.get("decoder") or {}
+    names = [teacher.get("path"), student.get("path"), decoder.get("name")]
+    if encoder.get("pretrained") and encoder.get("source") == "transformers":
+        names.append(encoder.get("name"))
+    elif encoder.get("pretrained") and encoder.get("source") == "timm":
+        names.append(f"timm/{encoder.get('name')}")
+    return list(dict.fromkeys(found for name in names if (found := hub_name(name))))
+
+
+def _whole(model: Mapping[str, Any]) -> str:
+    """A model's section in words; folders of this machine by their last name."""
+    if model.get("path"):
+        return hub_name(model["path"]) or Path(model["path"]).name
+    if cut := model.get("from_teacher"):
+        return f"cut from the teacher: {_pairs(cut, *cut)}"
+    parts = []
+    for part in ("vision_encoder", "projector", "decoder"):
+        if section := model.get(part):
+            named = section.get("name") or section.get("type") or (section.get("config") or {}).get("model_type")
+            parts.append(hub_name(named) or Path(str(named)).name)
+    return " + ".join(parts)
+
+
+def _shares(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    weights = [s.get("weight", 1.0) for s in sources]
+    names = source_names(sources)
+    return [name if w == 1 else f"{name} (weight {w:g})" for name, w in zip(names, weights, strict=True)]
+
+
+def _pairs(section: Mapping[str, Any] | None, *keys: str) -> str:
+    found = {key: (section or {}).get(key) for key in keys}
+    return ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
