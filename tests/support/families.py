@@ -20,7 +20,7 @@ SIDE = {"height": 28, "width": 28}
 #: Of two layers the second sees all: an answer must see its image.
 MIXED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
-#: Names under which a tokenizer gives special tokens to the processors. A tokenizer has one ``image_token``: it differs.
+#: Names under which a tokenizer gives special tokens to the processors; ``image_token`` differs from family to family.
 NAMED = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -341,7 +341,12 @@ def _aya_vision(tokenizer: Any, chat: str) -> tuple[Any, Any]:
 
 
 def _phi4_multimodal(tokenizer: Any, chat: str) -> tuple[Any, Any]:
-    vision = VISION | {"image_size": 448, "patch_size": 14, "crop_size": 448, "image_token_id": tokenizer.image_token_id}
+    vision = VISION | {
+        "image_size": 448,
+        "patch_size": 14,
+        "crop_size": 448,
+        "image_token_id": tokenizer.image_token_id,
+    }
     audio = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 2, "input_size": 8}
     audio |= {"audio_token_id": tokenizer.audio_token_id, "nemo_conv_channels": 8, "ext_pw_out_channel": 32}
     config = hf.Phi4MultimodalConfig(

@@ -238,6 +238,8 @@ class PretrainedVLM(VisionLanguageModel):
         processor: of this model.
     """
 
+    processor: PretrainedProcessor
+
     def __init__(self, model: Any, processor: PretrainedProcessor) -> None:
         super().__init__()
         self.model = model
@@ -301,7 +303,9 @@ class PretrainedVLM(VisionLanguageModel):
         # Grids and sizes are asked for where images are cut into tiles or keep their shape.
         various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
         wide = self.processor.blank(256, 64)  # families that cut tiles do it by an image's shape
-        whole = all("pixel_values" in s.tensors and s.tensors["pixel_values"].shape[:-3].numel() == 1 for s in (dummy, wide))
+        whole = all(
+            "pixel_values" in s.tensors and s.tensors["pixel_values"].shape[:-3].numel() == 1 for s in (dummy, wide)
+        )
         width = getattr(config.vision_config, "hidden_size", None)
         enters = "mm_encoder_outputs" in signature(base.forward).parameters
         if not (asked and whole and width and enters) or various:
