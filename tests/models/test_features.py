@@ -225,6 +225,9 @@ class Stub:
     def dummy(self):
         return self.row
 
+    def blank(self, width, height):
+        return self.row
+
     def image_tokens(self, sample):
         return sample.input_ids == 5
 

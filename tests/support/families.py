@@ -20,7 +20,7 @@ SIDE = {"height": 28, "width": 28}
 #: Of two layers the second sees all: an answer must see its image.
 MIXED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
-#: Names under which a tokenizer gives special tokens to the processors. A tokenizer has one ``image_token``: it differs.
+#: Names under which a tokenizer gives special tokens to the processors; ``image_token`` differs from family to family.
 NAMED = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",

@@ -66,7 +66,7 @@ class Phi4MultimodalVLM(PretrainedVLM):
         # features would depend on the other images.
         for module in self.parts["vision_encoder"].modules():
             if hasattr(module, "is_causal"):
-                module.is_causal = False
+                setattr(module, "is_causal", False)  # noqa: B010
 
     @property
     def parts(self) -> dict[str, nn.Module]:

@@ -239,6 +239,8 @@ class PretrainedVLM(VisionLanguageModel):
         processor: of this model.
     """
 
+    processor: PretrainedProcessor
+
     def __init__(self, model: Any, processor: PretrainedProcessor) -> None:
         super().__init__()
         self.model = model
