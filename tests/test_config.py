@@ -151,7 +151,10 @@ OWN = {"teacher": {"from_student": True}}
         ({**OWN, "student": {**LORA, "train": ["projector"]}}, "needs a student trained by student.lora alone"),
         ({**OWN, "student": {"from_teacher": {"layers": 2}, "lora": {}}}, "one of the two must be on disk"),
         ({"student": LORA, "teacher": {"from_student": True, "dtype": "bf16"}}, "leave dtype out"),
-        ({"student": LORA, "teacher": {"from_student": True, "path": "x"}}, "name exactly one of path, decoder, from_st"),
+        (
+            {"student": LORA, "teacher": {"from_student": True, "path": "x"}},
+            "name exactly one of path, decoder, from_st",
+        ),
     ],
 )
 def test_lora_that_cannot_be(tmp_path, changes, message):

@@ -136,7 +136,14 @@ TWO_RANKS = {
 }
 # Stopped after two steps and started again, to be compared with the run that was not.
 RESUMED = [*(f"zero{stage}" for stage in range(4)), "bf16_zero0", "bf16_zero2", "bf16_zero3"]
-RESUMED += ["own_base_zero3", "lora_bf16_zero2", "persistent_zero3", "dropout_zero2", "batchnorm_zero2", "ctkd_instance_zero3"]
+RESUMED += [
+    "own_base_zero3",
+    "lora_bf16_zero2",
+    "persistent_zero3",
+    "dropout_zero2",
+    "batchnorm_zero2",
+    "ctkd_instance_zero3",
+]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
