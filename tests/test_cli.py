@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import tiny
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from vlm_distill import cli, evaluate, train
 from vlm_distill.demo import make_tokenizer

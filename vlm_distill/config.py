@@ -50,7 +50,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> ModelSection:
-        ways = [name for name in self.ways if getattr(self, name)]
+        ways = [name for name in self.ways if getattr(self, name) not in (None, False)]
         if len(ways) != 1:
             found = " and ".join(ways) or "none of them"
             raise ValueError(f"name exactly one of {', '.join(self.ways)} (found {found})")
