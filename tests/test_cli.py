@@ -89,7 +89,7 @@ def test_a_teacher_without_the_students_tokens(material, capsys):
 
 
 def test_an_adapter_and_its_export(material, command):
-    folder, data, teacher = material
+    folder, _, teacher = material
     lora = {"rank": 2, "merge": False}
     student = {"path": str(teacher), "lora": lora, "train": ["projector"]}
     config = write(material, "adapter", student=student, training__steps=2, evaluation__teacher=False)
