@@ -153,7 +153,7 @@ OWN = {"teacher": {"from_student": True}}
         ({"student": LORA, "teacher": {"from_student": True, "dtype": "bf16"}}, "leave dtype out"),
         (
             {"student": LORA, "teacher": {"from_student": True, "path": "x"}},
-            "name exactly one of path, decoder, from_st",
+            "exactly one of path, decoder, from_st",
         ),
     ],
 )
