@@ -68,7 +68,7 @@ SHARED = {
         **GATHERED,
         "images": "broken",
         "loss": [*FEATURES, {"name": "dist"}],
-        "optimizer__lr": 5e-3,
+        "optimizer__lr": 1e-3,
     },
     "cached_zero0": {"cache": "memory", "data__fixed_views": 2, "data__views": VIEWS, "training__steps": 12},
     "views_zero0": {"data__fixed_views": 2, "data__views": VIEWS, "training__steps": 12},
