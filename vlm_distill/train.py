@@ -8,27 +8,37 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
-from vlm_distill.config import load_config
+from vlm_distill.config import RunConfig, load_config
 from vlm_distill.launch import guarded, leave
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code."""
+def main(
+    arguments: Sequence[str] | None = None, kind: type[Any] = RunConfig, trainer: str = "vlm_distill.training.trainer"
+) -> int:
+    """Trains; returns the exit code.
+
+    Args:
+        arguments: a configuration's path and overrides; ``None``: the command line's.
+        kind: what the configuration is.
+        trainer: the module whose ``train`` takes it.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
-    return guarded(lambda: _train(words))
+    return guarded(lambda: _train(words, kind, trainer))
 
 
-def _train(words: Sequence[str]) -> None:
-    config = load_config(words[0] if words else "(no configuration named)", words[1:])
+def _train(words: Sequence[str], kind: type[Any], trainer: str) -> None:
+    config = load_config(words[0] if words else "(no configuration named)", words[1:], kind)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Imported late: DeepSpeed chooses its accelerator when it is imported, and takes seconds.
     from vlm_distill.training.engine import Processes
-    from vlm_distill.training.trainer import train
 
+    train = import_module(trainer).train
     processes = Processes(config.training.device)
     try:
         train(config, processes)

@@ -17,8 +17,9 @@ import torch
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vision.losses import CrossEntropy
+from vision.optimizer import Schedule, build_optimizer
 from vision.task import ClassificationTask
-from vision.trainer import Schedule, build_optimizer, build_terms, load
+from vision.trainer import build_terms, load
 from vlm_distill.config import load_config, split_batch
 
 CONFIGS = Path("configs")
