@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -28,16 +27,16 @@ from .labelled import (
     read_classes,
 )
 from .layouts import images_of
-from .sources import choose_split, open_dataset, without_media
+from .sources import open_dataset, without_media
+from .splits import SPLITS, choose_split
 from .tar_images import TarImages
+from .tars import find_shards, is_shard_pattern
 
 __all__ = ["FORMATS", "LabelledImage", "LabelledImages", "open_images"]
 
 FORMATS = ("auto", "folder", "list", "tar", "huggingface", "cifar", "idx")
 
 _SUFFIXES = {"txt": "list", "csv": "list", "tar": "tar", "parquet": "huggingface", "arrow": "huggingface"}
-_SPLITS = ("train", "training", "val", "validation", "valid", "test", "testing")
-_SHARD_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 
 
 def open_images(
@@ -98,7 +97,7 @@ def _open(
         base = path if path.is_dir() else path.parent if path.exists() else Path()
         return HuggingFaceImages(dataset, title, base, given, image_key, label_key)
     if kind == "tar":
-        shards = _shards(path, given, split)
+        shards = find_shards(path, given, split)
         classes = read_classes(shards[0].parent / "classes.txt")
         return TarImages(shards, title, classes=classes, image_key=image_key, label_key=label_key)
     if kind == "list":
@@ -117,7 +116,7 @@ def _format(path: Path, given: str, format: str) -> str:
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r} of images for {given}; known are {', '.join(FORMATS)}")
     suffix = path.suffix[1:].lower()
-    if not path.exists() and not _is_pattern(given):
+    if not path.exists() and not is_shard_pattern(given):
         hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", given) and suffix not in (*_SUFFIXES, *IMAGE_SUFFIXES)
         if format == "huggingface" or (format == "auto" and hub_name):
             return "huggingface"
@@ -132,10 +131,6 @@ def _format(path: Path, given: str, format: str) -> str:
         hint = "; unpack it: only plain .tar files can be read in any order" if ".tar." in path.name else ""
         raise UserError(f"cannot tell the format of {given} from its suffix{hint or f', known are {_known()}'}")
     return _SUFFIXES[suffix]
-
-
-def _is_pattern(given: str) -> bool:
-    return glob.has_magic(given) or _SHARD_RANGE.search(given) is not None
 
 
 def _format_of_folder(folder: Path, given: str) -> str:
@@ -182,7 +177,7 @@ def _title(path: Path, given: str) -> str:
         return path.stem
     if path.exists():
         return path.resolve().name
-    if _is_pattern(given):
+    if is_shard_pattern(given):
         return re.split(r"[*?\[{]", path.name)[0].rstrip("-_.") or path.parent.name
     return given
 
@@ -197,7 +192,7 @@ def open_folder(folder: Path, name: str, *, split: str | None = None) -> PathIma
         UserError: there are no images, or the split is not clear.
     """
     inside = _folders(folder)
-    splits = [one for one in inside if one in _SPLITS or one == split]
+    splits = [one for one in inside if one in SPLITS or one == split]
     if split or len(splits) > 1 or (splits and splits == inside):
         if not splits:
             raise UserError(f"{folder} has no folder {split!r}; leave `split` out if its folders are the classes")
@@ -283,58 +278,6 @@ def open_list(path: Path, name: str) -> PathImages:
 
 def _is_header(row: Sequence[str]) -> bool:
     return len(row) == 2 and not is_image_name(row[0].strip()) and not row[1].strip().isdecimal()
-
-
-# Tars.
-
-
-def _shards(path: Path, given: str, split: str | None) -> list[Path]:
-    """The tar files that are meant, in the order of their names."""
-    if path.is_dir():
-        folders = [one for one in _folders(path) if one in _SPLITS or one == split]
-        if folders and not any(path.glob("*.tar")):
-            path = path / choose_split(given, split, folders)
-            split = None
-        shards = sorted(path.glob("*.tar"))
-        if not shards:
-            raise UserError(f"{path} holds no .tar files; name them, or unpack compressed ones")
-        by_split: dict[str, list[Path]] = {}
-        for shard in shards:
-            words = re.split(r"[-_.]", shard.stem)
-            by_split.setdefault(next((word for word in words if word in _SPLITS or word == split), ""), []).append(
-                shard
-            )
-        named = [one for one in by_split if one]
-        if len(named) > 1 or (named and (split or "" not in by_split)):
-            return by_split[choose_split(given, split, named)]
-        return _no_split(shards, given, split)  # a tar may be called by its class, and a class train
-    if path.exists():
-        return _no_split([path], given, split)
-    if _SHARD_RANGE.search(given):
-        return _no_split([Path(one) for one in _expanded(given)], given, split)
-    shards = sorted(map(Path, glob.glob(given)))
-    if not shards:
-        raise UserError(f"no files match {given}; check the path (relative ones start at {Path.cwd()})")
-    return _no_split(shards, given, split)
-
-
-def _no_split(shards: list[Path], given: str, split: str | None) -> list[Path]:
-    if split:
-        raise UserError(f"{given} has no split {split!r}; name the shards of the split by a pattern")
-    return shards
-
-
-def _expanded(pattern: str) -> list[str]:
-    """``a{00..02}`` as ``a00``, ``a01``, ``a02``; as many digits as the first number has."""
-    match = _SHARD_RANGE.search(pattern)
-    if match is None:
-        return [pattern]
-    first, last = int(match[1]), int(match[2])
-    if last < first or last - first > 1_000_000:
-        raise UserError(f"{pattern}: the range {match[0]} must go up, by a million at most")
-    head = pattern[: match.start()]
-    tails = _expanded(pattern[match.end() :])
-    return [f"{head}{number:0{len(match[1])}}{tail}" for number in range(first, last + 1) for tail in tails]
 
 
 # Hugging Face data sets.

@@ -17,7 +17,7 @@ from PIL import Image
 from .errors import UserError
 from .labelled import LabelledImage, LabelledImages, Labels, read_classes
 from .plain_pickle import read_plain_pickle
-from .sources import choose_split
+from .splits import choose_split
 
 #: The class names of Fashion-MNIST, as its README lists them.
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")

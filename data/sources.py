@@ -1,4 +1,7 @@
-"""Readers: JSON, JSONL, Hugging Face data sets and plain text as indexable sources of conversations or documents."""
+"""Readers: JSON, JSONL, Hugging Face data sets and plain text as indexable sources of conversations or documents.
+
+WebDataset shards have a reader of their own, webdataset.py.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,22 @@ from numpy.typing import NDArray
 from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 from .layouts import TEXT_COLUMNS, to_conversation
+from .splits import choose_split
+from .tars import find_shards, is_shard_pattern
 
-FORMATS = ("auto", "json", "jsonl", "huggingface")
+FORMATS = ("auto", "json", "jsonl", "huggingface", "webdataset")
 #: Of English, about: a row of plain text is cut to have about as many tokens as may stand in one.
 CHARACTERS_PER_TOKEN = 4
 
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "huggingface", ".arrow": "huggingface"}
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "huggingface",
+    ".arrow": "huggingface",
+    ".tar": "webdataset",
+}
 _SPACE = re.compile(r"\s")
-_VALIDATION = ("val", "validation", "valid")
 
 
 class Source(ABC):
@@ -338,10 +349,13 @@ def open_source(
 
     Args:
         path_or_name: a JSON or JSONL file; a parquet or arrow file or a folder of them; a folder written by
-            ``save_to_disk``; or ``owner/name`` of a data set on the hub.
+            ``save_to_disk``; a tar file of WebDataset, a folder of them or a pattern such as ``mix-{0000..0127}.tar``;
+            or ``owner/name`` of a data set on the hub.
         images: the folder that relative image paths start from; by default the folder of the file.
-        format: ``json``, ``jsonl``, ``huggingface``, or ``auto``: by suffix, and for ``.json`` by its first character.
-        split: which split of a Hugging Face data set; may be left out where there is only one.
+        format: ``json``, ``jsonl``, ``huggingface``, ``webdataset``, or ``auto``: by suffix, and for ``.json`` by its
+            first character.
+        split: which split of a Hugging Face data set, or of shards whose names tell; may be left out where there is
+            only one.
         config: which configuration of a Hugging Face data set.
         name: what reports call the source; by default the file's name without suffix, or the hub name.
         limit: only the first so many rows.
@@ -356,7 +370,7 @@ def open_source(
     if images is not None and not images.is_dir():
         raise UserError(f"image folder {images} of {path_or_name} does not exist; correct `images`")
     kind = _format(path, str(path_or_name), format)
-    if kind != "huggingface" and (split or config):
+    if kind in ("json", "jsonl") and (split or config):
         raise UserError(f"{path_or_name} is a {kind} file and has no split or config; leave them out")
     folder = images or (path if path.is_dir() else path.parent if path.exists() else Path())
     source: Source
@@ -364,6 +378,14 @@ def open_source(
         title = name or (path.stem if path.is_file() else path.name if path.exists() else str(path_or_name))
         dataset = open_dataset(path, str(path_or_name), split, config)
         source = HuggingFaceSource(dataset, title, folder, limit=limit, answers_required=answers_required)
+    elif kind == "webdataset":
+        from .webdataset import WebDatasetSource  # a Source, and so later than this file
+
+        if config or images:
+            raise UserError(f"{path_or_name} is read as WebDataset, which has no config or image folder; leave it out")
+        shards = find_shards(path, str(path_or_name), split)
+        title = name or (path.stem if path.exists() else path.parent.name or str(path))
+        source = WebDatasetSource(shards, title, limit=limit, answers_required=answers_required)
     else:
         reader = JsonlSource if kind == "jsonl" else JsonSource
         source = reader(path, name or path.stem, folder, limit=limit, answers_required=answers_required)
@@ -408,6 +430,8 @@ def _format(path: Path, given: str, format: str) -> str:
     """The reader for what the path names, after checking that something is there."""
     if format not in FORMATS:
         raise UserError(f"unknown data format {format!r} for {given}; known are {', '.join(FORMATS)}")
+    if not path.exists() and is_shard_pattern(given) and format in ("auto", "webdataset"):
+        return "webdataset"
     if not path.exists():
         looks_like_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", given) and path.suffix not in _SUFFIXES
         if format == "huggingface" or (format == "auto" and looks_like_hub_name):
@@ -416,6 +440,8 @@ def _format(path: Path, given: str, format: str) -> str:
     if path.is_dir():
         if format in ("json", "jsonl"):
             raise UserError(f"{given} is a folder; name the {format} file in it")
+        if format == "webdataset" or (format == "auto" and any(path.glob("*.tar"))):
+            return "webdataset"
         return "huggingface"
     if format != "auto":
         return format
@@ -466,19 +492,3 @@ def _loaded(given: str, load: Callable[[], Any]) -> Any:
     except Exception as error:  # the library raises many kinds: no such name, no network, no such configuration
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot open {given} as a local path or a Hugging Face data set: {reason[:300]}") from None
-
-
-def choose_split(given: str, split: str | None, splits: Sequence[str]) -> str:
-    """The split that is meant: the only one, the named one, or for a validation split that one by another usual name.
-
-    Raises:
-        UserError: there is no such split, or several and none named.
-    """
-    if split in _VALIDATION and split not in splits:
-        split = next((other for other in _VALIDATION if other in splits), split)
-    if split is None and len(splits) == 1:
-        return splits[0]
-    if split is None or split not in splits:
-        problem = "has several splits" if split is None else f"has no split {split!r}"
-        raise UserError(f"{given} {problem}; set `split` to one of {', '.join(splits)}")
-    return split

@@ -139,7 +139,7 @@ class SourceSection(Section):
     path: str
     name: str | None = None
     images: str | None = None
-    format: Literal["auto", "json", "jsonl", "huggingface", "text"] = "auto"
+    format: Literal["auto", "json", "jsonl", "huggingface", "webdataset", "text"] = "auto"
     split: str | None = None
     config: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import tar_images
+from data import tar_images, tars
 from data.classification import open_images
 from data.errors import BadSample, UserError
 from data.images import load_image
@@ -279,7 +279,7 @@ def test_workers_read_one_tar(tmp_path, start):
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_images, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(tars, "_OPEN_SHARDS", 2)
     for number in range(5):
         shard(tmp_path / "set" / f"{number}.tar", [number])
     source = open_images(tmp_path / "set")

@@ -1,0 +1,260 @@
+"""Tar files read where they lie: which are meant, an index of what is in them, and reads at a place of their own."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import tarfile
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UserError
+from .labelled import is_image_name
+from .splits import SPLITS, choose_split
+
+_OPEN_SHARDS = 64  # a process may usually hold 1024 files open, and a rank has several workers
+_SHARD_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+
+#: First byte and length of a member.
+Span = tuple[int, int]
+Index = dict[str, NDArray[Any]]
+
+
+class Shards:
+    """Tar files that stay as they are. Nothing is extracted.
+
+    It can be pickled and inherited by worker processes.
+
+    Args:
+        paths: of the files, in the order of their rows.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = [path.absolute() for path in paths]
+        self._stats = _stats(self.paths)
+        self._files: OrderedDict[int, _File] = OrderedDict()
+
+    def read(self, shard: int, start: int, length: int) -> bytes:
+        """So many bytes of a shard. Raises ``UserError`` where it has changed."""
+        file = self._files.pop(shard, None) or _File(self.paths[shard], self._stats[shard].tolist())
+        self._files[shard] = file  # at the end: the one used last
+        while len(self._files) > _OPEN_SHARDS:
+            self._files.popitem(last=False)
+        # A read at a place of its own: a file inherited by workers has one position for all of them.
+        data = os.pread(file.number, length, start)
+        if len(data) < length:
+            raise UserError(f"{self.paths[shard]} ends early; it has changed since it was indexed: fetch it again")
+        return data
+
+    def index(self, question: Sequence[Any], make: Callable[[], Index]) -> Index:
+        """What ``make`` finds in the shards, kept in the user's cache folder.
+
+        That is ``vlm-distill/tar-index`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``. It is made anew when the size or
+        the time of a shard has changed.
+
+        Args:
+            question: what decides the index beside the shards, as JSON can say it.
+            make: walks over the shards; gives arrays by name.
+        """
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        key = json.dumps([*question, [os.fspath(path) for path in self.paths]])
+        digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+        path = Path(base) / "vlm-distill" / "tar-index" / f"{digest[:32]}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                if np.array_equal(saved["stats"], self._stats):
+                    return {name: saved[name] for name in saved.files}
+        except Exception:  # not there, or cut off: whatever is wrong with it, it can be made again
+            pass
+        index = make()
+        _save(path, index | {"stats": self._stats})
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __str__(self) -> str:
+        return f"{self.paths[0]}" if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+
+
+class _File:
+    """An open file that is closed with the last reference to it."""
+
+    def __init__(self, path: Path, expected: Sequence[int]) -> None:
+        self.number = -1
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            found = os.fstat(self.number)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        if [found.st_size, found.st_mtime_ns] != list(expected):
+            raise UserError(f"{path} has changed since it was indexed; start again")
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+def _stats(shards: Sequence[Path]) -> NDArray[np.int64]:
+    """int64 [shards, 2]: size and time of change in nanoseconds."""
+    stats = []
+    for shard in shards:
+        try:
+            stat = shard.stat()
+        except OSError as error:
+            raise UserError(f"tar file {shard} cannot be read: {error.strerror}; check the path") from None
+        stats.append((stat.st_size, stat.st_mtime_ns))
+    return np.array(stats, dtype=np.int64).reshape(-1, 2)
+
+
+def _save(path: Path, arrays: Index) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Several ranks may write it at once: each its own file, put in place whole.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError:
+        pass  # a home that cannot be written to: the index lasts as long as the process
+
+
+# What is in them.
+
+
+def opened(shard: Path) -> BinaryIO:
+    try:
+        return shard.open("rb")
+    except OSError as error:
+        raise UserError(f"tar file {shard} cannot be read: {error.strerror}; check the path") from None
+
+
+def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and length of each file in the tar that begins at ``start`` of an open file."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else the million it has seen stay in memory
+                if member.isreg():
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"{member.name} is cut off")
+                    yield member.name.removeprefix("./"), member.offset_data, member.size
+                elif member.islnk() and is_image_name(member.name):
+                    raise tarfile.ReadError(f"{member.name} is a link to another member, which is not supported")
+            # The library takes a broken header for the end.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or (end is not None and tar.offset > end):
+                raise tarfile.ReadError(f"no mark of its end at byte {tar.offset}")
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        inner = f" at byte {start}" if start else ""
+        raise UserError(
+            f"{shard}{inner} is truncated, broken or compressed ({error}); fetch it again, or unpack .gz first"
+        ) from None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and field of a member."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, field = file.partition(".")
+    return f"{folder}{slash}{stem}", field.lower()
+
+
+def samples(found: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, Span]]]:
+    """WebDataset's samples: their key, and the place of each field.
+
+    Consecutive members with the same path up to the first dot of the file's name are a sample; what follows the dot,
+    in lower case, is the member's field. A sample also ends where a field comes again.
+    """
+    current = ""
+    fields: dict[str, Span] = {}
+    for name, start, length in found:
+        key, field = split_name(name)
+        if key != current or field in fields:
+            if fields:
+                yield current, fields
+            current, fields = key, {}
+        if field:
+            fields[field] = (start, length)
+    if fields:
+        yield current, fields
+
+
+# Which are meant.
+
+
+def is_shard_pattern(given: str) -> bool:
+    """Whether a path stands for several by ``*``, ``?``, ``[…]`` or ``{000..127}``."""
+    return glob.has_magic(given) or _SHARD_RANGE.search(given) is not None
+
+
+def find_shards(path: Path, given: str, split: str | None) -> list[Path]:
+    """The tar files that are meant, in the order of their names.
+
+    Args:
+        path: a tar file, a folder of them, or a pattern.
+        given: the path as it was written, for messages.
+        split: which of the splits that folders' or files' names tell.
+
+    Raises:
+        UserError: there are none, or no such split.
+    """
+    if path.is_dir():
+        folders = sorted(one.name for one in path.iterdir() if one.name in (*SPLITS, split) and one.is_dir())
+        if folders and not any(path.glob("*.tar")):
+            path = path / choose_split(given, split, folders)
+            split = None
+        shards = sorted(path.glob("*.tar"))
+        if not shards:
+            raise UserError(f"{path} holds no .tar files; name them, or unpack compressed ones")
+        by_split: dict[str, list[Path]] = {}
+        for shard in shards:
+            words = re.split(r"[-_.]", shard.stem)
+            by_split.setdefault(next((word for word in words if word in SPLITS or word == split), ""), []).append(shard)
+        named = [one for one in by_split if one]
+        if len(named) > 1 or (named and (split or "" not in by_split)):
+            return by_split[choose_split(given, split, named)]
+        return _no_split(shards, given, split)  # a tar may be called by its class, and a class train
+    if path.exists():
+        return _no_split([path], given, split)
+    if _SHARD_RANGE.search(given):
+        return _no_split([Path(one) for one in _expanded(given)], given, split)
+    shards = sorted(map(Path, glob.glob(given)))
+    if not shards:
+        raise UserError(f"no files match {given}; check the path (relative ones start at {Path.cwd()})")
+    return _no_split(shards, given, split)
+
+
+def _no_split(shards: list[Path], given: str, split: str | None) -> list[Path]:
+    if split:
+        raise UserError(f"{given} has no split {split!r}; name the shards of the split by a pattern")
+    return shards
+
+
+def _expanded(pattern: str) -> list[str]:
+    """``a{00..02}`` as ``a00``, ``a01``, ``a02``; as many digits as the first number has."""
+    match = _SHARD_RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = int(match[1]), int(match[2])
+    if last < first or last - first > 1_000_000:
+        raise UserError(f"{pattern}: the range {match[0]} must go up, by a million at most")
+    head = pattern[: match.start()]
+    tails = _expanded(pattern[match.end() :])
+    return [f"{head}{number:0{len(match[1])}}{tail}" for number in range(first, last + 1) for tail in tails]

@@ -1,0 +1,167 @@
+"""WebDataset shards as a source of conversations: records and images in tar files, read in any order."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BadSample, UserError
+from .labelled import is_image_name
+from .sources import Source
+from .tars import Index, Shards, members, opened, samples
+
+_INDEX_VERSION = 1
+_RECORD, _CAPTION, _IMAGE = range(3)
+
+
+class WebDatasetSource(Source):
+    """Samples of tar files: members of one name, told apart by what follows its first dot.
+
+    ``json`` holds a record in any of the layouts of :mod:`data.layouts`, or else ``txt`` a caption, which becomes the
+    answer to the image alone. Images are the members called as image files are (``jpg``, ``0.jpg``, ``left.png``), in
+    the order in which they lie in the tar, or in which the record names these members. Other names that a record has
+    for its images are those they had before they were packed: never is a file beside the tar read.
+
+    Shards need not be dealt to ranks or workers: all of them know from an index where each sample lies, so that any
+    rank reads any row, and the order does not depend on their number.
+
+    Args:
+        shards: the tar files, in the order of rows.
+        limit: only the first so many samples.
+
+    Raises:
+        UserError: a shard is missing, truncated or compressed, or has neither records nor captions.
+    """
+
+    def __init__(
+        self, shards: Sequence[Path], name: str, *, limit: int | None = None, answers_required: bool = True
+    ) -> None:
+        super().__init__(name, Path(), answers_required)
+        self._shards = Shards(shards)
+        index = self._shards.index(["conversations", _INDEX_VERSION], lambda: _index(self._shards))
+        #: int64 ``[fields, 5]``: shard, first byte, length, kind, and where in ``_names`` the member's name ends.
+        self._fields: NDArray[np.int64] = index["fields"]
+        self._names: bytes = index["names"].tobytes()
+        #: int64 ``[samples + 1]``: the first field of each.
+        self._first: NDArray[np.int64] = index["first"][: None if limit is None else limit + 1]
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def _members(self, index: int) -> list[tuple[int, int, int, int, str]]:
+        """Shard, first byte, length, kind and name of a sample's members."""
+        start, stop = self._first[index : index + 2].tolist()
+        begin = int(self._fields[start - 1, 4]) if start else 0
+        found = []
+        for shard, first, length, kind, end in self._fields[start:stop].tolist():
+            found.append((shard, first, length, kind, self._names[begin:end].decode(errors="replace")))
+            begin = end
+        return found
+
+    def record(self, index: int) -> Any:
+        images: dict[str, bytes] = {}
+        text: tuple[int, str] | None = None
+        for shard, start, length, kind, name in self._members(index):
+            content = self._shards.read(shard, start, length)
+            if kind == _IMAGE:
+                images[name] = content
+            elif text is None or kind < text[0]:
+                try:
+                    text = kind, content.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    raise BadSample("invalid UTF-8", f"{name}: {error}") from None
+        assert text is not None  # else it would not be in the index
+        if text[0] == _CAPTION:
+            return {"images": list(images.values()), "messages": _captioned(text[1].strip(), len(images))}
+        try:
+            record = json.loads(text[1])
+        except (ValueError, RecursionError) as error:
+            raise BadSample("invalid JSON", str(error)) from None
+        if not isinstance(record, dict):
+            return record
+        return _with_images(record, images)
+
+    def size(self, index: int) -> int:
+        return int(self.sizes()[index])
+
+    def sizes(self) -> NDArray[np.int64]:
+        texts = np.where(self._fields[:, 3] == _IMAGE, 0, self._fields[:, 2])
+        total = np.concatenate(([0], np.cumsum(texts)))
+        return total[self._first[1:]] - total[self._first[:-1]]
+
+
+def _captioned(caption: str, images: int) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": [{"type": "image"}] * images},
+        {"role": "assistant", "content": caption},
+    ]
+
+
+def _with_images(record: dict[str, Any], images: dict[str, bytes]) -> dict[str, Any]:
+    """The record with the members as its images, whatever names it has for them. See :class:`WebDatasetSource`."""
+    names = _names(record.pop("images", None)) + _names(record.pop("image", None))
+    for part in _image_parts(record):
+        own = [part.pop(key, None) for key in ("image", "bytes", "path", "url")]
+        names += _names(own)
+    if names and len(names) != len(images):
+        raise BadSample("image count mismatch", f"the record names {len(names)}, the tar has {len(images)} for it")
+    fields = {name.partition(".")[2]: name for name in images}
+    members = [name if name in images else fields.get(name) for name in names]
+    ordered = [images[member] for member in members if member is not None]
+    return record | {"images": ordered if len(ordered) == len(images) else list(images.values())}
+
+
+def _names(value: Any) -> list[str]:
+    """Names of images in a value: one, or a list of them, or of objects that have one under ``path``."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, list):
+        return [name for one in value for name in _names(one)]
+    return [value] if isinstance(value, str) and value else []
+
+
+def _image_parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Image parts of messages, at any depth."""
+    if isinstance(value, dict):
+        if value.get("type") == "image":
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _image_parts(one)
+
+
+def _index(shards: Shards) -> Index:
+    """Where every sample's members lie: what :class:`WebDatasetSource` keeps."""
+    fields, first, names = array("q"), array("q", [0]), bytearray()
+    for number, shard in enumerate(shards.paths):
+        with opened(shard) as file:
+            for key, spans in samples(members(shard, file)):
+                kinds = {field: kind for field in spans if (kind := _kind(field)) is not None}
+                if not kinds or all(kind == _IMAGE for kind in kinds.values()):
+                    continue
+                for field, kind in kinds.items():
+                    names += f"{key.rpartition('/')[2]}.{field}".encode(errors="surrogateescape")
+                    fields.extend((number, *spans[field], kind, len(names)))
+                first.append(len(fields) // 5)
+    if len(first) == 1:
+        raise UserError(f"no samples found in {shards}: none of its members is a record (.json) or a caption (.txt)")
+    return {
+        "fields": np.array(fields, np.int64).reshape(-1, 5),
+        "first": np.array(first, np.int64),
+        "names": np.frombuffer(bytes(names), np.uint8),
+    }
+
+
+def _kind(field: str) -> int | None:
+    if field == "json":
+        return _RECORD
+    if field == "txt":
+        return _CAPTION
+    return _IMAGE if is_image_name(field) else None

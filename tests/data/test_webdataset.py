@@ -1,0 +1,186 @@
+"""WebDataset shards give the conversations that their records hold, with the images beside them and no others."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import pytest
+from PIL import Image
+
+from data.errors import BadSample, UserError
+from data.images import load_image
+from data.loader import StepDataset, make_loader
+from data.mixture import Mixture
+from data.sources import open_source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def png(red):
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), (red, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, content in members:
+            if not isinstance(content, bytes):
+                content = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def asked(question="Colour?", **more):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "Red."}], **more}
+
+
+def reds(sample):
+    return [load_image(image).getpixel((0, 0))[0] for image in sample.images]
+
+
+def test_records_captions_and_their_images(tmp_path):
+    path = tar(
+        tmp_path / "a.tar",
+        [
+            ("000.json", asked("<image>\nColour?", image="coco/train2017/0.jpg")),  # the name before it was packed
+            ("000.jpg", png(10)),
+            ("sub/001.png", png(20)),
+            ("sub/001.txt", " a red picture \n"),
+            ("002.0.png", png(1)),
+            ("002.1.png", png(2)),
+            ("002.json", asked("<image> or <image>?")),
+            ("003.left.png", png(3)),
+            ("003.right.png", png(4)),
+            ("003.json", asked("<image><image>", images=["right.png", "left.png"])),
+            ("004.json", asked()),  # text alone
+            ("README", "a note of the packer"),
+            ("005.jpg", png(9)),  # an image of which nothing is said
+        ],
+    )
+    source = open_source(path)
+    assert len(source) == 5
+    assert [reds(source[i]) for i in range(5)] == [[10], [20], [1, 2], [4, 3], []]
+    assert source[1].messages == (
+        {"role": "user", "content": [{"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a red picture"}]},
+    )
+    assert [source.line(i) for i in range(5)] == [1, 2, 3, 4, 5]
+    assert source.size(1) == len(" a red picture \n")
+    assert source.sizes().tolist() == [source.size(i) for i in range(5)]
+    copy = pickle.loads(pickle.dumps(source))
+    assert reds(copy[2]) == [1, 2]
+
+
+def test_no_file_beside_the_tar_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.png").write_bytes(png(99))
+    parts = [{"type": "image", "path": "secret.png"}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Red."}]
+    source = open_source(
+        tar(
+            tmp_path / "a.tar",
+            [
+                ("0.json", {"messages": messages}),
+                ("0.png", png(5)),
+                ("1.json", asked("<image>", image="secret.png")),
+                ("2.json", {"messages": messages, "images": ["secret.png"]}),
+            ],
+        )
+    )
+    assert reds(source[0]) == [5]
+    for i in (1, 2):
+        with pytest.raises(BadSample, match="image count mismatch"):
+            source[i]
+
+
+def test_broken_members_are_bad_samples(tmp_path):
+    members = [("0.json", b"{"), ("1.json", b"\xff"), ("2.json", [1, 2]), ("3.json", asked()), ("4.txt", b"\xff")]
+    source = open_source(tar(tmp_path / "a.tar", members))
+    for i, reason in ((0, "invalid JSON"), (1, "invalid UTF-8"), (2, "not a JSON object"), (4, "invalid UTF-8")):
+        with pytest.raises(BadSample) as caught:
+            source[i]
+        assert caught.value.reason == reason
+    assert reds(source[3]) == []
+
+
+def test_shards_are_named_by_folder_pattern_and_split(tmp_path):
+    for number in range(4):
+        split = "train" if number < 3 else "val"
+        tar(
+            tmp_path / "set" / f"mix-{split}-{number:04}.tar",
+            [(f"{number}.json", asked()), (f"{number}.png", png(number))],
+        )
+
+    def found(path, **options):
+        source = open_source(path, **options)
+        return [reds(source[i])[0] for i in range(len(source))]
+
+    assert found(tmp_path / "set", split="train") == [0, 1, 2]
+    assert found(tmp_path / "set", split="validation") == [3]
+    assert found(tmp_path / "set" / "mix-train-{0001..0002}.tar") == [1, 2]
+    assert found(tmp_path / "set" / "mix-train-*.tar", limit=2) == [0, 1]
+    with pytest.raises(UserError, match="split"):
+        open_source(tmp_path / "set")
+    with pytest.raises(UserError, match=r"no samples found in .*only\.tar: none of its members is a record"):
+        open_source(tar(tmp_path / "only.tar", [("0.png", png(1))]))
+    with pytest.raises(UserError, match="leave it out"):
+        open_source(tmp_path / "only.tar", images=tmp_path)
+
+
+class Reader:
+    """A processor that encodes an image's red and nothing else."""
+
+    has_vision = False
+
+    def encode(self, conversation, images):
+        import torch
+
+        from data.batch import Encoded
+
+        ids = torch.tensor([images[0].getpixel((0, 0))[0], 1])
+        return Encoded(ids, torch.tensor([False, True]), torch.tensor([False, False]))
+
+    def collate(self, samples):
+        import torch
+
+        from data.batch import ModelInputs
+
+        return ModelInputs(input_ids=torch.stack([sample.input_ids for sample in samples]))
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1)])
+def test_any_number_of_ranks_and_workers_reads_the_same(tmp_path, world, workers):
+    for number in range(5):
+        tar(
+            tmp_path / f"{number}.tar",
+            [m for i in range(4) for m in ((f"{i}.json", asked()), (f"{i}.png", png(4 * number + i)))],
+        )
+    expected = None
+    for ranks in (1, world):
+        seen = [[] for _ in range(5)]
+        for rank in range(ranks):
+            mixture = Mixture([open_source(tmp_path)], seed=3, batch_size=4)
+            dataset = StepDataset(
+                mixture,
+                Reader(),
+                None,
+                rank=rank,
+                world=ranks,
+                micro_batch_size=4 // ranks,
+                accumulation=1,
+                max_length=9,
+            )
+            for step in make_loader(dataset, 2, 5, workers=workers):
+                seen[step.index] += step.batches[0].student.inputs["input_ids"][:, 0].tolist()
+        expected = expected or seen
+        assert seen == expected
+    flat = [row for step in expected for row in step]
+    assert sorted(flat) != flat
