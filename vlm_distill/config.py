@@ -108,11 +108,16 @@ class StudentSection(ModelSection):
 
 
 class TeacherSection(ModelSection):
-    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off."""
+    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off.
+
+    ``placement`` is where its weights lie: whole on every rank, each rank's share on its device (``shard``) or in main
+    memory, to be fetched layer by layer (``offload``). ``quantize`` keeps those of its linear layers in fewer bits.
+    """
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
     from_student: bool = False
-    placement: Literal["replicate", "shard"] = "replicate"
+    placement: Literal["replicate", "shard", "offload"] = "replicate"
+    quantize: Literal["int8", "nf4", "fp8"] | None = None
 
     @model_validator(mode="after")
     def _own_weights(self) -> TeacherSection:
@@ -121,6 +126,10 @@ class TeacherSection(ModelSection):
         more = sorted(self.model_fields_set - {"from_student"})
         if self.from_student and any(getattr(self, name) != type(self).model_fields[name].default for name in more):
             raise ValueError(f"from_student is the student's base as it is; leave {', '.join(more)} out")
+        if self.quantize is not None and self.placement != "replicate":
+            raise ValueError(
+                f"quantize: ZeRO-3 does not {self.placement} weights of fewer bits; use placement: replicate"
+            )
         return self
 
 
@@ -209,6 +218,13 @@ class DeepSpeedSection(Section):
 
     stage: Literal[0, 1, 2, 3] = 2
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer steps in main memory."""
+        zero = (self.model_extra or {}).get("zero_optimization")
+        place = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+        return isinstance(place, dict) and place.get("device", "none") != "none"
+
 
 class EvaluationSection(Section):
     every: Positive | None = None
@@ -246,6 +262,8 @@ class RunConfig(Section):
     def _student_needs_teacher(self) -> RunConfig:
         if self.student.from_teacher is not None and self.teacher is None:
             raise ValueError("student.from_teacher needs a teacher section to cut from")
+        if self.student.from_teacher is not None and self.teacher is not None and self.teacher.quantize is not None:
+            raise ValueError("student.from_teacher: no student is cut from weights of fewer bits; leave quantize out")
         if self.student.tokenizer == TEACHERS and self.teacher is None:
             raise ValueError("student.tokenizer: teacher needs a teacher section to take it from")
         return self

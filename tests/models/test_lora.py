@@ -15,7 +15,7 @@ from data.collate import collate, encode_pair
 from data.errors import UserError
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.adapters import adapted_layers, plain_state
-from vlm_distill.models.lora import WithoutAdapters, add_lora, quantization, save_adapter
+from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
 from vlm_distill.models.teacher import ModelTeacher
 
 EVERY_PART = ("vision_encoder", "projector", "decoder")
@@ -206,12 +206,6 @@ def test_packages_that_are_not_there(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"peft is not installed; install vlm-distill\[lora\]"):
         adapted(base)
-
-
-def test_four_bits_need_their_package(monkeypatch):
-    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match="needs the package bitsandbytes"):
-        quantization("nf4", torch.float32)
 
 
 def test_adapters_that_cannot_be_read(base, tmp_path):

@@ -116,6 +116,15 @@ TWO_RANKS = {
     "shard_zero2": {"deepspeed__stage": 2, "teacher": "shard"},
     "shard_zero3": {"deepspeed__stage": 3, "teacher": "shard"},
     "text_shard_zero3": {"deepspeed__stage": 3, "family": "language", "data": "text", "teacher": "shard"},
+    # Shares in main memory: the teacher's, and the student's optimizer and parameters; and what ZeRO++ does.
+    "offload_teacher_zero2": {"deepspeed__stage": 2, "teacher": "offload"},
+    "offload_teacher_llava_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "offload"},
+    "offload_zero2": {"deepspeed__stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+    "offload_zero3": {
+        "deepspeed__stage": 3,
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    },
+    "hpz_zero3": {"deepspeed__stage": 3, "zero_optimization": {"zero_hpz_partition_size": 2}},
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
@@ -151,8 +160,8 @@ RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zer
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
 
-def sharded_inference(dtype: torch.dtype, settings: Any = engine._inference_config) -> dict:
-    config = settings(dtype)
+def sharded_inference(dtype: torch.dtype, offload: bool = False, settings: Any = engine._inference_config) -> dict:
+    config = settings(dtype, offload)
     return {**config, "zero_optimization": {**config["zero_optimization"], **WHOLLY_SHARDED}}
 
 
@@ -190,8 +199,9 @@ def main(folder: Path) -> None:
 
 def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     family, stop = changes.pop("family", ""), changes.pop("stop", None)
+    more = changes.pop("zero_optimization", {})
     if not changes.pop("persistent", False):
-        changes["deepspeed__zero_optimization"] = WHOLLY_SHARDED
+        changes["deepspeed__zero_optimization"] = WHOLLY_SHARDED | more
     kind = changes.pop("data", "language" if family == "language" else "plain")
     if family == "llava":
         changes["student"] = {"path": str(folder / "llava_student")}

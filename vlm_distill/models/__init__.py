@@ -93,7 +93,7 @@ def load_vlm(
         return _load_adapted(Path(name), dtype, tokenizer, template, attn_implementation, trust_remote_code)
     if (Path(name) / CONFIG_NAME).is_file():
         if quantize is not None:
-            raise UserError(f"student.quantize: '{name}' is assembled; only models of Transformers load in 4 bits")
+            raise UserError(f"quantize: '{name}' is assembled; only models of Transformers load in fewer bits")
         tokenizer = tokenizer or load_tokenizer(name)
         tokenizer.chat_template = template or tokenizer.chat_template
         return load_composed(name, dtype=dtype, attn_implementation=attn_implementation, tokenizer=tokenizer)
@@ -110,9 +110,7 @@ def load_vlm(
     model: VisionLanguageModel
     if config is None:
         if quantize is not None:
-            raise UserError(
-                f"student.quantize: '{name}' is converted as it loads; save it as it is here, and name that"
-            )
+            raise UserError(f"quantize: '{name}' is converted as it loads; save it as it is here, and name that")
         own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, options)
         model = _with_processor(name, own, processor, tokenizer, template)
     elif (

@@ -209,32 +209,6 @@ class WithoutAdapters(VisionLanguageModel):
             self.model.train(training)
 
 
-def quantization(kind: str, dtype: torch.dtype) -> Any:
-    """The settings with which Transformers loads linear layers' weights in 4 bits, for LoRA on them (QLoRA).
-
-    Args:
-        kind: ``nf4``, the only one; its own scales are quantised as well (Dettmers et al. 2023).
-        dtype: in which is computed.
-
-    Raises:
-        UserError: bitsandbytes is missing.
-    """
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise UserError(
-            f"student.quantize: {kind} needs the package bitsandbytes, and best a GPU; pip install bitsandbytes, "
-            "or leave quantize out"
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )
-
-
 def _peft(where: str) -> Any:
     try:
         import peft

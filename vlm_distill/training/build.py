@@ -23,7 +23,8 @@ from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.lora import WithoutAdapters, add_lora, quantization, save_adapter
+from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
+from vlm_distill.models.quantize import quantization
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import align_heads, separate_heads
 
@@ -149,7 +150,7 @@ def load_model(
         section: the student's or the teacher's.
         dtype: of the parameters.
         tokenizer: for an assembled model whose section names none.
-        quantize: what ``models.lora.quantization`` gives, to load weights in fewer bits.
+        quantize: what ``models.quantize.quantization`` gives, to load weights in fewer bits.
     """
     common = section.model_dump(include={"attn_implementation", "trust_remote_code", "chat_template"})
     if section.tokenizer == TEACHERS:
@@ -182,10 +183,12 @@ def _load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | Non
         return None
     dtype = DTYPES[section.dtype or config.training.dtype]
     if section.placement == "replicate":
-        return ModelTeacher(load_model(section, dtype).to(processes.device))
+        bits = None if section.quantize is None else quantization(section.quantize, dtype, "teacher")
+        return ModelTeacher(load_model(section, dtype, quantize=bits).to(processes.device))
     if config.student.from_teacher is not None:
         raise UserError("student.from_teacher: no student can be cut from a sharded teacher; use placement: replicate")
-    return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes))
+    offload = section.placement == "offload"
+    return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
 
 
 def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLanguageModel:
@@ -199,7 +202,8 @@ def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLang
         student = keep_layers(teacher.model, layers).float()
     else:
         tokenizer = teacher.processor.tokenizer if teacher is not None else None
-        bits = None if section.quantize is None else quantization(section.quantize, DTYPES[config.training.dtype])
+        dtype = DTYPES[config.training.dtype]
+        bits = None if section.quantize is None else quantization(section.quantize, dtype, "student")
         # Masters are float32 in any case; DeepSpeed casts the working copy.
         if section.tokenizer == TEACHERS and section.decoder is not None and section.decoder.get("name") is not None:
             tokenizer = None  # its embeddings have other rows before they take it

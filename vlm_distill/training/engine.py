@@ -275,6 +275,8 @@ def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters:
         "zero_optimization": buckets | {"stage": config.deepspeed.stage} | extra.pop("zero_optimization", {}),
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW runs on the CPU as well as DeepSpeed's own, which would need a compiler on every machine.
+        "zero_force_ds_cpu_optimizer": False,
     }
     if config.training.dtype == "bf16":
         if autocast or config.deepspeed.stage == 0:
@@ -289,8 +291,8 @@ def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters:
 class ShardedModel:
     """A frozen model in an inference engine of its own, its parameters sharded over the ranks by ZeRO-3."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._engine, *_ = deepspeed.initialize(model=model, config=_inference_config(dtype))
+    def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
+        self._engine, *_ = deepspeed.initialize(model=model, config=settings)
         self._engine.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -298,7 +300,7 @@ class ShardedModel:
 
 
 def load_sharded(
-    load: Callable[[], VisionLanguageModel], dtype: torch.dtype, processes: Processes
+    load: Callable[[], VisionLanguageModel], dtype: torch.dtype, processes: Processes, *, offload: bool = False
 ) -> tuple[VisionLanguageModel, ShardedModel]:
     """A frozen model of which each rank holds its share.
 
@@ -306,16 +308,18 @@ def load_sharded(
         load: makes the model; Transformers' loading gives each rank its share alone.
         dtype: of its parameters.
         processes: the ranks; every one calls this.
+        offload: keep the shares in main memory, from where layers are fetched when they run.
 
     Returns:
         The model, whose ``generate`` and ``score_options`` all ranks must call together, and what calls its forward.
     """
-    with loading_in_shards(dtype):
+    settings = _inference_config(dtype, offload)
+    with loading_in_shards(settings):
         model = load()
     model.requires_grad_(False)
     model.synced = processes.world > 1
     model.head.gather = gather_parameters
-    return model, ShardedModel(model, dtype)
+    return model, ShardedModel(model, settings)
 
 
 def gather_parameters(parameters: list[nn.Parameter]) -> Any:
@@ -325,20 +329,22 @@ def gather_parameters(parameters: list[nn.Parameter]) -> Any:
 
 
 @contextmanager
-def loading_in_shards(dtype: torch.dtype) -> Iterator[None]:
+def loading_in_shards(settings: dict[str, Any]) -> Iterator[None]:
     """While it is open, Transformers' ``from_pretrained`` gives each rank its share of the weights alone."""
     # The object registers itself process-wide for as long as it lives: no other model may load meanwhile.
-    alive = HfDeepSpeedConfig(_inference_config(dtype))
+    alive = HfDeepSpeedConfig(settings)
     try:
         yield
     finally:
         del alive
 
 
-def _inference_config(dtype: torch.dtype) -> dict[str, Any]:
+def _inference_config(dtype: torch.dtype, offload: bool = False) -> dict[str, Any]:
+    # Pinned, so that a layer's share crosses to the GPU while the layer before it runs.
+    place = {"offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if offload else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, **place},
         "bf16": {"enabled": dtype is torch.bfloat16},
         "steps_per_print": 2**31,
     }

@@ -128,7 +128,11 @@ class Trainer(Loop):
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
         section = config.optimizer
         optimizer = torch.optim.AdamW(
-            parameter_groups(task, section.weight_decay), lr=section.lr, betas=section.betas, eps=section.eps
+            parameter_groups(task, section.weight_decay),
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            fused=config.deepspeed.offloads_optimizer or None,
         )
         self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
         self.student, self.terms = student, terms

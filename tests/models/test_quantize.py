@@ -1,0 +1,100 @@
+"""Models in fewer bits: what is stored, how far off it is, and one as a teacher."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data.conversation import Conversation
+from data.errors import UserError
+from vlm_distill.config import RunConfig
+from vlm_distill.models import load_vlm
+from vlm_distill.models.quantize import quantization
+from vlm_distill.training.engine import Processes
+from vlm_distill.training.trainer import Trainer
+
+# Bytes of a weight, and the most that logits of its like may be off, as a share of their spread.
+KINDS = {"int8": (1, 0.1), "nf4": (0.5, 0.5), "fp8": (1, 0.3)}
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return tiny.write_llava(tmp_path_factory.mktemp("llava"), layers=3)
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """Wide enough for the blocks of weights that share a scale."""
+    folder = tiny.write_language_model(tmp_path_factory.mktemp("language"))
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(folder)
+    config.update({"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder, kind=None, dtype=torch.bfloat16):
+    if kind == "fp8":
+        pytest.importorskip("torchao")
+    return load_vlm(folder, dtype=dtype, quantize=kind and quantization(kind, dtype, "teacher"))
+
+
+def linear(model):
+    return model.decoder.model.layers[0].mlp.down_proj.weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fewer_bits_and_nearly_the_same_logits(language, kind, dtype):
+    size, limit = KINDS[kind]
+    whole, less = loaded(language, dtype=dtype), loaded(language, kind, dtype)
+    stored = getattr(linear(less), "qdata", linear(less))  # torchao's tensor says what it stands for
+    assert stored.numel() * stored.element_size() == size * linear(whole).numel()
+    talk = Conversation(({"role": "user", "content": [{"type": "text", "text": "what color is it"}]},))
+    inputs = whole.processor.collate([whole.processor.encode(talk, [], generation=True)])
+    positions = torch.arange(inputs["input_ids"].numel())
+    with torch.no_grad():
+        expected = whole.head.logits(whole(inputs, positions).hidden)
+        logits = less.head.logits(less(inputs, positions).hidden)
+    assert not torch.equal(logits, expected)
+    assert (logits - expected).abs().max() < limit * expected.std()
+
+
+def losses(folder, teacher, student, **changes):
+    """Of two steps."""
+    data = tiny.write_data(folder / "data")
+    plain = tiny.config(folder / "run", data, teacher, student=student, training__steps=2)
+    plain["teacher"] |= changes
+    processes = Processes("cpu")
+    Trainer(RunConfig.model_validate(plain), processes).run()
+    processes.close()
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_of_fewer_bits(llava, tmp_path, kind):
+    if kind == "fp8":
+        pytest.importorskip("torchao")
+    # The student's weights are the teacher's, so that rounding alone is between them.
+    assert all(0 < loss < 1 for loss in losses(tmp_path, llava, {"path": str(llava)}, quantize=kind))
+
+
+def test_adapters_on_a_student_of_four_bits(llava, tmp_path):
+    lora = {"rank": 2, "target": ["q_proj", "down_proj"], "merge": False}
+    student = {"path": str(llava), "quantize": "nf4", "lora": lora}
+    assert all(0 < loss < 1 for loss in losses(tmp_path, llava, student))
+    answers = load_vlm(tmp_path / "run" / "student")  # merged into the base's own weights
+    assert answers.decoder is not None
+
+
+def test_what_cannot_be_loaded_in_fewer_bits(llava, tmp_path, monkeypatch):
+    assembled = tiny.write_teacher(tmp_path / "assembled")
+    with pytest.raises(UserError, match="assembled; only models of Transformers"):
+        load_vlm(assembled, quantize=object())
+    monkeypatch.setattr("vlm_distill.models.quantize.find_spec", lambda name: None)
+    for kind, package in {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "torchao"}.items():
+        with pytest.raises(UserError, match=rf"teacher.quantize: {kind} needs the package {package}; install"):
+            quantization(kind, torch.float32, "teacher")
