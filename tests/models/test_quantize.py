@@ -11,6 +11,7 @@ from data.conversation import Conversation
 from data.errors import UserError
 from vlm_distill.config import RunConfig
 from vlm_distill.models import load_vlm
+from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.quantize import quantization
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
@@ -58,6 +59,7 @@ def test_fewer_bits_and_nearly_the_same_logits(language, kind, dtype):
     with torch.no_grad():
         expected = whole.head.logits(whole(inputs, positions).hidden)
         logits = less.head.logits(less(inputs, positions).hidden)
+    assert count_parameters(less) == count_parameters(whole)
     assert not torch.equal(logits, expected)
     assert (logits - expected).abs().max() < limit * expected.std()
 
@@ -65,7 +67,7 @@ def test_fewer_bits_and_nearly_the_same_logits(language, kind, dtype):
 def losses(folder, teacher, student, **changes):
     """Of two steps."""
     data = tiny.write_data(folder / "data")
-    plain = tiny.config(folder / "run", data, teacher, student=student, training__steps=2)
+    plain = tiny.config(folder / "run", data, teacher, student=student, loss=[{"name": "forward_kl"}], training__steps=2)
     plain["teacher"] |= changes
     processes = Processes("cpu")
     Trainer(RunConfig.model_validate(plain), processes).run()
@@ -79,15 +81,15 @@ def test_a_teacher_of_fewer_bits(llava, tmp_path, kind):
     if kind == "fp8":
         pytest.importorskip("torchao")
     # The student's weights are the teacher's, so that rounding alone is between them.
-    assert all(0 < loss < 1 for loss in losses(tmp_path, llava, {"path": str(llava)}, quantize=kind))
+    assert all(0 < loss < 0.05 for loss in losses(tmp_path, llava, {"path": str(llava)}, quantize=kind))
 
 
 def test_adapters_on_a_student_of_four_bits(llava, tmp_path):
     lora = {"rank": 2, "target": ["q_proj", "down_proj"], "merge": False}
     student = {"path": str(llava), "quantize": "nf4", "lora": lora}
-    assert all(0 < loss < 1 for loss in losses(tmp_path, llava, student))
-    answers = load_vlm(tmp_path / "run" / "student")  # merged into the base's own weights
-    assert answers.decoder is not None
+    assert all(0 < loss < 0.05 for loss in losses(tmp_path, llava, student))
+    merged = load_vlm(tmp_path / "run" / "student")  # with the base's own weights
+    assert sum(count_parameters(merged).values()) == sum(count_parameters(load_vlm(llava)).values())
 
 
 def test_what_cannot_be_loaded_in_fewer_bits(llava, tmp_path, monkeypatch):
