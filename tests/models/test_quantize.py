@@ -67,7 +67,9 @@ def test_fewer_bits_and_nearly_the_same_logits(language, kind, dtype):
 def losses(folder, teacher, student, **changes):
     """Of two steps."""
     data = tiny.write_data(folder / "data")
-    plain = tiny.config(folder / "run", data, teacher, student=student, loss=[{"name": "forward_kl"}], training__steps=2)
+    plain = tiny.config(
+        folder / "run", data, teacher, student=student, loss=[{"name": "forward_kl"}], training__steps=2
+    )
     plain["teacher"] |= changes
     processes = Processes("cpu")
     Trainer(RunConfig.model_validate(plain), processes).run()

@@ -57,11 +57,20 @@ def test_every_zero_stage_equals_none(results, world, name):
         ("features_shard_zero2", "features_zero2"),
         ("features_llava_shard_zero3", "features_llava_zero3"),
         ("uld_shard_zero3", "uld_zero2"),
+        ("offload_teacher_zero2", "zero2"),
+        ("offload_teacher_llava_zero3", "llava_zero3"),
         ("text_shard_zero3", "text_zero0"),
     ],
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):
     same_weights(results(2, whole), results(2, name), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["offload_zero2", "offload_zero3", "hpz_zero3"])
+def test_where_shares_lie_changes_nothing(results, name):
+    plain = results(2, f"zero{name[-1]}")
+    assert losses(results(2, name)) == pytest.approx(losses(plain), rel=1e-5)
+    same_weights(plain, results(2, name), 1e-5)
 
 
 @pytest.mark.parametrize("name", scenarios.RESUMED)
