@@ -206,9 +206,13 @@ class TrainingSection(Section):
 
 
 class LanguageTrainingSection(TrainingSection):
-    """``recompute_logits`` forms the logits in tiles, twice, to save memory."""
+    """``recompute_logits`` forms the logits in tiles, twice, to save memory.
+
+    ``sequence_parallel`` ranks share the tokens of their samples, which are the same.
+    """
 
     recompute_logits: bool = False
+    sequence_parallel: Positive = 1
 
 
 class DeepSpeedSection(Section):
@@ -305,9 +309,15 @@ class AnyOptimizer(Protocol):
 def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
     """Micro-batch of a rank, and micro-batches of a step, whose product over ranks is the batch size.
 
+    Ranks that share their samples count as one.
+
     Raises:
         UserError: it does not come out even.
     """
+    shared = getattr(config.training, "sequence_parallel", 1)
+    if world % shared:
+        raise UserError(f"training.sequence_parallel: {world} rank(s) are no multiple of {shared}; change one of them")
+    world //= shared
     batch = config.training.batch_size
     micro = config.training.micro_batch_size or max(1, batch // world)
     if batch % (micro * world):

@@ -125,6 +125,15 @@ TWO_RANKS = {
         "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
     },
     "hpz_zero3": {"deepspeed__stage": 3, "zero_optimization": {"zero_hpz_partition_size": 2}},
+    # Both ranks share the samples' tokens.
+    **{f"sequence_zero{s}": {"deepspeed__stage": s, "training__sequence_parallel": 2} for s in (0, 2, 3)},
+    "sequence_mixed_zero2": {"deepspeed__stage": 2, "data": "mixed", "training__sequence_parallel": 2},
+    "sequence_llava_zero3": {"deepspeed__stage": 3, "family": "llava", "training__sequence_parallel": 2},
+    "sequence_checkpointing_zero2": {
+        "deepspeed__stage": 2,
+        "training__sequence_parallel": 2,
+        "training__activation_checkpointing": True,
+    },
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},

@@ -73,6 +73,15 @@ def test_where_shares_lie_changes_nothing(results, name):
     same_weights(plain, results(2, name), 1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(n for n in scenarios.TWO_RANKS if n.startswith("sequence_")))
+def test_ranks_that_share_sequences_equal_one(results, name):
+    one, two = results(1, name.removeprefix("sequence_").replace("checkpointing_", "")), results(2, name)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    for key in ("samples", "supervised_tokens"):
+        assert [line.get(key) for line in two["metrics"]] == [line.get(key) for line in one["metrics"]]
+    same_weights(one, two, 1e-5)
+
+
 @pytest.mark.parametrize("name", scenarios.RESUMED)
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):

@@ -55,6 +55,9 @@ class HiddenTargets:
     hidden: Tensor
     head: Head
 
+    def __getitem__(self, rows: slice) -> HiddenTargets:
+        return HiddenTargets(self.hidden[rows], self.head)
+
 
 # Loops over chunks and sums in place gain nothing from torch.compile, and its default backend gets them wrong.
 @torch.compiler.disable

@@ -34,6 +34,9 @@ class TopKTargets:
         top = log_p.topk(k, dim=-1)
         return cls(top.indices, top.values, log_p.scatter(-1, top.indices, -torch.inf).logsumexp(-1))
 
+    def __getitem__(self, rows: slice) -> TopKTargets:
+        return TopKTargets(self.ids[rows], self.logprobs[rows], self.tail[rows])
+
     def categories(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Log-probabilities ``[n, k + 1]`` of some rows, the tail last."""
         return torch.cat([self.logprobs[rows], self.tail[rows].unsqueeze(-1)], dim=-1).to(dtype)

@@ -28,6 +28,7 @@ from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, Processor, VisionLanguageModel
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
+from .sequence_parallel import at_positions
 from .vision_encoders import ImageTransform, VisionEncoder, build_vision_encoder
 
 #: The file that makes a folder one of ours.
@@ -215,14 +216,18 @@ class ComposedVLM(VisionLanguageModel):
     def end_tokens(self) -> set[int]:
         return super().end_tokens | self._ends | generation_ends(self.decoder)
 
+    @property
+    def body(self) -> nn.Module:
+        return self.decoder.base_model
+
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
         embeddings, images = self._embed(inputs)
         # The base model, not the whole decoder: its output layer must never run on every token.
-        body = self.decoder.base_model
+        body = self.body
         states = wanted_states(features, body)
         options = {"output_hidden_states": states} if states else {}
         output = body(inputs_embeds=embeddings, use_cache=False, **self._sequence(inputs), **options)
-        hidden = output.last_hidden_state.flatten(0, 1)[positions]
+        hidden = at_positions(output.last_hidden_state, positions, inputs["input_ids"].shape[1])
         kept = getattr(output, "hidden_states", None)
         found = decoder_features(features, body, hidden, kept, positions)
         return Outputs(hidden, found | {name: images[name] for name in features if name in images})

@@ -208,6 +208,11 @@ class VisionLanguageModel(nn.Module, ABC):
     def parts(self) -> dict[str, nn.Module]:
         """``vision_encoder``, ``projector`` and ``decoder``, those that there are."""
 
+    @property
+    @abstractmethod
+    def body(self) -> nn.Module:
+        """The decoder without its output layer: what takes embeddings and gives hidden states."""
+
     @abstractmethod
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
         """Hidden states, never logits.

@@ -162,6 +162,10 @@ class WithoutAdapters(VisionLanguageModel):
         return self.model.parts
 
     @property
+    def body(self) -> nn.Module:
+        return self.model.body
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 

@@ -22,6 +22,7 @@ from .chat import Span, find_answers, mark_tokens, rendered, special_ids, token_
 from .common import checkpoint_layers, first_line
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
+from .sequence_parallel import at_positions
 
 #: Causal LMs of which Transformers multiplies the logits by ``logits_scaling`` where Granite divides by it.
 MULTIPLIED = ("hyperclovax", "hyperclovax_vision_v2")
@@ -273,9 +274,13 @@ class PretrainedVLM(VisionLanguageModel):
     def end_tokens(self) -> set[int]:
         return super().end_tokens | self._ends | generation_ends(self.model)
 
+    @property
+    def body(self) -> nn.Module:
+        return self.model.get_decoder()
+
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
         # The base model, not its decoder: some models put vision features into deeper layers too.
-        base, body = self.model.base_model, self.model.get_decoder()
+        base, body = self.model.base_model, self.body
         given: dict[str, Any] = dict(inputs)
         needed = SILENTLY_NEEDED.get(self.model.config.model_type)
         if needed and needed not in given:
@@ -290,7 +295,7 @@ class PretrainedVLM(VisionLanguageModel):
         if states:
             given["output_hidden_states"] = states
         output = base(**given, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)[positions]
+        hidden = at_positions(output.last_hidden_state, positions, inputs["input_ids"].shape[1])
         kept = getattr(output, "hidden_states", None)
         return Outputs(hidden, decoder_features(features, body, hidden, kept, positions) | found)
 

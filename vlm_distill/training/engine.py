@@ -22,6 +22,7 @@ from data.errors import UserError
 from vlm_distill.config import AnyRun, split_batch
 from vlm_distill.launch import cores, free_port
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.sequence_parallel import SequenceParallel
 
 SAVED_BY = "engine"
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
@@ -125,6 +126,14 @@ class Processes:
         parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
         parts[self.rank] = rows
         return torch.cat(parts)
+
+    def share_sequences(self, size: int) -> SequenceParallel | None:
+        """This rank's group of so many neighbouring ones, which share their samples' tokens; ``None`` where one is."""
+        if size == 1:
+            return None
+        # Every rank takes part in making every group.
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.world, size)]
+        return SequenceParallel(groups[self.rank // size], self.rank % size, size)
 
     def barrier(self) -> None:
         if self.world > 1:

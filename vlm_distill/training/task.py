@@ -11,6 +11,7 @@ from data.batch import DistillationBatch
 from data.errors import UserError
 from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.teacher import TeacherOutputs
 
 
@@ -21,13 +22,20 @@ class DistillationTask(nn.Module):
         student: trained in the parts that it has set trainable.
         terms: the losses, by unique names; those on features are prepared.
         recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
+        sequence: the ranks that share this one's samples, each of which learns from its share of the positions.
     """
 
     def __init__(
-        self, student: VisionLanguageModel, terms: Sequence[Term | FeatureTerm], *, recompute_logits: bool = False
+        self,
+        student: VisionLanguageModel,
+        terms: Sequence[Term | FeatureTerm],
+        *,
+        recompute_logits: bool = False,
+        sequence: SequenceParallel | None = None,
     ) -> None:
         super().__init__()
         self.student = student
+        self.sequence = sequence
         self.recompute_logits = recompute_logits
         self.terms = [term for term in terms if isinstance(term, Term)]
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
@@ -58,13 +66,14 @@ class DistillationTask(nn.Module):
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}
         if self.terms:
+            own = slice(None) if self.sequence is None else self.sequence.share(len(batch.targets))
             found = fused_linear(
                 self.terms,
-                outputs.hidden,
+                outputs.hidden[own],
                 self.student.head,
-                None if teacher is None else teacher.targets,
-                batch.targets,
-                distilled=batch.distilled,
+                None if teacher is None else teacher.targets[own],
+                batch.targets[own],
+                distilled=batch.distilled[own],
                 groups=batch.groups,
                 scales=scales,
                 recompute=self.recompute_logits,

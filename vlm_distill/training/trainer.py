@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from data.batch import DistillationBatch, Problem, Step
 from data.collate import Pair
 from data.conversation import Document
-from data.errors import BadSample
+from data.errors import BadSample, UserError
 from data.loader import StepDataset, make_loader
 from data.mixture import Mixture
 from vlm_distill import losses
@@ -22,6 +23,7 @@ from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, Term, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.teacher import ModelTeacher
 
 from .build import (
@@ -89,6 +91,9 @@ class Trainer(Loop):
         self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
         prepare_losses(terms, student, self.guide)
         self.features = losses.wanted_features(terms)[1]
+        self.sequence = processes.share_sequences(config.training.sequence_parallel)
+        if self.sequence is not None:
+            self._share_sequences(self.sequence, student, terms)
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
@@ -104,8 +109,8 @@ class Trainer(Loop):
             ),
             student.processor,
             self.guide.processor if self.guide is not None else None,
-            rank=processes.rank,
-            world=processes.world,
+            rank=processes.rank // config.training.sequence_parallel,
+            world=processes.world // config.training.sequence_parallel,
             micro_batch_size=self.micro,
             accumulation=self.accumulation,
             max_length=data.max_length,
@@ -125,7 +130,9 @@ class Trainer(Loop):
             student.to(processes.device)
         check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
         self.evaluations.prepare(student, self.teacher)
-        task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
+        task = DistillationTask(
+            student, terms, recompute_logits=config.training.recompute_logits, sequence=self.sequence
+        )
         section = config.optimizer
         optimizer = torch.optim.AdamW(
             parameter_groups(task, section.weight_decay),
@@ -140,13 +147,36 @@ class Trainer(Loop):
         if config.deepspeed.stage == 3:
             student.head.gather = gather_parameters  # for what reads the head outside the task's forward
 
+    def _share_sequences(
+        self, ranks: SequenceParallel, student: VisionLanguageModel, terms: Sequence[Term | FeatureTerm]
+    ) -> None:
+        """Divides both decoders, and refuses what would look at a whole sequence."""
+        if self.grouped or any(isinstance(term, FeatureTerm) for term in terms):
+            raise UserError(
+                "training.sequence_parallel: losses on features and across tokenizers need whole sequences; leave "
+                "them or it out"
+            )
+        text = next((source.path for source in self.config.data.train if source.format == "text"), None)
+        if text is not None:
+            raise UserError(f"training.sequence_parallel: {text} is packed, and a divided row has one document alone")
+        ranks.divide(student, "student")
+        if self.guide is not None:
+            ranks.divide(self.guide.model, "teacher")
+
+    def _step(self, step: Step, waited: float) -> dict[str, Any]:
+        with nullcontext() if self.sequence is None else self.sequence.shared():
+            return super()._step(step, waited)
+
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
         return make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
 
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
-        return {**step.counts(), "tokens": step.tokens, "samples": samples}
+        counts = {**step.counts(), "tokens": step.tokens, "samples": samples}
+        if self.sequence is not None and self.sequence.rank:
+            return dict.fromkeys(counts, 0)  # the first of those that share the samples counts them
+        return counts
 
     def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
         if isinstance(term, FeatureTerm) and term.loss.unit == "image":
