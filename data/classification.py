@@ -28,7 +28,7 @@ from .labelled import (
     read_classes,
 )
 from .layouts import images_of
-from .sources import choose_split, open_dataset, without_media
+from .sources import check_regular, choose_split, open_dataset, without_media
 from .tar_images import TarImages
 
 __all__ = ["FORMATS", "LabelledImage", "LabelledImages", "open_images"]
@@ -122,6 +122,8 @@ def _format(path: Path, given: str, format: str) -> str:
         if format == "huggingface" or (format == "auto" and hub_name):
             return "huggingface"
         raise UserError(f"data {given} do not exist; check the path (relative ones start at {Path.cwd()})")
+    if not path.is_dir():
+        check_regular(path)
     if format != "auto":
         return format
     if path.is_dir():

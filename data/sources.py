@@ -66,13 +66,16 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Conversation:
         """The sample at ``index``. Raises ``BadSample`` for a malformed one, ``IndexError`` past the end."""
         index = range(len(self))[index]
-        return to_conversation(
-            self.record(index),
-            images=self.images,
-            source=self.name,
-            line=self.line(index),
-            answers_required=self.answers_required,
-        )
+        try:
+            return to_conversation(
+                self.record(index),
+                images=self.images,
+                source=self.name,
+                line=self.line(index),
+                answers_required=self.answers_required,
+            )
+        except RecursionError:  # lists in lists in lists, where JSON allows them
+            raise BadSample("nested too deeply", "a list or object in the record") from None
 
 
 class JsonlSource(Source):
@@ -154,7 +157,10 @@ class JsonSource(Source):
             raise UserError(
                 f"{path} holds a JSON {type(records).__name__}, not a list of records; make it a list or JSONL"
             )
-        texts = [json.dumps(record).encode() for record in records[:limit]]
+        try:
+            texts = [json.dumps(record).encode() for record in records[:limit]]
+        except RecursionError:
+            raise UserError(f"{path} holds lists or objects nested too deeply; mend the file") from None
         self._text = b"".join(texts)
         self._ends = np.cumsum([0, *map(len, texts)])
 
@@ -394,8 +400,8 @@ def open_text(
         UserError: as in :func:`open_source`, or a data set has no such column.
     """
     path = Path(path_or_name)
-    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt") if path.is_dir() else []
-    files = inside or ([path] if path.is_file() and path.suffix.lower() == ".txt" else [])
+    inside = sorted(file for file in path.rglob("*") if _is_text(file)) if path.is_dir() else []
+    files = inside or ([path] if _is_text(path) else [])
     if files:
         return TextSource(TextFiles(files[:limit], name or path.stem), characters)
     records = open_source(path_or_name, split=split, config=config, name=name, limit=limit)
@@ -417,6 +423,7 @@ def _format(path: Path, given: str, format: str) -> str:
         if format in ("json", "jsonl"):
             raise UserError(f"{given} is a folder; name the {format} file in it")
         return "huggingface"
+    check_regular(path)
     if format != "auto":
         return format
     kind = _SUFFIXES.get(path.suffix.lower())
@@ -430,6 +437,16 @@ def _format(path: Path, given: str, format: str) -> str:
         # One object after another under the name .json is common.
         return "jsonl" if start.startswith(b"{") else "json"
     return kind
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() == ".txt" and path.is_file()
+
+
+def check_regular(path: Path) -> None:
+    """Raises ``UserError`` for what is there and is no file: a pipe would wait for ever, a device never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is neither a file nor a folder, but a pipe or a device; copy what it gives to a file")
 
 
 def open_dataset(path: Path, given: str, split: str | None, config: str | None) -> Any:
