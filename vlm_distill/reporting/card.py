@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def document(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
     """A card: what the hub reads as front matter, the licence left to fill in, and its text."""
-    from omegaconf import OmegaConf
-
-    front = OmegaConf.to_yaml(OmegaConf.create(dict(facts))).strip()
+    front = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True).strip()
     licence = "# license: yours to choose; mind those of the data and of every base model"
     return "\n".join(["---", front, licence, "---", "", *lines])
 
