@@ -49,8 +49,8 @@ ODD = st.sampled_from(
     """null|true|[]|{}|''|' '|~|0|-1|-0.0|.nan|.inf|-.inf|1e400|1.0e+400|1e-400|0x7fffffffffffffff|123456789012345678901
 2024-01-01|2024-13-45|2024-01-01 25:61:00|12:30:45|1_000|0b11|0o17|!!python/object:os.system {}|!!python/name:os.system
 !!binary aGk=|!!binary "*"|!!set {a, b}|!!omap [a: 1]|!!timestamp x|!!float x|!!int x|!custom x|"\\ud800"|"\\0"|"a\\nb"
-'${oc.env:NOT_THERE_AT_ALL}'|'${oc.env:HF_TOKEN}'|'${output}'|'${a.b.c}'|'${'|'${}'|'${oc.decode:"[["}'|'${nope:1}'|'${.}'|'${..}'
-'${oc.create:${data}}'|'${data}'|'???'|[[[[[[]]]]]]|{1: 2}|{null: 1}|{true: x}|{1.5: 1}|{? [a] : b}|{name: {name: {}}}
+'${oc.env:NOT_THERE_AT_ALL}'|'${oc.env:HF_TOKEN}'|'${output}'|'${a.b.c}'|'${'|'${}'|'${oc.decode:"[["}'|'${nope:1}'|'${.}'
+'${..}'|'${oc.create:${data}}'|'${data}'|'???'|[[[[[[]]]]]]|{1: 2}|{null: 1}|{true: x}|{1.5: 1}|{? [a] : b}|{name: {name: {}}}
 '../../../etc/passwd'|'/dev/zero'|'http://user:pass@host/x'|'%s%n{}{0}'|'<script>'|"\\e[31m"|all|taid|cross_entropy|a b""".replace(
         "\n", "|"
     ).split("|")
@@ -151,9 +151,8 @@ SPOILT = [
         "\x85",
     ),
 ]
-LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
-)
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+LAUGHS += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
 
 
 def prepared(path, overrides, kind):

@@ -20,7 +20,7 @@ from data.errors import UserError
 from vlm_distill.config import load_config
 from vlm_distill.launch import guarded
 from vlm_distill.models.common import first_line
-from vlm_distill.reporting.card import document, fact_table, in_words, result, source_names, student_scores
+from vlm_distill.reporting.card import cell, document, fact_table, in_words, result, source_names, student_scores
 
 from .classifier import Classifier, load_classifier
 from .config import ClassifierConfig
@@ -167,14 +167,14 @@ def _card(classifier: Classifier, folder: Path, about: About, difference: float 
         results.append(result("image-classification", data, metrics))
     if results:
         facts["model-index"] = [{"name": about.name, "results": results}]
-    lines = [f"# {about.name}", "", *_description(classifier, about, architecture), ""]
+    lines = [f"# {cell(about.name)}", "", *_description(classifier, about, architecture), ""]
     lines += ["## Use", "", "```python", *_usage(classifier, settings), "```", ""]
     if about.scores:
         lines += ["## Scores", "", "| data | images | top-1 | top-5 | ECE |", "|---|---|---|---|---|"]
         for data, scores in about.scores.items():
             shares = [f"{scores[k]:.2%}" if scores.get(k) is not None else "" for k in ("exact", "top5")]
             error = f"{scores['ece']:.3f}" if scores.get("ece") is not None else ""
-            lines.append(f"| {data} | {scores.get('n', '')} | {shares[0]} | {shares[1]} | {error} |")
+            lines.append(f"| {cell(data)} | {scores.get('n', '')} | {shares[0]} | {shares[1]} | {error} |")
         lines.append("")
     if difference is not None:
         lines += [

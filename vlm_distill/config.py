@@ -332,13 +332,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Base
             OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value)
         except Exception as error:  # of odd keys and values the library makes almost anything
             raise UserError(f"override {text[:200]!r}: {_first_line(error)}") from None
-    try:
-        raw, plain = (OmegaConf.to_container(merged, resolve=resolve) for resolve in (False, True))
-    except Exception as error:  # interpolations in a circle, too deep, to a function that fails
-        raise UserError(f"{path}: {_first_line(error)}") from None
-    for tree in (raw, plain):
-        for key, value in _leaves(tree):
-            _check(f"{path}: {key}", value)
+    for resolve in (False, True):
+        try:
+            plain = OmegaConf.to_container(merged, resolve=resolve)
+            leaves = list(_leaves(plain))
+        except Exception as error:  # interpolations in a circle, too deep, to a function that fails
+            raise UserError(f"{path}: {_first_line(error)}") from None
+        for name, leaf in leaves:
+            _check(f"{path}: {name}", leaf)
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
