@@ -247,20 +247,25 @@ class TextFiles(Source):
 
     Args:
         paths: of the files.
+        folder: where they were found; a link that leads out of it is not followed.
     """
 
-    def __init__(self, paths: Sequence[Path], name: str) -> None:
+    def __init__(self, paths: Sequence[Path], name: str, folder: Path | None = None) -> None:
         super().__init__(name, Path())
         self.paths = list(paths)
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def record(self, index: int) -> Any:
+        path = self.paths[index]
+        if self.folder is not None and not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BadSample("file outside the folder", str(path))
         try:
-            return {"text": self.paths[index].read_text("utf-8-sig")}
+            return {"text": path.read_text("utf-8-sig")}
         except UnicodeDecodeError as error:
-            raise BadSample("invalid UTF-8", f"{self.paths[index].name}: {error}") from None
+            raise BadSample("invalid UTF-8", f"{path.name}: {error}") from None
 
     def size(self, index: int) -> int:
         return self.paths[index].stat().st_size
@@ -403,7 +408,7 @@ def open_text(
     inside = sorted(file for file in path.rglob("*") if _is_text(file)) if path.is_dir() else []
     files = inside or ([path] if _is_text(path) else [])
     if files:
-        return TextSource(TextFiles(files[:limit], name or path.stem), characters)
+        return TextSource(TextFiles(files[:limit], name or path.stem, path if inside else None), characters)
     records = open_source(path_or_name, split=split, config=config, name=name, limit=limit)
     if isinstance(records, HuggingFaceSource):
         records = records.only_text()

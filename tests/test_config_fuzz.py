@@ -46,14 +46,16 @@ VISION = {
 BOTH = st.sampled_from([(VLM, RunConfig), (VISION, ClassifierConfig)])
 # What stands in the place of a value, as YAML text.
 ODD = st.sampled_from(
-    """null|true|[]|{}|''|' '|~|0|-1|-0.0|.nan|.inf|-.inf|1e400|1.0e+400|1e-400|0x7fffffffffffffff|123456789012345678901
-2024-01-01|2024-13-45|2024-01-01 25:61:00|12:30:45|1_000|0b11|0o17|!!python/object:os.system {}|!!python/name:os.system
+    """null|true|[]|{}|''|' '|~|0|-1|-0.0|.nan|.inf|-.inf|1e400|1.0e+400|1e-400|0x7fffffffffffffff
+123456789012345678901|2024-01-01|2024-13-45
+2024-01-01 25:61:00|12:30:45|1_000|0b11|0o17|!!python/object:os.system {}|!!python/name:os.system
 !!binary aGk=|!!binary "*"|!!set {a, b}|!!omap [a: 1]|!!timestamp x|!!float x|!!int x|!custom x|"\\ud800"|"\\0"|"a\\nb"
-'${oc.env:NOT_THERE_AT_ALL}'|'${oc.env:HF_TOKEN}'|'${output}'|'${a.b.c}'|'${'|'${}'|'${oc.decode:"[["}'|'${nope:1}'|'${.}'
-'${..}'|'${oc.create:${data}}'|'${data}'|'???'|[[[[[[]]]]]]|{1: 2}|{null: 1}|{true: x}|{1.5: 1}|{? [a] : b}|{name: {name: {}}}
-'../../../etc/passwd'|'/dev/zero'|'http://user:pass@host/x'|'%s%n{}{0}'|'<script>'|"\\e[31m"|all|taid|cross_entropy|a b""".replace(
-        "\n", "|"
-    ).split("|")
+'${oc.env:NOT_THERE_AT_ALL}'|'${oc.env:HF_TOKEN}'|'${output}'|'${a.b.c}'|'${'|'${}'
+'${oc.decode:"[["}'|'${nope:1}'|'${.}'
+'${..}'|'${oc.create:${data}}'|'${data}'|'???'|[[[[[[]]]]]]|{1: 2}|{null: 1}|{true: x}|{1.5: 1}|{? [a] : b}
+{name: {name: {}}}
+'../../../etc/passwd'|'/dev/zero'|'http://user:pass@host/x'|'%s%n{}{0}'
+'<script>'|"\\e[31m"|all|taid|cross_entropy|a b""".replace("\n", "|").split("|")
 )
 VALUES = ODD | st.text(max_size=8).map(repr) | st.integers().map(str) | st.floats().map(str) | st.just("9" * 400)
 KEYS = st.sampled_from(

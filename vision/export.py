@@ -144,7 +144,7 @@ def _about(run: Path) -> About:
     path = run / "config.yaml"
     if not path.is_file():
         return About(name)
-    config = load_config(path, (), ClassifierConfig).model_dump(exclude_none=True)
+    config = load_config(path, (), ClassifierConfig).model_dump(exclude_unset=True)
     losses, data = in_words(config["loss"]), source_names(config["data"]["train"])
     return About(name, (config.get("teacher") or {}).get("name"), data, losses, student_scores(run))
 

@@ -96,7 +96,7 @@ def _card(model: Any, run: Path) -> str:
     from vlm_distill.models.composed import ComposedVLM
     from vlm_distill.reporting.card import run_card
 
-    config = load_config(run / "config.yaml").model_dump(exclude_none=True)
+    config = load_config(run / "config.yaml").model_dump(exclude_unset=True)
     sees = model.processor.has_vision
     size = sum(p.numel() for p in model.parameters())
     if not isinstance(model, ComposedVLM):

@@ -197,7 +197,7 @@ def test_rows_of_a_table(folders, processor):
 
 
 def test_plain_text(folders, processor):
-    inside, _ = folders
+    inside, outside = folders
     texts = {
         "fine": (b"what color is it", GOOD),
         "bom": (b"\xef\xbb\xbfwhat color", GOOD),
@@ -208,9 +208,13 @@ def test_plain_text(folders, processor):
         "zeros": (bytes(10), GOOD),
         "cut": ("what é".encode()[:-1], "invalid UTF-8"),
         "word": (b"red", GOOD),
+        "z_link": (None, "file outside the folder"),
     }
+    (outside / "secret.txt").write_text("what color")
+    (inside / "z_link.txt").symlink_to(outside / "secret.txt")
     for name, (content, _) in texts.items():
-        (inside / f"{name}.txt").write_bytes(content)
+        if content is not None:
+            (inside / f"{name}.txt").write_bytes(content)
     os.mkfifo(inside / "pipe.txt")
     (inside / "folder.txt").mkdir()
     ordered = sorted(texts)
