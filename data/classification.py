@@ -27,8 +27,8 @@ from .labelled import (
     read_classes,
 )
 from .layouts import images_of
+from .places import SPLITS, check_regular, choose_split
 from .sources import open_dataset, without_media
-from .splits import SPLITS, choose_split
 from .tar_images import TarImages
 from .tars import find_shards, is_shard_pattern
 
@@ -121,6 +121,8 @@ def _format(path: Path, given: str, format: str) -> str:
         if format == "huggingface" or (format == "auto" and hub_name):
             return "huggingface"
         raise UserError(f"data {given} do not exist; check the path (relative ones start at {Path.cwd()})")
+    if not path.is_dir():
+        check_regular(path)
     if format != "auto":
         return format
     if path.is_dir():

@@ -16,8 +16,8 @@ from PIL import Image
 
 from .errors import UserError
 from .labelled import LabelledImage, LabelledImages, Labels, read_classes
+from .places import choose_split
 from .plain_pickle import read_plain_pickle
-from .splits import choose_split
 
 #: The class names of Fashion-MNIST, as its README lists them.
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")

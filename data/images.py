@@ -15,6 +15,9 @@ from .conversation import ImageSource
 from .errors import BadSample
 
 MAX_PIXELS = 89_478_485
+#: The longest side in terms of the other. Models scale an image by its shorter side: one row of 65,535 pixels would be
+#: scaled to billions of them.
+MAX_RATIO = 200
 
 # Formats that decode in this process from their own bytes. Left out are those that start other programs (EPS) or hold
 # images of a size other than their header's (ICO, ICNS), which would pass the check of the size.
@@ -64,7 +67,7 @@ def load_image(
 
     Raises:
         BadSample: the file is missing, empty, outside the roots, not an image, broken, too large, or of a kind whose
-            range of values is not known (floating point, 32-bit integers).
+            range of values is not known (floating point, 32-bit integers); or one side is over 200 times the other.
     """
     if isinstance(source, Image.Image):
         return _decoded(source, max_pixels, f"a {source.mode} image", alpha)
@@ -107,6 +110,10 @@ def _decoded(image: Image.Image, max_pixels: int, name: str, alpha: str) -> Imag
     width, height = image.size
     if width * height > max_pixels:
         raise BadSample("image is too large", f"{name}: {width} x {height} pixels, limit {max_pixels}")
+    if not width * height:
+        raise BadSample("image has no pixels", f"{name}: {width} x {height}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadSample("image is too narrow", f"{name}: {width} x {height} pixels, limit {MAX_RATIO} to 1")
     try:
         image.load()
         rgb = _rgb(image, name, alpha)
@@ -139,10 +146,13 @@ def _rgb(image: Image.Image, name: str, alpha: str) -> Image.Image:
 
 def _from_16_bit(image: Image.Image, name: str, alpha: str) -> Image.Image:
     # Pillow's own conversion clips at 255. Mode "I" holds 16-bit values too (PGM); what goes beyond has no known range.
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65_535:
-        raise BadSample("image of 32-bit values", f"{name}: from {values.min()} to {values.max()}")
+    given = np.asarray(image)
+    if given.min() < 0 or given.max() > 65_535:
+        raise BadSample("image of 32-bit values", f"{name}: from {given.min()} to {given.max()}")
+    values = given.astype(np.uint32)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int) and alpha == "white":
-        values[values == transparent] = 65_535
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        values[given == transparent] = 65_535
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")

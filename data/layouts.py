@@ -85,7 +85,8 @@ def _answer(record: Mapping[str, Any]) -> str | None:
     if answer is None:
         texts = [str(a.get("answer") if isinstance(a, Mapping) else a) for a in _answers(record)]
         return Counter(texts).most_common(1)[0][0] if texts else None
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    missing = isinstance(answer, float) and not math.isfinite(answer)  # what a table has where it has nothing
+    if isinstance(answer, bool) or missing or not isinstance(answer, str | int | float):
         raise BadSample("answer is not a text", repr(answer)[:80])
     return str(answer)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 from .layouts import TEXT_COLUMNS, to_conversation
-from .splits import choose_split
+from .places import check_regular, choose_split
 from .tars import find_shards, is_shard_pattern
 
 FORMATS = ("auto", "json", "jsonl", "huggingface", "webdataset")
@@ -77,13 +77,16 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Conversation:
         """The sample at ``index``. Raises ``BadSample`` for a malformed one, ``IndexError`` past the end."""
         index = range(len(self))[index]
-        return to_conversation(
-            self.record(index),
-            images=self.images,
-            source=self.name,
-            line=self.line(index),
-            answers_required=self.answers_required,
-        )
+        try:
+            return to_conversation(
+                self.record(index),
+                images=self.images,
+                source=self.name,
+                line=self.line(index),
+                answers_required=self.answers_required,
+            )
+        except RecursionError:  # lists in lists in lists, where JSON allows them
+            raise BadSample("nested too deeply", "a list or object in the record") from None
 
 
 class JsonlSource(Source):
@@ -165,7 +168,10 @@ class JsonSource(Source):
             raise UserError(
                 f"{path} holds a JSON {type(records).__name__}, not a list of records; make it a list or JSONL"
             )
-        texts = [json.dumps(record).encode() for record in records[:limit]]
+        try:
+            texts = [json.dumps(record).encode() for record in records[:limit]]
+        except RecursionError:
+            raise UserError(f"{path} holds lists or objects nested too deeply; mend the file") from None
         self._text = b"".join(texts)
         self._ends = np.cumsum([0, *map(len, texts)])
 
@@ -252,20 +258,25 @@ class TextFiles(Source):
 
     Args:
         paths: of the files.
+        folder: where they were found; a link that leads out of it is not followed.
     """
 
-    def __init__(self, paths: Sequence[Path], name: str) -> None:
+    def __init__(self, paths: Sequence[Path], name: str, folder: Path | None = None) -> None:
         super().__init__(name, Path())
         self.paths = list(paths)
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def record(self, index: int) -> Any:
+        path = self.paths[index]
+        if self.folder is not None and not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BadSample("file outside the folder", str(path))
         try:
-            return {"text": self.paths[index].read_text("utf-8-sig")}
+            return {"text": path.read_text("utf-8-sig")}
         except UnicodeDecodeError as error:
-            raise BadSample("invalid UTF-8", f"{self.paths[index].name}: {error}") from None
+            raise BadSample("invalid UTF-8", f"{path.name}: {error}") from None
 
     def size(self, index: int) -> int:
         return self.paths[index].stat().st_size
@@ -416,10 +427,10 @@ def open_text(
         UserError: as in :func:`open_source`, or a data set has no such column.
     """
     path = Path(path_or_name)
-    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt") if path.is_dir() else []
-    files = inside or ([path] if path.is_file() and path.suffix.lower() == ".txt" else [])
+    inside = sorted(file for file in path.rglob("*") if _is_text(file)) if path.is_dir() else []
+    files = inside or ([path] if _is_text(path) else [])
     if files:
-        return TextSource(TextFiles(files[:limit], name or path.stem), characters)
+        return TextSource(TextFiles(files[:limit], name or path.stem, path if inside else None), characters)
     records = open_source(path_or_name, split=split, config=config, name=name, limit=limit)
     if isinstance(records, HuggingFaceSource):
         records = records.only_text()
@@ -443,6 +454,7 @@ def _format(path: Path, given: str, format: str) -> str:
         if format == "webdataset" or (format == "auto" and any(path.glob("*.tar"))):
             return "webdataset"
         return "huggingface"
+    check_regular(path)
     if format != "auto":
         return format
     kind = _SUFFIXES.get(path.suffix.lower())
@@ -456,6 +468,10 @@ def _format(path: Path, given: str, format: str) -> str:
         # One object after another under the name .json is common.
         return "jsonl" if start.startswith(b"{") else "json"
     return kind
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() == ".txt" and path.is_file()
 
 
 def open_dataset(path: Path, given: str, split: str | None, config: str | None) -> Any:

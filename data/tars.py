@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 from .labelled import is_image_name
-from .splits import SPLITS, choose_split
+from .places import SPLITS, check_regular, choose_split
 
 _OPEN_SHARDS = 64  # a process may usually hold 1024 files open, and a rank has several workers
 _SHARD_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
@@ -115,6 +115,7 @@ def _stats(shards: Sequence[Path]) -> NDArray[np.int64]:
             stat = shard.stat()
         except OSError as error:
             raise UserError(f"tar file {shard} cannot be read: {error.strerror}; check the path") from None
+        check_regular(shard)
         stats.append((stat.st_size, stat.st_mtime_ns))
     return np.array(stats, dtype=np.int64).reshape(-1, 2)
 
@@ -152,6 +153,8 @@ def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else the million it has seen stay in memory
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is stored with holes, which is not supported")
                 if member.isreg():
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"{member.name} is cut off")
@@ -162,7 +165,9 @@ def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or (end is not None and tar.offset > end):
                 raise tarfile.ReadError(f"no mark of its end at byte {tar.offset}")
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a broken header the library makes almost anything, a request for exabytes too
         inner = f" at byte {start}" if start else ""
         raise UserError(
             f"{shard}{inner} is truncated, broken or compressed ({error}); fetch it again, or unpack .gz first"

@@ -18,6 +18,7 @@ import pandas as pd
 
 from .conversation import ImageSource
 from .errors import BadSample, UserError
+from .sources import check_regular
 from .tables import Row, Table
 
 #: A cell of ``image`` that is no longer holds the index of the row whose image is meant.
@@ -57,6 +58,7 @@ class TsvTable(Table):
         self.path = path
         self._folder = images or path.parent
         digest = hashlib.md5(usedforsecurity=False) if md5 else None
+        check_regular(path)
         header, cells, places = _scan(path, digest)
         self.columns = header
         self._place = header.index("image") if "image" in header else None

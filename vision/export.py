@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from vlm_distill.config import load_config
 from vlm_distill.launch import guarded
 from vlm_distill.models.common import first_line
-from vlm_distill.reporting.card import document, fact_table, in_words, result, source_names, student_scores
+from vlm_distill.reporting.card import cell, document, fact_table, in_words, result, source_names, student_scores
 
 from .classifier import Classifier, load_classifier
+from .config import ClassifierConfig
 
 #: Share of the largest logit by which ONNX may differ from torch; kernels add in other orders.
 TOLERANCE = 1e-3
@@ -138,15 +140,12 @@ def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
 
 def _about(run: Path) -> About:
     """What a run's own files say of it."""
-    from omegaconf import OmegaConf
-
     name = run.resolve().name
     path = run / "config.yaml"
     if not path.is_file():
         return About(name)
-    config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    losses = in_words(config.get("loss") or [])
-    data = source_names((config.get("data") or {}).get("train") or [])
+    config = load_config(path, (), ClassifierConfig).model_dump(exclude_unset=True)
+    losses, data = in_words(config["loss"]), source_names(config["data"]["train"])
     return About(name, (config.get("teacher") or {}).get("name"), data, losses, student_scores(run))
 
 
@@ -168,14 +167,14 @@ def _card(classifier: Classifier, folder: Path, about: About, difference: float 
         results.append(result("image-classification", data, metrics))
     if results:
         facts["model-index"] = [{"name": about.name, "results": results}]
-    lines = [f"# {about.name}", "", *_description(classifier, about, architecture), ""]
+    lines = [f"# {cell(about.name)}", "", *_description(classifier, about, architecture), ""]
     lines += ["## Use", "", "```python", *_usage(classifier, settings), "```", ""]
     if about.scores:
         lines += ["## Scores", "", "| data | images | top-1 | top-5 | ECE |", "|---|---|---|---|---|"]
         for data, scores in about.scores.items():
             shares = [f"{scores[k]:.2%}" if scores.get(k) is not None else "" for k in ("exact", "top5")]
             error = f"{scores['ece']:.3f}" if scores.get("ece") is not None else ""
-            lines.append(f"| {data} | {scores.get('n', '')} | {shares[0]} | {shares[1]} | {error} |")
+            lines.append(f"| {cell(data)} | {scores.get('n', '')} | {shares[0]} | {shares[1]} | {error} |")
         lines.append("")
     if difference is not None:
         lines += [

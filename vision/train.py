@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_distill import train
+from vlm_distill.config import load_config, split_batch
 from vlm_distill.launch import leave
 
 from .config import ClassifierConfig
@@ -16,6 +17,15 @@ from .config import ClassifierConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains; returns the exit code."""
     return train.main(arguments, ClassifierConfig, "vision.trainer")
+
+
+def check(arguments: Sequence[str], nproc: int) -> None:
+    """Raises ``UserError`` for what is wrong with a configuration by itself, before processes are started."""
+    from .trainer import build_terms
+
+    config = load_config(arguments[0], arguments[1:], ClassifierConfig)
+    split_batch(config, nproc)
+    build_terms(config)
 
 
 if __name__ == "__main__":

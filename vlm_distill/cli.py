@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,10 @@ def classify(config: Config, overrides: Overrides = None, nproc: Processes = 1) 
     The other path of this suite, from ImageNet, CIFAR or any folder of images: configs/imagenet, configs/cifar100.
     Under DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
     """
-    raise typer.Exit(launch("vision.train", [str(config), *(overrides or ())], nproc))
+    words = [str(config), *(overrides or ())]
+    # By name, as it is started: nothing here imports the other path.
+    import_module("vision.train").check(words, nproc)
+    raise typer.Exit(launch("vision.train", words, nproc))
 
 
 @app.command()

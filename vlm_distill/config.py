@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args, overload
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.errors import UserError
 
+from .confidential import secret_in
 from .evaluation.scoring.base import Rules
 
 T = TypeVar("T", bound=BaseModel)
@@ -24,7 +25,10 @@ TEACHERS = "teacher"
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Part = Literal["vision_encoder", "projector", "decoder"]
+#: In a configuration with its aliases written out.
+_MOST_NODES = 100_000
 
 
 class Section(BaseModel):
@@ -139,7 +143,7 @@ class LossSection(Section):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
-    weight: float = 1.0
+    weight: Annotated[float, Field(ge=0)] = 1.0
 
 
 class SourceSection(Section):
@@ -176,7 +180,7 @@ class DataSection(Section):
 class OptimizerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0)] = 0.0
@@ -185,7 +189,7 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: Positive | None = None
     batch_size: Positive = 64
     micro_batch_size: Positive | None = None
@@ -348,17 +352,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Base
     """
     merged = _read(Path(path), ())
     for text in overrides:
-        key, sign, _ = text.partition("=")
+        key, sign, value = text.partition("=")
         if not sign or not key:
             raise UserError(f"override {text!r}: write it as section.key=value")
+        _check(f"override {key}", text)
         try:
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"]).value)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
-            raise UserError(f"override {text!r}: {_first_line(error)}") from None
-    try:
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+        except Exception as error:  # of odd keys and values the library makes almost anything
+            raise UserError(f"override {text[:200]!r}: {_first_line(error)}") from None
+    for resolve in (False, True):
+        try:
+            plain = OmegaConf.to_container(merged, resolve=resolve)
+            leaves = list(_leaves(plain))
+        except Exception as error:  # interpolations in a circle, too deep, to a function that fails
+            raise UserError(f"{path}: {_first_line(error)}") from None
+        for name, leaf in leaves:
+            _check(f"{path}: {name}", leaf)
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
@@ -371,23 +380,79 @@ def save_config(config: AnyRun, path: Path) -> None:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file; the ones that ship are under configs/")
+    if not _is_file(path):
+        raise UserError(f"{str(path)[:200]}: no such configuration file; the ones that ship are under configs/")
     if path.resolve() in seen:
         raise UserError(f"{path}: base files name each other in a circle")
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+    loaded = read_yaml(path)
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
-    named = loaded.pop("base", None)
-    bases = named if isinstance(named, ListConfig) else [] if named is None else [named]
-    return OmegaConf.merge(*(_read(path.parent / str(base), (*seen, path.resolve())) for base in bases), loaded)
+    try:
+        named = loaded.pop("base", None)
+        bases = [str(base) for base in (named if isinstance(named, ListConfig) else [] if named is None else [named])]
+    except Exception as error:
+        raise UserError(f"{path}: base: {_first_line(error)}") from None
+    found = [_read(path.parent / base, (*seen, path.resolve())) for base in bases]
+    try:
+        return OmegaConf.merge(*found, loaded)
+    except Exception as error:
+        raise UserError(f"{path}: does not go together with its base: {_first_line(error)}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file as OmegaConf has it, interpolations not resolved. Raises ``UserError`` for what is none."""
+    try:
+        text = path.read_text("utf-8-sig")
+        # In Python, whose stack ends in an error: OmegaConf's parser is C, and a file nested deeply would be the end.
+        if _nodes(yaml.compose(text, Loader=yaml.SafeLoader), {}) > _MOST_NODES:
+            raise ValueError(f"its aliases make more than {_MOST_NODES:,} values of it, or name each other in a circle")
+        return OmegaConf.load(path)
+    except Exception as error:  # of dates that are none, tags, bytes that are no text, anything
+        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _nodes(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many values a document has once its aliases are written out; infinitely many where they go in a circle."""
+    if node is None or id(node) in known:
+        return known.get(id(node), 0.0)
+    known[id(node)] = math.inf
+    inner: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
+    parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+    known[id(node)] = 1.0 + sum(_nodes(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a configuration with its dotted key."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _check(where: str, value: Any) -> None:
+    """Refuses what no setting is, and what must not be saved beside the results."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {value} is no finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where}: this number is too large")
+    if isinstance(value, str) and (secret := secret_in(value)):
+        raise UserError(
+            f"{where}: holds {secret}, which would be saved with the run; leave it out: libraries read "
+            "HF_TOKEN, WANDB_API_KEY and the like from the environment by themselves"
+        )
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -404,10 +469,15 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             parts.append(f"{where}: missing; it has no default")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(item["input"], dict | list) else f" (found {item['input']!r})"
+            found = "" if isinstance(item["input"], dict | list) else f" (found {_shown(item['input'])})"
             parts.append(f"{where or 'the file'}: {message}{found}")
     more = len(error.errors()) - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
 def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

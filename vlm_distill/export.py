@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ FORMATS = ("native", "llava")
 
 def is_classifier(run: Path) -> bool:
     """Whether a run trained an image classifier, whose student is named where others have a path or parts."""
-    import yaml
+    from vlm_distill.config import read_yaml
 
     config = run / "config.yaml"
-    content = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else None
-    return isinstance(content, dict) and "name" in (content.get("student") or {})
+    content = read_yaml(config) if config.is_file() else None
+    student = content.get("student") if isinstance(content, Mapping) else None
+    return isinstance(student, Mapping) and "name" in student
 
 
 def export_student(run: Path, folder: Path, dtype: str | None = None, format: str = "native") -> Path:
@@ -90,12 +92,11 @@ def _tell_ends(model: Any) -> None:
 
 
 def _card(model: Any, run: Path) -> str:
-    from omegaconf import OmegaConf
-
+    from vlm_distill.config import load_config
     from vlm_distill.models.composed import ComposedVLM
     from vlm_distill.reporting.card import run_card
 
-    config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)
+    config = load_config(run / "config.yaml").model_dump(exclude_unset=True)
     sees = model.processor.has_vision
     size = sum(p.numel() for p in model.parameters())
     if not isinstance(model, ComposedVLM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ from typing import NoReturn
 from data.errors import UserError
 
 MISTAKE = 2
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES)
 # Seconds. A launcher stops all ranks within this time of the first that fails.
 _OTHERS_ARE_STOPPED = 3
 
@@ -48,7 +50,7 @@ def settle_accelerator() -> None:
 def guarded(command: Callable[[], object]) -> int:
     """Runs a command; a person's mistake becomes one line on standard error and exit code 2, without a traceback."""
     try:
-        command()
+        _with_paths_told(command)
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
@@ -58,6 +60,20 @@ def guarded(command: Callable[[], object]) -> int:
         print(f"vlm-distill{where}: {mistake}", file=sys.stderr, flush=True)
         return MISTAKE
     return 0
+
+
+def _with_paths_told(command: Callable[[], object]) -> None:
+    """Runs a command; a path that no file can have, or that may not be read, is a person's mistake."""
+    try:
+        command()
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
+            raise
+        raise UserError(f"{str(error.filename)[:200]}: {error.strerror}; check the path") from None
+    except RuntimeError as error:  # of `Path.resolve`, before Python 3.13
+        if not str(error).startswith("Symlink loop"):
+            raise
+        raise UserError(f"{error}; check the path") from None
 
 
 def leave(code: int) -> NoReturn:

@@ -56,6 +56,9 @@ def test_a_run_tells_the_card(student, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     student.save_pretrained(run / "student")
     config = {
+        "student": {"name": "cifar_resnet20"},
+        "training": {"steps": 1},
+        "output": "run",
         "teacher": {"name": "resnet34.tv_in1k"},
         "loss": [{"name": "cross_entropy", "weight": 0.1}, {"name": "kd", "weight": 0.9, "temperature": 4}],
         "data": {"train": [{"path": "somewhere/cifar-100"}]},

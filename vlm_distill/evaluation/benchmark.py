@@ -120,7 +120,7 @@ def load(path: Path) -> Benchmark:
     """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # of dates that are none, tags, bytes that are no text, anything
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a benchmark is a mapping with keys such as tsv, prompt and scorer")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from vlm_distill.confidential import secret_in
 
 from . import jsonl
 from .prompts import options
@@ -55,6 +56,8 @@ class Judge:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"judge: '{url}' is no address; give one such as http://localhost:8000/v1")
+        if secret := secret_in(url):
+            raise UserError(f"judge: the address holds {secret}; a key is read from {KEY_VARIABLE}")
         self.url, self.model, self.cache = url.rstrip("/"), model, cache
         self.workers, self.retries, self.timeout, self.wait = workers, retries, timeout, wait
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0

@@ -454,10 +454,10 @@ def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
 def read_predictions(path: Path) -> list[Prediction]:
     """The predictions in a file that :func:`write_predictions` wrote."""
     predictions = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                predictions.append(Prediction(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                predictions.append(Prediction(**json.loads(line.decode())))
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not a prediction ({error}); evaluate again") from None
     return predictions

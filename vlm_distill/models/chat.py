@@ -149,6 +149,27 @@ def token_places(offsets: Sequence[tuple[int, int]], supervised: Sequence[bool],
     return torch.tensor(places, dtype=torch.int64).reshape(-1, 3)
 
 
+def control_tokens(tokenizer: Any, render: Render) -> tuple[str, ...]:
+    """The special tokens that frame a conversation: start and end of a text, and those that the template writes.
+
+    Read from data, one of them would end a turn or begin one. Others, such as those around a box, are words.
+    """
+    parts = {"user": "a", "assistant": "b"}
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts.items()]
+    try:
+        frame = render(messages, False) + render(messages[:1], True)
+    except Exception:  # a template that wants an image or a system prompt; `rendered` tells what it refuses
+        frame = ""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    written = {token for token in special if token in frame}
+    return tuple(sorted(written | {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}))
+
+
+def held(tokens: Sequence[str], texts: Sequence[str]) -> str | None:
+    """The first of the tokens that stands in one of the texts."""
+    return next((token for token in tokens if any(token in text for text in texts)), None)
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of every token the tokenizer holds for special, the end token above all."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

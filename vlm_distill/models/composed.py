@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,21 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation
+from data.conversation import Conversation, message_text
 from data.errors import BadSample, UserError
 
 from .adapters import plain_state
-from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, special_ids, token_places
+from .chat import (
+    DEFAULT_TEMPLATE,
+    Span,
+    control_tokens,
+    find_answers,
+    held,
+    mark_tokens,
+    rendered,
+    special_ids,
+    token_places,
+)
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, Processor, VisionLanguageModel
@@ -38,6 +49,11 @@ FORMAT = 1
 
 #: Stands for an image in the rendered text: a private-use character that no tokenizer ever sees.
 SENTINEL = "\U0010fffd"
+
+#: Stands inside a user's text where a control token is written out, so that it is tokenized as two pieces of text.
+BREAK = "\U0010fffc"
+
+_MARKS = re.compile(f"([{SENTINEL}{BREAK}])")
 
 
 class ComposedProcessor(Processor):
@@ -64,18 +80,33 @@ class ComposedProcessor(Processor):
         self.tokens = tokens
         self.has_vision = transform is not None
         self._special = special_ids(tokenizer)
+        self._template: Any = None
+        self._control: tuple[str, ...] = ()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = 0 if pad is None else pad
 
     def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
-        flat = [{"role": m["role"], "content": _flat_content(m["content"])} for m in messages]
+        flat = [{"role": m["role"], "content": self._flat_content(m)} for m in messages]
         return self.tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=generation)
+
+    def _flat_content(self, message: Mapping[str, Any]) -> str:
+        parts = message["content"]
+        text = "".join(part["text"] if part["type"] == "text" else SENTINEL for part in parts)
+        for token in self._control if message["role"] != "assistant" else ():
+            text = text.replace(token, token[:1] + BREAK + token[1:])
+        return text
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
         messages = conversation.messages
         parts = [part for m in messages for part in m["content"]]
-        if any(SENTINEL in part["text"] for part in parts if part["type"] == "text"):
-            raise BadSample("text holds a private-use character that marks images", "U+10FFFD")
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        if held((SENTINEL, BREAK), texts):
+            raise BadSample("text holds a private-use character that marks images", "U+10FFFC or U+10FFFD")
+        if self._template != self.tokenizer.chat_template:
+            self._template, self._control = self.tokenizer.chat_template, ()
+            self._control = control_tokens(self.tokenizer, self._render)
+        if token := held(self._control, [message_text(m) for m in messages if m["role"] == "assistant"]):
+            raise BadSample("answer holds a control token", token)
         if images and not self.has_vision:
             raise BadSample("model takes no images", f"{len(images)} given")
         if sum(part["type"] == "image" for part in parts) != len(images):
@@ -85,18 +116,19 @@ class ComposedProcessor(Processor):
             text = rendered(self._render, messages, True)
         else:
             text, spans = find_answers(self._render, messages)
-        pieces = text.split(SENTINEL)
-        if len(pieces) != len(images) + 1:
-            raise BadSample("chat template drops or repeats images", f"{len(pieces) - 1} of {len(images)}")
+        if text.count(SENTINEL) != len(images):
+            raise BadSample("chat template drops or repeats images", f"{text.count(SENTINEL)} of {len(images)}")
 
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
-        for k, piece in enumerate(pieces):
-            if k:
+        for piece in _MARKS.split(text):
+            if piece == SENTINEL:
                 ids += [-1] * self.tokens
                 offsets += [(at, at + 1)] * self.tokens
+            if piece in (SENTINEL, BREAK):
                 at += 1
+                continue
             coded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
             ids += coded["input_ids"]
             offsets += [(at + a, at + b) for a, b in coded["offset_mapping"]]
@@ -171,10 +203,6 @@ def _packed_positions(sample: Encoded, length: int) -> Tensor:
     """``[length]``: a sample's positions, packed or not, and those of its padding, which begin again at 0."""
     own = sample.tensors.get("position_ids", torch.arange(len(sample.input_ids)))
     return torch.cat([own, torch.arange(length - len(own))])
-
-
-def _flat_content(content: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(part["text"] if part["type"] == "text" else SENTINEL for part in content)
 
 
 class ComposedVLM(VisionLanguageModel):

@@ -149,7 +149,8 @@ class Processor(ABC):
 
         All but the first are supervised. ``supervised`` and ``ends`` are as in :class:`~data.batch.Encoded`.
         """
-        ids = list(self.tokenizer(document.text, verbose=False)["input_ids"])  # its length is nobody's mistake
+        # Its length is nobody's mistake, and an end token that is written out in it is text.
+        ids = list(self.tokenizer(document.text, verbose=False, split_special_tokens=True)["input_ids"])
         eos = self.tokenizer.eos_token_id
         if document.last and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)

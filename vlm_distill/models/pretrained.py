@@ -18,7 +18,7 @@ from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
 from .adapters import plain_state
-from .chat import Span, find_answers, mark_tokens, rendered, special_ids, token_places
+from .chat import Span, control_tokens, find_answers, held, mark_tokens, rendered, special_ids, token_places
 from .common import checkpoint_layers, first_line
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
@@ -119,6 +119,8 @@ class PretrainedProcessor(Processor):
         names = [processor.video_token] if getattr(processor, "video_token", None) else []
         self._reserved = [self.placeholder, self.tokenizer.convert_ids_to_tokens(image_token_id), *names]
         self._special = special_ids(self.tokenizer)
+        self._template: Any = None
+        self._control: tuple[str, ...] = ()
         self._dummy: Encoded | None = None
 
     def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
@@ -140,10 +142,16 @@ class PretrainedProcessor(Processor):
 
     def _check(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:
         parts = [part for message in messages for part in message["content"]]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        for token in self._reserved:
-            if any(token in text for text in texts):
-                raise BadSample("text holds one of the model's placeholders", token)
+        # Joined: what is cut into several parts is put together again by the template.
+        texts = ["".join(p["text"] for p in m["content"] if p["type"] == "text") for m in messages]
+        if token := held(self._reserved, texts):
+            raise BadSample("text holds one of the model's placeholders", token)
+        if self._template != self.processor.chat_template:
+            self._template = self.processor.chat_template
+            self._control = control_tokens(self.tokenizer, self._render)
+        # The processor tokenizes the rendered text as a whole, and makes of this what it makes of the template's own.
+        if token := held(self._control, texts):
+            raise BadSample("text holds a control token", token)
         if sum(part["type"] == "image" for part in parts) != len(images):
             raise BadSample("images and image parts differ in number", f"{len(images)} images")
 
@@ -174,7 +182,7 @@ class PretrainedProcessor(Processor):
             # Not by the processor: InternVL's would make a tensor of the replacements too.
             (replaced,) = inputs.pop("text_replacement_offsets", None) or [[]]
             tensors = dict(BatchFeature(dict(inputs), tensor_type="pt"))
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # processors raise almost anything on images of odd shapes
             raise BadSample("processor refuses the sample", first_line(error)[:120]) from error
         if len(replaced) != len(images):
             raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not tell it")

@@ -61,6 +61,10 @@ class VisionEncoderSettings:
     interpolation: str | None = None
 
 
+# Pixels. The square around a longer image would take gigabytes, so that it is made smaller first.
+_LONGEST_PADDED = 8192
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """A PIL image to a normalised tensor; holds no module, so that worker processes can have it."""
@@ -75,6 +79,9 @@ class ImageTransform:
         """Float32 ``[3, H, W]`` of an RGB image."""
         height, width = self.size
         if self.resize == "pad" and image.width != image.height:
+            if max(image.size) > _LONGEST_PADDED:
+                image = image.copy()
+                image.thumbnail((_LONGEST_PADDED, _LONGEST_PADDED))
             side = max(image.size)
             colour = tuple(int(255 * m) for m in self.mean)
             square = Image.new("RGB", (side, side), colour)

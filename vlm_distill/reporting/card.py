@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from data.errors import one_line
+
 
 def document(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
     """A card: what the hub reads as front matter, the licence left to fill in, and its text."""
-    from omegaconf import OmegaConf
-
-    front = OmegaConf.to_yaml(OmegaConf.create(dict(facts))).strip()
+    front = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True).strip()
     licence = "# license: yours to choose; mind those of the data and of every base model"
     return "\n".join(["---", front, licence, "---", "", *lines])
 
@@ -47,7 +49,12 @@ def student_scores(run: Path) -> dict[str, dict[str, Any]]:
 
 def fact_table(rows: Sequence[tuple[str, Any]]) -> list[str]:
     """Lines of a table of facts; empty ones are left out."""
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
+    return ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows if value)]
+
+
+def cell(value: Any) -> str:
+    """A value as text alone in a table of Markdown, on one line, no markup in it."""
+    return one_line(str(value)).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def result(task: str, data: str, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def run_card(config: Mapping[str, Any], run: Path, sees: bool, size: int, librar
         if metrics:
             results.append(result(task, data, metrics))
         shown = ", ".join(f"{m['name']} {m['value']:g}" for m in metrics)
-        table.append(f"| {data} | {scores.get('n', '')} | {shown} | {scores.get('rules', '')} |")
+        table.append(f"| {' | '.join(map(cell, (data, scores.get('n', ''), shown, scores.get('rules', ''))))} |")
     if results:
         facts["model-index"] = [{"name": name, "results": results}]
     teacher, student = config.get("teacher") or {}, config["student"]
@@ -99,7 +106,7 @@ def run_card(config: Mapping[str, Any], run: Path, sees: bool, size: int, librar
         ("training", _pairs(config.get("training"), "epochs", "steps", "batch_size", "dtype", "seed")),
         ("ZeRO stage", str((config.get("deepspeed") or {}).get("stage", ""))),
     ]
-    lines = [f"# {name}", "", "A student distilled by vlm-distill.", "", *fact_table(rows), ""]
+    lines = [f"# {cell(name)}", "", "A student distilled by vlm-distill.", "", *fact_table(rows), ""]
     lines += ["## Use", "", "```python", *usage, "```", ""]
     if table:
         lines += ["## Scores", "", "| data | questions | score | rules |", "|---|---|---|---|", *table, ""]

@@ -13,13 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
-from yaml import YAMLError
 
 from data.errors import BadSample, UserError
 from data.images import load_image
 from vlm_distill import __version__
+from vlm_distill.config import read_yaml
 from vlm_distill.evaluation.runner import read_predictions
 
 from . import plots, seeds
@@ -70,11 +69,18 @@ def write_report(
     families = {label: seeds.family(folder.resolve()) or label for label, folder in named.items()}
     colours = {family: f"c{i % _COLOURS}" for i, family in enumerate(dict.fromkeys(families.values()))}
     loaded = [load_run(folder, label, colours[families[label]]) for label, folder in named.items()]
+    try:
+        page = _page(loaded, title, baselines or {})
+    except UserError:
+        raise
+    except Exception as error:  # values of another kind than a run writes can fail anywhere on the page
+        files = ", ".join(map(str, named.values()))
+        raise UserError(f"{files}: a file there holds what no run writes ({error!r}); run it again") from error
     if out is None:
         first = loaded[0].folder
         out = (first if len(loaded) == 1 else first.parent) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_page(loaded, title, baselines or {}), "utf-8")
+    out.write_text(page, "utf-8", errors="backslashreplace")  # half an emoji in an answer, say
     return out
 
 
@@ -90,14 +96,14 @@ def load_run(folder: Path, label: str, css: str) -> Run:
         raise UserError(
             f"{folder}: not a run folder (no config.yaml, no metrics.jsonl); give one that `vlm-distill train` wrote"
         )
-    text = config.read_text("utf-8") if config.is_file() else ""
+    text = _read_text(config) if config.is_file() else ""
     lines = _read_lines(metrics) if metrics.is_file() else []
     run = Run(
         label,
         css,
         folder,
         text,
-        _settings(config, text),
+        _settings(config) if text.strip() else {},
         [line for line in lines if line.get("kind") == "train"],
         [line for line in lines if line.get("kind") == "eval"],
         _read_json(summary) if summary.is_file() else {},
@@ -110,10 +116,17 @@ def load_run(folder: Path, label: str, css: str) -> Run:
     return run
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); run the command that wrote it again") from None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); run the command that wrote it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; run the command that wrote it again")
@@ -121,25 +134,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text("utf-8").splitlines()
-    entries = []
+    lines = _read_text(path).splitlines()
+    entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break  # a run that is killed leaves its last line half-written
+            entry = None
+        if isinstance(entry, dict):
+            entries.append(entry)
+        else:
             raise UserError(f"{path}, line {number}: not a JSON object; remove the line or train again") from None
     return entries
 
 
-def _settings(path: Path, text: str) -> dict[str, Any]:
+def _settings(path: Path) -> dict[str, Any]:
     """The configuration as flat ``section.key`` to value."""
-    try:
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}); train again") from None
-    return dict(_flat(tree))
+    return dict(_flat(OmegaConf.to_container(read_yaml(path))))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

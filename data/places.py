@@ -1,8 +1,9 @@
-"""Splits of data by their usual names."""
+"""Where data lie: splits by their usual names, and paths that are no files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from .errors import UserError
 
@@ -25,3 +26,9 @@ def choose_split(given: str, split: str | None, splits: Sequence[str]) -> str:
         problem = "has several splits" if split is None else f"has no split {split!r}"
         raise UserError(f"{given} {problem}; set `split` to one of {', '.join(splits)}")
     return split
+
+
+def check_regular(path: Path) -> None:
+    """Raises ``UserError`` for what is there and is no file: a pipe would wait for ever, a device never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is neither a file nor a folder, but a pipe or a device; copy what it gives to a file")

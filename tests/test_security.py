@@ -1,0 +1,311 @@
+"""What comes from outside is data: no pickle runs, no page or card carries its markup, no secret is saved."""
+
+import ast
+import json
+import os
+import pickle
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+
+from data.errors import UserError
+from data.sources import open_source
+from vision.weights import read as read_weights
+from vlm_distill import train
+from vlm_distill.confidential import secret_in
+from vlm_distill.config import load_config, save_config
+from vlm_distill.evaluation.judge import Judge
+from vlm_distill.evaluation.runner import Prediction, write_predictions
+from vlm_distill.models import load_vlm
+from vlm_distill.reporting.card import run_card
+from vlm_distill.reporting.inspect import InspectedModel, InspectedSample, render_html
+from vlm_distill.reporting.report import write_report
+from vlm_distill.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What may run code, and where it may stand: file, and why.
+ALLOWED = {
+    ("torch.load", "vlm_distill/training/engine.py"): "DeepSpeed's checkpoints, of the run's own folder alone",
+    ("pickle", "data/plain_pickle.py"): "CIFAR's files, read without calling what they name",
+    ("pickle", "vision/weights.py"): "the name of an error",
+}
+
+
+def code_that_may_run_code(tree):
+    """(what, line) of every call and import that hands control to data."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            if {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"} & set(names):
+                yield "pickle", node.lineno
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        keys = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if called.endswith("torch.load") and keys.get("weights_only") != "True":
+            yield "torch.load", node.lineno
+        if called in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"):
+            yield called, node.lineno
+        if called in ("pickle.load", "pickle.loads", "pickle.Unpickler"):
+            yield "pickle.load", node.lineno
+        if called.startswith("yaml.") and "load" in called and called != "yaml.safe_load":
+            yield "yaml.load", node.lineno
+        if keys.get("allow_pickle", "False") != "False" or (called.endswith("np.load") and "allow_pickle" not in keys):
+            yield "allow_pickle", node.lineno
+        if keys.get("trust_remote_code") == "True":
+            yield "trust_remote_code", node.lineno
+        if keys.get("shell") == "True":
+            yield "shell", node.lineno
+
+
+def test_nothing_runs_what_it_reads():
+    found = {}
+    for folder in ("data", "vlm_distill", "vision", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            for what, line in code_that_may_run_code(ast.parse(path.read_text("utf-8"))):
+                found.setdefault((what, name), line)
+    assert found.keys() == ALLOWED.keys(), found.keys() ^ ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("torch.load(f)", "torch.load(f, weights_only=False)", "pickle.loads(x)", "import pickle", "eval(x)"),
+        *("from pickle import loads", "np.load(f)", "np.load(f, allow_pickle=True)", "yaml.load(f, Loader=L)"),
+        *("load(x, trust_remote_code=True)", "run(x, shell=True)", "yaml.unsafe_load(f)"),
+    ],
+)
+def test_the_search_finds_what_it_seeks(line):
+    assert list(code_that_may_run_code(ast.parse(line)))
+
+
+class Bomb:
+    """A pickle that leaves a file behind where it is run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_weights_that_are_pickles_run_nothing(tmp_path):
+    mark, file = tmp_path / "ran", tmp_path / "model" / "pytorch_model.bin"
+    tiny.write_language_model(file.parent)
+    (file.parent / "model.safetensors").unlink()
+    torch.save({"weight": Bomb(mark)}, file)
+    for content in (file.read_bytes(), pickle.dumps(Bomb(mark))):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            load_vlm(file.parent)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match="neither a safetensors file nor tensors"):
+            read_weights(file)
+        with pytest.raises(UserError):
+            open_source(file)
+    assert not mark.exists()
+    pickle.loads(content)
+    assert mark.exists()  # it does bite
+
+
+def test_code_that_comes_with_data_or_models_is_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    code = f"import os\nos.mkdir({str(mark)!r})\n"
+    data, model = tmp_path / "data", tiny.write_language_model(tmp_path / "model")
+    data.mkdir()
+    (data / "data.py").write_text(code)
+    with pytest.raises(UserError):
+        open_source(data)
+    config = json.loads((model / "config.json").read_text())
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (model / "own.py").write_text(code)
+    with pytest.raises(UserError) as caught:
+        load_vlm(model)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "step_2", "file"])
+def test_a_run_resumes_from_its_own_folder_alone(tmp_path, linked):
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    (elsewhere / "step_2" / "saved").mkdir(parents=True)
+    (elsewhere / "step_2" / "saved" / "model.pt").write_bytes(b"a pickle")
+    place = {"checkpoints": "checkpoints", "step_2": "checkpoints/step_2", "file": "checkpoints/step_2/saved/model.pt"}
+    link = run / place[linked]
+    link.parent.mkdir(parents=True)
+    target = {"checkpoints": "", "step_2": "step_2", "file": "step_2/saved/model.pt"}[linked]
+    link.symlink_to(elsewhere / target)
+    with pytest.raises(UserError, match="leads out of the run's folder"):
+        checkpoint.completed(run / "checkpoints")
+    assert [step for step, _ in checkpoint.completed(elsewhere)] == [2]
+
+
+# Markup.
+
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}</pre></style><svg onload=alert(3)>"
+
+
+class Strict(HTMLParser):
+    """Refuses what runs or fetches; counts scripts and attacks that are text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.scripts, self.told = 0, text.count("alert(1)")
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("iframe", "object", "embed", "base", "link", "form", "foreignobject"), tag
+        self.scripts += tag == "script"
+        for name, value in attributes:
+            assert not name.startswith("on"), (tag, name, value)
+            if name in ("src", "href", "action", "xlink:href", "data", "formaction"):
+                assert value.startswith(("data:image/png", "data:image/jpeg", "#")), (tag, name, value)
+            assert not (name == "style" and ("url(" in value or "alert" in value))
+
+    handle_startendtag = handle_starttag
+
+
+def evil_tree(value):
+    """The same shape with every text in it, and keys beside those that are known, turned into an attack."""
+    if isinstance(value, dict):
+        return {key: evil_tree(inner) for key, inner in value.items()} | {EVIL: EVIL}
+    if isinstance(value, list):
+        return [evil_tree(inner) for inner in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def test_no_page_carries_what_its_data_say(tmp_path):
+    run = tmp_path / EVIL.replace("/", "")
+    run.mkdir()
+    picture = tmp_path / f"{EVIL.replace('/', '')}.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    tree = tiny.config(run, tmp_path / "data.jsonl", tmp_path / "teacher")
+    (run / "config.yaml").write_text(yaml.safe_dump(evil_tree(tree)))
+    lines = [{"kind": "train", "step": i, "loss": 1.0, f"{EVIL}/loss": 1.0 / i, "seconds": i} for i in range(1, 9)]
+    lines += [{"kind": "eval", "step": i, "data": EVIL, "exact": 0.5, "seconds": i} for i in range(1, 9)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"command": "", "started": "", "device": "", "versions": {}, "problems": {}, "seconds": 5, "steps": 8}
+    (run / "summary.json").write_text(json.dumps(evil_tree(summary) | {"parameters": {"student": 5, "teacher": 9}}))
+    data = EVIL.replace("/", "")
+    for who, right in (("student", 1.0), ("teacher", 0.0)):
+        answers = [
+            Prediction(i, EVIL, i, EVIL, [EVIL], EVIL, 0.5, right, right, EVIL, [str(picture), EVIL, None][i % 3])
+            for i in range(9)
+        ]
+        write_predictions(run / "evaluation" / data / who, answers)
+    for runs in ([run], {EVIL: run, "b": run}):
+        page = Strict(
+            write_report(
+                runs, tmp_path / "report.html", title=EVIL, baselines={EVIL: {"n": 9, "exact": 0.5}}
+            ).read_text()
+        )
+        assert page.scripts == 1
+        assert page.told > 20
+    model = InspectedModel([EVIL] * 3, [True, False, True], [False, False, True], [False, True, False])
+    samples = [InspectedSample(EVIL, [Image.new("RGB", (4, 4))], {EVIL: model}, EVIL, [(EVIL, "b")])]
+    page = Strict(render_html(samples, tmp_path / "inspect.html").read_text())
+    assert page.scripts == 0
+    assert page.told > 5
+
+
+def test_a_card_holds_no_markup_and_no_front_matter_of_others(tmp_path):
+    evil = EVIL + "\n---\nlicense: mit\n---\n| a | b |\n# Title"
+    run = tmp_path / "run"
+    scores = run / "evaluation" / evil.replace("/", "") / "student" / "scores.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text(json.dumps({"n": 5, "main": 3.0, "metric": evil, "rules": evil}))
+    section = {"name": evil, "path": evil}
+    config = {
+        "student": {"decoder": section, "train": [evil]},
+        "teacher": {"path": evil},
+        "data": {"train": [section]},
+        "loss": [{"name": evil, evil: evil}],
+        "optimizer": {"lr": evil},
+        "training": {"dtype": evil},
+    }
+    card = run_card(config, run, False, 10, "transformers", ["import transformers"])
+    _, front, text = (
+        card.split("\n---\n", 2) if card.startswith("\n") else ["", *card.removeprefix("---\n").split("\n---\n", 1)]
+    )
+    facts = yaml.safe_load(front)
+    assert facts["library_name"] == "transformers"
+    assert "license" not in facts
+    assert "<script" not in text
+    assert "<img" not in text
+    assert text.count("\n# ") == 1
+    assert "\nlicense" not in text
+
+
+# Secrets.
+
+TOKEN = "hf_" + "aB3" * 12
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("${oc.env:MY_API_KEY}", "${oc.env:HF_TOKEN,none}", "a ${oc.env:DB_PASSWORD} b", "${oc.env: wandb_api_key}"),
+        *(TOKEN, "sk-" + "x1" * 20, "http://me:hush@host/data", "https://token@host/x", "s3cr3t-value-of-mine"),
+    ],
+)
+def test_no_secret_enters_a_configuration(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t-value-of-mine")
+    monkeypatch.setenv("HF_TOKEN", "another-secret-value")
+    monkeypatch.setenv("DB_PASSWORD", "third-secret-value")
+    plain = tiny.config(tmp_path / "run", tmp_path / "data.jsonl", tmp_path / "teacher")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    for key in ("output", "data.train.0.name", "deepspeed.tag", "loss.0.note"):
+        for overrides in ([f"{key}='{value}'"], [f"{key}='{value}'", f"{key}=a"]):
+            with pytest.raises(UserError, match=f"{key}: holds") as caught:
+                load_config(path, overrides)
+            assert "secret-value" not in str(caught.value)
+            assert TOKEN not in str(caught.value)
+    plain["output"] = value
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(UserError, match="output: holds"):
+        load_config(path)
+
+
+def test_what_is_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "definitely")
+    monkeypatch.setenv("DATA_HOME", "/data/of/mine")
+    monkeypatch.setenv("SHORT_KEY", "true")
+    texts = [
+        "definitely",
+        "/data/of/mine/x",
+        "true",
+        "${oc.env:DATA_HOME}",
+        "http://host:80/a@b",
+        "owner/model",
+        "<eos>",
+    ]
+    assert [text for text in texts if secret_in(text)] == []
+
+
+def test_a_run_folder_holds_no_secret_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "s3cr3t-value-of-mine")
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-value-of-mine")
+    data, teacher = tiny.write_data(tmp_path / "data", rows=8), tiny.write_teacher(tmp_path / "teacher")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny.config(tmp_path / "run", data, teacher, training__steps=1)))
+    assert train.main([str(path)]) == 0
+    write_report([tmp_path / "run"])
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) > 8
+    assert not [file for file in files if b"s3cr3t-value-of-mine" in file.read_bytes()]
+    save_config(load_config(path), tmp_path / "again.yaml")
+
+
+def test_a_judges_address_has_no_password(tmp_path):
+    with pytest.raises(UserError, match="JUDGE_API_KEY"):
+        Judge("http://me:hush@localhost:8000/v1", "judge", tmp_path / "judge.jsonl")
