@@ -9,12 +9,12 @@ forms whole logits at every position. The learning rate is so small that both mu
 
 The teacher's forward is about four times the student's. The vocabulary has 32,000 tokens. An image is 16 tokens (of 56²
 pixels). Questions have a log-normal number of words of median 60, answers of median 30, at most 384 and 192; the table
-names the quartiles of what results. The sides take turns epoch by epoch in one process; data are read in the training's
-own process. A ratio is the median over rounds of one side's tokens a second over TRL's in the same round. With one thread
-on a CPU a side's time is the processor's, which others on the machine hardly change; otherwise it is the clock's.
+names the quartiles of what results. The sides take turns epoch by epoch in one process, which reads the data itself. A
+ratio is the median over rounds of one side's tokens a second over TRL's in the same round. With one thread on a CPU a
+side's time is the processor's, which others on the machine hardly change; otherwise it is the clock's.
 
-Peak memory is above weights, gradients and the optimizer's state: on a CPU what torch's allocator held in a step of its
-own under the profiler, on a GPU ``max_memory_allocated``. Caches are filled before, by ``vlm-distill cache``'s own code.
+Peak memory is above weights, gradients and the optimizer's state: on a CPU what torch's allocator held in a step of
+its own under the profiler, on a GPU ``max_memory_allocated``. Caches are filled before, as ``vlm-distill cache`` does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from vlm_distill.config import RunConfig
-from vlm_distill.training.cache import fill
+from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .conversation import ImageSource
 from .errors import BadSample, UserError
-from .sources import check_regular
+from .places import check_regular
 from .tables import Row, Table
 
 #: A cell of ``image`` that is no longer holds the index of the row whose image is meant.
