@@ -46,8 +46,8 @@ from transformers import (
 )
 
 from vlm_distill.config import RunConfig
-from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.engine import Processes
+from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parent))
