@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .alignment import group_tokens
-from .batch import DistillationBatch, Encoded, Groups, Processor, Rows
+from .batch import DistillationBatch, Encoded, Groups, Origin, Processor, Rows
 from .conversation import Conversation, Document, message_text
 from .errors import BadSample
 
@@ -47,6 +47,7 @@ class Pair:
         groups: int64 ``[G, 2]`` of both models, as :func:`~data.alignment.group_tokens` gives them.
         samples: rows of sources that end here.
         document: whether it is plain text, which may stand in a row with other documents.
+        origins: where it comes from, in the order of its tokens; empty where nobody needs to know.
     """
 
     student: Encoded
@@ -57,6 +58,7 @@ class Pair:
     groups: tuple[Tensor, Tensor] | None = None
     samples: int = 1
     document: bool = False
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,13 @@ class Collator:
         packed = pack([pair for pair in pairs if pair.document], self.max_length)
         rows = [pair for pair in pairs if not pair.document] + packed
         return collate(rows, self.student, self.teacher, grouped=self.grouped)
+
+
+def placed(pairs: Sequence[Pair], source: int, row: int) -> list[Pair]:
+    """A sample's pairs with their origins."""
+    rows = [pair.teacher or pair.student for pair in pairs]
+    origins = [Origin(source, row, piece, int(one.supervised.sum())) for piece, one in enumerate(rows)]
+    return [replace(pair, origins=(origin,)) for pair, origin in zip(pairs, origins, strict=True)]
 
 
 def encode_pair(
@@ -234,6 +243,7 @@ def _packed(documents: Sequence[Pair]) -> Pair:
         torch.cat([pair.distilled for pair in documents]),
         samples=sum(pair.samples for pair in documents),
         document=True,
+        origins=_origins(documents),
     )
 
 
@@ -335,7 +345,12 @@ def collate(
         samples=sum(pair.samples for pair in pairs),
         images=sum(pair.student.images for pair in pairs),
         groups=_groups(pairs) if grouped else None,
+        origins=_origins(pairs),
     )
+
+
+def _origins(pairs: Sequence[Pair]) -> tuple[Origin, ...]:
+    return tuple(origin for pair in pairs for origin in pair.origins)
 
 
 def _groups(pairs: Sequence[Pair]) -> Groups:
