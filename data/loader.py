@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .batch import Problem, Processor, Step
-from .collate import EVERY_ANSWER, Collator, Pair, Turns, placed
+from .collate import EVERY_ANSWER, Collator, Pair, Turns
 from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
@@ -109,7 +109,7 @@ class StepDataset(Dataset[Step]):
         sample = self.mixture.sources[source][row]
         wanted = () if isinstance(sample, Document) else sample.images
         images = [load_image(i, roots=self.roots, max_pixels=self.max_pixels) for i in wanted]
-        return sample, images, placed(self.collator.encode(sample, images), source, row)
+        return sample, images, self.collator.encode(sample, images, (source, row))
 
 
 def check_split(batch_size: int, micro_batch_size: int, accumulation: int, world: int) -> None:
