@@ -95,7 +95,13 @@ class Collator:
             pairs = encode_document(sample, *models)
         else:
             pairs = [encode_pair(sample, images, *models, turns=self.turns, grouped=self.grouped)]
-        return pairs if place is None else _placed(pairs, *place)
+        return pairs if place is None else self.placed(pairs, *place)
+
+    def placed(self, pairs: Sequence[Pair], source: int, row: int) -> list[Pair]:
+        """A sample's pairs with their origins."""
+        rows = [pair.teacher or pair.student for pair in pairs]
+        origins = [Origin(source, row, piece, int(one.supervised.sum())) for piece, one in enumerate(rows)]
+        return [replace(pair, origins=(origin,)) for pair, origin in zip(pairs, origins, strict=True)]
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """A micro-batch, its documents packed."""
@@ -178,13 +184,6 @@ def _from(row: Encoded, start: int) -> Encoded:
         places = places[row.supervised.nonzero().flatten() >= start]
         places = places - torch.tensor([int(places[0, 0]), 0, 0])
     return replace(row, supervised=row.supervised & later, ends=row.ends & later, places=places)
-
-
-def _placed(pairs: Sequence[Pair], source: int, row: int) -> list[Pair]:
-    """A sample's pairs with their origins."""
-    rows = [pair.teacher or pair.student for pair in pairs]
-    origins = [Origin(source, row, piece, int(one.supervised.sum())) for piece, one in enumerate(rows)]
-    return [replace(pair, origins=(origin,)) for pair, origin in zip(pairs, origins, strict=True)]
 
 
 def encode_document(document: Document, student: Processor, teacher: Processor | None, max_length: int) -> list[Pair]:

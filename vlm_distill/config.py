@@ -107,12 +107,30 @@ class StudentSection(ModelSection):
         return self
 
 
+class CacheSection(Section):
+    """Where a teacher's outputs lie on disk: hidden states at supervised tokens, or the ``k`` likeliest tokens there."""
+
+    folder: str
+    form: Literal["hidden", "topk"] = "hidden"
+    k: Positive = 64
+
+
 class TeacherSection(ModelSection):
-    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off."""
+    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off.
+
+    With ``cache``, ``vlm-distill cache`` fills that folder, and a run learns from it without loading the teacher.
+    """
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
     from_student: bool = False
     placement: Literal["replicate", "shard"] = "replicate"
+    cache: CacheSection | None = None
+
+    @model_validator(mode="after")
+    def _cached(self) -> TeacherSection:
+        if self.cache is not None and self.path is None and not self.from_student:
+            raise ValueError("cache: only a teacher with a path can be told from others; save it, and name its folder")
+        return self
 
     @model_validator(mode="after")
     def _own_weights(self) -> TeacherSection:
@@ -248,6 +266,15 @@ class RunConfig(Section):
             raise ValueError("student.from_teacher needs a teacher section to cut from")
         if self.student.tokenizer == TEACHERS and self.teacher is None:
             raise ValueError("student.tokenizer: teacher needs a teacher section to take it from")
+        return self
+
+    @model_validator(mode="after")
+    def _without_its_body(self) -> RunConfig:
+        if self.teacher is not None and self.teacher.cache is not None:
+            if self.student.from_teacher is not None:
+                raise ValueError("student.from_teacher cuts the teacher itself, which teacher.cache never loads")
+            if "kl" in self.evaluation.measures:
+                raise ValueError("evaluation.measures: kl asks the teacher itself, which teacher.cache never loads")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from vlm_distill.training.build import (
     load_models,
     open_sources,
     pair_vocabularies,
+    side_of,
     turns,
 )
 from vlm_distill.training.engine import Processes
@@ -28,11 +29,13 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     torch.manual_seed(config.training.seed)
     processes = Processes("cpu")
     sources = open_sources(config.data.train, config.data.max_length)
+    if config.teacher is not None:  # what the teacher receives is shown of itself
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache": None})})
     student, teacher = load_models(config, processes)
     processors, grouped = {"student": student.processor}, False
     if teacher is not None:
         processors["teacher"] = teacher.processor
-        grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
+        grouped = pair_vocabularies(config, student, side_of(teacher), build_terms(config))
     processes.close()
     mixture = Mixture(
         sources,
