@@ -234,8 +234,9 @@ def encode_teacher(
     """
     if isinstance(sample, Document):
         pieces = _pieces(teacher.encode_document(sample), max_length)
-        columns = zip(*((p.input_ids, p.supervised, p.ends) for p in pieces), strict=True)
-        return encode_document(sample, teacher, None, max_length), Encoded(*map(torch.cat, columns))
+        ids, supervised, ends = zip(*((p.input_ids, p.supervised, p.ends) for p in pieces), strict=True)
+        whole = Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends))
+        return encode_document(sample, teacher, None, max_length), whole
     row = _encode("teacher", teacher, sample, images, max_length, turns)
     tokens = row.supervised.nonzero().flatten()
     pair = Pair(row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))

@@ -108,7 +108,7 @@ class StudentSection(ModelSection):
 
 
 class CacheSection(Section):
-    """Where a teacher's outputs lie on disk: hidden states at supervised tokens, or the ``k`` likeliest tokens there."""
+    """Where a teacher's outputs lie on disk: hidden states at supervised tokens, or the ``k`` likeliest tokens."""
 
     folder: str
     form: Literal["hidden", "topk"] = "hidden"

@@ -125,7 +125,7 @@ class CachedTeacher(Teacher):
 
 
 def cached_fields(head: dict[str, Tensor] | None, k: int, vocabulary: int) -> Fields:
-    """What a cache keeps of a position: the hidden state that this head reads, or without a head the k likeliest tokens.
+    """What a cache keeps of a position: the hidden state that a head reads, or without a head the k likeliest tokens.
 
     Log-probabilities are kept in 16 bits (docs/teachers.md has the measured error), ids in 16 where the vocabulary
     allows.

@@ -124,9 +124,10 @@ class Trainer(Loop):
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
 
         self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
-        if self.teacher is not None:
-            cached = isinstance(self.teacher, CachedTeacher)
-            self.parameters["teacher"] = self.teacher.parameters if cached else sum(count_parameters(model).values())
+        if isinstance(self.teacher, CachedTeacher):
+            self.parameters["teacher"] = self.teacher.parameters
+        elif model is not None:
+            self.parameters["teacher"] = sum(count_parameters(model).values())
         if processes.device.type == "cuda":
             student.to(processes.device)
         check_packing(config.data.train, student, model if self.guide is not None else None, self.grouped)
