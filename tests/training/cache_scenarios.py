@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import scenarios
 import tiny
 import torch
 
@@ -20,12 +21,13 @@ from vlm_distill.config import RunConfig
 from vlm_distill.launch import leave
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models.teacher import ModelTeacher, TeacherOutputs
+from vlm_distill.training import engine
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
 K = 5
-# What differs from the run with the teacher itself that stands before it, by name: the same name without "_cached".
+# Runs with the teacher itself; each is followed by one from a cache, NAME_cached.
 LIVE = {
     "mixed": {"data": "mixed"},
     "alone": {"data": "mixed", "training__micro_batch_size": 1},
@@ -34,10 +36,13 @@ LIVE = {
     "bf16": {"data": "mixed", "training__dtype": "bf16", "deepspeed__stage": 2},
     "topk": {"data": "mixed", "loss": [{"name": "forward_kl"}]},
 }
+# Filled by one rank and read by two.
+BY_ONE = ["mixed", "text", "topk"]
 TWO_RANKS = {"shard": {"data": "mixed", "teacher": "shard", "deepspeed__stage": 3}}
 
 
 def main(folder: Path) -> None:
+    engine._inference_config = scenarios.sharded_inference
     processes = Processes("cpu")
     if processes.first:
         tiny.write_data(folder / "mixed", text_only=(0, 1, 2, 3, 8, 9, 14, 15), broken=(4, 5, 6, 7, 20))
@@ -59,8 +64,7 @@ def main(folder: Path) -> None:
             cached = config(folder, out / f"{name}_cached", dict(changes), cache)
             fill(cached, processes)
             results[f"{name}_cached"] = run(cached, processes)
-            if processes.world > 1 and name in LIVE:
-                # Filled by one rank, read by two.
+            if processes.world > 1 and name in BY_ONE:
                 cache["folder"] = str(folder / f"ranks1/{name}_cache")
                 results[f"{name}_by_one"] = run(config(folder, out / f"{name}_other", dict(changes), cache), processes)
             results[f"{name}_cached"]["shards"] = len(list((out / f"{name}_cache").glob("*.index")))

@@ -56,7 +56,7 @@ def test_a_cached_run_equals_the_live_one(results, world, name):
     assert live["problems"] or name == "text"
 
 
-@pytest.mark.parametrize("name", sorted(cache_scenarios.LIVE))
+@pytest.mark.parametrize("name", sorted(cache_scenarios.BY_ONE))
 def test_a_cache_is_filled_and_read_on_any_number_of_ranks(results, name):
     same(results(2, f"{name}_cached"), results(2, f"{name}_by_one"), TOLERANCE.get(name, 1e-5))
     assert results(1, f"{name}_cached")["tokens"] == results(2, f"{name}_cached")["tokens"] > 30
@@ -64,7 +64,9 @@ def test_a_cache_is_filled_and_read_on_any_number_of_ranks(results, name):
 
 def test_a_teacher_in_shards_fills_it(results):
     same(results(2, "shard"), results(2, "shard_cached"), 1e-5)
-    same(results(2, "mixed_cached"), results(2, "shard_cached"), 1e-4)
+    # At another ZeRO stage, from the same teacher.
+    losses = [[line["loss"] for line in results(2, f"{name}_cached")["metrics"]] for name in ("mixed", "shard")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.fixture(scope="module")

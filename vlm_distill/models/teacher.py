@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from data.batch import DistillationBatch
 from data.token_cache import CachedRows, Fields, TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
+from .composed import load_tokenizer
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
 
 _HEAD, _TOKENIZER = "head.safetensors", "tokenizer"
@@ -82,6 +82,7 @@ class CachedTeacher(Teacher):
     Args:
         folder: of a cache that ``vlm-distill cache`` made.
         device: where the head lies.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Attributes:
         cache: of the outputs.
@@ -92,9 +93,9 @@ class CachedTeacher(Teacher):
 
     processor: CachedRows
 
-    def __init__(self, folder: Path, device: torch.device | str) -> None:
+    def __init__(self, folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> None:
         self.cache = TokenCache(folder)
-        self.processor = CachedRows(self.cache, AutoTokenizer.from_pretrained(folder / _TOKENIZER))
+        self.processor = CachedRows(self.cache, load_tokenizer(str(folder / _TOKENIZER), trust_remote_code))
         about = self.cache.about["teacher"]
         self.parameters: int = about["parameters"]
         self.end_tokens: set[int] = set(about["end_tokens"])

@@ -18,7 +18,15 @@ from data.errors import UserError
 from data.images import load_image
 from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
 from vlm_distill import losses, models
-from vlm_distill.config import TEACHERS, CacheSection, DataSection, ModelSection, RunConfig, SourceSection
+from vlm_distill.config import (
+    TEACHERS,
+    CacheSection,
+    DataSection,
+    ModelSection,
+    RunConfig,
+    SourceSection,
+    TeacherSection,
+)
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
@@ -189,7 +197,7 @@ def load_models(
     """The student, with what trains of it marked, and the teacher: whole on each rank, in shards, or what is cached."""
     teacher: ModelTeacher | CachedTeacher | None
     if config.teacher is not None and config.teacher.cache is not None:
-        teacher = open_cached(config.teacher.cache, processes)
+        teacher = open_cached(config.teacher, config.teacher.cache, processes)
     else:
         teacher = load_teacher(config, processes)
     # After the teacher, so that a student starts from the same weights with and without one.
@@ -200,12 +208,12 @@ def load_models(
     return student, teacher
 
 
-def open_cached(section: CacheSection, processes: Processes) -> CachedTeacher:
+def open_cached(teacher: TeacherSection, section: CacheSection, processes: Processes) -> CachedTeacher:
     """A teacher's cached outputs. Raises ``UserError`` where there are none."""
     folder = Path(section.folder)
     if not (folder / ABOUT).is_file():
         raise UserError(f"teacher.cache: {folder} holds no cache; fill it: vlm-distill cache CONFIG")
-    return CachedTeacher(folder, processes.device)
+    return CachedTeacher(folder, processes.device, trust_remote_code=teacher.trust_remote_code)
 
 
 def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:

@@ -335,8 +335,8 @@ def _estimate(cache: TokenCache, dataset: _Rows, count: int) -> None:
 
 def _write(writer: TokenWriter, teacher: ModelTeacher, found: _Batch, cache: TokenCache, processes: Processes) -> None:
     """One micro-batch through the teacher and into the cache."""
-    # The teacher is alone in it, and takes the student's place there.
-    batch = replace(found.batch, teacher=found.batch.student).to(processes.device)
+    batch = found.batch.to(processes.device)
+    batch = replace(batch, teacher=batch.student)  # it is alone there
     targets = teacher.outputs(batch).targets
     assert isinstance(targets, HiddenTargets)
     with torch.no_grad():
