@@ -74,6 +74,22 @@ class Processor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a part of a micro-batch comes from.
+
+    Attributes:
+        source, row: the sample's, as the mixture numbers them.
+        piece: which piece of a long document, from 0.
+        tokens: supervised tokens of the teacher's row of it (of the student's without a teacher).
+    """
+
+    source: int
+    row: int
+    piece: int
+    tokens: int
+
+
 @dataclass
 class Rows:
     """One model's side of a micro-batch.
@@ -126,6 +142,7 @@ class DistillationBatch:
         samples: number of real samples (dummy rows not counted).
         images: number of their images; dummy rows' images, which come last, are not among them.
         groups: what is compared where the tokenizers differ, otherwise ``None``.
+        origins: where the teacher's positions come from, in their order.
     """
 
     student: Rows
@@ -135,6 +152,7 @@ class DistillationBatch:
     samples: int
     images: int = 0
     groups: Groups | None = None
+    origins: tuple[Origin, ...] = ()
 
     @property
     def teacher_targets(self) -> Tensor:

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from .alignment import group_tokens
-from .batch import DistillationBatch, Encoded, Groups, Processor, Rows
+from .batch import DistillationBatch, Encoded, Groups, Origin, Processor, Rows
 from .conversation import Conversation, Document, message_text
 from .errors import BadSample
+from .token_cache import CachedRows, compact
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Pair:
         groups: int64 ``[G, 2]`` of both models, as :func:`~data.alignment.group_tokens` gives them.
         samples: rows of sources that end here.
         document: whether it is plain text, which may stand in a row with other documents.
+        origins: where it comes from, in the order of its tokens; empty where nobody needs to know.
     """
 
     student: Encoded
@@ -57,6 +59,7 @@ class Pair:
     groups: tuple[Tensor, Tensor] | None = None
     samples: int = 1
     document: bool = False
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,29 @@ class Collator:
     turns: Turns = EVERY_ANSWER
     grouped: bool = False
 
-    def encode(self, sample: Conversation | Document, images: Sequence[Image.Image] = ()) -> list[Pair]:
-        """One pair of a conversation, one or more of a document. Raises ``BadSample`` as these do."""
-        models = self.student, self.teacher, self.max_length
+    def encode(
+        self,
+        sample: Conversation | Document,
+        images: Sequence[Image.Image] = (),
+        place: tuple[int, int] | None = None,
+    ) -> list[Pair]:
+        """One pair of a conversation, one or more of a document. Raises ``BadSample`` as these do.
+
+        With its ``place`` (source and row), which a cached teacher needs, the pairs have origins.
+        """
+        teacher = self.teacher.at(*place) if isinstance(self.teacher, CachedRows) and place else self.teacher
+        models = self.student, teacher, self.max_length
         if isinstance(sample, Document):
-            return encode_document(sample, *models)
-        return [encode_pair(sample, images, *models, turns=self.turns, grouped=self.grouped)]
+            pairs = encode_document(sample, *models)
+        else:
+            pairs = [encode_pair(sample, images, *models, turns=self.turns, grouped=self.grouped)]
+        return pairs if place is None else self.placed(pairs, *place)
+
+    def placed(self, pairs: Sequence[Pair], source: int, row: int) -> list[Pair]:
+        """A sample's pairs with their origins."""
+        rows = [pair.teacher or pair.student for pair in pairs]
+        origins = [Origin(source, row, piece, int(one.supervised.sum())) for piece, one in enumerate(rows)]
+        return [replace(pair, origins=(origin,)) for pair, origin in zip(pairs, origins, strict=True)]
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """A micro-batch, its documents packed."""
@@ -181,19 +201,46 @@ def encode_document(document: Document, student: Processor, teacher: Processor |
         if ids != others:
             raise BadSample("misaligned", _difference(ids, others))
     pairs: list[Pair] = []
-    for start in range(0, len(ids), max_length):
-        piece = slice(start, start + max_length)
-        supervised = row.supervised[piece].clone()
-        supervised[0] = False
-        if supervised.any():
-            encoded = Encoded(row.input_ids[piece], supervised, row.ends[piece] & supervised)
-            tokens = supervised.nonzero().flatten()
+    for encoded in _pieces(row, max_length):
+        tokens = encoded.supervised.nonzero().flatten()
+        if len(tokens):
             own = None if teacher is None else encoded
             every = torch.ones(len(tokens), dtype=torch.bool)
             pairs.append(Pair(encoded, own, tokens, tokens, every, samples=int(not pairs), document=True))
     if not pairs:
         raise BadSample("no supervised token", "the document is one token long")
     return pairs
+
+
+def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
+    """A document's row in pieces, of which the first token is never supervised."""
+    first = torch.arange(len(row.input_ids)) % max_length == 0
+    supervised = row.supervised & ~first
+    columns = (row.input_ids, supervised, row.ends & supervised)
+    return [Encoded(*part) for part in zip(*(column.split(max_length) for column in columns), strict=True)]
+
+
+def encode_teacher(
+    sample: Conversation | Document,
+    images: Sequence[Image.Image],
+    teacher: Processor,
+    max_length: int,
+    turns: Turns = EVERY_ANSWER,
+) -> tuple[list[Pair], Encoded]:
+    """A sample for a teacher alone, as pairs without one, and its row as a cache keeps it.
+
+    Raises:
+        BadSample: as in :func:`encode_pair` and :func:`encode_document`.
+    """
+    if isinstance(sample, Document):
+        pieces = _pieces(teacher.encode_document(sample), max_length)
+        ids, supervised, ends = zip(*((p.input_ids, p.supervised, p.ends) for p in pieces), strict=True)
+        whole = Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends))
+        return encode_document(sample, teacher, None, max_length), whole
+    row = _encode("teacher", teacher, sample, images, max_length, turns)
+    tokens = row.supervised.nonzero().flatten()
+    pair = Pair(row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
+    return [pair], compact(row)
 
 
 def pack(documents: Sequence[Pair], max_length: int) -> list[Pair]:
@@ -234,6 +281,7 @@ def _packed(documents: Sequence[Pair]) -> Pair:
         torch.cat([pair.distilled for pair in documents]),
         samples=sum(pair.samples for pair in documents),
         document=True,
+        origins=_origins(documents),
     )
 
 
@@ -335,7 +383,12 @@ def collate(
         samples=sum(pair.samples for pair in pairs),
         images=sum(pair.student.images for pair in pairs),
         groups=_groups(pairs) if grouped else None,
+        origins=_origins(pairs),
     )
+
+
+def _origins(pairs: Sequence[Pair]) -> tuple[Origin, ...]:
+    return tuple(origin for pair in pairs for origin in pair.origins)
 
 
 def _groups(pairs: Sequence[Pair]) -> Groups:

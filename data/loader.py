@@ -109,7 +109,7 @@ class StepDataset(Dataset[Step]):
         sample = self.mixture.sources[source][row]
         wanted = () if isinstance(sample, Document) else sample.images
         images = [load_image(i, roots=self.roots, max_pixels=self.max_pixels) for i in wanted]
-        return sample, images, self.collator.encode(sample, images)
+        return sample, images, self.collator.encode(sample, images, (source, row))
 
 
 def check_split(batch_size: int, micro_batch_size: int, accumulation: int, world: int) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from .cache_folder import ABOUT, check_room, compare, make_folder, read_about
 from .errors import UserError
 
 FORMAT = 1
@@ -71,55 +69,16 @@ class TeacherCache:
             "checks": ((cells, 2), np.uint32),
             "written": ((cells,), np.bool_),
         }
-        if not (folder / "cache.json").exists():
-            self._create(identity)
-        self._compare(identity)
+        if not (folder / ABOUT).exists():
+            needed = cells * (4 * categories + 9)
+            check_room(folder, "the teacher's logits", needed, "lower the number of fixed views")
+            make_folder(folder, "the teacher's logits", identity, self._fill)
+        compare(folder, "logits", read_about(folder), identity)
         self._logits, self._checks, self._written = (self._open(name) for name in self._layout)
 
-    def _create(self, identity: Mapping[str, str]) -> None:
-        """Makes the files under another name first: of several processes one gives them their place."""
-        needed = self.rows * self.views * (4 * self.categories + 9)
-        made = self.folder.with_name(f"{self.folder.name}.{uuid4().hex}")
-        try:
-            made.mkdir(parents=True)
-            try:
-                free = shutil.disk_usage(made).free
-                if free < needed:
-                    raise UserError(
-                        f"{self.folder}: the teacher's logits take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-                        "free; make room, choose another folder, or lower the number of fixed views"
-                    )
-                for name, (shape, dtype) in self._layout.items():
-                    open_memmap(made / f"{name}.npy", mode="w+", dtype=dtype, shape=shape).flush()
-                (made / "cache.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-                made.rename(self.folder)
-            except OSError:
-                # Another process was first, or there is a folder with something else in it.
-                if not (self.folder / "cache.json").exists():
-                    raise
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot make the cache of the teacher's logits: {error.strerror}; name an empty folder "
-                "that may be written"
-            ) from None
-
-    def _compare(self, identity: Mapping[str, str]) -> None:
-        path = self.folder / "cache.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; delete the folder to fill it anew") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: not a JSON object; delete the folder to fill it anew")
-        for key in [*identity, *(key for key in found if key not in identity)]:
-            old, new = found.get(key, "none"), identity.get(key, "none")
-            if old != new:
-                raise UserError(
-                    f"{self.folder}: its logits are of another {key}: {old} there, {new} here; name another folder, or "
-                    "delete this one to fill it anew"
-                )
+    def _fill(self, folder: Path) -> None:
+        for name, (shape, dtype) in self._layout.items():
+            open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape).flush()
 
     def _open(self, name: str) -> np.memmap[Any, Any]:
         path = self.folder / f"{name}.npy"

@@ -43,6 +43,23 @@ def write(material, name="run", **changes):
     return path
 
 
+def test_a_cache_is_filled_and_then_learnt_from(material, command, monkeypatch):
+    folder = material[0]
+    path, place = write(material, "cached", training__steps=1), f"teacher.cache.folder={folder / 'cache'}"
+    code, _, errors = command("cache", path)
+    assert code == 2
+    assert errors == "vlm-distill: teacher.cache: says where the teacher's outputs go; set teacher.cache.folder\n"
+    started = []
+    monkeypatch.setattr(cli, "launch", lambda *words: started.append(words) or 0)
+    assert command("cache", path, place, "--nproc", 2)[0] == 0
+    assert started == [("vlm_distill.cache", [str(path), place], 2)]
+    # What those processes do.
+    assert train.main([str(path), place]) == 2
+    assert train.main([str(path), place], trainer="vlm_distill.training.teacher_cache", work="fill") == 0
+    assert train.main([str(path), place]) == 0
+    assert yaml.safe_load((folder / "cached/config.yaml").read_text())["teacher"]["cache"]["form"] == "hidden"
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

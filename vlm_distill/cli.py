@@ -72,6 +72,19 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
 
 
 @app.command()
+def cache(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> None:
+    """Runs CONFIG's teacher once over all of its data, and keeps its outputs in the folder of teacher.cache.
+
+    Training then reads them there and never loads the teacher. What was stopped goes on when started again.
+    """
+    from vlm_distill.config import load_config
+    from vlm_distill.training.teacher_cache import cache_section
+
+    cache_section(load_config(config, overrides or ()))
+    raise typer.Exit(launch("vlm_distill.cache", [str(config), *(overrides or ())], nproc))
+
+
+@app.command()
 def classify(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> None:
     """Trains an image classifier as CONFIG says, evaluates it and its teacher, exports it.
 

@@ -111,17 +111,34 @@ class StudentSection(ModelSection):
         return self
 
 
+class CacheSection(Section):
+    """Where a teacher's outputs lie on disk: hidden states at supervised tokens, or the ``k`` likeliest tokens."""
+
+    folder: str
+    form: Literal["hidden", "topk"] = "hidden"
+    k: Positive = 64
+
+
 class TeacherSection(ModelSection):
     """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off.
 
     ``placement`` is where its weights lie: whole on every rank, each rank's share on its device (``shard``) or in main
     memory, to be fetched layer by layer (``offload``). ``quantize`` keeps those of its linear layers in fewer bits.
+
+    With ``cache``, ``vlm-distill cache`` fills that folder, and a run learns from it without loading the teacher.
     """
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
     from_student: bool = False
     placement: Literal["replicate", "shard", "offload"] = "replicate"
     quantize: Literal["int8", "nf4", "fp8"] | None = None
+    cache: CacheSection | None = None
+
+    @model_validator(mode="after")
+    def _cached(self) -> TeacherSection:
+        if self.cache is not None and self.path is None and not self.from_student:
+            raise ValueError("cache: only a teacher with a path can be told from others; save it, and name its folder")
+        return self
 
     @model_validator(mode="after")
     def _own_weights(self) -> TeacherSection:
@@ -274,6 +291,15 @@ class RunConfig(Section):
             raise ValueError("student.from_teacher: no student is cut from weights of fewer bits; leave quantize out")
         if self.student.tokenizer == TEACHERS and self.teacher is None:
             raise ValueError("student.tokenizer: teacher needs a teacher section to take it from")
+        return self
+
+    @model_validator(mode="after")
+    def _without_its_body(self) -> RunConfig:
+        if self.teacher is not None and self.teacher.cache is not None:
+            if self.student.from_teacher is not None:
+                raise ValueError("student.from_teacher cuts the teacher itself, which teacher.cache never loads")
+            if "kl" in self.evaluation.measures:
+                raise ValueError("evaluation.measures: kl asks the teacher itself, which teacher.cache never loads")
         return self
 
     @model_validator(mode="after")

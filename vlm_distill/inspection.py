@@ -11,6 +11,7 @@ from data.errors import BadSample
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig
 from vlm_distill.models.interface import Processor
+from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.reporting.inspect import InspectedModel, InspectedSample
 from vlm_distill.training.build import (
     build_terms,
@@ -28,9 +29,11 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     torch.manual_seed(config.training.seed)
     processes = Processes("cpu")
     sources = open_sources(config.data.train, config.data.max_length)
+    if config.teacher is not None:  # what the teacher receives is shown of itself
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache": None})})
     student, teacher = load_models(config, processes)
     processors, grouped = {"student": student.processor}, False
-    if teacher is not None:
+    if isinstance(teacher, ModelTeacher):
         processors["teacher"] = teacher.processor
         grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
     processes.close()

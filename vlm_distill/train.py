@@ -16,21 +16,25 @@ from vlm_distill.launch import guarded, leave
 
 
 def main(
-    arguments: Sequence[str] | None = None, kind: type[Any] = RunConfig, trainer: str = "vlm_distill.training.trainer"
+    arguments: Sequence[str] | None = None,
+    kind: type[Any] = RunConfig,
+    trainer: str = "vlm_distill.training.trainer",
+    work: str = "train",
 ) -> int:
     """Trains; returns the exit code.
 
     Args:
         arguments: a configuration's path and overrides; ``None``: the command line's.
         kind: what the configuration is.
-        trainer: the module whose ``train`` takes it.
+        trainer: the module that works with it.
+        work: the name of its function that does.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
-    return guarded(lambda: _train(words, kind, trainer))
+    return guarded(lambda: _train(words, kind, trainer, work))
 
 
-def _train(words: Sequence[str], kind: type[Any], trainer: str) -> None:
+def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> None:
     config = load_config(words[0] if words else "(no configuration named)", words[1:], kind)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.training.device == "cpu":
@@ -38,10 +42,10 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str) -> None:
     # Imported late: DeepSpeed chooses its accelerator when it is imported, and takes seconds.
     from vlm_distill.training.engine import Processes
 
-    train = import_module(trainer).train
+    run = getattr(import_module(trainer), work)
     processes = Processes(config.training.device)
     try:
-        train(config, processes)
+        run(config, processes)
     finally:
         processes.close()
 

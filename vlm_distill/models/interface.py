@@ -97,18 +97,19 @@ class LMHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[N, V]`` of ``hidden [N, H]``: the definition that the chunked losses are held to."""
         with self.weight() as weight:
-            return self._logits(hidden, weight)
+            return self.logits_with(hidden, weight)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
         """Log-probabilities ``[N]`` of the tokens ``targets [N]``, from logits of so many rows at a time."""
         found = [hidden.new_zeros(0, dtype=torch.float32)]
         with self.weight() as weight:
             for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-                logits = self._logits(part, weight)
+                logits = self.logits_with(part, weight)
                 found.append(logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
         return torch.cat(found)
 
-    def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def logits_with(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The same with the weight that :meth:`weight` has given, for what makes them part by part."""
         logits = hidden.float() @ weight.float().T
         if self.bias is not None:
             logits = logits + self.bias.float()

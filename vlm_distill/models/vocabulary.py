@@ -7,6 +7,9 @@ from typing import Any
 from data.errors import UserError
 
 from .interface import VisionLanguageModel
+from .teacher import CachedTeacher
+
+Teaching = VisionLanguageModel | CachedTeacher
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
@@ -43,7 +46,7 @@ def same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
     return True
 
 
-def separate_heads(*models: VisionLanguageModel) -> None:
+def separate_heads(*models: Teaching) -> None:
     """Cuts each model's head to the ids that its own tokenizer has: what embeddings are padded with is no token."""
     for model in models:
         model.head.vocabulary = None
@@ -51,14 +54,15 @@ def separate_heads(*models: VisionLanguageModel) -> None:
             model.head.vocabulary = min(max(model.processor.tokenizer.get_vocab().values()) + 1, weight.shape[0])
 
 
-def align_heads(student: VisionLanguageModel, teacher: VisionLanguageModel) -> int:
+def align_heads(student: VisionLanguageModel, teacher: Teaching) -> int:
     """Cuts both heads to the ids that both models share, and returns their number.
 
     Raises:
         UserError: different tokenizers, or an end token of the student outside what they share.
     """
     n = shared_vocabulary(student.processor.tokenizer, teacher.processor.tokenizer)
-    for model in (student, teacher):
+    models: tuple[Teaching, ...] = (student, teacher)
+    for model in models:
         model.head.vocabulary = None
         with model.head.weight() as weight:
             n = min(n, weight.shape[0])

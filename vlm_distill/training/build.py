@@ -11,13 +11,22 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data.cache_folder import ABOUT
 from data.collate import Turns
 from data.conversation import ImageSource
 from data.errors import UserError
 from data.images import load_image
 from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
 from vlm_distill import losses, models
-from vlm_distill.config import TEACHERS, DataSection, ModelSection, RunConfig, SourceSection
+from vlm_distill.config import (
+    TEACHERS,
+    CacheSection,
+    DataSection,
+    ModelSection,
+    RunConfig,
+    SourceSection,
+    TeacherSection,
+)
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
@@ -25,8 +34,8 @@ from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
 from vlm_distill.models.quantize import quantization
-from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vocabulary import align_heads, separate_heads
+from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
+from vlm_distill.models.vocabulary import Teaching, align_heads, separate_heads
 
 from .engine import Processes, load_sharded
 
@@ -54,16 +63,30 @@ def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
             terms.append(FeatureTerm(name, loss, section.weight))
         else:
             terms.append(Term(name, loss, section.weight))
+    if config.teacher is not None and config.teacher.cache is not None:
+        _check_cached(terms, config.teacher.cache.form, config.training.recompute_logits)
     return terms
+
+
+def _check_cached(terms: Sequence[Term | FeatureTerm], form: str, recompute: bool) -> None:
+    """Raises ``UserError`` where a loss needs more of the teacher than a cache of this form holds."""
+    for term in terms:
+        if isinstance(term, FeatureTerm):
+            raise UserError(f"loss {term.name}: no cache holds a teacher's features; leave it or teacher.cache out")
+        if form == "topk" and "teacher" in term.loss.needs:
+            if not term.loss.takes_topk:
+                raise UserError(
+                    f"loss {term.name} needs the teacher's whole distribution; set teacher.cache.form to hidden"
+                )
+            if recompute:
+                raise UserError("training.recompute_logits needs hidden states; set teacher.cache.form to hidden")
 
 
 # Which of a student's parts a loss on images pulls at.
 _BEHIND = {"vision": ("vision_encoder",), "projector": ("vision_encoder", "projector")}
 
 
-def prepare_losses(
-    terms: Sequence[Term | FeatureTerm], student: VisionLanguageModel, teacher: ModelTeacher | None
-) -> None:
+def prepare_losses(terms: Sequence[Term | FeatureTerm], student: VisionLanguageModel, teacher: Teacher | None) -> None:
     """Tells the losses the models' vocabulary and features, so that what they learn themselves exists before training.
 
     Raises:
@@ -75,7 +98,7 @@ def prepare_losses(
         if isinstance(term, Term):
             term.loss.prepare(vocabulary)
             continue
-        assert teacher is not None
+        assert isinstance(teacher, ModelTeacher)
         mine, others = term.loss.student_features, term.loss.teacher_features
         shapes = []
         for role, model, names in (("student", student, mine), ("teacher", teacher.model, others)):
@@ -120,7 +143,10 @@ def turns(data: DataSection) -> Turns:
 
 
 def check_packing(
-    sections: Sequence[SourceSection], student: VisionLanguageModel, teacher: VisionLanguageModel | None, grouped: bool
+    sections: Sequence[SourceSection],
+    student: VisionLanguageModel | None,
+    teacher: VisionLanguageModel | None,
+    grouped: bool,
 ) -> None:
     """Raises ``UserError`` where there is plain text and a model cannot keep packed documents apart."""
     text = next((section.path for section in sections if section.format == "text"), None)
@@ -166,18 +192,33 @@ def load_model(
     return models.build_vlm({**parts, **common, "dtype": dtype}, tokenizer=tokenizer)
 
 
-def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, ModelTeacher | None]:
-    """The student, with what trains of it marked, and the teacher, whole on each rank or in shards."""
-    teacher = _load_teacher(config, processes)
+def load_models(
+    config: RunConfig, processes: Processes
+) -> tuple[VisionLanguageModel, ModelTeacher | CachedTeacher | None]:
+    """The student, with what trains of it marked, and the teacher: whole on each rank, in shards, or what is cached."""
+    teacher: ModelTeacher | CachedTeacher | None
+    if config.teacher is not None and config.teacher.cache is not None:
+        teacher = open_cached(config.teacher, config.teacher.cache, processes)
+    else:
+        teacher = load_teacher(config, processes)
     # After the teacher, so that a student starts from the same weights with and without one.
     torch.manual_seed(config.training.seed)
-    student = _load_student(config, teacher)
+    student = load_student(config, teacher)
     if config.teacher is not None and config.teacher.from_student:
         teacher = ModelTeacher(WithoutAdapters(student))
     return student, teacher
 
 
-def _load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
+def open_cached(teacher: TeacherSection, section: CacheSection, processes: Processes) -> CachedTeacher:
+    """A teacher's cached outputs. Raises ``UserError`` where there are none."""
+    folder = Path(section.folder)
+    if not (folder / ABOUT).is_file():
+        raise UserError(f"teacher.cache: {folder} holds no cache; fill it: vlm-distill cache CONFIG")
+    return CachedTeacher(folder, processes.device, trust_remote_code=teacher.trust_remote_code)
+
+
+def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
+    """The teacher itself, if it has weights of its own."""
     section = config.teacher
     if section is None or section.from_student:
         return None
@@ -191,10 +232,11 @@ def _load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | Non
     return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
 
 
-def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLanguageModel:
+def load_student(config: RunConfig, teacher: ModelTeacher | CachedTeacher | None) -> VisionLanguageModel:
+    """The student, with what trains of it marked."""
     section = config.student
     if section.from_teacher is not None:
-        assert teacher is not None
+        assert isinstance(teacher, ModelTeacher)
         settings = dict(section.from_teacher)
         layers = settings.pop("layers", None)
         if layers is None or settings:
@@ -210,7 +252,7 @@ def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLang
         student = load_model(section, torch.float32, tokenizer, bits)
         if section.tokenizer == TEACHERS:
             assert teacher is not None
-            _take_tokenizer(student, teacher.model, section.chat_template)
+            _take_tokenizer(student, side_of(teacher), section.chat_template)
     missing = [part for part in section.trained_whole if part not in student.parts]
     if missing and section.train is not None:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
@@ -222,7 +264,7 @@ def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLang
     return student.train()
 
 
-def _take_tokenizer(student: VisionLanguageModel, teacher: VisionLanguageModel, chat_template: str | None) -> None:
+def _take_tokenizer(student: VisionLanguageModel, teacher: Teaching, chat_template: str | None) -> None:
     if not isinstance(student, ComposedVLM):
         raise UserError("student.tokenizer: teacher is for language models and models from parts, not for whole VLMs")
     student.use_tokenizer(teacher.processor.tokenizer, teacher.end_tokens)
@@ -246,8 +288,13 @@ def write_student(
         save_adapter(student, folder, section.base, whole=section.trained_whole, state=state)
 
 
+def side_of(teacher: ModelTeacher | CachedTeacher) -> Teaching:
+    """What has a teacher's tokenizer and head."""
+    return teacher.model if isinstance(teacher, ModelTeacher) else teacher
+
+
 def pair_vocabularies(
-    config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel, terms: Sequence[Term | FeatureTerm]
+    config: RunConfig, student: VisionLanguageModel, teacher: Teaching, terms: Sequence[Term | FeatureTerm]
 ) -> bool:
     """Cuts both heads to the tokens that are compared; true where groups of tokens are, the tokenizers being different.
 

@@ -20,11 +20,11 @@ from data.mixture import Mixture
 from vlm_distill import losses
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores
-from vlm_distill.losses import FeatureTerm, Term, TermSums
+from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
-from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
 
 from .build import (
     build_terms,
@@ -34,6 +34,7 @@ from .build import (
     open_sources,
     pair_vocabularies,
     prepare_losses,
+    side_of,
     trained_parameters,
     turns,
     write_student,
@@ -43,6 +44,7 @@ from .evaluations import Evaluations
 from .loop import Loop
 from .schedule import learning_rate_factor, parameter_groups
 from .task import DistillationTask
+from .teacher_cache import check_cache
 from .tracking import Tracker
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
@@ -88,7 +90,10 @@ class Trainer(Loop):
         # A teacher that no loss learns from is only there to be scored beside the student.
         self.guide = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         # Where the tokenizers differ, groups of tokens are compared.
-        self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
+        self.grouped = self.teacher is not None and pair_vocabularies(config, student, side_of(self.teacher), terms)
+        model = self.teacher.model if isinstance(self.teacher, ModelTeacher) else None
+        if isinstance(self.teacher, CachedTeacher):
+            self.told = [*self.told, *check_cache(config, sources, self.teacher)]
         prepare_losses(terms, student, self.guide)
         self.features = losses.wanted_features(terms)[1]
         self.sequence = processes.share_sequences(config.training.sequence_parallel)
@@ -124,12 +129,14 @@ class Trainer(Loop):
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
 
         self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
-        if self.teacher is not None:
-            self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
+        if isinstance(self.teacher, CachedTeacher):
+            self.parameters["teacher"] = self.teacher.parameters
+        elif model is not None:
+            self.parameters["teacher"] = sum(count_parameters(model).values())
         if processes.device.type == "cuda":
             student.to(processes.device)
-        check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
-        self.evaluations.prepare(student, self.teacher)
+        check_packing(config.data.train, student, model if self.guide is not None else None, self.grouped)
+        self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)
         task = DistillationTask(
             student, terms, recompute_logits=config.training.recompute_logits, sequence=self.sequence
         )
@@ -160,7 +167,7 @@ class Trainer(Loop):
         if text is not None:
             raise UserError(f"training.sequence_parallel: {text} is packed, and a divided row has one document alone")
         ranks.divide(student, "student")
-        if self.guide is not None:
+        if isinstance(self.guide, ModelTeacher):
             ranks.divide(self.guide.model, "teacher")
 
     def _step(self, step: Step, waited: float) -> dict[str, Any]:
@@ -213,10 +220,10 @@ class Trainer(Loop):
                 tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
 
     @torch.no_grad()
-    def _teacher_loss(self, teacher: ModelTeacher) -> tuple[float, float] | None:
+    def _teacher_loss(self, teacher: Teacher) -> tuple[float, float] | None:
         """The teacher's cross-entropy on the first samples' answers, and the value above which something is wrong.
 
-        ``None`` where none of them has an answer to measure it by.
+        ``None`` where none of them has an answer to measure it by, or only likeliest tokens are known.
         """
         data, pairs = self.config.data, list[Pair]()
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
@@ -225,13 +232,16 @@ class Trainer(Loop):
             try:
                 sample = self.dataset.mixture.sources[source][row]
                 wanted = () if isinstance(sample, Document) else sample.images
-                pairs += self.dataset.collator.encode(sample, [self.load_image(image) for image in wanted])
+                images = [self.load_image(image) for image in wanted]
+                pairs += self.dataset.collator.encode(sample, images, (source, row))
             except BadSample:
                 continue
         if not pairs:
             return None
         batch = self.dataset.collator.batch(pairs).to(self.processes.device)
         outputs = teacher.outputs(batch).targets
+        if not isinstance(outputs, HiddenTargets):
+            return None
         loss = losses.CrossEntropy()
         sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
         with outputs.head.weight() as weight:

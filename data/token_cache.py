@@ -1,0 +1,336 @@
+"""A teacher's outputs at the supervised tokens of every sample, on disk, so that a run needs nothing else of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .batch import Encoded, ModelInputs, Origin
+from .cache_folder import read_about
+from .conversation import Conversation, Document
+from .errors import BadSample, UserError
+
+FORMAT = 1
+# What is stored of a position by name: dtype and width.
+Fields = Mapping[str, tuple[torch.dtype, int]]
+
+_ENTRY = np.dtype(
+    [
+        ("row", "<i8"),
+        ("offset", "<i8"),
+        ("tokens", "<i4"),
+        ("length", "<i4"),
+        ("digest", "<u8"),
+        ("check", "<u4"),
+        ("kind", "<u4"),
+    ]
+)
+# Kinds of entries: a sample with or without its tokens' places in the answers; one that the teacher could not take.
+_PLAIN, _PLACED, _LEFT_OUT = range(3)
+# Written out after so many bytes or seconds: what a kill costs.
+_FLUSH_BYTES, _FLUSH_SECONDS = 2**26, 5.0
+
+
+def bytes_a_token(fields: Fields) -> int:
+    """What a position takes by itself. Its row takes 5 bytes a token more, 17 with places, and 40 a sample."""
+    return sum(dtype.itemsize * width for dtype, width in fields.values())
+
+
+def digest_of(sample: Conversation | Document, images: Sequence[Image.Image]) -> int:
+    """64 bits of a sample's content: its messages and its images' decoded pixels, or its text."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(sample, Document):
+        digest.update(json.dumps([sample.text, sample.last]).encode())
+    else:
+        digest.update(json.dumps(sample.messages, sort_keys=True).encode())
+    for image in images:
+        digest.update(f"{image.mode} {image.size}".encode())
+        digest.update(image.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+class TokenCache:
+    """Named values ``[tokens, width]`` of each sample's supervised tokens, in as many files as there were writers.
+
+    A writer appends to two files of its own: ``NAME.data``, the samples one after the other, and ``NAME.index``, which
+    says where each of them is. A sample's entry is written after its data have reached the disk; an entry that is cut
+    off, or whose data are, does not count. The data are memory-mapped. With each sample stands the teacher's row, cut
+    to the supervised tokens and the token before each run of them, so that nothing of the teacher is needed to align
+    the student's tokens with it. ``cache.json`` says what everything is of.
+
+    Args:
+        folder: of a cache.
+
+    Attributes:
+        about: what ``cache.json`` says.
+        sources: names of the data's sources and their numbers of rows, in the order in which rows are numbered through.
+        max_length: the most tokens in a row; long documents were cut into pieces of that length.
+
+    Raises:
+        UserError: there is no cache, or one of another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.about = read_about(folder)
+        if self.about.get("format") != FORMAT:
+            raise UserError(f"{folder}: no cache of this version; name another folder, or delete it to fill it anew")
+        self.sources: dict[str, int] = self.about["sources"]
+        self.max_length: int = self.about["max_length"]
+        self.fields = {name: (getattr(torch, dtype), width) for name, (dtype, width) in self.about["fields"].items()}
+        self._first = [0, *accumulate(self.sources.values())]
+        self._read_index()
+
+    @staticmethod
+    def describe(sources: Mapping[str, int], max_length: int, fields: Fields) -> dict[str, Any]:
+        """The part of ``cache.json`` that this class reads."""
+        plain = {name: [str(dtype).removeprefix("torch."), width] for name, (dtype, width) in fields.items()}
+        return {"format": FORMAT, "sources": dict(sources), "max_length": max_length, "fields": plain}
+
+    def _read_index(self) -> None:
+        """Entry by row; where there are several, one with values."""
+        self._shards = sorted(path.with_suffix("") for path in self.folder.glob("*.index"))
+        parts, shards = [np.empty(0, _ENTRY)], [np.empty(0, np.int64)]
+        for number, shard in enumerate(self._shards):
+            raw = shard.with_suffix(".index").read_bytes()
+            entries = np.frombuffer(raw, _ENTRY, count=len(raw) // _ENTRY.itemsize)
+            data = shard.with_suffix(".data")
+            whole = entries["offset"] + self._sizes(entries) <= (data.stat().st_size if data.exists() else 0)
+            parts.append(entries[whole & (entries["row"] >= 0) & (entries["row"] < self._first[-1])])
+            shards.append(np.full(len(parts[-1]), number))
+        entries, shard_of = np.concatenate(parts), np.concatenate(shards)
+        order = np.argsort(entries["kind"] != _LEFT_OUT, kind="stable")
+        self._entries, self._shard_of = entries[order], shard_of[order]
+        self._by_row = np.full(self._first[-1], -1, np.int64)
+        self._by_row[self._entries["row"]] = np.arange(len(self._entries))
+        self._maps: dict[int, np.memmap[Any, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # a map would be pickled with all that it shows
+
+    def _sizes(self, entries: Any) -> Any:
+        """Bytes of samples' data."""
+        lengths, tokens = entries["length"].astype(np.int64), entries["tokens"].astype(np.int64)
+        own = 5 * lengths + (bytes_a_token(self.fields) + 12 * (entries["kind"] == _PLACED)) * tokens
+        return np.where(entries["kind"] == _LEFT_OUT, lengths, own)
+
+    def missing(self, *, left_out: bool = False) -> list[int]:
+        """Rows, numbered through all sources, that are not there; with ``left_out`` also those that had no values."""
+        there = self._by_row >= 0
+        if left_out:
+            there[there] = self._entries["kind"][self._by_row[there]] != _LEFT_OUT
+        return np.flatnonzero(~there).tolist()
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are there."""
+        return int(self._entries["tokens"][self._by_row[self._by_row >= 0]].sum())
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Source and row of a row numbered through all sources."""
+        source = int(np.searchsorted(self._first, number, side="right")) - 1
+        return source, number - self._first[source]
+
+    def _data(self, source: int, row: int) -> tuple[Any, Any]:
+        """A row's entry, and its data as memory-mapped bytes."""
+        number = int(self._by_row[self._first[source] + row])
+        if number < 0:
+            raise UserError(f"{self._where(source, row)} is not in {self.folder}; run vlm-distill cache to fill it")
+        entry, shard = self._entries[number], int(self._shard_of[number])
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self._shards[shard].with_suffix(".data"), np.uint8, "r")
+        return entry, self._maps[shard][entry["offset"] : entry["offset"] + int(self._sizes(entry))]
+
+    def row(self, source: int, row: int, digest: int) -> Encoded:
+        """The teacher's row of a sample, cut to what its supervised tokens need.
+
+        Reads all that is stored of the sample: where a worker does, the values lie in memory when they are asked for.
+
+        Args:
+            source, row: the sample's.
+            digest: of its content as it is now.
+
+        Raises:
+            BadSample: the teacher could not take it.
+            UserError: it is not there, is damaged, or was another when the teacher saw it.
+        """
+        entry, data = self._data(source, row)
+        if zlib.crc32(data) != entry["check"]:
+            shard = self._shards[int(self._shard_of[self._by_row[self._first[source] + row]])]
+            raise UserError(f"{shard}.data is damaged; delete it and {shard.name}.index, and run vlm-distill cache")
+        if int(entry["digest"]) != digest:
+            raise UserError(
+                f"{self._where(source, row)}: not the sample that the teacher saw when {self.folder} was filled: its "
+                "text or an image has changed since; delete that folder to fill it anew"
+            )
+        if entry["kind"] == _LEFT_OUT:
+            raise BadSample(*json.loads(data.tobytes()))
+        length, tokens = int(entry["length"]), int(entry["tokens"])
+        marks = torch.from_numpy(data[4 * length : 5 * length].copy())
+        places = None
+        if entry["kind"] == _PLACED:
+            raw = data[5 * length : 5 * length + 12 * tokens].tobytes()
+            places = torch.from_numpy(np.frombuffer(raw, "<i4").reshape(-1, 3).astype(np.int64))
+        ids = torch.from_numpy(np.frombuffer(data[: 4 * length].tobytes(), "<i4").astype(np.int64))
+        return Encoded(ids, marks > 0, marks > 1, places=places)
+
+    def values(self, origins: Sequence[Origin], *, pinned: bool = False) -> dict[str, Tensor]:
+        """What is stored of some samples, or pieces of documents, one after the other, ``[tokens, width]`` by name."""
+        total = sum(origin.tokens for origin in origins)
+        found = {
+            name: torch.empty(total, width, dtype=dtype, pin_memory=pinned)
+            for name, (dtype, width) in self.fields.items()
+        }
+        done = 0
+        for origin in origins:
+            entry, data = self._data(origin.source, origin.row)
+            tokens, start = int(entry["tokens"]), origin.piece * (self.max_length - 1)
+            offset = 5 * int(entry["length"]) + (12 * tokens if entry["kind"] == _PLACED else 0)
+            for name, (dtype, width) in self.fields.items():
+                size = dtype.itemsize * width
+                part = data[offset + start * size : offset + (start + origin.tokens) * size]
+                found[name].view(torch.uint8)[done : done + origin.tokens].numpy()[:] = part.reshape(-1, size)
+                offset += tokens * size
+            done += origin.tokens
+        return found
+
+    def _where(self, source: int, row: int) -> str:
+        return f"{list(self.sources)[source]}, row {row + 1}"
+
+
+class TokenWriter:
+    """One process's part of a cache. ``close`` it, so that its last samples are there.
+
+    Args:
+        cache: what it is added to; does not see it until opened again.
+    """
+
+    def __init__(self, cache: TokenCache) -> None:
+        self._cache = cache
+        self._path = cache.folder / uuid4().hex
+        self._files: list[BinaryIO] = []
+        self._entries: list[tuple[int, ...]] = []
+        self._offset = self._pending = 0
+        self._flushed = time.monotonic()
+
+    def write(self, source: int, row: int, digest: int, encoded: Encoded, values: Mapping[str, Tensor]) -> None:
+        """Keeps a sample.
+
+        Args:
+            encoded: the teacher's row as :func:`compact` gives it.
+            values: ``[tokens, width]`` by name, of its supervised tokens in order.
+        """
+        marks = encoded.supervised.to(torch.uint8) + encoded.ends.to(torch.uint8)
+        parts = [encoded.input_ids.to(torch.int32), marks]
+        parts += [] if encoded.places is None else [encoded.places.to(torch.int32)]
+        parts += [values[name].to("cpu", dtype).contiguous() for name, (dtype, _) in self._cache.fields.items()]
+        data = b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts)
+        kind = _PLAIN if encoded.places is None else _PLACED
+        self._append(source, row, int(encoded.supervised.sum()), len(encoded.input_ids), digest, kind, data)
+
+    def leave_out(self, source: int, row: int, digest: int, bad: BadSample) -> None:
+        """Notes that the teacher could not take a sample; ``digest`` is 0 where it could not be read."""
+        data = json.dumps([bad.reason, bad.detail]).encode()
+        self._append(source, row, 0, len(data), digest, _LEFT_OUT, data)
+
+    def _append(self, source: int, row: int, tokens: int, length: int, digest: int, kind: int, data: bytes) -> None:
+        if not self._files:
+            self._files = [self._path.with_suffix(suffix).open("xb") for suffix in (".data", ".index")]
+        number = self._cache._first[source] + row
+        self._entries.append((number, self._offset, tokens, length, digest, zlib.crc32(data), kind))
+        self._files[0].write(data)
+        self._offset += len(data)
+        self._pending += len(data)
+        if self._pending > _FLUSH_BYTES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings what was written to the disk: data first, then the entries that make them count."""
+        if self._entries:
+            data, index = self._files
+            _sync(data)
+            index.write(np.array(self._entries, _ENTRY).tobytes())
+            _sync(index)
+        self._entries, self._pending, self._flushed = [], 0, time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        for file in self._files:
+            file.close()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def compact(row: Encoded) -> Encoded:
+    """A row cut to its supervised tokens and the token before each run of them."""
+    before = torch.cat([row.supervised[1:], torch.tensor([False])])
+    kept = row.supervised | before
+    return Encoded(row.input_ids[kept], row.supervised[kept], row.ends[kept], places=row.places)
+
+
+class CachedRows:
+    """What stands for a teacher's processor where its outputs are cached.
+
+    Args:
+        cache: of the teacher's outputs.
+        tokenizer: the teacher's.
+    """
+
+    has_vision = False
+
+    def __init__(self, cache: TokenCache, tokenizer: Any) -> None:
+        self.cache, self.tokenizer = cache, tokenizer
+
+    def at(self, source: int, row: int) -> _CachedRow:
+        """What encodes this one sample."""
+        return _CachedRow(self.cache, self.tokenizer, source, row)
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+        raise NotImplementedError("cached rows are found by source and row; see at")
+
+    def encode_document(self, document: Document) -> Encoded:
+        raise NotImplementedError("cached rows are found by source and row; see at")
+
+    def dummy(self) -> Encoded:
+        nothing = torch.zeros(1, dtype=torch.bool)
+        return Encoded(torch.zeros(1, dtype=torch.int64), nothing, nothing)
+
+    def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
+        """Ids, and ``predicts``: at which places a hidden state is stored; both ``[B, L]``."""
+        length = max(len(sample.input_ids) for sample in samples)
+        ids = torch.zeros(len(samples), length, dtype=torch.int64)
+        predicts = torch.zeros(len(samples), length, dtype=torch.bool)
+        for number, sample in enumerate(samples):
+            ids[number, : len(sample.input_ids)] = sample.input_ids
+            predicts[number, : len(sample.input_ids) - 1] = sample.supervised[1:]
+        return ModelInputs(input_ids=ids, predicts=predicts)
+
+
+class _CachedRow(CachedRows):
+    """One sample's."""
+
+    def __init__(self, cache: TokenCache, tokenizer: Any, source: int, row: int) -> None:
+        super().__init__(cache, tokenizer)
+        self._place = source, row
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+        return self.cache.row(*self._place, digest_of(conversation, images))
+
+    def encode_document(self, document: Document) -> Encoded:
+        return self.cache.row(*self._place, digest_of(document, ()))

@@ -1,0 +1,9 @@
+"""One rank of filling a teacher's cache: ``deepspeed --num_gpus 8 --module vlm_distill.cache CONFIG [key=value …]``."""
+
+from __future__ import annotations
+
+from vlm_distill.launch import leave
+from vlm_distill.train import main
+
+if __name__ == "__main__":
+    leave(main(trainer="vlm_distill.training.teacher_cache", work="fill"))

@@ -1,0 +1,105 @@
+"""What a model's files are, told apart by their content and without loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .composed import CONFIG_NAME
+from .lora import ADAPTER_CONFIG
+
+# Of all weights together so many blocks are read, evenly spaced, and of each file at least so many; small files whole.
+_BLOCK, _BLOCKS, _LEAST = 2**12, 2**13, 2**8
+_TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+_IMAGES = ("preprocessor_config", "processor_config", "video_preprocessor_config", "image_processor")
+_IDLE = ("generation_config", "training_args", "trainer_state")
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """Digests of a model's ``weights``, ``configuration``, ``tokenizer`` and ``image processor``.
+
+    Of the weights, safetensors' headers and some thousand blocks of 4 KiB are read: 70 billion parameters take seconds.
+    Any training of a whole model, and of adapters that were merged, changes blocks everywhere; a change by hand of
+    single numbers in a large file may go unseen.
+
+    Args:
+        name: a folder, or what Transformers finds on this machine.
+
+    Returns:
+        What there are files of; nothing where there is no such model here.
+    """
+    folder = _folder(name)
+    if folder is None:
+        return {}
+    groups: dict[str, list[Path]] = {}
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    suffix = ".safetensors" if any(path.suffix == ".safetensors" for path in files) else ".bin"
+    for path in files:
+        kind = _kind(path, suffix)
+        if kind is not None:
+            groups.setdefault(kind, []).append(path)
+    found = {kind: _digest(paths, sampled=kind == "weights") for kind, paths in groups.items()}
+    base = _base(folder)
+    if base is not None:
+        for kind, digest in fingerprint(base).items():
+            found[kind] = hashlib.sha256(f"{found.get(kind)} {digest}".encode()).hexdigest()[:16]
+    return found
+
+
+def digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _folder(name: str) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        return None
+
+
+def _kind(path: Path, weights: str) -> str | None:
+    name = path.name
+    if name.startswith(_IDLE) or name.endswith(".index.json"):
+        return None
+    if path.suffix == weights:
+        return "weights"
+    if name.startswith(_TOKENIZER) or path.suffix in (".model", ".jinja", ".tiktoken"):
+        return "tokenizer"
+    if name.startswith(_IMAGES):
+        return "image processor"
+    return "configuration" if path.suffix == ".json" or name == CONFIG_NAME else None
+
+
+def _digest(paths: list[Path], *, sampled: bool) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        count = max(_LEAST, _BLOCKS // len(paths))
+        with path.open("rb") as file:
+            if not sampled or size <= count * _BLOCK:
+                digest.update(file.read())
+                continue
+            header = file.read(8)
+            length = int.from_bytes(header, "little")
+            if path.suffix == ".safetensors" and length < size:
+                header += file.read(length)
+            digest.update(header)
+            for start in np.linspace(len(header), size - _BLOCK, count, dtype=np.int64):
+                file.seek(int(start))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def _base(folder: Path) -> str | None:
+    """What a folder with an adapter names as its base."""
+    path = folder / ADAPTER_CONFIG
+    return json.loads(path.read_text("utf-8")).get("base_model_name_or_path") if path.is_file() else None
