@@ -88,14 +88,14 @@ class DistillationTask(nn.Module):
     ) -> Tensor:
         """A loss's value for each of its tokens or images, ``[n]``; it hangs in the graph where n is 0, too."""
         loss = term.loss
-        # Row by row in the student's batch, whose k-th token is the teacher's k-th.
-        samples = batch.student.positions // batch.student.inputs["input_ids"].shape[1]
+        samples = batch.sample_of
         if loss.unit == "image":
+            assert batch.teacher is not None
             sides = [
-                {name: _images(term.name, role, features[name], batch.images) for name in names}
-                for role, features, names in (
-                    ("student", student, loss.student_features),
-                    ("teacher", teacher, loss.teacher_features),
+                {name: _images(term.name, role, features[name], rows.images) for name in names}
+                for role, features, names, rows in (
+                    ("student", student, loss.student_features, batch.student),
+                    ("teacher", teacher, loss.teacher_features, batch.teacher),
                 )
             ]
         else:
@@ -108,10 +108,11 @@ class DistillationTask(nn.Module):
             return loss(*sides, samples)
 
 
-def _images(name: str, role: str, features: Tensor, images: int) -> Tensor:
-    """The real images' features: a dummy row's image comes last."""
-    if images and len(features) != images:
+def _images(name: str, role: str, features: Tensor, images: Tensor) -> Tensor:
+    """The features of the samples' images, in the samples' order."""
+    count = len(images)
+    if count and len(features) != count:
         raise UserError(
-            f"loss {name}: the {role} cuts {images} image(s) into {len(features)} tiles; it compares whole images alone"
+            f"loss {name}: the {role} cuts {count} image(s) into {len(features)} tiles; it compares whole images alone"
         )
-    return features[:images]
+    return features[images]

@@ -39,6 +39,7 @@ from .build import (
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
 from .loop import Loop
+from .packing import plan_packing
 from .schedule import learning_rate_factor, parameter_groups
 from .task import DistillationTask
 from .tracking import Tracker
@@ -93,6 +94,10 @@ class Trainer(Loop):
             student.checkpoint_activations()
 
         data = config.data
+        if processes.device.type == "cuda":
+            student.to(processes.device)
+        packing = plan_packing(data, student, self.guide.model if self.guide is not None else None)
+        self.told = [*self.told, *packing.told]
         self.load_image = image_loader(data)
         self.dataset = StepDataset(
             Mixture(
@@ -100,7 +105,7 @@ class Trainer(Loop):
                 [section.weight for section in data.train],
                 seed=config.training.seed,
                 batch_size=config.training.batch_size,
-                window=data.length_window,
+                window=packing.window,
             ),
             student.processor,
             self.guide.processor if self.guide is not None else None,
@@ -114,6 +119,7 @@ class Trainer(Loop):
             on_bad=data.bad_samples,
             grouped=self.grouped,
             turns=turns(data),
+            packed=packing.packed,
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
@@ -121,8 +127,6 @@ class Trainer(Loop):
         self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
         if self.teacher is not None:
             self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
-        if processes.device.type == "cuda":
-            student.to(processes.device)
         check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
         self.evaluations.prepare(student, self.teacher)
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
@@ -142,7 +146,14 @@ class Trainer(Loop):
 
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
-        return {**step.counts(), "tokens": step.tokens, "samples": samples}
+        sides = [rows for batch in step.batches for rows in (batch.student, batch.teacher) if rows is not None]
+        return {
+            **step.counts(),
+            "tokens": step.tokens,
+            "samples": samples,
+            "filled": sum(rows.tokens for rows in sides),
+            "places": sum(rows.inputs["input_ids"].numel() for rows in sides),
+        }
 
     def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
         if isinstance(term, FeatureTerm) and term.loss.unit == "image":
@@ -163,7 +174,11 @@ class Trainer(Loop):
         )
 
     def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
-        return {"supervised_tokens": int(totals["supervised"]), self.speed: totals["tokens"] / seconds}
+        return {
+            "supervised_tokens": int(totals["supervised"]),
+            "padding": 1 - totals["filled"] / totals["places"],
+            self.speed: totals["tokens"] / seconds,
+        }
 
     def introduce(self, tracker: Tracker, done: int) -> None:
         checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
