@@ -156,7 +156,7 @@ def test_packing(letters):
     assert pack([], 8) == []
     batch = Collator(letters, letters, 8).batch(documents)
     ids = batch.student.inputs["input_ids"]
-    assert [bytes(row.tolist()) for row in ids] == [b"defghi\4\0", b"abc\4jk\4\0", b"l\4" + bytes(6)]
+    assert [bytes(row.tolist()) for row in ids] == [b"defghi\4", b"abc\4jk\4", b"l\4" + bytes(5)]
     # In the documents' order, whatever rows they stand in.
     assert bytes(batch.targets.tolist()) == b"bc\4efghi\4k\4\4"
     assert ids.flatten()[batch.student.positions + 1].equal(batch.targets)
