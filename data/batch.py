@@ -56,6 +56,8 @@ class Processor(Protocol):
     """What collation needs of a model's processor (``vlm_distill.models.interface.Processor`` is one)."""
 
     has_vision: bool
+    #: Whether the model wants all samples that share a row in one.
+    one_row: bool
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids with the supervised ones marked. Raises ``BadSample`` where the sample does not fit the model."""

@@ -87,14 +87,7 @@ class Collator:
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """A micro-batch, its samples packed where they may be."""
-        return collate(
-            pairs,
-            self.student,
-            self.teacher,
-            grouped=self.grouped,
-            packed=self.packed,
-            max_length=self.max_length,
-        )
+        return collate(pairs, self.student, self.teacher, grouped=self.grouped, packed=self.packed)
 
 
 def encode_pair(
@@ -276,7 +269,6 @@ def collate(
     *,
     grouped: bool = False,
     packed: tuple[bool, bool] = (False, False),
-    max_length: int = 0,
 ) -> DistillationBatch:
     """A micro-batch of any number of samples, none included.
 
@@ -289,7 +281,6 @@ def collate(
         teacher: the teacher's processor, or ``None`` as in the pairs.
         grouped: whether the pairs have groups; a micro-batch without samples then has them too.
         packed: as in :class:`Collator`.
-        max_length: the most tokens in a row that samples share.
 
     Returns:
         The batch. Whatever rows the samples stand in, everything of them is in the pairs' order: ``positions``, those
@@ -305,7 +296,7 @@ def collate(
 
     def rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], packs: bool) -> Rows:
         shared = [packs or (number < len(pairs) and pairs[number].document) for number in range(len(samples))]
-        return _rows(processor, samples, tokens, shared, max_length)
+        return _rows(processor, samples, tokens, shared)
 
     lengths = torch.tensor([len(pair.student_tokens) for pair in pairs], dtype=torch.int64)
     return DistillationBatch(
@@ -340,20 +331,21 @@ def _needs_dummy(processor: Processor, rows: list[Encoded]) -> bool:
     return not rows or (processor.has_vision and not any(row.images for row in rows))
 
 
-def _rows(
-    processor: Processor, samples: list[Encoded], tokens: list[Tensor], shared: list[bool], limit: int
-) -> Rows:
+def _rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], shared: list[bool]) -> Rows:
     """Samples in rows, those that share rows packed.
+
+    A shared row is no longer than the longest sample, so that packing saves padding and costs nothing: attention by a
+    mask grows with a row's square. A variable-length kernel does not, and gets one row.
 
     Args:
         processor: of the model.
         samples: those of the pairs, and perhaps a dummy.
         tokens: of each pair, the places of its supervised tokens.
         shared: of each sample, whether it may stand in a row with others.
-        limit: the most tokens in a row that is shared.
     """
     together = [number for number in range(len(samples)) if shared[number]]
     lengths = [len(sample.input_ids) for sample in samples]
+    limit = sum(lengths) if processor.one_row else max(lengths)
     rows = [[number] for number in range(len(samples)) if not shared[number]]
     rows += [[together[i] for i in row] for row in pack([lengths[number] for number in together], limit)]
     inputs = processor.collate(

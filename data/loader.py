@@ -36,9 +36,9 @@ class StepDataset(Dataset[Step]):
         mixture: the order of rows.
         student: the student's processor.
         teacher: the teacher's processor, or ``None`` to train without one.
-        max_length: the most tokens in a row of either model; longer conversations are bad samples, never cut. Documents
-            of a micro-batch are packed into rows of that length, longer ones in pieces.
-        packed: whether its conversations are packed too, the student's and the teacher's.
+        max_length: the most tokens in a row of either model; longer conversations are bad samples, never cut. Longer
+            documents are cut into pieces. Those of a micro-batch are packed.
+        packed: whether conversations are packed too, the student's and the teacher's.
         rank: this process, from 0.
         world: number of processes.
         micro_batch_size: rows in a micro-batch.

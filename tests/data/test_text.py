@@ -105,6 +105,7 @@ class Letters:
     """One token a character, an end token; no images."""
 
     has_vision = False
+    one_row = False
 
     def __init__(self, processor):
         self.collate = processor.collate

@@ -77,6 +77,17 @@ SHARED = {
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
     # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
     **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 3)},
+    # The same samples in shared rows: as mixed, features, uld and llava in rows of their own.
+    **{f"packed_mixed_zero{s}": {"deepspeed__stage": s, "data": "mixed", "data__packing": True} for s in (0, 2, 3)},
+    "packed_features_zero0": features(0, data="mixed", data__packing=True),
+    "packed_llava_zero3": {"deepspeed__stage": 3, "family": "llava", "data__packing": True},
+    "packed_uld_zero0": {
+        "deepspeed__stage": 0,
+        "family": "pieces",
+        "data": "mixed",
+        "data__packing": True,
+        "loss": [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}],
+    },
     # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
     "persistent_zero3": {"deepspeed__stage": 3, "persistent": True},
     # Student and teacher with different tokenizers: groups of tokens are compared.

@@ -64,6 +64,20 @@ def test_sharded_teacher_equals_replicated(results, name, whole):
     same_weights(results(2, whole), results(2, name), 1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in scenarios.SHARED if name.startswith("packed_")])
+def test_packed_equals_padded(results, name):
+    packed, padded = results(2, name), results(2, name.removeprefix("packed_"))
+    assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
+    same_weights(padded, packed, 1e-5)
+    assert packed["held_out"] == pytest.approx(padded["held_out"], rel=1e-5)
+
+    def padding(result):
+        return [line["padding"] for line in result["metrics"] if line["kind"] == "train"]
+
+    if "mixed" in name:
+        assert sum(padding(packed)) < sum(padding(padded))
+
+
 @pytest.mark.parametrize("name", scenarios.RESUMED)
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):

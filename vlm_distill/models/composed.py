@@ -26,7 +26,7 @@ from .chat import DEFAULT_TEMPLATE, Span, find_answers, mark_tokens, rendered, s
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, Processor, VisionLanguageModel
-from .packing import for_attention, row_positions
+from .packing import row_positions, wants_one_row
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
 from .vision_encoders import ImageTransform, VisionEncoder, build_vision_encoder
@@ -199,6 +199,7 @@ class ComposedVLM(VisionLanguageModel):
         self.head = lm_head(decoder)
         self._takes_positions = "position_ids" in inspect.signature(decoder.base_model.forward).parameters
         self._ends = template_ends(processor)
+        processor.one_row = wants_one_row(decoder.base_model.config)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -212,7 +213,6 @@ class ComposedVLM(VisionLanguageModel):
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
         # The base model, not the whole decoder: its output layer must never run on every token.
         body = self.decoder.base_model
-        inputs = for_attention(inputs, body.config)
         embeddings, images = self._embed(inputs)
         states = wanted_states(features, body)
         options = {"output_hidden_states": states} if states else {}
@@ -269,6 +269,7 @@ class ComposedVLM(VisionLanguageModel):
             settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
             settings.eos_token_id = sorted(ends)
         self.processor = ComposedProcessor(tokenizer, self.processor.transform, self.processor.tokens)
+        self.processor.one_row = wants_one_row(self.decoder.base_model.config)
         self.head = lm_head(self.decoder)
         self._ends = template_ends(self.processor)
 

@@ -131,6 +131,8 @@ class Processor(ABC):
 
     tokenizer: Any
     has_vision: bool
+    #: Whether the model wants all samples that share a row in one; the model sets it.
+    one_row: bool = False
 
     @abstractmethod
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:

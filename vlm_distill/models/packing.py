@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import Encoded, ModelInputs
+from data.batch import Encoded
 from data.conversation import Conversation
 from data.errors import BadSample
 
@@ -81,21 +81,9 @@ def row_positions(rows: Sequence[Encoded], length: int) -> Tensor:
     return torch.stack([grown(row) for row in rows], -2)
 
 
-def for_attention(inputs: ModelInputs, config: Any) -> ModelInputs:
-    """Packed rows as a decoder's attention wants them.
-
-    FlashAttention's variable-length kernels take a single row: all rows one after the other. To them it costs nothing,
-    whereas a mask of such a row would grow with its square.
-    """
-    packed = "position_ids" in inputs and "attention_mask" not in inputs
-    if not packed or not str(config._attn_implementation).startswith("flash"):
-        return inputs
-    shape = inputs["input_ids"].shape
-
-    def by_token(tensor: Tensor) -> bool:
-        return tensor.shape[-2:] == shape and tensor.ndim < 4 and not tensor.is_floating_point()
-
-    return ModelInputs({k: v.flatten(-2).unsqueeze(-2) if by_token(v) else v for k, v in inputs.items()})
+def wants_one_row(config: Any) -> bool:
+    """Whether a decoder's attention takes samples apart in a single row alone: FlashAttention's variable lengths."""
+    return str(config._attn_implementation).startswith("flash")
 
 
 @torch.no_grad()
@@ -112,15 +100,20 @@ def keeps_apart(model: VisionLanguageModel) -> bool:
     picture, text, *middle = samples
     rows = [model.processor.join([edge, *middle, edge]) for edge in (picture, text)]
     device, training = next(model.parameters()).device, model.training
-    inputs = model.processor.collate(rows).to(device, model.dtype)
-    first, count = len(picture.input_ids), sum(len(sample.input_ids) for sample in middle)
-    places = torch.arange(first, first + count, device=device)
-    positions = torch.cat([places, inputs["input_ids"].shape[1] + places])
+    length, first = len(rows[0].input_ids), len(picture.input_ids)
+    places = torch.arange(first, length - first)
+    batches = [([row], places) for row in rows]
+    if not model.processor.one_row:
+        batches = [(rows, torch.cat([places, length + places]))]
     model.eval()
     try:
         # FlashAttention takes 16 bits alone.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            one, two = model(inputs, positions).hidden.float().chunk(2)
+            found = [
+                model(model.processor.collate(batch).to(device, model.dtype), where.to(device)).hidden
+                for batch, where in batches
+            ]
+        one, two = torch.cat(found).float().chunk(2)
     finally:
         model.train(training)
     return bool((one - two).abs().max() <= 1e-4 * one.abs().max())

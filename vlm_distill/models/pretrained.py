@@ -22,7 +22,7 @@ from .chat import Span, find_answers, mark_tokens, rendered, special_ids, token_
 from .common import checkpoint_layers, first_line
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
-from .packing import for_attention, is_by_token, joined, row_positions
+from .packing import is_by_token, joined, row_positions, wants_one_row
 
 #: Causal LMs of which Transformers multiplies the logits by ``logits_scaling`` where Granite divides by it.
 MULTIPLIED = ("hyperclovax", "hyperclovax_vision_v2")
@@ -238,7 +238,7 @@ def _rope_index(model: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
     It goes to the processes that make batches, where the weights must not go.
     """
-    base = getattr(model, "base_model", None)
+    base: Any = getattr(model, "base_model", None)
     if not hasattr(base, "get_rope_index"):
         return None
     bare = type(base).__new__(type(base))
@@ -263,6 +263,7 @@ class PretrainedVLM(VisionLanguageModel):
         self.processor = processor
         self.head = lm_head(model)
         self._ends = template_ends(processor)
+        processor.one_row = wants_one_row(model.get_decoder().config)
         # What no part holds takes no part: towers for sound.
         used = {id(parameter) for part in self.parts.values() for parameter in part.parameters()}
         for parameter in model.parameters():
@@ -292,7 +293,6 @@ class PretrainedVLM(VisionLanguageModel):
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
         # The base model, not its decoder: some models put vision features into deeper layers too.
         base, body = self.model.base_model, self.model.get_decoder()
-        inputs = for_attention(inputs, body.config)
         given: dict[str, Any] = dict(inputs)
         needed = SILENTLY_NEEDED.get(self.model.config.model_type)
         if needed and needed not in given:
