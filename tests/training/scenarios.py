@@ -106,6 +106,17 @@ SHARED = {
     **{f"own_base_zero{s}": {"deepspeed__stage": s, "family": "adapters", "teacher": "student"} for s in (0, 3)},
     "copied_base_zero0": {"deepspeed__stage": 0, "family": "adapters"},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
+    # A frozen vision encoder that is the teacher's runs in the teacher alone, in rows of their own and in shared ones.
+    **{
+        f"seeing_{way}_zero{s}": {
+            "deepspeed__stage": s,
+            "data": "mixed",
+            "data__packing": way == "packed",
+            "student": {"from_teacher": {"layers": 2}, "train": ["projector", "decoder"]},
+        }
+        for way, stages in (("once", (0, 2, 3)), ("packed", (0,)))
+        for s in stages
+    },
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
 DROPOUT = tiny.settings()

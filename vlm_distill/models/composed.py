@@ -234,11 +234,13 @@ class ComposedVLM(VisionLanguageModel):
 
     def _embed(self, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self.decoder.get_input_embeddings()(inputs["input_ids"])
-        if "pixel_values" not in inputs:
+        if "pixel_values" not in inputs and "vision_features" not in inputs:
             return embeddings, {}
         assert self.vision_encoder is not None
         assert self.projector is not None
-        features = self.vision_encoder(inputs["pixel_values"])
+        # Those of a teacher with the same encoder, if there are any.
+        known = inputs.get("vision_features")
+        features = self.vision_encoder(inputs["pixel_values"]) if known is None else known
         projected = self.projector(features)
         mask = inputs["image_mask"].unsqueeze(-1)
         embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))

@@ -1,8 +1,8 @@
 """Several samples in one row: how they are joined and told apart, and whether a model keeps them apart.
 
 A row's ``position_ids`` start again with each sample, and there is no attention mask. Transformers makes one for each
-kind of attention from that: a block for each sample, or the lengths that a variable-length kernel takes. Some classes do
-not, silently, so that each model is tried before it trains (:func:`keeps_apart`).
+kind of attention from that: a block for each sample, or the lengths that a variable-length kernel takes. Some classes
+do not, silently, so that each model is tried before it trains (:func:`keeps_apart`).
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batch import DistillationBatch
+from data.batch import DistillationBatch, ModelInputs
 from data.errors import UserError
 from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import TeacherOutputs
+from vlm_distill.models.vision_once import features_for_student
 
 
 class DistillationTask(nn.Module):
@@ -21,14 +22,21 @@ class DistillationTask(nn.Module):
         student: trained in the parts that it has set trainable.
         terms: the losses, by unique names; those on features are prepared.
         recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
+        vision_once: the teacher has the student's vision encoder, and gives its features, ``vision``.
     """
 
     def __init__(
-        self, student: VisionLanguageModel, terms: Sequence[Term | FeatureTerm], *, recompute_logits: bool = False
+        self,
+        student: VisionLanguageModel,
+        terms: Sequence[Term | FeatureTerm],
+        *,
+        recompute_logits: bool = False,
+        vision_once: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.recompute_logits = recompute_logits
+        self.vision_once = vision_once
         self.terms = [term for term in terms if isinstance(term, Term)]
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.features = wanted_features(terms)[0]
@@ -53,7 +61,11 @@ class DistillationTask(nn.Module):
             The differentiable weighted sum (0-d), and the detached sums of each term.
         """
         scales = scales or {}
-        inputs = batch.student.inputs.to(batch.targets.device, self.student.dtype)
+        inputs = batch.student.inputs
+        if self.vision_once and teacher is not None:
+            features = features_for_student(batch, teacher.features["vision"])
+            inputs = ModelInputs({k: v for k, v in inputs.items() if k != "pixel_values"}, vision_features=features)
+        inputs = inputs.to(batch.targets.device, self.student.dtype)
         outputs = self.student(inputs, batch.student.positions, self.features)
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}

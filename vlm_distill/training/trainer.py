@@ -20,9 +20,11 @@ from vlm_distill import losses
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, Term, TermSums
+from vlm_distill.models.common import DTYPES
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.vision_once import sees_as
 
 from .build import (
     build_terms,
@@ -89,7 +91,13 @@ class Trainer(Loop):
         # Where the tokenizers differ, groups of tokens are compared.
         self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
         prepare_losses(terms, student, self.guide)
-        self.features = losses.wanted_features(terms)[1]
+        # A frozen vision encoder that both have runs in the teacher alone, which runs in the student's precision.
+        self.vision_once = (
+            self.guide is not None
+            and self.guide.model.dtype == DTYPES[config.training.dtype]
+            and sees_as(student, self.guide.model)
+        )
+        self.features = sorted({*losses.wanted_features(terms)[1], *(["vision"] if self.vision_once else [])})
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
@@ -129,7 +137,9 @@ class Trainer(Loop):
             self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
         check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
         self.evaluations.prepare(student, self.teacher)
-        task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
+        task = DistillationTask(
+            student, terms, recompute_logits=config.training.recompute_logits, vision_once=self.vision_once
+        )
         section = config.optimizer
         optimizer = torch.optim.AdamW(
             parameter_groups(task, section.weight_decay), lr=section.lr, betas=section.betas, eps=section.eps
@@ -181,6 +191,8 @@ class Trainer(Loop):
         }
 
     def introduce(self, tracker: Tracker, done: int) -> None:
+        if self.vision_once:
+            tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
         checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
         if checked is not None:
             loss, limit = checked
