@@ -241,7 +241,8 @@ def _rope_index(model: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
     base: Any = getattr(model, "base_model", None)
     if not hasattr(base, "get_rope_index"):
         return None
-    bare = type(base).__new__(type(base))
+    kind: Any = type(base)
+    bare = kind.__new__(kind)
     nn.Module.__init__(bare)
     bare.config = base.config
     return bare.get_rope_index
