@@ -40,6 +40,8 @@ def features(stage, loss=FEATURES, **changes):
     return {"deepspeed__stage": stage, "loss": loss, **changes}
 
 
+#: Four samples a micro-batch: of two, the shorter never fits beside the longer.
+PACKED = {"data__packing": True, "training__micro_batch_size": 4}
 SHARED = {
     **{f"zero{stage}": {"deepspeed__stage": stage} for stage in range(4)},
     **{f"tied_zero{stage}": {"deepspeed__stage": stage, "student": tiny.settings(tied=True)} for stage in (0, 2, 3)},
@@ -78,14 +80,14 @@ SHARED = {
     # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
     **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 3)},
     # The same samples in shared rows: as mixed, features, uld and llava in rows of their own.
-    **{f"packed_mixed_zero{s}": {"deepspeed__stage": s, "data": "mixed", "data__packing": True} for s in (0, 2, 3)},
-    "packed_features_zero0": features(0, data="mixed", data__packing=True),
-    "packed_llava_zero3": {"deepspeed__stage": 3, "family": "llava", "data__packing": True},
+    **{f"packed_mixed_zero{s}": {"deepspeed__stage": s, "data": "mixed", **PACKED} for s in (0, 2, 3)},
+    "packed_features_zero0": features(0, data="mixed", **PACKED),
+    "packed_llava_zero3": {"deepspeed__stage": 3, "family": "llava", **PACKED},
     "packed_uld_zero0": {
         "deepspeed__stage": 0,
         "family": "pieces",
         "data": "mixed",
-        "data__packing": True,
+        **PACKED,
         "loss": [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}],
     },
     # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
@@ -111,7 +113,7 @@ SHARED = {
         f"seeing_{way}_zero{s}": {
             "deepspeed__stage": s,
             "data": "mixed",
-            "data__packing": way == "packed",
+            **(PACKED if way == "packed" else {}),
             "student": {"from_teacher": {"layers": 2}, "train": ["projector", "decoder"]},
         }
         for way, stages in (("once", (0, 2, 3)), ("packed", (0,)))

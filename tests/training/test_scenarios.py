@@ -71,12 +71,6 @@ def test_packed_equals_padded(results, name):
     same_weights(padded, packed, 1e-5)
     assert packed["held_out"] == pytest.approx(padded["held_out"], rel=1e-5)
 
-    def padding(result):
-        return [line["padding"] for line in result["metrics"] if line["kind"] == "train"]
-
-    if "mixed" in name:
-        assert sum(padding(packed)) < sum(padding(padded))
-
 
 @pytest.mark.parametrize("name", scenarios.RESUMED)
 def test_resumed_equals_uninterrupted(results, name):
