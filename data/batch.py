@@ -56,6 +56,8 @@ class Processor(Protocol):
     """What collation needs of a model's processor (``vlm_distill.models.interface.Processor`` is one)."""
 
     has_vision: bool
+    #: Whether the model wants all samples that share a row in one.
+    one_row: bool
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids with the supervised ones marked. Raises ``BadSample`` where the sample does not fit the model."""
@@ -67,6 +69,10 @@ class Processor(Protocol):
 
     def dummy(self) -> Encoded:
         """A row with one blank image (no image for a text model) and no supervised token."""
+        ...
+
+    def join(self, samples: Sequence[Encoded]) -> Encoded:
+        """Samples in one row, which a model that can tells apart."""
         ...
 
     def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
@@ -98,10 +104,22 @@ class Rows:
         inputs: what its forward takes.
         positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the token before each supervised token,
             that is, of the hidden state that predicts it.
+        images: int64 ``[images]``, where the samples' images, in the samples' order, stand among those of the inputs.
+            Dummy rows' images are not among them.
+        tokens: tokens of samples and dummy rows, padding not counted.
     """
 
     inputs: ModelInputs
     positions: Tensor
+    images: Tensor
+    tokens: int
+
+    def to(self, device: torch.device | str) -> Rows:
+        positions, images = (x.to(device, non_blocking=True) for x in (self.positions, self.images))
+        return Rows(self.inputs.to(device), positions, images, self.tokens)
+
+    def pin_memory(self) -> Rows:
+        return Rows(self.inputs.pin_memory(), self.positions.pin_memory(), self.images.pin_memory(), self.tokens)
 
 
 @dataclass
@@ -139,8 +157,9 @@ class DistillationBatch:
         teacher: the teacher's rows; ``None`` when training without one.
         targets: int64 ``[N]``, the student's supervised token ids.
         distilled: bool ``[N]``; false where only the end tokens differ and the loss to the teacher is left out.
+        sample_of: int64 ``[N]``, ascending: the number of the sample (or piece of a document) each target belongs to.
         samples: number of real samples (dummy rows not counted).
-        images: number of their images; dummy rows' images, which come last, are not among them.
+        images: number of their images; dummy rows' images are not among them.
         groups: what is compared where the tokenizers differ, otherwise ``None``.
         origins: where the teacher's positions come from, in their order.
     """
@@ -149,6 +168,7 @@ class DistillationBatch:
     teacher: Rows | None
     targets: Tensor
     distilled: Tensor
+    sample_of: Tensor
     samples: int
     images: int = 0
     groups: Groups | None = None
@@ -160,30 +180,24 @@ class DistillationBatch:
         return self.targets if self.groups is None else self.groups.teacher_targets
 
     def to(self, device: torch.device | str) -> DistillationBatch:
-        def move(rows: Rows | None) -> Rows | None:
-            return rows and Rows(rows.inputs.to(device), rows.positions.to(device, non_blocking=True))
-
-        student = move(self.student)
-        assert student is not None
         return replace(
             self,
-            student=student,
-            teacher=move(self.teacher),
+            student=self.student.to(device),
+            teacher=self.teacher and self.teacher.to(device),
             targets=self.targets.to(device, non_blocking=True),
             distilled=self.distilled.to(device, non_blocking=True),
+            sample_of=self.sample_of.to(device, non_blocking=True),
             groups=None if self.groups is None else self.groups.to(device),
         )
 
     def pin_memory(self) -> DistillationBatch:
-        def pin(rows: Rows) -> Rows:
-            return Rows(rows.inputs.pin_memory(), rows.positions.pin_memory())
-
         return replace(
             self,
-            student=pin(self.student),
-            teacher=self.teacher and pin(self.teacher),
+            student=self.student.pin_memory(),
+            teacher=self.teacher and self.teacher.pin_memory(),
             targets=self.targets.pin_memory(),
             distilled=self.distilled.pin_memory(),
+            sample_of=self.sample_of.pin_memory(),
             groups=None if self.groups is None else self.groups.pin_memory(),
         )
 

@@ -1,4 +1,4 @@
-"""Samples to micro-batches: both models' encodings, aligned, documents packed, and rows put together."""
+"""Samples to micro-batches: both models' encodings, aligned, packed, and rows put together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVERY_ANSWER = Turns()
 
 @dataclass
 class Pair:
-    """One conversation, or one or more documents, as both models receive it.
+    """One conversation, or a piece of a document, as both models receive it.
 
     Attributes:
         student: the student's row.
@@ -46,9 +46,9 @@ class Pair:
             ``student_tokens`` without a teacher. With ``groups``: ``[m]``, of all of the teacher's supervised tokens.
         distilled: bool ``[n]``; false where student and teacher expect different end tokens, or in no group.
         groups: int64 ``[G, 2]`` of both models, as :func:`~data.alignment.group_tokens` gives them.
-        samples: rows of sources that end here.
-        document: whether it is plain text, which may stand in a row with other documents.
-        origins: where it comes from, in the order of its tokens; empty where nobody needs to know.
+        samples: rows of sources that begin here.
+        document: whether it is plain text, which always shares rows with other plain text.
+        origins: where it comes from; empty where nobody needs to know.
     """
 
     student: Encoded
@@ -71,6 +71,7 @@ class Collator:
         max_length: the most tokens in a row of either model.
         turns: what of conversations is learnt.
         grouped: whether the models have different tokenizers.
+        packed: whether conversations share rows, of the student's and of the teacher's.
     """
 
     student: Processor
@@ -78,6 +79,7 @@ class Collator:
     max_length: int
     turns: Turns = EVERY_ANSWER
     grouped: bool = False
+    packed: tuple[bool, bool] = (False, False)
 
     def encode(
         self,
@@ -104,10 +106,8 @@ class Collator:
         return [replace(pair, origins=(origin,)) for pair, origin in zip(pairs, origins, strict=True)]
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
-        """A micro-batch, its documents packed."""
-        packed = pack([pair for pair in pairs if pair.document], self.max_length)
-        rows = [pair for pair in pairs if not pair.document] + packed
-        return collate(rows, self.student, self.teacher, grouped=self.grouped)
+        """A micro-batch, its samples packed where they may be."""
+        return collate(pairs, self.student, self.teacher, grouped=self.grouped, packed=self.packed)
 
 
 def encode_pair(
@@ -243,48 +243,6 @@ def encode_teacher(
     return [pair], compact(row)
 
 
-def pack(documents: Sequence[Pair], max_length: int) -> list[Pair]:
-    """Documents put together into rows of at most ``max_length`` tokens: the longest first, each into the first row
-    that has room for it.
-
-    Their ``position_ids`` start again with each document. Models that are given these and no attention mask keep the
-    documents apart.
-    """
-    rows: list[list[Pair]] = []
-    lengths: list[int] = []
-    for pair in sorted(documents, key=lambda pair: -len(pair.student.input_ids)):
-        length = len(pair.student.input_ids)
-        place = next((i for i, used in enumerate(lengths) if used + length <= max_length), len(rows))
-        if place == len(rows):
-            rows.append([])
-            lengths.append(0)
-        rows[place].append(pair)
-        lengths[place] += length
-    return [_packed(row) for row in rows]
-
-
-def _packed(documents: Sequence[Pair]) -> Pair:
-    rows = [pair.student for pair in documents]
-    lengths = [len(row.input_ids) for row in rows]
-    row = Encoded(
-        torch.cat([row.input_ids for row in rows]),
-        torch.cat([row.supervised for row in rows]),
-        torch.cat([row.ends for row in rows]),
-        tensors={"position_ids": torch.cat([torch.arange(length) for length in lengths])},
-    )
-    tokens = row.supervised.nonzero().flatten()
-    return Pair(
-        row,
-        None if documents[0].teacher is None else row,
-        tokens,
-        tokens,
-        torch.cat([pair.distilled for pair in documents]),
-        samples=sum(pair.samples for pair in documents),
-        document=True,
-        origins=_origins(documents),
-    )
-
-
 def _grouped(student: Encoded, teacher: Encoded, answers: Sequence[str]) -> Pair:
     ours, theirs = group_tokens(student, teacher, answers)
     tokens = student.supervised.nonzero().flatten()
@@ -352,7 +310,12 @@ def _difference(student: list[int], teacher: list[int]) -> str:
 
 
 def collate(
-    pairs: Sequence[Pair], student: Processor, teacher: Processor | None, *, grouped: bool = False
+    pairs: Sequence[Pair],
+    student: Processor,
+    teacher: Processor | None,
+    *,
+    grouped: bool = False,
+    packed: tuple[bool, bool] = (False, False),
 ) -> DistillationBatch:
     """A micro-batch of any number of samples, none included.
 
@@ -364,9 +327,11 @@ def collate(
         student: the student's processor.
         teacher: the teacher's processor, or ``None`` as in the pairs.
         grouped: whether the pairs have groups; a micro-batch without samples then has them too.
+        packed: as in :class:`Collator`.
 
     Returns:
-        The batch; ``positions`` are those of the tokens before the supervised ones, ``[N]`` over all rows.
+        The batch. Whatever rows the samples stand in, everything of them is in the pairs' order: ``positions``, those
+        of the tokens before the supervised ones, ``[N]`` over all rows, and all that lies beside them.
     """
     student_rows = [pair.student for pair in pairs]
     teacher_rows = [pair.teacher for pair in pairs if pair.teacher is not None]
@@ -375,11 +340,20 @@ def collate(
         if teacher is not None:
             teacher_rows.append(teacher.dummy())
     nothing = torch.empty(0, dtype=torch.int64)
+
+    def rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], packs: bool) -> Rows:
+        shared = [packs or (number < len(pairs) and pairs[number].document) for number in range(len(samples))]
+        return _rows(processor, samples, tokens, shared)
+
+    lengths = torch.tensor([len(pair.student_tokens) for pair in pairs], dtype=torch.int64)
     return DistillationBatch(
-        student=_rows(student, student_rows, [pair.student_tokens for pair in pairs]),
-        teacher=None if teacher is None else _rows(teacher, teacher_rows, [pair.teacher_tokens for pair in pairs]),
+        student=rows(student, student_rows, [pair.student_tokens for pair in pairs], packed[0]),
+        teacher=None
+        if teacher is None
+        else rows(teacher, teacher_rows, [pair.teacher_tokens for pair in pairs], packed[1]),
         targets=torch.cat([nothing, *(pair.student.input_ids[pair.student_tokens] for pair in pairs)]),
         distilled=torch.cat([nothing.bool(), *(pair.distilled for pair in pairs)]),
+        sample_of=torch.arange(len(pairs)).repeat_interleave(lengths),
         samples=sum(pair.samples for pair in pairs),
         images=sum(pair.student.images for pair in pairs),
         groups=_groups(pairs) if grouped else None,
@@ -409,8 +383,53 @@ def _needs_dummy(processor: Processor, rows: list[Encoded]) -> bool:
     return not rows or (processor.has_vision and not any(row.images for row in rows))
 
 
-def _rows(processor: Processor, rows: list[Encoded], tokens: list[Tensor]) -> Rows:
-    inputs = processor.collate(rows)
-    length = inputs["input_ids"].shape[1]
-    positions = [row * length + places - 1 for row, places in enumerate(tokens)]
-    return Rows(inputs, torch.cat([torch.empty(0, dtype=torch.int64), *positions]))
+def _rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], shared: list[bool]) -> Rows:
+    """Samples in rows, those that share rows packed.
+
+    A shared row is no longer than the longest sample, so that packing saves padding and costs nothing: attention by a
+    mask grows with a row's square. A variable-length kernel does not, and gets one row.
+
+    Args:
+        processor: of the model.
+        samples: those of the pairs, and perhaps a dummy.
+        tokens: of each pair, the places of its supervised tokens.
+        shared: of each sample, whether it may stand in a row with others.
+    """
+    together = [number for number in range(len(samples)) if shared[number]]
+    lengths = [len(sample.input_ids) for sample in samples]
+    limit = sum(lengths) if processor.one_row else max(lengths)
+    rows = [[number] for number in range(len(samples)) if not shared[number]]
+    rows += [[together[i] for i in row] for row in pack([lengths[number] for number in together], limit)]
+    inputs = processor.collate(
+        [processor.join([samples[i] for i in row]) if shared[row[0]] else samples[row[0]] for row in rows]
+    )
+    # Where each sample begins in the flattened rows, and its first image among the images.
+    starts, images, seen = [0] * len(samples), [0] * len(samples), 0
+    for number, row in enumerate(rows):
+        place = number * inputs["input_ids"].shape[1]
+        for i in row:
+            starts[i], images[i] = place, seen
+            place, seen = place + lengths[i], seen + samples[i].images
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Rows(
+        inputs,
+        torch.cat([nothing, *(starts[i] + places - 1 for i, places in enumerate(tokens))]),
+        torch.cat([nothing, *(images[i] + torch.arange(samples[i].images) for i in range(len(tokens)))]),
+        sum(lengths),
+    )
+
+
+def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Numbers of sequences, put together into rows of at most ``limit`` tokens: the longest first, each into the first
+    row that has room for it (first-fit-decreasing).
+    """
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((row for row, taken in enumerate(used) if taken + lengths[number] <= limit), len(rows))
+        if place == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[place].append(number)
+        used[place] += lengths[number]
+    return rows

@@ -36,8 +36,9 @@ class StepDataset(Dataset[Step]):
         mixture: the order of rows.
         student: the student's processor.
         teacher: the teacher's processor, or ``None`` to train without one.
-        max_length: the most tokens in a row of either model; longer conversations are bad samples, never cut. Documents
-            of a micro-batch are packed into rows of that length, longer ones in pieces.
+        max_length: the most tokens in a row of either model; longer conversations are bad samples, never cut. Longer
+            documents are cut into pieces. Those of a micro-batch are packed.
+        packed: whether conversations are packed too, the student's and the teacher's.
         rank: this process, from 0.
         world: number of processes.
         micro_batch_size: rows in a micro-batch.
@@ -71,10 +72,11 @@ class StepDataset(Dataset[Step]):
         keep_samples: bool = False,
         grouped: bool = False,
         turns: Turns = EVERY_ANSWER,
+        packed: tuple[bool, bool] = (False, False),
     ) -> None:
         check_split(mixture.batch_size, micro_batch_size, accumulation, world)
         self.mixture = mixture
-        self.collator = Collator(student, teacher, max_length, turns, grouped)
+        self.collator = Collator(student, teacher, max_length, turns, grouped, packed)
         self.rank = rank
         self.world = world
         self.micro_batch_size = micro_batch_size

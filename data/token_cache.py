@@ -293,6 +293,7 @@ class CachedRows:
     """
 
     has_vision = False
+    one_row = False
 
     def __init__(self, cache: TokenCache, tokenizer: Any) -> None:
         self.cache, self.tokenizer = cache, tokenizer
@@ -310,6 +311,11 @@ class CachedRows:
     def dummy(self) -> Encoded:
         nothing = torch.zeros(1, dtype=torch.bool)
         return Encoded(torch.zeros(1, dtype=torch.int64), nothing, nothing)
+
+    def join(self, samples: Sequence[Encoded]) -> Encoded:
+        """Documents, which always share rows."""
+        ids, supervised, ends = zip(*((one.input_ids, one.supervised, one.ends) for one in samples), strict=True)
+        return Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends))
 
     def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
         """Ids, and ``predicts``: at which places a hidden state is stored; both ``[B, L]``."""

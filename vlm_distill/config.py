@@ -190,6 +190,7 @@ class DataSection(Section):
     max_pixels: Positive = 89_478_485
     bad_samples: Literal["skip", "fail"] = "skip"
     length_window: NotNegative = 0
+    packing: bool = False
     workers: NotNegative = 2
     prefetch: Positive = 2
 

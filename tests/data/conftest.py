@@ -21,6 +21,7 @@ class CharacterProcessor:
         self.has_vision = has_vision
         self.system = system
         self.spell = spell
+        self.one_row = False
 
     def encode(self, conversation, images):
         if images and not self.has_vision:
@@ -50,6 +51,14 @@ class CharacterProcessor:
         nothing = torch.zeros(2, dtype=torch.bool)
         tensors = {"pixel_values": torch.zeros(1, 1)} if self.has_vision else {}
         return Encoded(torch.tensor([IMAGE, IMAGE]), nothing, nothing, images=int(self.has_vision), tensors=tensors)
+
+    def join(self, samples):
+        tensors = {"position_ids": torch.cat([torch.arange(len(s.input_ids)) for s in samples])}
+        pixels = [s.tensors["pixel_values"] for s in samples if "pixel_values" in s.tensors]
+        if pixels:
+            tensors["pixel_values"] = torch.cat(pixels)
+        parts = [torch.cat([getattr(s, name) for s in samples]) for name in ("input_ids", "supervised", "ends")]
+        return Encoded(*parts, sum(s.images for s in samples), tensors)
 
     def collate(self, samples):
         longest = max(len(s.input_ids) for s in samples)

@@ -175,3 +175,55 @@ def test_an_empty_micro_batch_is_the_dummy_row_alone(processor, sees):
     assert (len(batch.targets), len(batch.distilled), batch.samples) == (0, 0, 0)
     assert batch.student.positions.dtype == batch.targets.dtype == torch.int64
     assert batch.distilled.dtype == torch.bool
+
+
+# Samples in one row.
+
+
+def seen(rows):
+    """The pixels of the samples' images, in the samples' order."""
+    return rows.inputs["pixel_values"][rows.images].flatten().tolist()
+
+
+@pytest.mark.parametrize("packed", [(True, True), (True, False), (False, True), (False, False)])
+def test_whatever_rows_they_stand_in_the_samples_keep_their_order(processor, packed):
+    # The teacher's images are so long that its rows hold other samples than the student's.
+    student, teacher = processor(), processor(image_tokens=9, system=1)
+    samples = [(("q", "ab"), [1, 2]), (("a long question", "c"), [3]), (("q", "defg"), []), (("q", "h"), [4])]
+    pairs = []
+    for texts, colours in samples:
+        images = [Image.new("RGB", (1, 1), (colour, 0, 0)) for colour in colours]
+        pairs.append(encode_pair(conversation(*texts, images=images), images, student, teacher, 30))
+    batch = collate(pairs, student, teacher, packed=packed)
+    assert "".join(chr(t) for t in batch.targets.tolist() if t > 20) == "abcdefgh"
+    assert batch.sample_of.tolist() == [0] * 3 + [1] * 2 + [2] * 5 + [3] * 2
+    assert (batch.samples, batch.images) == (4, 4)
+    both = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+    for rows, sides, packs in zip((batch.student, batch.teacher), both, packed, strict=True):
+        ids = rows.inputs["input_ids"]
+        assert ids.flatten()[rows.positions + 1].equal(batch.targets)
+        assert seen(rows) == [1, 2, 3, 4]
+        assert ids.shape[1] == max(len(side.input_ids) for side in sides)
+        assert (len(ids) < 4) == packs
+        assert rows.tokens == int((ids != 0).sum())
+    if packed[0]:
+        # The longest is first, and its image with it.
+        assert batch.student.inputs["pixel_values"].flatten().tolist() == [3, 1, 2, 4]
+        student.one_row = True
+        batch = collate(pairs, student, teacher, packed=packed)
+        assert batch.student.inputs["input_ids"].shape == (1, batch.student.tokens)
+        assert batch.student.inputs["input_ids"][0][batch.student.positions + 1].equal(batch.targets)
+
+
+def test_a_dummy_shares_a_row_with_the_samples(processor):
+    student, teacher = processor(), processor(system=2)
+    pairs = [pair_of(student, teacher, "q", "a"), pair_of(student, teacher, "q", "b")]
+    batch = collate(pairs, student, teacher, packed=(True, True))
+    for rows in (batch.student, batch.teacher):
+        ids = rows.inputs["input_ids"]
+        assert len(rows.inputs["pixel_values"]) == 1
+        assert len(rows.images) == 0
+        assert ids.flatten()[rows.positions + 1].equal(batch.targets)
+    empty = collate([], student, teacher, packed=(True, True))
+    assert empty.student.inputs["input_ids"].tolist() == [[3, 3]]
+    assert (len(empty.targets), len(empty.student.positions), empty.samples) == (0, 0, 0)

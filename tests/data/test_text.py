@@ -105,9 +105,11 @@ class Letters:
     """One token a character, an end token; no images."""
 
     has_vision = False
+    one_row = False
 
     def __init__(self, processor):
         self.collate = processor.collate
+        self.join = processor.join
         self.dummy = processor.dummy
         self.encode = processor.encode
 
@@ -151,17 +153,17 @@ def test_tokenizers_that_differ_are_told(letters, processor):
 
 def test_packing(letters):
     documents = [encode_document(Document(text), letters, letters, 8)[0] for text in ("abc", "defghi", "jk", "l")]
-    rows = pack(documents, 8)
-    assert [[chr(i) for i in row.student.input_ids.tolist()] for row in rows] == [
-        [*"defghi", "\x04"],
-        [*"abc", "\x04", *"jk", "\x04"],
-        ["l", "\x04"],
-    ]
-    assert rows[1].student.tensors["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert [chr(i) for i in rows[1].student.input_ids[rows[1].student_tokens].tolist()] == [*"bc", "\x04", "k", "\x04"]
-    assert [row.samples for row in rows] == [1, 2, 1]
-    assert all(row.teacher is row.student for row in rows)
+    assert pack([len(document.student.input_ids) for document in documents], 8) == [[1], [0, 2], [3]]
     assert pack([], 8) == []
+    batch = Collator(letters, letters, 8).batch(documents)
+    ids = batch.student.inputs["input_ids"]
+    assert [bytes(row.tolist()) for row in ids] == [b"defghi\4", b"abc\4jk\4", b"l\4" + bytes(5)]
+    # In the documents' order, whatever rows they stand in.
+    assert bytes(batch.targets.tolist()) == b"bc\4efghi\4k\4\4"
+    assert ids.flatten()[batch.student.positions + 1].equal(batch.targets)
+    assert batch.teacher.positions.equal(batch.student.positions)
+    assert batch.sample_of.tolist() == [0] * 3 + [1] * 6 + [2] * 2 + [3]
+    assert batch.samples == 4
 
 
 def test_steps_do_not_depend_on_the_split(letters, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -295,6 +296,45 @@ def test_inputs_that_would_be_missed_in_silence_are_asked_for(name, key, load, s
         assert not torch.allclose(model.model(**inputs).logits, right, atol=1e-4)
     with pytest.raises(UserError, match=key):
         model(inputs, positions)
+
+
+#: In one row these would see each other's prefixes, or mistake places in the row for places in the sample.
+NOT_PACKED = {*PALIGEMMA, "gemma3"}
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_samples_in_one_row_see_nothing_of_each_other(name, load, samples):
+    model = load(name)
+    assert model.keeps_samples_apart() == (name not in NOT_PACKED)
+    rows = encoded(model, samples(name))
+    with torch.no_grad():
+        alone = [hidden(model, [row]) for row in rows]
+        for order in itertools.permutations(range(len(rows))):
+            joined = model.processor.join([rows[i] for i in order])
+            found = hidden(model, [joined]).split([len(rows[i].input_ids) for i in order])
+            errors = [(got - alone[i]).abs().max() / alone[i].abs().max() for got, i in zip(found, order, strict=True)]
+            if name in NOT_PACKED:
+                assert max(errors) > 1e-2
+            else:
+                assert max(errors) < 1e-5
+        if name not in NOT_PACKED:
+            # Rows of unlike lengths: padding is one more sample.
+            found = hidden(model, [model.processor.join(rows[:2]), model.processor.join(rows[2:])])
+            third = found[len(found) // 2 :][: len(rows[2].input_ids)]
+            assert (third - alone[2]).abs().max() < 1e-5 * third.abs().max()
+
+
+def hidden(model, rows):
+    inputs = model.processor.collate(rows)
+    return model(inputs, torch.arange(inputs["input_ids"].numel())).hidden
+
+
+def test_documentation_names_the_families_that_are_packed():
+    lines = (HERE.parents[1] / "docs/models.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `") and line.count("|") == 4]
+    told = {name: answer.strip() for _, names, answer, *_ in rows for name in re.findall("`([a-z0-9_]+)`", names)}
+    expected = {name: "no" if name in NOT_PACKED else "yes" for name in families.FAMILIES}
+    assert {name: answer for name, answer in told.items() if name in expected} == expected
 
 
 def test_caps_and_scales_are_the_models_own(load):

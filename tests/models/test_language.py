@@ -65,7 +65,7 @@ def losses(student, teacher, batch):
 )
 def test_packed_equals_unpacked(tokenizer, family, attention):
     student, teacher = build(tokenizer, family, attention), ModelTeacher(build(tokenizer, "llama", hidden_size=16))
-    assert student.keeps_documents_apart()
+    assert student.keeps_samples_apart()
     assert not student.training
     packed, alone = batches(student, 64)
     assert packed.samples == len(TEXTS)
@@ -111,7 +111,7 @@ def test_documents_of_a_tokenizer_with_a_start_token(make_tokenizer):
     ],
 )
 def test_what_cannot_keep_documents_apart(tokenizer, family, changes):
-    assert not build(tokenizer, family, **{"attention": "eager"} | changes).keeps_documents_apart()
+    assert not build(tokenizer, family, **{"attention": "eager"} | changes).keeps_samples_apart()
 
 
 # A student with its teacher's tokenizer.

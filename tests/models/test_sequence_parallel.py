@@ -36,7 +36,7 @@ def test_decoders_that_cannot_be_divided(tmp_path, processes):
     ("loss", "data", "message"),
     [
         ([{"name": "hidden_states", "layers": {-1: -1}}], {}, "losses on features and across tokenizers"),
-        ([{"name": "forward_kl"}], {"format": "text"}, "is packed"),
+        ([{"name": "forward_kl"}], {"format": "text"}, "rows are packed"),
     ],
 )
 def test_runs_that_need_whole_sequences(tmp_path, processes, monkeypatch, loss, data, message):

@@ -40,6 +40,8 @@ def features(stage, loss=FEATURES, **changes):
     return {"deepspeed__stage": stage, "loss": loss, **changes}
 
 
+#: Four samples a micro-batch: of two, the shorter never fits beside the longer.
+PACKED = {"data__packing": True, "training__micro_batch_size": 4}
 SHARED = {
     **{f"zero{stage}": {"deepspeed__stage": stage} for stage in range(4)},
     **{f"tied_zero{stage}": {"deepspeed__stage": stage, "student": tiny.settings(tied=True)} for stage in (0, 2, 3)},
@@ -77,6 +79,17 @@ SHARED = {
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
     # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
     **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 3)},
+    # The same samples in shared rows: as mixed, features, uld and llava in rows of their own.
+    **{f"packed_mixed_zero{s}": {"deepspeed__stage": s, "data": "mixed", **PACKED} for s in (0, 2, 3)},
+    "packed_features_zero0": features(0, data="mixed", **PACKED),
+    "packed_llava_zero3": {"deepspeed__stage": 3, "family": "llava", **PACKED},
+    "packed_uld_zero0": {
+        "deepspeed__stage": 0,
+        "family": "pieces",
+        "data": "mixed",
+        **PACKED,
+        "loss": [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}],
+    },
     # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
     "persistent_zero3": {"deepspeed__stage": 3, "persistent": True},
     # Student and teacher with different tokenizers: groups of tokens are compared.
@@ -95,6 +108,17 @@ SHARED = {
     **{f"own_base_zero{s}": {"deepspeed__stage": s, "family": "adapters", "teacher": "student"} for s in (0, 3)},
     "copied_base_zero0": {"deepspeed__stage": 0, "family": "adapters"},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
+    # A frozen vision encoder that is the teacher's runs in the teacher alone, in rows of their own and in shared ones.
+    **{
+        f"seeing_{way}_zero{s}": {
+            "deepspeed__stage": s,
+            "data": "mixed",
+            **(PACKED if way == "packed" else {}),
+            "student": {"from_teacher": {"layers": 2}, "train": ["projector", "decoder"]},
+        }
+        for way, stages in (("once", (0, 2, 3)), ("packed", (0,)))
+        for s in stages
+    },
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
 }
 DROPOUT = tiny.settings()

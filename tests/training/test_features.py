@@ -142,7 +142,8 @@ def test_tokens_that_are_not_distilled_are_left_out(setting):
     # As if the token were not there: relations are between the tokens that are left.
     for rows in (batch.student, batch.teacher):
         rows.positions = rows.positions[:-1]
-    batch.targets, batch.distilled = batch.targets[:-1], batch.distilled[:-1]
+    for name in ("targets", "distilled", "sample_of"):
+        setattr(batch, name, getattr(batch, name)[:-1])
     torch.testing.assert_close(setting.run(task, batch)[0], loss)
 
 

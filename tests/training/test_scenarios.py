@@ -82,6 +82,14 @@ def test_ranks_that_share_sequences_equal_one(results, name):
     same_weights(one, two, 1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in scenarios.SHARED if name.startswith("packed_")])
+def test_packed_equals_padded(results, name):
+    packed, padded = results(2, name), results(2, name.removeprefix("packed_"))
+    assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
+    same_weights(padded, packed, 1e-5)
+    assert packed["held_out"] == pytest.approx(padded["held_out"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", scenarios.RESUMED)
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):

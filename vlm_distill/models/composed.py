@@ -37,6 +37,7 @@ from .chat import (
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, Processor, VisionLanguageModel
+from .packing import row_positions, wants_one_row
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
 from .sequence_parallel import at_positions
@@ -168,8 +169,7 @@ class ComposedProcessor(Processor):
         Returns:
             ``input_ids``, ``attention_mask``, ``position_ids`` int64 ``[B, L]``; with a vision encoder ``image_mask``
             bool ``[B, L]`` and, unless no sample has an image, ``pixel_values`` float32 ``[images, 3, H, W]``.
-            Where a sample is packed there is no ``attention_mask``: Transformers makes one by positions that start
-            again, for any kind of attention, and padding is one more document.
+            Where samples were joined there is no ``attention_mask``.
         """
 
         def padded(rows: list[Tensor], value: float) -> Tensor:
@@ -183,7 +183,7 @@ class ComposedProcessor(Processor):
         )
         if any("position_ids" in s.tensors for s in samples):
             del inputs["attention_mask"]
-            inputs["position_ids"] = torch.stack([_packed_positions(s, mask.shape[1]) for s in samples])
+            inputs["position_ids"] = row_positions(samples, mask.shape[1])
         if self.has_vision:
             inputs["image_mask"] = padded([s.tensors["image_mask"] for s in samples], False)
             pixels = [s.tensors["pixel_values"] for s in samples if s.images]
@@ -197,12 +197,6 @@ class ComposedProcessor(Processor):
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
-
-
-def _packed_positions(sample: Encoded, length: int) -> Tensor:
-    """``[length]``: a sample's positions, packed or not, and those of its padding, which begin again at 0."""
-    own = sample.tensors.get("position_ids", torch.arange(len(sample.input_ids)))
-    return torch.cat([own, torch.arange(length - len(own))])
 
 
 class ComposedVLM(VisionLanguageModel):
@@ -234,6 +228,7 @@ class ComposedVLM(VisionLanguageModel):
         self.head = lm_head(decoder)
         self._takes_positions = "position_ids" in inspect.signature(decoder.base_model.forward).parameters
         self._ends = template_ends(processor)
+        processor.one_row = wants_one_row(decoder.base_model.config)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -249,9 +244,9 @@ class ComposedVLM(VisionLanguageModel):
         return self.decoder.base_model
 
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
-        embeddings, images = self._embed(inputs)
         # The base model, not the whole decoder: its output layer must never run on every token.
         body = self.body
+        embeddings, images = self._embed(inputs)
         states = wanted_states(features, body)
         options = {"output_hidden_states": states} if states else {}
         output = body(inputs_embeds=embeddings, use_cache=False, **self._sequence(inputs), **options)
@@ -272,11 +267,13 @@ class ComposedVLM(VisionLanguageModel):
 
     def _embed(self, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self.decoder.get_input_embeddings()(inputs["input_ids"])
-        if "pixel_values" not in inputs:
+        if "pixel_values" not in inputs and "vision_features" not in inputs:
             return embeddings, {}
         assert self.vision_encoder is not None
         assert self.projector is not None
-        features = self.vision_encoder(inputs["pixel_values"])
+        # Those of a teacher with the same encoder, if there are any.
+        known = inputs.get("vision_features")
+        features = self.vision_encoder(inputs["pixel_values"]) if known is None else known
         projected = self.projector(features)
         mask = inputs["image_mask"].unsqueeze(-1)
         embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
@@ -289,28 +286,6 @@ class ComposedVLM(VisionLanguageModel):
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
         embeddings, _ = self._embed(inputs)
         return self.decoder.generate(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], **settings)
-
-    @torch.no_grad()
-    def keeps_documents_apart(self) -> bool:
-        """As the interface says, found by trying: some classes take positions and make their mask without them.
-
-        Layers with a state or a convolution run on from one document into the next.
-        """
-        if self.vision_encoder is not None or not self._takes_positions:
-            return False
-        device, training = next(self.parameters()).device, self.training
-        positions = torch.arange(4).repeat(1, 2)
-        # Two rows whose second document is the same.
-        ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [3, 2, 1, 0, 4, 5, 6, 7]])
-        inputs = ModelInputs(input_ids=ids, position_ids=positions.expand(2, -1)).to(device)
-        self.eval()
-        try:
-            # FlashAttention takes 16 bits alone.
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                first, second = self(inputs, torch.tensor([4, 5, 6, 7, 12, 13, 14, 15], device=device)).hidden.chunk(2)
-        finally:
-            self.train(training)
-        return bool((first - second).abs().max() <= 1e-4 * first.abs().max())
 
     def use_tokenizer(self, tokenizer: Any, ends: set[int]) -> None:
         """Takes another tokenizer, with its chat template, in place of its own.
@@ -329,6 +304,7 @@ class ComposedVLM(VisionLanguageModel):
             settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
             settings.eos_token_id = sorted(ends)
         self.processor = ComposedProcessor(tokenizer, self.processor.transform, self.processor.tokens)
+        self.processor.one_row = wants_one_row(self.decoder.base_model.config)
         self.head = lm_head(self.decoder)
         self._ends = template_ends(self.processor)
 

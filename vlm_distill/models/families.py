@@ -100,5 +100,5 @@ def adapted(model: Any, processor: Any) -> PretrainedVLM:
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(config.vision_config, "image_token_id", None))
     image_token_id = next(token for token in found if token is not None)
-    wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id)
+    wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)
     return MODELS.get(config.model_type, PretrainedVLM)(model, wrapped)

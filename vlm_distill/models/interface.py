@@ -20,6 +20,7 @@ from data.conversation import Conversation, Document, count_images
 from data.errors import BadSample
 
 from .adapters import with_adapters
+from .packing import join, keeps_apart
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
 
@@ -131,6 +132,8 @@ class Processor(ABC):
 
     tokenizer: Any
     has_vision: bool
+    #: Whether the model wants all samples that share a row in one; the model sets it.
+    one_row: bool = False
 
     @abstractmethod
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
@@ -167,7 +170,19 @@ class Processor(ABC):
 
     @abstractmethod
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
-        """Samples padded into one batch; ``input_ids`` and ``attention_mask`` are ``[B, L]``."""
+        """Samples padded into one batch; ``input_ids`` and ``attention_mask`` are ``[B, L]``.
+
+        Where samples were joined there is no ``attention_mask``: ``position_ids`` ``[B, L]`` or ``[4, B, L]`` start
+        again with each of them, and padding is one more sample.
+        """
+
+    def join(self, samples: Sequence[Encoded]) -> Encoded:
+        """Samples in one row, told apart by positions that start again: see :mod:`.packing`."""
+        return join(samples, [self.positions(sample) for sample in samples])
+
+    def positions(self, sample: Encoded) -> Tensor:
+        """``position_ids`` of a sample's tokens, ``[L]``, or ``[4, L]`` for M-RoPE: of text, time, height and width."""
+        return torch.arange(len(sample.input_ids))
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
@@ -259,9 +274,9 @@ class VisionLanguageModel(nn.Module, ABC):
             state: the weights to write, where the model's own are sharded over ranks.
         """
 
-    def keeps_documents_apart(self) -> bool:
-        """Whether documents in one row, told by positions that start again, see nothing of each other."""
-        return False
+    def keeps_samples_apart(self) -> bool:
+        """Whether samples in one row, told by positions that start again, see nothing of each other."""
+        return keeps_apart(self)
 
     @abstractmethod
     def checkpoint_activations(self) -> None:

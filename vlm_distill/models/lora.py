@@ -180,6 +180,9 @@ class WithoutAdapters(VisionLanguageModel):
     def feature_shape(self, name: str) -> tuple[int | None, int]:
         return self.model.feature_shape(name)
 
+    def keeps_samples_apart(self) -> bool:
+        return self.model.keeps_samples_apart()
+
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[Answer]:
         with self._off():
             return self.model.generate(prompts, max_new_tokens=max_new_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .chat import Span, control_tokens, find_answers, held, mark_tokens, rendere
 from .common import checkpoint_layers, first_line
 from .features import IMAGES, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
+from .packing import is_by_token, joined, row_positions, wants_one_row
 from .sequence_parallel import at_positions
 
 #: Causal LMs of which Transformers multiplies the logits by ``logits_scaling`` where Granite divides by it.
@@ -106,11 +107,12 @@ class PretrainedProcessor(Processor):
     Args:
         processor: with its chat template and a fast tokenizer.
         image_token_id: of the token that stands for images in the ids.
+        model: whose M-RoPE positions are computed, where it has any; its weights are not kept.
     """
 
     has_vision = True
 
-    def __init__(self, processor: Any, image_token_id: int) -> None:
+    def __init__(self, processor: Any, image_token_id: int, model: Any = None) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = image_token_id
@@ -122,6 +124,7 @@ class PretrainedProcessor(Processor):
         self._template: Any = None
         self._control: tuple[str, ...] = ()
         self._dummy: Encoded | None = None
+        self._rope = _rope_index(model)
 
     def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
         return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
@@ -211,7 +214,9 @@ class PretrainedProcessor(Processor):
         inputs = ModelInputs(input_ids=padded([s.input_ids for s in samples], 0 if pad is None else pad))
         for name in {name: None for s in samples for name in s.tensors}:
             present = [s for s in samples if name in s.tensors]
-            if all(s.tensors[name].shape == (1, len(s.input_ids)) for s in present):
+            if name == "position_ids":
+                inputs[name] = row_positions(samples, inputs["input_ids"].shape[1])
+            elif all(is_by_token(s, name) for s in present):
                 blank = present[0].tensors[name].dtype
                 rows = [
                     s.tensors[name][0] if name in s.tensors else torch.zeros_like(s.input_ids, dtype=blank)
@@ -219,8 +224,16 @@ class PretrainedProcessor(Processor):
                 ]
                 inputs[name] = padded(rows, 0)
             else:
-                inputs[name] = _joined([s.tensors[name] for s in present])
+                inputs[name] = joined([s.tensors[name] for s in present])
         return inputs
+
+    def positions(self, sample: Encoded) -> Tensor:
+        text = super().positions(sample)
+        if self._rope is None:
+            return text
+        asked = set(signature(self._rope).parameters) - {"attention_mask"}
+        axes, _ = self._rope(sample.input_ids.unsqueeze(0), **{k: v for k, v in sample.tensors.items() if k in asked})
+        return torch.cat([text.unsqueeze(0), axes[:, 0]])
 
     def image_tokens(self, sample: Encoded) -> Tensor:
         return sample.input_ids == self.image_token_id
@@ -229,15 +242,19 @@ class PretrainedProcessor(Processor):
         self.processor.save_pretrained(folder)
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """Along the first dimension, the others padded with zeros at their end to the largest."""
-    sizes = [max(size) for size in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+def _rope_index(model: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The method of a model's class that computes M-RoPE positions, bound to an object with its configuration alone.
 
-    def grown(tensor: Tensor) -> Tensor:
-        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
-        return nn.functional.pad(tensor, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else tensor
-
-    return torch.cat([grown(tensor) for tensor in tensors])
+    It goes to the processes that make batches, where the weights must not go.
+    """
+    base: Any = getattr(model, "base_model", None)
+    if not hasattr(base, "get_rope_index"):
+        return None
+    kind: Any = type(base)
+    bare = kind.__new__(kind)
+    nn.Module.__init__(bare)
+    bare.config = base.config
+    return bare.get_rope_index
 
 
 class PretrainedVLM(VisionLanguageModel):
@@ -256,6 +273,7 @@ class PretrainedVLM(VisionLanguageModel):
         self.processor = processor
         self.head = lm_head(model)
         self._ends = template_ends(processor)
+        processor.one_row = wants_one_row(model.get_decoder().config)
         # What no part holds takes no part: towers for sound.
         used = {id(parameter) for part in self.parts.values() for parameter in part.parameters()}
         for parameter in model.parameters():

@@ -148,14 +148,14 @@ def check_packing(
     teacher: VisionLanguageModel | None,
     grouped: bool,
 ) -> None:
-    """Raises ``UserError`` where there is plain text and a model cannot keep packed documents apart."""
+    """Raises ``UserError`` where there is plain text and a model cannot keep documents in one row apart."""
     text = next((section.path for section in sections if section.format == "text"), None)
     if text is None:
         return
     if grouped:
         raise UserError(f"{text}: plain text needs a student with the teacher's tokenizer (student.tokenizer: teacher)")
     for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None and not model.keeps_documents_apart():
+        if model is not None and (model.processor.has_vision or not model.keeps_samples_apart()):
             raise UserError(
                 f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models whose "
                 "layers are attention alone and that make their masks by position, such as Llama, Qwen2 or GPT-NeoX"

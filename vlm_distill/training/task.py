@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batch import DistillationBatch
+from data.batch import DistillationBatch, ModelInputs
 from data.errors import UserError
 from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.teacher import TeacherOutputs
+from vlm_distill.models.vision_once import features_for_student
 
 
 class DistillationTask(nn.Module):
@@ -23,6 +24,7 @@ class DistillationTask(nn.Module):
         terms: the losses, by unique names; those on features are prepared.
         recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
         sequence: the ranks that share this one's samples, each of which learns from its share of the positions.
+        vision_once: the teacher has the student's vision encoder, and gives its features, ``vision``.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class DistillationTask(nn.Module):
         *,
         recompute_logits: bool = False,
         sequence: SequenceParallel | None = None,
+        vision_once: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.sequence = sequence
         self.recompute_logits = recompute_logits
+        self.vision_once = vision_once
         self.terms = [term for term in terms if isinstance(term, Term)]
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.features = wanted_features(terms)[0]
@@ -61,7 +65,11 @@ class DistillationTask(nn.Module):
             The differentiable weighted sum (0-d), and the detached sums of each term.
         """
         scales = scales or {}
-        inputs = batch.student.inputs.to(batch.targets.device, self.student.dtype)
+        inputs = batch.student.inputs
+        if self.vision_once and teacher is not None:
+            features = features_for_student(batch, teacher.features["vision"])
+            inputs = ModelInputs({k: v for k, v in inputs.items() if k != "pixel_values"}, vision_features=features)
+        inputs = inputs.to(batch.targets.device, self.student.dtype)
         outputs = self.student(inputs, batch.student.positions, self.features)
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}
@@ -97,14 +105,14 @@ class DistillationTask(nn.Module):
     ) -> Tensor:
         """A loss's value for each of its tokens or images, ``[n]``; it hangs in the graph where n is 0, too."""
         loss = term.loss
-        # Row by row in the student's batch, whose k-th token is the teacher's k-th.
-        samples = batch.student.positions // batch.student.inputs["input_ids"].shape[1]
+        samples = batch.sample_of
         if loss.unit == "image":
+            assert batch.teacher is not None
             sides = [
-                {name: _images(term.name, role, features[name], batch.images) for name in names}
-                for role, features, names in (
-                    ("student", student, loss.student_features),
-                    ("teacher", teacher, loss.teacher_features),
+                {name: _images(term.name, role, features[name], rows.images) for name in names}
+                for role, features, names, rows in (
+                    ("student", student, loss.student_features, batch.student),
+                    ("teacher", teacher, loss.teacher_features, batch.teacher),
                 )
             ]
         else:
@@ -117,10 +125,11 @@ class DistillationTask(nn.Module):
             return loss(*sides, samples)
 
 
-def _images(name: str, role: str, features: Tensor, images: int) -> Tensor:
-    """The real images' features: a dummy row's image comes last."""
-    if images and len(features) != images:
+def _images(name: str, role: str, features: Tensor, images: Tensor) -> Tensor:
+    """The features of the samples' images, in the samples' order."""
+    count = len(images)
+    if count and len(features) != count:
         raise UserError(
-            f"loss {name}: the {role} cuts {images} image(s) into {len(features)} tiles; it compares whole images alone"
+            f"loss {name}: the {role} cuts {count} image(s) into {len(features)} tiles; it compares whole images alone"
         )
-    return features[:images]
+    return features[images]

@@ -21,10 +21,12 @@ from vlm_distill import losses
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
+from vlm_distill.models.common import DTYPES
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
+from vlm_distill.models.vision_once import sees_as
 
 from .build import (
     build_terms,
@@ -42,6 +44,7 @@ from .build import (
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
 from .loop import Loop
+from .packing import plan_packing
 from .schedule import learning_rate_factor, parameter_groups
 from .task import DistillationTask
 from .teacher_cache import check_cache
@@ -95,14 +98,24 @@ class Trainer(Loop):
         if isinstance(self.teacher, CachedTeacher):
             self.told = [*self.told, *check_cache(config, sources, self.teacher)]
         prepare_losses(terms, student, self.guide)
-        self.features = losses.wanted_features(terms)[1]
         self.sequence = processes.share_sequences(config.training.sequence_parallel)
         if self.sequence is not None:
             self._share_sequences(self.sequence, student, terms)
+        # A frozen vision encoder that both have runs in the teacher alone, which runs in the student's precision.
+        self.vision_once = (
+            isinstance(self.guide, ModelTeacher)
+            and self.guide.model.dtype == DTYPES[config.training.dtype]
+            and sees_as(student, self.guide.model)
+        )
+        self.features = sorted({*losses.wanted_features(terms)[1], *(["vision"] if self.vision_once else [])})
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
         data = config.data
+        if processes.device.type == "cuda":
+            student.to(processes.device)
+        packing = plan_packing(data, student, model if self.guide is not None else None)
+        self.told = [*self.told, *packing.told]
         self.load_image = image_loader(data)
         self.dataset = StepDataset(
             Mixture(
@@ -110,7 +123,7 @@ class Trainer(Loop):
                 [section.weight for section in data.train],
                 seed=config.training.seed,
                 batch_size=config.training.batch_size,
-                window=data.length_window,
+                window=packing.window,
             ),
             student.processor,
             self.guide.processor if self.guide is not None else None,
@@ -124,6 +137,7 @@ class Trainer(Loop):
             on_bad=data.bad_samples,
             grouped=self.grouped,
             turns=turns(data),
+            packed=packing.packed,
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
@@ -133,12 +147,14 @@ class Trainer(Loop):
             self.parameters["teacher"] = self.teacher.parameters
         elif model is not None:
             self.parameters["teacher"] = sum(count_parameters(model).values())
-        if processes.device.type == "cuda":
-            student.to(processes.device)
         check_packing(config.data.train, student, model if self.guide is not None else None, self.grouped)
         self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)
         task = DistillationTask(
-            student, terms, recompute_logits=config.training.recompute_logits, sequence=self.sequence
+            student,
+            terms,
+            recompute_logits=config.training.recompute_logits,
+            sequence=self.sequence,
+            vision_once=self.vision_once,
         )
         section = config.optimizer
         optimizer = torch.optim.AdamW(
@@ -164,8 +180,9 @@ class Trainer(Loop):
                 "them or it out"
             )
         text = next((source.path for source in self.config.data.train if source.format == "text"), None)
-        if text is not None:
-            raise UserError(f"training.sequence_parallel: {text} is packed, and a divided row has one document alone")
+        packed = text or ("data.packing" if self.config.data.packing else None)
+        if packed is not None:
+            raise UserError(f"training.sequence_parallel: {packed}: rows are packed, and a divided one has one sample")
         ranks.divide(student, "student")
         if isinstance(self.guide, ModelTeacher):
             ranks.divide(self.guide.model, "teacher")
@@ -180,7 +197,14 @@ class Trainer(Loop):
 
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
-        counts = {**step.counts(), "tokens": step.tokens, "samples": samples}
+        sides = [rows for batch in step.batches for rows in (batch.student, batch.teacher) if rows is not None]
+        counts = {
+            **step.counts(),
+            "tokens": step.tokens,
+            "samples": samples,
+            "filled": sum(rows.tokens for rows in sides),
+            "places": sum(rows.inputs["input_ids"].numel() for rows in sides),
+        }
         if self.sequence is not None and self.sequence.rank:
             return dict.fromkeys(counts, 0)  # the first of those that share the samples counts them
         return counts
@@ -204,9 +228,15 @@ class Trainer(Loop):
         )
 
     def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
-        return {"supervised_tokens": int(totals["supervised"]), self.speed: totals["tokens"] / seconds}
+        return {
+            "supervised_tokens": int(totals["supervised"]),
+            "padding": 1 - totals["filled"] / totals["places"],
+            self.speed: totals["tokens"] / seconds,
+        }
 
     def introduce(self, tracker: Tracker, done: int) -> None:
+        if self.vision_once:
+            tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
         checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
         if checked is not None:
             loss, limit = checked
