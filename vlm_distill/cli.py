@@ -12,7 +12,7 @@ from rich.table import Table
 
 from data.errors import UserError
 from vlm_distill import __version__
-from vlm_distill.launch import guarded, launch
+from vlm_distill.launch import guarded, launch, launch_training
 
 app = typer.Typer(
     name="vlm-distill",
@@ -67,7 +67,7 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     settings = load_config(config, overrides or ())
     split_batch(settings, nproc)
     build_terms(settings)
-    raise typer.Exit(launch("vlm_distill.train", [str(config), *(overrides or ())], nproc))
+    raise typer.Exit(launch_training("vlm_distill.train", [str(config), *(overrides or ())], nproc))
 
 
 @app.command()
@@ -77,7 +77,7 @@ def classify(config: Config, overrides: Overrides = None, nproc: Processes = 1) 
     The other path of this suite, from ImageNet, CIFAR or any folder of images: configs/imagenet, configs/cifar100.
     Under DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
     """
-    raise typer.Exit(launch("vision.train", [str(config), *(overrides or ())], nproc))
+    raise typer.Exit(launch_training("vision.train", [str(config), *(overrides or ())], nproc))
 
 
 @app.command()

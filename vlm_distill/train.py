@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from data.errors import UserError
 from vlm_distill.config import RunConfig, load_config
 from vlm_distill.launch import guarded, leave
 
@@ -39,11 +40,23 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str) -> None:
     from vlm_distill.training.engine import Processes
 
     train = import_module(trainer).train
-    processes = Processes(config.training.device)
+    from vlm_distill.training.failures import explain, start_again
+
+    processes = Processes(config.training.device, config.training.timeout)
     try:
         train(config, processes)
-    finally:
+    except Exception as error:
+        failure = explain(error, processes.watch.where)
+        if failure is not None:
+            start_again(failure)
+        if processes.world > 1:
+            # Without closing: the others may never come to it.
+            processes.watch.fail(error, failure)
         processes.close()
+        if failure is None or isinstance(error, UserError):
+            raise
+        raise failure from None
+    processes.close()
 
 
 if __name__ == "__main__":
