@@ -120,15 +120,16 @@ class Mixture(Generic[S]):
             return 0
         rows = self._order(0)[:whole]
         places = np.unique(np.linspace(0, whole - 1, min(whole, LOOKED_AT)).astype(np.int64))
-        sizes = [self.sources[source].size(row) for source, row in map(self._split, rows[places].tolist())]
-        place = int(places[np.argmax(sizes)])
-        batch = place // self.batch_size
+        batch = int(places[np.argmax(self._sizes(rows[places]))]) // self.batch_size
         if not self.window:
             return batch
-        # Grouped by length, the row is in another batch of its window.
-        first = batch // self.window * self.window
-        group = self._grouped(0, batch // self.window)
-        return first + next(i for i, grouped in enumerate(group) if rows[place] in grouped)
+        # Grouped by length, the longest rows of its window are in another batch.
+        window = batch // self.window
+        longest = [self._sizes(rows).max() for rows in self._grouped(0, window) if len(rows) == self.batch_size]
+        return window * self.window + int(np.argmax(longest))
+
+    def _sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.array([self.sources[source].size(row) for source, row in map(self._split, rows.tolist())])
 
     def _split(self, row: int) -> tuple[int, int]:
         source = int(np.searchsorted(self._first, row, side="right")) - 1
@@ -156,9 +157,7 @@ class Mixture(Generic[S]):
         if self._window[:2] != (epoch, window):
             span = self.window * self.batch_size
             rows = self._order(epoch)[window * span : (window + 1) * span]
-            places = [self._split(row) for row in rows.tolist()]
-            sizes = np.array([self.sources[source].size(row) for source, row in places])
-            rows = rows[np.argsort(sizes, kind="stable")]
+            rows = rows[np.argsort(self._sizes(rows), kind="stable")]
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             # The smaller batch stays the last of its epoch.
             full = len(rows) // self.batch_size

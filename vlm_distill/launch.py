@@ -58,11 +58,11 @@ def launch_training(module: str, arguments: Sequence[str], nproc: int) -> int:
         finally:
             del os.environ[RESTART]
     # Python, a shell and a launcher each have their own way to put a signal into an exit code.
-    number = next((n for n in (-code, code - 128, 256 - code) if 0 < n < 32), 0) if code < 0 or code > 128 else 0
-    if number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
-        name = signal.Signals(number).name
+    for killer in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
+        if code not in (-killer, 128 + killer, 256 - killer):
+            continue
         print(
-            f"vlm-distill: a process of this run was killed by {name}{_LIKELY.get(number, '')}; "
+            f"vlm-distill: a process of this run was killed by {killer.name}{_LIKELY.get(killer, '')}; "
             "start the command again to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,

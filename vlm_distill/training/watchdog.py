@@ -104,14 +104,17 @@ class Watch:
         told = False
         try:
             found = json.loads(self._store.compare_set("reason", "", reason))
+            self._store.set(f"left {self.rank}", "yes")
             if self.rank == 0:
                 self._tell(found["message"], 0 if found["message"] == str(error) else found["rank"])
                 self._store.set("told", "yes")
                 told = True
-            waited = time.monotonic()
-            while not told and time.monotonic() - waited < _PATIENCE:
+            # The store is the first rank's: it leaves last.
+            awaited = [f"left {rank}" for rank in range(self.world)] if self.rank == 0 else ["told"]
+            began = time.monotonic()
+            while not (heard := self._store.check(awaited)) and time.monotonic() - began < _PATIENCE:
                 time.sleep(0.05)
-                told = self._store.check(["told"])
+            told = told or heard
         except (RuntimeError, ValueError):  # the first rank has ended, and the store with it
             found = json.loads(reason)
         if not told:
@@ -173,7 +176,7 @@ class Watch:
         """Names those that are waited for: in a warning at first, and at the end of the limit as the reason."""
         behind = self._behind()
         seconds, phase = time.monotonic() - self._since, self._phase
-        if not behind or self.rank in behind and len(behind) < self.world:
+        if not behind or (self.rank in behind and len(behind) < self.world):
             return  # the others say so
         if seconds > self.limit:
             self.end(Failure(f"{self._in_words(behind)}; the others wait for it. {_REMEDY}", WAITED))
