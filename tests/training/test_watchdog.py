@@ -16,10 +16,9 @@ WAYS = {
     # Exit code of both, and what is said.
     "none": (0, r"^$"),
     "slow": (4, r"rank 1 \(.+, process \d+\) has been in step 2, reading data for \d+ s; the others wait for it"),
-    "stopped": (4, r"rank 1 \(.+\) has not been heard of for \d+ s, last in step 2, reading data"),
+    "stopped": (4, r"rank 1 \(.+\) has not been heard of for \d+ s, last in step \d, .*; the others wait for it"),
     "killed": (4, r"rank 1 \(.+\) has not been heard of for \d+ s, last in step \d, .*: it was killed or crashed"),
     "failed": (3, r"vlm-distill \[rank 1\]: no memory"),
-    "raised": (1, r"ZeroDivisionError: by nothing"),
 }
 
 

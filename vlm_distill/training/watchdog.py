@@ -96,25 +96,28 @@ class Watch:
         """Ends the watch: this rank is done."""
         self._closed.set()
 
-    def end(self, error: Failure) -> NoReturn:
-        """Ends this rank, and so all others, with the reason; one of them tells it."""
+    def end(self, error: Failure, *, own: bool = True) -> NoReturn:
+        """Ends this rank, and so all others, with the reason; one of them tells it.
+
+        Args:
+            error: the reason.
+            own: whether it is this rank's own, not another's that it has read.
+        """
         _do_not_stop()
         self._ending.acquire()  # for good: thread and loop may both come here, and the process ends
         reason = json.dumps({"rank": self.rank, "code": error.code, "message": str(error)})
         told = False
         try:
             found = json.loads(self._store.compare_set("reason", "", reason))
-            self._store.set(f"left {self.rank}", "yes")
             if self.rank == 0:
-                self._tell(found["message"], 0 if found["message"] == str(error) else found["rank"])
+                self._tell(found["message"], 0 if own and found["message"] == str(error) else found["rank"])
                 self._store.set("told", "yes")
                 told = True
-            # The store is the first rank's: it leaves last.
-            awaited = [f"left {rank}" for rank in range(self.world)] if self.rank == 0 else ["told"]
-            began = time.monotonic()
-            while not (heard := self._store.check(awaited)) and time.monotonic() - began < _PATIENCE:
-                time.sleep(0.05)
-            told = told or heard
+                # The store is the first rank's: it leaves last.
+                self._await([f"left {rank}" for rank in range(1, self.world)])
+            else:
+                told = self._await(["told"])
+                self._store.set(f"left {self.rank}", "yes")
         except (RuntimeError, ValueError):  # the first rank has ended, and the store with it
             found = json.loads(reason)
         if not told:
@@ -170,7 +173,7 @@ class Watch:
     def _follow(self) -> None:
         """Ends with the reason that another rank has left."""
         found = json.loads(self._store.get("reason"))
-        self.end(Failure(found["message"], found["code"]))
+        self.end(Failure(found["message"], found["code"]), own=False)
 
     def _look(self) -> None:
         """Names those that are waited for: in a warning at first, and at the end of the limit as the reason."""
@@ -235,6 +238,13 @@ class Watch:
             return bool(self._store.check(["reason"]))
         except RuntimeError:
             return False
+
+    def _await(self, keys: list[str]) -> bool:
+        """Waits a while for all of these; whether they have come."""
+        began = time.monotonic()
+        while not (come := self._store.check(keys)) and time.monotonic() - began < _PATIENCE:
+            time.sleep(0.05)
+        return come
 
     def _wait_for_reason(self) -> None:
         began = time.monotonic()
