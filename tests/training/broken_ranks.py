@@ -1,4 +1,4 @@
-"""Ranks of a training of which one breaks, as the environment says: ``BROKEN`` is ``full``, ``killed`` or ``none``."""
+"""Ranks of a training of which one breaks, as the environment says: ``BROKEN`` is ``full``, ``killed`` or ``straight``."""
 
 import os
 import signal

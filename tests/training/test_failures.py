@@ -57,13 +57,13 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(run, tmp_path,
     monkeypatch.setattr(Trainer, "learn", broken)
     code, line = run()
     assert code == 2
-    rows = [row + 1 for _, row in Trainer_rows(tmp_path)[2:4]]
+    rows = [row + 1 for _, row in third_step(tmp_path)[2:4]]
     place = f"rank 0, micro-batch 2 (data, lines {rows[0]}, {rows[1]})"
     assert f"step 3: cross_entropy is not finite, in {place}; nothing of this step is saved" in line
     assert steps_saved(tmp_path) == ["step_1", "step_2"]
 
 
-def Trainer_rows(folder):
+def third_step(folder):
     """(source, row) of the third step."""
     from data.mixture import Mixture
     from data.sources import open_source
@@ -161,11 +161,11 @@ def test_the_cpus_memory_ends_alike(run, monkeypatch):
     assert "training.on_oom: halve has nothing left, the micro-batch is 1" in line
 
 
-def command(patch, *words):
-    """``vlm-distill WORDS``, with a patch in every rank."""
-    code = f"import sys; sys.argv[0] = 'vlm-distill'; from vlm_distill import cli; {patch}; cli.main()"
+def command(broken, *words):
+    """``vlm-distill WORDS``, whose ranks are those of ``broken_ranks.py``."""
+    code = f"import sys; sys.argv[0] = 'vlm-distill'; from vlm_distill import cli; {PATCHED}; cli.main()"
     paths = os.pathsep.join(map(str, [_ROOT, Path(__file__).parent, _ROOT / "tests" / "support"]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "BROKEN": broken}
     done = subprocess.run(
         [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -192,8 +192,7 @@ def test_a_full_gpu_halves_the_micro_batch_and_resumes(tmp_path, teacher, ranks)
             deepspeed__stage=2 if ranks > 1 else 0,
         )
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(plain))
-        os.environ["BROKEN"] = "full" if name == "full" else "none"
-        code, errors = command(PATCHED, "train", str(tmp_path / f"{name}.yaml"), "--nproc", str(ranks))
+        code, errors = command(name, "train", str(tmp_path / f"{name}.yaml"), "--nproc", str(ranks))
         assert code == 0, errors[-3000:]
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         stories.append([json.loads(line) for line in lines])
@@ -209,8 +208,7 @@ def test_a_full_gpu_halves_the_micro_batch_and_resumes(tmp_path, teacher, ranks)
 def test_a_killed_rank_ends_the_run_with_the_cause(tmp_path, teacher):
     plain = tiny.config(tmp_path / "out", tiny.write_data(tmp_path / "data"), teacher)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
-    os.environ["BROKEN"] = "killed"
-    code, errors = command(PATCHED, "train", str(tmp_path / "run.yaml"), "--nproc", "2")
+    code, errors = command("killed", "train", str(tmp_path / "run.yaml"), "--nproc", "2")
     assert code not in (0, 1, 2)
     assert "was killed by SIGKILL" in errors or "rank 1 (" in errors
     assert "start the command again to resume" in errors
