@@ -52,11 +52,11 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str) -> None:
         if processes.world > 1:
             # Without closing: the others may never come to it.
             processes.watch.fail(error, failure)
-        processes.close()
         if failure is None or isinstance(error, UserError):
             raise
         raise failure from None
-    processes.close()
+    finally:
+        processes.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ranks of a training of which one breaks, as the environment says: ``BROKEN`` is ``full``, ``killed`` or ``straight``."""
+"""Ranks of a training of which one breaks: ``BROKEN`` is ``full``, ``killed`` or ``straight``, of the environment."""
 
 import os
 import signal
