@@ -24,6 +24,7 @@ from .mixture import Mixture
 from .sources import Source, TextSource
 
 MANY_FILES = 65_536
+MANY_PLACES = 16
 
 
 class StepDataset(Dataset[Step]):
@@ -86,6 +87,11 @@ class StepDataset(Dataset[Step]):
         self.on_bad = on_bad
         self.keep_samples = keep_samples
 
+    def places(self, index: int, number: int) -> str:
+        """Where the samples of this rank's micro-batch ``number`` of a step stand."""
+        start = (number * self.world + self.rank) * self.micro_batch_size
+        return places_in_words(self.mixture.sources, self.mixture.rows(index)[start : start + self.micro_batch_size])
+
     def __getitem__(self, index: int) -> Step:
         rows = self.mixture.rows(index)
         step = Step(index, [])
@@ -131,6 +137,16 @@ def problem_of(origin: Located, row: int, bad: BadSample, on_bad: Literal["skip"
             f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
         )
     return Problem(origin.name, line, bad.reason, bad.detail)
+
+
+def places_in_words(sources: Sequence[Located], rows: Sequence[tuple[int, int]]) -> str:
+    """(source, row) pairs as a person finds them: ``chat, lines 3, 17``."""
+    lines: dict[str, list[int]] = {}
+    for source, row in rows[:MANY_PLACES]:
+        lines.setdefault(sources[source].name, []).append(sources[source].line(row))
+    said = [f"{name}, line{'s'[: len(of) > 1]} {', '.join(map(str, of))}" for name, of in lines.items()]
+    more = len(rows) - MANY_PLACES
+    return "; ".join(said) + (f" and {more} more" if more > 0 else "")
 
 
 class Located(Protocol):
@@ -199,6 +215,10 @@ class _Deliveries(Dataset[_Delivery]):
             return _Delivery(self.steps[index])
         except UserError as error:
             return _Delivery(str(error))
+        except OSError as error:
+            # Images that cannot be read are bad samples: this is the file of the samples themselves.
+            what = f"{error.filename or 'a data file'} cannot be read any more: {error.strerror or error}"
+            return _Delivery(f"{what}; put it back, and start the run again to resume")
 
 
 def _unchanged(value: Any) -> Any:

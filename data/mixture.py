@@ -25,6 +25,10 @@ class Rows(Protocol):
 
 S = TypeVar("S", bound=Rows)
 
+#: Rows, evenly spaced over the epoch, of which the longest is looked for: of some sources each takes a tenth of a
+#: millisecond.
+LOOKED_AT = 20_000
+
 
 class Mixture(Generic[S]):
     """Several sources as one endless, weighted, shuffled and repeatable order of batches.
@@ -38,12 +42,16 @@ class Mixture(Generic[S]):
     With ``window`` > 0, the rows of each ``window`` consecutive batches are sorted by length and cut into batches of
     similar rows, and these are shuffled: less padding, and an order that is still random beyond the window.
 
+    With ``longest_first``, the first epoch begins with the batch that holds the longest row, as far as sizes tell, and
+    the first batch takes its place: where memory does not suffice, it fails at once.
+
     Args:
         sources: what to mix; each needs a name of its own.
         weights: passes over each source per epoch; 1 for each by default.
         seed: of every shuffle, not negative.
         batch_size: rows of an optimizer step, over all ranks and micro-batches.
         window: batches within which rows are grouped by length; 0 for no grouping.
+        longest_first: whether the first epoch begins with the batch of its longest row.
 
     Raises:
         UserError: a weight is not positive, or weights and sources do not fit.
@@ -57,6 +65,7 @@ class Mixture(Generic[S]):
         *,
         batch_size: int,
         window: int = 0,
+        longest_first: bool = False,
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else weights
         if not sources or len(weights) != len(sources):
@@ -78,6 +87,8 @@ class Mixture(Generic[S]):
         self._first = np.cumsum([0, *map(len, sources)])
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self._window: tuple[int, int, list[NDArray[np.int64]]] = (-1, -1, [])
+        # Here, so that worker processes inherit it.
+        self._longest = self._find_longest() if longest_first else 0
 
     @property
     def epoch_rows(self) -> int:
@@ -92,12 +103,33 @@ class Mixture(Generic[S]):
     def rows(self, step: int) -> list[tuple[int, int]]:
         """The (source, row) pairs of optimizer step ``step``, counted from 0 through all epochs."""
         epoch, batch = divmod(step, self.steps_per_epoch)
+        if epoch == 0 and batch in (0, self._longest):
+            batch = self._longest - batch
+        return [self._split(row) for row in self._batch(epoch, batch).tolist()]
+
+    def _batch(self, epoch: int, batch: int) -> NDArray[np.int64]:
         if self.window:
             window, place = divmod(batch, self.window)
-            chosen = self._grouped(epoch, window)[place]
-        else:
-            chosen = self._order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
-        return [self._split(row) for row in chosen.tolist()]
+            return self._grouped(epoch, window)[place]
+        return self._order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _find_longest(self) -> int:
+        """The batch of the first epoch with the longest row. The smaller last batch is none: it stays the last."""
+        whole = self.epoch_rows // self.batch_size * self.batch_size
+        if not whole:
+            return 0
+        rows = self._order(0)[:whole]
+        places = np.unique(np.linspace(0, whole - 1, min(whole, LOOKED_AT)).astype(np.int64))
+        batch = int(places[np.argmax(self._sizes(rows[places]))]) // self.batch_size
+        if not self.window:
+            return batch
+        # Grouped by length, the longest rows of its window are in another batch.
+        window = batch // self.window
+        longest = [self._sizes(rows).max() for rows in self._grouped(0, window) if len(rows) == self.batch_size]
+        return window * self.window + int(np.argmax(longest))
+
+    def _sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.array([self.sources[source].size(row) for source, row in map(self._split, rows.tolist())])
 
     def _split(self, row: int) -> tuple[int, int]:
         source = int(np.searchsorted(self._first, row, side="right")) - 1
@@ -125,9 +157,7 @@ class Mixture(Generic[S]):
         if self._window[:2] != (epoch, window):
             span = self.window * self.batch_size
             rows = self._order(epoch)[window * span : (window + 1) * span]
-            places = [self._split(row) for row in rows.tolist()]
-            sizes = np.array([self.sources[source].size(row) for source, row in places])
-            rows = rows[np.argsort(sizes, kind="stable")]
+            rows = rows[np.argsort(self._sizes(rows), kind="stable")]
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             # The smaller batch stays the last of its epoch.
             full = len(rows) // self.batch_size

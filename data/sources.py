@@ -116,6 +116,11 @@ class JsonlSource(Source):
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
             raw = file.read(self._lengths[index])
+        if len(raw) < self._lengths[index]:
+            raise UserError(
+                f"{self.path} ends before its line {self.line(index)}; it has changed since the run began: "
+                "put it back, and start the run again to resume"
+            )
         try:
             return json.loads(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:

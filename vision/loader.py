@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from data.batch import Problem, Step
 from data.errors import BadSample, UserError
 from data.images import MAX_PIXELS, load_image
-from data.loader import check_split, problem_of
+from data.loader import check_split, places_in_words, problem_of
 from data.mixture import Mixture
 
 from .transforms import Augmentation, build_transform, kept_randomness, seed_randomness
@@ -157,6 +157,11 @@ class ImageSteps(Dataset[Step]):
         with kept_randomness():
             batches: list[Any] = [self._batch(index, rows, number, problems) for number in numbers]
         return Step(index, batches, problems)
+
+    def places(self, index: int, number: int) -> str:
+        """Where the images of this rank's micro-batch ``number`` of a step stand."""
+        start = (number * self.world + self.rank) * self.micro_batch_size
+        return places_in_words(self.mixture.sources, self._rows(index)[start : start + self.micro_batch_size])
 
     def sample(self, count: int) -> ImageBatch:
         """The first ``count`` images of the training's first micro-batch, as far as they are readable."""

@@ -267,6 +267,13 @@ class Trainer(Loop):
         workers = min(data.workers, cores())
         return make_loader(self.dataset, start, stop, workers=workers, prefetch=data.prefetch)
 
+    def places(self, step: Step, number: int) -> str:
+        return self.dataset.places(step.index, number)
+
+    def shape(self, micro: ImageBatch) -> str:
+        views, _, height, width = micro.images.shape
+        return f"{views} views of {height} × {width} pixels"
+
     def counts(self, step: Step) -> dict[str, float]:
         return {"samples": sum(batch.samples for batch in step.batches)}
 

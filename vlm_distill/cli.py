@@ -13,7 +13,7 @@ from rich.table import Table
 
 from data.errors import UserError
 from vlm_distill import __version__
-from vlm_distill.launch import guarded, launch
+from vlm_distill.launch import guarded, launch, launch_training
 
 app = typer.Typer(
     name="vlm-distill",
@@ -68,7 +68,7 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     settings = load_config(config, overrides or ())
     split_batch(settings, nproc)
     build_terms(settings)
-    raise typer.Exit(launch("vlm_distill.train", [str(config), *(overrides or ())], nproc))
+    raise typer.Exit(launch_training("vlm_distill.train", [str(config), *(overrides or ())], nproc))
 
 
 @app.command()
@@ -94,7 +94,7 @@ def classify(config: Config, overrides: Overrides = None, nproc: Processes = 1) 
     words = [str(config), *(overrides or ())]
     # By name, as it is started: nothing here imports the other path.
     import_module("vision.train").check(words, nproc)
-    raise typer.Exit(launch("vision.train", words, nproc))
+    raise typer.Exit(launch_training("vision.train", words, nproc))
 
 
 @app.command()

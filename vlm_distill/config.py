@@ -207,6 +207,10 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
+    """``timeout`` is in minutes: so long a rank waits for the others. ``on_oom: halve`` starts again with half the
+    micro-batch where memory ran out, under this suite's own commands.
+    """
+
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: Positive | None = None
     batch_size: Positive = 64
@@ -218,6 +222,8 @@ class TrainingSection(Section):
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
     resume: bool = True
+    timeout: Annotated[float, Field(gt=0)] = 30
+    on_oom: Literal["fail", "halve"] = "fail"
     wandb: bool = False
 
     @model_validator(mode="after")
@@ -359,6 +365,12 @@ def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
             f"nearest that are: {', '.join(map(str, near))}"
         )
     return micro, batch // (micro * world)
+
+
+def halved(config: AnyRun, world: int) -> int | None:
+    """The largest micro-batch up to half of the run's with which its batch still comes out even; ``None`` after 1."""
+    micro, accumulation = split_batch(config, world)
+    return next((m for m in range(micro // 2, 0, -1) if micro * accumulation % m == 0), None)
 
 
 @overload

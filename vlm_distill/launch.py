@@ -5,19 +5,77 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from data.errors import UserError
 
+# Exit codes.
 MISTAKE = 2
+OUT_OF_MEMORY = 3
+WAITED = 4
+#: Names the file in which a rank that ran out of memory leaves the overrides to start again with.
+RESTART = "VLM_DISTILL_RESTART"
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES)
 # Seconds. A launcher stops all ranks within this time of the first that fails.
 _OTHERS_ARE_STOPPED = 3
+
+
+class Failure(Exception):
+    """Why a run ends, in one line, where it is nobody's mistake.
+
+    Args:
+        message: the line.
+        code: the process's exit code.
+        again: overrides with which the run would go on.
+    """
+
+    def __init__(self, message: str, code: int, again: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.again = tuple(again)
+
+
+def launch_training(module: str, arguments: Sequence[str], nproc: int) -> int:
+    """What :func:`launch` does, for a training: out of memory, it is started again as its ranks say, if they do.
+
+    A rank that a signal has killed could not say so itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "overrides"
+        os.environ[RESTART] = str(path)
+        try:
+            while (code := launch(module, arguments, nproc)) == OUT_OF_MEMORY and path.exists():
+                again = path.read_text().split()
+                path.unlink()
+                print(f"vlm-distill: starting again with {' '.join(again)}", file=sys.stderr, flush=True)
+                arguments = [*arguments, *again]
+        finally:
+            del os.environ[RESTART]
+    # Python, a shell and a launcher each have their own way to put a signal into an exit code.
+    for killer in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
+        if code not in (-killer, 128 + killer, 256 - killer):
+            continue
+        print(
+            f"vlm-distill: a process of this run was killed by {killer.name}{_LIKELY.get(killer, '')}; "
+            "start the command again to resume from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    return code
+
+
+_LIKELY = {
+    signal.SIGKILL: ", perhaps because this machine ran out of memory (dmesg tells; fewer data.workers need less)",
+    signal.SIGBUS: ", perhaps because a data file was cut short while it was read, or /dev/shm is full",
+}
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
@@ -59,6 +117,9 @@ def guarded(command: Callable[[], object]) -> int:
             time.sleep(_OTHERS_ARE_STOPPED)
         print(f"vlm-distill{where}: {mistake}", file=sys.stderr, flush=True)
         return MISTAKE
+    except Failure as failure:
+        print(f"vlm-distill: {failure}", file=sys.stderr, flush=True)
+        return failure.code
     return 0
 
 

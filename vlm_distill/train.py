@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from data.errors import UserError
 from vlm_distill.config import RunConfig, load_config
 from vlm_distill.launch import guarded, leave
 
@@ -43,9 +44,21 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> No
     from vlm_distill.training.engine import Processes
 
     run = getattr(import_module(trainer), work)
-    processes = Processes(config.training.device)
+    from vlm_distill.training.failures import explain, start_again
+
+    processes = Processes(config.training.device, config.training.timeout)
     try:
         run(config, processes)
+    except Exception as error:
+        failure = explain(error, processes.watch.where)
+        if failure is not None:
+            start_again(failure)
+        if processes.world > 1:
+            # Without closing: the others may never come to it.
+            processes.watch.fail(error, failure)
+        if failure is None or isinstance(error, UserError):
+            raise
+        raise failure from None
     finally:
         processes.close()
 

@@ -96,3 +96,23 @@ def test_mistakes_are_named(questions):
             Mixture(*arguments, batch_size=2)
     with pytest.raises(UserError, match="batch size 0"):
         Mixture([source], batch_size=0)
+
+
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("rows", [100, 101])
+def test_the_longest_row_comes_first_and_no_row_is_lost(questions, rows, window):
+    def length(i):
+        return 1 + i * 37 % 101
+
+    source = questions(rows, length=length)
+    plain = Mixture([source], batch_size=4, window=window)
+    mixture = Mixture([source], batch_size=4, window=window, longest_first=True)
+    before, after = epoch(plain, 0), epoch(mixture, 0)
+    full = [batch for batch in before if len(batch) == 4]
+    longest = max(length(i) for batch in full for _, i in batch)
+    assert max(length(i) for _, i in after[0]) == longest
+    # Two batches have changed places, and the smaller one is still the last; later epochs are as they were.
+    moved = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    assert moved == [0, before.index(after[0])]
+    assert after[moved[1]] == before[0]
+    assert epoch(mixture, 1) == epoch(plain, 1)

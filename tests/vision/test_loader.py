@@ -335,3 +335,10 @@ def test_files_and_bytes_are_read_within_the_roots(tmp_path):
 def test_sizes_that_do_not_fit_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make(**options)
+
+
+def test_messages_name_the_images_of_a_micro_batch():
+    steps = make(world=2, rank=1)
+    for number, batch in enumerate(steps[1].batches):
+        lines = ", ".join(str(row + 1) for row in batch.rows.tolist())
+        assert steps.places(1, number) == f"{steps.mixture.sources[0].name}, lines {lines}"

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from vlm_distill.launch import cores, free_port
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 
+from .watchdog import Watch
+
 SAVED_BY = "engine"
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
 
@@ -35,12 +38,16 @@ class Processes:
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
+        timeout: for how many minutes a rank waits for the others.
+
+    Attributes:
+        watch: what the ranks know of each other.
 
     Raises:
         UserError: CUDA asked for where there is none.
     """
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", timeout: float = 30) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("training.device: cuda was asked for, but PyTorch finds no CUDA device; use cpu or auto")
         for slurm, ours in (("SLURM_PROCID", "RANK"), ("SLURM_LOCALID", "LOCAL_RANK"), ("SLURM_NTASKS", "WORLD_SIZE")):
@@ -75,7 +82,11 @@ class Processes:
         # than a container has by default, and they stay there after the run. gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
-            deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+            # Before communication itself gives up, which names no rank, the watch has.
+            limit = timedelta(minutes=timeout + 1)
+            backend = "nccl" if use_cuda else "gloo"
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
+        self.watch = Watch(self.rank, self.world, 60 * timeout)
 
     @property
     def first(self) -> bool:
@@ -93,9 +104,10 @@ class Processes:
         if tensors:
             own = torch.stack([v.to(self.device, torch.float64) for _, v in tensors])
             tensor = torch.cat([tensor, own])
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        sums = tensor.tolist()
+        with self.watch.waiting():
+            if self.world > 1:
+                dist.all_reduce(tensor)
+            sums = tensor.tolist()
         for (i, _), total in zip(tensors, sums[len(values) :], strict=True):
             sums[i] = total
         return sums[: len(values)]
@@ -111,7 +123,8 @@ class Processes:
         """Every rank's item, on every rank, in the order of ranks."""
         items = [item] * self.world
         if self.world > 1:
-            dist.all_gather_object(items, item)
+            with self.watch.waiting():
+                dist.all_gather_object(items, item)
         return items
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -137,9 +150,11 @@ class Processes:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            with self.watch.waiting():
+                dist.barrier()
 
     def close(self) -> None:
+        self.watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
             # DeepSpeed 0.19 keeps its copy of the group, which the next training of this process could not use.
@@ -218,6 +233,16 @@ class Engine:
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
+
+    def finite(self) -> bool:
+        """Whether all weights that are trained are numbers, as far as DeepSpeed does not tell gradients' norms.
+
+        At stage 0 all ranks have the same weights; at the others the norm of :meth:`step` says it.
+        """
+        if self.stage > 0:
+            return True
+        trained = [p for p in self.task.parameters() if p.requires_grad]
+        return bool(torch.stack([p.detach().isfinite().all() for p in trained]).all())
 
     def share_statistics(self, module: nn.Module) -> None:
         """Averages batch norm's running statistics over ranks, each of which normalises by its own micro-batches.

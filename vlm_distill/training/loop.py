@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import shlex
 import sys
 import time
@@ -26,6 +27,7 @@ from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 
 from . import checkpoint
 from .engine import Engine, Processes
+from .failures import not_finite, out_of_memory, out_of_memory_in_step
 from .tracking import Tracker
 
 
@@ -75,6 +77,14 @@ class Loop(ABC):
     @abstractmethod
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         """This rank's share of the steps ``start`` to ``stop - 1``."""
+
+    @abstractmethod
+    def places(self, step: Step, number: int) -> str:
+        """Where the samples of this rank's micro-batch ``number`` of a step stand, for messages."""
+
+    @abstractmethod
+    def shape(self, micro: Any) -> str:
+        """How large a micro-batch is, in words."""
 
     @abstractmethod
     def counts(self, step: Step) -> dict[str, float]:
@@ -156,6 +166,7 @@ class Loop(ABC):
         with tracker:
             self._greet(tracker, done)
             self.engine.train()
+            self._enter("reading data", done)
             asked = time.time()
             for step in self.batches(done, last):
                 waited = time.time() - asked
@@ -170,6 +181,7 @@ class Loop(ABC):
                     self.engine.train()
                 if done == last or done % config.training.checkpoint_every == 0:
                     self._save(done)
+                self._enter("reading data", done)
                 asked = time.time()
             if done == self.steps:
                 self._finish(done, tracker)
@@ -191,13 +203,13 @@ class Loop(ABC):
 
         sums: list[dict[str, TermSums]] = []
         norm: float | None = None
-        for micro in step.batches:
-            loss, terms = self.learn(step, micro, scales)
-            self.engine.backward(loss)
-            norm = self.engine.step(lr)
+        for number, micro in enumerate(step.batches, 1):
+            terms, norm = self._learn(step, number, micro, scales, lr)
             sums.append(terms)
         self.stepped(step.index)
+        self._enter("adding up the ranks' losses", step.index)
         means = self._means(sums)
+        self._check_finite(step, sums, means, norm)
         epochs = self.steps / self.epoch_steps
         for term in self.terms:
             progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
@@ -215,6 +227,60 @@ class Loop(ABC):
             | self.values(totals, seconds)
             | {"waiting": totals["waited"] / world / seconds, "seconds": time.time() - self.began}
         )
+
+    def _learn(
+        self, step: Step, number: int, micro: Any, scales: Mapping[str, float], lr: float
+    ) -> tuple[dict[str, TermSums], float | None]:
+        """Forward, backward and, of the last micro-batch, the update; the terms' sums and the gradient's norm."""
+        where = f"micro-batch {number} of {len(step.batches)}"
+        try:
+            self._enter(f"the forward of {where}", step.index)
+            loss, terms = self.learn(step, micro, scales)
+            self._enter(f"the backward of {where}", step.index)
+            self.engine.backward(loss)
+            self._enter(f"the update after {where}", step.index)
+            return terms, self.engine.step(lr)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise out_of_memory_in_step(
+                error,
+                self.settings,
+                self.processes.world,
+                phase=self.processes.watch.where,
+                shape=self.shape(micro),
+                recomputes=getattr(self.settings.training, "recompute_logits", True) is False,
+            ) from error
+
+    def _enter(self, phase: str, index: int) -> None:
+        """Tells the other ranks what this one does in the optimizer step ``index``, counted from 0."""
+        self.processes.watch.phase(f"step {index + 1}, {phase}")
+
+    def _check_finite(
+        self,
+        step: Step,
+        sums: Sequence[Mapping[str, TermSums]],
+        means: Mapping[str, Mapping[str, float]],
+        norm: float | None,
+    ) -> None:
+        """Ends a run of which a loss or a gradient is infinite or not a number, on all ranks, before it is saved."""
+        terms = [name for name, values in means.items() if not math.isfinite(values["loss"])]
+        # DeepSpeed tells some infinite norms as -1.
+        gradient = norm is not None and not (math.isfinite(norm) and norm >= 0)
+        if not terms and not gradient:
+            return
+        mine = [
+            f"rank {self.processes.rank}, micro-batch {number + 1} ({self.places(step, number)})"
+            for number, micro in enumerate(sums)
+            if not all(math.isfinite(float(micro[name].loss)) for name in terms)
+        ]
+        found = [text for part in self.processes.gather(mine) for text in part]
+        raise not_finite(step.index + 1, terms, found, gradient=not terms)
+
+    def _check_weights(self, done: int) -> None:
+        """Ends a run whose weights are not all numbers; each loss was before the update that made them so."""
+        if not self.engine.finite():
+            raise not_finite(done, [], [], gradient=True)
 
     def _means(self, sums: Sequence[Mapping[str, TermSums]]) -> dict[str, dict[str, float]]:
         """Means of every term's loss and signals over all rows of the step, from one all-reduce."""
@@ -240,6 +306,8 @@ class Loop(ABC):
             self.problems.add(problem for part in gathered for problem in part)
 
     def _save(self, done: int) -> None:
+        self._check_weights(done)
+        self.processes.watch.phase(f"writing the checkpoint of step {done}", limited=False)
         self.share_statistics()
         # The losses' own state is in the task's state dict, so that it needs no word here.
         state = {"step": done, "seconds": time.time() - self.began}
@@ -296,6 +364,8 @@ class Loop(ABC):
 
     def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
         """Evaluates the student, at the end of the run with its teacher, and keeps it if it is the best so far."""
+        self._check_weights(done)
+        self.processes.watch.phase(f"the evaluation after step {done}", limited=False)
         self.share_statistics()
         score, skipped = self.evaluate(done, tracker, final=final)
         if self.problems is not None:

@@ -124,6 +124,7 @@ class Trainer(Loop):
                 seed=config.training.seed,
                 batch_size=config.training.batch_size,
                 window=packing.window,
+                longest_first=True,
             ),
             student.processor,
             self.guide.processor if self.guide is not None else None,
@@ -194,6 +195,13 @@ class Trainer(Loop):
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
         return make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
+
+    def places(self, step: Step, number: int) -> str:
+        return self.dataset.places(step.index, number)
+
+    def shape(self, micro: DistillationBatch) -> str:
+        rows, tokens = micro.student.inputs["input_ids"].shape
+        return f"{rows} rows × {tokens} tokens with {micro.images} images"
 
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
