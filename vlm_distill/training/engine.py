@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from data.errors import UserError
 from vlm_distill.config import AnyRun, split_batch
 from vlm_distill.launch import cores, free_port
 from vlm_distill.models.interface import VisionLanguageModel
+
+from . import faults
 
 SAVED_BY = "engine"
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
@@ -223,8 +226,16 @@ class Engine:
                 tensor /= self.processes.world
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes weights and optimizer of all ranks, and ``state``, into an existing folder."""
+        """Writes weights and optimizer of all ranks, and ``state``, into an existing folder.
+
+        Raises:
+            OSError, RuntimeError: this rank could not write; others may have.
+        """
+        files = _Files()
+        self._engine.checkpoint_engine = files
         self._engine.save_checkpoint(str(folder), tag=SAVED_BY, client_state={"run": state}, save_latest=False)
+        if files.error is not None:
+            raise files.error
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores what :meth:`save` wrote, and returns its ``state``."""
@@ -246,6 +257,25 @@ class Engine:
                 if self.processes.first:
                     state[name] = tensor.detach().cpu().clone()
         return state
+
+
+class _Files(TorchCheckpointEngine):
+    """How DeepSpeed writes a rank's files. An error waits: raised between two barriers, it would leave others there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            # Opened here: of files that it opens itself PyTorch does not tell why they could not be written.
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+        except (OSError, RuntimeError) as error:
+            self.error = error
+        faults.point("checkpoint.file")
 
 
 def checkpoint_weights(folder: Path, stage: int) -> dict[str, Tensor]:
