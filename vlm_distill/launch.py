@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ _OTHERS_ARE_STOPPED = 3
 # Seconds in which ranks may say why they end after one of them has failed, and between looks at them.
 _PATIENCE = 10
 _LOOK_AGAIN = 0.1
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
@@ -100,6 +102,11 @@ def guarded(command: Callable[[], object]) -> int:
             # Most mistakes are every rank's: the first tells it, and stops the others before they say it again.
             time.sleep(_OTHERS_ARE_STOPPED)
         print(f"vlm-distill{where}: {mistake}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"vlm-distill: {error.filename or 'output'}: {os.strerror(error.errno).lower()}", file=sys.stderr)
         return MISTAKE
     return 0
 

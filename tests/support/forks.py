@@ -37,7 +37,7 @@ class Forks:
             fault: what ``VLM_DISTILL_FAULT`` says.
             after: seconds, or a text that the run must have told, after which the ranks ``to`` get a signal.
             number: that signal.
-            limit: bytes that a file may have; ``RLIMIT_FSIZE``.
+            limit: bytes that a file of the ranks ``to`` may have.
 
         Returns:
             Each rank's exit code, negative for a signal, and what all have told.
@@ -86,7 +86,7 @@ def fork(asked, place, rank, told):
         os.environ.update(place)
         if asked["ranks"] > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        if asked["limit"]:
+        if asked["limit"] and rank in asked["to"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (asked["limit"], asked["limit"]))
         from importlib import import_module
 

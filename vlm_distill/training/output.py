@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,10 +60,13 @@ def cause_of(error: BaseException, path: Path) -> str | None:
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__cause__ or seen.__context__
-    if seen is None or seen.errno is None:
+    # safetensors gives the system's number in its text alone.
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    number = seen.errno if seen is not None else int(quoted[1]) if quoted else None
+    if number is None:
         return None
-    what = f"{seen.filename or path}: {os.strerror(seen.errno).lower()}"
-    if seen.errno not in _FULL:
+    what = f"{(seen and seen.filename) or path}: {os.strerror(number).lower()}"
+    if number not in _FULL:
         return what
     return f"{what}, {_free(path):,} bytes are free there"
 
@@ -87,12 +91,22 @@ def put_in_place(folder: Path, write: Callable[[Path], None], point: str) -> Non
         folder: where it is to be.
         write: fills a folder.
         point: the name of the place between old and new, for tests that kill there.
+
+    Raises:
+        UserError: the system could not write it, as on a full disk; what was there stays.
     """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    write(unfinished)
-    flush_all(unfinished)
+    try:
+        write(unfinished)
+        flush_all(unfinished)
+    except Exception as error:
+        reason = cause_of(error, folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if reason is None:
+            raise
+        raise UserError(f"{reason}; mend that and start the run again, which repeats only this") from None
     shutil.rmtree(folder, ignore_errors=True)
     faults.point(point)
     unfinished.rename(folder)
