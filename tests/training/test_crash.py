@@ -172,10 +172,10 @@ def test_resumed_on_other_ranks_and_stages(runs, forks, before, after, changes):
     codes, told = forks(RUN, config, more)
     assert not any(codes), told
     assert "resumed after step 4" in told
-    # bf16 rounds a product differently with the micro-batches of other ranks; float32 masters keep it small.
-    tolerance = 2e-2 if changes else 1e-6
     expected = losses(runs.straight(1, **changes))
-    assert losses(runs.folder / name) == pytest.approx(expected, rel=tolerance)
+    # Other ranks round sums differently, in bf16 coarsely.
+    tolerance = {"rel": 2e-2} if changes else {"abs": 1e-6, "rel": 0}
+    assert losses(runs.folder / name) == pytest.approx(expected, **tolerance)
 
 
 def test_told_to_stop_one_rank_stops_all(runs, forks):
