@@ -180,9 +180,9 @@ def test_resumed_on_other_ranks_and_stages(runs, forks, before, after, changes):
 
 def test_told_to_stop_one_rank_stops_all(runs, forks):
     config = runs.config("stopped")
-    for moment in ("step 2/8", "step 6/8"):
-        # The second time while it evaluates, or a moment before or after.
-        codes, told = forks(RUN, config, 2, after=moment, number="SIGTERM", to=(0,))
+    # One rank alone; then all while they evaluate, or a moment before or after.
+    for moment, to in (("step 2/8", [0]), ("step 6/8", [0, 1])):
+        codes, told = forks(RUN, config, 2, after=moment, number="SIGTERM", to=to)
         assert codes == [0, 0], told
         assert "told to stop" in told
         assert "start the run again to go on" in told
