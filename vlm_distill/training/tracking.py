@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,7 @@ class Tracker:
 
     def __enter__(self) -> Self:
         if self.first:
+            self._hook, threading.excepthook = threading.excepthook, self._thread_failed
             self._bar.start()
         return self
 
@@ -80,6 +82,7 @@ class Tracker:
                 self._file.close()
             with self._noting():
                 self._board.close()
+            threading.excepthook = self._hook
             if self._wandb is not None:
                 self._wandb.finish()
 
@@ -114,6 +117,11 @@ class Tracker:
             yield
         except OSError as error:
             self.failure = self.failure or cause_of(error, self._path)
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, whose failure is told at the next write, without a traceback."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+            self._hook(failed)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Moves the bar; where there is no terminal, prints a line now and then."""
