@@ -201,7 +201,7 @@ def ours(name: str, folder: Path, data: Path, processes: Processes, dtype: str) 
         nonlocal done
         total = tokens = 0.0
         for step in trainer.batches(done, done + number):
-            values = trainer._step(step, 0.0)
+            values, _ = trainer._step(step, 0.0)
             total += values["loss"] * values["supervised_tokens"]
             tokens += values["supervised_tokens"]
         done += number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections import Counter
@@ -263,8 +264,8 @@ class ProblemLog:
         self._seen: set[tuple[str, int]] = set()
         if path is not None and path.exists():
             whole, newline, _ = path.read_bytes().rpartition(b"\n")
-            # What a killed process left of its last line goes.
-            path.write_bytes(whole + newline)
+            # What a killed process left of its last line goes. Cut, not written anew, which might be broken off.
+            os.truncate(path, len(whole + newline))
             for line in whole.splitlines():
                 self._note(Problem(**json.loads(line)))
 

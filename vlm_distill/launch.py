@@ -26,6 +26,10 @@ RESTART = "VLM_DISTILL_RESTART"
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES)
 # Seconds. A launcher stops all ranks within this time of the first that fails.
 _OTHERS_ARE_STOPPED = 3
+# Seconds in which ranks may say why they end after one of them has failed, and between looks at them.
+_PATIENCE = 10
+_LOOK_AGAIN = 0.1
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class Failure(Exception):
@@ -81,6 +85,8 @@ _LIKELY = {
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     """Runs ``python -m module arguments`` on ``nproc`` processes, and returns the exit code.
 
+    SIGTERM and SIGINT are passed on to every process: they decide what to do, and their exit code is returned.
+
     Args:
         module: an entry point such as ``vlm_distill.train``.
         arguments: its command line.
@@ -89,12 +95,50 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     settle_accelerator()
     environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
-    if nproc == 1:
-        command = [sys.executable, "-m", module, *arguments]
-    else:
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(nproc)]
-        command = [*launcher, "--master_port", str(free_port()), "--module", module, *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+    command = [sys.executable, "-m", module, *arguments]
+    places: list[dict[str, str]] = [{}]
+    if nproc > 1:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        meeting |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+        places = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for process in ranks:
+            process.send_signal(number)
+
+    # Not DeepSpeed's launcher, which ends with an error when it is told to stop, and kills ranks one after the other.
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for place in places:
+            ranks.append(subprocess.Popen(command, env=environment | place))
+        return _wait(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for all ranks, and ends the others after one has failed; returns the first failure's exit code."""
+    running, code = list(ranks), 0
+    patience = float("inf")
+    while running:
+        for process in running:
+            if process.poll():
+                code = code or process.returncode
+        running = [process for process in running if process.returncode is None]
+        if code and running:
+            if patience == float("inf"):
+                patience = time.monotonic() + _PATIENCE
+                for process in running:
+                    process.terminate()
+            if time.monotonic() > patience:
+                for process in running:
+                    process.kill()
+        time.sleep(_LOOK_AGAIN)
+    return code if code >= 0 else 128 - code
 
 
 def settle_accelerator() -> None:
@@ -120,6 +164,11 @@ def guarded(command: Callable[[], object]) -> int:
     except Failure as failure:
         print(f"vlm-distill: {failure}", file=sys.stderr, flush=True)
         return failure.code
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"vlm-distill: {error.filename or 'output'}: {os.strerror(error.errno).lower()}", file=sys.stderr)
+        return MISTAKE
     return 0
 
 

@@ -6,7 +6,7 @@ from vlm_distill.training import checkpoint
 
 
 def save(folder, step, keep=2, write=lambda path: (path / "weights").write_text("w")):
-    checkpoint.save(folder, step, write, keep=keep, first=True, barrier=lambda: None)
+    checkpoint.save(folder, step, write, keep=keep, first=True, gather=lambda text: [text])
 
 
 def steps(folder):

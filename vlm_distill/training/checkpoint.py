@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+
+from . import faults
+from .output import cause_of, flush, flush_all, put_in_place, size
 
 _NAME = re.compile(r"step_(\d+)$")
 
@@ -33,7 +35,13 @@ def _refuse_links(folder: Path) -> None:
 
 
 def save(
-    folder: Path, step: int, write: Callable[[Path], None], *, keep: int, first: bool, barrier: Callable[[], None]
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep: int,
+    first: bool,
+    gather: Callable[[str | None], list[str | None]],
 ) -> None:
     """Writes a checkpoint so that a crash at any moment leaves either all of it or none.
 
@@ -43,31 +51,54 @@ def save(
         write: fills a folder; called on every rank.
         keep: how many checkpoints stay.
         first: whether this rank renames and removes.
-        barrier: waits for all ranks.
+        gather: every rank's text on every rank; each waits for all.
+
+    Raises:
+        UserError: a rank could not write, for example on a full disk; on all ranks, the earlier checkpoints untouched.
     """
-    unfinished = folder / f"step_{step}.unfinished"
-    if first:
+    unfinished, final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
+
+    def begin() -> None:
         for leftover in folder.glob("*.unfinished") if folder.is_dir() else ():
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
-    barrier()
-    write(unfinished)
-    barrier()
-    if first:
-        for path in unfinished.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        final = folder / f"step_{step}"
+        faults.point("checkpoint.begin")
+
+    def finish() -> None:
+        flush_all(unfinished)
         if final.exists():
             shutil.rmtree(final)
+        faults.point("checkpoint.rename")
         unfinished.rename(final)
-        _flush(folder)
+        flush(folder)
         for _, old in completed(folder)[:-keep]:
             # Renamed first: a half-removed folder must not pass for a checkpoint.
             doomed = old.with_suffix(".unfinished")
             old.rename(doomed)
+            faults.point("checkpoint.prune")
             shutil.rmtree(doomed)
-    barrier()
+
+    for action, takes_part in ((begin, first), (lambda: write(unfinished), True), (finish, first)):
+        error, reason = None, None
+        try:
+            if takes_part:
+                action()
+        except (OSError, RuntimeError) as raised:  # PyTorch makes the one into the other
+            error, reason = raised, cause_of(raised, folder) or str(raised)
+        reasons = [text for text in gather(reason) if text is not None]
+        if not reasons:
+            continue
+        if error is not None and cause_of(error, folder) is None:
+            raise error
+        whole = completed(folder)
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        needed = f" (the one before took {size(whole[-1][1]):,} bytes)" if whole else ""
+        again = f"step {whole[-1][0]}" if whole else "its beginning"
+        raise UserError(
+            f"the checkpoint of step {step} could not be written{needed}: {reasons[0]}; "
+            f"mend that and start the run again, which goes on from {again}"
+        )
 
 
 def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float | None:
@@ -89,31 +120,16 @@ def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float
 def save_best(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any]) -> None:
     """Puts a student in the place of the best one before; one rank calls this.
 
-    A crash may leave none, but never half of one: the evaluation is repeated then, because its checkpoint comes after.
+    A crash may leave none, but never half of one: the evaluation, which follows its checkpoint, is repeated then.
 
     Args:
         folder: the run's ``best``.
         write: fills a folder with the student.
         about: what ``best.json`` says.
     """
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write(unfinished)
-    (unfinished / "best.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-    for path in unfinished.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
+    def write_both(unfinished: Path) -> None:
+        write(unfinished)
+        (unfinished / "best.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
 
-def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    put_in_place(folder, write_both, "best")

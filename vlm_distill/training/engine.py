@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from vlm_distill.launch import cores, free_port
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 
+from . import faults
+from .shards import Whole, read_whole, written_by
 from .watchdog import Watch
 
 SAVED_BY = "engine"
@@ -192,6 +195,8 @@ class Engine:
         self.stage = config.deepspeed.stage
         micro, accumulation = split_batch(config, processes.world)
         settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
+        named = {id(parameter): name for name, parameter in task.named_parameters()}
+        self._names = [[named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
         # At stage 0 DeepSpeed 0.19 copies all gradients into a buffer and back, also where no other rank is.
         self._alone = self.stage == 0 and processes.world == 1
@@ -257,15 +262,93 @@ class Engine:
                 tensor /= self.processes.world
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes weights and optimizer of all ranks, and ``state``, into an existing folder."""
+        """Writes weights and optimizer of all ranks, and ``state``, into an existing folder.
+
+        Raises:
+            OSError, RuntimeError: this rank could not write; others may have.
+        """
+        files = _Files()
+        self._engine.checkpoint_engine = files
         self._engine.save_checkpoint(str(folder), tag=SAVED_BY, client_state={"run": state}, save_latest=False)
+        if files.error is not None:
+            raise files.error
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores what :meth:`save` wrote, and returns its ``state``."""
-        path, client = self._engine.load_checkpoint(str(folder), tag=SAVED_BY)
-        if path is None:
-            raise UserError(f"{folder}: not a checkpoint of this run's ZeRO stage and number of ranks")
-        return client["run"]
+        """Restores what :meth:`save` wrote, and returns its ``state``.
+
+        The number of ranks and the ZeRO stage may be others than those that wrote it: each rank then reads all files.
+
+        Raises:
+            UserError: it is of other parameters than this run trains, or the optimizer's state is on NVMe.
+        """
+        third, ranks = written_by(folder / SAVED_BY)
+        if (third, ranks) == (self.stage == 3, self.processes.world if self.stage else None):
+            path, client = self._engine.load_checkpoint(str(folder), tag=SAVED_BY)
+            if path is None:
+                raise UserError(
+                    f"{folder}: DeepSpeed finds no checkpoint in it; remove it to go on from an earlier one"
+                )
+            return client["run"]
+        try:
+            whole = read_whole(folder / SAVED_BY, self._names)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be read on other ranks than those that wrote it ({error!r})") from None
+        self._restore(folder, whole)
+        return whole.client
+
+    @torch.no_grad()
+    def _restore(self, folder: Path, whole: Whole) -> None:
+        """Puts whole tensors into this engine's shards."""
+        optimizer = self._engine.optimizer
+        trained = {name: p for name, p in self.task.named_parameters() if p.requires_grad}
+        if trained.keys() != whole.weights.keys():
+            odd = sorted(trained.keys() ^ whole.weights.keys())[0]
+            raise UserError(f"{folder}: trains other parameters than this run ({odd}); choose another output")
+        if getattr(optimizer, "swap_optimizer", False):
+            raise UserError(f"{folder}: other ranks wrote it, which cannot be read with an optimizer on NVMe")
+        with _whole_for_writing(list(self.task.parameters())):
+            for name, parameter in self.task.named_parameters():
+                source = whole.weights.get(name, whole.rest.get(name))
+                if source is not None:
+                    parameter.data.copy_(source)
+        parameters = dict(self.task.named_parameters())
+        self.task.load_state_dict({k: v for k, v in whole.rest.items() if k not in parameters}, strict=False)
+        inner = optimizer if self.stage == 0 else optimizer.optimizer
+        for group, saved in zip(inner.param_groups, whole.groups, strict=True):
+            group |= saved
+        if self.stage == 0:
+            for name, parameter in trained.items():
+                tensors = {kind: tensor.to(parameter.device).clone() for kind, tensor in whole.states[name].items()}
+                optimizer.state[parameter] = tensors | _own(whole.scalars[name])
+            return
+        flats = next(
+            getattr(optimizer, name)
+            for name in (
+                "fp32_partitioned_groups_flat",
+                "single_partition_of_fp32_groups",
+                "fp32_groups_flat_partition",
+            )
+            if hasattr(optimizer, name)
+        )
+        first = next(iter(whole.states))
+        kinds = list(whole.states[first])
+        for flat in flats:
+            inner.state[flat] = {kind: torch.zeros_like(flat) for kind in kinds} | _own(whole.scalars[first])
+        if self.stage < 3:
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in trained.items():
+            for kind, tensor in [(None, whole.weights[name]), *whole.states[name].items()]:
+                self._put(parameter, tensor, kind)
+
+    def _put(self, parameter: Any, tensor: Tensor, kind: str | None) -> None:
+        """This rank's share of a whole tensor, into the float32 weights (``None``) or the optimizer's state."""
+        if self.stage < 3:
+            parameter.set_full_hp_param(tensor.to(self.processes.device), kind)
+            return
+        share, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False, kind)
+        piece = tensor.flatten()[self.processes.rank * share.numel() :][: share.numel()]
+        share.zero_()
+        share[: len(piece)].copy_(piece)
 
     def whole_state(self, module: nn.Module) -> dict[str, Tensor]:
         """A module's state dict on the CPU, made whole from all ranks' shards; empty on ranks other than the first.
@@ -280,6 +363,35 @@ class Engine:
                 if self.processes.first:
                     state[name] = tensor.detach().cpu().clone()
         return state
+
+
+def _whole_for_writing(parameters: list[nn.Parameter]) -> Any:
+    """Makes sharded parameters whole inside a ``with``, and shards what was written into them."""
+    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0)
+
+
+def _own(scalars: dict[str, Any]) -> dict[str, Any]:
+    """A copy for one tensor: an optimizer counts its steps in place."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in scalars.items()}
+
+
+class _Files(TorchCheckpointEngine):
+    """How DeepSpeed writes a rank's files. An error waits: raised between two barriers, it would leave others there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            # Opened here: of files that it opens itself PyTorch does not tell why they could not be written.
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+        except (OSError, RuntimeError) as error:
+            self.error = error
+        faults.point("checkpoint.file")
 
 
 def checkpoint_weights(folder: Path, stage: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,8 @@ from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 from . import checkpoint
 from .engine import Engine, Processes
 from .failures import not_finite, out_of_memory, out_of_memory_in_step
+from .output import cause_of, claim, put_in_place
+from .stopping import Stopping
 from .tracking import Tracker
 
 
@@ -71,6 +73,8 @@ class Loop(ABC):
         self.settings, self.processes = config, processes
         self.folder = Path(config.output)
         self.micro, self.accumulation = split_batch(config, processes.world)
+        self._claim = claim(self.folder) if processes.first else None
+        self._failure: str | None = None
         if config.training.wandb and find_spec("wandb") is None:
             raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
 
@@ -153,7 +157,6 @@ class Loop(ABC):
             until: stop (with a checkpoint) after this many optimizer steps of the whole schedule.
         """
         config, first = self.settings, self.processes.first
-        self.folder.mkdir(parents=True, exist_ok=True)
         done, elapsed = self._resume()
         last = min(self.steps, until or self.steps)
         if first:
@@ -163,37 +166,52 @@ class Loop(ABC):
         self.best = checkpoint.best_score(self.folder / "best", self.compared_by or {}, done)
         settings = config.model_dump(exclude_none=True)
         tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
-        with tracker:
+        with tracker, Stopping(first=first) as self.stopping:
             self._greet(tracker, done)
+            if self._evaluates_after(done):
+                self._evaluate(done, tracker)
             self.engine.train()
             self._enter("reading data", done)
             asked = time.time()
             for step in self.batches(done, last):
                 waited = time.time() - asked
-                values = self._step(step, waited)
+                values, stop = self._step(step, waited)
                 done = step.index + 1
                 tracker.log("train", done, values)
                 tracker.show(done, self._headline(values))
-                # Evaluated before it is saved: a resumed run has every evaluation of the steps that it does not repeat.
-                every = self.evaluate_every
-                if every and done % every == 0 and done < self.steps:
+                # Saved before it is evaluated: an evaluation can be broken off, and is made again by the resumed run.
+                evaluates = self._evaluates_after(done)
+                if evaluates or stop or done == last or done % config.training.checkpoint_every == 0:
+                    tracker.flush()
+                    self._save(done)
+                if stop and done < self.steps:
+                    tracker.say(f"stopped after step {done} with a checkpoint; start the run again to go on")
+                    break
+                if evaluates:
                     self._evaluate(done, tracker)
                     self.engine.train()
-                if done == last or done % config.training.checkpoint_every == 0:
-                    self._save(done)
                 self._enter("reading data", done)
+                self._failure = self._failure or tracker.failure
                 asked = time.time()
             if done == self.steps:
                 self._finish(done, tracker)
+        if self._claim is not None:
+            self._claim.close()
         return self.folder
 
-    def _step(self, step: Step, waited: float) -> dict[str, Any]:
-        """One optimizer step over all ranks, and what it gave."""
+    def _evaluates_after(self, done: int) -> bool:
+        return bool(self.evaluate_every and done and done % self.evaluate_every == 0 and done < self.steps)
+
+    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], bool]:
+        """One optimizer step over all ranks: what it gave, and whether some rank was told to stop before it."""
         config, world, began = self.settings, self.processes.world, time.time()
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
         self.processes.seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
         counts = self.counts(step) | {"problems": len(step.problems), "waited": waited}
+        counts |= {"stop": self.stopping.asked, "failed": self._failure is not None}
         totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
+        if totals["failed"]:
+            self._end_if_failed()
         if totals["problems"]:
             self._record(step)
         rows = {term.name: self.rows(term, totals) for term in self.terms}
@@ -221,12 +239,26 @@ class Loop(ABC):
         if norm is not None:
             values["grad_norm"] = norm
         seconds = waited + time.time() - began
-        return (
+        values = (
             values
             | {"lr": lr, "epoch": (step.index + 1) / self.epoch_steps, "samples": int(totals["samples"])}
             | self.values(totals, seconds)
             | {"waiting": totals["waited"] / world / seconds, "seconds": time.time() - self.began}
         )
+        return values, bool(totals["stop"])
+
+    def _end_if_failed(self) -> None:
+        """Ends all ranks where the first could not write what it tells; collective."""
+        reasons = [reason for reason in self.processes.gather(self._failure) if reason is not None]
+        if reasons:
+            raise UserError(f"{reasons[0]}; mend that and start the run again, which goes on from its last checkpoint")
+
+    def _note_problems(self, problems: Iterable[Problem]) -> None:
+        if self.problems is not None:
+            try:
+                self.problems.add(problems)
+            except OSError as error:
+                self._failure = self._failure or cause_of(error, self.folder)
 
     def _learn(
         self, step: Step, number: int, micro: Any, scales: Mapping[str, float], lr: float
@@ -302,8 +334,7 @@ class Loop(ABC):
 
     def _record(self, step: Step) -> None:
         gathered = self.processes.gather(step.problems)
-        if self.problems is not None:
-            self.problems.add(problem for part in gathered for problem in part)
+        self._note_problems(problem for part in gathered for problem in part)
 
     def _save(self, done: int) -> None:
         self._check_weights(done)
@@ -322,7 +353,7 @@ class Loop(ABC):
             write,
             keep=self.settings.training.keep_checkpoints,
             first=self.processes.first,
-            barrier=self.processes.barrier,
+            gather=self.processes.gather,
         )
 
     def _resume(self) -> tuple[int, float]:
@@ -366,12 +397,12 @@ class Loop(ABC):
         """Evaluates the student, at the end of the run with its teacher, and keeps it if it is the best so far."""
         self._check_weights(done)
         self.processes.watch.phase(f"the evaluation after step {done}", limited=False)
-        self.share_statistics()
-        score, skipped = self.evaluate(done, tracker, final=final)
-        if self.problems is not None:
-            self.problems.add(skipped)
-        if self.compared_by is not None:
-            self._keep_best(done, score, tracker)
+        with self.stopping.at_once():
+            self.share_statistics()
+            score, skipped = self.evaluate(done, tracker, final=final)
+            self._note_problems(skipped)
+            if self.compared_by is not None:
+                self._keep_best(done, score, tracker)
 
     def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
         # The first rank alone has the score, and perhaps the folder.
@@ -392,9 +423,12 @@ class Loop(ABC):
     def _finish(self, done: int, tracker: Tracker) -> None:
         trained = time.time()
         self._evaluate(done, tracker, final=True)
+        tracker.flush()
+        self._failure = self._failure or tracker.failure
+        self._end_if_failed()
         state = self.student_state()
         if self.processes.first:
-            self.write_student(self.folder / "student", state)
+            put_in_place(self.folder / "student", lambda folder: self.write_student(folder, state), "student")
             self._summarise(trained)
             tracker.say(f"student written to {self.folder / 'student'}")
             if self.problems is not None and self.problems.counts:
@@ -420,7 +454,9 @@ class Loop(ABC):
             "memory": {"peak_bytes": _peak_memory(device)},
             "problems": problems,
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary | self.final_summary(), indent=1) + "\n")
+        aside = self.folder / "summary.json.part"
+        aside.write_text(json.dumps(summary | self.final_summary(), indent=1) + "\n")
+        aside.replace(self.folder / "summary.json")
 
 
 def _peak_memory(device: torch.device) -> int:

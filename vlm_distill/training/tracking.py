@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from . import faults
+from .output import cause_of
 
 _PLAIN_LINES = 20
 
@@ -25,7 +31,12 @@ class Tracker:
         first: whether this is the rank that writes.
         wandb: also log to Weights & Biases.
         settings: the resolved configuration, for W&B.
+
+    Attributes:
+        failure: why a metric could not be written, on a full disk for example. Not raised: all ranks must end together.
     """
+
+    failure: str | None = None
 
     def __init__(
         self, run: Path, steps: int, start: int, *, first: bool, wandb: bool, settings: Mapping[str, Any]
@@ -36,7 +47,8 @@ class Tracker:
             return
         self.console = Console(stderr=True)
         path = run / "metrics.jsonl"
-        _cut_back(path, start, steps)
+        _cut_back(path, start)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
         self._wandb: Any = None
@@ -59,14 +71,18 @@ class Tracker:
 
     def __enter__(self) -> Self:
         if self.first:
+            self._hook, threading.excepthook = threading.excepthook, self._thread_failed
             self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.first:
             self._bar.stop()
-            self._file.close()
-            self._board.close()
+            with self._noting():
+                self._file.close()
+            with self._noting():
+                self._board.close()
+            threading.excepthook = self._hook
             if self._wandb is not None:
                 self._wandb.finish()
 
@@ -74,15 +90,38 @@ class Tracker:
         """One line of metrics after ``step`` finished optimizer steps."""
         if not self.first:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        with self._noting():
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        faults.point("log")
         # Evaluations on several data have a curve each.
         prefix = f"{kind}/{values['data']}" if "data" in values else kind
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        with self._noting():
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+
+    def flush(self) -> None:
+        """Waits until all metrics are on the disk, before a checkpoint of their step is."""
+        if self.first:
+            with self._noting():
+                os.fsync(self._file.fileno())
+            with self._noting():
+                self._board.flush()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or cause_of(error, self._path)
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, whose failure is told at the next write, without a traceback."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+            self._hook(failed)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Moves the bar; where there is no terminal, prints a line now and then."""
@@ -103,10 +142,10 @@ class Tracker:
         self.say(f"[bold red]warning:[/] {escape(text)}")
 
 
-def _cut_back(path: Path, start: int, steps: int) -> None:
+def _cut_back(path: Path, start: int) -> None:
     """Drops what will be told again, and a last line that a crash left half-written.
 
-    That is everything after step ``start``, and the evaluation after the last of ``steps``: it follows its checkpoint.
+    That is everything after step ``start``, and the evaluation of that step: it follows its checkpoint.
     """
     if not path.exists():
         return
@@ -116,7 +155,7 @@ def _cut_back(path: Path, start: int, steps: int) -> None:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if entry["step"] <= start and (entry["kind"], entry["step"]) != ("eval", steps):
+        if entry["step"] < start + (entry["kind"] != "eval"):
             kept.append(line)
     aside = path.with_suffix(".part")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

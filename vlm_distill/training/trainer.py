@@ -188,7 +188,7 @@ class Trainer(Loop):
         if isinstance(self.guide, ModelTeacher):
             ranks.divide(self.guide.model, "teacher")
 
-    def _step(self, step: Step, waited: float) -> dict[str, Any]:
+    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], bool]:
         with nullcontext() if self.sequence is None else self.sequence.shared():
             return super()._step(step, waited)
 
