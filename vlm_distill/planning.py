@@ -7,6 +7,7 @@ is counted, and how far it was from what was measured.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from data.errors import BadSample, UserError
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig, split_batch
 from vlm_distill.devices import DEVICES
-from vlm_distill.losses import Term
+from vlm_distill.losses import HiddenTargets, Term, fused_linear
 from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
 from vlm_distill.models.interface import VisionLanguageModel
@@ -286,36 +287,48 @@ class _Models:
     def run(self, meter: Meter, pairs: Sequence[Pair]) -> Micro:
         batch = self.collator().batch(list(pairs))
         teacher = self.teacher if self.guides else None
-        head = self._head(len(batch.targets), len(batch.teacher_targets))
+        head = self._head(meter, len(batch.targets), len(batch.teacher_targets))
         return simulate(meter, self.student, teacher, batch, head, autocast=self.autocast)
 
-    def _head(self, rows: int, teacher_rows: int) -> HeadCost:
+    def _head(self, meter: Meter, rows: int, teacher_rows: int) -> HeadCost:
         """What ``fused_linear`` holds and multiplies."""
         terms = [term for term in self.terms if isinstance(term, Term)]
-        if not terms:
+        if not terms or not rows:
             return HeadCost(0, 0)
-        guided = self.guides and any("teacher" in term.loss.needs for term in terms)
-        with self.student.head.weight() as weight:
-            mine = weight
-        vocabulary, width = mine.shape
-        products = 2 + mine.requires_grad
-        flops = 2 * rows * vocabulary * width * products
-        logits = 4 * rows * vocabulary
-        copies = 0 if mine.dtype == torch.float32 or not self.on_cpu else 4 * mine.numel()
+        guided = any("teacher" in term.loss.needs for term in terms)
+        sides = [(self.student.head, rows)]
         if guided:
             assert self.teacher is not None
-            with self.teacher.head.weight() as weight:
-                other = weight
-            flops += 2 * teacher_rows * len(other) * other.shape[1]
-            logits += 4 * teacher_rows * len(other)
-            copies += 0 if other.dtype == torch.float32 or not self.on_cpu else 4 * other.numel()
-        if self.config.training.recompute_logits:
-            return HeadCost(copies + min(logits, TILE_BYTES_CPU if self.on_cpu else TILE_BYTES), flops)
+            sides.append((self.teacher.head, teacher_rows))
+        weights = []
+        for head, _ in sides:
+            with head.weight() as weight:
+                weights.append(weight)
+        flops = 2 * rows * weights[0].numel() * (2 + weights[0].requires_grad)
+        flops += sum(2 * count * w.numel() for w, (_, count) in zip(weights[1:], sides[1:], strict=True))
+        logits = sum(4 * count * len(w) for w, (_, count) in zip(weights, sides, strict=True))
         if not self.on_cpu:
-            return HeadCost(copies + min(2 * logits, CHUNK_BYTES), flops)
-        scratch = max(term.loss.scratch for term in terms) + (2 if len(terms) > 1 else 0) + len(terms)
-        block = scratch * min(4 * rows * vocabulary, max(BLOCK_BYTES_CPU, 4 * vocabulary))
-        return HeadCost(copies + min(logits + block, CHUNK_BYTES_CPU), flops)
+            limit = TILE_BYTES if self.config.training.recompute_logits else CHUNK_BYTES
+            return HeadCost(min(2 * logits, limit), flops)
+        copies = sum(4 * w.numel() for w in weights if w.dtype != torch.float32)
+        if self.config.training.recompute_logits:
+            return HeadCost(copies + min(logits, TILE_BYTES_CPU), flops)
+        return HeadCost(copies + min(logits + self._block(meter, terms, weights), CHUNK_BYTES_CPU), flops)
+
+    def _block(self, meter: Meter, terms: Sequence[Term], weights: Sequence[Tensor]) -> int:
+        """Bytes that the losses hold for a block of rows, its logits aside, found by letting them run on one."""
+        if self.grouped:
+            return 8 * BLOCK_BYTES_CPU
+        rows = max(1, BLOCK_BYTES_CPU // (4 * len(weights[0])))
+        hidden = [w.new_empty(rows, w.shape[1]) for w in weights]
+        hidden[0].requires_grad_()
+        targets = torch.zeros(rows, dtype=torch.int64)
+        teacher = HiddenTargets(hidden[1], self.teacher.head) if self.teacher is not None and len(hidden) > 1 else None
+        with meter.counting():
+            fused_linear(terms, hidden[0], self.student.head, teacher, targets)
+        made = sum(4 * rows * len(w) + (4 * w.numel() if w.dtype != torch.float32 else 0) for w in weights)
+        gradients = 4 * hidden[0].numel() + (4 * weights[0].numel() if weights[0].requires_grad else 0)
+        return max(0, meter.peak - made - gradients)
 
 
 def _count(parameters: Sequence[Tensor]) -> int:
@@ -421,24 +434,26 @@ def _memory(
     accumulation: int,
     limit: float,
 ) -> Memory:
+    # The numbers of bytes a parameter here were read off DeepSpeed 0.19.8's steps; benchmarks/planning.py holds them to it.
     trained = models.trained + models.learned
     working = 2 if models.bf16 and stage > 0 else 4
     whole = models.parameter_bytes(stage)
-    bucket = min(BUCKET, models.total)
-    share = 1 if stage == 0 else gpus
+    bucket = working * min(BUCKET, models.total)
+    share, many = (1 if stage == 0 else gpus), gpus > 1
     # Adam's two states; ZeRO keeps float32 masters beside them, of float32 parameters, too.
     optimizer = (8 if stage == 0 else 12) * trained / share
-    parameters = whole if stage < 3 else whole / gpus + (min(LIVE * working, whole) if gpus > 1 else 0)
-    # Float32 sums of gradients: whole until ZeRO-2 cuts them.
-    summed = {0: 4 * trained if accumulation > 1 else 0, 1: 4 * trained}.get(stage, 4 * trained / gpus)
-    buckets = {0: 0 if gpus == 1 else 4 * min(BUCKET, trained)}.get(stage, bucket * working)
+    parameters = whole if stage < 3 else whole / gpus + (min(LIVE * working, whole) if many else 0)
+    # Float32 sums of gradients: whole until ZeRO-2 cuts them. A gradient of the last step waits to be replaced.
+    summed = {0: 4 * trained if accumulation > 1 or many else 0, 1: 4 * trained}.get(stage, 4 * trained / gpus)
+    buckets = bucket if stage else 4 * min(BUCKET, trained) if many else 0
     # PyTorch updates a flat partition as one tensor, with temporaries of its size; on a GPU, all tensors at once.
     if stage == 0:
-        step = 4 * trained if not models.on_cpu else 8 * models.largest
-        left = 4 * trained
+        step: float = 8 * models.largest if models.on_cpu else 4 * trained
+        left: float = 4 * trained + buckets + (4 * trained if many and accumulation == 1 else 0)
     else:
-        step = (8 if models.on_cpu else 4) * trained / gpus + 4 * trained / gpus
-        left = summed if stage == 3 or working == 4 or stage == 1 else 0
+        step = ((12 if models.on_cpu else 8) + (4 if many and stage != 2 else 0)) * trained / gpus
+        after = {1: 4 * trained + buckets if many else working * trained, 2: 4 * trained if working == 4 else 0}
+        left = after.get(stage, buckets + summed)
     teacher = models.teacher_bytes()
     if placement == "shard":
         teacher = teacher / gpus + (min(LIVE * 2, teacher) if gpus > 1 else 0)
@@ -452,9 +467,8 @@ def _memory(
         return max(_line(points, size, own), _line(points, size, "teacher"))
 
     def peak(size: int) -> float:
-        running = static + summed + buckets + forward(size)
-        standing = buckets if stage == 3 else 0
-        return max(running, static + left + standing + step)
+        running = static + summed + (buckets if stage else 0) + forward(size)
+        return max(running, static + left + step)
 
     low, high = 0, 1
     while high < _MOST and peak(high) <= limit:
@@ -482,6 +496,13 @@ def _line(points: dict[int, Micro], size: int, what: str) -> float:
     """A quantity at any micro-batch, from two that were simulated."""
     (a, first), (b, second) = ((at, getattr(points[at], what)) for at in sorted(points))
     return first + (second - first) * (size - a) / (b - a)
+
+
+def write_plan(found: Plan, path: Path) -> Path:
+    """Writes a plan as JSON, and returns where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+    return path
 
 
 def render(found: Plan, console: Console) -> None:

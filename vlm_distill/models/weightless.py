@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -62,12 +62,15 @@ class Weightless(TorchDispatchMode):
             register(module, name, parameter)
 
         nn.Module.register_parameter = register_fake  # type: ignore[method-assign]
+        # A module's own way of casting itself swaps parameters, which fake ones do not allow.
+        self._apply, nn.Module._apply = nn.Module._apply, _apply  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         nn.Module.register_parameter = self._register  # type: ignore[method-assign]
+        nn.Module._apply = self._apply  # type: ignore[method-assign]
         _on.reset(self._token)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,6 +105,14 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(value)
     elif isinstance(values, dict):
         yield from tensors_in(tuple(values.values()))
+
+
+def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    for parameter in module.parameters(recurse):
+        parameter.data = function(parameter.data)
+    for owner in module.modules() if recurse else [module]:
+        owner._buffers = {k: None if b is None else function(b) for k, b in owner._buffers.items()}
+    return module
 
 
 def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -39,6 +39,7 @@ from .build import (
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
 from .loop import Loop
+from .operations import Operations
 from .schedule import learning_rate_factor, parameter_groups
 from .task import DistillationTask
 from .tracking import Tracker
@@ -121,9 +122,11 @@ class Trainer(Loop):
         self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
         if self.teacher is not None:
             self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
+        guide = None if self.guide is None else self.guide.model
+        self.operations = Operations(student, guide, processes.device, bf16=config.training.dtype == "bf16")
         if processes.device.type == "cuda":
             student.to(processes.device)
-        check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
+        check_packing(config.data.train, student, guide, self.grouped)
         self.evaluations.prepare(student, self.teacher)
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
         section = config.optimizer
@@ -142,7 +145,8 @@ class Trainer(Loop):
 
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
-        return {**step.counts(), "tokens": step.tokens, "samples": samples}
+        flops = sum(self.operations.of(batch) for batch in step.batches)
+        return {**step.counts(), "tokens": step.tokens, "samples": samples, "flops": flops}
 
     def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
         if isinstance(term, FeatureTerm) and term.loss.unit == "image":
@@ -163,7 +167,9 @@ class Trainer(Loop):
         )
 
     def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
-        return {"supervised_tokens": int(totals["supervised"]), self.speed: totals["tokens"] / seconds}
+        told: dict[str, float] = {"supervised_tokens": int(totals["supervised"])}
+        told |= self.operations.values(totals["flops"], seconds, self.processes.world)
+        return told | {self.speed: totals["tokens"] / seconds}
 
     def introduce(self, tracker: Tracker, done: int) -> None:
         checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
