@@ -73,9 +73,7 @@ def _llava(folder: Path, width: int, layers: int) -> str:
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 4}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**shape, num_hidden_layers=layers, image_size=56, patch_size=7),
-        text_config=LlamaConfig(
-            **shape, num_hidden_layers=layers, num_key_value_heads=2, vocab_size=len(tokenizer)
-        ),
+        text_config=LlamaConfig(**shape, num_hidden_layers=layers, num_key_value_heads=2, vocab_size=len(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
@@ -170,7 +168,9 @@ def measure(config: RunConfig) -> int:
 def _peak(profiler: Any) -> int:
     events = profiler.profiler.kineto_results.events()
     start, stop = max((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == STEP)
-    changes = sorted(((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0])
+    changes = sorted(
+        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
+    )
     live = peak = 0
     for moment, size in changes:
         live += size

@@ -106,7 +106,9 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
     memory: Annotated[float | None, typer.Option(min=0, help="GB of a GPU; default: the device's.")] = None,
     device: Annotated[str, typer.Option(help="What runs it, such as h100 or a100; cpu.")] = "h100",
-    json: Annotated[Path | None, typer.Option(help="Where to write it; default: plan.json in the run's folder.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Where to write it; default: plan.json in the run's folder.")
+    ] = None,
 ) -> None:
     """What a run will cost, no weight loaded: parameters, memory by ZeRO stage, FLOPs, tokens, time and GPU-hours.
 

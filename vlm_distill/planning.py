@@ -31,10 +31,19 @@ from vlm_distill.devices import DEVICES
 from vlm_distill.losses import HiddenTargets, Term, fused_linear
 from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
+from vlm_distill.models.common import first_line
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
-from vlm_distill.training.build import build_terms, image_loader, load_models, open_sources, pair_vocabularies, turns
+from vlm_distill.training.build import (
+    build_terms,
+    image_loader,
+    load_models,
+    open_sources,
+    pair_vocabularies,
+    prepare_losses,
+    turns,
+)
 
 STAGES = (0, 1, 2, 3)
 SAMPLES = 32
@@ -223,6 +232,7 @@ class _Models:
         self.student, teacher = load_models(config.model_copy(update={"teacher": whole, "student": bare}), here)
         self.teacher = None if teacher is None else teacher.model
         self.guides = self.teacher is not None and any("teacher" in term.loss.needs for term in self.terms)
+        prepare_losses(self.terms, self.student, teacher if self.guides else None)
         self.grouped = self.teacher is not None and pair_vocabularies(config, self.student, self.teacher, self.terms)
         #: The teacher is the student's own base.
         self.shared = isinstance(self.teacher, WithoutAdapters)
@@ -288,7 +298,11 @@ class _Models:
         batch = self.collator().batch(list(pairs))
         teacher = self.teacher if self.guides else None
         head = self._head(meter, len(batch.targets), len(batch.teacher_targets))
-        return simulate(meter, self.student, teacher, batch, head, autocast=self.autocast)
+        try:
+            return simulate(meter, self.student, teacher, batch, head, autocast=self.autocast)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            # A class that decides by numbers, which are not there.
+            raise UserError(f"plan: these models cannot run without weights: {first_line(error)}") from error
 
     def _head(self, meter: Meter, rows: int, teacher_rows: int) -> HeadCost:
         """What ``fused_linear`` holds and multiplies."""

@@ -207,4 +207,3 @@ def _bytes(batch: DistillationBatch) -> int:
     rows = [batch.student] + ([batch.teacher] if batch.teacher is not None else [])
     tensors = [t for side in rows for t in (*side.inputs.values(), side.positions)]
     return sum(t.nbytes for t in [*tensors, batch.targets, batch.distilled])
-

@@ -292,9 +292,7 @@ class ComposedVLM(VisionLanguageModel):
         """
         assert isinstance(self.processor, ComposedProcessor)
         tokenizer = copy.deepcopy(tokenizer)
-        self.decoder.resize_token_embeddings(
-            max(tokenizer.get_vocab().values()) + 1, mean_resizing=not weightless()
-        )
+        self.decoder.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1, mean_resizing=not weightless())
         for settings in (self.decoder.config.get_text_config(), self.decoder.generation_config):
             settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
             settings.eos_token_id = sorted(ends)
@@ -467,9 +465,7 @@ def _new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping
 def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
     """A pretrained causal LM; ``options`` are more of ``from_pretrained``. ``UserError`` where there is none."""
     try:
-        return from_pretrained(
-            AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
+        return from_pretrained(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise UserError(f"decoder: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
 

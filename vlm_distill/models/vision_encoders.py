@@ -276,7 +276,9 @@ def _timm(s: VisionEncoderSettings, attn_implementation: str | None) -> _Tower:
     size = None if s.image_size is None else _pair(s.image_size)
 
     def create(**options: Any) -> nn.Module:
-        return timm.create_model(name, pretrained=bool(s.pretrained) and not weightless(), num_classes=0, global_pool="", **options)
+        return timm.create_model(
+            name, pretrained=bool(s.pretrained) and not weightless(), num_classes=0, global_pool="", **options
+        )
 
     if size is None or "img_size" in config:
         module = create(**config)

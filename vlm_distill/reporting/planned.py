@@ -51,4 +51,3 @@ def _rows(run: Run, plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _median(run: Run, key: str) -> float | None:
     found = [line[key] for line in run.train if isinstance(line.get(key), int | float)]
     return statistics.median(found) if found else None
-
