@@ -448,7 +448,7 @@ def _memory(
     accumulation: int,
     limit: float,
 ) -> Memory:
-    # The numbers of bytes a parameter here were read off DeepSpeed 0.19.8's steps; benchmarks/planning.py holds them to it.
+    # Bytes a parameter as they were read off DeepSpeed 0.19.8's steps; docs/planning.md has the table.
     trained = models.trained + models.learned
     working = 2 if models.bf16 and stage > 0 else 4
     whole = models.parameter_bytes(stage)
@@ -528,8 +528,8 @@ def render(found: Plan, console: Console) -> None:
     s = found.sequences
     seen = f"{s.sampled} samples" if s.sampled else "no data found: every row is taken to be full"
     console.print(
-        f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; supervised {s.supervised:,.0f}; "
-        f"images {s.images:.1f} ({seen})"
+        f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; "
+        f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
     )
     columns = ("ZeRO", "teacher", "weights", "optimizer", "gradients", "teacher's", "buckets", "activations", "update")
     table = Table(
@@ -538,7 +538,7 @@ def render(found: Plan, console: Console) -> None:
         "largest micro-batch",
         title=f"GB a rank at micro-batch {found.memory[0].micro_batch}, {found.gpus} rank(s)",
         title_justify="left",
-        caption=f"of {found.budget / 1e9:.0f} GB, {found.allowance / 1e9:.1f} are left to what is no tensor; * as configured",
+        caption=f"of {found.budget / 1e9:.0f} GB, {found.allowance / 1e9:.1f} are left free; * as configured",
     )
     for i, row in enumerate(found.memory):
         sizes = (row.parameters, row.optimizer, row.gradients, row.teacher, row.buckets, row.activations, row.step)

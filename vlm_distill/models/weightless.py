@@ -1,4 +1,4 @@
-"""Models without weights: shapes and dtypes of everything, numbers of nothing, for planning a run before it is paid for."""
+"""Models without weights: shapes and dtypes of everything, numbers of nothing, to plan a run before it is paid."""
 
 from __future__ import annotations
 

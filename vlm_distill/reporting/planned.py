@@ -16,7 +16,8 @@ def planned_sections(runs: list[Run]) -> list[dict[str, Any]]:
     for run in runs:
         plan = run.summary.get("plan")
         if isinstance(plan, Mapping) and plan.get("memory"):
-            under = f"{plan['gpus']} × {plan['device']}, ZeRO {_row(plan)['stage']}, micro-batch {_row(plan)['micro_batch']}"
+            row = _row(plan)
+            under = f"{plan['gpus']} × {plan['device']}, ZeRO {row['stage']}, micro-batch {row['micro_batch']}"
             sections.append({"run": run, "under": under, "rows": _rows(run, plan)})
     return sections
 

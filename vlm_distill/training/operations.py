@@ -1,4 +1,4 @@
-"""How many floating-point operations a step takes, from parameters and tokens alone, and what share of a GPU that is."""
+"""How many floating-point operations a step takes, by parameters and tokens alone, and their share of a GPU's peak."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Operations:
         return total
 
     def values(self, flops: float, seconds: float, world: int) -> dict[str, float]:
-        """``flops`` of a step, ``flops_per_second`` of all ranks, and on a known GPU ``mfu``: their share of what these could do at best."""
+        """``flops`` of a step, ``flops_per_second`` of all ranks, and on a known GPU ``mfu``, their share of its peak."""
         found = {"flops": flops, "flops_per_second": flops / seconds}
         return found if self._peak is None else found | {"mfu": flops / seconds / (world * self._peak)}
 
@@ -71,7 +71,7 @@ class _Costs:
         self.head = 2 * _size(parameters[:1]) * ((2 + parameters[0].requires_grad) if trains else 1)
         encoder = model.parts.get("vision_encoder")
         first = None if encoder is None else next((m for m in encoder.modules() if hasattr(m, "weight")), None)
-        # A patch's numbers: what one row of the patch embedding multiplies. Overlapping windows are a convolutional net's.
+        # A patch's numbers: what one row of the patch embedding multiplies. Convolutional nets' windows overlap.
         if isinstance(first, nn.Conv2d | nn.Conv3d) and first.stride == first.kernel_size:
             self.patch = first.in_channels * torch.Size(first.kernel_size).numel()
         elif isinstance(first, nn.Linear):
