@@ -51,7 +51,11 @@ class Weightless(TorchDispatchMode):
         self.fake = FakeTensorMode()
 
     def __enter__(self) -> Weightless:
+        from transformers.initialization import no_init_weights
+
         self._token = _on.set(True)
+        self._uninitialised = no_init_weights()
+        self._uninitialised.__enter__()
         self._register = nn.Module.register_parameter
         register, fake = self._register, self.fake
 
@@ -69,6 +73,7 @@ class Weightless(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self._uninitialised.__exit__(None, None, None)
         nn.Module.register_parameter = self._register  # type: ignore[method-assign]
         nn.Module._apply = self._apply  # type: ignore[method-assign]
         _on.reset(self._token)
