@@ -17,7 +17,9 @@ from vlm_distill.devices import DEVICES, known_device
 from vlm_distill.models import build_vlm
 from vlm_distill.reporting.report import write_report
 from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
+from vlm_distill.training.engine import Processes
 from vlm_distill.training.operations import Operations
+from vlm_distill.training.trainer import train
 
 benchmark = by_path.load(Path(__file__).parents[1] / "benchmarks" / "planning.py")
 SLOW = pytest.mark.slow
@@ -152,3 +154,26 @@ def test_operations_from_parameters_are_those_of_the_model_s_own_code(tmp_path, 
         found = simulate(meter, model, None, batch, HeadCost(0, products), autocast=False)
         counted = Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
     assert counted == pytest.approx(found.student_flops, rel=0.1)
+
+
+def test_a_run_measures_what_was_planned(tmp_path):
+    plain = tiny.config(tmp_path / "run", tiny.write_data(tmp_path / "data", rows=8), None, training__steps=2)
+    config = RunConfig.model_validate(plain)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text('{"steps": 2}')
+    processes = Processes("cpu")
+    try:
+        train(config, processes)
+    finally:
+        processes.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert len(steps) == 2
+    for line in steps:
+        assert line["flops"] > 0
+        assert line["flops_per_second"] > 0
+        assert line["peak_bytes"] > 10e6
+        assert "mfu" not in line  # nobody knows a CPU's peak
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["plan"] == {"steps": 2}
+    assert summary["memory"]["peak_bytes"] >= steps[-1]["peak_bytes"]
