@@ -41,7 +41,7 @@ class Operations:
         return total
 
     def values(self, flops: float, seconds: float, world: int) -> dict[str, float]:
-        """A step's ``flops``, ``flops_per_second`` of all ranks and, on a known GPU, their share ``mfu`` of its peak."""
+        """``flops``, ``flops_per_second`` of all ranks and, on a known GPU, ``mfu``: their share of its peak."""
         found = {"flops": flops, "flops_per_second": flops / seconds}
         return found if self._peak is None else found | {"mfu": flops / seconds / (world * self._peak)}
 
