@@ -116,6 +116,31 @@ def inspect(
         print(html)
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0, help="GB of a GPU; default: the device's.")] = None,
+    device: Annotated[str, typer.Option(help="What runs it, such as h100 or a100; cpu.")] = "h100",
+    json: Annotated[
+        Path | None, typer.Option(help="Where to write it; default: plan.json in the run's folder.")
+    ] = None,
+) -> None:
+    """What a run will cost, no weight loaded: parameters, memory by ZeRO stage, FLOPs, tokens, time and GPU-hours.
+
+    The run's report shows the plan beside what came of it. docs/planning.md says what is counted, and how well.
+    """
+    from vlm_distill.config import load_config
+    from vlm_distill.planning import plan as make_plan
+    from vlm_distill.planning import render, write_plan
+
+    settings = load_config(config, overrides or ())
+    found = make_plan(settings, gpus=gpus, memory=memory, device=device)
+    render(found, Console())
+    print(write_plan(found, json or Path(settings.output) / "plan.json"))
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or name of a model.", show_default=False)],

@@ -15,7 +15,7 @@ import yaml
 from vlm_distill.launch import free_port
 
 STEPS = 30
-TIMES = ("seconds", "waiting", "tokens_per_second", "answers_per_second")
+TIMES = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "flops_per_second", "peak_bytes")
 
 
 @pytest.fixture(scope="module")

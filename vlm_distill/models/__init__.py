@@ -28,6 +28,7 @@ from .families import CAUSAL, WITHOUT_CHAT, adapted
 from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
 from .lora import ADAPTER_CONFIG, merge_adapter
 from .pretrained import PretrainedVLM
+from .weightless import from_pretrained, weightless
 
 __all__ = [
     "Answer",
@@ -155,7 +156,8 @@ def _load_adapted(
         tokenizer=tokenizer,
         chat_template=template,
     )
-    merge_adapter(model, folder)
+    if not weightless():
+        merge_adapter(model, folder)
     return model
 
 
@@ -168,7 +170,7 @@ def _load_image_text(
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).model_type
         kind = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForImageTextToText
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+        model = from_pretrained(kind, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise UserError(f"model: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
     return _with_processor(name, model, processor, tokenizer, template)

@@ -42,6 +42,7 @@ from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
 from .sequence_parallel import at_positions
 from .vision_encoders import ImageTransform, VisionEncoder, build_vision_encoder
+from .weightless import from_pretrained, weightless
 
 #: The file that makes a folder one of ours.
 CONFIG_NAME = "vlm_distill.json"
@@ -299,7 +300,7 @@ class ComposedVLM(VisionLanguageModel):
         """
         assert isinstance(self.processor, ComposedProcessor)
         tokenizer = copy.deepcopy(tokenizer)
-        self.decoder.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
+        self.decoder.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1, mean_resizing=not weightless())
         for settings in (self.decoder.config.get_text_config(), self.decoder.generation_config):
             settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
             settings.eos_token_id = sorted(ends)
@@ -473,7 +474,7 @@ def _new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping
 def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
     """A pretrained causal LM; ``options`` are more of ``from_pretrained``. ``UserError`` where there is none."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+        return from_pretrained(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         raise UserError(f"decoder: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
 
@@ -520,7 +521,7 @@ def load_composed(
     check_attention(attn_implementation)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS_NAME)
+        weights = {} if weightless() else load_file(folder / WEIGHTS_NAME)
     except Exception as error:
         raise UserError(f"model: '{folder}' cannot be read: {first_line(error)}; is the copy complete?") from error
     if config.get("format") != FORMAT:
@@ -533,7 +534,7 @@ def load_composed(
     cast_parameters(model, as_dtype(config["dtype"]))
     wrong = model.load_state_dict(weights, strict=False)
     bad = sorted(set(wrong.missing_keys) - tied_names(model)) + wrong.unexpected_keys
-    if bad:
+    if bad and not weightless():
         raise UserError(f"model: weights in '{folder}' do not fit its configuration, first at '{bad[0]}'")
     cast_parameters(model, as_dtype(dtype))
     return model

@@ -90,11 +90,11 @@ def count_parameters(model: VisionLanguageModel) -> dict[str, int]:
     for name, part in model.parts.items():
         new = {id(p): p for p in part.parameters() if id(p) not in seen}
         seen |= set(new)
-        counts[name] = sum(map(_size, new.values()))
+        counts[name] = sum(map(size_of, new.values()))
     return counts
 
 
-def _size(parameter: nn.Parameter) -> int:
+def size_of(parameter: nn.Parameter) -> int:
     """Of a parameter as it was before ZeRO-3 sharded it, or bitsandbytes packed two into a byte."""
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())

@@ -21,6 +21,7 @@ from data.errors import UserError
 from .common import built_whole, first_line
 from .composed import load_tokenizer
 from .sentencepiece import load_sentencepiece
+from .weightless import weightless
 
 MODEL_TYPE = "internvl_chat"
 IMAGE_TOKENS = {
@@ -104,8 +105,12 @@ def load_internvl_chat(
     _check(name, config)
     folder = _folder(name)
     tokenizer = _tokenizer(folder, config["llm_config"]["architectures"][0])
-    files = _weight_files(folder)
     native = _config(name, config, tokenizer)
+    if weightless():
+        wanted = native.dtype if dtype == "auto" else dtype
+        model = AutoModelForImageTextToText.from_config(native, dtype=wanted or torch.float32, **attention)
+        return model.eval(), _processor(config, native, tokenizer)
+    files = _weight_files(folder)
     if dtype == "auto":
         with safe_open(files[0], framework="pt") as file:
             dtype = file.get_tensor(next(iter(file.keys()))).dtype
@@ -150,8 +155,9 @@ def _folder(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.model", "*.txt", *([] if weightless() else ["*.safetensors"])]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         raise UserError(f"model: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.errors import UserError
 
 from .common import built_whole, check_attention, checkpoint_layers, choose, first_line, read_settings
+from .weightless import from_pretrained, weightless
 
 INTERPOLATION = {
     "nearest": Image.Resampling.NEAREST,
@@ -282,7 +283,9 @@ def _timm(s: VisionEncoderSettings, attn_implementation: str | None) -> _Tower:
     size = None if s.image_size is None else _pair(s.image_size)
 
     def create(**options: Any) -> nn.Module:
-        return timm.create_model(name, pretrained=bool(s.pretrained), num_classes=0, global_pool="", **options)
+        return timm.create_model(
+            name, pretrained=bool(s.pretrained) and not weightless(), num_classes=0, global_pool="", **options
+        )
 
     if size is None or "img_size" in config:
         module = create(**config)
@@ -330,7 +333,7 @@ def _open_clip(s: VisionEncoderSettings, attn_implementation: str | None) -> _To
     from open_clip.transformer import QuickGELU
 
     config = dict(s.config or {})
-    if s.pretrained:
+    if s.pretrained and not weightless():
         tag = s.pretrained if isinstance(s.pretrained, str) else None
         size = None if s.image_size is None else _pair(s.image_size)
         whole = open_clip.create_model(s.name, pretrained=tag, force_image_size=size, require_pretrained=True)
@@ -410,7 +413,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if s.pretrained:
         processor = AutoImageProcessor.from_pretrained(name)
-        module = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, **extra)
+        module = from_pretrained(AutoModel, name, config=config, dtype=torch.float32, **extra)
     else:
         module = AutoModel.from_config(config, dtype=torch.float32, **extra)
     own = getattr(config, "image_size", None)

@@ -27,6 +27,7 @@ from .classification import classification_sections, is_classification
 from .entries import Duel, Entry, Run, duel, entries_on
 from .gallery import gallery
 from .language import MEASURES, has_answers, language_sections
+from .planned import planned_sections
 
 _COLOURS = 5
 _THUMBNAIL = 224
@@ -226,6 +227,7 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             best=_best,
             charts=_charts(runs, [*first, *benchmarks, *language]),
             facts=_facts(runs),
+            planned=planned_sections(runs),
             problems=[(run, run.summary["problems"]) for run in runs if run.summary.get("problems")],
             differences=_differences(runs),
             version=__version__,
@@ -359,6 +361,8 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         ("Time", texts(lambda r: found(r, plots.duration, "seconds"))),
         ("Tokens per second (median)", texts(lambda r: median(r, "tokens_per_second"))),
         ("Images per second (median)", texts(lambda r: median(r, "images_per_second"))),
+        ("FLOPs per second (median)", texts(lambda r: median(r, "flops_per_second", "{:.3g}".format))),
+        ("MFU (median)", texts(lambda r: median(r, "mfu", plots.percent))),
         ("Waiting for data (median)", texts(lambda r: median(r, "waiting", plots.percent))),
         ("Peak memory of a rank", texts(lambda r: found(r, plots.size_in_bytes, "memory", "peak_bytes"))),
         ("Parameters, student", texts(lambda r: found(r, "{:,}".format, "parameters", "student"))),

@@ -68,6 +68,7 @@ class Loop(ABC):
     compared_by: Mapping[str, Any] | None = None
     lower_is_better: bool = False
     told: Sequence[str] = ()
+    peak_bytes: int = 0
 
     def __init__(self, config: AnyRun, processes: Processes) -> None:
         self.settings, self.processes = config, processes
@@ -243,6 +244,7 @@ class Loop(ABC):
             values
             | {"lr": lr, "epoch": (step.index + 1) / self.epoch_steps, "samples": int(totals["samples"])}
             | self.values(totals, seconds)
+            | {"peak_bytes": self._peak()}
             | {"waiting": totals["waited"] / world / seconds, "seconds": time.time() - self.began}
         )
         return values, bool(totals["stop"])
@@ -313,6 +315,15 @@ class Loop(ABC):
         """Ends a run whose weights are not all numbers; each loss was before the update that made them so."""
         if not self.engine.finite():
             raise not_finite(done, [], [], gradient=True)
+
+    def _peak(self) -> int:
+        """This rank's peak memory since the last step, in bytes; what the CPU's processes held is never forgotten."""
+        device = self.processes.device
+        peak = _peak_memory(device)
+        self.peak_bytes = max(self.peak_bytes, peak)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak
 
     def _means(self, sums: Sequence[Mapping[str, TermSums]]) -> dict[str, dict[str, float]]:
         """Means of every term's loss and signals over all rows of the step, from one all-reduce."""
@@ -451,9 +462,12 @@ class Loop(ABC):
             "ranks": self.processes.world,
             "versions": {p: version(p) for p in ("torch", "transformers", "timm", "deepspeed")},
             "parameters": self.parameters,
-            "memory": {"peak_bytes": _peak_memory(device)},
+            "memory": {"peak_bytes": max(self.peak_bytes, _peak_memory(device))},
             "problems": problems,
         }
+        planned = self.folder / "plan.json"  # where `vlm-distill plan` leaves it
+        if planned.is_file():
+            summary["plan"] = json.loads(planned.read_text("utf-8"))
         aside = self.folder / "summary.json.part"
         aside.write_text(json.dumps(summary | self.final_summary(), indent=1) + "\n")
         aside.replace(self.folder / "summary.json")

@@ -44,6 +44,7 @@ from .build import (
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
 from .loop import Loop
+from .operations import Operations
 from .packing import plan_packing
 from .schedule import learning_rate_factor, parameter_groups
 from .task import DistillationTask
@@ -114,7 +115,8 @@ class Trainer(Loop):
         data = config.data
         if processes.device.type == "cuda":
             student.to(processes.device)
-        packing = plan_packing(data, student, model if self.guide is not None else None)
+        guide = model if self.guide is not None else None
+        packing = plan_packing(data, student, guide)
         self.told = [*self.told, *packing.told]
         self.load_image = image_loader(data)
         self.dataset = StepDataset(
@@ -148,7 +150,8 @@ class Trainer(Loop):
             self.parameters["teacher"] = self.teacher.parameters
         elif model is not None:
             self.parameters["teacher"] = sum(count_parameters(model).values())
-        check_packing(config.data.train, student, model if self.guide is not None else None, self.grouped)
+        self.operations = Operations(student, guide, processes.device, bf16=config.training.dtype == "bf16")
+        check_packing(config.data.train, student, guide, self.grouped)
         self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)
         task = DistillationTask(
             student,
@@ -212,6 +215,7 @@ class Trainer(Loop):
             "samples": samples,
             "filled": sum(rows.tokens for rows in sides),
             "places": sum(rows.inputs["input_ids"].numel() for rows in sides),
+            "flops": sum(self.operations.of(batch) for batch in step.batches),
         }
         if self.sequence is not None and self.sequence.rank:
             return dict.fromkeys(counts, 0)  # the first of those that share the samples counts them
@@ -239,6 +243,7 @@ class Trainer(Loop):
         return {
             "supervised_tokens": int(totals["supervised"]),
             "padding": 1 - totals["filled"] / totals["places"],
+            **self.operations.values(totals["flops"], seconds, self.processes.world),
             self.speed: totals["tokens"] / seconds,
         }
 

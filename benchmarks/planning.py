@@ -1,0 +1,225 @@
+"""`vlm-distill plan` against fact: the peak of live tensor bytes of real training steps, for three configurations.
+
+    python benchmarks/planning.py [--only NAME] [--output FILE.csv]
+
+Each configuration is planned, then built and trained for two optimizer steps of two micro-batches on one rank, under
+PyTorch's profiler from the first tensor on. What its CPU allocator has given and not yet got back during the second
+step is compared with the plan. All rows are of one length, so that every micro-batch is the one that was planned.
+On a machine with a GPU, `max_memory_allocated` of the same steps is what is compared (--device cuda).
+
+- composed: a ViT, an mlp and a Llama taught by a model of the same kind, float32, ZeRO-0.
+- llava: Transformers' LLaVA with a CLIP tower, taught by another, activations recomputed, float32, ZeRO-1.
+- language: a Llama taught by another, bf16, ZeRO-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from vlm_distill import models
+from vlm_distill.config import RunConfig
+from vlm_distill.demo import make_tokenizer
+from vlm_distill.planning import plan
+
+WORDS = [f"w{i}" for i in range(1500)]
+SAMPLES, STEP = 32, "planning: step"
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def _decoder(width: int, layers: int) -> dict[str, Any]:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": layers}
+    return {"config": {"model_type": "llama", "hidden_size": width, "intermediate_size": 3 * width} | heads}
+
+
+def _composed(width: int, layers: int) -> dict[str, Any]:
+    tower = {"patch_size": 8, "embed_dim": width, "depth": layers, "num_heads": 4}
+    return {
+        "vision_encoder": {"source": "timm", "name": "vit_tiny_patch16_224", "config": tower, "image_size": 64},
+        "projector": {"type": "mlp"},
+        "decoder": _decoder(width, layers),
+    }
+
+
+def _llava(folder: Path, width: int, layers: int) -> str:
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = make_tokenizer(WORDS)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.image_token = "<image>"
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape, num_hidden_layers=layers, image_size=56, patch_size=7),
+        text_config=LlamaConfig(**shape, num_hidden_layers=layers, num_key_value_heads=2, vocab_size=len(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    LlavaProcessor(
+        images, tokenizer, 7, "default", TEMPLATE, num_additional_image_tokens=1, image_token="<image>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def _saved(folder: Path, settings: dict[str, Any]) -> str:
+    models.build_vlm(settings, tokenizer=make_tokenizer(WORDS)).save_pretrained(folder)
+    return str(folder)
+
+
+def _run(folder: Path, student: dict[str, Any], teacher: str, data: Path, **changes: Any) -> RunConfig:
+    training = {"steps": 2, "batch_size": 16, "micro_batch_size": 8, "device": "cpu", "checkpoint_every": 99}
+    plain = {
+        "student": student,
+        "teacher": {"path": teacher},
+        "loss": [{"name": "forward_kl"}, {"name": "cross_entropy", "weight": 0.5}],
+        "data": {"train": [{"path": str(data)}], "workers": 0, "max_length": 512},
+        "training": training | changes.pop("training", {}),
+        "deepspeed": {"stage": changes.pop("stage")},
+        "output": str(folder / "run"),
+    }
+    return RunConfig.model_validate(plain | changes)
+
+
+def _data(folder: Path, *, images: bool, words: int = 96) -> Path:
+    """Rows that differ in their words and pictures, and in no length."""
+    lines = []
+    for i in range(SAMPLES):
+        text = [WORDS[(31 * i + k) % len(WORDS)] for k in range(words)]
+        question, answer = " ".join(text[: words // 2]), " ".join(text[words // 2 :])
+        row: dict[str, Any] = {"id": str(i)}
+        if images:
+            Image.new("RGB", (64, 64), (7 * i, 0, 0)).save(folder / f"{i}.png")
+            row["image"], question = f"{i}.png", "<image>" + question
+        row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        lines.append(json.dumps(row) + "\n")
+    (folder / "data.jsonl").write_text("".join(lines))
+    return folder / "data.jsonl"
+
+
+def composed(folder: Path) -> RunConfig:
+    teacher = _saved(folder / "teacher", _composed(96, 3))
+    return _run(folder, _composed(64, 3), teacher, _data(folder, images=True), stage=0)
+
+
+def llava(folder: Path) -> RunConfig:
+    teacher, student = _llava(folder / "teacher", 96, 3), _llava(folder / "student", 64, 6)
+    recomputed = {"training": {"activation_checkpointing": True}}
+    return _run(folder, {"path": student}, teacher, _data(folder, images=True), stage=1, **recomputed)
+
+
+def language(folder: Path) -> RunConfig:
+    teacher = _saved(folder / "teacher", {"decoder": _decoder(96, 4)})
+    student = {"decoder": _decoder(64, 4)}
+    data = _data(folder, images=False, words=192)
+    return _run(folder, student, teacher, data, stage=2, training={"dtype": "bf16"})
+
+
+CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {"composed": composed, "llava": llava, "language": language}
+
+
+def measure(config: RunConfig) -> int:
+    """The peak of live tensor bytes in the second optimizer step, on one rank."""
+    from vlm_distill.training.engine import Processes
+    from vlm_distill.training.trainer import Trainer
+
+    processes = Processes(config.training.device)
+    on_gpu = processes.device.type == "cuda"
+    gc.collect()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=not on_gpu, acc_events=True) as profiler:
+            trainer = Trainer(config, processes)
+            trainer.began = time.time()
+            trainer.engine.train()
+            for step in trainer.batches(0, 2):
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                with record_function(STEP):
+                    trainer._step(step, 0.0)
+            peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+            del trainer, step
+    finally:
+        processes.close()
+    return peak or _peak(profiler)
+
+
+def _peak(profiler: Any) -> int:
+    events = profiler.profiler.kineto_results.events()
+    start, stop = max((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == STEP)
+    changes = sorted(
+        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
+    )
+    live = peak = 0
+    for moment, size in changes:
+        live += size
+        if start <= moment <= stop:
+            peak = max(peak, live)
+    return peak
+
+
+def compare(name: str, folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """One row of the table: the plan and what was measured, in bytes."""
+    torch.manual_seed(0)
+    config = CONFIGURATIONS[name](folder)
+    if device == "cuda":
+        config = config.model_copy(update={"training": config.training.model_copy(update={"device": "cuda"})})
+    began = time.perf_counter()
+    planned = plan(config, memory=16, device="cpu" if device == "cpu" else "h100")
+    seconds = time.perf_counter() - began
+    row = planned.memory[planned.configured]
+    measured = measure(config)
+    return {
+        "configuration": name,
+        "device": device,
+        "stage": row.stage,
+        "dtype": config.training.dtype,
+        "planned": row.peak,
+        "measured": measured,
+        "error": round(row.peak / measured - 1, 4),
+        "of it activations": row.activations,
+        "seconds to plan": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=CONFIGURATIONS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for name in [options.only] if options.only else CONFIGURATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(name, Path(folder), options.device))
+        print(rows[-1], flush=True)
+    if options.output is not None:
+        with options.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

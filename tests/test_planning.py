@@ -1,0 +1,179 @@
+"""What a run is said to cost: against measured tensors, without any weights, and in the report."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import by_path
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from data.errors import UserError
+from vlm_distill import cli, planning
+from vlm_distill.config import RunConfig
+from vlm_distill.devices import DEVICES, known_device
+from vlm_distill.models import build_vlm
+from vlm_distill.reporting.report import write_report
+from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
+from vlm_distill.training.engine import Processes
+from vlm_distill.training.operations import Operations
+from vlm_distill.training.trainer import train
+
+benchmark = by_path.load(Path(__file__).parents[1] / "benchmarks" / "planning.py")
+SLOW = pytest.mark.slow
+GPU = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("composed", "cpu"),
+        pytest.param("llava", "cpu", marks=SLOW),
+        pytest.param("language", "cpu", marks=SLOW),
+        *(pytest.param(name, "cuda", marks=GPU) for name in benchmark.CONFIGURATIONS),
+    ],
+)
+def test_the_peak_is_within_a_tenth_of_what_was_measured(tmp_path, name, device):
+    row = benchmark.compare(name, tmp_path, device)
+    assert row["measured"] > 10e6
+    assert abs(row["error"]) < 0.1, row
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The plan of a run whose teacher's weights are gone, as the command writes it."""
+    folder = tmp_path_factory.mktemp("plan")
+    teacher = tiny.write_teacher(folder / "teacher")
+    (teacher / "model.safetensors").unlink()
+    plain = tiny.config(folder / "run", tiny.write_data(folder / "data"), teacher)
+    (folder / "run.yaml").write_text(json.dumps(plain))
+    result = CliRunner().invoke(cli.app, ["plan", str(folder / "run.yaml"), "--gpus", "2", "--memory", "24"])
+    assert result.exit_code == 0, result.output
+    return folder / "run", json.loads((folder / "run" / "plan.json").read_text()), result.output
+
+
+def test_no_weight_is_read_and_every_parameter_is_counted(planned):
+    _, found, _ = planned
+    parts = {(part["model"], part["name"]): part for part in found["parts"]}
+    real = build_vlm(tiny.settings(), tokenizer=tiny.make_tokenizer(tiny.WORDS))
+    assert sum(p["parameters"] for (model, _), p in parts.items() if model == "student") == sum(
+        p.numel() for p in real.parameters()
+    )
+    assert parts["student", "lm_head"]["parameters"] == real.decoder.lm_head.weight.numel()
+    assert parts["teacher", "decoder"]["trained"] == 0
+
+
+def test_stages_and_placements_stand_beside_each_other(planned):
+    _, found, output = planned
+    rows = {(row["stage"], row["placement"]): row for row in found["memory"]}
+    assert set(rows) == {(stage, placement) for stage in range(4) for placement in ("replicate", "shard")}
+    trained = sum(part["trained"] for part in found["parts"])
+    assert rows[0, "replicate"]["optimizer"] == 8 * trained
+    assert rows[2, "replicate"]["optimizer"] == 12 * trained / 2
+    assert found["memory"][found["configured"]]["stage"] == 0
+    assert found["steps"] == 5
+    assert found["sequences"]["sampled"] > 0
+    assert found["bytes_read"] > 0
+    assert "GPU-hours" in output
+
+
+def test_the_report_shows_plan_and_fact(planned):
+    folder, found, _ = planned
+    (folder / "config.yaml").write_text("output: x\n")
+    line = {"kind": "train", "step": 1, "loss": 1.0, "flops": 5e9, "tokens_per_second": 700.0, "waiting": 0.25}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    summary = {"plan": found, "seconds": 100.0, "steps": 5, "memory": {"peak_bytes": 123_000_000}, "device": "cpu: 2"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = write_report([folder]).read_text()
+    section = page.split('aria-label="Plan against fact"')[1].split("</section>")[0]
+    assert "5e+09" in section
+    assert f"{found['flops']:.3g}" in section
+    assert "25" in section.split("Waiting for data")[1].split("</tr>")[0]
+
+
+def _models(**changes):
+    plain = {"trained": 100, "learned": 0, "total": 100, "largest": 50, "bf16": False, "on_cpu": False}
+    bytes_of = {"parameter_bytes": lambda stage: 400.0, "teacher_bytes": lambda: 1000.0}
+    return SimpleNamespace(**plain | bytes_of | changes)
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits():
+    points = {1: Micro(10, 2_000, 2_400, 1, 1), 2: Micro(20, 4_000, 4_400, 1, 1)}
+    fits = {}
+    for limit in (3_000, 20_000, 20_199, 1_000):
+        row = planning._memory(_models(), points, 1, 2, "replicate", 1, 1, limit)
+        fits[limit] = row.largest_micro_batch
+        static = 400 + 1200 + 1000 + 400 + 400  # weights, masters and states, teacher, sums of gradients, a bucket
+        assert row.peak == static + 2_000
+        assert static + 2_000 * fits[limit] <= limit or fits[limit] == 0
+        assert static + 2_000 * (fits[limit] + 1) > limit
+    assert fits == {3_000: 0, 20_000: 8, 20_199: 8, 1_000: 0}
+
+
+def test_a_shared_or_sharded_teacher_takes_its_share():
+    points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
+    many = _models(teacher_bytes=lambda: 8e10)
+    sizes = {p: planning._memory(many, points, 1, 2, p, 8, 1, 1e12).teacher for p in ("replicate", "shard")}
+    assert sizes == {"replicate": 8e10, "shard": 1e10 + 2e9}  # and what is whole at once of a sharded one
+
+
+def test_an_unknown_device_and_an_unknown_model_are_told_in_one_line(tmp_path):
+    plain = tiny.config(tmp_path / "run", tiny.write_data(tmp_path / "data", rows=8), None)
+    with pytest.raises(UserError, match="--device: abacus is not known"):
+        planning.plan(RunConfig.model_validate(plain), device="abacus")
+    plain["student"] = {"path": str(tmp_path / "nowhere")}
+    with pytest.raises(UserError, match="nowhere") as told:
+        planning.plan(RunConfig.model_validate(plain))
+    assert "\n" not in str(told.value)
+
+
+def test_devices_are_known_by_their_drivers_names():
+    assert known_device("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
+    assert known_device("NVIDIA H100 PCIe") is DEVICES["h100-pcie"]
+    assert known_device("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40"]
+    assert known_device("Abacus 3000") is None
+
+
+@pytest.mark.parametrize("trained", [("decoder",), ("projector",), ("vision_encoder", "projector", "decoder")])
+def test_operations_from_parameters_are_those_of_the_model_s_own_code(tmp_path, trained):
+    from data.collate import Collator
+    from data.images import load_image
+    from data.sources import open_source
+
+    source = open_source(tiny.write_data(tmp_path, rows=4))
+    with Meter() as meter:
+        model = build_vlm(tiny.settings(width=64), tokenizer=tiny.make_tokenizer(tiny.WORDS))
+        model.set_trainable(trained)
+        collator = Collator(model.processor, None, 64)
+        pairs = [p for row in source for p in collator.encode(row, [load_image(i) for i in row.images])]
+        batch = collator.batch(pairs)
+        with model.head.weight() as weight:
+            products = 2 * len(batch.targets) * weight.numel() * (2 + weight.requires_grad)
+        found = simulate(meter, model, None, batch, HeadCost(0, products), autocast=False)
+        counted = Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
+    assert counted == pytest.approx(found.student_flops, rel=0.1)
+
+
+def test_a_run_measures_what_was_planned(tmp_path):
+    plain = tiny.config(tmp_path / "run", tiny.write_data(tmp_path / "data", rows=8), None, training__steps=2)
+    config = RunConfig.model_validate(plain)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text('{"steps": 2}')
+    processes = Processes("cpu")
+    try:
+        train(config, processes)
+    finally:
+        processes.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert len(steps) == 2
+    for line in steps:
+        assert line["flops"] > 0
+        assert line["flops_per_second"] > 0
+        assert line["peak_bytes"] > 10e6
+        assert "mfu" not in line  # nobody knows a CPU's peak
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["plan"] == {"steps": 2}
+    assert summary["memory"]["peak_bytes"] >= steps[-1]["peak_bytes"]

@@ -1,0 +1,131 @@
+"""Models without weights: shapes and dtypes of everything, numbers of nothing, to plan a run before it is paid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_on: ContextVar[bool] = ContextVar("weightless", default=False)
+
+
+def weightless() -> bool:
+    """Whether models are being built without weights."""
+    return _on.get()
+
+
+def from_pretrained(kind: Any, name: str, *, config: Any = None, **options: Any) -> Any:
+    """``kind.from_pretrained``, of whose files only the configuration is read where no weights are wanted.
+
+    Args:
+        kind: an auto class of Transformers.
+        name: a name or folder.
+        config: instead of the model's own.
+        options: of ``from_pretrained``.
+    """
+    if not weightless():
+        return kind.from_pretrained(name, **({} if config is None else {"config": config}), **options)
+    from transformers import AutoConfig
+
+    trust = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
+    config = config or AutoConfig.from_pretrained(name, **trust)
+    if options.get("dtype") == "auto":
+        options["dtype"] = getattr(config, "dtype", None) or torch.float32
+    return kind.from_config(config, **{k: v for k, v in options.items() if k != "quantization_config"})
+
+
+class Weightless(TorchDispatchMode):
+    """While it is open, parameters of new modules are fake, and so is everything computed from them.
+
+    What depends on no parameter (token ids, masks, grids of images) is computed as ever: Models look at these numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode()
+
+    def __enter__(self) -> Self:
+        from transformers.initialization import no_init_weights
+
+        self._token = _on.set(True)
+        self._uninitialised = no_init_weights()
+        self._uninitialised.__enter__()
+        self._register = nn.Module.register_parameter
+        register, fake = self._register, self.fake
+
+        def register_fake(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            if parameter is not None and not isinstance(parameter, FakeTensor):
+                with torch.no_grad():
+                    parameter = nn.Parameter(fake.from_tensor(parameter.detach()), parameter.requires_grad)
+            register(module, name, parameter)
+
+        nn.Module.register_parameter = register_fake  # type: ignore[method-assign,assignment]
+        # A module's own way of casting itself swaps parameters, which fake ones do not allow.
+        self._apply, nn.Module._apply = nn.Module._apply, _apply  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._uninitialised.__exit__(None, None, None)
+        nn.Module.register_parameter = self._register  # type: ignore[method-assign]
+        nn.Module._apply = self._apply  # type: ignore[method-assign]
+        _on.reset(self._token)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.compute(func, args, kwargs or {})[0]
+
+    def compute(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """An operation's result, and whether it is fake."""
+        given = list(tensors_in((args, kwargs)))
+        known = [x for x in given if not isinstance(x, FakeTensor)]
+        if len(known) == len(given):
+            return func(*args, **kwargs), False
+        if known:
+            if func in _INDEXED:
+                args = (args[0], _places(args[1]), *args[2:])
+            args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
+        with self.fake:
+            return func(*args, **kwargs), True
+
+    def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+
+_INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an operation's arguments or results."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(tuple(values.values()))
+
+
+def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    for parameter in module.parameters(recurse):
+        parameter.data = function(parameter.data)
+    for owner in module.modules() if recurse else [module]:
+        owner._buffers = {k: None if b is None else function(b) for k, b in owner._buffers.items()}
+    return module
+
+
+def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Masks that are known, as the places where they are true: of a fake mask nobody knows how many there are."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            found += index.nonzero(as_tuple=True)
+        else:
+            found.append(index)
+    return found

@@ -1,0 +1,560 @@
+"""A run's cost before it is paid: parameters, memory by ZeRO stage and placement, operations, bytes read, time.
+
+No weight is loaded. The models are built without numbers and a micro-batch of the run's own data goes through them,
+forward and backward (``simulation``); what ZeRO holds beside that follows from its stage. docs/planning.md says what
+is counted, and how far it was from what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from data.batch import Encoded
+from data.collate import Collator, Pair
+from data.conversation import Conversation, Document
+from data.errors import BadSample, UserError
+from data.mixture import Mixture
+from vlm_distill.config import RunConfig, split_batch
+from vlm_distill.devices import DEVICES
+from vlm_distill.losses import HiddenTargets, Term, fused_linear
+from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
+from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
+from vlm_distill.models.common import first_line
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.lora import WithoutAdapters
+from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
+from vlm_distill.training.build import (
+    build_terms,
+    image_loader,
+    load_models,
+    open_sources,
+    pair_vocabularies,
+    prepare_losses,
+    turns,
+)
+
+STAGES = (0, 1, 2, 3)
+SAMPLES = 32
+#: Share of a GPU's peak that a training is taken to reach.
+UTILISATION = 0.35
+#: Not of tensors: CUDA's context and kernels and NCCL's buffers, in bytes, and the share lost between blocks.
+CONTEXT, FRAGMENTATION = 1.5e9, 0.05
+#: DeepSpeed's defaults: elements of a bucket, and of ZeRO-3 parameters that are whole at once.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
+#: Bits of a quantised weight with its scales: one of 8 bits for 64 weights, and its own scale for 256 of these.
+BITS = {"nf4": 4.127, "int8": 8.0, "fp8": 8.0}
+_MOST = 4096
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model: numbers of parameters."""
+
+    model: str
+    name: str
+    parameters: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What samples look like, in the student's tokens.
+
+    Attributes:
+        sampled: how many samples were encoded; 0: there were no data, and every row is taken to be full.
+        mean, p95, longest: tokens of a row.
+        supervised: tokens of answers in a mean row.
+        images: in a mean row.
+        bytes: on disk of a mean sample's text and images; 0 where unknown.
+    """
+
+    sampled: int
+    mean: float
+    p95: int
+    longest: int
+    supervised: float
+    images: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank under one ZeRO stage and placement of the teacher, at one micro-batch.
+
+    Attributes:
+        parameters, optimizer, gradients: the student's, with float32 masters in ``optimizer``.
+        teacher: its weights.
+        buckets: DeepSpeed's.
+        activations: alive at the peak of forward and backward, with the losses' buffers and the micro-batch.
+        step: what the update holds for a moment.
+        peak: the most at once: the teacher's forward, the student's forward and backward, or the update.
+        largest_micro_batch: that fits beside the allowance; 0: none does.
+    """
+
+    stage: int
+    placement: str
+    micro_batch: int
+    parameters: int
+    optimizer: int
+    gradients: int
+    teacher: int
+    buckets: int
+    activations: int
+    step: int
+    peak: int
+    largest_micro_batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's cost.
+
+    Attributes:
+        configured: index in ``memory`` of what the configuration says.
+        budget: bytes of a GPU; ``allowance``: of these, what is not tensors.
+        flops: of an optimizer step, all ranks together.
+        seconds: of the training on ``gpus``, evaluation and waiting for data not counted; ``None`` without a device.
+    """
+
+    parts: tuple[Part, ...]
+    sequences: Sequences
+    memory: tuple[Memory, ...]
+    configured: int
+    gpus: int
+    device: str
+    budget: float
+    allowance: float
+    utilisation: float
+    steps: int
+    batch_size: int
+    flops: float
+    tokens: float
+    bytes_read: float
+    seconds: float | None
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.seconds is None else self.seconds * self.gpus / 3600
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.seconds is None else self.tokens / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as ``plan.json`` has it."""
+        return asdict(self) | {"gpu_hours": self.gpu_hours, "tokens_per_second": self.tokens_per_second}
+
+
+def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, device: str = "h100") -> Plan:
+    """What a run will cost.
+
+    Args:
+        config: the run's.
+        gpus: ranks.
+        memory: of a GPU, in GB; default: the device's.
+        device: of ``devices.DEVICES``, or ``cpu``.
+
+    Raises:
+        UserError: an unknown device, or a model whose configuration cannot be read.
+    """
+    if device not in {*DEVICES, "cpu"}:
+        raise UserError(f"--device: {device} is not known; choose cpu or one of {', '.join(DEVICES)}")
+    if device == "cpu" and memory is None:
+        raise UserError("--memory: say how many GB a rank has on a cpu")
+    budget = 1e9 * (memory or DEVICES[device].memory)
+    allowance = 0.0 if device == "cpu" else CONTEXT + FRAGMENTATION * budget
+    micro, accumulation = split_batch(config, gpus)
+    with Meter() as meter:
+        models = _Models(config, device)
+        pairs, sequences, epoch_steps = _sample(config, models)
+        longest = max(pairs, key=lambda pair: len(pair.student.input_ids))
+        sizes = sorted({1, micro if micro > 1 else 2})
+        points = {size: models.run(meter, [longest] * size) for size in sizes}
+        typical = points[micro] if sequences.sampled == 0 else models.run(meter, (pairs * micro)[:micro])
+    own = config.teacher.placement if config.teacher is not None else "none"
+    placements = ["none"] if models.teacher is None or models.shared else ["replicate", "shard"]
+    if own not in placements and not models.shared:
+        placements.append(own)
+    rows: list[Memory] = []
+    configured = 0
+    for placement in placements:
+        for stage in STAGES:
+            if stage == config.deepspeed.stage and (placement == own or len(placements) == 1):
+                configured = len(rows)
+            rows.append(_memory(models, points, micro, stage, placement, gpus, accumulation, budget - allowance))
+    steps = config.training.steps or math.ceil((config.training.epochs or 0) * epoch_steps)
+    flops = float(typical.student_flops + typical.teacher_flops) * accumulation * gpus
+    samples = steps * config.training.batch_size
+    seconds = None
+    if device != "cpu":
+        speed = DEVICES[device].bf16 if config.training.dtype == "bf16" else DEVICES[device].fp32
+        seconds = steps * flops / (gpus * speed * UTILISATION)
+    return Plan(
+        parts=models.parts(),
+        sequences=sequences,
+        memory=tuple(rows),
+        configured=configured,
+        gpus=gpus,
+        device=device,
+        budget=budget,
+        allowance=allowance,
+        utilisation=UTILISATION,
+        steps=steps,
+        batch_size=config.training.batch_size,
+        flops=flops,
+        tokens=samples * sequences.mean,
+        bytes_read=samples * sequences.bytes,
+        seconds=seconds,
+    )
+
+
+class _Models:
+    """Student and teacher without weights, as the run would build them. To be made inside a ``Meter``."""
+
+    def __init__(self, config: RunConfig, device: str) -> None:
+        self.config, self.on_cpu = config, device == "cpu"
+        self.terms = build_terms(config)
+        section = config.teacher
+        whole = section and section.model_copy(update={"placement": "replicate", "quantize": None, "cache": None})
+        bare = config.student.model_copy(update={"quantize": None})  # weights of 4 bits are counted, not loaded
+        here: Any = SimpleNamespace(device=torch.device("cpu"))
+        self.student, teacher = load_models(config.model_copy(update={"teacher": whole, "student": bare}), here)
+        self.teacher = teacher.model if isinstance(teacher, ModelTeacher) else None
+        self.guides = self.teacher is not None and any("teacher" in term.loss.needs for term in self.terms)
+        prepare_losses(self.terms, self.student, teacher if self.guides else None)
+        self.grouped = self.teacher is not None and pair_vocabularies(config, self.student, self.teacher, self.terms)
+        #: The teacher is the student's own base.
+        self.shared = isinstance(self.teacher, WithoutAdapters)
+        if config.training.activation_checkpointing:
+            self.student.checkpoint_activations()
+        bf16, stage = config.training.dtype == "bf16", config.deepspeed.stage
+        self.bf16, self.autocast = bf16, bf16 and stage == 0
+        self.trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        self.learned = sum(p.numel() for term in self.terms for p in term.loss.parameters())
+        self.largest = max(p.numel() for p in self.student.parameters() if p.requires_grad)
+        self.total = sum(p.numel() for p in self.student.parameters())
+        if bf16 and not self.autocast:
+            for parameter in self.student.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    def parts(self) -> tuple[Part, ...]:
+        found = []
+        for role, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is None or (role == "teacher" and self.shared):
+                continue
+            seen: set[int] = set()
+            head = {id(p) for p in model.head.parameters}
+            for name, part in model.parts.items():
+                own = {id(p): p for p in part.parameters() if id(p) not in seen}
+                seen |= set(own)
+                tied = {id(p) for m in part.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+                split = {"lm_head": [p for i, p in own.items() if i in head - tied]}
+                split = {name: [p for i, p in own.items() if i not in head - tied]} | split
+                found += [
+                    Part(role, what, _count(ps), _count([p for p in ps if p.requires_grad]))
+                    for what, ps in split.items()
+                    if ps
+                ]
+        return tuple(found)
+
+    def parameter_bytes(self, stage: int) -> float:
+        """The student's working copy, whole."""
+        size = 2 if self.bf16 and stage > 0 else 4
+        kind = self.config.student.quantize
+        if kind is None:
+            return self.total * size
+        linear = [m for m in self.student.parts["decoder"].modules() if isinstance(m, nn.Linear) and not _has_grad(m)]
+        packed = sum(m.weight.numel() for m in linear if m.weight is not self.student.head._linear.weight)
+        return (self.total - packed) * size + packed * BITS[kind] / 8
+
+    def teacher_bytes(self) -> float:
+        if self.teacher is None or self.shared:
+            return 0.0
+        kind = None if self.config.teacher is None else self.config.teacher.quantize
+        if kind is None:
+            return sum(p.nbytes for p in self.teacher.parameters())
+        linear = {id(m.weight): m.weight for m in self.teacher.modules() if isinstance(m, nn.Linear)}
+        packed = sum(w.numel() for w in linear.values())
+        return sum(p.nbytes for p in self.teacher.parameters() if id(p) not in linear) + packed * BITS[kind] / 8
+
+    def collator(self) -> Collator:
+        guide = self.teacher.processor if self.teacher is not None and self.guides else None
+        return Collator(
+            self.student.processor, guide, self.config.data.max_length, turns(self.config.data), self.grouped
+        )
+
+    def run(self, meter: Meter, pairs: Sequence[Pair]) -> Micro:
+        batch = self.collator().batch(list(pairs))
+        teacher = self.teacher if self.guides else None
+        head = self._head(meter, len(batch.targets), len(batch.teacher_targets))
+        try:
+            return simulate(meter, self.student, teacher, batch, head, autocast=self.autocast)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            # A class that decides by numbers, which are not there.
+            raise UserError(f"plan: these models cannot run without weights: {first_line(error)}") from error
+
+    def _head(self, meter: Meter, rows: int, teacher_rows: int) -> HeadCost:
+        """What ``fused_linear`` holds and multiplies."""
+        terms = [term for term in self.terms if isinstance(term, Term)]
+        if not terms or not rows:
+            return HeadCost(0, 0)
+        guided = any("teacher" in term.loss.needs for term in terms)
+        sides = [(self.student.head, rows)]
+        if guided:
+            assert self.teacher is not None
+            sides.append((self.teacher.head, teacher_rows))
+        weights = []
+        for head, _ in sides:
+            with head.weight() as weight:
+                weights.append(weight)
+        flops = 2 * rows * weights[0].numel() * (2 + weights[0].requires_grad)
+        flops += sum(2 * count * w.numel() for w, (_, count) in zip(weights[1:], sides[1:], strict=True))
+        logits = sum(4 * count * len(w) for w, (_, count) in zip(weights, sides, strict=True))
+        if not self.on_cpu:
+            limit = TILE_BYTES if self.config.training.recompute_logits else CHUNK_BYTES
+            return HeadCost(min(2 * logits, limit), flops)
+        copies = sum(4 * w.numel() for w in weights if w.dtype != torch.float32)
+        if self.config.training.recompute_logits:
+            return HeadCost(copies + min(logits, TILE_BYTES_CPU), flops)
+        return HeadCost(copies + min(logits + self._block(meter, terms, weights), CHUNK_BYTES_CPU), flops)
+
+    def _block(self, meter: Meter, terms: Sequence[Term], weights: Sequence[Tensor]) -> int:
+        """Bytes that the losses hold for a block of rows, its logits aside, found by letting them run on one."""
+        if self.grouped:
+            return 8 * BLOCK_BYTES_CPU
+        rows = max(1, BLOCK_BYTES_CPU // (4 * len(weights[0])))
+        hidden = [w.new_empty(rows, w.shape[1]) for w in weights]
+        hidden[0].requires_grad_()
+        targets = torch.zeros(rows, dtype=torch.int64)
+        teacher = HiddenTargets(hidden[1], self.teacher.head) if self.teacher is not None and len(hidden) > 1 else None
+        with meter.counting():
+            fused_linear(terms, hidden[0], self.student.head, teacher, targets)
+        made = sum(4 * rows * len(w) + (4 * w.numel() if w.dtype != torch.float32 else 0) for w in weights)
+        gradients = 4 * hidden[0].numel() + (4 * weights[0].numel() if weights[0].requires_grad else 0)
+        return max(0, meter.peak - made - gradients)
+
+
+def _count(parameters: Sequence[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _has_grad(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _sample(config: RunConfig, models: _Models) -> tuple[list[Pair], Sequences, float]:
+    """Pairs as the run will meet them, what they look like, and steps of an epoch."""
+    collator, data = models.collator(), config.data
+    try:
+        sources = open_sources(data.train, data.max_length)
+    except UserError:
+        if config.training.steps is None:
+            raise UserError(
+                "data.train: not there, so that nobody knows how many steps training.epochs are; set training.steps"
+            ) from None
+        return _assumed(models)
+    weights = [section.weight for section in data.train]
+    mixture = Mixture(sources, weights, seed=config.training.seed, batch_size=config.training.batch_size)
+    first = Mixture(sources, weights, seed=config.training.seed, batch_size=SAMPLES)
+    load, pairs, sizes, samples = image_loader(data), list[Pair](), 0.0, 0
+    for source, row in first.rows(0):
+        try:
+            sample = sources[source][row]
+            images = [] if isinstance(sample, Document) else [load(image) for image in sample.images]
+            pairs += collator.encode(sample, images)
+            sizes, samples = sizes + _size(sample, images), samples + 1
+        except BadSample:
+            continue
+    if not pairs:
+        raise UserError(f"data.train: none of the first {SAMPLES} samples can be read; see `vlm-distill inspect`")
+    lengths = sorted(len(pair.student.input_ids) for pair in pairs)
+    return (
+        pairs,
+        Sequences(
+            sampled=samples,
+            mean=sum(lengths) / samples,
+            p95=lengths[math.ceil(0.95 * len(lengths)) - 1],
+            longest=lengths[-1],
+            supervised=sum(len(pair.student_tokens) for pair in pairs) / samples,
+            images=sum(pair.student.images for pair in pairs) / samples,
+            bytes=sizes / samples,
+        ),
+        mixture.steps_per_epoch,
+    )
+
+
+def _size(sample: Conversation | Document, images: Sequence[Image.Image]) -> float:
+    """Bytes of a sample where it is stored, about: its text, and its images' files."""
+    if isinstance(sample, Document):
+        return len(sample.text.encode())
+    text = sum(len(p["text"].encode()) for m in sample.messages for p in m["content"] if p["type"] == "text")
+    stored = 0
+    for source, image in zip(sample.images, images, strict=True):
+        if isinstance(source, str | Path) and Path(source).is_file():
+            stored += Path(source).stat().st_size
+        elif isinstance(source, bytes):
+            stored += len(source)
+        else:
+            stored += image.width * image.height * 3
+    return text + stored
+
+
+def _assumed(models: _Models) -> tuple[list[Pair], Sequences, float]:
+    """A row of the greatest length with one image, the second half of its text supervised."""
+    length = models.config.data.max_length
+
+    def filled(model: VisionLanguageModel) -> Encoded:
+        row = model.processor.dummy()
+        missing = length - len(row.input_ids)
+        if missing < 2:
+            raise UserError(f"data.max_length: {length} tokens have no room for an image's {len(row.input_ids)}")
+        # Text is appended by what the processor itself makes of a document.
+        text = torch.full((missing,), int(row.input_ids[-1]) if not row.images else model.pad_token)
+        supervised = torch.zeros(length, dtype=torch.bool)
+        supervised[length - missing // 2 :] = True
+        tensors = {
+            name: torch.cat([t, t.new_zeros(*t.shape[:-1], missing)], -1) if t.shape[-1:] == row.input_ids.shape else t
+            for name, t in row.tensors.items()
+        }
+        return Encoded(torch.cat([row.input_ids, text]), supervised, supervised & False, row.images, tensors)
+
+    student = filled(models.student)
+    teacher = filled(models.teacher) if models.teacher is not None and models.guides else None
+    tokens = student.supervised.nonzero().flatten()
+    others = tokens if teacher is None else teacher.supervised.nonzero().flatten()
+    count = min(len(tokens), len(others))
+    pair = Pair(student, teacher, tokens[-count:], others[-count:], torch.ones(count, dtype=torch.bool))
+    return [pair], Sequences(0, length, length, length, count, student.images, 0.0), 1.0
+
+
+def _memory(
+    models: _Models,
+    points: dict[int, Micro],
+    micro: int,
+    stage: int,
+    placement: str,
+    gpus: int,
+    accumulation: int,
+    limit: float,
+) -> Memory:
+    # Bytes a parameter as they were read off DeepSpeed 0.19.8's steps; docs/planning.md has the table.
+    trained = models.trained + models.learned
+    working = 2 if models.bf16 and stage > 0 else 4
+    whole = models.parameter_bytes(stage)
+    bucket = working * min(BUCKET, models.total)
+    share, many = (1 if stage == 0 else gpus), gpus > 1
+    # Adam's two states; ZeRO keeps float32 masters beside them, of float32 parameters, too.
+    optimizer = (8 if stage == 0 else 12) * trained / share
+    parameters = whole if stage < 3 else whole / gpus + (min(LIVE * working, whole) if many else 0)
+    # Float32 sums of gradients: whole until ZeRO-2 cuts them. A gradient of the last step waits to be replaced.
+    summed = {0: 4 * trained if accumulation > 1 or many else 0, 1: 4 * trained}.get(stage, 4 * trained / gpus)
+    buckets = bucket if stage else 4 * min(BUCKET, trained) if many else 0
+    # PyTorch updates a flat partition as one tensor, with temporaries of its size; on a GPU, all tensors at once.
+    if stage == 0:
+        step: float = 8 * models.largest if models.on_cpu else 4 * trained
+        left: float = 4 * trained + buckets + (4 * trained if many and accumulation == 1 else 0)
+    else:
+        step = ((12 if models.on_cpu else 8) + (4 if many and stage != 2 else 0)) * trained / gpus
+        after = {1: 4 * trained + buckets if many else working * trained, 2: 4 * trained if working == 4 else 0}
+        left = after.get(stage, buckets + summed)
+    teacher = models.teacher_bytes()
+    if placement == "shard":
+        teacher = teacher / gpus + (min(LIVE * 2, teacher) if gpus > 1 else 0)
+    elif placement == "offload":
+        teacher = min(LIVE * 2, teacher)
+    keeps = stage == 0 and accumulation == 1
+    static = parameters + optimizer + teacher
+
+    def forward(size: int) -> float:
+        own = "keeping" if keeps else "student"
+        return max(_line(points, size, own), _line(points, size, "teacher"))
+
+    def peak(size: int) -> float:
+        running = static + summed + (buckets if stage else 0) + forward(size)
+        return max(running, static + left + step)
+
+    low, high = 0, 1
+    while high < _MOST and peak(high) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= limit else (low, middle)
+    return Memory(
+        stage=stage,
+        placement=placement,
+        micro_batch=micro,
+        parameters=round(parameters),
+        optimizer=round(optimizer),
+        gradients=round(4 * trained if keeps else summed),
+        teacher=round(teacher),
+        buckets=round(buckets),
+        activations=round(forward(micro) - (4 * trained if keeps and forward(micro) > 4 * trained else 0)),
+        step=round(step),
+        peak=round(peak(micro)),
+        largest_micro_batch=low,
+    )
+
+
+def _line(points: dict[int, Micro], size: int, what: str) -> float:
+    """A quantity at any micro-batch, from two that were simulated."""
+    (a, first), (b, second) = ((at, getattr(points[at], what)) for at in sorted(points))
+    return first + (second - first) * (size - a) / (b - a)
+
+
+def write_plan(found: Plan, path: Path) -> Path:
+    """Writes a plan as JSON, and returns where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+    return path
+
+
+def render(found: Plan, console: Console) -> None:
+    """The plan as tables."""
+    table = Table("", "part", "parameters", "trained", title="Parameters", title_justify="left")
+    for part in found.parts:
+        table.add_row(part.model, part.name, f"{part.parameters:,}", f"{part.trained:,}")
+    console.print(table)
+    s = found.sequences
+    seen = f"{s.sampled} samples" if s.sampled else "no data found: every row is taken to be full"
+    console.print(
+        f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; "
+        f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
+    )
+    columns = ("ZeRO", "teacher", "weights", "optimizer", "gradients", "teacher's", "buckets", "activations", "update")
+    table = Table(
+        *columns,
+        "peak",
+        "largest micro-batch",
+        title=f"GB a rank at micro-batch {found.memory[0].micro_batch}, {found.gpus} rank(s)",
+        title_justify="left",
+        caption=f"of {found.budget / 1e9:.0f} GB, {found.allowance / 1e9:.1f} are left free; * as configured",
+    )
+    for i, row in enumerate(found.memory):
+        sizes = (row.parameters, row.optimizer, row.gradients, row.teacher, row.buckets, row.activations, row.step)
+        mark = "*" if i == found.configured else ""
+        most = f"≥ {row.largest_micro_batch}" if row.largest_micro_batch >= _MOST else str(row.largest_micro_batch)
+        shown = [f"{size / 1e9:.2f}" for size in (*sizes, row.peak)]
+        table.add_row(f"{row.stage}{mark}", row.placement, *shown, most if row.largest_micro_batch else "none fits")
+    console.print(table)
+    console.print(
+        f"{found.steps:,} steps of {found.batch_size}: {found.flops:.3g} FLOPs a step, {found.tokens:,.0f} tokens, "
+        f"{found.bytes_read / 1e9:,.2f} GB read"
+    )
+    if found.seconds is not None and found.tokens_per_second is not None:
+        console.print(
+            f"{found.gpus} × {found.device} at {found.utilisation:.0%} of its peak: {found.seconds / 3600:,.2f} hours, "
+            f"{found.gpu_hours:,.2f} GPU-hours, {found.tokens_per_second:,.0f} tokens a second"
+        )

@@ -1,0 +1,209 @@
+"""A micro-batch of a run computed without weights: which bytes are alive at once, and how many operations it takes.
+
+The model's own code runs, forward and backward, activation checkpointing included; only the numbers are missing. What
+of the output layer is computed in chunks is the exception: its buffers and operations follow from their definition.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from data.batch import DistillationBatch, Rows
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.weightless import Weightless, tensors_in
+
+aten = torch.ops.aten
+
+
+class Meter(Weightless):
+    """Counts floating-point operations of everything computed while it is open, and bytes alive while it is told to.
+
+    Attributes:
+        flops: two for each multiplication with addition, in matrix products, convolutions and attention.
+        live, peak: bytes of tensors made since :meth:`counting` began that are alive, and the most of them at once.
+        gradients: bytes among these that are parameters' gradients.
+        passing: the most of what is alive beside parameters' gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.live = self.peak = self.gradients = self.passing = 0
+        self._counting = False
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, from nothing, bytes and operations are counted."""
+        self.flops = self.live = self.peak = self.gradients = self.passing = 0
+        self._counting = True
+        try:
+            yield
+        finally:
+            self._counting = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result, fake = self.compute(func, args, kwargs)
+        if self._counting:
+            # Views and what is written in place share a storage that is known, or one that was there before.
+            given = {id(x.untyped_storage()) for x in tensors_in((args, kwargs))}
+            for tensor in tensors_in(result):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and storage not in self._known:
+                    self._add(storage)
+            if fake:
+                self.flops += _flops(func, args, kwargs, result)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.passing = max(self.passing, self.live - self.gradients)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def _flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    packet = func._overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        query, key, value = args[:3]
+        return sdpa_flop_count(query.shape, key.shape, value.shape)
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        outer, query, key, value = args[:4]
+        return sdpa_backward_flop_count(outer.shape, query.shape, key.shape, value.shape)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=result))
+    return 0
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """What the losses hold beside their gradients, and how much they multiply.
+
+    Attributes:
+        transient: bytes while the losses are computed.
+        flops: of all products of both heads.
+    """
+
+    transient: int
+    flops: int
+
+
+class _Losses(torch.autograd.Function):
+    """In place of the losses: their buffers, and gradients of the right shapes, made in float32 and cast once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, transient: int) -> Tensor:
+        wanted = [x for x in (hidden, weight) if x.requires_grad]
+        accumulated = [torch.empty_like(x, dtype=torch.float32) for x in wanted]
+        buffers = hidden.new_empty(transient, dtype=torch.uint8)
+        ctx.save_for_backward(*(made.to(x.dtype) for made, x in zip(accumulated, wanted, strict=True)))
+        ctx.wanted = hidden.requires_grad, weight.requires_grad
+        del buffers
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        made = iter(ctx.saved_tensors)
+        return *((torch.empty_like(next(made)) if wanted else None) for wanted in ctx.wanted), None
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch, measured.
+
+    Attributes:
+        teacher: bytes alive at the teacher's peak, the micro-batch itself among them as in all of these.
+        student: bytes alive at the peak of the student's forward, losses and backward, where each gradient goes as soon
+            as it is made.
+        keeping: the same where gradients stay.
+        student_flops, teacher_flops: forward, and backward of what trains, recomputation included; both heads are the
+            student's.
+    """
+
+    teacher: int
+    student: int
+    keeping: int
+    student_flops: int
+    teacher_flops: int
+
+
+def simulate(
+    meter: Meter,
+    student: VisionLanguageModel,
+    teacher: VisionLanguageModel | None,
+    batch: DistillationBatch,
+    head: HeadCost,
+    *,
+    autocast: bool,
+) -> Micro:
+    """Runs a micro-batch without weights.
+
+    Args:
+        meter: open, and what the models were built under.
+        student, teacher: what they are in training.
+        batch: of real token ids, masks and positions.
+        head: what the losses take.
+        autocast: the student computes in bf16 from float32 parameters.
+    """
+    inputs = _bytes(batch)
+    hidden, teacher_peak, teacher_flops = None, 0, 0
+    if teacher is not None and batch.teacher is not None:
+        with meter.counting(), torch.no_grad():
+            hidden = _forward(teacher, batch.teacher, autocast=False)
+        teacher_peak, teacher_flops = meter.peak, meter.flops
+    kept = 0 if hidden is None else hidden.nbytes
+    with meter.counting(), _gradients(meter, student):
+        states = _forward(student, batch.student, autocast=autocast)
+        with student.head.weight() as weight:
+            loss = _Losses.apply(states, weight, head.transient)
+        del states, weight
+        loss.backward()
+        del loss
+    student.zero_grad(set_to_none=True)
+    return Micro(
+        teacher=teacher_peak + inputs,
+        student=meter.passing + kept + inputs,
+        keeping=meter.peak + kept + inputs,
+        student_flops=meter.flops + head.flops,
+        teacher_flops=teacher_flops,
+    )
+
+
+def _forward(model: VisionLanguageModel, rows: Rows, *, autocast: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return model(rows.inputs.to("cpu", model.dtype), rows.positions).hidden
+
+
+@contextmanager
+def _gradients(meter: Meter, model: nn.Module) -> Iterator[None]:
+    """Inside, the meter knows which bytes are gradients that are complete."""
+
+    def made(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        meter.gradients += parameter.grad.nbytes
+
+    hooks = [p.register_post_accumulate_grad_hook(made) for p in model.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _bytes(batch: DistillationBatch) -> int:
+    rows = [batch.student] + ([batch.teacher] if batch.teacher is not None else [])
+    tensors = [t for side in rows for t in (*side.inputs.values(), side.positions)]
+    return sum(t.nbytes for t in [*tensors, batch.targets, batch.distilled])

@@ -1,0 +1,93 @@
+"""How many floating-point operations a step takes, by parameters and tokens alone, and their share of a GPU's peak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.batch import DistillationBatch, Rows
+from vlm_distill.devices import known_device
+from vlm_distill.models.initialise import size_of
+from vlm_distill.models.interface import VisionLanguageModel
+
+
+class Operations:
+    """Counts a run's model operations: two for each weight and token forward, as many for each gradient that is made.
+
+    Attention's products are counted whole, as if no mask were there. What activation checkpointing computes again is
+    not counted, as is usual for MFU; nor is attention inside the vision encoder. A convolutional one's operations are
+    not known, and left out.
+
+    Args:
+        student: with what trains of it marked, before any sharding.
+        teacher: the model that teaches, if one runs.
+        device: of this rank.
+        bf16: whether matrix products are in bfloat16.
+    """
+
+    def __init__(
+        self, student: VisionLanguageModel, teacher: VisionLanguageModel | None, device: torch.device, *, bf16: bool
+    ) -> None:
+        self._student = _Costs(student, trains=True)
+        self._teacher = None if teacher is None else _Costs(teacher, trains=False)
+        found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = None if found is None else found.bf16 if bf16 else found.fp32
+
+    def of(self, batch: DistillationBatch) -> float:
+        """Operations of a micro-batch: student forward and backward, teacher forward, both heads."""
+        total = self._student.of(batch.student)
+        if self._teacher is not None and batch.teacher is not None:
+            total += self._teacher.of(batch.teacher)
+        return total
+
+    def values(self, flops: float, seconds: float, world: int) -> dict[str, float]:
+        """``flops``, ``flops_per_second`` of all ranks and, on a known GPU, ``mfu``: their share of its peak."""
+        found = {"flops": flops, "flops_per_second": flops / seconds}
+        return found if self._peak is None else found | {"mfu": flops / seconds / (world * self._peak)}
+
+
+class _Costs:
+    """One model's operations, for each kind of its tokens."""
+
+    def __init__(self, model: VisionLanguageModel, *, trains: bool) -> None:
+        head = {id(p) for p in model.head.parameters}
+        flows = False
+        self.text = self.image = self.pair = self.patch = 0.0
+        for name, part in model.parts.items():
+            looked_up = {id(p) for m in part.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+            weights = [p for p in part.parameters() if id(p) not in head | looked_up]
+            count, trained = _size(weights), _size([p for p in weights if p.requires_grad]) if trains else 0
+            flows = flows or trained > 0 or (trains and any(p.requires_grad for p in part.parameters()))
+            # Forward, the gradient that flows through, and those of the weights that train.
+            forms = 2 * ((2 if flows else 1) * count + trained)
+            if name == "decoder":
+                module: Any = next(m for m in part.modules() if hasattr(m, "config"))
+                config = module.config.get_text_config()
+                heads = config.num_attention_heads
+                width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+                self.text, self.pair = forms, 4 * (3 if flows else 1) * config.num_hidden_layers * width
+            else:
+                self.image += forms
+        parameters = model.head.parameters
+        self.head = 2 * _size(parameters[:1]) * ((2 + parameters[0].requires_grad) if trains else 1)
+        encoder = model.parts.get("vision_encoder")
+        first: Any = None if encoder is None else next((m for m in encoder.modules() if hasattr(m, "weight")), None)
+        # A patch's numbers: what one row of the patch embedding multiplies. Convolutional nets' windows overlap.
+        if isinstance(first, nn.Conv2d | nn.Conv3d) and first.stride == first.kernel_size:
+            self.patch = first.in_channels * torch.Size(first.kernel_size).numel()
+        elif isinstance(first, nn.Linear):
+            self.patch = first.in_features
+
+    def of(self, rows: Rows) -> float:
+        tokens = rows.inputs["input_ids"]
+        total = tokens.numel() * (self.text + self.pair * tokens.shape[1]) + len(rows.positions) * self.head
+        pixels = rows.inputs.get("pixel_values")
+        if pixels is not None and self.patch:
+            total += pixels.numel() / self.patch * self.image
+        return total
+
+
+def _size(parameters: list[nn.Parameter]) -> int:
+    return sum(map(size_of, parameters))
