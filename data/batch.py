@@ -126,6 +126,7 @@ class DistillationBatch:
         samples: number of real samples (dummy rows not counted).
         images: number of their images; dummy rows' images, which come last, are not among them.
         groups: what is compared where the tokenizers differ, otherwise ``None``.
+        drawn: whether the answers are the student's own, which no loss may take for right ones.
     """
 
     student: Rows
@@ -135,6 +136,7 @@ class DistillationBatch:
     samples: int
     images: int = 0
     groups: Groups | None = None
+    drawn: bool = False
 
     @property
     def teacher_targets(self) -> Tensor:

@@ -210,6 +210,17 @@ class DeepSpeedSection(Section):
     stage: Literal[0, 1, 2, 3] = 2
 
 
+class OnPolicySection(Section):
+    """Steps that learn from the student's own answers: a share of all, or with ``adaptive`` one that grows."""
+
+    fraction: Fraction
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Positive = 64
+    replay: Positive | None = None
+    adaptive: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
 class EvaluationSection(Section):
     every: Positive | None = None
     limit: Positive | None = None
@@ -240,7 +251,20 @@ class RunConfig(Section):
     training: LanguageTrainingSection
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     evaluation: EvaluationSection = EvaluationSection()
+    on_policy: OnPolicySection | None = None
     output: str
+
+    @model_validator(mode="after")
+    def _on_policy(self) -> RunConfig:
+        section = self.on_policy
+        if section is not None:
+            if self.teacher is None:
+                raise ValueError("on_policy: the student's own answers are compared with a teacher; add a teacher")
+            if section.adaptive is not None and self.evaluation.best is None:
+                raise ValueError("on_policy.adaptive: goes by the score that evaluation.best names; name one")
+            if section.replay is not None and section.replay < self.training.batch_size:
+                raise ValueError("on_policy.replay: fewer answers than a step has samples; keep training.batch_size")
+        return self
 
     @model_validator(mode="after")
     def _student_needs_teacher(self) -> RunConfig:

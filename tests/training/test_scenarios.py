@@ -67,7 +67,7 @@ def test_sharded_teacher_equals_replicated(results, name, whole):
 @pytest.mark.parametrize("name", scenarios.RESUMED)
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
-        times = ("seconds", "waiting", "tokens_per_second", "answers_per_second")
+        times = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "on_policy/time")
         return [{k: v for k, v in line.items() if k not in times} for line in result["metrics"]]
 
     straight, resumed = results(2, name), results(2, f"resumed_{name}")
@@ -91,6 +91,16 @@ def test_activation_checkpointing_changes_nothing(results):
         plain, again = results(1, f"features_zero{stage}"), results(1, f"features_checkpointing_zero{stage}")
         assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
         same_weights(plain, again, 1e-6)
+
+
+def test_some_steps_are_of_the_students_own_answers(results):
+    for name in ("on_policy_zero0", "replay_zero3"):
+        lines = [line for line in results(2, name)["metrics"] if line["kind"] == "train"]
+        assert {line["on_policy/step"] for line in lines} == {0.0, 1.0}
+        assert [line["on_policy/tokens"] for line in lines] == [
+            line["on_policy/tokens"] for line in results(1, name)["metrics"] if line["kind"] == "train"
+        ]
+    assert any(line.get("on_policy/replayed") for line in results(2, "replay_zero3")["metrics"])
 
 
 @pytest.mark.parametrize("name", ["zero0", "mixed_zero3", "bf16_zero2"])

@@ -33,6 +33,12 @@ class Teacher(ABC):
 
     processor: Processor
 
+    @property
+    def end_tokens(self) -> set[int]:
+        """Ids that end an answer."""
+        eos = self.processor.tokenizer.eos_token_id
+        return set() if eos is None else {eos}
+
     @abstractmethod
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         """Hidden states ``[N, H]`` at the positions of ``batch.teacher``, with the head that makes logits of them.
@@ -55,6 +61,10 @@ class ModelTeacher(Teacher):
         self.model = model.eval().requires_grad_(False)
         self.processor = model.processor
         self._run = run or model
+
+    @property
+    def end_tokens(self) -> set[int]:
+        return self.model.end_tokens
 
     # Not inference_mode: its tensors cannot be saved for the student's backward.
     @torch.no_grad()

@@ -76,6 +76,10 @@ class Loop(ABC):
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         """This rank's share of the steps ``start`` to ``stop - 1``."""
 
+    def take(self, step: Step) -> Step:
+        """A step as it is learnt, before anything of it is counted; every rank calls it."""
+        return step
+
     @abstractmethod
     def counts(self, step: Step) -> dict[str, float]:
         """What of this rank's share is to be summed over ranks before the first forward; ``samples`` among it."""
@@ -180,6 +184,7 @@ class Loop(ABC):
         config, world, began = self.settings, self.processes.world, time.time()
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
         self.processes.seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
+        step = self.take(step)
         counts = self.counts(step) | {"problems": len(step.problems), "waited": waited}
         totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
         if totals["problems"]:
@@ -204,7 +209,7 @@ class Loop(ABC):
             term.loss.update({k: v for k, v in means[term.name].items() if k != "loss"}, progress)
 
         values: dict[str, Any] = {"loss": sum(t.weight * ramps[t.name] * means[t.name]["loss"] for t in self.terms)}
-        for term in self.terms:
+        for term in (term for term in self.terms if rows[term.name]):
             values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
         if norm is not None:
             values["grad_norm"] = norm

@@ -57,9 +57,12 @@ class DistillationTask(nn.Module):
         outputs = self.student(inputs, batch.student.positions, self.features)
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}
-        if self.terms:
+        # Nothing is known to be right of answers that the student has drawn.
+        terms = [term for term in self.terms if not (batch.drawn and "targets" in term.loss.needs)]
+        sums |= {term.name: TermSums(outputs.hidden.new_zeros(())) for term in self.terms if term not in terms}
+        if terms:
             found = fused_linear(
-                self.terms,
+                terms,
                 outputs.hidden,
                 self.student.head,
                 None if teacher is None else teacher.targets,

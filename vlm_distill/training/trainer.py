@@ -39,6 +39,7 @@ from .build import (
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
 from .loop import Loop
+from .on_policy import OnPolicy, check_on_policy, learns_from_drawn
 from .schedule import learning_rate_factor, parameter_groups
 from .task import DistillationTask
 from .tracking import Tracker
@@ -75,6 +76,7 @@ class Trainer(Loop):
         super().__init__(config, processes)
         self.config = config
         terms = build_terms(config)
+        check_on_policy(config, terms)
         sources = open_sources(config.data.train, config.data.max_length)
         self.evaluations = Evaluations(config, processes)
         self.compared_by = self.evaluations.compared_by if self.evaluations.best is not None else None
@@ -135,16 +137,27 @@ class Trainer(Loop):
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
         if config.deepspeed.stage == 3:
             student.head.gather = gather_parameters  # for what reads the head outside the task's forward
+        self.on_policy: OnPolicy | None = None
+        if config.on_policy is not None:
+            assert self.guide is not None
+            rest = self.load_image, processes, self.steps, self.lower_is_better
+            self.on_policy = OnPolicy(config, self.dataset, student, self.guide, *rest)
 
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
         return make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
 
+    def take(self, step: Step) -> Step:
+        return step if self.on_policy is None else self.on_policy.take(step)
+
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
-        return {**step.counts(), "tokens": step.tokens, "samples": samples}
+        more = {} if self.on_policy is None else self.on_policy.counted
+        return {**step.counts(), "tokens": step.tokens, "samples": samples, **more}
 
     def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
+        if totals.get("on_policy") and not learns_from_drawn(term):
+            return 0.0
         if isinstance(term, FeatureTerm) and term.loss.unit == "image":
             return totals["images"]
         return totals["distilled"] if "teacher" in term.loss.needs else totals["supervised"]
@@ -163,7 +176,8 @@ class Trainer(Loop):
         )
 
     def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
-        return {"supervised_tokens": int(totals["supervised"]), self.speed: totals["tokens"] / seconds}
+        more = {} if self.on_policy is None else self.on_policy.metrics(totals, seconds)
+        return {"supervised_tokens": int(totals["supervised"]), **more, self.speed: totals["tokens"] / seconds}
 
     def introduce(self, tracker: Tracker, done: int) -> None:
         checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
@@ -206,7 +220,18 @@ class Trainer(Loop):
         return float(term.loss) / max(1, term.count), limit
 
     def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
-        return self.evaluations.run(done, tracker, self.began, final=final)
+        score, problems = self.evaluations.run(done, tracker, self.began, final=final)
+        if self.on_policy is not None:
+            self.on_policy.evaluated(score)
+        return score, problems
+
+    def save_more(self, folder: Path) -> None:
+        if self.on_policy is not None:
+            self.on_policy.save(folder)
+
+    def load_more(self, folder: Path) -> None:
+        if self.on_policy is not None:
+            self.on_policy.restore(folder)
 
     def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
         write_student(self.config, self.student, folder, state)
