@@ -89,15 +89,15 @@ SHARED = {
         }
         for stage in (0, 2, 3)
     },
-    # The student's own answers on some steps, also where a rank has no sample or picture; with a buffer of earlier ones.
+    # The student's own answers on some steps, also where a rank has no picture or sample; with a buffer of them.
     **{
         f"{name}_zero{stage}": {
             "deepspeed__stage": stage,
             "data": "mixed",
             "loss": [{"name": "jsd"}, {"name": "cross_entropy", "weight": 0.5}],
-            "on_policy": {"fraction": 0.8, "max_new_tokens": 4, **more},
+            "on_policy": {"fraction": 0.7, "max_new_tokens": 4, **more},
         }
-        for stage in (0, 2, 3)
+        for stage in (0, 3)
         for name, more in (("on_policy", {"batch_size": 3}), ("replay", {"replay": 8}))
     },
     # LoRA on the decoder and the vision encoder, the projector trained whole; and adapters alone, on the output layer

@@ -167,7 +167,7 @@ def load_model(
 
 def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, ModelTeacher | None]:
     """The student, with what trains of it marked, and the teacher, whole on each rank or in shards."""
-    teacher = _load_teacher(config, processes)
+    teacher = load_teacher(config, processes)
     # After the teacher, so that a student starts from the same weights with and without one.
     torch.manual_seed(config.training.seed)
     student = _load_student(config, teacher)
@@ -176,7 +176,8 @@ def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguage
     return student, teacher
 
 
-def _load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
+def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
+    """The teacher, whole on each rank or in shards; ``None`` without one of its own."""
     section = config.teacher
     if section is None or section.from_student:
         return None
