@@ -107,10 +107,23 @@ class StudentSection(ModelSection):
         return self
 
 
+class ServerSection(Section):
+    """An OpenAI-compatible server that scores for the teacher; ``model`` left out is the teacher's path."""
+
+    url: str
+    model: str | None = None
+    top_logprobs: Positive = 20
+    workers: Positive = 16
+
+
 class TeacherSection(ModelSection):
-    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off."""
+    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off.
+
+    With ``server``, it runs there, and of its ``path`` only the tokenizer is read.
+    """
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
+    server: ServerSection | None = None
     from_student: bool = False
     placement: Literal["replicate", "shard"] = "replicate"
 
@@ -121,6 +134,13 @@ class TeacherSection(ModelSection):
         more = sorted(self.model_fields_set - {"from_student"})
         if self.from_student and any(getattr(self, name) != type(self).model_fields[name].default for name in more):
             raise ValueError(f"from_student is the student's base as it is; leave {', '.join(more)} out")
+        if self.server is not None:
+            if self.path is None:
+                raise ValueError("server: give the teacher's path too, whose tokenizer is read here")
+            here = [key for key in ("dtype", "attn_implementation") if getattr(self, key) is not None]
+            here += ["placement"] if self.placement != "replicate" else []
+            if here:
+                raise ValueError(f"server: the teacher's weights are there; leave {', '.join(here)} out")
         return self
 
 
@@ -268,6 +288,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _student_needs_teacher(self) -> RunConfig:
+        if self.teacher is not None and self.teacher.server is not None:
+            if self.student.from_teacher is not None:
+                raise ValueError("student.from_teacher: the teacher's weights are on its server; name a student")
+            if any(source.format == "text" for source in self.data.train):
+                raise ValueError("teacher.server scores conversations alone; leave plain text out of data.train")
+            if "kl" in self.evaluation.measures:
+                raise ValueError("evaluation.measures: kl needs the teacher here, not on a server; leave it out")
+            if self.training.recompute_logits:
+                raise ValueError("training.recompute_logits: a server tells no hidden states; leave it out")
         if self.student.from_teacher is not None and self.teacher is None:
             raise ValueError("student.from_teacher needs a teacher section to cut from")
         if self.student.tokenizer == TEACHERS and self.teacher is None:

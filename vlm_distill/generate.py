@@ -101,8 +101,9 @@ def run(options: argparse.Namespace) -> None:
 def _check(config: RunConfig, options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UserError(f"--out: {options.out} is there already; remove it, or name another file")
-    if options.model is None and (config.teacher is None or config.teacher.from_student):
-        raise UserError(f"{options.config}: has no teacher of its own to answer; name a model (--model)")
+    section = config.teacher
+    if options.model is None and (section is None or section.from_student or section.server is not None):
+        raise UserError(f"{options.config}: has no teacher with weights of its own to answer; name a model (--model)")
     if options.samples > 1 and not options.temperature:
         raise UserError("--samples: the likeliest answer is always the same one; set a --temperature")
     text = next((source.path for source in config.data.train if source.format == "text"), None)
@@ -113,12 +114,13 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
 def _load(config: RunConfig, name: str | None, processes: Processes) -> VisionLanguageModel:
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
+    from vlm_distill.models.teacher import ModelTeacher
     from vlm_distill.training.build import load_teacher
 
     if name is not None:
         return load_vlm(name, dtype=DTYPES[config.training.dtype]).to(processes.device).eval()
     teacher = load_teacher(config, processes)
-    assert teacher is not None
+    assert isinstance(teacher, ModelTeacher)
     return teacher.model
 
 

@@ -11,6 +11,7 @@ from data.errors import BadSample
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig
 from vlm_distill.models.interface import Processor
+from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.reporting.inspect import InspectedModel, InspectedSample
 from vlm_distill.training.build import (
     build_terms,
@@ -32,7 +33,8 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     processors, grouped = {"student": student.processor}, False
     if teacher is not None:
         processors["teacher"] = teacher.processor
-        grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
+        if isinstance(teacher, ModelTeacher):
+            grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
     processes.close()
     mixture = Mixture(
         sources,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.batch import DistillationBatch
-from vlm_distill.losses import HiddenTargets
+from vlm_distill.losses import HiddenTargets, TopKTargets
 
 from .interface import Outputs, Processor, VisionLanguageModel
 
@@ -20,7 +20,7 @@ from .interface import Outputs, Processor, VisionLanguageModel
 class TeacherOutputs:
     """A teacher's side of a micro-batch: what the losses on logits learn from, and its features by name."""
 
-    targets: HiddenTargets
+    targets: HiddenTargets | TopKTargets
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -41,7 +41,9 @@ class Teacher(ABC):
 
     @abstractmethod
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
-        """Hidden states ``[N, H]`` at the positions of ``batch.teacher``, with the head that makes logits of them.
+        """What the losses learn from at the positions of ``batch.teacher``.
+
+        Hidden states ``[N, H]`` with the head that makes logits of them, or the likeliest tokens alone.
 
         Args:
             batch: on this rank's device.

@@ -18,13 +18,15 @@ from data.images import load_image
 from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
 from vlm_distill import losses, models
 from vlm_distill.config import TEACHERS, DataSection, ModelSection, RunConfig, SourceSection
+from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
+from vlm_distill.models.composed import ComposedProcessor, ComposedVLM, load_tokenizer, read_template
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, quantization, save_adapter
-from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.served import KEY_VARIABLE, ServedTeacher
+from vlm_distill.models.teacher import ModelTeacher, Teacher
 from vlm_distill.models.vocabulary import align_heads, separate_heads
 
 from .engine import Processes, load_sharded
@@ -47,6 +49,12 @@ def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
                 raise UserError(
                     f"loss {section.name} reads the answers, and {source.path} is not labelled; leave one out"
                 )
+        served = config.teacher is not None and config.teacher.server is not None
+        if served and "teacher" in loss.needs and not (isinstance(loss, DistillationLoss) and loss.takes_topk):
+            raise UserError(
+                f"loss {section.name} needs more than the likeliest tokens, which are all that a teacher on a server "
+                "tells; choose a divergence at temperature 1, such as forward_kl"
+            )
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
         if isinstance(loss, FeatureLoss):
@@ -60,9 +68,7 @@ def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
 _BEHIND = {"vision": ("vision_encoder",), "projector": ("vision_encoder", "projector")}
 
 
-def prepare_losses(
-    terms: Sequence[Term | FeatureTerm], student: VisionLanguageModel, teacher: ModelTeacher | None
-) -> None:
+def prepare_losses(terms: Sequence[Term | FeatureTerm], student: VisionLanguageModel, teacher: Teacher | None) -> None:
     """Tells the losses the models' vocabulary and features, so that what they learn themselves exists before training.
 
     Raises:
@@ -74,7 +80,7 @@ def prepare_losses(
         if isinstance(term, Term):
             term.loss.prepare(vocabulary)
             continue
-        assert teacher is not None
+        assert isinstance(teacher, ModelTeacher)
         mine, others = term.loss.student_features, term.loss.teacher_features
         shapes = []
         for role, model, names in (("student", student, mine), ("teacher", teacher.model, others)):
@@ -165,7 +171,7 @@ def load_model(
     return models.build_vlm({**parts, **common, "dtype": dtype}, tokenizer=tokenizer)
 
 
-def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, ModelTeacher | None]:
+def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, Teacher | None]:
     """The student, with what trains of it marked, and the teacher, whole on each rank or in shards."""
     teacher = load_teacher(config, processes)
     # After the teacher, so that a student starts from the same weights with and without one.
@@ -176,11 +182,20 @@ def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguage
     return student, teacher
 
 
-def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
-    """The teacher, whole on each rank or in shards; ``None`` without one of its own."""
+def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
+    """The teacher, whole on each rank or in shards, or on its server; ``None`` without one of its own."""
     section = config.teacher
     if section is None or section.from_student:
         return None
+    if section.server is not None:
+        assert section.path is not None
+        server = section.server
+        tokenizer = load_tokenizer(section.tokenizer or section.path, section.trust_remote_code)
+        if section.chat_template is not None:
+            tokenizer.chat_template = read_template(section.chat_template)
+        endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE)
+        name = server.model or section.path
+        return ServedTeacher(ComposedProcessor(tokenizer), endpoint, name, server.top_logprobs, server.workers)
     dtype = DTYPES[section.dtype or config.training.dtype]
     if section.placement == "replicate":
         return ModelTeacher(load_model(section, dtype).to(processes.device))
@@ -189,10 +204,10 @@ def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None
     return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes))
 
 
-def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLanguageModel:
+def _load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel:
     section = config.student
     if section.from_teacher is not None:
-        assert teacher is not None
+        assert isinstance(teacher, ModelTeacher)
         settings = dict(section.from_teacher)
         layers = settings.pop("layers", None)
         if layers is None or settings:
@@ -207,7 +222,7 @@ def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLang
         student = load_model(section, torch.float32, tokenizer, bits)
         if section.tokenizer == TEACHERS:
             assert teacher is not None
-            _take_tokenizer(student, teacher.model, section.chat_template)
+            _take_tokenizer(student, teacher, section.chat_template)
     missing = [part for part in section.trained_whole if part not in student.parts]
     if missing and section.train is not None:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
@@ -219,7 +234,7 @@ def _load_student(config: RunConfig, teacher: ModelTeacher | None) -> VisionLang
     return student.train()
 
 
-def _take_tokenizer(student: VisionLanguageModel, teacher: VisionLanguageModel, chat_template: str | None) -> None:
+def _take_tokenizer(student: VisionLanguageModel, teacher: Teacher, chat_template: str | None) -> None:
     if not isinstance(student, ComposedVLM):
         raise UserError("student.tokenizer: teacher is for language models and models from parts, not for whole VLMs")
     student.use_tokenizer(teacher.processor.tokenizer, teacher.end_tokens)

@@ -22,7 +22,8 @@ from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, Term, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.served import ServedTeacher
+from vlm_distill.models.teacher import ModelTeacher, Teacher
 
 from .build import (
     build_terms,
@@ -88,7 +89,10 @@ class Trainer(Loop):
         # A teacher that no loss learns from is only there to be scored beside the student.
         self.guide = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         # Where the tokenizers differ, groups of tokens are compared.
-        self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher.model, terms)
+        model = self.teacher.model if isinstance(self.teacher, ModelTeacher) else None
+        self.grouped = model is not None and pair_vocabularies(config, student, model, terms)
+        if isinstance(self.teacher, ServedTeacher):
+            self.teacher.align(student)
         prepare_losses(terms, student, self.guide)
         self.features = losses.wanted_features(terms)[1]
         if config.training.activation_checkpointing:
@@ -121,12 +125,12 @@ class Trainer(Loop):
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
 
         self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
-        if self.teacher is not None:
-            self.parameters["teacher"] = sum(count_parameters(self.teacher.model).values())
+        if model is not None:
+            self.parameters["teacher"] = sum(count_parameters(model).values())
         if processes.device.type == "cuda":
             student.to(processes.device)
-        check_packing(config.data.train, student, self.guide.model if self.guide is not None else None, self.grouped)
-        self.evaluations.prepare(student, self.teacher)
+        check_packing(config.data.train, student, model if self.guide is not None else None, self.grouped)
+        self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
         section = config.optimizer
         optimizer = torch.optim.AdamW(
@@ -193,10 +197,10 @@ class Trainer(Loop):
                 tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
 
     @torch.no_grad()
-    def _teacher_loss(self, teacher: ModelTeacher) -> tuple[float, float] | None:
+    def _teacher_loss(self, teacher: Teacher) -> tuple[float, float] | None:
         """The teacher's cross-entropy on the first samples' answers, and the value above which something is wrong.
 
-        ``None`` where none of them has an answer to measure it by.
+        ``None`` where none of them has an answer to measure it by, or only likeliest tokens are known.
         """
         data, pairs = self.config.data, list[Pair]()
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
@@ -212,6 +216,8 @@ class Trainer(Loop):
             return None
         batch = self.dataset.collator.batch(pairs).to(self.processes.device)
         outputs = teacher.outputs(batch).targets
+        if not isinstance(outputs, losses.HiddenTargets):
+            return None
         loss = losses.CrossEntropy()
         sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
         with outputs.head.weight() as weight:
