@@ -62,11 +62,12 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     """
     from vlm_distill.config import load_config, split_batch
     from vlm_distill.training.build import build_terms
+    from vlm_distill.training.on_policy import check_on_policy
 
     # Mistakes are told here, before processes are started.
     settings = load_config(config, overrides or ())
     split_batch(settings, nproc)
-    build_terms(settings)
+    check_on_policy(settings, build_terms(settings))
     raise typer.Exit(launch("vlm_distill.train", [str(config), *(overrides or ())], nproc))
 
 

@@ -231,11 +231,14 @@ class DeepSpeedSection(Section):
 
 
 class OnPolicySection(Section):
-    """Steps that learn from the student's own answers: a share of all, or with ``adaptive`` one that grows."""
+    """Steps that learn from the student's own answers: a share of all, or with ``adaptive`` one that grows.
+
+    At temperature 0 answers are the likeliest tokens, not drawn.
+    """
 
     fraction: Fraction
     max_new_tokens: Positive = 256
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
     batch_size: Positive = 64
     replay: Positive | None = None
     adaptive: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -56,6 +56,12 @@ def test_draws_follow_the_distribution():
     assert choice.columns[0] == pytest.approx(logits.log_softmax(-1)[drawn], abs=1e-5)
 
 
+def test_at_temperature_0_the_likeliest_that_may_be(folder):
+    logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
+    choice = _Choice(Sampling(0.0, []), None, {2})
+    assert choice(torch.empty(0), logits).argmax() == 3
+
+
 def test_an_answer_does_not_depend_on_those_beside_it():
     torch.manual_seed(0)
     model = build_vlm(tiny.settings(), tokenizer=tiny.make_tokenizer(tiny.WORDS))

@@ -57,7 +57,7 @@ class Sampling:
     """How answers are drawn, each from random numbers of its own: it depends on no other answer beside it.
 
     Attributes:
-        temperature: above 0; the logits are divided by it.
+        temperature: the logits are divided by it; at 0 the likeliest of the tokens that may be drawn are taken.
         generators: one for each prompt. An answer takes a number for each of its tokens.
     """
 
@@ -234,14 +234,16 @@ class _Choice(LogitsProcessor):
 
     def _drawn(self, scores: Tensor, sampling: Sampling) -> Tensor:
         """One id a row, ``[B, 1]``."""
-        numbers = [generator.random() for generator in sampling.generators]
-        numbers += [0.5] * (len(scores) - len(numbers))  # a dummy row
         # In float64: a sum of so many small numbers is rounded too much otherwise.
-        logits = scores.double() / sampling.temperature
+        logits = scores.double()
         if self.vocabulary is not None:
             logits[:, self.vocabulary :] = -torch.inf
         logits[:, [token for token in self.barred if token < logits.shape[-1]]] = -torch.inf
-        total = logits.softmax(-1).cumsum(-1)
+        if not sampling.temperature:
+            return logits.argmax(-1, keepdim=True)
+        numbers = [generator.random() for generator in sampling.generators]
+        numbers += [0.5] * (len(scores) - len(numbers))  # a dummy row
+        total = (logits / sampling.temperature).softmax(-1).cumsum(-1)
         mark = torch.tensor(numbers, dtype=total.dtype, device=total.device).unsqueeze(-1) * total[:, -1:]
         return (total <= mark).sum(-1, keepdim=True).clamp_(max=total.shape[-1] - 1)
 
