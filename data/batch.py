@@ -127,6 +127,7 @@ class DistillationBatch:
         images: number of their images; dummy rows' images, which come last, are not among them.
         groups: what is compared where the tokenizers differ, otherwise ``None``.
         drawn: whether the answers are the student's own, which no loss may take for right ones.
+        conversations: what the rows are of, with decoded images, where that was asked for.
     """
 
     student: Rows
@@ -137,6 +138,7 @@ class DistillationBatch:
     images: int = 0
     groups: Groups | None = None
     drawn: bool = False
+    conversations: Sequence[tuple[Conversation | Document, Sequence[Image.Image]]] = ()
 
     @property
     def teacher_targets(self) -> Tensor:

@@ -100,9 +100,11 @@ class StepDataset(Dataset[Step]):
                 pairs += found
                 samples.append((sample, images))
                 step.tokens += sum(len(pair.student.input_ids) for pair in found)
-            step.batches.append(self.collator.batch(pairs))
+            batch = self.collator.batch(pairs)
             if self.keep_samples:
                 step.samples.append(samples)
+                batch.conversations = samples
+            step.batches.append(batch)
         return step
 
     def deal(self, rows: Sequence[T]) -> list[Sequence[T]]:

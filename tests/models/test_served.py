@@ -99,6 +99,44 @@ def test_a_student_learns_what_it_learns_from_the_teacher_here(folder, server, o
         assert tensor.numpy() == pytest.approx(here.student.state_dict()[name].numpy(), abs=2e-3), name
 
 
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_with_images_as_without_a_server(tmp_path, on_policy):
+    # Some rows have a picture, some none; one picture is broken.
+    data = tiny.write_data(tmp_path / "data", rows=8, text_only=(2, 5), broken=(3,))
+    teacher, student = tiny.write_llava(tmp_path / "teacher", 3), tiny.write_llava(tmp_path / "student", 2)
+    changes = {"loss": [{"name": "forward_kl"}], "evaluation__teacher": False, "training__steps": 3}
+    changes["student"] = {"path": str(student)}
+    if on_policy:
+        changes["on_policy"] = {"fraction": 1.0, "max_new_tokens": 3}
+
+    def run(name, server=None):
+        plain = tiny.config(tmp_path / name, data, teacher, **changes)
+        if server is not None:
+            plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 60}
+        trainer = Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+        trainer.run()
+        return trainer
+
+    with serving(load_vlm(teacher, dtype="float32").eval()) as server:
+        there = run("there", server)
+    assert sum("messages" in body for body in server.bodies) > sum("prompt" in body for body in server.bodies) > 1
+    if not on_policy:
+        assert losses(there) == pytest.approx(losses(run("here")), rel=1e-3)
+    assert all(0 < loss < 10 for loss in losses(there))
+
+
+def test_another_chat_template_there_is_told(tmp_path):
+    data = tiny.write_data(tmp_path / "data", rows=8)
+    teacher = tiny.write_llava(tmp_path / "teacher", 3)
+    other = load_vlm(teacher, dtype="float32", chat_template=tiny.TEMPLATE + "{{ 'yes no' }}").eval()
+    plain = tiny.config(tmp_path / "run", data, teacher, loss=[{"name": "forward_kl"}], student={"path": str(teacher)})
+    with serving(other) as server:
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 1}
+        run = Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+        with pytest.raises(UserError, match="chat template is not that of"):
+            run.guide.outputs(run.dataset[0].batches[0])
+
+
 def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.troubles = [503, 429]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -10,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from PIL import Image
 
 from data.batch import Encoded
+from data.conversation import Conversation
 from vlm_distill.models.interface import VisionLanguageModel
 
 
@@ -31,15 +35,36 @@ class ScoringServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
-    @torch.no_grad()
-    def score(self, ids: list[int], top: int) -> list[dict[str, Any] | None]:
-        """For every token but the first the likeliest ones before it and itself, in vLLM's form."""
+    def score_text(self, ids: list[int], top: int) -> list[dict[str, Any] | None]:
         nothing = torch.zeros(len(ids), dtype=torch.bool)
-        processor = self.model.processor
-        tensors = {"image_mask": nothing} if processor.has_vision else {}
-        row = Encoded(torch.tensor(ids), nothing, nothing, tensors=tensors)
+        return self._score(Encoded(torch.tensor(ids), nothing, nothing), top)
+
+    def score_chat(self, body: dict[str, Any]) -> list[dict[str, Any] | None]:
+        assert body["add_generation_prompt"] is False
+        images = []
+
+        def part(given: dict[str, Any]) -> dict[str, Any]:
+            if given["type"] == "text":
+                return given
+            assert given["type"] == "image_url"
+            kind, _, data = given["image_url"]["url"].partition(",")
+            assert kind == "data:image/png;base64"
+            images.append(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+            return {"type": "image"}
+
+        messages = [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in body["messages"]]
+        row = self.model.processor.encode(Conversation(tuple(messages)), images)
+        told = self._score(row, body["prompt_logprobs"])
+        # As a server that makes fewer tokens of an image.
+        seen = self.model.processor.image_tokens(row).nonzero().flatten().tolist()
+        return [entry for i, entry in enumerate(told) if i not in seen[: len(seen) // 2]]
+
+    @torch.no_grad()
+    def _score(self, row: Encoded, top: int) -> list[dict[str, Any] | None]:
+        """For every token but the first the likeliest ones before it and itself, in vLLM's form."""
+        ids = row.input_ids.tolist()
         with self.lock:
-            hidden = self.model(processor.collate([row]), torch.arange(len(ids) - 1)).hidden
+            hidden = self.model(self.model.processor.collate([row]), torch.arange(len(ids) - 1)).hidden
             logprobs = self.model.head.logits(hidden).log_softmax(-1)
         told: list[dict[str, Any] | None] = [None]
         for own, values in zip(ids[1:], logprobs, strict=True):
@@ -62,8 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.troubles:
             self._reply(self.server.troubles.pop(0), {"error": "as the test wants"})
             return
+        if self.path == "/v1/chat/completions":
+            self._reply(200, {"choices": [], "prompt_logprobs": self.server.score_chat(body)})
+            return
         assert self.path == "/v1/completions"
-        told = self.server.score(body["prompt"], body["prompt_logprobs"]) if self.server.told else None
+        told = self.server.score_text(body["prompt"], body["prompt_logprobs"]) if self.server.told else None
         self._reply(200, {"choices": [{"index": 0, "text": "x", "prompt_logprobs": told}]})
 
     def _reply(self, status: int, content: Any) -> None:

@@ -96,9 +96,12 @@ WITHOUT_CHAT = ("paligemma",)
 
 def adapted(model: Any, processor: Any) -> PretrainedVLM:
     """A Transformers model and its processor behind the suite's interface."""
-    config = model.config
+    return MODELS.get(model.config.model_type, PretrainedVLM)(model, adapted_processor(model.config, processor))
+
+
+def adapted_processor(config: Any, processor: Any) -> PretrainedProcessor:
+    """A Transformers model's processor behind the suite's interface."""
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(config.vision_config, "image_token_id", None))
     image_token_id = next(token for token in found if token is not None)
-    wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id)
-    return MODELS.get(config.model_type, PretrainedVLM)(model, wrapped)
+    return PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id)

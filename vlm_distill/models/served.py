@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from PIL import Image
 
 from data.batch import DistillationBatch
+from data.conversation import Conversation
 from data.errors import UserError
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import TopKTargets
@@ -28,7 +32,11 @@ Likeliest = Mapping[int, float]
 
 
 class ServedTeacher(Teacher):
-    """Scores rows of token ids by ``/completions`` with ``prompt_logprobs``, as vLLM serves them since version 0.6.
+    """Scores prompts that hold the answers, by ``prompt_logprobs`` as vLLM serves them since version 0.6.
+
+    Text goes as token ids to ``/completions``, so that no tokenizer of the server's has a part in it. With images a
+    conversation goes to ``/chat/completions``: the server renders it and expands the images as it likes, and places are
+    counted from the end, where nothing but the answers and what the chat template puts around them is.
 
     Args:
         processor: the teacher's, from its folder or name here; the server's must be the same.
@@ -44,6 +52,7 @@ class ServedTeacher(Teacher):
 
     def __init__(self, processor: Processor, endpoint: Endpoint, model: str, top: int, workers: int) -> None:
         self.processor, self.endpoint, self.model, self.top = processor, endpoint, model, top
+        self.needs_images = processor.has_vision
         self._ends = template_ends(processor)
         self._vocabulary: int | None = None
         self._pool = ThreadPoolExecutor(workers)
@@ -64,7 +73,7 @@ class ServedTeacher(Teacher):
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         assert batch.teacher is not None
         assert not features
-        inputs = {name: tensor.cpu() for name, tensor in batch.teacher.inputs.items() if name in _READ}
+        inputs = {name: batch.teacher.inputs[name].cpu() for name in ("input_ids", "attention_mask")}
         rows, length = inputs["input_ids"].shape
         positions = batch.teacher.positions.cpu()
         waiting = []
@@ -73,24 +82,63 @@ class ServedTeacher(Teacher):
             places = (positions[positions // length == row] % length + 1).tolist()
             if places:
                 ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())].tolist()
-                waiting.append(self._pool.submit(self._score, ids, places))
+                conversation, images = batch.conversations[row] if self.needs_images else (None, ())
+                if isinstance(conversation, Conversation) and images:
+                    waiting.append(self._pool.submit(self._score_seen, conversation, images, ids, places))
+                else:
+                    waiting.append(self._pool.submit(self._score, ids, places))
         found = [likeliest for future in waiting for likeliest in future.result()]
         return TeacherOutputs(self._targets(found, batch.targets.device))
 
     def _score(self, ids: list[int], places: Sequence[int]) -> list[Likeliest]:
-        """What the teacher expects at some places of a row."""
+        """What the teacher expects at some places of a row of text."""
 
         def read(reply: Any) -> list[Likeliest]:
             told = reply["choices"][0]["prompt_logprobs"]
             if len(told) != len(ids):
                 raise ValueError(f"{len(told)} places for a prompt of {len(ids)} tokens")
-            return [_likeliest(told[place], ids[place]) for place in places]
+            return [self._likeliest(told[place], ids[place]) for place in places]
 
         return self.endpoint.ask("completions", self._request(ids), read)
 
-    def _request(self, ids: Sequence[int]) -> dict[str, Any]:
+    def _score_seen(
+        self, conversation: Conversation, images: Sequence[Image.Image], ids: list[int], places: Sequence[int]
+    ) -> list[Likeliest]:
+        """The same of a conversation with images, whose row here is ``ids``."""
+        remaining = iter(images)
+
+        def part(own: Mapping[str, Any]) -> dict[str, Any]:
+            return {"type": "text", "text": own["text"]} if own["type"] == "text" else _image_part(next(remaining))
+
+        def read(reply: Any) -> list[Likeliest]:
+            told = reply["prompt_logprobs"]
+            return [self._likeliest(told[place - len(ids)], ids[place]) for place in places]
+
+        messages = [{"role": m["role"], "content": [part(own) for own in m["content"]]} for m in conversation.messages]
+        body = {"messages": messages, "add_generation_prompt": False, **self._asked}
+        return self.endpoint.ask("chat/completions", body, read)
+
+    @property
+    def _asked(self) -> dict[str, Any]:
         # One token is generated since servers refuse to generate none; it is not looked at.
-        return {"model": self.model, "prompt": list(ids), "max_tokens": 1, "prompt_logprobs": self.top}
+        return {"model": self.model, "max_tokens": 1, "prompt_logprobs": self.top}
+
+    def _request(self, ids: Sequence[int]) -> dict[str, Any]:
+        return {"prompt": list(ids), **self._asked}
+
+    def _likeliest(self, told: Mapping[str, Any], own: int) -> Likeliest:
+        """One place in vLLM's form, ``{"token id": {"logprob": number, "rank": …}}``, the prompt's own token among it.
+
+        Raises:
+            UserError: another token stands there.
+        """
+        found = {int(token): float(entry["logprob"]) for token, entry in told.items()}
+        if own not in found:
+            raise UserError(
+                f"teacher.server: {self.endpoint.url} has another token where {own} is expected; its tokenizer or chat "
+                f"template is not that of teacher.path"
+            )
+        return found
 
     def _try(self) -> None:
         """Finds out before training whether the server does what is asked of it."""
@@ -122,13 +170,8 @@ class ServedTeacher(Teacher):
         return TopKTargets(ids.to(device), logprobs.float().to(device), tail.float().to(device))
 
 
-#: Of a language model's inputs, what is sent.
-_READ = ("input_ids", "attention_mask")
-
-
-def _likeliest(told: Mapping[str, Any], own: int) -> Likeliest:
-    """One place as vLLM tells it: ``{"token id": {"logprob": number, "rank": …}}``, the prompt's own token among it."""
-    found = {int(token): float(entry["logprob"]) for token, entry in told.items()}
-    if own not in found:
-        raise ValueError(f"the prompt's own token {own} is not among those told; is the tokenizer the server's?")
-    return found
+def _image_part(image: Image.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -29,9 +29,11 @@ class Teacher(ABC):
 
     Attributes:
         processor: turns conversations into the teacher's own inputs.
+        needs_images: whether it reads conversations with images from ``batch.conversations``, not from tokens.
     """
 
     processor: Processor
+    needs_images: bool = False
 
     @property
     def end_tokens(self) -> set[int]:

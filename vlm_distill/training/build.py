@@ -21,7 +21,7 @@ from vlm_distill.config import TEACHERS, DataSection, ModelSection, RunConfig, S
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import ComposedProcessor, ComposedVLM, load_tokenizer, read_template
+from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, quantization, save_adapter
@@ -190,12 +190,18 @@ def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
     if section.server is not None:
         assert section.path is not None
         server = section.server
-        tokenizer = load_tokenizer(section.tokenizer or section.path, section.trust_remote_code)
-        if section.chat_template is not None:
-            tokenizer.chat_template = read_template(section.chat_template)
+        tokenizer = None
+        if section.tokenizer is not None:
+            tokenizer = load_tokenizer(section.tokenizer, section.trust_remote_code)
+        processor = models.load_processor(
+            section.path,
+            trust_remote_code=section.trust_remote_code,
+            tokenizer=tokenizer,
+            chat_template=section.chat_template,
+        )
         endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE)
         name = server.model or section.path
-        return ServedTeacher(ComposedProcessor(tokenizer), endpoint, name, server.top_logprobs, server.workers)
+        return ServedTeacher(processor, endpoint, name, server.top_logprobs, server.workers)
     dtype = DTYPES[section.dtype or config.training.dtype]
     if section.placement == "replicate":
         return ModelTeacher(load_model(section, dtype).to(processes.device))

@@ -189,13 +189,16 @@ class OnPolicy:
         """A step of these questions and answers, micro-batch by micro-batch."""
         batches, tokens = [], 0
         for part in found:
-            pairs = []
+            pairs, conversations = [], []
             for prompt, ids in part:
+                answered = self._answered(prompt.conversation, ids)
                 try:
-                    pairs.append(self._pair(prompt, ids))
+                    pairs.append(self._pair(prompt, ids, answered))
+                    conversations.append((answered, prompt.images))
                 except BadSample as bad:
                     self._leave_out(step, prompt.place, bad)
-            batches.append(replace(self.dataset.collator.batch(pairs), drawn=True))
+            batch = self.dataset.collator.batch(pairs)
+            batches.append(replace(batch, drawn=True, conversations=conversations))
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
         return replace(step, batches=batches, tokens=tokens, samples=[])
 
@@ -271,29 +274,30 @@ class OnPolicy:
                 raise BadSample("too long", f"a prompt of {len(row.input_ids)} tokens for the {role}")
         return _Prompt(place, conversation, images, student, teacher)
 
-    def _pair(self, prompt: _Prompt, ids: list[int]) -> Pair:
+    def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:
+        text = self.student.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        return replace(conversation, messages=(*conversation.messages, message))
+
+    def _pair(self, prompt: _Prompt, ids: list[int], answered: Conversation) -> Pair:
         """Both models' rows of a question and an answer.
 
         With one tokenizer, both get the very tokens that were drawn, as many as there is room for: of an answer that is
-        cut, what there is of it is learnt all the same. With two, both encode the answer's text.
+        cut, what there is of it is learnt all the same. With two, or a teacher that is given text, both encode the
+        answer's text.
         """
         collator = self.dataset.collator
-        if not collator.grouped:
-            room = collator.max_length - max(len(prompt.student.input_ids), len(prompt.teacher.input_ids))
-            ids = ids[:room]
-            student = self.student.processor.answered(prompt.student, ids)
-            teacher = self.teacher.processor.answered(prompt.teacher, ids)
-            ours, theirs = (row.supervised.nonzero().flatten() for row in (student, teacher))
-            ends = self.student.end_tokens - self.teacher.end_tokens
-            distilled = torch.tensor([token not in ends for token in ids])
-            return Pair(student, teacher, ours, theirs, distilled)
-        complete = ids[-1] in self.student.end_tokens
-        text = self.student.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        answered = replace(prompt.conversation, messages=(*prompt.conversation.messages, message))
-        turns = Turns(last_only=True, ends=complete)
-        models = collator.student, collator.teacher, collator.max_length
-        return encode_pair(answered, prompt.images, *models, turns=turns, grouped=True)
+        if collator.grouped or (self.teacher.needs_images and prompt.images):
+            turns = Turns(last_only=True, ends=ids[-1] in self.student.end_tokens)
+            models = collator.student, collator.teacher, collator.max_length
+            return encode_pair(answered, prompt.images, *models, turns=turns, grouped=collator.grouped)
+        room = collator.max_length - max(len(prompt.student.input_ids), len(prompt.teacher.input_ids))
+        ids = ids[:room]
+        student = self.student.processor.answered(prompt.student, ids)
+        teacher = self.teacher.processor.answered(prompt.teacher, ids)
+        ours, theirs = (row.supervised.nonzero().flatten() for row in (student, teacher))
+        ends = self.student.end_tokens - self.teacher.end_tokens
+        return Pair(student, teacher, ours, theirs, torch.tensor([token not in ends for token in ids]))
 
     def _keep(self, found: Sequence[Sequence[tuple[_Prompt, list[int]]]]) -> None:
         """Adds all ranks' answers to the buffer, in the order that they have on one rank."""

@@ -23,7 +23,7 @@ from vlm_distill.losses import FeatureTerm, Term, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.served import ServedTeacher
-from vlm_distill.models.teacher import ModelTeacher, Teacher
+from vlm_distill.models.teacher import ModelTeacher
 
 from .build import (
     build_terms,
@@ -118,6 +118,7 @@ class Trainer(Loop):
             roots=[Path(root) for root in data.roots],
             max_pixels=data.max_pixels,
             on_bad=data.bad_samples,
+            keep_samples=self.guide is not None and self.guide.needs_images,
             grouped=self.grouped,
             turns=turns(data),
         )
@@ -184,7 +185,7 @@ class Trainer(Loop):
         return {"supervised_tokens": int(totals["supervised"]), **more, self.speed: totals["tokens"] / seconds}
 
     def introduce(self, tracker: Tracker, done: int) -> None:
-        checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
+        checked = self._teacher_loss(self.guide) if isinstance(self.guide, ModelTeacher) and done < self.steps else None
         if checked is not None:
             loss, limit = checked
             if loss > limit:
@@ -197,10 +198,10 @@ class Trainer(Loop):
                 tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
 
     @torch.no_grad()
-    def _teacher_loss(self, teacher: Teacher) -> tuple[float, float] | None:
+    def _teacher_loss(self, teacher: ModelTeacher) -> tuple[float, float] | None:
         """The teacher's cross-entropy on the first samples' answers, and the value above which something is wrong.
 
-        ``None`` where none of them has an answer to measure it by, or only likeliest tokens are known.
+        ``None`` where none of them has an answer to measure it by.
         """
         data, pairs = self.config.data, list[Pair]()
         for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
@@ -216,8 +217,7 @@ class Trainer(Loop):
             return None
         batch = self.dataset.collator.batch(pairs).to(self.processes.device)
         outputs = teacher.outputs(batch).targets
-        if not isinstance(outputs, losses.HiddenTargets):
-            return None
+        assert isinstance(outputs, losses.HiddenTargets)
         loss = losses.CrossEntropy()
         sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
         with outputs.head.weight() as weight:
