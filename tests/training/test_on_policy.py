@@ -200,6 +200,27 @@ def test_cut_and_different_tokenizers(folder):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__dtype": "bf16"},
+        {"training__dtype": "bf16", "deepspeed__stage": 2, "training__activation_checkpointing": True},
+        {"student": {"lora": {"rank": 2}}},
+    ],
+    ids=["autocast", "bf16", "lora"],
+)
+def test_other_precisions_and_adapters(folder, changes, tmp_path):
+    if "student" in changes:
+        changes = {"student": {"path": str(folder / "teacher"), **changes["student"]}}
+    section = {"fraction": 0.3, "max_new_tokens": 4}
+    run = trainer(folder, tmp_path.name, on_policy=section, **{"training__steps": 3} | changes)
+    run.run()
+    lines = [line for line in story(run) if line["kind"] == "train"]
+    # The first step learns from the data, so that adapters, which begin as nothing, have something to unlearn.
+    assert [line["on_policy/tokens"] > 0 for line in lines] == [False, True, True]
+    assert all(line["jsd/loss"] > 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"loss": [{"name": "cross_entropy"}, {"name": "dkd"}]}, "cross_entropy, dkd reads right"),
