@@ -2,7 +2,7 @@
 
     python benchmarks/on_policy.py [--width 128] [--layers 2] [--length 24] [--steps 6]
 
-Prints, for a micro-batch that is a step's whole batch and for single answers, the share of an on-policy step that goes
+Prints, for answers drawn 16 at once and one by one, the share of an on-policy step that goes
 into answers (``on_policy/time``), the length of these, and how many times longer such a step takes than one from data.
 """
 

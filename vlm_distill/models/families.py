@@ -33,6 +33,11 @@ class PaliGemmaProcessor(PretrainedProcessor):
         text = self.placeholder * len(images) + "\n".join(message_text(message) for message in prompt)
         return self._suffixed(text, None if generation else message_text(messages[-1]), images)
 
+    def answered(self, prompt: Encoded, ids: Sequence[int]) -> Encoded:
+        row = super().answered(prompt, ids)
+        row.tensors["token_type_ids"][:, len(prompt.input_ids) :] = 1
+        return row
+
     def blank(self, width: int, height: int) -> Encoded:
         return self._suffixed(self.placeholder, None, [Image.new("RGB", (width, height))])
 
