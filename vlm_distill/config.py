@@ -119,7 +119,7 @@ class ServerSection(Section):
 class TeacherSection(ModelSection):
     """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off.
 
-    With ``server``, it runs there, and of its ``path`` only the tokenizer is read.
+    With ``server``, it runs there, and of its ``path`` only tokenizer and image processing are read.
     """
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
@@ -136,7 +136,9 @@ class TeacherSection(ModelSection):
             raise ValueError(f"from_student is the student's base as it is; leave {', '.join(more)} out")
         if self.server is not None:
             if self.path is None:
-                raise ValueError("server: give the teacher's path too, whose tokenizer is read here")
+                raise ValueError(
+                    "server: give the teacher's path too, whose tokenizer and image processing are read here"
+                )
             here = [key for key in ("dtype", "attn_implementation") if getattr(self, key) is not None]
             here += ["placement"] if self.placement != "replicate" else []
             if here:

@@ -121,6 +121,7 @@ TWO_RANKS = {
     "llava_shard_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "shard"},
     "language_shard_zero2": {"deepspeed__stage": 2, "family": "language", "teacher": "shard"},
     "uld_shard_zero3": {**SHARED["uld_zero3"], "teacher": "shard", "data": "mixed_eval"},
+    "on_policy_shard_zero3": {**SHARED["on_policy_zero3"], "teacher": "shard"},
     "dropout_zero2": {"deepspeed__stage": 2, "student": DROPOUT},
     # A checkpoint averages the ranks' running statistics, so that both runs have to write it.
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},

@@ -99,7 +99,9 @@ def test_answers_are_the_students(folder):
     data = run.dataset[0]
     assert [batch.samples for batch in taken.batches] == [batch.samples for batch in data.batches]
     assert [batch.images for batch in taken.batches] == [batch.images for batch in data.batches]
-    prompts = [p for part in run.dataset.deal(run.dataset.mixture.rows(0)) for p in run.on_policy._prompts(data, part)]
+    prompts = [
+        p for part in run.dataset.deal(run.dataset.mixture.rows(0)) for p in run.on_policy._prompts(data, part) if p
+    ]
     drawn = [ids for batch in taken.batches for ids in supervised(batch)]
     # Told again by the model itself, from the same random numbers.
     for prompt, ids in zip(prompts, drawn, strict=True):
@@ -175,6 +177,10 @@ def test_replay_brings_back_what_was_drawn(folder):
     again = run.take(run.dataset[replayed[0]])
     assert sorted(ids for batch in again.batches for ids in supervised(batch)) == answers
     assert own.counted["answering"] > 0
+    # Two answers to one question stay two.
+    own.kept[:2] = [(own.kept[2][0], [5, 6]), (own.kept[2][0], [7])]
+    again = run.take(run.dataset[replayed[0]])
+    assert {(5, 6), (7,)} <= {tuple(ids) for batch in again.batches for ids in supervised(batch)}
     # No share of the steps is taken from the buffer at the run's beginning, all of them at its end.
     assert [own._kind(step) for step in (0, 6)] == ["draw", "replay"]
 

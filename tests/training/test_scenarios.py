@@ -58,6 +58,7 @@ def test_every_zero_stage_equals_none(results, world, name):
         ("features_llava_shard_zero3", "features_llava_zero3"),
         ("uld_shard_zero3", "uld_zero2"),
         ("text_shard_zero3", "text_zero0"),
+        ("on_policy_shard_zero3", "on_policy_zero3"),
     ],
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):

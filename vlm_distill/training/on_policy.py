@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,7 +211,7 @@ class OnPolicy:
             [(s, row) for s, row in part if (sources[s].name, sources[s].line(row)) not in bad]
             for part in self.dataset.deal(self.dataset.mixture.rows(step.index))
         ]
-        prompts = [self._prompts(step, part) for part in parts]
+        prompts = [[prompt for prompt in self._prompts(step, part) if prompt is not None] for part in parts]
         waiting = [prompt for part in prompts for prompt in part]
         # The same number of calls on every rank: under ZeRO-3 they answer together.
         calls = math.ceil(self.dataset.accumulation * self.dataset.micro_batch_size / self.settings.batch_size)
@@ -229,15 +229,14 @@ class OnPolicy:
         answered = iter(answers)
         return [[(prompt, next(answered).token_ids) for prompt in part] for part in prompts]
 
-    def _replayed(self, step: Step, entries: Iterable[tuple[Place, list[int]]]) -> list[tuple[_Prompt, list[int]]]:
+    def _replayed(self, step: Step, entries: Sequence[tuple[Place, list[int]]]) -> list[tuple[_Prompt, list[int]]]:
         """Earlier answers with their questions, read again."""
-        entries = list(entries)
-        answers = dict(entries)
-        return [(prompt, answers[prompt.place]) for prompt in self._prompts(step, [place for place, _ in entries])]
+        prompts = self._prompts(step, [place for place, _ in entries])
+        return [(prompt, ids) for prompt, (_, ids) in zip(prompts, entries, strict=True) if prompt is not None]
 
-    def _prompts(self, step: Step, places: Sequence[Place]) -> list[_Prompt]:
-        """The questions of some rows, their images decoded by threads; those that fit no model are left out."""
-        found = []
+    def _prompts(self, step: Step, places: Sequence[Place]) -> list[_Prompt | None]:
+        """The questions of some rows, their images decoded by threads; ``None`` for those that are left out."""
+        found: list[_Prompt | None] = []
         with ThreadPoolExecutor(_DECODE_THREADS) as pool:
             read = [self._read(source, row, pool) for source, row in places]
             for place, question in zip(places, read, strict=True):
@@ -245,6 +244,7 @@ class OnPolicy:
                     found.append(self._encode(place, *question()))
                 except BadSample as bad:
                     self._leave_out(step, place, bad)
+                    found.append(None)
         return found
 
     def _read(
