@@ -113,25 +113,21 @@ class OnPolicy:
     def take(self, step: Step) -> Step:
         """The step as it is learnt: as the data have it, or with answers of the student; every rank calls this."""
         began, kind = time.time(), self._kind(step.index)
-        drawn = replayed = 0
-        if kind == "data":
-            taken = step
+        taken, answers = step, list[list[int]]()
+        if kind == "draw":
+            found = self._drawn(step)
+            taken, answers = self._step(step, found), [ids for part in found for _, ids in part]
+            self._keep(found)
         elif kind == "replay":
             stream = self._random(step.index, "replay")
             entries = stream.sample(self.kept, len(self.dataset.mixture.rows(step.index)))
-            found = [self._replayed(step, part) for part in self.dataset.deal(entries)]
-            taken, replayed = self._step(step, found), 1
-        else:
-            found = self._drawn(step)
-            taken, drawn = self._step(step, found), 1
-            self._keep(found)
-        answers = [ids for batch in found for _, ids in batch] if drawn else []
+            taken = self._step(step, [self._replayed(step, part) for part in self.dataset.deal(entries)])
         self.counted = {
-            "on_policy": float(drawn or replayed),
-            "replayed": float(replayed),
+            "on_policy": float(kind != "data"),
+            "replayed": float(kind == "replay"),
             "answers": len(answers),
             "answer_tokens": sum(map(len, answers)),
-            "answering": time.time() - began if drawn or replayed else 0.0,
+            "answering": time.time() - began if kind != "data" else 0.0,
         }
         return taken
 
