@@ -162,6 +162,8 @@ class DistillationBatch:
         images: number of their images; dummy rows' images are not among them.
         groups: what is compared where the tokenizers differ, otherwise ``None``.
         origins: where the teacher's positions come from, in their order.
+        drawn: whether the answers are the student's own, which no loss may take for right ones.
+        conversations: what the rows are of, with decoded images, where that was asked for.
     """
 
     student: Rows
@@ -173,6 +175,8 @@ class DistillationBatch:
     images: int = 0
     groups: Groups | None = None
     origins: tuple[Origin, ...] = ()
+    drawn: bool = False
+    conversations: Sequence[tuple[Conversation | Document, Sequence[Image.Image]]] = ()
 
     @property
     def teacher_targets(self) -> Tensor:

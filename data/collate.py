@@ -24,11 +24,13 @@ class Turns:
         last_only: only the last answer is supervised; earlier ones are context.
         max_prompt: the most tokens before the last answer, in either model; ``None``: any number.
         max_response: the most tokens of the last answer, its end tokens counted.
+        ends: whether end tokens are learnt; not those that a template writes after an answer that was cut.
     """
 
     last_only: bool = False
     max_prompt: int | None = None
     max_response: int | None = None
+    ends: bool = True
 
 
 EVERY_ANSWER = Turns()
@@ -173,7 +175,8 @@ def _encode(
     ):
         if limit is not None and length > limit:
             raise BadSample("too long", f"{length} tokens {part} for the {role}, limit {limit}")
-    return _from(row, response[0]) if turns.last_only else row
+    row = _from(row, response[0]) if turns.last_only else row
+    return row if turns.ends else _without_ends(row)
 
 
 def _from(row: Encoded, start: int) -> Encoded:
@@ -184,6 +187,15 @@ def _from(row: Encoded, start: int) -> Encoded:
         places = places[row.supervised.nonzero().flatten() >= start]
         places = places - torch.tensor([int(places[0, 0]), 0, 0])
     return replace(row, supervised=row.supervised & later, ends=row.ends & later, places=places)
+
+
+def _without_ends(row: Encoded) -> Encoded:
+    """The same row, its end tokens not supervised."""
+    kept = ~row.ends[row.supervised]
+    if not kept.any():
+        raise BadSample("no supervised token", "the answer is its end token alone")
+    places = None if row.places is None else row.places[kept]
+    return replace(row, supervised=row.supervised & ~row.ends, ends=torch.zeros_like(row.ends), places=places)
 
 
 def encode_document(document: Document, student: Processor, teacher: Processor | None, max_length: int) -> list[Pair]:

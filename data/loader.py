@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -23,6 +23,8 @@ from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
 from .mixture import Mixture
 from .sources import Source, TextSource
+
+T = TypeVar("T")
 
 MANY_FILES = 65_536
 MANY_PLACES = 16
@@ -94,13 +96,11 @@ class StepDataset(Dataset[Step]):
         return places_in_words(self.mixture.sources, self.mixture.rows(index)[start : start + self.micro_batch_size])
 
     def __getitem__(self, index: int) -> Step:
-        rows = self.mixture.rows(index)
         step = Step(index, [])
-        for a in range(self.accumulation):
-            start = (a * self.world + self.rank) * self.micro_batch_size
+        for rows in self.deal(self.mixture.rows(index)):
             pairs: list[Pair] = []
             samples = []
-            for source, row in rows[start : start + self.micro_batch_size]:
+            for source, row in rows:
                 try:
                     sample, images, found = self._read(source, row)
                 except BadSample as bad:
@@ -109,10 +109,17 @@ class StepDataset(Dataset[Step]):
                 pairs += found
                 samples.append((sample, images))
                 step.tokens += sum(len(pair.student.input_ids) for pair in found)
-            step.batches.append(self.collator.batch(pairs))
+            batch = self.collator.batch(pairs)
             if self.keep_samples:
                 step.samples.append(samples)
+                batch.conversations = samples
+            step.batches.append(batch)
         return step
+
+    def deal(self, rows: Sequence[T]) -> list[Sequence[T]]:
+        """This rank's micro-batches of what a step has in order."""
+        starts = [(a * self.world + self.rank) * self.micro_batch_size for a in range(self.accumulation)]
+        return [rows[start : start + self.micro_batch_size] for start in starts]
 
     def _read(self, source: int, row: int) -> tuple[Conversation | Document, list[Image.Image], list[Pair]]:
         sample = self.mixture.sources[source][row]

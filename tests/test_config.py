@@ -9,6 +9,7 @@ from data.errors import UserError
 from vlm_distill.config import load_config, save_config, split_batch
 from vlm_distill.losses import Standardised
 from vlm_distill.training.build import build_terms
+from vlm_distill.training.on_policy import check_on_policy
 
 GOOD = {
     "student": {"path": "student"},
@@ -230,5 +231,5 @@ RUNS = [path for folder in FOLDERS for path in sorted(folder.rglob("*.yaml")) if
 @pytest.mark.parametrize("path", RUNS, ids=str)
 def test_shipped_configurations_are_valid(path):
     config = load_config(path)
-    build_terms(config)
+    check_on_policy(config, build_terms(config))
     split_batch(config, 2)

@@ -63,11 +63,12 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     """
     from vlm_distill.config import load_config, split_batch
     from vlm_distill.training.build import build_terms
+    from vlm_distill.training.on_policy import check_on_policy
 
     # Mistakes are told here, before processes are started.
     settings = load_config(config, overrides or ())
     split_batch(settings, nproc)
-    build_terms(settings)
+    check_on_policy(settings, build_terms(settings))
     raise typer.Exit(launch_training("vlm_distill.train", [str(config), *(overrides or ())], nproc))
 
 
@@ -139,6 +140,31 @@ def plan(
     found = make_plan(settings, gpus=gpus, memory=memory, device=device)
     render(found, Console())
     print(write_plan(found, json or Path(settings.output) / "plan.json"))
+
+
+@app.command()
+def generate(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.", show_default=False)],
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Folder or name of a model, instead of the teacher.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are left out.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens.")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="Answers drawn to each question.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    nproc: Processes = 1,
+) -> None:
+    """Writes the teacher's answers to CONFIG's training questions as data, for distillation on the sequence level.
+
+    Started again after it was stopped, it goes on.
+    """
+    from vlm_distill.config import load_config
+
+    load_config(config, overrides or ())
+    words = [str(config), *(overrides or ()), "--out", str(out), "--max-new-tokens", str(max_new_tokens)]
+    words += ["--temperature", str(temperature), "--samples", str(samples), "--batch-size", str(batch_size)]
+    words += [] if model is None else ["--model", model]
+    raise typer.Exit(launch("vlm_distill.generate", words, nproc))
 
 
 @app.command(name="eval")

@@ -119,6 +119,15 @@ class CacheSection(Section):
     k: Positive = 64
 
 
+class ServerSection(Section):
+    """An OpenAI-compatible server that scores for the teacher; ``model`` left out is the teacher's path."""
+
+    url: str
+    model: str | None = None
+    top_logprobs: Positive = 20
+    workers: Positive = 16
+
+
 class TeacherSection(ModelSection):
     """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off.
 
@@ -126,9 +135,12 @@ class TeacherSection(ModelSection):
     memory, to be fetched layer by layer (``offload``). ``quantize`` keeps those of its linear layers in fewer bits.
 
     With ``cache``, ``vlm-distill cache`` fills that folder, and a run learns from it without loading the teacher.
+
+    With ``server``, it runs there, and of its ``path`` only tokenizer and image processing are read.
     """
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
+    server: ServerSection | None = None
     from_student: bool = False
     placement: Literal["replicate", "shard", "offload"] = "replicate"
     quantize: Literal["int8", "nf4", "fp8"] | None = None
@@ -151,6 +163,16 @@ class TeacherSection(ModelSection):
             raise ValueError(
                 f"quantize: ZeRO-3 does not {self.placement} weights of fewer bits; use placement: replicate"
             )
+        if self.server is not None:
+            if self.path is None:
+                raise ValueError(
+                    "server: give the teacher's path too, whose tokenizer and image processing are read here"
+                )
+            here = [key for key in ("dtype", "attn_implementation") if getattr(self, key) is not None]
+            here += ["placement"] if self.placement != "replicate" else []
+            here += [key for key in ("quantize", "cache") if getattr(self, key) is not None]
+            if here:
+                raise ValueError(f"server: the teacher's weights are there; leave {', '.join(here)} out")
         return self
 
 
@@ -258,6 +280,20 @@ class DeepSpeedSection(Section):
         return isinstance(place, dict) and place.get("device", "none") != "none"
 
 
+class OnPolicySection(Section):
+    """Steps that learn from the student's own answers: a share of all, or with ``adaptive`` one that grows.
+
+    At temperature 0 answers are the likeliest tokens, not drawn.
+    """
+
+    fraction: Fraction
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    batch_size: Positive = 64
+    replay: Positive | None = None
+    adaptive: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
 class EvaluationSection(Section):
     every: Positive | None = None
     limit: Positive | None = None
@@ -288,10 +324,38 @@ class RunConfig(Section):
     training: LanguageTrainingSection
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     evaluation: EvaluationSection = EvaluationSection()
+    on_policy: OnPolicySection | None = None
     output: str
 
     @model_validator(mode="after")
+    def _on_policy(self) -> RunConfig:
+        section = self.on_policy
+        if section is not None:
+            if self.teacher is None:
+                raise ValueError("on_policy: the student's own answers are compared with a teacher; add a teacher")
+            if section.adaptive is not None and self.evaluation.best is None:
+                raise ValueError("on_policy.adaptive: goes by the score that evaluation.best names; name one")
+            if self.teacher.cache is not None:
+                raise ValueError("on_policy: no cache holds a teacher's outputs for answers yet to be drawn")
+            if self.training.sequence_parallel > 1:
+                raise ValueError("on_policy: ranks that share sequences draw no answers; leave sequence_parallel out")
+            if section.replay is not None and section.replay < self.training.batch_size:
+                raise ValueError("on_policy.replay: fewer answers than a step has samples; keep training.batch_size")
+        return self
+
+    @model_validator(mode="after")
     def _student_needs_teacher(self) -> RunConfig:
+        if self.teacher is not None and self.teacher.server is not None:
+            if self.student.from_teacher is not None:
+                raise ValueError("student.from_teacher: the teacher's weights are on its server; name a student")
+            if any(source.format == "text" for source in self.data.train):
+                raise ValueError("teacher.server scores conversations alone; leave plain text out of data.train")
+            if "kl" in self.evaluation.measures:
+                raise ValueError("evaluation.measures: kl needs the teacher here, not on a server; leave it out")
+            if self.training.recompute_logits:
+                raise ValueError("training.recompute_logits: a server tells no hidden states; leave it out")
+            if self.data.packing:
+                raise ValueError("data.packing: a server scores samples one by one; leave it out")
         if self.student.from_teacher is not None and self.teacher is None:
             raise ValueError("student.from_teacher needs a teacher section to cut from")
         if self.student.from_teacher is not None and self.teacher is not None and self.teacher.quantize is not None:

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
             "rank": processes.rank,
             "world": processes.world,
             "all_gather": processes.gather,
-            "resume": _identity(options.model),
+            "resume": identity(options.model),
         }
         (_score_benchmarks if options.benchmarks else _score_sources)(options, opened, model, settings)
     finally:
@@ -250,7 +250,7 @@ def _tell_skipped(skipped: Sequence[Problem]) -> None:
         print(f"{len(skipped)} left out, the first: {one.source}, line {one.line}: {one.reason}")
 
 
-def _identity(model: str) -> str:
+def identity(model: str) -> str:
     """A name or a folder, with what tells one state of its weights from another."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     return " ".join([model, *(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)])

@@ -35,7 +35,8 @@ def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
     processors, grouped = {"student": student.processor}, False
     if isinstance(teacher, ModelTeacher):
         processors["teacher"] = teacher.processor
-        grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
+        if isinstance(teacher, ModelTeacher):
+            grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
     processes.close()
     mixture = Mixture(
         sources,

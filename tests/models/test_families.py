@@ -353,3 +353,20 @@ def test_features_of_images_in_tiles_are_refused(name, load):
 def test_a_processor_that_rewrites_its_text_is_not_understood():
     with pytest.raises(BadSample, match="not understood"):
         Expanded("a <image> b", [{"span": (1, 8), "text": "<image>", "replacement": "xx"}])
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_an_answer_after_its_prompt_is_the_conversation(load, samples, name):
+    """Tokens that a student drew stand in a row as the same tokens of the data do."""
+    model = load(name)
+    for conversation, images in samples(name)[:2]:
+        whole = model.processor.encode(conversation, images)
+        prompt = model.encode_prompt(conversation, images)
+        length = len(prompt.input_ids)
+        assert torch.equal(whole.input_ids[:length], prompt.input_ids)
+        row = model.processor.answered(prompt, whole.input_ids[length:].tolist())
+        assert torch.equal(row.input_ids, whole.input_ids)
+        assert row.supervised.nonzero().flatten().tolist() == list(range(length, len(whole.input_ids)))
+        assert row.tensors.keys() == whole.tensors.keys()
+        for key, tensor in whole.tensors.items():
+            assert torch.equal(row.tensors[key], tensor), key

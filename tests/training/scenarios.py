@@ -102,6 +102,17 @@ SHARED = {
         }
         for stage in (0, 2, 3)
     },
+    # The student's own answers on some steps, also where a rank has no picture or sample; with a buffer of them.
+    **{
+        f"{name}_zero{stage}": {
+            "deepspeed__stage": stage,
+            "data": "mixed",
+            "loss": [{"name": "jsd"}, {"name": "cross_entropy", "weight": 0.5}],
+            "on_policy": {"fraction": 0.7, "max_new_tokens": 4, **more},
+        }
+        for stage in (0, 3)
+        for name, more in (("on_policy", {"batch_size": 3}), ("replay", {"replay": 8}))
+    },
     # LoRA on the decoder and the vision encoder, the projector trained whole; and adapters alone, on the output layer
     # too, whose base is their teacher: once a second copy of it, and else the student's own.
     **{f"lora_zero{s}": {"deepspeed__stage": s, "family": "lora"} for s in (0, 2, 3)},
@@ -134,6 +145,7 @@ TWO_RANKS = {
     "llava_shard_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "shard"},
     "language_shard_zero2": {"deepspeed__stage": 2, "family": "language", "teacher": "shard"},
     "uld_shard_zero3": {**SHARED["uld_zero3"], "teacher": "shard", "data": "mixed_eval"},
+    "on_policy_shard_zero3": {**SHARED["on_policy_zero3"], "teacher": "shard"},
     "dropout_zero2": {"deepspeed__stage": 2, "student": DROPOUT},
     # A checkpoint averages the ranks' running statistics, so that both runs have to write it.
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
@@ -188,6 +200,7 @@ RESUMED += [
     "dropout_zero2",
     "batchnorm_zero2",
     "ctkd_instance_zero3",
+    "replay_zero3",
 ]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}

@@ -60,6 +60,7 @@ def test_every_zero_stage_equals_none(results, world, name):
         ("offload_teacher_zero2", "zero2"),
         ("offload_teacher_llava_zero3", "llava_zero3"),
         ("text_shard_zero3", "text_zero0"),
+        ("on_policy_shard_zero3", "on_policy_zero3"),
     ],
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):
@@ -94,6 +95,7 @@ def test_packed_equals_padded(results, name):
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
         times = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "flops_per_second", "peak_bytes")
+        times += ("on_policy/time",)
         return [{k: v for k, v in line.items() if k not in times} for line in result["metrics"]]
 
     straight, resumed = results(2, name), results(2, f"resumed_{name}")
@@ -117,6 +119,16 @@ def test_activation_checkpointing_changes_nothing(results):
         plain, again = results(1, f"features_zero{stage}"), results(1, f"features_checkpointing_zero{stage}")
         assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
         same_weights(plain, again, 1e-6)
+
+
+def test_some_steps_are_of_the_students_own_answers(results):
+    for name in ("on_policy_zero0", "replay_zero3"):
+        lines = [line for line in results(2, name)["metrics"] if line["kind"] == "train"]
+        assert {line["on_policy/step"] for line in lines} == {0.0, 1.0}
+        assert [line["on_policy/tokens"] for line in lines] == [
+            line["on_policy/tokens"] for line in results(1, name)["metrics"] if line["kind"] == "train"
+        ]
+    assert any(line.get("on_policy/replayed") for line in results(2, "replay_zero3")["metrics"])
 
 
 @pytest.mark.parametrize("name", ["zero0", "mixed_zero3", "bf16_zero2"])

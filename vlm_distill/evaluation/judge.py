@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from vlm_distill.confidential import secret_in
+from vlm_distill.endpoint import Endpoint
 
 from . import jsonl
 from .prompts import options
 
 KEY_VARIABLE = "JUDGE_API_KEY"
-_LATER = (408, 409, 429, 500, 502, 503, 504)  # what may go well on another try
-_LONGEST_WAIT = 60.0
 
 
 class Judge:
@@ -54,12 +47,10 @@ class Judge:
         timeout: float = 120.0,
         wait: float = 1.0,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"judge: '{url}' is no address; give one such as http://localhost:8000/v1")
-        if secret := secret_in(url):
-            raise UserError(f"judge: the address holds {secret}; a key is read from {KEY_VARIABLE}")
-        self.url, self.model, self.cache = url.rstrip("/"), model, cache
-        self.workers, self.retries, self.timeout, self.wait = workers, retries, timeout, wait
+        self._endpoint = Endpoint(
+            "judge", url, KEY_VARIABLE, retries=retries, timeout=timeout, wait=wait, turn=self._take_turn
+        )
+        self.model, self.cache, self.workers = model, cache, workers
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next = 0.0
         self._lock = threading.Lock()
@@ -97,32 +88,8 @@ class Judge:
 
     def _request(self, prompt: str) -> str:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        for attempt in range(self.retries + 1):
-            self._take_turn()
-            wait = min(self.wait * 2**attempt, _LONGEST_WAIT)
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return _content(json.load(response))
-            except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code} {error.reason}"
-                if error.code not in _LATER:
-                    detail = " ".join(error.read(300).decode("utf-8", "replace").split())
-                    raise UserError(f"judge: {self.url} refuses: {trouble}: {detail}") from None
-                asked = error.headers.get("Retry-After", "")
-                wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else wait
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                # A lost connection, a time-out, or a reply that is not what the protocol says.
-                trouble = f"{type(error).__name__}: {error}"
-            if attempt < self.retries:
-                time.sleep(wait)
-        raise UserError(
-            f"judge: {self.url} did not answer in {self.retries + 1} tries, the last: {trouble}; "
-            f"replies so far are kept in {self.cache}, start again to go on"
-        )
+        advice = f"replies so far are kept in {self.cache}, start again to go on"
+        return self._endpoint.ask("chat/completions", body, _content, advice)
 
     def _take_turn(self) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +70,7 @@ class Prediction:
         image: path of the first image; ``sha256:…`` where the data hold bytes; ``None`` without an image. Questions
             with equal values are about one picture.
         score: by a benchmark's rules, 0…1; ``None`` without such rules, or where they leave the question out.
+        complete: whether the answer came to its end before the longest that was allowed.
     """
 
     index: int
@@ -84,6 +85,7 @@ class Prediction:
     question_type: str | None = None
     image: str | None = None
     score: float | None = None
+    complete: bool = True
 
 
 @dataclass
@@ -339,7 +341,9 @@ def _answer(
         answers = answered()
     # With nothing kept, the one answer is the dummy's and falls off here.
     predictions = [
-        _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs)))
+        replace(
+            _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs))), complete=answer.complete
+        )
         for item, answer in zip(kept, answers, strict=False)
     ]
     return predictions, problems

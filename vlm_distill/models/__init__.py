@@ -24,7 +24,7 @@ from .composed import (
     load_tokenizer,
     read_template,
 )
-from .families import CAUSAL, WITHOUT_CHAT, adapted
+from .families import CAUSAL, WITHOUT_CHAT, adapted, adapted_processor
 from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
 from .lora import ADAPTER_CONFIG, merge_adapter
 from .pretrained import PretrainedVLM
@@ -39,6 +39,7 @@ __all__ = [
     "Processor",
     "VisionLanguageModel",
     "build_vlm",
+    "load_processor",
     "load_vlm",
 ]
 
@@ -134,6 +135,26 @@ def load_vlm(
     return model
 
 
+def load_processor(
+    name: str, *, trust_remote_code: bool = False, tokenizer: Any = None, chat_template: str | None = None
+) -> Processor:
+    """The processor of a model of Transformers, without its weights; the arguments are those of :func:`load_vlm`."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor
+
+    template = None if chat_template is None else read_template(chat_template)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.model_type in CAUSAL
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code) if sees else None
+    except Exception as error:
+        raise UserError(f"model: no processor at '{name}': {first_line(error)}; check the name or folder") from error
+    if processor is not None:
+        return adapted_processor(config, _prepared(name, config, processor, tokenizer, template))
+    tokenizer = tokenizer or load_tokenizer(name, trust_remote_code)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return ComposedProcessor(tokenizer)
+
+
 def _load_adapted(
     folder: Path, dtype: Any, tokenizer: Any, template: str | None, attention: str | None, trust_remote_code: bool
 ) -> VisionLanguageModel:
@@ -178,12 +199,16 @@ def _load_image_text(
 
 def _with_processor(name: str, model: Any, processor: Any, tokenizer: Any, template: str | None) -> PretrainedVLM:
     """A model and a processor of Transformers behind the suite's interface, a given tokenizer and template put in."""
+    return adapted(model, _prepared(name, model.config, processor, tokenizer, template))
+
+
+def _prepared(name: str, config: Any, processor: Any, tokenizer: Any, template: str | None) -> Any:
     if tokenizer is not None:
         processor.tokenizer = tokenizer
     if not processor.tokenizer.is_fast:
         raise UserError(f"tokenizer: '{name}' has no fast tokenizer; character offsets need one")
     # Some processors (Phi-4-multimodal) leave their template to the tokenizer.
     processor.chat_template = template or processor.chat_template or processor.tokenizer.chat_template
-    if processor.chat_template is None and model.config.model_type not in WITHOUT_CHAT:
+    if processor.chat_template is None and config.model_type not in WITHOUT_CHAT:
         raise UserError(f"model: '{name}' has no chat template; give one as 'chat_template'")
-    return adapted(model, processor)
+    return processor

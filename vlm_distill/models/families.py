@@ -33,6 +33,11 @@ class PaliGemmaProcessor(PretrainedProcessor):
         text = self.placeholder * len(images) + "\n".join(message_text(message) for message in prompt)
         return self._suffixed(text, None if generation else message_text(messages[-1]), images)
 
+    def answered(self, prompt: Encoded, ids: Sequence[int]) -> Encoded:
+        row = super().answered(prompt, ids)
+        row.tensors["token_type_ids"][:, len(prompt.input_ids) :] = 1
+        return row
+
     def blank(self, width: int, height: int) -> Encoded:
         return self._suffixed(self.placeholder, None, [Image.new("RGB", (width, height))])
 
@@ -96,9 +101,13 @@ WITHOUT_CHAT = ("paligemma",)
 
 def adapted(model: Any, processor: Any) -> PretrainedVLM:
     """A Transformers model and its processor behind the suite's interface."""
-    config = model.config
+    wrapped = adapted_processor(model.config, processor, model)
+    return MODELS.get(model.config.model_type, PretrainedVLM)(model, wrapped)
+
+
+def adapted_processor(config: Any, processor: Any, model: Any = None) -> PretrainedProcessor:
+    """A Transformers model's processor behind the suite's interface; without the model it packs no M-RoPE positions."""
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(config.vision_config, "image_token_id", None))
     image_token_id = next(token for token in found if token is not None)
-    wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)
-    return MODELS.get(config.model_type, PretrainedVLM)(model, wrapped)
+    return PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from data.conversation import Conversation, Document, count_images
 from data.errors import BadSample
 
 from .adapters import with_adapters
+from .chat import special_ids
 from .packing import join, keeps_apart
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
@@ -40,11 +42,28 @@ class Outputs:
 
 @dataclass
 class Answer:
-    """A greedy answer: its text, its token ids with the end token, and their log-probabilities in nats."""
+    """An answer: its text, its token ids with the end token, and their log-probabilities in nats.
+
+    ``complete`` is false where it was cut at the longest that was allowed, so that it has no end token.
+    """
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn, each from random numbers of its own: it depends on no other answer beside it.
+
+    Attributes:
+        temperature: the logits are divided by it; at 0 the likeliest of the tokens that may be drawn are taken.
+        generators: one for each prompt. An answer takes a number for each of its tokens.
+    """
+
+    temperature: float
+    generators: Sequence[random.Random]
 
 
 class LMHead:
@@ -164,6 +183,18 @@ class Processor(ABC):
             ends[-1] = True
         return Encoded(input_ids, torch.arange(len(ids)) > 0, ends)
 
+    def answered(self, prompt: Encoded, ids: Sequence[int]) -> Encoded:
+        """A prompt that was encoded for generation with an answer's tokens after it, all of them supervised."""
+        length, new = len(prompt.input_ids), len(ids)
+        tensors = dict(prompt.tensors)
+        for name, tensor in tensors.items():
+            if tensor.shape in ((length,), (1, length)):  # one value a token; zero is text, but for the mask of padding
+                rest = tensor.new_full((*tensor.shape[:-1], new), int(name == "attention_mask"))
+                tensors[name] = torch.cat([tensor, rest], -1)
+        input_ids = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.long)])
+        supervised = torch.arange(length + new) >= length
+        return Encoded(input_ids, supervised, torch.zeros_like(supervised), prompt.images, tensors)
+
     @abstractmethod
     def dummy(self) -> Encoded:
         """A row with one blank image (no image for a text model) and no supervised token."""
@@ -193,16 +224,45 @@ class Processor(ABC):
         """Bool ``[L]``: which tokens of an encoded sample stand for images."""
 
 
-class _GreedyLogprobs(LogitsProcessor):
-    """Records the log-probability of each greedy choice as it is made; keeps one column a step, not the logits."""
+class _Choice(LogitsProcessor):
+    """Chooses each token, the likeliest or a drawn one, and records its log-probability; keeps no logits.
 
-    def __init__(self) -> None:
+    A token is drawn by inverting the cumulative distribution at one uniform number. Generation stays greedy and finds
+    only that token possible: no random state of the process, nor the rows beside it, has a part in the choice.
+
+    Args:
+        sampling: ``None`` for the likeliest tokens.
+        vocabulary: ids from here on are never drawn; ``None``: all may be.
+        barred: further ids that are not.
+    """
+
+    def __init__(self, sampling: Sampling | None, vocabulary: int | None, barred: set[int]) -> None:
+        self.sampling, self.vocabulary, self.barred = sampling, vocabulary, barred
         self.columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
-        self.columns.append(scores.max(-1).values - scores.logsumexp(-1))
-        return scores
+        if self.sampling is None:
+            self.columns.append(scores.max(-1).values - scores.logsumexp(-1))
+            return scores
+        chosen = self._drawn(scores, self.sampling)
+        self.columns.append(scores.gather(-1, chosen).squeeze(-1) - scores.logsumexp(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+    def _drawn(self, scores: Tensor, sampling: Sampling) -> Tensor:
+        """One id a row, ``[B, 1]``."""
+        # In float64: a sum of so many small numbers is rounded too much otherwise.
+        logits = scores.double()
+        if self.vocabulary is not None:
+            logits[:, self.vocabulary :] = -torch.inf
+        logits[:, [token for token in self.barred if token < logits.shape[-1]]] = -torch.inf
+        if not sampling.temperature:
+            return logits.argmax(-1, keepdim=True)
+        numbers = [generator.random() for generator in sampling.generators]
+        numbers += [0.5] * (len(scores) - len(numbers))  # a dummy row
+        total = (logits / sampling.temperature).softmax(-1).cumsum(-1)
+        mark = torch.tensor(numbers, dtype=total.dtype, device=total.device).unsqueeze(-1) * total[:, -1:]
+        return (total <= mark).sum(-1, keepdim=True).clamp_(max=total.shape[-1] - 1)
 
 
 class VisionLanguageModel(nn.Module, ABC):
@@ -282,7 +342,6 @@ class VisionLanguageModel(nn.Module, ABC):
     def checkpoint_activations(self) -> None:
         """Recompute the decoder's and the vision encoder's layers in the backward instead of keeping them."""
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[Answer]:
         """Greedy answers to conversations that end with a user message.
 
@@ -290,13 +349,31 @@ class VisionLanguageModel(nn.Module, ABC):
             prompts: conversations (an assistant message at their end is left out) with all of their images.
             max_new_tokens: longest answer.
         """
-        encoded = [self._encode_prompt(*prompt) for prompt in prompts]
-        if self.synced and self.processor.has_vision and not any(sample.images for sample in encoded):
-            # Sharded parameters are gathered by all ranks together: the vision encoder must run here as it does there.
+        return self.answer([self.encode_prompt(*prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
+
+    @torch.no_grad()
+    def answer(
+        self, rows: Sequence[Encoded], *, max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> list[Answer]:
+        """Answers to encoded prompts.
+
+        Drawn answers hold no special tokens but end tokens (an image token in an answer would be one without an image),
+        and none beyond the vocabulary that the head is cut to.
+
+        Args:
+            rows: from :meth:`encode_prompt`. Where ranks leave ``generate`` together, there may be none on some.
+            max_new_tokens: longest answer.
+            sampling: how to draw; ``None``: greedy.
+        """
+        encoded = list(rows)
+        if self.synced and (not encoded or (self.processor.has_vision and not any(row.images for row in encoded))):
+            # Sharded parameters are gathered by all ranks together: every part must run here as it does there.
             encoded.append(self.processor.dummy())
+        if not encoded:
+            return []
         parameter = next(self.parameters())
         inputs = self.processor.collate(encoded, padding_side="left").to(parameter.device, self.dtype)
-        record = _GreedyLogprobs()
+        choice = _Choice(sampling, self.head.vocabulary, special_ids(self.processor.tokenizer) - self.end_tokens)
         training = self.training
         self.eval()
         try:
@@ -304,19 +381,19 @@ class VisionLanguageModel(nn.Module, ABC):
                 inputs,
                 do_sample=False,
                 num_beams=1,
-                repetition_penalty=1.0,  # some models' own generation settings would distort the greedy choice
+                repetition_penalty=1.0,  # some models' own generation settings would distort the choice
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(self.end_tokens),
                 pad_token_id=self.pad_token,
-                logits_processor=LogitsProcessorList([record]),
+                logits_processor=LogitsProcessorList([choice]),
                 synced_gpus=self.synced,
             )
         finally:
             self.train(training)
-        steps = min(new.shape[1], len(record.columns))
-        logprobs = torch.stack(record.columns[:steps], 1).tolist() if steps else [[] for _ in encoded]
-        rows = zip(new.tolist(), logprobs, strict=True)
-        return [self._answer(ids[:steps], row) for ids, row in rows][: len(prompts)]
+        steps = min(new.shape[1], len(choice.columns))
+        logprobs = torch.stack(choice.columns[:steps], 1).tolist() if steps else [[] for _ in encoded]
+        found = zip(new.tolist(), logprobs, strict=True)
+        return [self._answer(ids[:steps], row) for ids, row in found][: len(rows)]
 
     @torch.no_grad()
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -358,7 +435,8 @@ class VisionLanguageModel(nn.Module, ABC):
         scores = iter([part.sum().item() for part in logprobs.split([len(tokens) for tokens in answers])][:count])
         return [[next(scores) for _ in texts] for texts in options]
 
-    def _encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+    def encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+        """A conversation for the model to answer; an assistant message at its end is left out."""
         # Only an answer at the very end is left out: after a question the earlier answers are its history.
         if conversation.messages[-1]["role"] == "assistant":
             conversation = conversation.prompt()
@@ -368,7 +446,7 @@ class VisionLanguageModel(nn.Module, ABC):
         length = next((i + 1 for i, token in enumerate(ids) if token in self.end_tokens), len(ids))
         ids = ids[:length]
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Answer(text, ids, logprobs[:length])
+        return Answer(text, ids, logprobs[:length], bool(ids) and ids[-1] in self.end_tokens)
 
     @property
     def dtype(self) -> torch.dtype:

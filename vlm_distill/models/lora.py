@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from data.batch import ModelInputs
+from data.batch import Encoded, ModelInputs
 from data.errors import UserError
 
 from .adapters import ADAPTER, adapted_layers
 from .common import first_line
 from .composed import ComposedVLM
-from .interface import Answer, LMHead, Outputs, Prompt, VisionLanguageModel
+from .interface import Answer, LMHead, Outputs, Prompt, Sampling, VisionLanguageModel
 from .pretrained import PretrainedVLM
 
 #: peft's own names for an adapter's files.
@@ -183,9 +183,11 @@ class WithoutAdapters(VisionLanguageModel):
     def keeps_samples_apart(self) -> bool:
         return self.model.keeps_samples_apart()
 
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[Answer]:
+    def answer(
+        self, rows: Sequence[Encoded], *, max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> list[Answer]:
         with self._off():
-            return self.model.generate(prompts, max_new_tokens=max_new_tokens)
+            return self.model.answer(rows, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
         with self._off():

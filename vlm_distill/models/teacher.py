@@ -37,14 +37,23 @@ class Teacher(ABC):
 
     Attributes:
         processor: turns conversations into the teacher's own inputs.
+        needs_images: whether it reads conversations with images from ``batch.conversations``, not from tokens.
     """
 
     processor: Processor | CachedRows
+    needs_images: bool = False
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Ids that end an answer."""
+        eos = self.processor.tokenizer.eos_token_id
+        return set() if eos is None else {eos}
 
     @abstractmethod
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
-        """Hidden states ``[N, H]`` at the positions of ``batch.teacher`` with the head that makes logits of them, or
-        the likeliest tokens there.
+        """What the losses learn from at the positions of ``batch.teacher``.
+
+        Hidden states ``[N, H]`` with the head that makes logits of them, or the likeliest tokens alone.
 
         Args:
             batch: on this rank's device.
@@ -66,6 +75,10 @@ class ModelTeacher(Teacher):
         self.model = model.eval().requires_grad_(False)
         self.processor = model.processor
         self._run = run or model
+
+    @property
+    def end_tokens(self) -> set[int]:
+        return self.model.end_tokens
 
     # Not inference_mode: its tensors cannot be saved for the student's backward.
     @torch.no_grad()

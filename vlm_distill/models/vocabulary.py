@@ -60,12 +60,28 @@ def align_heads(student: VisionLanguageModel, teacher: Teaching) -> int:
     Raises:
         UserError: different tokenizers, or an end token of the student outside what they share.
     """
-    n = shared_vocabulary(student.processor.tokenizer, teacher.processor.tokenizer)
-    models: tuple[Teaching, ...] = (student, teacher)
-    for model in models:
-        model.head.vocabulary = None
-        with model.head.weight() as weight:
-            n = min(n, weight.shape[0])
+    teacher.head.vocabulary = None
+    with teacher.head.weight() as weight:
+        n = cut_head(student, teacher.processor.tokenizer, weight.shape[0])
+    teacher.head.vocabulary = n
+    return n
+
+
+def cut_head(student: VisionLanguageModel, teacher_tokenizer: Any, known: int | None = None) -> int:
+    """Cuts the student's head to the ids that it shares with a teacher, and returns their number.
+
+    Args:
+        student: the student.
+        teacher_tokenizer: the teacher's.
+        known: ids of which the teacher has logits; ``None``: those of its tokenizer.
+
+    Raises:
+        UserError: as :func:`align_heads`.
+    """
+    n = shared_vocabulary(student.processor.tokenizer, teacher_tokenizer)
+    student.head.vocabulary = None
+    with student.head.weight() as weight:
+        n = min(n, weight.shape[0], n if known is None else known)
     outside = sorted(i for i in student.end_tokens if i >= n)
     if outside:
         token = student.processor.tokenizer.convert_ids_to_tokens(outside[0])
@@ -73,5 +89,5 @@ def align_heads(student: VisionLanguageModel, teacher: Teaching) -> int:
             f"student's end token {token!r} (id {outside[0]}) is not among the {n} tokens it shares with the teacher; "
             "choose a student with the teacher's tokenizer"
         )
-    student.head.vocabulary = teacher.head.vocabulary = n
+    student.head.vocabulary = n
     return n

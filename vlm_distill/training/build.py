@@ -27,6 +27,7 @@ from vlm_distill.config import (
     SourceSection,
     TeacherSection,
 )
+from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
@@ -34,6 +35,7 @@ from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
 from vlm_distill.models.quantize import quantization
+from vlm_distill.models.served import KEY_VARIABLE, ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
 from vlm_distill.models.vocabulary import Teaching, align_heads, separate_heads
 
@@ -57,6 +59,12 @@ def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
                 raise UserError(
                     f"loss {section.name} reads the answers, and {source.path} is not labelled; leave one out"
                 )
+        served = config.teacher is not None and config.teacher.server is not None
+        if served and "teacher" in loss.needs and not (isinstance(loss, DistillationLoss) and loss.takes_topk):
+            raise UserError(
+                f"loss {section.name} needs more than the likeliest tokens, which are all that a teacher on a server "
+                "tells; choose a divergence at temperature 1, such as forward_kl"
+            )
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
         if isinstance(loss, FeatureLoss):
@@ -192,11 +200,9 @@ def load_model(
     return models.build_vlm({**parts, **common, "dtype": dtype}, tokenizer=tokenizer)
 
 
-def load_models(
-    config: RunConfig, processes: Processes
-) -> tuple[VisionLanguageModel, ModelTeacher | CachedTeacher | None]:
-    """The student, with what trains of it marked, and the teacher: whole on each rank, in shards, or what is cached."""
-    teacher: ModelTeacher | CachedTeacher | None
+def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, Teacher | None]:
+    """The student, with what trains of it marked, and the teacher: wherever it runs, or what is cached of it."""
+    teacher: Teacher | None
     if config.teacher is not None and config.teacher.cache is not None:
         teacher = open_cached(config.teacher, config.teacher.cache, processes)
     else:
@@ -217,11 +223,26 @@ def open_cached(teacher: TeacherSection, section: CacheSection, processes: Proce
     return CachedTeacher(folder, processes.device, trust_remote_code=teacher.trust_remote_code)
 
 
-def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None:
-    """The teacher itself, if it has weights of its own."""
+def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
+    """The teacher, here or on its server; ``None`` without one of its own."""
     section = config.teacher
     if section is None or section.from_student:
         return None
+    if section.server is not None:
+        assert section.path is not None
+        server = section.server
+        tokenizer = None
+        if section.tokenizer is not None:
+            tokenizer = load_tokenizer(section.tokenizer, section.trust_remote_code)
+        processor = models.load_processor(
+            section.path,
+            trust_remote_code=section.trust_remote_code,
+            tokenizer=tokenizer,
+            chat_template=section.chat_template,
+        )
+        endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE)
+        name = server.model or section.path
+        return ServedTeacher(processor, endpoint, name, server.top_logprobs, server.workers)
     dtype = DTYPES[section.dtype or config.training.dtype]
     if section.placement == "replicate":
         bits = None if section.quantize is None else quantization(section.quantize, dtype, "teacher")
@@ -232,7 +253,7 @@ def load_teacher(config: RunConfig, processes: Processes) -> ModelTeacher | None
     return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
 
 
-def load_student(config: RunConfig, teacher: ModelTeacher | CachedTeacher | None) -> VisionLanguageModel:
+def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel:
     """The student, with what trains of it marked."""
     section = config.student
     if section.from_teacher is not None:
@@ -252,7 +273,7 @@ def load_student(config: RunConfig, teacher: ModelTeacher | CachedTeacher | None
         student = load_model(section, torch.float32, tokenizer, bits)
         if section.tokenizer == TEACHERS:
             assert teacher is not None
-            _take_tokenizer(student, side_of(teacher), section.chat_template)
+            _take_tokenizer(student, teacher, section.chat_template)
     missing = [part for part in section.trained_whole if part not in student.parts]
     if missing and section.train is not None:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
@@ -264,7 +285,7 @@ def load_student(config: RunConfig, teacher: ModelTeacher | CachedTeacher | None
     return student.train()
 
 
-def _take_tokenizer(student: VisionLanguageModel, teacher: Teaching, chat_template: str | None) -> None:
+def _take_tokenizer(student: VisionLanguageModel, teacher: Teacher, chat_template: str | None) -> None:
     if not isinstance(student, ComposedVLM):
         raise UserError("student.tokenizer: teacher is for language models and models from parts, not for whole VLMs")
     student.use_tokenizer(teacher.processor.tokenizer, teacher.end_tokens)
@@ -286,11 +307,6 @@ def write_student(
     else:
         assert section.base is not None
         save_adapter(student, folder, section.base, whole=section.trained_whole, state=state)
-
-
-def side_of(teacher: ModelTeacher | CachedTeacher) -> Teaching:
-    """What has a teacher's tokenizer and head."""
-    return teacher.model if isinstance(teacher, ModelTeacher) else teacher
 
 
 def pair_vocabularies(

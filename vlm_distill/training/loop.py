@@ -83,6 +83,10 @@ class Loop(ABC):
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         """This rank's share of the steps ``start`` to ``stop - 1``."""
 
+    def take(self, step: Step) -> Step:
+        """A step as it is learnt, before anything of it is counted; every rank calls it."""
+        return step
+
     @abstractmethod
     def places(self, step: Step, number: int) -> str:
         """Where the samples of this rank's micro-batch ``number`` of a step stand, for messages."""
@@ -208,6 +212,7 @@ class Loop(ABC):
         config, world, began = self.settings, self.processes.world, time.time()
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
         self.processes.seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
+        step = self.take(step)
         counts = self.counts(step) | {"problems": len(step.problems), "waited": waited}
         counts |= {"stop": self.stopping.asked, "failed": self._failure is not None}
         totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
@@ -235,7 +240,7 @@ class Loop(ABC):
             term.loss.update({k: v for k, v in means[term.name].items() if k != "loss"}, progress)
 
         values: dict[str, Any] = {"loss": sum(t.weight * ramps[t.name] * means[t.name]["loss"] for t in self.terms)}
-        for term in self.terms:
+        for term in (term for term in self.terms if rows[term.name]):
             values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
         if norm is not None:
             values["grad_norm"] = norm

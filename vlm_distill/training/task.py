@@ -73,10 +73,13 @@ class DistillationTask(nn.Module):
         outputs = self.student(inputs, batch.student.positions, self.features)
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}
-        if self.terms:
+        # Nothing is known to be right of answers that the student has drawn.
+        terms = [term for term in self.terms if not (batch.drawn and "targets" in term.loss.needs)]
+        sums |= {term.name: TermSums(outputs.hidden.new_zeros(())) for term in self.terms if term not in terms}
+        if terms:
             own = slice(None) if self.sequence is None else self.sequence.share(len(batch.targets))
             found = fused_linear(
-                self.terms,
+                terms,
                 outputs.hidden[own],
                 self.student.head,
                 None if teacher is None else teacher.targets[own],

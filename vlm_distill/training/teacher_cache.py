@@ -231,7 +231,7 @@ def fill(config: RunConfig, processes: Processes) -> None:
                 say(f"{folder} is whole: {TokenCache(folder).tokens:,} tokens")
             return
     teacher = load_teacher(config, processes)
-    assert teacher is not None
+    assert isinstance(teacher, ModelTeacher)  # one on a server has no cache
     check_packing(config.data.train, None, teacher.model, False)
     _open(config, folder, sources, wanted, teacher, processes)
     cache = TokenCache(folder)

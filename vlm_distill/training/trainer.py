@@ -25,6 +25,7 @@ from vlm_distill.models.common import DTYPES
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
 from vlm_distill.models.vision_once import sees_as
 
@@ -36,7 +37,6 @@ from .build import (
     open_sources,
     pair_vocabularies,
     prepare_losses,
-    side_of,
     trained_parameters,
     turns,
     write_student,
@@ -44,6 +44,7 @@ from .build import (
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
 from .loop import Loop
+from .on_policy import OnPolicy, check_on_policy, learns_from_drawn
 from .operations import Operations
 from .packing import plan_packing
 from .schedule import learning_rate_factor, parameter_groups
@@ -83,6 +84,7 @@ class Trainer(Loop):
         super().__init__(config, processes)
         self.config = config
         terms = build_terms(config)
+        check_on_policy(config, terms)
         sources = open_sources(config.data.train, config.data.max_length)
         self.evaluations = Evaluations(config, processes)
         self.compared_by = self.evaluations.compared_by if self.evaluations.best is not None else None
@@ -94,9 +96,12 @@ class Trainer(Loop):
         # A teacher that no loss learns from is only there to be scored beside the student.
         self.guide = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         # Where the tokenizers differ, groups of tokens are compared.
-        self.grouped = self.teacher is not None and pair_vocabularies(config, student, side_of(self.teacher), terms)
         model = self.teacher.model if isinstance(self.teacher, ModelTeacher) else None
-        if isinstance(self.teacher, CachedTeacher):
+        taught = self.teacher if isinstance(self.teacher, CachedTeacher) else model
+        self.grouped = taught is not None and pair_vocabularies(config, student, taught, terms)
+        if isinstance(self.teacher, ServedTeacher):
+            self.teacher.align(student)
+        elif isinstance(self.teacher, CachedTeacher):
             self.told = [*self.told, *check_cache(config, sources, self.teacher)]
         prepare_losses(terms, student, self.guide)
         self.sequence = processes.share_sequences(config.training.sequence_parallel)
@@ -138,6 +143,7 @@ class Trainer(Loop):
             roots=[Path(root) for root in data.roots],
             max_pixels=data.max_pixels,
             on_bad=data.bad_samples,
+            keep_samples=self.guide is not None and self.guide.needs_images,
             grouped=self.grouped,
             turns=turns(data),
             packed=packing.packed,
@@ -173,6 +179,11 @@ class Trainer(Loop):
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
         if config.deepspeed.stage == 3:
             student.head.gather = gather_parameters  # for what reads the head outside the task's forward
+        self.on_policy: OnPolicy | None = None
+        if config.on_policy is not None:
+            assert self.guide is not None
+            rest = self.load_image, processes, self.steps, self.lower_is_better
+            self.on_policy = OnPolicy(config, self.dataset, student, self.guide, *rest)
 
     def _share_sequences(
         self, ranks: SequenceParallel, student: VisionLanguageModel, terms: Sequence[Term | FeatureTerm]
@@ -206,6 +217,9 @@ class Trainer(Loop):
         rows, tokens = micro.student.inputs["input_ids"].shape
         return f"{rows} rows × {tokens} tokens with {micro.images} images"
 
+    def take(self, step: Step) -> Step:
+        return step if self.on_policy is None else self.on_policy.take(step)
+
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
         sides = [rows for batch in step.batches for rows in (batch.student, batch.teacher) if rows is not None]
@@ -216,12 +230,15 @@ class Trainer(Loop):
             "filled": sum(rows.tokens for rows in sides),
             "places": sum(rows.inputs["input_ids"].numel() for rows in sides),
             "flops": sum(self.operations.of(batch) for batch in step.batches),
+            **({} if self.on_policy is None else self.on_policy.counted),
         }
         if self.sequence is not None and self.sequence.rank:
             return dict.fromkeys(counts, 0)  # the first of those that share the samples counts them
         return counts
 
     def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
+        if totals.get("on_policy") and not learns_from_drawn(term):
+            return 0.0
         if isinstance(term, FeatureTerm) and term.loss.unit == "image":
             return totals["images"]
         return totals["distilled"] if "teacher" in term.loss.needs else totals["supervised"]
@@ -244,13 +261,15 @@ class Trainer(Loop):
             "supervised_tokens": int(totals["supervised"]),
             "padding": 1 - totals["filled"] / totals["places"],
             **self.operations.values(totals["flops"], seconds, self.processes.world),
+            **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),
             self.speed: totals["tokens"] / seconds,
         }
 
     def introduce(self, tracker: Tracker, done: int) -> None:
         if self.vision_once:
             tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
-        checked = self._teacher_loss(self.guide) if self.guide is not None and done < self.steps else None
+        told = isinstance(self.guide, ModelTeacher | CachedTeacher) and done < self.steps
+        checked = self._teacher_loss(self.guide) if self.guide is not None and told else None
         if checked is not None:
             loss, limit = checked
             if loss > limit:
@@ -293,7 +312,18 @@ class Trainer(Loop):
         return float(term.loss) / max(1, term.count), limit
 
     def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
-        return self.evaluations.run(done, tracker, self.began, final=final)
+        score, problems = self.evaluations.run(done, tracker, self.began, final=final)
+        if self.on_policy is not None:
+            self.on_policy.evaluated(score)
+        return score, problems
+
+    def save_more(self, folder: Path) -> None:
+        if self.on_policy is not None:
+            self.on_policy.save(folder)
+
+    def load_more(self, folder: Path) -> None:
+        if self.on_policy is not None:
+            self.on_policy.restore(folder)
 
     def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
         write_student(self.config, self.student, folder, state)

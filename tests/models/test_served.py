@@ -1,0 +1,168 @@
+"""A teacher on a server teaches what the same model teaches here, as far as its likeliest tokens go."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from scoring_server import serving
+
+from data.errors import UserError
+from vlm_distill.config import RunConfig
+from vlm_distill.endpoint import Endpoint
+from vlm_distill.losses import TopKTargets
+from vlm_distill.models import load_vlm
+from vlm_distill.models.served import ServedTeacher
+from vlm_distill.training.engine import Processes
+from vlm_distill.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    tiny.write_data(folder / "data", text_only=tuple(range(24)))
+    tiny.write_language_model(folder / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_vlm(folder / "teacher", dtype="float32").eval()
+
+
+@pytest.fixture
+def server(model):
+    with serving(model) as server:
+        yield server
+
+
+def served(server, model, name="teacher-1", top=5):
+    endpoint = Endpoint("teacher.server", server.url, "OPENAI_API_KEY", wait=0.01, retries=2)
+    return ServedTeacher(model.processor, endpoint, name, top, workers=4)
+
+
+def trainer(folder, server, name, **changes):
+    plain = tiny.config(folder / name, folder / "data" / "data.jsonl", folder / "teacher", **changes)
+    plain["student"] = {"decoder": tiny.settings()["decoder"], "tokenizer": "teacher"}
+    if server is not None:
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 40}
+    return Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_targets_are_those_of_the_logits(folder, server, model):
+    here = trainer(folder, None, "here", loss=[{"name": "forward_kl"}])
+    batch = here.dataset[0].batches[0]
+    hidden = here.guide.outputs(batch).targets
+    expected = TopKTargets.of(hidden.head.logits(hidden.hidden), 5)
+    found = served(server, model).outputs(batch).targets
+    assert torch.equal(found.ids, expected.ids)
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+    assert found.tail == pytest.approx(expected.tail, abs=1e-4)
+    # Every row is one request of its own tokens, without padding.
+    assert sorted(len(body["prompt"]) for body in server.bodies[1:]) == sorted(
+        batch.teacher.inputs["attention_mask"].sum(1).tolist()
+    )
+    assert all(body["max_tokens"] == 1 and body["prompt_logprobs"] == 5 for body in server.bodies)
+
+
+def test_ids_that_the_student_lacks_are_left_out_as_a_cut_head_does(folder, server, model):
+    here = trainer(folder, None, "cut", loss=[{"name": "forward_kl"}])
+    batch = here.dataset[0].batches[0]
+    hidden = here.guide.outputs(batch).targets
+    logits = hidden.head.logits(hidden.hidden)
+    n = logits.shape[-1] - 3
+    teacher = served(server, model, top=logits.shape[-1])
+    teacher._vocabulary = n
+    found = teacher.outputs(batch).targets
+    expected = logits[:, :n].log_softmax(-1)
+    assert found.ids.max() < n
+    assert found.logprobs == pytest.approx(expected.gather(-1, found.ids), abs=1e-4)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_a_student_learns_what_it_learns_from_the_teacher_here(folder, server, on_policy):
+    changes = {"loss": [{"name": "forward_kl"}], "evaluation__teacher": False}
+    if on_policy:
+        changes["on_policy"] = {"fraction": 1.0, "max_new_tokens": 4}
+    # So many likeliest tokens are all there are.
+    here = trainer(folder, None, f"here_{on_policy}", **changes)
+    there = trainer(folder, server, f"there_{on_policy}", **changes)
+    here.run()
+    there.run()
+    assert losses(there) == pytest.approx(losses(here), rel=1e-3)
+    for name, tensor in there.student.state_dict().items():
+        assert tensor.numpy() == pytest.approx(here.student.state_dict()[name].numpy(), abs=2e-3), name
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_with_images_as_without_a_server(tmp_path, on_policy):
+    # Some rows have a picture, some none; one picture is broken.
+    data = tiny.write_data(tmp_path / "data", rows=8, text_only=(2, 5), broken=(3,))
+    teacher, student = tiny.write_llava(tmp_path / "teacher", 3), tiny.write_llava(tmp_path / "student", 2)
+    changes = {"loss": [{"name": "forward_kl"}], "evaluation__teacher": False, "training__steps": 3}
+    changes["student"] = {"path": str(student)}
+    if on_policy:
+        changes["on_policy"] = {"fraction": 1.0, "max_new_tokens": 3}
+
+    def run(name, server=None):
+        plain = tiny.config(tmp_path / name, data, teacher, **changes)
+        if server is not None:
+            plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 60}
+        trainer = Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+        trainer.run()
+        return trainer
+
+    with serving(load_vlm(teacher, dtype="float32").eval()) as server:
+        there = run("there", server)
+    assert sum("messages" in body for body in server.bodies) > sum("prompt" in body for body in server.bodies) > 1
+    if not on_policy:
+        assert losses(there) == pytest.approx(losses(run("here")), rel=1e-3)
+    assert all(0 < loss < 10 for loss in losses(there))
+
+
+def test_another_chat_template_there_is_told(tmp_path):
+    data = tiny.write_data(tmp_path / "data", rows=8)
+    teacher = tiny.write_llava(tmp_path / "teacher", 3)
+    other = load_vlm(teacher, dtype="float32", chat_template=tiny.TEMPLATE + "{{ 'yes no' }}").eval()
+    plain = tiny.config(tmp_path / "run", data, teacher, loss=[{"name": "forward_kl"}], student={"path": str(teacher)})
+    with serving(other) as server:
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 1}
+        run = Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+        with pytest.raises(UserError, match="chat template is not that of"):
+            run.guide.outputs(run.dataset[0].batches[0])
+
+
+def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server.troubles = [503, 429]
+    served(server, model)
+    assert [body["key"] for body in server.bodies] == ["Bearer secret"] * 3
+    with pytest.raises(UserError, match="serves teacher-1, no teacher-2"):
+        served(server, model, "teacher-2")
+    server.told = False
+    with pytest.raises(UserError, match="tells no prompt_logprobs"):
+        served(server, model)
+    server.told, server.troubles = True, [400]
+    with pytest.raises(UserError, match="refuses: HTTP 400"):
+        served(server, model)
+    nobody = Endpoint("teacher.server", "http://127.0.0.1:9/v1", "OPENAI_API_KEY", retries=0)
+    with pytest.raises(UserError, match="did not answer"):
+        ServedTeacher(model.processor, nobody, "teacher-1", 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loss": [{"name": "kd"}]}, "loss kd needs more than the likeliest tokens"),
+        ({"evaluation__measures": ["kl"]}, "evaluation.measures: kl"),
+        ({"training__recompute_logits": True}, "recompute_logits"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused(folder, server, changes, says):
+    with pytest.raises((UserError, ValueError), match=says):
+        trainer(folder, server, "refused", **changes)

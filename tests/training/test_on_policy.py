@@ -1,0 +1,242 @@
+"""Steps that learn from the student's own answers: what is drawn, what is learnt of it, what a resumed run does."""
+
+import json
+import random
+
+import pytest
+import tiny
+import torch
+
+from data.errors import UserError
+from vlm_distill.config import RunConfig
+from vlm_distill.models import build_vlm
+from vlm_distill.models.interface import Sampling, _Choice
+from vlm_distill.training.engine import Processes
+from vlm_distill.training.trainer import Trainer
+
+TIMES = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "on_policy/time")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("on_policy")
+    tiny.write_data(folder / "data", text_only=(3, 4), broken=(9,))
+    tiny.write_teacher(folder / "teacher")
+    tiny.write_pieces_teacher(folder / "pieces")
+    return folder
+
+
+def trainer(folder, name, teacher="teacher", **changes):
+    changes = {"loss": [{"name": "jsd"}, {"name": "cross_entropy", "weight": 0.5}], "training__steps": 6} | changes
+    plain = tiny.config(folder / name, folder / "data" / "data.jsonl", folder / teacher, **changes)
+    return Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+
+
+def story(trainer):
+    lines = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def weights(trainer):
+    return {name: tensor.tolist() for name, tensor in trainer.student.state_dict().items()}
+
+
+def test_draws_follow_the_distribution():
+    torch.manual_seed(0)
+    logits, count = torch.randn(8), 20_000
+    generators = [random.Random(str(i)) for i in range(count)]
+    choice = _Choice(Sampling(0.7, generators), 7, {2})
+    drawn = choice(torch.empty(0), logits.expand(count, -1)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=8) / count
+    expected = logits / 0.7
+    expected[[2, 7]] = -torch.inf
+    assert shares == pytest.approx(expected.softmax(-1), abs=0.015)
+    assert not shares[[2, 7]].any()
+    # What is told is the model's own log-probability.
+    assert choice.columns[0] == pytest.approx(logits.log_softmax(-1)[drawn], abs=1e-5)
+
+
+def test_at_temperature_0_the_likeliest_that_may_be(folder):
+    logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
+    choice = _Choice(Sampling(0.0, []), None, {2})
+    assert choice(torch.empty(0), logits).argmax() == 3
+
+
+def test_an_answer_does_not_depend_on_those_beside_it():
+    torch.manual_seed(0)
+    model = build_vlm(tiny.settings(), tokenizer=tiny.make_tokenizer(tiny.WORDS))
+    tiny._sharpen(model.decoder)
+    parts = [[{"type": "text", "text": text}] for text in ("say red", "what color is it ?")]
+    prompts = [model.encode_prompt(tiny_conversation(content), []) for content in parts]
+
+    def answers(rows, seeds):
+        sampling = Sampling(1.0, [random.Random(seed) for seed in seeds])
+        return [answer.token_ids for answer in model.answer(rows, max_new_tokens=12, sampling=sampling)]
+
+    together = answers(prompts, ["a", "b"])
+    assert together == [answers(prompts[:1], ["a"])[0], answers(prompts[1:], ["b"])[0]]
+    assert answers(prompts, ["c", "d"]) != together
+    assert model.answer([], max_new_tokens=3) == []
+
+
+def tiny_conversation(content):
+    from data.conversation import Conversation
+
+    return Conversation(({"role": "user", "content": content},))
+
+
+def test_without_a_share_nothing_changes(folder):
+    plain, none = trainer(folder, "plain"), trainer(folder, "none", on_policy={"fraction": 0.0})
+    plain.run()
+    none.run()
+    assert weights(none) == weights(plain)
+    assert [line["loss"] for line in story(none)] == [line["loss"] for line in story(plain)]
+
+
+def test_answers_are_the_students(folder):
+    run = trainer(folder, "own", on_policy={"fraction": 1.0, "max_new_tokens": 5})
+    taken = run.take(run.dataset[0])
+    data = run.dataset[0]
+    assert [batch.samples for batch in taken.batches] == [batch.samples for batch in data.batches]
+    assert [batch.images for batch in taken.batches] == [batch.images for batch in data.batches]
+    prompts = [
+        p for part in run.dataset.deal(run.dataset.mixture.rows(0)) for p in run.on_policy._prompts(data, part) if p
+    ]
+    drawn = [ids for batch in taken.batches for ids in supervised(batch)]
+    # Told again by the model itself, from the same random numbers.
+    for prompt, ids in zip(prompts, drawn, strict=True):
+        line = f"{prompt.conversation.source} {prompt.conversation.line}"
+        sampling = Sampling(1.0, [run.on_policy._random(0, line)])
+        (answer,) = run.student.answer([prompt.student], max_new_tokens=5, sampling=sampling)
+        assert ids == answer.token_ids
+    assert run.student.training
+    for batch in taken.batches:
+        assert batch.drawn
+        teacher_ids = batch.teacher.inputs["input_ids"].flatten()[batch.teacher.positions + 1]
+        assert torch.equal(teacher_ids, batch.targets)
+
+
+def supervised(batch):
+    """The supervised tokens of each row."""
+    length = batch.student.inputs["input_ids"].shape[1]
+    rows = batch.student.positions // length
+    return [batch.targets[rows == row].tolist() for row in rows.unique()]
+
+
+def test_own_answers_are_never_right_ones(folder):
+    run = trainer(folder, "half", on_policy={"fraction": 0.5, "max_new_tokens": 4})
+    run.run()
+    lines = [line for line in story(run) if line["kind"] == "train"]
+    kinds = [line["on_policy/step"] for line in lines]
+    assert set(kinds) == {0.0, 1.0}
+    for line in lines:
+        assert ("cross_entropy/loss" in line) == (not line["on_policy/step"])
+        assert line["jsd/loss"] > 0
+        assert (line["on_policy/tokens"] > 0) == bool(line["on_policy/step"])
+        assert line["on_policy/length"] <= 4
+    # One rank decides as another would, of the seed alone.
+    assert [run.on_policy._kind(step) for step in range(6)] == ["draw" if kind else "data" for kind in kinds]
+
+
+@pytest.mark.parametrize("name", ["gkd", "distillm"])
+def test_resumed_equals_uninterrupted(folder, name):
+    section = {"fraction": 0.7, "max_new_tokens": 4}
+    changes = {"training__steps": 8, "training__checkpoint_every": 3}
+    if name == "distillm":
+        section |= {"replay": 8, "adaptive": 0.2}
+        changes |= {
+            "data__eval": [{"path": str(folder / "data" / "data.jsonl"), "name": "held_out", "limit": 6}],
+            "evaluation__every": 2,
+            "evaluation__measures": ["perplexity"],
+            "evaluation__best": "held_out/perplexity",
+            "optimizer__lr": 0.3,  # so that some evaluation is worse than the one before
+        }
+    straight = trainer(folder, f"{name}_straight", on_policy=section, **changes)
+    straight.run()
+    trainer(folder, f"{name}_resumed", on_policy=section, **changes).run(until=5)
+    resumed = trainer(folder, f"{name}_resumed", on_policy=section, **changes)
+    resumed.run()
+    assert story(resumed) == story(straight)
+    assert weights(resumed) == weights(straight)
+    lines = [line for line in story(straight) if line["kind"] == "train"]
+    if name == "distillm":
+        assert any(line["on_policy/replayed"] for line in lines)
+        assert lines[-1]["on_policy/fraction"] > 0.7
+        assert len(straight.on_policy.kept) == 8
+
+
+def test_replay_brings_back_what_was_drawn(folder):
+    run = trainer(folder, "replay", on_policy={"fraction": 1.0, "max_new_tokens": 4, "replay": 8})
+    own = run.on_policy
+    run.take(run.dataset[0])
+    assert own._kind(1) == "draw"  # it is not full: row 9 is broken
+    run.take(run.dataset[1])
+    assert len(own.kept) == 8
+    replayed = [step for step in range(6) if own._kind(step) == "replay"]
+    answers = sorted(ids for _, ids in own.kept)
+    again = run.take(run.dataset[replayed[0]])
+    assert sorted(ids for batch in again.batches for ids in supervised(batch)) == answers
+    assert own.counted["answering"] > 0
+    # Two answers to one question stay two.
+    own.kept[:2] = [(own.kept[2][0], [5, 6]), (own.kept[2][0], [7])]
+    again = run.take(run.dataset[replayed[0]])
+    assert {(5, 6), (7,)} <= {tuple(ids) for batch in again.batches for ids in supervised(batch)}
+    # No share of the steps is taken from the buffer at the run's beginning, all of them at its end.
+    assert [own._kind(step) for step in (0, 6)] == ["draw", "replay"]
+
+
+def test_cut_and_different_tokenizers(folder):
+    student = {**tiny.settings(), "tokenizer": str(folder / "pieces" / "student")}
+    loss = [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}]
+    changes = {"student": student, "loss": loss, "on_policy": {"fraction": 1.0, "max_new_tokens": 3}}
+    run = trainer(folder, "pieces_run", teacher="pieces", **changes)
+    run.run()
+    lines = [line for line in story(run) if line["kind"] == "train"]
+    assert all(line["on_policy/step"] == 1.0 for line in lines)
+    assert all(line["uld/loss"] > 0 for line in lines)
+    # One picture of 24 is broken; an answer that a tokenizer has no tokens for, or of blanks alone, is left out.
+    problems = [json.loads(line) for line in (run.folder / "problems.jsonl").read_text().splitlines()]
+    assert {problem["reason"] for problem in problems} <= {
+        "not an image",
+        "misaligned",
+        "empty answer",
+        "no supervised token",
+    }
+    assert sum(line["samples"] for line in lines) > 24
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__dtype": "bf16"},
+        {"training__dtype": "bf16", "deepspeed__stage": 2, "training__activation_checkpointing": True},
+        {"student": {"lora": {"rank": 2}}},
+    ],
+    ids=["autocast", "bf16", "lora"],
+)
+def test_other_precisions_and_adapters(folder, changes, tmp_path):
+    if "student" in changes:
+        changes = {"student": {"path": str(folder / "teacher"), **changes["student"]}}
+    section = {"fraction": 0.3, "max_new_tokens": 4}
+    run = trainer(folder, tmp_path.name, on_policy=section, **{"training__steps": 3} | changes)
+    run.run()
+    lines = [line for line in story(run) if line["kind"] == "train"]
+    # The first step learns from the data, so that adapters, which begin as nothing, have something to unlearn.
+    assert [line["on_policy/tokens"] > 0 for line in lines] == [False, True, True]
+    assert all(line["jsd/loss"] > 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": [{"name": "cross_entropy"}, {"name": "dkd"}]}, "cross_entropy, dkd reads right"),
+        ({"on_policy": {"fraction": 0.5, "replay": 4}}, "on_policy.replay"),
+        ({"on_policy": {"fraction": 0.5, "adaptive": 0.1}}, "evaluation.best"),
+        ({"on_policy": {"fraction": 1.5}}, "on_policy.fraction"),
+    ],
+)
+def test_mistakes_are_told(folder, changes, words):
+    changes = {"on_policy": {"fraction": 0.5}} | changes
+    with pytest.raises((UserError, ValueError)) as told:
+        trainer(folder, "wrong", **changes)
+    assert words.split(".")[-1] in str(told.value)

@@ -1,0 +1,311 @@
+"""On-policy steps: the student's own answers in place of the data's, new ones or earlier ones of a buffer."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data.batch import Encoded, Step
+from data.collate import Pair, Turns, encode_pair
+from data.conversation import Conversation, Document, ImageSource
+from data.errors import BadSample, UserError
+from data.loader import StepDataset, problem_of
+from vlm_distill.config import RunConfig
+from vlm_distill.losses import FeatureTerm, Term
+from vlm_distill.models.interface import Answer, Processor, Sampling, VisionLanguageModel
+from vlm_distill.models.teacher import Teacher
+
+from .engine import Processes
+
+_FILE = "on_policy.json"
+_DECODE_THREADS = 4
+#: A source's number and a row of it.
+Place = tuple[int, int]
+
+
+def learns_from_drawn(term: Term | FeatureTerm) -> bool:
+    """Whether a loss learns anything where the answers are the student's own, and nothing is known to be right."""
+    return "targets" not in term.loss.needs
+
+
+def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> None:
+    """Raises ``UserError`` where there is nothing that on-policy steps could learn, or nobody that could answer."""
+    if config.on_policy is None:
+        return
+    if not any(learns_from_drawn(term) for term in terms):
+        names = ", ".join(term.name for term in terms)
+        raise UserError(
+            f"on_policy: of its own answers a student learns by comparing with its teacher, and {names} reads right "
+            "answers; add a divergence such as jsd"
+        )
+    text = next((source.path for source in config.data.train if source.format == "text"), None)
+    if text is not None:
+        raise UserError(f"on_policy: {text} is plain text, which nobody answers; leave one of the two out")
+
+
+@dataclass
+class _Prompt:
+    """A question that fits both models."""
+
+    place: Place
+    conversation: Conversation
+    images: list[Image.Image]
+    student: Encoded
+    teacher: Encoded
+
+
+class OnPolicy:
+    """Decides which steps learn from the student's own answers, and makes these (GKD, DistiLLM).
+
+    With probability ``fraction`` a step is on-policy: as a whole, by (seed, step), so that all ranks decide alike. The
+    last answer of each of its conversations is then drawn from the student as it is, and the student compared with its
+    teacher on that answer (Agarwal et al. 2024, arXiv 2306.13649). With ``replay``, the latest answers of all ranks are
+    kept; once there are so many, a share of the on-policy steps that grows with the run takes answers from there. With
+    ``adaptive``, the fraction rises whenever an evaluation is no better than the one before (Ko et al. 2024,
+    arXiv 2402.03898).
+
+    An answer is drawn by random numbers of (seed, step, source, line). Up to rounding, neither the number of ranks nor
+    the batch in which it is drawn changes it.
+
+    Args:
+        config: the run's, with a section ``on_policy``.
+        dataset: this rank's steps.
+        student: the student under training.
+        teacher: what it is compared with.
+        load: decodes an image.
+        processes: the ranks.
+        steps: of the run.
+        lower_is_better: whether a better evaluation has a lower score.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: StepDataset,
+        student: VisionLanguageModel,
+        teacher: Teacher,
+        load: Callable[[ImageSource], Image.Image],
+        processes: Processes,
+        steps: int,
+        lower_is_better: bool,
+    ) -> None:
+        assert config.on_policy is not None
+        self.settings, self.seed, self.on_bad = config.on_policy, config.training.seed, config.data.bad_samples
+        self.dataset, self.student, self.load, self.processes, self.steps = dataset, student, load, processes, steps
+        self.teacher, self.lower_is_better = teacher, lower_is_better
+        assert isinstance(teacher.processor, Processor)  # a cache cannot know answers yet to be drawn
+        self._asks = teacher.processor
+        # At stage 0 bf16 is autocast, which evaluation does without; drawing answers takes most of a step's time.
+        self._mixed = config.training.dtype == "bf16" and config.deepspeed.stage == 0
+        self.fraction = self.settings.fraction
+        self.score: float | None = None
+        #: The latest answers with their questions' places, the same on every rank.
+        self.kept: list[tuple[Place, list[int]]] = []
+        self.counted: dict[str, float] = {}
+
+    def take(self, step: Step) -> Step:
+        """The step as it is learnt: as the data have it, or with answers of the student; every rank calls this."""
+        began, kind = time.time(), self._kind(step.index)
+        taken, answers = step, list[list[int]]()
+        if kind == "draw":
+            found = self._drawn(step)
+            taken, answers = self._step(step, found), [ids for part in found for _, ids in part]
+            self._keep(found)
+        elif kind == "replay":
+            stream = self._random(step.index, "replay")
+            entries = stream.sample(self.kept, len(self.dataset.mixture.rows(step.index)))
+            taken = self._step(step, [self._replayed(step, part) for part in self.dataset.deal(entries)])
+        self.counted = {
+            "on_policy": float(kind != "data"),
+            "replayed": float(kind == "replay"),
+            "answers": len(answers),
+            "answer_tokens": sum(map(len, answers)),
+            "answering": time.time() - began if kind != "data" else 0.0,
+        }
+        return taken
+
+    def metrics(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """What is told of a step, from the sums of :attr:`counted` over ranks."""
+        world, answers = self.processes.world, totals["answers"]
+        told = {
+            "on_policy/step": totals["on_policy"] / world,
+            "on_policy/fraction": self.fraction,
+            "on_policy/tokens": totals["answer_tokens"],
+            "on_policy/length": totals["answer_tokens"] / answers if answers else 0.0,
+            "on_policy/time": totals["answering"] / world / seconds,
+        }
+        return told | ({"on_policy/replayed": totals["replayed"] / world} if self.settings.replay else {})
+
+    def evaluated(self, score: float | None) -> None:
+        """Takes an evaluation's score, which is the first rank's: the fraction rises where it is no better."""
+        score = self.processes.gather(score)[0]
+        if self.settings.adaptive is None or score is None:
+            return
+        if self.score is not None and (score >= self.score if self.lower_is_better else score <= self.score):
+            self.fraction = min(1.0, self.fraction + self.settings.adaptive)
+        self.score = score
+
+    def save(self, folder: Path) -> None:
+        """Writes what a resumed run goes on from into a checkpoint; the same on every rank."""
+        if self.processes.first:
+            kept = [[*place, ids] for place, ids in self.kept]
+            state = {"fraction": self.fraction, "score": self.score, "kept": kept}
+            (folder / _FILE).write_text(json.dumps(state), "utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Reads it."""
+        path = folder / _FILE
+        if not path.is_file():
+            raise UserError(f"{folder}: of a run without on_policy; leave the section out, or choose another output")
+        state = json.loads(path.read_text("utf-8"))
+        self.score = state["score"]
+        if self.settings.adaptive is not None:
+            self.fraction = state["fraction"]
+        self.kept = [((source, row), ids) for source, row, ids in state["kept"]]
+
+    def _random(self, *key: object) -> random.Random:
+        # A text as seed is hashed by SHA-512, the same in every process and version.
+        return random.Random(" ".join(map(str, (self.seed, *key))))
+
+    def _kind(self, step: int) -> str:
+        number, fraction = self._random(step).random(), self.fraction
+        full = self.settings.replay is not None and len(self.kept) >= self.settings.replay
+        if number < (fraction * (1 - step / self.steps) if full else fraction):
+            return "draw"
+        return "replay" if full and number < fraction else "data"
+
+    def _step(self, step: Step, found: Sequence[Sequence[tuple[_Prompt, list[int]]]]) -> Step:
+        """A step of these questions and answers, micro-batch by micro-batch."""
+        batches, tokens = [], 0
+        for part in found:
+            pairs, conversations = [], []
+            for prompt, ids in part:
+                answered = self._answered(prompt.conversation, ids)
+                try:
+                    pairs.append(self._pair(prompt, ids, answered))
+                    conversations.append((answered, prompt.images))
+                except BadSample as bad:
+                    self._leave_out(step, prompt.place, bad)
+            batch = self.dataset.collator.batch(pairs)
+            batches.append(replace(batch, drawn=True, conversations=conversations))
+            tokens += sum(len(pair.student.input_ids) for pair in pairs)
+        return replace(step, batches=batches, tokens=tokens, samples=[])
+
+    def _drawn(self, step: Step) -> list[list[tuple[_Prompt, list[int]]]]:
+        """The step's own questions, with answers drawn now."""
+        # What was no sample of the data is no question either.
+        bad = {(problem.source, problem.line) for problem in step.problems}
+        sources = self.dataset.mixture.sources
+        parts = [
+            [(s, row) for s, row in part if (sources[s].name, sources[s].line(row)) not in bad]
+            for part in self.dataset.deal(self.dataset.mixture.rows(step.index))
+        ]
+        prompts = [[prompt for prompt in self._prompts(step, part) if prompt is not None] for part in parts]
+        waiting = [prompt for part in prompts for prompt in part]
+        # The same number of calls on every rank: under ZeRO-3 they answer together.
+        calls = math.ceil(self.dataset.accumulation * self.dataset.micro_batch_size / self.settings.batch_size)
+        answers: list[Answer] = []
+        for call in range(calls):
+            asked = waiting[call * self.settings.batch_size : (call + 1) * self.settings.batch_size]
+            lines = [f"{prompt.conversation.source} {prompt.conversation.line}" for prompt in asked]
+            sampling = Sampling(self.settings.temperature, [self._random(step.index, line) for line in lines])
+            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self._mixed):
+                answers += self.student.answer(
+                    [prompt.student for prompt in asked],
+                    max_new_tokens=self.settings.max_new_tokens,
+                    sampling=sampling,
+                )
+        answered = iter(answers)
+        return [[(prompt, next(answered).token_ids) for prompt in part] for part in prompts]
+
+    def _replayed(self, step: Step, entries: Sequence[tuple[Place, list[int]]]) -> list[tuple[_Prompt, list[int]]]:
+        """Earlier answers with their questions, read again."""
+        prompts = self._prompts(step, [place for place, _ in entries])
+        return [(prompt, ids) for prompt, (_, ids) in zip(prompts, entries, strict=True) if prompt is not None]
+
+    def _prompts(self, step: Step, places: Sequence[Place]) -> list[_Prompt | None]:
+        """The questions of some rows, their images decoded by threads; ``None`` for those that are left out."""
+        found: list[_Prompt | None] = []
+        with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+            read = [self._read(source, row, pool) for source, row in places]
+            for place, question in zip(places, read, strict=True):
+                try:
+                    found.append(self._encode(place, *question()))
+                except BadSample as bad:
+                    self._leave_out(step, place, bad)
+                    found.append(None)
+        return found
+
+    def _read(
+        self, source: int, row: int, pool: ThreadPoolExecutor
+    ) -> Callable[[], tuple[Conversation, list[Image.Image]]]:
+        """A row's question; what is wrong with it is raised when it is asked for."""
+        try:
+            sample = self.dataset.mixture.sources[source][row]
+        except BadSample as error:
+            bad = error  # the name in the clause ends with it
+
+            def fail() -> tuple[Conversation, list[Image.Image]]:
+                raise bad
+
+            return fail
+        assert not isinstance(sample, Document)
+        conversation = sample.prompt()
+        images = pool.map(self.load, conversation.images)
+        return lambda: (conversation, list(images))
+
+    def _encode(self, place: Place, conversation: Conversation, images: list[Image.Image]) -> _Prompt:
+        limit = self.dataset.collator.max_length
+        student = self.student.encode_prompt(conversation, images)
+        teacher = self._asks.encode(conversation, images, generation=True)
+        for role, row in (("student", student), ("teacher", teacher)):
+            if len(row.input_ids) >= limit:
+                raise BadSample("too long", f"a prompt of {len(row.input_ids)} tokens for the {role}")
+        return _Prompt(place, conversation, images, student, teacher)
+
+    def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:
+        text = self.student.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        return replace(conversation, messages=(*conversation.messages, message))
+
+    def _pair(self, prompt: _Prompt, ids: list[int], answered: Conversation) -> Pair:
+        """Both models' rows of a question and an answer.
+
+        With one tokenizer, both get the very tokens that were drawn, as many as there is room for: of an answer that is
+        cut, what there is of it is learnt all the same. With two, or a teacher that is given text, both encode the
+        answer's text.
+        """
+        collator = self.dataset.collator
+        if collator.grouped or (self.teacher.needs_images and prompt.images):
+            turns = Turns(last_only=True, ends=ids[-1] in self.student.end_tokens)
+            models = collator.student, collator.teacher, collator.max_length
+            return encode_pair(answered, prompt.images, *models, turns=turns, grouped=collator.grouped)
+        room = collator.max_length - max(len(prompt.student.input_ids), len(prompt.teacher.input_ids))
+        ids = ids[:room]
+        student = self.student.processor.answered(prompt.student, ids)
+        teacher = self._asks.answered(prompt.teacher, ids)
+        ours, theirs = (row.supervised.nonzero().flatten() for row in (student, teacher))
+        ends = self.student.end_tokens - self.teacher.end_tokens
+        return Pair(student, teacher, ours, theirs, torch.tensor([token not in ends for token in ids]))
+
+    def _keep(self, found: Sequence[Sequence[tuple[_Prompt, list[int]]]]) -> None:
+        """Adds all ranks' answers to the buffer, in the order that they have on one rank."""
+        if self.settings.replay is None:
+            return
+        mine = [[(prompt.place, ids) for prompt, ids in part] for part in found]
+        ranks = self.processes.gather(mine)
+        self.kept += [entry for parts in zip(*ranks, strict=True) for part in parts for entry in part]
+        del self.kept[: -self.settings.replay]
+
+    def _leave_out(self, step: Step, place: Place, bad: BadSample) -> None:
+        source, row = place
+        step.problems.append(problem_of(self.dataset.mixture.sources[source], row, bad, self.on_bad))
