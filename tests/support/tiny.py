@@ -34,6 +34,16 @@ PIECES = {
     "student": ["re", "gr", "een", "bl", "ue", "black", "what", "color"],
     "teacher": ["ed", "gree", "blue", "bl", "ack", "wh", "at", "col", "or"],
 }
+#: Metrics that differ from one run to the next.
+TIMES = {
+    "seconds",
+    "waiting",
+    "tokens_per_second",
+    "answers_per_second",
+    "flops_per_second",
+    "peak_bytes",
+    "on_policy/time",
+}
 WORDS = ["what", "color", "is", "it", "say", "no", "yes", "?", *COLOURS]
 
 

@@ -14,8 +14,6 @@ from vlm_distill.models.interface import Sampling, _Choice
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
-TIMES = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "on_policy/time")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -34,7 +32,7 @@ def trainer(folder, name, teacher="teacher", **changes):
 
 def story(trainer):
     lines = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in lines]
 
 
 def weights(trainer):

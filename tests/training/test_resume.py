@@ -15,7 +15,6 @@ import yaml
 from vlm_distill.launch import free_port
 
 STEPS = 30
-TIMES = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "flops_per_second", "peak_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def finish(process):
 
 def story(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in lines]
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import scenarios
+import tiny
 from launches import on_one_rank_and_two
 
 
@@ -94,9 +95,7 @@ def test_packed_equals_padded(results, name):
 @pytest.mark.parametrize("name", scenarios.RESUMED)
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
-        times = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "flops_per_second", "peak_bytes")
-        times += ("on_policy/time",)
-        return [{k: v for k, v in line.items() if k not in times} for line in result["metrics"]]
+        return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in result["metrics"]]
 
     straight, resumed = results(2, name), results(2, f"resumed_{name}")
     assert story(resumed) == story(straight)
