@@ -39,7 +39,7 @@ from .build import (
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
 from .loop import Loop
-from .schedule import learning_rate_factor, parameter_groups
+from .schedule import learning_rate_factor, lr_scales, parameter_groups
 from .task import DistillationTask
 from .tracking import Tracker
 
@@ -127,9 +127,8 @@ class Trainer(Loop):
         self.evaluations.prepare(student, self.teacher)
         task = DistillationTask(student, terms, recompute_logits=config.training.recompute_logits)
         section = config.optimizer
-        optimizer = torch.optim.AdamW(
-            parameter_groups(task, section.weight_decay), lr=section.lr, betas=section.betas, eps=section.eps
-        )
+        groups = parameter_groups(task, section.weight_decay, lr_scales(student.parts, section.part_lr, section.lr))
+        optimizer = torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps)
         self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
