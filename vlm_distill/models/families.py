@@ -11,7 +11,7 @@ from torch import nn
 
 from data.batch import Encoded
 from data.conversation import Conversation, message_text
-from data.errors import BadSample
+from data.errors import BadSample, UserError
 
 from .pretrained import PretrainedProcessor, PretrainedVLM
 
@@ -95,10 +95,21 @@ WITHOUT_CHAT = ("paligemma",)
 
 
 def adapted(model: Any, processor: Any) -> PretrainedVLM:
-    """A Transformers model and its processor behind the suite's interface."""
+    """A Transformers model and its processor behind the suite's interface.
+
+    Raises:
+        UserError: the processor does not tell where an image's tokens stand, so that every sample would be refused.
+    """
     config = model.config
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(config.vision_config, "image_token_id", None))
-    image_token_id = next(token for token in found if token is not None)
+    image_token_id = next((token for token in found if token is not None), None)
+    refusal = f"model: {type(processor).__name__} does not tell how it expands images; choose a family that does"
+    if image_token_id is None or not isinstance(getattr(processor, "image_token", None), str):
+        raise UserError(refusal)
     wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id)
+    try:
+        wrapped.dummy()
+    except BadSample as bad:
+        raise UserError(f"{refusal} ({bad.reason}: {bad.detail})") from bad
     return MODELS.get(config.model_type, PretrainedVLM)(model, wrapped)

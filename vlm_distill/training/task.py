@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batch import DistillationBatch
+from data.batch import DistillationBatch, Rows
 from data.errors import UserError
 from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
 from vlm_distill.models.interface import VisionLanguageModel
@@ -88,8 +88,7 @@ class DistillationTask(nn.Module):
     ) -> Tensor:
         """A loss's value for each of its tokens or images, ``[n]``; it hangs in the graph where n is 0, too."""
         loss = term.loss
-        # Row by row in the student's batch, whose k-th token is the teacher's k-th.
-        samples = batch.student.positions // batch.student.inputs["input_ids"].shape[1]
+        samples = _samples(batch.student)
         if loss.unit == "image":
             sides = [
                 {name: _images(term.name, role, features[name], batch.images) for name in names}
@@ -106,6 +105,17 @@ class DistillationTask(nn.Module):
             ]
         with torch.autocast(batch.targets.device.type, enabled=False):
             return loss(*sides, samples)
+
+
+def _samples(rows: Rows) -> Tensor:
+    """The sample of each position, ``[N]``, ascending. The k-th position is the teacher's k-th, so that one side tells.
+
+    Samples are rows, or documents of a row where they are packed: the position 0 begins each.
+    """
+    places = rows.inputs.get("position_ids")
+    if places is None:
+        return rows.positions // rows.inputs["input_ids"].shape[1]
+    return (places == 0).flatten().cumsum(0)[rows.positions]
 
 
 def _images(name: str, role: str, features: Tensor, images: int) -> Tensor:
