@@ -29,7 +29,7 @@ def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float, mi
     return min_ratio + (1 - min_ratio) * fall
 
 
-def lr_scales(parts: Mapping[str, nn.Module], part_lr: Mapping[str, float], lr: float) -> dict[nn.Parameter, float]:
+def lr_scales(parts: Mapping[str, nn.Module], part_lr: Mapping[Any, float], lr: float) -> dict[nn.Parameter, float]:
     """Factors on the learning rate ``lr`` of the parameters in parts that have one of their own.
 
     Raises:
