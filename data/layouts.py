@@ -127,7 +127,7 @@ def to_conversation(
     The layouts are those of :data:`LAYOUTS`, recognised by their columns. Images stand in ``images`` or ``image`` or in
     the image parts themselves. ``<image>`` in a string (or in a text part where no message has an image part) becomes
     an image part at its place; the text around it stays exactly as it is. Where a record has images and nothing says
-    where they belong, they precede the text of the first user message.
+    where they belong, they precede the text of the first user message. A part of a video becomes its frames' parts.
 
     Args:
         record: what a line of JSON or a row of a table holds.
@@ -143,10 +143,10 @@ def to_conversation(
         raise BadSample("not a JSON object", type(record).__name__)
     for key in ("video", "videos", "audio", "audios"):
         if record.get(key):
-            raise BadSample("video and audio are not supported", f"key {key!r}")
+            raise BadSample("video and audio are not supported", f"key {key!r}; a video goes in as its frames")
     layout = layout_of(record)
     turns = layout.turns(record, layout.column)
-    explicit = any(isinstance(content, list) and any(map(_is_image, content)) for _, content in turns)
+    explicit = any(isinstance(content, list) and any(map(_is_seen, content)) for _, content in turns)
     messages = [{"role": role, "content": _parts(content, explicit, images)} for role, content in turns]
     _check_order([role for role, _ in turns], answers_required)
     given = images_of(record.get("images"), images) or images_of(record.get("image"), images)
@@ -157,6 +157,14 @@ def to_conversation(
 
 def _is_image(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def _is_video(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "video"
+
+
+def _is_seen(part: Any) -> bool:
+    return _is_image(part) or _is_video(part)
 
 
 def _parts(content: Any, explicit: bool, folder: Path) -> list[dict[str, Any]]:
@@ -170,6 +178,11 @@ def _parts(content: Any, explicit: bool, folder: Path) -> list[dict[str, Any]]:
         if _is_image(part):
             own = [image for key in ("image", "bytes", "path", "url") for image in images_of(part.get(key), folder)]
             parts.append({"type": "image", "image": own[0]} if own else {"type": "image"})
+        elif _is_video(part):
+            frames = images_of(part.get("frames"), folder)
+            if not frames:
+                raise BadSample("video without frames", "files of videos are not read; list images under 'frames'")
+            parts += [{"type": "image", "image": frame} for frame in frames]
         elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
             parts += [{"type": "text", "text": part["text"]}] if explicit else _split(part["text"])
         else:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data.conversation import Conversation
 from data.errors import UserError
@@ -105,6 +106,27 @@ def test_others_load_it_and_get_the_same_tokens(runs):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == exported
     assert all(exported.values())
+
+
+def test_a_llava_in_bf16(runs, tmp_path):
+    """It keeps the type, and its logits are those in float32 but for the rounding of weights and sums."""
+    run, model = runs[1]["composed"]
+    out = export_student(run, tmp_path / "out", dtype="bf16", format="llava")
+    plain = AutoModelForImageTextToText.from_pretrained(out).eval()
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": content}]
+    processor = AutoProcessor.from_pretrained(out)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[picture()], return_tensors="pt").to(torch.bfloat16)
+    sample = model.processor.encode(Conversation(tuple(messages)), [picture()], generation=True)
+    with torch.no_grad():
+        ours = model.eval()(model.processor.collate([sample]), torch.arange(len(sample.input_ids)))
+        expected = model.head.logits(ours.hidden)
+        got = plain(**inputs).logits[0].float()
+    assert len(got) == len(expected)
+    difference = (got[:, : expected.shape[1]] - expected).abs().max() / expected.abs().max()
+    assert 0 < difference < 0.05
 
 
 def test_the_card_is_what_the_hub_reads(runs, tmp_path):

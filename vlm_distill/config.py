@@ -218,7 +218,10 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
+    """``part_lr`` has learning rates of single parts, in place of ``lr``."""
+
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    part_lr: dict[Part, Annotated[float, Field(gt=0)]] = {}
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8

@@ -155,3 +155,16 @@ def test_every_layout_is_known_by_its_column():
         assert layout_of({"id": 1, layout.column: [], "images": None}) is layout
     with pytest.raises(BadSample, match="unknown layout: keys: id, images"):
         layout_of({"id": 1, "images": []})
+
+
+def test_a_video_is_its_frames_in_order(tmp_path):
+    for side in (2, 3, 4):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    video = {"type": "video", "frames": ["4.png", "2.png", "4.png"]}
+    content = [text("Before <image>"), IMAGE, video, text("What happens?")]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "It falls."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"images": ["3.png"], "messages": messages}) + "\n")
+    conversation = open_source(str(tmp_path / "rows.jsonl"))[0]
+    seen = [text("Before <image>"), IMAGE, IMAGE, IMAGE, IMAGE, text("What happens?")]
+    assert conversation.messages[0] == {"role": "user", "content": seen}
+    assert sides(conversation) == [3, 4, 2, 4]

@@ -12,6 +12,7 @@ import families
 import pytest
 import tiny
 import torch
+import transformers as hf
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from data.collate import collate, encode_pair
@@ -348,6 +349,47 @@ def test_caps_and_scales_are_the_models_own(load):
 def test_features_of_images_in_tiles_are_refused(name, load):
     with pytest.raises(UserError, match="leave out the losses on images"):
         load(name).feature_shape("projector")
+
+
+def test_paligemma_takes_no_chat_template(folder):
+    with pytest.raises(
+        UserError, match=r"^chat_template: .*paligemma' is a paligemma, which has no chat; leave it out$"
+    ):
+        load_vlm(folder / "paligemma", chat_template="{{ messages }}")
+
+
+def idefics2(tokenizer):
+    config = hf.Idefics2Config(
+        vision_config=hf.Idefics2VisionConfig(**families.VISION, image_size=28, patch_size=7),
+        text_config=families._text(hf.MistralConfig, tokenizer, head_dim=8).to_dict(),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        perceiver_config={"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_head_dim": 16},
+    )
+    images = hf.Idefics2ImageProcessor(size={"longest_edge": 28, "shortest_edge": 14}, do_image_splitting=False)
+    processor = hf.Idefics2Processor(images, tokenizer, 4, families.template("<image>", "colon"))
+    return hf.Idefics2ForConditionalGeneration(config), processor
+
+
+def kosmos2(tokenizer):
+    text = {"embed_dim": 32, "layers": 1, "ffn_dim": 48, "attention_heads": 2, "max_position_embeddings": 64}
+    config = hf.Kosmos2Config(
+        text_config=text | {"vocab_size": len(tokenizer)},
+        vision_config=dict(families.VISION, image_size=28, patch_size=7),
+        latent_query_num=4,
+    )
+    images = hf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=families.SIDE)
+    processor = hf.Kosmos2Processor(images, tokenizer)
+    processor.chat_template = families.template("<image>")
+    return hf.Kosmos2ForConditionalGeneration(config), processor
+
+
+@pytest.mark.parametrize("build", [idefics2, kosmos2])
+def test_a_processor_that_does_not_tell_its_expansion_is_refused_on_loading(build, make_tokenizer, tmp_path):
+    model, processor = build(make_tokenizer(extra=families.EXTRA))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"^model: {type(processor).__name__} does not tell how it expands images"):
+        load_vlm(tmp_path)
 
 
 def test_a_processor_that_rewrites_its_text_is_not_understood():

@@ -6,8 +6,8 @@ import torch
 import yaml
 from PIL import Image
 
-from data.collate import collate, encode_pair
-from data.conversation import Conversation, count_images
+from data.collate import Collator, collate, encode_pair
+from data.conversation import Conversation, Document, count_images
 from data.errors import UserError
 from vlm_distill import models
 from vlm_distill.config import RunConfig, load_config, save_config
@@ -145,6 +145,24 @@ def test_tokens_that_are_not_distilled_are_left_out(setting):
     for name in ("targets", "distilled", "sample_of"):
         setattr(batch, name, getattr(batch, name)[:-1])
     torch.testing.assert_close(setting.run(task, batch)[0], loss)
+
+
+def test_packed_documents_are_compared_within_themselves(tmp_path):
+    """A row of several documents gives what they give one by one."""
+    setting = Setting(tmp_path, loss=[{"name": "minilm", "relation_heads": 2}])
+    setting.teacher = ModelTeacher(models.load_vlm(tiny.write_language_model(tmp_path / "reader"), dtype="fp32"))
+    torch.manual_seed(0)
+    setting.student = models.build_vlm({"decoder": tiny.settings()["decoder"]}, tokenizer=make_tokenizer(tiny.WORDS))
+    task = setting.prepare()
+    texts = ["what color is it", "say no no", "yes", "red is red is red", "blue black"]
+    collator = Collator(setting.student.processor, setting.teacher.processor, 32)
+    pairs = [pair for text in texts for pair in collator.encode(Document(text))]
+    packed = collator.batch(pairs)
+    assert len(packed.student.inputs["input_ids"]) == 1
+    together, sums = setting.run(task, packed)
+    alone = [setting.run(task, collator.batch([pair])) for pair in pairs]
+    assert sums["minilm"].count == sum(one["minilm"].count for _, one in alone) == 15
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-4, atol=1e-6)
 
 
 def test_the_teacher_gets_no_gradient(setting):

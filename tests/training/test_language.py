@@ -159,7 +159,7 @@ def test_a_lower_one_takes_the_place_and_a_resumed_run_knows_it(material, proces
 
     scripted([9.0, 8.0])
     train(config, processes, until=4)
-    scripted([8.5, 1.0])
+    scripted([8.0, 8.5, 1.0])  # that of the checkpoint's step again
     folder = train(config, processes)
     assert json.loads((folder / "best/best.json").read_text())["score"] == 8.0
 

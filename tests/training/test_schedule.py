@@ -1,7 +1,8 @@
 import pytest
 from torch import nn
 
-from vlm_distill.training.schedule import learning_rate_factor, parameter_groups
+from data.errors import UserError
+from vlm_distill.training.schedule import learning_rate_factor, lr_scales, parameter_groups
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -38,3 +39,33 @@ def test_only_matrices_decay():
     assert {id(p) for p in rest["params"]} == {
         id(p) for p in (model.embed.weight, model.norm.weight, model.norm.bias, model.linear.bias, model.cls_token)
     }
+
+
+def parts():
+    model = nn.ModuleDict({"vision_encoder": nn.Linear(2, 2), "projector": nn.LayerNorm(2), "decoder": nn.Linear(2, 2)})
+    return model, dict(model.items())
+
+
+def test_parts_have_learning_rates_of_their_own():
+    model, named = parts()
+    groups = parameter_groups(model, 0.1, lr_scales(named, {"vision_encoder": 2e-6, "projector": 1e-3}, 1e-5))
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    vision, projector, decoder = named.values()
+    assert found == {
+        id(vision.weight): (pytest.approx(0.2), 0.1),
+        id(vision.bias): (pytest.approx(0.2), 0.0),
+        id(projector.weight): (pytest.approx(100.0), 0.0),
+        id(projector.bias): (pytest.approx(100.0), 0.0),
+        id(decoder.weight): (1.0, 0.1),
+        id(decoder.bias): (1.0, 0.0),
+    }
+
+
+def test_a_part_that_is_not_there_or_does_not_train_has_no_learning_rate():
+    _, named = parts()
+    named["vision_encoder"].requires_grad_(False)
+    with pytest.raises(UserError, match=r"^optimizer.part_lr: the vision_encoder does not train; .*student.train$"):
+        lr_scales(named, {"vision_encoder": 1e-6}, 1e-5)
+    del named["projector"]
+    with pytest.raises(UserError, match=r"has no projector; it has vision_encoder, decoder$"):
+        lr_scales(named, {"projector": 1e-6}, 1e-5)

@@ -207,6 +207,8 @@ def _prepared(name: str, config: Any, processor: Any, tokenizer: Any, template: 
         processor.tokenizer = tokenizer
     if not processor.tokenizer.is_fast:
         raise UserError(f"tokenizer: '{name}' has no fast tokenizer; character offsets need one")
+    if template is not None and config.model_type in WITHOUT_CHAT:
+        raise UserError(f"chat_template: '{name}' is a {config.model_type}, which has no chat; leave it out")
     # Some processors (Phi-4-multimodal) leave their template to the tokenizer.
     processor.chat_template = template or processor.chat_template or processor.tokenizer.chat_template
     if processor.chat_template is None and config.model_type not in WITHOUT_CHAT:

@@ -11,7 +11,7 @@ from torch import nn
 
 from data.batch import Encoded
 from data.conversation import Conversation, message_text
-from data.errors import BadSample
+from data.errors import BadSample, UserError
 
 from .pretrained import PretrainedProcessor, PretrainedVLM
 
@@ -106,8 +106,20 @@ def adapted(model: Any, processor: Any) -> PretrainedVLM:
 
 
 def adapted_processor(config: Any, processor: Any, model: Any = None) -> PretrainedProcessor:
-    """A Transformers model's processor behind the suite's interface; without the model it packs no M-RoPE positions."""
+    """A Transformers model's processor behind the suite's interface; without the model it packs no M-RoPE positions.
+
+    Raises:
+        UserError: the processor does not tell where an image's tokens stand, so that every sample would be refused.
+    """
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(config.vision_config, "image_token_id", None))
-    image_token_id = next(token for token in found if token is not None)
-    return PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)
+    image_token_id = next((token for token in found if token is not None), None)
+    refusal = f"model: {type(processor).__name__} does not tell how it expands images; choose a family that does"
+    if image_token_id is None or not isinstance(getattr(processor, "image_token", None), str):
+        raise UserError(refusal)
+    wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)
+    try:
+        wrapped.dummy()
+    except BadSample as bad:
+        raise UserError(f"{refusal} ({bad.reason}: {bad.detail})") from bad
+    return wrapped

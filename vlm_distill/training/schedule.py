@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+from data.errors import UserError
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float, min_ratio: float) -> float:
@@ -26,10 +29,30 @@ def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float, mi
     return min_ratio + (1 - min_ratio) * fall
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def lr_scales(parts: Mapping[str, nn.Module], part_lr: Mapping[Any, float], lr: float) -> dict[nn.Parameter, float]:
+    """Factors on the learning rate ``lr`` of the parameters in parts that have one of their own.
+
+    Raises:
+        UserError: there is no such part, or it does not train.
+    """
+    scales: dict[nn.Parameter, float] = {}
+    for name, own in part_lr.items():
+        if name not in parts:
+            raise UserError(f"optimizer.part_lr: this student has no {name}; it has {', '.join(parts)}")
+        trained = [parameter for parameter in parts[name].parameters() if parameter.requires_grad]
+        if not trained:
+            raise UserError(f"optimizer.part_lr: the {name} does not train; leave it out, or name it in student.train")
+        scales |= dict.fromkeys(trained, own / lr)
+    return scales
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, scales: Mapping[nn.Parameter, float] | None = None
+) -> list[dict[str, Any]]:
     """Trained parameters in two groups: matrices decay; biases, norms, embeddings and learned tokens do not.
 
     Frozen parameters are in neither, so they take no optimizer state. A tied matrix counts as the embedding it is.
+    With ``scales`` there are two groups for each factor on the learning rate, which is the group's ``lr_scale``.
     """
     no_decay: dict[int, nn.Parameter] = {}
     decay: dict[int, nn.Parameter] = {}
@@ -39,8 +62,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
                 continue
             matrix = name.endswith(("weight", "proj")) and parameter.ndim >= 2 and not isinstance(module, nn.Embedding)
             (decay if matrix else no_decay)[id(parameter)] = parameter
-    groups = [
-        {"params": [p for i, p in decay.items() if i not in no_decay], "weight_decay": weight_decay},
-        {"params": list(no_decay.values()), "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    scales = scales or {}
+    groups: list[dict[str, Any]] = []
+    for factor in sorted({1.0, *scales.values()}):
+        matrices = [p for i, p in decay.items() if i not in no_decay and scales.get(p, 1.0) == factor]
+        others = [p for p in no_decay.values() if scales.get(p, 1.0) == factor]
+        for params, decays in ((matrices, weight_decay), (others, 0.0)):
+            if params:
+                groups.append({"params": params, "weight_decay": decays} | ({"lr_scale": factor} if scales else {}))
+    return groups

@@ -47,7 +47,7 @@ from .loop import Loop
 from .on_policy import OnPolicy, check_on_policy, learns_from_drawn
 from .operations import Operations
 from .packing import plan_packing
-from .schedule import learning_rate_factor, parameter_groups
+from .schedule import learning_rate_factor, lr_scales, parameter_groups
 from .task import DistillationTask
 from .teacher_cache import check_cache
 from .tracking import Tracker
@@ -168,7 +168,7 @@ class Trainer(Loop):
         )
         section = config.optimizer
         optimizer = torch.optim.AdamW(
-            parameter_groups(task, section.weight_decay),
+            parameter_groups(task, section.weight_decay, lr_scales(student.parts, section.part_lr, section.lr)),
             lr=section.lr,
             betas=section.betas,
             eps=section.eps,

@@ -1,0 +1,64 @@
+"""Two steps of four unlike families, each taught by the next one, whole and in shards; tests compare one rank and two.
+
+    python tests/support/family_ranks.py FOLDER                                       one
+    deepspeed --num_gpus 2 tests/support/family_ranks.py FOLDER                       two ranks
+
+In FOLDER: each family's model under its name, and ``data``. Writes FOLDER/ranks{world}/{family}_zero{stage}.json.
+"""
+
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import families
+import tiny
+
+from vlm_distill.config import RunConfig
+from vlm_distill.launch import leave
+from vlm_distill.training.engine import Processes
+from vlm_distill.training.trainer import Trainer
+
+FAMILIES = ("qwen2_5_vl", "gemma3", "smolvlm", "internvl")
+STAGES = (0, 2, 3)
+
+
+def main(folder: Path) -> None:
+    processes = Processes("cpu")
+    teachers = dict(zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1], strict=True))
+    for student, stage in itertools.product(FAMILIES, STAGES):
+        out = folder / f"ranks{processes.world}" / f"{student}_zero{stage}"
+        if processes.first:
+            shutil.rmtree(out, ignore_errors=True)
+        processes.barrier()
+        plain = tiny.config(
+            out,
+            folder / "data" / "data.jsonl",
+            folder / teachers[student],
+            student={"path": str(folder / student)},
+            loss=[{"name": "forward_kl"}, {"name": "cross_entropy", "weight": 0.5}],
+            # Moments of tiny gradients make steps of the learning rate whatever their size, rounding too.
+            optimizer={"lr": 1e-3, "eps": 1e-4, "schedule": "constant"},
+            data__max_length=2048,
+            training__steps=2,
+            # ZeRO-3 shards the smallest parameters too, which DeepSpeed would keep whole.
+            deepspeed={"stage": stage, "zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        )
+        trainer = Trainer(RunConfig.model_validate(plain), processes)
+        trainer.run()
+        state = trainer.engine.whole_state(trainer.student)
+        if processes.first:
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            result = {
+                "lines": [line for line in lines if line["kind"] == "train"],
+                "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in state.items()},
+            }
+            out.with_suffix(".json").write_text(json.dumps(result))
+    processes.close()
+
+
+if __name__ == "__main__":
+    with families.num2words():
+        main(Path(sys.argv[-1]))
+    leave(0)
