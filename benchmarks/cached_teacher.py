@@ -58,7 +58,6 @@ def times(folder: Path, steps: int, batch: int) -> dict[str, list[tuple[float, f
         if cache:
             fill(config, processes)
         trainers[way] = Trainer(config, processes)
-        trainers[way].began, trainers[way].problems = time.time(), None
         trainers[way].engine.train()
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for number in range(steps):

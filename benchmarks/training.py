@@ -190,9 +190,6 @@ def ours(name: str, folder: Path, data: Path, processes: Processes, dtype: str) 
         }
         fill(RunConfig.model_validate(plain), processes)
     trainer = Trainer(RunConfig.model_validate(plain), processes)
-    trainer.folder.mkdir(parents=True)
-    trainer.problems = None
-    trainer.began = time.time()
     trainer.engine.train()
     length = int(trainer.epoch_steps)
     done = 0

@@ -212,7 +212,7 @@ class Bench:
         return PrefetchLoader(batches, self.inputs.mean, self.inputs.std, device=self.device)
 
     def ours(self) -> float:
-        return self.trainer._step(self.step, 0.0)["loss"]
+        return self.trainer._step(self.step, 0.0)[0]["loss"]
 
     def plain(self) -> float:
         images = self.floats.to(self.device, non_blocking=True, memory_format=self.format)

@@ -76,6 +76,9 @@ class Loop(ABC):
         self.micro, self.accumulation = split_batch(config, processes.world)
         self._claim = claim(self.folder) if processes.first else None
         self._failure: str | None = None
+        self.stopping = Stopping(first=processes.first)
+        self.problems: ProblemLog | None = None
+        self.began = time.time()
         if config.training.wandb and find_spec("wandb") is None:
             raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
 
@@ -166,12 +169,13 @@ class Loop(ABC):
         last = min(self.steps, until or self.steps)
         if first:
             save_config(config, self.folder / "config.yaml")
-        self.problems = ProblemLog(self.folder / "problems.jsonl") if first else None
+        if first:
+            self.problems = ProblemLog(self.folder / "problems.jsonl")
         self.began = time.time() - elapsed
         self.best = checkpoint.best_score(self.folder / "best", self.compared_by or {}, done)
         settings = config.model_dump(exclude_none=True)
         tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
-        with tracker, Stopping(first=first) as self.stopping:
+        with tracker, self.stopping:
             self._greet(tracker, done)
             if self._evaluates_after(done):
                 self._evaluate(done, tracker)
