@@ -159,7 +159,6 @@ class Bench:
         images.mkdir()
         self.images = write_images(images, case)
         self.trainer = our_trainer(case, self.images, folder / "run", processes)
-        self.trainer.began = time.time()
         self.trainer.engine.train()
         teacher = self.trainer.guide
         assert teacher is not None
