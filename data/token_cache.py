@@ -313,9 +313,7 @@ class CachedRows:
         return Encoded(torch.zeros(1, dtype=torch.int64), nothing, nothing)
 
     def join(self, samples: Sequence[Encoded]) -> Encoded:
-        """Documents, which always share rows."""
-        ids, supervised, ends = zip(*((one.input_ids, one.supervised, one.ends) for one in samples), strict=True)
-        return Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends))
+        raise NotImplementedError("cached rows are not packed: they are short, and stand in the samples' order")
 
     def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
         """Ids, and ``predicts``: at which places a hidden state is stored; both ``[B, L]``."""

@@ -100,7 +100,6 @@ class CachedTeacher(Teacher):
     Attributes:
         cache: of the outputs.
         head: makes logits of hidden states; of likeliest tokens it has only the number of tokens, and no width.
-        end_tokens: ids that end the teacher's answers.
         parameters: how many the teacher has.
     """
 
@@ -111,7 +110,7 @@ class CachedTeacher(Teacher):
         self.processor = CachedRows(self.cache, load_tokenizer(str(folder / _TOKENIZER), trust_remote_code))
         about = self.cache.about["teacher"]
         self.parameters: int = about["parameters"]
-        self.end_tokens: set[int] = set(about["end_tokens"])
+        self._ends = set(about["end_tokens"])
         hidden = "hidden" in self.cache.fields
         state = load_file(folder / _HEAD, str(device)) if hidden else {"weight": torch.empty(about["vocabulary"], 0)}
         linear = nn.Linear(1, 1, bias=False, device="meta")
@@ -119,6 +118,10 @@ class CachedTeacher(Teacher):
         if "bias" in state:
             linear.bias = nn.Parameter(state["bias"], requires_grad=False)
         self.head = LMHead(linear, about["scale"], about["softcap"])
+
+    @property
+    def end_tokens(self) -> set[int]:
+        return self._ends
 
     @torch.no_grad()
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
