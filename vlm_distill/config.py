@@ -278,8 +278,16 @@ class DeepSpeedSection(Section):
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer steps in main memory."""
+        return self._offloads("offload_optimizer")
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether parameters that are not computed with lie in main memory."""
+        return self._offloads("offload_param")
+
+    def _offloads(self, what: str) -> bool:
         zero = (self.model_extra or {}).get("zero_optimization")
-        place = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+        place = zero.get(what) if isinstance(zero, dict) else None
         return isinstance(place, dict) and place.get("device", "none") != "none"
 
 

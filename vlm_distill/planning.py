@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,13 +30,16 @@ from data.errors import BadSample, UserError
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig, split_batch
 from vlm_distill.devices import DEVICES
-from vlm_distill.losses import HiddenTargets, Term, fused_linear
+from vlm_distill.losses import HiddenTargets, Term, TopKTargets, fused_linear
 from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
-from vlm_distill.models.common import first_line
+from vlm_distill.models.common import DTYPES, first_line
+from vlm_distill.models.composed import ComposedVLM
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
+from vlm_distill.models.sequence_parallel import SequenceParallel, prepare
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.vision_once import sees_as
 from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
 from vlm_distill.training.build import (
     build_terms,
@@ -45,6 +50,7 @@ from vlm_distill.training.build import (
     prepare_losses,
     turns,
 )
+from vlm_distill.training.packing import plan_packing
 
 STAGES = (0, 1, 2, 3)
 SAMPLES = 32
@@ -100,6 +106,7 @@ class Memory:
         buckets: DeepSpeed's.
         activations: alive at the peak of forward and backward, with the losses' buffers and the micro-batch.
         step: what the update holds for a moment.
+        host: in main memory, where something is offloaded to it.
         peak: the most at once: the teacher's forward, the student's forward and backward, or the update.
         largest_micro_batch: that fits beside the allowance; 0: none does.
     """
@@ -114,6 +121,7 @@ class Memory:
     buckets: int
     activations: int
     step: int
+    host: int
     peak: int
     largest_micro_batch: int
 
@@ -127,6 +135,7 @@ class Plan:
         budget: bytes of a GPU; ``allowance``: of these, what is not tensors.
         flops: of an optimizer step, all ranks together.
         seconds: of the training on ``gpus``, evaluation and waiting for data not counted; ``None`` without a device.
+        told: remarks on what is planned.
     """
 
     parts: tuple[Part, ...]
@@ -144,6 +153,7 @@ class Plan:
     tokens: float
     bytes_read: float
     seconds: float | None
+    told: tuple[str, ...] = ()
 
     @property
     def gpu_hours(self) -> float | None:
@@ -184,15 +194,12 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
         sizes = sorted({1, micro if micro > 1 else 2})
         points = {size: models.run(meter, [longest] * size) for size in sizes}
         typical = points[micro] if sequences.sampled == 0 else models.run(meter, (pairs * micro)[:micro])
-    own = config.teacher.placement if config.teacher is not None else "none"
-    placements = ["none"] if models.teacher is None or models.shared else ["replicate", "shard"]
-    if own not in placements and not models.shared:
-        placements.append(own)
+    own, placements = models.placements()
     rows: list[Memory] = []
     configured = 0
     for placement in placements:
         for stage in STAGES:
-            if stage == config.deepspeed.stage and (placement == own or len(placements) == 1):
+            if stage == config.deepspeed.stage and placement == own:
                 configured = len(rows)
             rows.append(_memory(models, points, micro, stage, placement, gpus, accumulation, budget - allowance))
     steps = config.training.steps or math.ceil((config.training.epochs or 0) * epoch_steps)
@@ -218,6 +225,7 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
         tokens=samples * sequences.mean,
         bytes_read=samples * sequences.bytes,
         seconds=seconds,
+        told=models.told,
     )
 
 
@@ -234,14 +242,29 @@ class _Models:
         self.student, teacher = load_models(config.model_copy(update={"teacher": whole, "student": bare}), here)
         self.teacher = teacher.model if isinstance(teacher, ModelTeacher) else None
         self.guides = self.teacher is not None and any("teacher" in term.loss.needs for term in self.terms)
+        self.cache = None if section is None else section.cache
+        self.likeliest = self.cache is not None and self.cache.form == "topk"
         prepare_losses(self.terms, self.student, teacher if self.guides else None)
         self.grouped = self.teacher is not None and pair_vocabularies(config, self.student, self.teacher, self.terms)
         #: The teacher is the student's own base.
         self.shared = isinstance(self.teacher, WithoutAdapters)
+        guide = self.teacher if self.guides and self.cache is None else None
+        packing = plan_packing(config.data, self.student, self.teacher if self.guides else None)
+        self.packed, self.told = packing.packed, packing.told
+        self.vision_once = (
+            guide is not None and guide.dtype == DTYPES[config.training.dtype] and sees_as(self.student, guide)
+        )
+        if self.vision_once:
+            self.told += ("the vision encoder is frozen and taken to be the teacher's: it runs once, for both",)
+        ranks = config.training.sequence_parallel
+        self.sequence = None if ranks == 1 else SequenceParallel(None, 0, ranks)
+        for model in (self.student, guide) if self.sequence is not None else ():
+            if model is not None:
+                prepare(model)
         if config.training.activation_checkpointing:
             self.student.checkpoint_activations()
         bf16, stage = config.training.dtype == "bf16", config.deepspeed.stage
-        self.bf16, self.autocast = bf16, bf16 and stage == 0
+        self.bf16, self.autocast, self.deepspeed = bf16, bf16 and stage == 0, config.deepspeed
         self.trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         self.learned = sum(p.numel() for term in self.terms for p in term.loss.parameters())
         self.largest = max(p.numel() for p in self.student.parameters() if p.requires_grad)
@@ -250,9 +273,23 @@ class _Models:
             for parameter in self.student.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
 
+    def placements(self) -> tuple[str, list[str]]:
+        """Where the teacher is, as configured and as it might be."""
+        section = self.config.teacher
+        if self.cache is not None:
+            return "cached", ["cached"]
+        if section is None or self.shared:
+            return "none", ["none"]
+        if section.quantize is not None:
+            return section.quantize, ["replicate", section.quantize]
+        return section.placement, list(dict.fromkeys(["replicate", "shard", section.placement]))
+
     def parts(self) -> tuple[Part, ...]:
         found = []
         for role, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is not None and role == "teacher" and self.cache is not None:
+                found += [] if self.likeliest else [Part(role, "lm_head", _count(model.head.parameters), 0)]
+                continue
             if model is None or (role == "teacher" and self.shared):
                 continue
             seen: set[int] = set()
@@ -276,32 +313,46 @@ class _Models:
         kind = self.config.student.quantize
         if kind is None:
             return self.total * size
-        linear = [m for m in self.student.parts["decoder"].modules() if isinstance(m, nn.Linear) and not _has_grad(m)]
-        packed = sum(m.weight.numel() for m in linear if m.weight is not self.student.head._linear.weight)
+        packed = _count(_quantised(self.student))
         return (self.total - packed) * size + packed * BITS[kind] / 8
 
-    def teacher_bytes(self) -> float:
-        if self.teacher is None or self.shared:
+    def teacher_bytes(self, placement: str) -> float:
+        """Its weights, whole."""
+        if self.teacher is None or placement == "none":
             return 0.0
-        kind = None if self.config.teacher is None else self.config.teacher.quantize
-        if kind is None:
-            return sum(p.nbytes for p in self.teacher.parameters())
-        linear = {id(m.weight): m.weight for m in self.teacher.modules() if isinstance(m, nn.Linear)}
-        packed = sum(w.numel() for w in linear.values())
-        return sum(p.nbytes for p in self.teacher.parameters() if id(p) not in linear) + packed * BITS[kind] / 8
+        if placement == "cached":
+            return 0.0 if self.likeliest else sum(p.nbytes for p in self.teacher.head.parameters)
+        whole = sum(p.nbytes for p in self.teacher.parameters())
+        packed = _quantised(self.teacher) if placement in BITS else []
+        return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8
 
     def collator(self) -> Collator:
         guide = self.teacher.processor if self.teacher is not None and self.guides else None
-        return Collator(
-            self.student.processor, guide, self.config.data.max_length, turns(self.config.data), self.grouped
-        )
+        data = self.config.data
+        return Collator(self.student.processor, guide, data.max_length, turns(data), self.grouped, self.packed)
 
     def run(self, meter: Meter, pairs: Sequence[Pair]) -> Micro:
         batch = self.collator().batch(list(pairs))
-        teacher = self.teacher if self.guides else None
-        head = self._head(meter, len(batch.targets), len(batch.teacher_targets))
+        teacher, cached = self.teacher if self.guides else None, 0
+        ranks = 1 if self.sequence is None else self.sequence.size
+        head = self._head(meter, -(-len(batch.targets) // ranks), -(-len(batch.teacher_targets) // ranks))
+        if teacher is not None and self.cache is not None:
+            weight = teacher.head.parameters[0]
+            width = 12 * self.cache.k + 4 if self.likeliest else weight.shape[1] * weight.itemsize
+            cached = len(batch.teacher_targets) * width
+            teacher, batch = None, replace(batch, teacher=None)
         try:
-            return simulate(meter, self.student, teacher, batch, head, autocast=self.autocast)
+            with nullcontext() if self.sequence is None else self.sequence.shared():
+                return simulate(
+                    meter,
+                    self.student,
+                    teacher,
+                    batch,
+                    head,
+                    autocast=self.autocast,
+                    cached=cached,
+                    vision_once=self.vision_once,
+                )
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             # A class that decides by numbers, which are not there.
             raise UserError(f"plan: these models cannot run without weights: {first_line(error)}") from error
@@ -313,7 +364,7 @@ class _Models:
             return HeadCost(0, 0)
         guided = any("teacher" in term.loss.needs for term in terms)
         sides = [(self.student.head, rows)]
-        if guided:
+        if guided and not self.likeliest:
             assert self.teacher is not None
             sides.append((self.teacher.head, teacher_rows))
         weights = []
@@ -339,7 +390,12 @@ class _Models:
         hidden = [w.new_empty(rows, w.shape[1]) for w in weights]
         hidden[0].requires_grad_()
         targets = torch.zeros(rows, dtype=torch.int64)
-        teacher = HiddenTargets(hidden[1], self.teacher.head) if self.teacher is not None and len(hidden) > 1 else None
+        teacher: HiddenTargets | TopKTargets | None = None
+        if self.teacher is not None and len(hidden) > 1:
+            teacher = HiddenTargets(hidden[1], self.teacher.head)
+        elif self.cache is not None and self.guides:
+            ids = torch.arange(self.cache.k).expand(rows, -1)
+            teacher = TopKTargets(ids, hidden[0].new_empty(ids.shape), hidden[0].new_empty(rows))
         with meter.counting():
             fused_linear(terms, hidden[0], self.student.head, teacher, targets)
         made = sum(4 * rows * len(w) + (4 * w.numel() if w.dtype != torch.float32 else 0) for w in weights)
@@ -351,8 +407,12 @@ def _count(parameters: Sequence[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _has_grad(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))
+def _quantised(model: VisionLanguageModel) -> list[Tensor]:
+    """Weights that are loaded in fewer bits: linear layers' but the output layer's; of an assembled model's decoder."""
+    root = model.parts["decoder"] if isinstance(model, ComposedVLM) else model
+    head = {id(p) for p in model.head.parameters}
+    linear = {id(m.weight): m.weight for m in root.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad}
+    return [weight for i, weight in linear.items() if i not in head]
 
 
 def _sample(config: RunConfig, models: _Models) -> tuple[list[Pair], Sequences, float]:
@@ -470,13 +530,21 @@ def _memory(
         step = ((12 if models.on_cpu else 8) + (4 if many and stage != 2 else 0)) * trained / gpus
         after = {1: 4 * trained + buckets if many else working * trained, 2: 4 * trained if working == 4 else 0}
         left = after.get(stage, buckets + summed)
-    teacher = models.teacher_bytes()
+    teacher, host = models.teacher_bytes(placement), 0.0
     if placement == "shard":
         teacher = teacher / gpus + (min(LIVE * 2, teacher) if gpus > 1 else 0)
     elif placement == "offload":
-        teacher = min(LIVE * 2, teacher)
+        host, teacher = teacher / gpus, min(LIVE * 2, teacher)
+    if stage >= 2 and models.deepspeed.offloads_optimizer:
+        # Masters, states and sums of gradients are there, and the update.
+        host += optimizer + summed
+        optimizer, summed, step, left = 0, 0, 0, buckets
+    if stage == 3 and models.deepspeed.offloads_parameters:
+        host += whole / gpus
+        parameters = min(LIVE * working, whole)
     keeps = stage == 0 and accumulation == 1
-    static = parameters + optimizer + teacher
+    # On a CPU all of it is one memory.
+    static = parameters + optimizer + teacher + (host if models.on_cpu else 0)
 
     def forward(size: int) -> float:
         own = "keeping" if keeps else "student"
@@ -503,6 +571,7 @@ def _memory(
         buckets=round(buckets),
         activations=round(forward(micro) - (4 * trained if keeps and forward(micro) > 4 * trained else 0)),
         step=round(step),
+        host=round(host),
         peak=round(peak(micro)),
         largest_micro_batch=low,
     )
@@ -533,22 +602,29 @@ def render(found: Plan, console: Console) -> None:
         f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; "
         f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
     )
-    columns = ("ZeRO", "teacher", "weights", "optimizer", "gradients", "teacher's", "buckets", "activations", "update")
     table = Table(
-        *columns,
-        "peak",
-        "largest micro-batch",
+        *("ZeRO", "teacher", "weights", "Adam", "grads", "teacher", "buckets", "activ.", "peak", "fits"),
         title=f"GB a rank at micro-batch {found.memory[0].micro_batch}, {found.gpus} rank(s)",
         title_justify="left",
-        caption=f"of {found.budget / 1e9:.0f} GB, {found.allowance / 1e9:.1f} are left free; * as configured",
+        caption=f"of {found.budget / 1e9:.0f} GB, {found.allowance / 1e9:.1f} are left free; * as configured; fits: "
+        "the largest micro-batch that does",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for i, row in enumerate(found.memory):
-        sizes = (row.parameters, row.optimizer, row.gradients, row.teacher, row.buckets, row.activations, row.step)
+        sizes = (row.parameters, row.optimizer, row.gradients, row.teacher, row.buckets, row.activations, row.peak)
         mark = "*" if i == found.configured else ""
         most = f"≥ {row.largest_micro_batch}" if row.largest_micro_batch >= _MOST else str(row.largest_micro_batch)
-        shown = [f"{size / 1e9:.2f}" for size in (*sizes, row.peak)]
-        table.add_row(f"{row.stage}{mark}", row.placement, *shown, most if row.largest_micro_batch else "none fits")
+        shown = [f"{size / 1e9:.2f}" for size in sizes]
+        table.add_row(f"{row.stage}{mark}", row.placement, *shown, most if row.largest_micro_batch else "none")
     console.print(table)
+    host = found.memory[found.configured].host
+    if host:
+        console.print(f"and in main memory, as configured, {host / 1e9:,.2f} GB a rank")
+    for remark in found.told:
+        console.print(remark)
     console.print(
         f"{found.steps:,} steps of {found.batch_size}: {found.flops:.3g} FLOPs a step, {found.tokens:,.0f} tokens, "
         f"{found.bytes_read / 1e9:,.2f} GB read"

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from data.batch import DistillationBatch, Rows
-from vlm_distill.models.interface import VisionLanguageModel
+from data.batch import DistillationBatch, ModelInputs
+from vlm_distill.models.interface import Outputs, VisionLanguageModel
+from vlm_distill.models.vision_once import features_for_student
 from vlm_distill.models.weightless import Weightless, tensors_in
 
 aten = torch.ops.aten
@@ -148,6 +149,8 @@ def simulate(
     head: HeadCost,
     *,
     autocast: bool,
+    cached: int = 0,
+    vision_once: bool = False,
 ) -> Micro:
     """Runs a micro-batch without weights.
 
@@ -157,19 +160,27 @@ def simulate(
         batch: of real token ids, masks and positions.
         head: what the losses take.
         autocast: the student computes in bf16 from float32 parameters.
+        cached: bytes of what is read from disk in place of a teacher's outputs.
+        vision_once: the student takes its vision encoder's features from the teacher.
     """
     inputs = _bytes(batch)
-    hidden, teacher_peak, teacher_flops = None, 0, 0
+    kept, teacher_peak, teacher_flops = cached, 0, 0
+    given = batch.student.inputs
     if teacher is not None and batch.teacher is not None:
         with meter.counting(), torch.no_grad():
-            hidden = _forward(teacher, batch.teacher, autocast=False)
+            wanted = ["vision"] if vision_once else []
+            taught = _forward(teacher, batch.teacher.inputs, batch.teacher.positions, wanted, autocast=False)
         teacher_peak, teacher_flops = meter.peak, meter.flops
-    kept = 0 if hidden is None else hidden.nbytes
+        kept = taught.hidden.nbytes + sum(t.nbytes for t in taught.features.values())
     with meter.counting(), _gradients(meter, student):
-        states = _forward(student, batch.student, autocast=autocast)
+        if vision_once:
+            features = features_for_student(batch, taught.features["vision"])
+            given = ModelInputs({k: v for k, v in given.items() if k != "pixel_values"}, vision_features=features)
+            del features
+        states = _forward(student, given, batch.student.positions, autocast=autocast).hidden
         with student.head.weight() as weight:
             loss = _Losses.apply(states, weight, head.transient)
-        del states, weight
+        del states, weight, given
         loss.backward()
         del loss
     student.zero_grad(set_to_none=True)
@@ -182,9 +193,11 @@ def simulate(
     )
 
 
-def _forward(model: VisionLanguageModel, rows: Rows, *, autocast: bool) -> Tensor:
+def _forward(
+    model: VisionLanguageModel, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = (), *, autocast: bool
+) -> Outputs:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return model(rows.inputs.to("cpu", model.dtype), rows.positions).hidden
+        return model(inputs.to("cpu", model.dtype), positions, features)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class SequenceParallel:
     """A group of ranks that share their samples' tokens, while it is entered; outside of that each has its own.
 
     Args:
-        group: the process group.
+        group: the process group; ``None``: the others are not there, and a rank's part is only planned.
         rank: this one's number in it.
         size: how many they are.
     """
@@ -69,9 +69,7 @@ class SequenceParallel:
             others = set(getattr(body.config, "layer_types", None) or ()) - {"full_attention"}
             if others:
                 raise ValueError(f"it has layers of {', '.join(sorted(others))}")
-            if body.config._attn_implementation != NAME:  # as a teacher does that is its student's base
-                body.register_forward_pre_hook(_own_tokens, with_kwargs=True)
-                body.config._attn_implementation = NAME
+            prepare(model)
             with self.shared():
                 divided = model(inputs, places).hidden
         except Exception as error:
@@ -84,6 +82,14 @@ class SequenceParallel:
                 f"training.sequence_parallel: the {role}'s decoder does more than plain causal attention and cannot be "
                 "divided; leave it out"
             )
+
+
+def prepare(model: VisionLanguageModel) -> None:
+    """Makes a model's decoder one that is divided while ranks share sequences."""
+    body: Any = model.body
+    if body.config._attn_implementation != NAME:  # as a teacher does that is its student's base
+        body.register_forward_pre_hook(_own_tokens, with_kwargs=True)
+        body.config._attn_implementation = NAME
 
 
 _active: SequenceParallel | None = None
@@ -175,7 +181,8 @@ class _Exchange(torch.autograd.Function):
 def _exchange(tensor: Tensor, divided: int, whole: int, ranks: SequenceParallel) -> Tensor:
     sent = torch.stack(tensor.chunk(ranks.size, divided))
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=ranks.group)
+    if ranks.group is not None:
+        dist.all_to_all_single(received, sent, group=ranks.group)
     return torch.cat(list(received), whole)
 
 
@@ -194,5 +201,6 @@ class _Sum(torch.autograd.Function):
 
 def _summed(tensor: Tensor, ranks: SequenceParallel) -> Tensor:
     tensor = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(tensor, group=ranks.group)
+    if ranks.group is not None:
+        dist.all_reduce(tensor, group=ranks.group)
     return tensor

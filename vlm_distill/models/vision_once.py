@@ -10,12 +10,14 @@ from data.batch import DistillationBatch
 from .composed import ComposedVLM
 from .interface import VisionLanguageModel
 from .lora import WithoutAdapters
+from .weightless import weightless
 
 
 def sees_as(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
     """Whether the student's vision encoder is frozen and is the teacher's: one module, or equal settings and weights.
 
-    Assembled models alone, whole on this rank. Weights are compared in the teacher's precision.
+    Assembled models alone, whole on this rank. Weights are compared in the teacher's precision; where there are none,
+    they are taken to be equal.
     """
     if isinstance(teacher, WithoutAdapters):
         teacher = teacher.model
@@ -25,10 +27,10 @@ def sees_as(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
     if mine is None or other is None or any(p.requires_grad for p in mine.parameters()):
         return False
     weights, others = mine.state_dict(), other.state_dict()
-    return (
-        mine.settings == other.settings
-        and weights.keys() == others.keys()
-        and all(torch.equal(weights[name].to(theirs.device, theirs.dtype), theirs) for name, theirs in others.items())
+    if mine.settings != other.settings or weights.keys() != others.keys():
+        return False
+    return weightless() or all(
+        torch.equal(weights[name].to(theirs.device, theirs.dtype), theirs) for name, theirs in others.items()
     )
 
 

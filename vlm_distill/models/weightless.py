@@ -40,6 +40,18 @@ def from_pretrained(kind: Any, name: str, *, config: Any = None, **options: Any)
     return kind.from_config(config, **{k: v for k, v in options.items() if k != "quantization_config"})
 
 
+class _Fake(FakeTensorMode):
+    """PyTorch's own, which looks for a GPU's driver at every operation, as long as it finds none."""
+
+    def __init__(self) -> None:
+        self._no_device = super().avoid_device_init
+        super().__init__()
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return self._no_device
+
+
 class Weightless(TorchDispatchMode):
     """While it is open, parameters of new modules are fake, and so is everything computed from them.
 
@@ -48,14 +60,17 @@ class Weightless(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode()
+        self.fake = _Fake()
 
     def __enter__(self) -> Self:
+        from transformers import PreTrainedModel
         from transformers.initialization import no_init_weights
 
         self._token = _on.set(True)
         self._uninitialised = no_init_weights()
         self._uninitialised.__enter__()
+        # What ties embeddings and output layer, too, and is left out otherwise.
+        PreTrainedModel.init_weights = lambda model: model.tie_weights(recompute_mapping=False)  # type: ignore[method-assign]
         self._register = nn.Module.register_parameter
         register, fake = self._register, self.fake
 
