@@ -175,6 +175,26 @@ def test_conversations(folders, processor):
     assert len({problem.reason for problem in found}) > 25
 
 
+def test_webdataset(folders, processor):
+    inside, _ = folders
+    pictures = mutants.images(seed=7, count=100)
+    records = mutants.records(8, 100, processor.tokenizer.eos_token)
+    asked = json.dumps(mutants.chat("<image>what")).encode()
+    members = [(f"{i:03}.{k}", c) for i, m in enumerate(pictures) for k, c in (("json", asked), ("jpg", m.content))]
+    lines = [m.content if isinstance(m.content, bytes) else json.dumps(m.content).encode() for m in records]
+    # Of records without an image beside them, what counts is that each has an end, and that none reads a file.
+    members += [(f"r{i:03}.json", line) for i, line in enumerate(lines)]
+    with tarfile.open(inside / "shard.tar", "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    either = [mutants.Mutant(m.name, b"", mutants.EITHER) for m in records]
+    dataset, count = steps_of([open_source(inside / "shard.tar")], processor)
+    problems, good = drain(dataset, count)
+    check(problems, good, {"shard": dict(enumerate([*pictures, *either], 1))})
+
+
 def test_rows_of_a_table(folders, processor):
     import datasets
     import pyarrow.parquet
