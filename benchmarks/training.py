@@ -14,8 +14,8 @@ names the quartiles of what results. The sides take turns epoch by epoch in one 
 ratio is the median over rounds of one side's tokens a second over TRL's in the same round. With one thread on a CPU a
 side's time is the processor's, which others on the machine hardly change; otherwise it is the clock's.
 
-Peak memory is above weights, gradients and the optimizer's state: on a CPU what torch's allocator held in an epoch of its
-own under the profiler, on a GPU ``max_memory_allocated``. Caches are filled before, as ``vlm-distill cache`` does.
+Peak memory is above weights, gradients and the optimizer's state: on a CPU what torch's allocator held in an epoch of
+its own under the profiler, on a GPU ``max_memory_allocated``. Caches are filled before, as ``vlm-distill cache`` does.
 """
 
 from __future__ import annotations
