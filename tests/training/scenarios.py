@@ -3,6 +3,8 @@
     deepspeed --num_gpus 2 tests/training/scenarios.py FOLDER          two ranks
     python tests/training/scenarios.py FOLDER                          one
 
+With FOLDER's name ending in ``slow``, those that ``make test`` leaves out.
+
 Writes FOLDER/ranks{world}/{scenario}.json: the metrics of every step, the weights' digest, and what each rank saw.
 """
 
@@ -205,6 +207,19 @@ RESUMED += [
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
+# Near to another one: `make test-slow` runs them.
+SLOW = {
+    *("zero1", "tied_zero2", "llava_zero2", "ctkd_zero2", "features_zero1", "features_zero2", "replay_zero0"),
+    *("features_checkpointing_zero0", "layer_zero1", "layer_zero2", "images_zero1", "images_zero2", "uld_zero2"),
+    *("packed_mixed_zero2", "packed_llava_zero3", "lora_zero2", "seeing_once_zero2", "language_shard_zero2"),
+    *("text_shard_zero3", "offload_teacher_llava_zero3", "hpz_zero3", "sequence_zero0", "sequence_zero3"),
+    *("sequence_checkpointing_zero2", "bf16_features_zero0", "bf16_features_zero2", "features_shard_zero2"),
+    *("features_llava_shard_zero3", "lora_checkpointing_zero3"),
+    *(f"resumed_{name}" for name in ("zero1", "bf16_zero0", "bf16_zero3", "own_base_zero3", "lora_bf16_zero2")),
+    *(f"resumed_{name}" for name in ("persistent_zero3", "dropout_zero2", "batchnorm_zero2", "bf16_features_zero2")),
+    *(f"resumed_features_zero{stage}" for stage in range(3)),
+}
+
 
 def sharded_inference(dtype: torch.dtype, offload: bool = False, settings: Any = engine._inference_config) -> dict:
     config = settings(dtype, offload)
@@ -227,6 +242,8 @@ def main(folder: Path) -> None:
         tiny.write_llava(folder / "llava_student", layers=2)
     processes.barrier()
     for name, changes in (SHARED | (TWO_RANKS if processes.world > 1 else {})).items():
+        if (name in SLOW) != folder.name.endswith("slow"):
+            continue
         out = folder / f"ranks{processes.world}" / name
         if processes.first:
             shutil.rmtree(out, ignore_errors=True)
