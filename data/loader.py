@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -179,7 +182,7 @@ def make_loader(dataset: Dataset[Step], start: int, stop: int, workers: int = 0,
         The steps, in pinned memory where there is a CUDA device.
 
     Raises:
-        UserError: as the dataset raises it, when its step's turn comes.
+        UserError: as the dataset raises it, when its step's turn comes; a worker was killed or has crashed.
     """
     if workers:
         _allow_many_open_files()
@@ -195,10 +198,40 @@ def make_loader(dataset: Dataset[Step], start: int, stop: int, workers: int = 0,
         # A loader draws a seed when it starts; the training's random numbers are not its to take.
         generator=torch.Generator(),
     )
-    for delivery in loader:
+    others, before = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    deliveries = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # DataLoader's would raise wherever this process is when a worker dies: inside a destructor that aborts it.
+        signal.signal(signal.SIGCHLD, before)
+    own = [process for process in multiprocessing.active_children() if process not in others]
+    while True:
+        try:
+            delivery = next(deliveries)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            died = _death_of(own)
+            if died is None:
+                raise
+            raise UserError(died) from error
         if isinstance(delivery.content, str):
             raise UserError(delivery.content)
         yield delivery.content
+
+
+def _death_of(workers: Sequence[multiprocessing.process.BaseProcess]) -> str | None:
+    """That one of these processes was killed or has crashed, in words; ``None`` where none was."""
+    wait([worker.sentinel for worker in workers], 1.0)  # what one sends can be cut off a moment before it has ended
+    worker = next((worker for worker in workers if worker.exitcode), None)
+    if worker is None or worker.exitcode is None:
+        return None
+    if worker.exitcode == -signal.SIGBUS:
+        cause = "a data file was cut short while it was read, or /dev/shm is full; mend that"
+    else:
+        cause = "this machine ran out of memory, or somebody stopped it; fewer data.workers and a smaller data.prefetch"
+        cause += " need less"
+    how = f" of {signal.Signals(-worker.exitcode).name}" if worker.exitcode < 0 else ""
+    return f"a worker that reads the data (process {worker.pid}) died{how}: {cause}"
 
 
 @dataclass

@@ -15,7 +15,6 @@ from vlm_distill.launch import MISTAKE, OUT_OF_MEMORY, RESTART, Failure
 
 # What PyTorch says of the memory of a CPU, for which it has no class of error.
 _CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory", re.IGNORECASE)
-_WORKER = re.compile(r"DataLoader worker \(pid.*?(\d[\d, ]*)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -39,15 +38,6 @@ def explain(error: Exception, phase: str) -> Failure | None:
     if out_of_memory(error):
         remedy = "a smaller evaluation.batch_size, a higher deepspeed.stage or a sharded teacher need less"
         return Failure(f"out of memory in {phase}: {_peak()}; {remedy}", OUT_OF_MEMORY)
-    died = _WORKER.search(str(error))
-    if isinstance(error, RuntimeError) and died is not None:
-        if died[2] and "Bus error" in died[2]:
-            cause = "a data file was cut short while it was read, or /dev/shm is full; mend that"
-        else:
-            cause = "this machine ran out of memory, or somebody stopped it; fewer data.workers and a smaller"
-            cause += " data.prefetch need less"
-        how = f" of {died[2].strip()}" if died[2] else ""
-        return Failure(f"a worker that reads the data (process {died[1]}) died{how} in {phase}: {cause}", MISTAKE)
     return None
 
 
