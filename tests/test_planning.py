@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from data.errors import UserError
 from vlm_distill import cli, planning
-from vlm_distill.config import RunConfig
+from vlm_distill.config import DeepSpeedSection, RunConfig
 from vlm_distill.devices import DEVICES, known_device
 from vlm_distill.models import build_vlm
 from vlm_distill.reporting.report import write_report
@@ -95,7 +95,8 @@ def test_the_report_shows_plan_and_fact(planned):
 
 def _models(**changes):
     plain = {"trained": 100, "learned": 0, "total": 100, "largest": 50, "bf16": False, "on_cpu": False}
-    bytes_of = {"parameter_bytes": lambda stage: 400.0, "teacher_bytes": lambda: 1000.0}
+    plain["deepspeed"] = DeepSpeedSection()
+    bytes_of = {"parameter_bytes": lambda stage: 400.0, "teacher_bytes": lambda placement: 1000.0}
     return SimpleNamespace(**plain | bytes_of | changes)
 
 
@@ -114,9 +115,105 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
 
 def test_a_shared_or_sharded_teacher_takes_its_share():
     points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
-    many = _models(teacher_bytes=lambda: 8e10)
+    many = _models(teacher_bytes=lambda placement: 8e10)
     sizes = {p: planning._memory(many, points, 1, 2, p, 8, 1, 1e12).teacher for p in ("replicate", "shard")}
     assert sizes == {"replicate": 8e10, "shard": 1e10 + 2e9}  # and what is whole at once of a sharded one
+    row = planning._memory(many, points, 1, 2, "offload", 8, 1, 1e12)
+    assert (row.teacher, row.host) == (2e9, 1e10)
+
+
+def test_what_is_offloaded_lies_in_main_memory():
+    points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
+    plain = planning._memory(_models(), points, 1, 3, "replicate", 1, 1, 1e12)
+    places = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    offloads = DeepSpeedSection(zero_optimization=places)
+    moved = planning._memory(_models(deepspeed=offloads), points, 1, 3, "replicate", 1, 1, 1e12)
+    assert plain.host == 0
+    assert moved.host == plain.optimizer + plain.gradients + plain.parameters
+    assert (moved.optimizer, moved.gradients, moved.step) == (0, 0, 0)
+    assert moved.peak == plain.peak - plain.optimizer - plain.gradients - plain.step
+    here = planning._memory(_models(deepspeed=offloads, on_cpu=True), points, 1, 3, "replicate", 1, 1, 1e12)
+    assert here.peak > moved.peak  # it is the same memory
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.127)])
+def test_weights_of_fewer_bits_are_those_of_linear_layers_but_the_output_layer(kind, bits):
+    with Meter():
+        model = build_vlm(tiny.settings(), tokenizer=tiny.make_tokenizer(tiny.WORDS)).requires_grad_(False)
+        whole = sum(p.nbytes for p in model.parameters())
+        layers = [m for m in model.decoder.model.modules() if isinstance(m, torch.nn.Linear)]
+        packed = sum(layer.weight.numel() for layer in layers)
+        found = planning._Models.teacher_bytes(SimpleNamespace(teacher=model), kind)
+    assert packed > 1000
+    assert found == whole - 4 * packed + packed * bits / 8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_weights_count_once(tied):
+    settings, tokenizer = tiny.settings(tied=tied), tiny.make_tokenizer(tiny.WORDS)
+    with Meter():
+        counted = sum(p.numel() for p in build_vlm(settings, tokenizer=tokenizer).parameters())
+    assert counted == sum(p.numel() for p in build_vlm(settings, tokenizer=tokenizer).parameters())
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """Plans of one run by what is changed in it."""
+    folder = tmp_path_factory.mktemp("plans")
+    teacher, data = tiny.write_teacher(folder / "teacher"), tiny.write_data(folder / "data", text_only=tuple(range(0, 24, 2)))
+    plain = tiny.config(folder / "run", data, teacher, loss=[{"name": "forward_kl"}])
+    plain["student"]["vision_encoder"] = tiny.settings(width=24)["vision_encoder"]
+    plain["training"] |= {"batch_size": 32, "micro_batch_size": 8}
+    changed = {
+        "live": {},
+        "hidden": {"teacher__cache": {"folder": "nowhere"}},
+        "topk": {"teacher__cache": {"folder": "nowhere", "form": "topk", "k": 8}},
+        "packed": {"data__packing": True},
+        "frozen": {"student__train": ["projector", "decoder"], "teacher__dtype": "bf16"},
+        "once": {"student__train": ["projector", "decoder"]},
+        "divided": {"training__sequence_parallel": 2},
+    }
+    found = {}
+    for name, changes in changed.items():
+        own = json.loads(json.dumps(plain))
+        for path, value in changes.items():
+            section, _, key = path.partition("__")
+            own[section][key] = value
+        found[name] = planning.plan(RunConfig.model_validate(own), gpus=2)
+    return found
+
+
+def _configured(found):
+    return found.memory[found.configured]
+
+
+def test_a_cached_teacher_leaves_its_head_or_nothing(plans):
+    live, hidden, topk = plans["live"], plans["hidden"], plans["topk"]
+    head = next(part.parameters for part in live.parts if (part.model, part.name) == ("teacher", "lm_head"))
+    assert _configured(hidden).teacher == 4 * head < _configured(live).teacher
+    assert _configured(topk).teacher == 0
+    assert {row.placement for row in hidden.memory} == {"cached"}
+    assert [p.name for p in hidden.parts if p.model == "teacher"] == ["lm_head"]
+    assert topk.flops < hidden.flops < live.flops
+
+
+def test_packed_rows_take_less_time(plans):
+    live, packed = plans["live"], plans["packed"]
+    assert packed.flops < 0.95 * live.flops
+    assert packed.tokens == live.tokens
+
+
+def test_a_shared_vision_encoder_runs_once(plans):
+    assert plans["once"].flops < 0.9 * plans["frozen"].flops
+    assert "runs once" in plans["once"].told[0]
+    assert not plans["frozen"].told
+
+
+def test_ranks_that_share_sequences_share_the_decoder_s_activations(plans):
+    live, divided = plans["live"], plans["divided"]
+    assert _configured(divided).activations < 0.8 * _configured(live).activations
+    # Both ranks run the vision encoder on all images, and each half of the rest.
+    assert live.flops < divided.flops < 1.6 * live.flops
 
 
 def test_an_unknown_device_and_an_unknown_model_are_told_in_one_line(tmp_path):

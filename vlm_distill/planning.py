@@ -251,6 +251,8 @@ class _Models:
         guide = self.teacher if self.guides and self.cache is None else None
         packing = plan_packing(config.data, self.student, self.teacher if self.guides else None)
         self.packed, self.told = packing.packed, packing.told
+        if any(self.packed):
+            self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
         self.vision_once = (
             guide is not None and guide.dtype == DTYPES[config.training.dtype] and sees_as(self.student, guide)
         )

@@ -17,6 +17,8 @@ from data.batch import Encoded
 from data.conversation import Conversation
 from data.errors import BadSample
 
+from .weightless import weightless
+
 if TYPE_CHECKING:
     from .interface import Processor, VisionLanguageModel
 
@@ -92,11 +94,12 @@ def keeps_apart(model: VisionLanguageModel) -> bool:
 
     Two rows hold the same samples in the middle, between others: pictures in one row, as many tokens of text in the
     other. The hidden states in the middle must be the same. Layers with a state or a convolution run on from one
-    sample into the next, and some masks take places in the row for places in the sample.
+    sample into the next, and some masks take places in the row for places in the sample. Without weights, which tell
+    nothing, the model is taken to do it.
     """
     samples = _trial(model.processor)
-    if samples is None:
-        return False
+    if samples is None or weightless():
+        return samples is not None
     picture, text, *middle = samples
     rows = [model.processor.join([edge, *middle, edge]) for edge in (picture, text)]
     device, training = next(model.parameters()).device, model.training
