@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -272,6 +273,9 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # What the training has left is not this process's to destroy: threads of its communication, which that would wait
+    # for or join, are not here.
+    gc.freeze()
 
 
 def _allow_many_open_files() -> None:

@@ -24,10 +24,10 @@ WAITED = 4
 #: Names the file in which a rank that ran out of memory leaves the overrides to start again with.
 RESTART = "VLM_DISTILL_RESTART"
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES)
-# Seconds. A launcher stops all ranks within this time of the first that fails.
-_OTHERS_ARE_STOPPED = 3
-# Seconds in which ranks may say why they end after one of them has failed, and between looks at them.
-_PATIENCE = 10
+# Seconds after a rank has failed: the others may end by themselves, then they are asked to, then they are killed.
+_BY_THEMSELVES = 2.0
+_OTHERS_ARE_STOPPED = 4.0
+_PATIENCE = 10.0
 _LOOK_AGAIN = 0.1
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -48,10 +48,7 @@ class Failure(Exception):
 
 
 def launch_training(module: str, arguments: Sequence[str], nproc: int) -> int:
-    """What :func:`launch` does, for a training: out of memory, it is started again as its ranks say, if they do.
-
-    A rank that a signal has killed could not say so itself.
-    """
+    """What :func:`launch` does, for a training: out of memory, it is started again as its ranks say, if they do."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "overrides"
         os.environ[RESTART] = str(path)
@@ -63,23 +60,7 @@ def launch_training(module: str, arguments: Sequence[str], nproc: int) -> int:
                 arguments = [*arguments, *again]
         finally:
             del os.environ[RESTART]
-    # Python, a shell and a launcher each have their own way to put a signal into an exit code.
-    for killer in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
-        if code not in (-killer, 128 + killer, 256 - killer):
-            continue
-        print(
-            f"vlm-distill: a process of this run was killed by {killer.name}{_LIKELY.get(killer, '')}; "
-            "start the command again to resume from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
     return code
-
-
-_LIKELY = {
-    signal.SIGKILL: ", perhaps because this machine ran out of memory (dmesg tells; fewer data.workers need less)",
-    signal.SIGBUS: ", perhaps because a data file was cut short while it was read, or /dev/shm is full",
-}
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
@@ -122,23 +103,40 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for all ranks, and ends the others after one has failed; returns the first failure's exit code."""
-    running, code = list(ranks), 0
-    patience = float("inf")
+    running, code, since = dict(enumerate(ranks)), 0, 0.0
     while running:
-        for process in running:
-            if process.poll():
-                code = code or process.returncode
-        running = [process for process in running if process.returncode is None]
-        if code and running:
-            if patience == float("inf"):
-                patience = time.monotonic() + _PATIENCE
-                for process in running:
-                    process.terminate()
-            if time.monotonic() > patience:
-                for process in running:
-                    process.kill()
+        for rank, process in running.items():
+            if process.poll() and not code:
+                code, since = process.returncode, time.monotonic()
+                _tell_signal(rank, process.pid, -code)
+        running = {rank: process for rank, process in running.items() if process.returncode is None}
+        waited = time.monotonic() - since
+        for process in running.values() if code else ():
+            if code < 0 or waited > _PATIENCE:
+                process.kill()
+            elif waited > _BY_THEMSELVES:
+                process.terminate()
         time.sleep(_LOOK_AGAIN)
     return code if code >= 0 else 128 - code
+
+
+def _tell_signal(rank: int, process: int, number: int) -> None:
+    """Names a rank that the system has killed, which could not say so itself."""
+    if number in _LIKELY:
+        print(
+            f"vlm-distill: rank {rank} (process {process}) was killed by {signal.Signals(number).name}"
+            f"{_LIKELY[number]}; start the command again, which goes on from what is saved",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+_LIKELY: dict[int, str] = {
+    signal.SIGKILL: ", perhaps because this machine ran out of memory (dmesg tells; fewer data.workers need less)",
+    signal.SIGBUS: ", perhaps because a data file was cut short while it was read, or /dev/shm is full",
+    signal.SIGSEGV: "",
+    signal.SIGABRT: "",
+}
 
 
 def settle_accelerator() -> None:
@@ -164,26 +162,29 @@ def guarded(command: Callable[[], object]) -> int:
     except Failure as failure:
         print(f"vlm-distill: {failure}", file=sys.stderr, flush=True)
         return failure.code
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        print(f"vlm-distill: {error.filename or 'output'}: {os.strerror(error.errno).lower()}", file=sys.stderr)
-        return MISTAKE
     return 0
 
 
 def _with_paths_told(command: Callable[[], object]) -> None:
-    """Runs a command; a path that no file can have, or that may not be read, is a person's mistake."""
     try:
         command()
-    except OSError as error:
-        if error.errno not in _PATH_ERRORS or error.filename is None:
+    except (OSError, RuntimeError) as error:
+        mistake = mistake_of(error)
+        if mistake is None:
             raise
-        raise UserError(f"{str(error.filename)[:200]}: {error.strerror}; check the path") from None
-    except RuntimeError as error:  # of `Path.resolve`, before Python 3.13
-        if not str(error).startswith("Symlink loop"):
-            raise
-        raise UserError(f"{error}; check the path") from None
+        raise UserError(mistake) from None
+
+
+def mistake_of(error: Exception) -> str | None:
+    """A path that no file can have or that may not be read, or a full disk, in one line; ``None``: something else."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}"
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
+        return f"{str(error.filename)[:200]}: {error.strerror}; check the path"
+    # Of `Path.resolve`, before Python 3.13.
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return f"{error}; check the path"
+    return None
 
 
 def leave(code: int) -> NoReturn:

@@ -50,7 +50,7 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> No
     try:
         run(config, processes)
     except Exception as error:
-        failure = explain(error, processes.watch.where)
+        failure = explain(error, processes.watch.where, processes.device)
         if failure is not None:
             start_again(failure)
         if processes.world > 1:

@@ -9,7 +9,7 @@ import yaml
 from forks import Forks
 
 STEPS = 8
-TIMES = ("seconds", "waiting", "tokens_per_second", "images_per_second", "answers_per_second")
+TIMES = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "flops_per_second", "peak_bytes")
 RUN = "vlm_distill.train"
 
 

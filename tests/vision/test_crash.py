@@ -8,7 +8,7 @@ import yaml
 from forks import Forks
 
 STEPS = 6
-TIMES = ("seconds", "waiting", "images_per_second", "answers_per_second")
+TIMES = ("seconds", "waiting", "images_per_second", "answers_per_second", "peak_bytes")
 RUN = "vision.train"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from data.errors import UserError
 from vlm_distill.config import AnyRun, halved
-from vlm_distill.launch import MISTAKE, OUT_OF_MEMORY, RESTART, Failure
+from vlm_distill.launch import MISTAKE, OUT_OF_MEMORY, RESTART, Failure, mistake_of
 
 # What PyTorch says of the memory of a CPU, for which it has no class of error.
 _CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory", re.IGNORECASE)
@@ -24,25 +25,27 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _CPU_MEMORY.search(str(error)) is not None
 
 
-def explain(error: Exception, phase: str) -> Failure | None:
+def explain(error: Exception, phase: str, device: torch.device) -> Failure | None:
     """What an exception is to a person; ``None`` where it is a fault of this program, and its traceback says more.
 
     Args:
         error: what was raised.
         phase: what the rank was doing, after "in".
+        device: its own.
     """
     if isinstance(error, Failure):
         return error
-    if isinstance(error, UserError):
-        return Failure(str(error), MISTAKE)
+    mistake = str(error) if isinstance(error, UserError) else mistake_of(error)
+    if mistake is not None:
+        return Failure(mistake, MISTAKE)
     if out_of_memory(error):
         remedy = "a smaller evaluation.batch_size, a higher deepspeed.stage or a sharded teacher need less"
-        return Failure(f"out of memory in {phase}: {_peak()}; {remedy}", OUT_OF_MEMORY)
+        return Failure(f"out of memory in {phase}: {_peak(device)}; {remedy}", OUT_OF_MEMORY)
     return None
 
 
 def out_of_memory_in_step(
-    error: Exception, config: AnyRun, world: int, *, phase: str, shape: str, recomputes: bool
+    error: Exception, config: AnyRun, world: int, device: torch.device, *, phase: str, shape: str, recomputes: bool
 ) -> Failure:
     """The end of a run whose step did not fit, with the overrides that would make it fit if it is to be halved.
 
@@ -50,6 +53,7 @@ def out_of_memory_in_step(
         error: of which :func:`out_of_memory` is true.
         config: the run's.
         world: number of ranks.
+        device: this rank's.
         phase: what the rank was doing.
         shape: of the micro-batch, in words.
         recomputes: whether ``training.recompute_logits`` is a remedy that is left.
@@ -60,7 +64,7 @@ def out_of_memory_in_step(
     remedies += [] if training.activation_checkpointing else ["training.activation_checkpointing=true"]
     remedies += [] if config.deepspeed.stage == 3 or world == 1 else [f"deepspeed.stage={config.deepspeed.stage + 1}"]
     try_these = f"try {', '.join(remedies)}" if remedies else "the model needs more memory than there is"
-    said = f"out of memory in {phase}, a micro-batch of {shape}: {_peak()}; {try_these}"
+    said = f"out of memory in {phase}, a micro-batch of {shape}: {_peak(device)}; {try_these}"
     if training.on_oom == "fail":
         return Failure(said, OUT_OF_MEMORY)
     if smaller is None:
@@ -101,13 +105,21 @@ def not_finite(step: int, terms: Sequence[str], found: Sequence[str], *, gradien
     )
 
 
-def _peak() -> str:
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        peak = torch.cuda.max_memory_allocated()
-        return f"at most {peak / 2**30:.1f} GiB were in use, of {total / 2**30:.1f} GiB {free / 2**30:.1f} are free now"
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU since that was last reset, or this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
-        return "main memory"
-    return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of main memory were in use"
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peak(device: torch.device) -> str:
+    peak = f"at most {peak_memory(device) / 2**30:.1f} GiB"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{peak} were in use, of {total / 2**30:.1f} GiB {free / 2**30:.1f} are free now"
+    return f"{peak} of main memory were in use"

@@ -27,7 +27,7 @@ from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 
 from . import checkpoint
 from .engine import Engine, Processes
-from .failures import not_finite, out_of_memory, out_of_memory_in_step
+from .failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
 from .output import cause_of, claim, put_in_place
 from .stopping import Stopping
 from .tracking import Tracker
@@ -290,6 +290,7 @@ class Loop(ABC):
                 error,
                 self.settings,
                 self.processes.world,
+                self.processes.device,
                 phase=self.processes.watch.where,
                 shape=self.shape(micro),
                 recomputes=getattr(self.settings.training, "recompute_logits", True) is False,
@@ -328,7 +329,7 @@ class Loop(ABC):
     def _peak(self) -> int:
         """This rank's peak memory since the last step, in bytes; what the CPU's processes held is never forgotten."""
         device = self.processes.device
-        peak = _peak_memory(device)
+        peak = peak_memory(device)
         self.peak_bytes = max(self.peak_bytes, peak)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -423,6 +424,8 @@ class Loop(ABC):
             self._note_problems(skipped)
             if self.compared_by is not None:
                 self._keep_best(done, score, tracker)
+            # A signal that ends the first rank here while it still writes must find the others here, too.
+            self.processes.barrier()
 
     def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
         # The first rank alone has the score, and perhaps the folder.
@@ -471,7 +474,7 @@ class Loop(ABC):
             "ranks": self.processes.world,
             "versions": {p: version(p) for p in ("torch", "transformers", "timm", "deepspeed")},
             "parameters": self.parameters,
-            "memory": {"peak_bytes": max(self.peak_bytes, _peak_memory(device))},
+            "memory": {"peak_bytes": max(self.peak_bytes, peak_memory(device))},
             "problems": problems,
         }
         planned = self.folder / "plan.json"  # where `vlm-distill plan` leaves it
@@ -480,15 +483,3 @@ class Loop(ABC):
         aside = self.folder / "summary.json.part"
         aside.write_text(json.dumps(summary | self.final_summary(), indent=1) + "\n")
         aside.replace(self.folder / "summary.json")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, or this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
