@@ -342,7 +342,9 @@ def collate(
     nothing = torch.empty(0, dtype=torch.int64)
 
     def rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], packs: bool) -> Rows:
-        shared = [packs or (number < len(pairs) and pairs[number].document) for number in range(len(samples))]
+        # What a cache keeps is counted through the pairs: their rows stay in this order, and nothing is run on them.
+        may = not isinstance(processor, CachedRows)
+        shared = [may and (packs or (number < len(pairs) and pairs[number].document)) for number in range(len(samples))]
         return _rows(processor, samples, tokens, shared)
 
     lengths = torch.tensor([len(pair.student_tokens) for pair in pairs], dtype=torch.int64)
