@@ -354,9 +354,9 @@ def collate(
     nothing = torch.empty(0, dtype=torch.int64)
 
     def rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], packs: bool) -> Rows:
-        # What is cached stands in the pairs' order.
-        documents = [pair.document and not isinstance(processor, CachedRows) for pair in pairs]
-        shared = [packs or (number < len(pairs) and documents[number]) for number in range(len(samples))]
+        # What a cache keeps is counted through the pairs: their rows stay in this order, and nothing is run on them.
+        may = not isinstance(processor, CachedRows)
+        shared = [may and (packs or (number < len(pairs) and pairs[number].document)) for number in range(len(samples))]
         return _rows(processor, samples, tokens, shared)
 
     lengths = torch.tensor([len(pair.student_tokens) for pair in pairs], dtype=torch.int64)

@@ -110,6 +110,14 @@ def test_killed_at_every_point_on_one_rank(runs, forks):
     assert_same(runs.folder / "killed", runs.straight(1))
 
 
+def test_a_finished_run_started_again_changes_nothing(runs, forks):
+    straight = runs.straight(1)
+    before = story(straight)
+    codes, told = forks(RUN, runs.folder / f"{straight.name}.yaml")
+    assert codes == [0], told
+    assert story(straight) == before
+
+
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_between_two_ranks_writes(runs, forks, victim):
     config = runs.config(f"killed_rank{victim}")

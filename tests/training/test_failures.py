@@ -193,8 +193,11 @@ def test_a_full_gpu_halves_the_micro_batch_and_resumes(tmp_path, teacher, ranks)
             deepspeed__stage=2 if ranks > 1 else 0,
         )
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(plain))
-        code, errors = command(name, "train", str(tmp_path / f"{name}.yaml"), "--nproc", str(ranks))
-        assert code == 0, errors[-3000:]
+        if name == "straight" and ranks == 1:
+            assert train.main([str(tmp_path / f"{name}.yaml")]) == 0
+        else:
+            code, errors = command(name, "train", str(tmp_path / f"{name}.yaml"), "--nproc", str(ranks))
+            assert code == 0, errors[-3000:]
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         stories.append([json.loads(line) for line in lines])
     assert "out of memory in step 3, " in errors
