@@ -113,11 +113,10 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     assert fits == {3_000: 0, 20_000: 8, 20_199: 8, 1_000: 0}
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_what_is_said_to_fit_is_what_does(tmp_path, stage):
+def test_what_is_said_to_fit_is_what_does(tmp_path):
     data, teacher = tiny.write_data(tmp_path / "data", rows=8), tiny.write_teacher(tmp_path / "teacher")
     plain = tiny.config(tmp_path / "run", data, teacher)
-    plain["deepspeed"]["stage"], limit = stage, 0.03
+    plain["deepspeed"]["stage"], limit = 2, 0.03
     found = planning.plan(RunConfig.model_validate(plain), memory=limit, device="cpu")
     most = _configured(found).largest_micro_batch
     assert most > 16
