@@ -113,6 +113,18 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     assert fits == {3_000: 0, 20_000: 8, 20_199: 8, 1_000: 0}
 
 
+def test_what_is_said_to_fit_is_what_does(tmp_path):
+    data, teacher = tiny.write_data(tmp_path / "data", rows=8), tiny.write_teacher(tmp_path / "teacher")
+    plain = tiny.config(tmp_path / "run", data, teacher)
+    plain["deepspeed"]["stage"], limit = 2, 0.03
+    found = planning.plan(RunConfig.model_validate(plain), memory=limit, device="cpu")
+    most = _configured(found).largest_micro_batch
+    assert most > 16
+    plain["training"] |= {"micro_batch_size": most, "batch_size": 2 * most}
+    full = planning.plan(RunConfig.model_validate(plain), memory=limit, device="cpu")
+    assert 0.93e9 * limit < _configured(full).peak < 1.03e9 * limit
+
+
 def test_a_shared_or_sharded_teacher_takes_its_share():
     points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
     many = _models(teacher_bytes=lambda placement: 8e10)
@@ -160,7 +172,10 @@ def test_tied_weights_count_once(tied):
 def plans(tmp_path_factory):
     """Plans of one run by what is changed in it."""
     folder = tmp_path_factory.mktemp("plans")
-    teacher, data = tiny.write_teacher(folder / "teacher"), tiny.write_data(folder / "data", text_only=tuple(range(0, 24, 2)))
+    teacher, data = (
+        tiny.write_teacher(folder / "teacher"),
+        tiny.write_data(folder / "data", text_only=tuple(range(0, 24, 2))),
+    )
     plain = tiny.config(folder / "run", data, teacher, loss=[{"name": "forward_kl"}])
     plain["student"]["vision_encoder"] = tiny.settings(width=24)["vision_encoder"]
     plain["training"] |= {"batch_size": 32, "micro_batch_size": 8}

@@ -23,11 +23,12 @@ class Device:
     bandwidth: float
 
 
-# NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200", "A100 Tensor Core GPU", "L40S",
-# "L4", "A10" and "Ada GPU architecture" (RTX 4090), AMD's "Instinct MI300X". Numbers that a sheet gives with sparsity
-# are halved. Of names that several match, the first counts.
+# NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200" and "HGX B200" (an eighth of each
+# sum), "A100 Tensor Core GPU", "L40S", "L4", "A10" and "Ada GPU architecture" (RTX 4090, products summed in float32),
+# AMD's "Instinct MI300X". Numbers that a sheet gives with sparsity are halved. Of names that several match, the first
+# counts.
 DEVICES = {
-    "b200": Device(("B200",), 2.25e15, 75e12, 180, 7.7e12),
+    "b200": Device(("B200",), 2.25e15, 75e12, 180, 8e12),
     "h200": Device(("H200",), 989e12, 67e12, 141, 4.8e12),
     "h100-pcie": Device(("H100", "PCIe"), 756e12, 51e12, 80, 2.0e12),
     "h100": Device(("H100",), 989e12, 67e12, 80, 3.35e12),

@@ -63,6 +63,8 @@ BUCKET, LIVE = 500_000_000, 1_000_000_000
 #: Bits of a quantised weight with its scales: one of 8 bits for 64 weights, and its own scale for 256 of these.
 BITS = {"nf4": 4.127, "int8": 8.0, "fp8": 8.0}
 _MOST = 4096
+#: Micro-batches up to this are planned beside one of eight times their size.
+_FAR = 16
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
         models = _Models(config, device)
         pairs, sequences, epoch_steps = _sample(config, models)
         longest = max(pairs, key=lambda pair: len(pair.student.input_ids))
-        sizes = sorted({1, micro if micro > 1 else 2})
+        sizes = (micro, 8 * micro if micro <= _FAR else 1)
         points = {size: models.run(meter, [longest] * size) for size in sizes}
         typical = points[micro] if sequences.sampled == 0 else models.run(meter, (pairs * micro)[:micro])
     own, placements = models.placements()
@@ -199,6 +201,8 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
     configured = 0
     for placement in placements:
         for stage in STAGES:
+            if stage == 3 and config.student.quantize is not None:
+                continue  # which no run does
             if stage == config.deepspeed.stage and placement == own:
                 configured = len(rows)
             rows.append(_memory(models, points, micro, stage, placement, gpus, accumulation, budget - allowance))
@@ -254,7 +258,10 @@ class _Models:
         if any(self.packed):
             self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
         self.vision_once = (
-            guide is not None and guide.dtype == DTYPES[config.training.dtype] and sees_as(self.student, guide)
+            guide is not None
+            and (section is None or section.placement == "replicate")
+            and guide.dtype == DTYPES[config.training.dtype]
+            and sees_as(self.student, guide)
         )
         if self.vision_once:
             self.told += ("the vision encoder is frozen and taken to be the teacher's: it runs once, for both",)
@@ -549,8 +556,9 @@ def _memory(
     static = parameters + optimizer + teacher + (host if models.on_cpu else 0)
 
     def forward(size: int) -> float:
-        own = "keeping" if keeps else "student"
-        return max(_line(points, size, own), _line(points, size, "teacher"))
+        # Of small micro-batches the last gradients are the peak, of large ones the first activations.
+        kinds = ["teacher", "student", *(["keeping"] if keeps else [])]
+        return max(_line(points, size, kind) for kind in kinds)
 
     def peak(size: int) -> float:
         running = static + summed + (buckets if stage else 0) + forward(size)

@@ -9,8 +9,14 @@ from vlm_distill.models import load_vlm
 from vlm_distill.planning import plan
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "smolvlm"])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        ("internvl", False),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "smolvlm")),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "internvl", "smolvlm")),
+    ],
+)
 def test_families_are_planned_without_their_weights(tmp_path, make_tokenizer, name, lora):
     folder = families.Maker(make_tokenizer).write(name, tmp_path / name)
     with families.num2words():
