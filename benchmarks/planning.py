@@ -143,7 +143,6 @@ CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {"composed": composed, 
 def measure(config: RunConfig) -> int:
     """The peak of live tensor bytes in the second optimizer step, on one rank."""
     from vlm_distill.training.engine import Processes
-    from vlm_distill.training.stopping import Stopping
     from vlm_distill.training.trainer import Trainer
 
     processes = Processes(config.training.device)
@@ -152,7 +151,6 @@ def measure(config: RunConfig) -> int:
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=not on_gpu, acc_events=True) as profiler:
             trainer = Trainer(config, processes)
-            trainer.began, trainer.stopping = time.time(), Stopping(first=True)
             trainer.engine.train()
             for step in trainer.batches(0, 2):
                 if on_gpu:
