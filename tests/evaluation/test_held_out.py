@@ -24,6 +24,7 @@ class Letters:
     """The processor of these models: a letter is a token, and all but the first are supervised."""
 
     has_vision = False
+    one_row = False
 
     def encode_document(self, document):
         ids = torch.tensor(["abc".index(letter) for letter in document.text])
@@ -31,6 +32,10 @@ class Letters:
 
     def dummy(self):
         return Encoded(torch.zeros(1, dtype=torch.long), torch.zeros(1).bool(), torch.zeros(1).bool())
+
+    def join(self, samples):
+        ids, supervised, ends = zip(*((one.input_ids, one.supervised, one.ends) for one in samples), strict=True)
+        return Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends))
 
     def collate(self, samples):
         rows = [sample.input_ids for sample in samples]
