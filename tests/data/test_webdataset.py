@@ -138,7 +138,7 @@ def test_shards_are_named_by_folder_pattern_and_split(tmp_path):
 class Reader:
     """A processor that encodes an image's red and nothing else."""
 
-    has_vision = False
+    has_vision = one_row = False
 
     def encode(self, conversation, images):
         import torch

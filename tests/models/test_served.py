@@ -36,6 +36,23 @@ def server(model):
         yield server
 
 
+_PROCESSES = []
+
+
+def opened():
+    """The processes of all trainings here: a second one would wait for the first one's port."""
+    if not _PROCESSES:
+        _PROCESSES.append(Processes("cpu"))
+    return _PROCESSES[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed():
+    yield
+    while _PROCESSES:
+        _PROCESSES.pop().close()
+
+
 def served(server, model, name="teacher-1", top=5):
     endpoint = Endpoint("teacher.server", server.url, "OPENAI_API_KEY", wait=0.01, retries=2)
     return ServedTeacher(model.processor, endpoint, name, top, workers=4)
@@ -46,7 +63,7 @@ def trainer(folder, server, name, **changes):
     plain["student"] = {"decoder": tiny.settings()["decoder"], "tokenizer": "teacher"}
     if server is not None:
         plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 40}
-    return Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+    return Trainer(RunConfig.model_validate(plain), opened())
 
 
 def losses(run):
@@ -113,7 +130,7 @@ def test_with_images_as_without_a_server(tmp_path, on_policy):
         plain = tiny.config(tmp_path / name, data, teacher, **changes)
         if server is not None:
             plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 60}
-        trainer = Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+        trainer = Trainer(RunConfig.model_validate(plain), opened())
         trainer.run()
         return trainer
 
@@ -132,7 +149,7 @@ def test_another_chat_template_there_is_told(tmp_path):
     plain = tiny.config(tmp_path / "run", data, teacher, loss=[{"name": "forward_kl"}], student={"path": str(teacher)})
     with serving(other) as server:
         plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 1}
-        run = Trainer(RunConfig.model_validate(plain), Processes("cpu"))
+        run = Trainer(RunConfig.model_validate(plain), opened())
         with pytest.raises(UserError, match="chat template is not that of"):
             run.guide.outputs(run.dataset[0].batches[0])
 
