@@ -307,6 +307,8 @@ NOT_PACKED = {*PALIGEMMA, "gemma3"}
 def test_samples_in_one_row_see_nothing_of_each_other(name, load, samples):
     model = load(name)
     assert model.keeps_samples_apart() == (name not in NOT_PACKED)
+    if name in NOT_PACKED:
+        return  # what would come of it depends on the version of Transformers
     rows = encoded(model, samples(name))
     with torch.no_grad():
         alone = [hidden(model, [row]) for row in rows]
@@ -314,15 +316,11 @@ def test_samples_in_one_row_see_nothing_of_each_other(name, load, samples):
             joined = model.processor.join([rows[i] for i in order])
             found = hidden(model, [joined]).split([len(rows[i].input_ids) for i in order])
             errors = [(got - alone[i]).abs().max() / alone[i].abs().max() for got, i in zip(found, order, strict=True)]
-            if name in NOT_PACKED:
-                assert max(errors) > 1e-2
-            else:
-                assert max(errors) < 1e-5
-        if name not in NOT_PACKED:
-            # Rows of unlike lengths: padding is one more sample.
-            found = hidden(model, [model.processor.join(rows[:2]), model.processor.join(rows[2:])])
-            third = found[len(found) // 2 :][: len(rows[2].input_ids)]
-            assert (third - alone[2]).abs().max() < 1e-5 * third.abs().max()
+            assert max(errors) < 1e-5
+        # Rows of unlike lengths: padding is one more sample.
+        found = hidden(model, [model.processor.join(rows[:2]), model.processor.join(rows[2:])])
+        third = found[len(found) // 2 :][: len(rows[2].input_ids)]
+        assert (third - alone[2]).abs().max() < 1e-5 * third.abs().max()
 
 
 def hidden(model, rows):
