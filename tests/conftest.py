@@ -1,7 +1,24 @@
 """Nothing in the tests reaches for the network, and no process takes more than its share of the cores."""
 
 import os
+import sys
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if "VLM_DISTILL_GPU_TESTS" not in os.environ else "cuda")
+
+
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_rank_is_left():
+    """A process that a test has made a rank is none for the next module, nor for what that one starts."""
+    yield
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.modules["torch.distributed"].destroy_process_group()
+        sys.modules["deepspeed"].utils.groups._WORLD_GROUP = None
+    for name in RANK:
+        os.environ.pop(name, None)

@@ -17,7 +17,10 @@ def on_one_rank_and_two(script: Path, folder: Path) -> Callable[[int, str], Any]
     """Runs a script, which writes ``folder/ranks{world}/{name}.json``, and gives what reads these."""
     # The tree that this file lies in first, wherever the package is installed from.
     paths = os.pathsep.join(map(str, [_ROOT, script.parent, Path(__file__).parent]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    # Nor what tells of this process being a rank, where a test has made it one.
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in ranks}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     # Not a fixed port, which another run on this machine may hold.
     launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     for command in ([sys.executable], [sys.executable, "-m", *launcher]):

@@ -206,8 +206,9 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(runs, forks
     config, out = runs.config(name, evaluation__every=None, evaluation__best=None), runs.folder / name
     forks(RUN, config, 2, fault="log:3:0")
     codes, told = forks(RUN, config, 2, limit=40_000, to=(rank,))
-    assert codes[0] == 2, told
-    assert codes[1] in (2, -9), told  # it waits, so as not to say the same
+    # The one that is not first to end is killed, if it has not ended by itself.
+    assert 2 in codes, told
+    assert set(codes) <= {2, -9}, told
     assert "the checkpoint of step 4 could not be written (the one before took " in told
     assert "file too large" in told
     assert "goes on from step 2" in told
