@@ -395,6 +395,7 @@ def test_what_does_not_fit_is_named():
         setting.fused(losses.build("taid"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "recompute"), [("eager", False), ("eager", True), ("inductor", False)])
 def test_torch_compile_leaves_it_alone(backend, recompute):
     """The rest of the module is compiled; the loss and all gradients stay what they were."""

@@ -156,6 +156,7 @@ def test_a_source_may_choose(material, processes):
     assert 0 <= about["score"] <= 1
 
 
+@pytest.mark.slow
 def test_two_ranks_with_shards(material):
     config = settings(material, "shards", best="colours", every=3).model_dump(exclude_none=True)
     config["deepspeed"] = {"stage": 3, "stage3_param_persistence_threshold": 0}

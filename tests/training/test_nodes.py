@@ -51,7 +51,8 @@ def torchrun(node, port):
     return ["torch.distributed.run", *words, f"--master-port={port}", "-m"]
 
 
-@pytest.mark.parametrize("launcher", [deepspeed_launch, pytest.param(torchrun, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [deepspeed_launch, torchrun])
 def test_two_nodes(material, alone, launcher):
     folder, data, teacher = material
     out = folder / launcher.__name__
