@@ -39,6 +39,7 @@ TIMES = {
     "seconds",
     "waiting",
     "tokens_per_second",
+    "images_per_second",
     "answers_per_second",
     "flops_per_second",
     "peak_bytes",

@@ -20,7 +20,6 @@ from vlm_distill.inspection import inspect_samples
 from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.training import build, teacher_cache
-from vlm_distill.training.engine import Processes
 from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
@@ -67,13 +66,6 @@ def test_a_teacher_in_shards_fills_it(results):
     # At another ZeRO stage, from the same teacher.
     losses = [[line["loss"] for line in results(2, f"{name}_cached")["metrics"]] for name in ("mixed", "shard")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

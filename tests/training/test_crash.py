@@ -9,7 +9,6 @@ import yaml
 from forks import Forks
 
 STEPS = 8
-TIMES = ("seconds", "waiting", "tokens_per_second", "answers_per_second", "flops_per_second", "peak_bytes")
 RUN = "vlm_distill.train"
 
 
@@ -71,7 +70,7 @@ def lines(path):
 
 
 def story(out):
-    told = [{k: v for k, v in line.items() if k not in TIMES} for line in lines(out / "metrics.jsonl")]
+    told = [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in lines(out / "metrics.jsonl")]
     return told, lines(out / "problems.jsonl") if (out / "problems.jsonl").exists() else []
 
 

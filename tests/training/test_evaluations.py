@@ -20,17 +20,9 @@ from vlm_distill.evaluation.runner import read_predictions
 from vlm_distill.launch import launch
 from vlm_distill.models import load_vlm
 from vlm_distill.training import evaluations
-from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import train
 
 FIRST = 12
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,7 @@ from vlm_distill.config import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.inspection import inspect_samples
 from vlm_distill.models import build_vlm, load_vlm
-from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer, train
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,9 @@ from pydantic import ValidationError
 
 from data.errors import UserError
 from vlm_distill.config import RunConfig
-from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
 RATES = {"vision_encoder": 1e-5, "projector": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

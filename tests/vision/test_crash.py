@@ -4,11 +4,11 @@ import json
 
 import pictures
 import pytest
+import tiny
 import yaml
 from forks import Forks
 
 STEPS = 6
-TIMES = ("seconds", "waiting", "images_per_second", "answers_per_second", "peak_bytes")
 RUN = "vision.train"
 
 
@@ -47,7 +47,7 @@ def test_killed_and_told_to_stop_equals_uninterrupted(tmp_path, forks):
 
     def story(name):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+        return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in lines]
 
     assert story("killed") == story("straight")
     assert [line["step"] for line in story("killed") if line["kind"] == "train"] == list(range(1, STEPS + 1))

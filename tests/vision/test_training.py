@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from by_path import load
 from launches import on_one_rank_and_two
 
@@ -58,8 +59,7 @@ def test_layer_decay_is_heeded_under_zero(results):
 @pytest.mark.parametrize("name", runs.RESUMED)
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
-        times = ("seconds", "waiting", "images_per_second", "peak_bytes")
-        return [{k: v for k, v in line.items() if k not in times} for line in result["metrics"]]
+        return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in result["metrics"]]
 
     straight, resumed = results(2, name), results(2, f"resumed_{name}")
     assert story(resumed) == story(straight)

@@ -1,0 +1,12 @@
+"""What the tests of training share."""
+
+import pytest
+
+from vlm_distill.training.engine import Processes
+
+
+@pytest.fixture(scope="module")
+def processes():
+    opened = Processes("cpu")
+    yield opened
+    opened.close()
