@@ -1,17 +1,27 @@
-"""A cache's folder: made whole or not at all, and compared by name with what a run is about to read."""
+"""A cache's folder: made whole or not at all, compared by name with what a run is about to read, filled by many."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from .errors import UserError
 
 ABOUT = "cache.json"
+# Written out after so many bytes or seconds: what a kill costs.
+_FLUSH_BYTES, _FLUSH_SECONDS = 2**26, 5.0
 
 
 def make_folder(folder: Path, what: str, about: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
@@ -76,3 +86,108 @@ def check_room(folder: Path, what: str, needed: float, remedy: str) -> None:
             f"{folder}: {what} take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, choose another "
             f"folder, or {remedy}"
         )
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state dict's names, types, shapes and bytes, in whatever order they come."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Shards:
+    """What writers have put into a folder, memory-mapped: each has its own ``NAME.data`` and ``NAME.index``.
+
+    Args:
+        folder: of a cache.
+        entry: what stands in an index, ``offset`` (into the data) and ``check`` (CRC-32 of them) among it.
+        sizes: bytes of the data of some entries.
+
+    Attributes:
+        entries: of all writers, those whose data are whole.
+    """
+
+    def __init__(self, folder: Path, entry: np.dtype[Any], sizes: Callable[[Any], Any]) -> None:
+        self._sizes = sizes
+        self._paths = sorted(path.with_suffix("") for path in folder.glob("*.index"))
+        parts, owners = [np.empty(0, entry)], [np.empty(0, np.int64)]
+        for number, path in enumerate(self._paths):
+            raw = path.with_suffix(".index").read_bytes()
+            found = np.frombuffer(raw, entry, count=len(raw) // entry.itemsize)
+            data = path.with_suffix(".data")
+            whole = found["offset"] + sizes(found) <= (data.stat().st_size if data.exists() else 0)
+            parts.append(found[whole])
+            owners.append(np.full(len(parts[-1]), number))
+        self.entries, self._owners = np.concatenate(parts), np.concatenate(owners)
+        self._maps: dict[int, np.memmap[Any, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # a map would be pickled with all that it shows
+
+    def data(self, number: int) -> Any:
+        """The data of an entry by its number, uint8."""
+        entry, owner = self.entries[number], int(self._owners[number])
+        if owner not in self._maps:
+            self._maps[owner] = np.memmap(self._paths[owner].with_suffix(".data"), np.uint8, "r")
+        return self._maps[owner][entry["offset"] : entry["offset"] + int(self._sizes(entry))]
+
+    def checked(self, number: int) -> Any:
+        """The same, all read. Raises ``UserError`` where they are damaged."""
+        data = self.data(number)
+        if zlib.crc32(data) != self.entries[number]["check"]:
+            path = self._paths[int(self._owners[number])]
+            raise UserError(f"{path}.data is damaged; delete it and {path.name}.index, and run vlm-distill cache")
+        return data
+
+
+class ShardWriter:
+    """One process's two files of a cache. ``close`` it, so that the last of what it wrote counts.
+
+    Entries are written after their data have reached the disk, so that one that is there says the truth.
+
+    Args:
+        folder: of a cache.
+        entry: as for :class:`Shards`; its other fields are what ``append`` gets by name.
+    """
+
+    def __init__(self, folder: Path, entry: np.dtype[Any]) -> None:
+        self._path, self._entry = folder / uuid4().hex, entry
+        self._files: list[BinaryIO] = []
+        self._entries: list[tuple[int, ...]] = []
+        self._offset = self._pending = 0
+        self._flushed = time.monotonic()
+
+    def append(self, data: bytes, **fields: int) -> None:
+        """Keeps some data and its entry, to which offset and check are added."""
+        if not self._files:
+            self._files = [self._path.with_suffix(suffix).open("xb") for suffix in (".data", ".index")]
+        known = {**fields, "offset": self._offset, "check": zlib.crc32(data)}
+        assert self._entry.names is not None
+        self._entries.append(tuple(known[name] for name in self._entry.names))
+        self._files[0].write(data)
+        self._offset += len(data)
+        self._pending += len(data)
+        if self._pending > _FLUSH_BYTES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings what was written to the disk: data first, then the entries that make them count."""
+        if self._entries:
+            data, index = self._files
+            _sync(data)
+            index.write(np.array(self._entries, self._entry).tobytes())
+            _sync(index)
+        self._entries, self._pending, self._flushed = [], 0, time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        for file in self._files:
+            file.close()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -141,13 +140,3 @@ class TeacherCache:
         ends = list(accumulate(self.sources.values()))
         source = bisect_right(ends, row)
         return f"{list(self.sources)[source]}, row {row - ends[source] + list(self.sources.values())[source] + 1}"
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state dict's names, types, shapes and bytes, in whatever order they come."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
-import zlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .batch import Encoded, ModelInputs, Origin
-from .cache_folder import read_about
+from .cache_folder import Shards, ShardWriter, read_about
 from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 
@@ -40,8 +36,6 @@ _ENTRY = np.dtype(
 )
 # Kinds of entries: a sample with or without its tokens' places in the answers; one that the teacher could not take.
 _PLAIN, _PLACED, _LEFT_OUT = range(3)
-# Written out after so many bytes or seconds: what a kill costs.
-_FLUSH_BYTES, _FLUSH_SECONDS = 2**26, 5.0
 
 
 def bytes_a_token(fields: Fields) -> int:
@@ -57,9 +51,20 @@ def digest_of(sample: Conversation | Document, images: Sequence[Image.Image]) ->
     else:
         digest.update(json.dumps(sample.messages, sort_keys=True).encode())
     for image in images:
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
+        _see(digest, image)
     return int.from_bytes(digest.digest(), "little")
+
+
+def image_digest(image: Image.Image) -> int:
+    """64 bits of an image's decoded pixels."""
+    digest = hashlib.blake2b(digest_size=8)
+    _see(digest, image)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _see(digest: Any, image: Image.Image) -> None:
+    digest.update(f"{image.mode} {image.size}".encode())
+    digest.update(image.tobytes())
 
 
 class TokenCache:
@@ -102,24 +107,12 @@ class TokenCache:
 
     def _read_index(self) -> None:
         """Entry by row; where there are several, one with values."""
-        self._shards = sorted(path.with_suffix("") for path in self.folder.glob("*.index"))
-        parts, shards = [np.empty(0, _ENTRY)], [np.empty(0, np.int64)]
-        for number, shard in enumerate(self._shards):
-            raw = shard.with_suffix(".index").read_bytes()
-            entries = np.frombuffer(raw, _ENTRY, count=len(raw) // _ENTRY.itemsize)
-            data = shard.with_suffix(".data")
-            whole = entries["offset"] + self._sizes(entries) <= (data.stat().st_size if data.exists() else 0)
-            parts.append(entries[whole & (entries["row"] >= 0) & (entries["row"] < self._first[-1])])
-            shards.append(np.full(len(parts[-1]), number))
-        entries, shard_of = np.concatenate(parts), np.concatenate(shards)
-        order = np.argsort(entries["kind"] != _LEFT_OUT, kind="stable")
-        self._entries, self._shard_of = entries[order], shard_of[order]
+        self._shards = Shards(self.folder, _ENTRY, self._sizes)
+        entries = self._shards.entries
+        known = np.flatnonzero((entries["row"] >= 0) & (entries["row"] < self._first[-1]))
+        known = known[np.argsort(entries["kind"][known] != _LEFT_OUT, kind="stable")]
         self._by_row = np.full(self._first[-1], -1, np.int64)
-        self._by_row[self._entries["row"]] = np.arange(len(self._entries))
-        self._maps: dict[int, np.memmap[Any, Any]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # a map would be pickled with all that it shows
+        self._by_row[entries["row"][known]] = known
 
     def _sizes(self, entries: Any) -> Any:
         """Bytes of samples' data."""
@@ -131,28 +124,25 @@ class TokenCache:
         """Rows, numbered through all sources, that are not there; with ``left_out`` also those that had no values."""
         there = self._by_row >= 0
         if left_out:
-            there[there] = self._entries["kind"][self._by_row[there]] != _LEFT_OUT
+            there[there] = self._shards.entries["kind"][self._by_row[there]] != _LEFT_OUT
         return np.flatnonzero(~there).tolist()
 
     @property
     def tokens(self) -> int:
         """Positions that are there."""
-        return int(self._entries["tokens"][self._by_row[self._by_row >= 0]].sum())
+        return int(self._shards.entries["tokens"][self._by_row[self._by_row >= 0]].sum())
 
     def place(self, number: int) -> tuple[int, int]:
         """Source and row of a row numbered through all sources."""
         source = int(np.searchsorted(self._first, number, side="right")) - 1
         return source, number - self._first[source]
 
-    def _data(self, source: int, row: int) -> tuple[Any, Any]:
-        """A row's entry, and its data as memory-mapped bytes."""
+    def _number(self, source: int, row: int) -> int:
+        """Which entry is a row's."""
         number = int(self._by_row[self._first[source] + row])
         if number < 0:
             raise UserError(f"{self._where(source, row)} is not in {self.folder}; run vlm-distill cache to fill it")
-        entry, shard = self._entries[number], int(self._shard_of[number])
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self._shards[shard].with_suffix(".data"), np.uint8, "r")
-        return entry, self._maps[shard][entry["offset"] : entry["offset"] + int(self._sizes(entry))]
+        return number
 
     def row(self, source: int, row: int, digest: int) -> Encoded:
         """The teacher's row of a sample, cut to what its supervised tokens need.
@@ -167,10 +157,8 @@ class TokenCache:
             BadSample: the teacher could not take it.
             UserError: it is not there, is damaged, or was another when the teacher saw it.
         """
-        entry, data = self._data(source, row)
-        if zlib.crc32(data) != entry["check"]:
-            shard = self._shards[int(self._shard_of[self._by_row[self._first[source] + row]])]
-            raise UserError(f"{shard}.data is damaged; delete it and {shard.name}.index, and run vlm-distill cache")
+        number = self._number(source, row)
+        entry, data = self._shards.entries[number], self._shards.checked(number)
         if int(entry["digest"]) != digest:
             raise UserError(
                 f"{self._where(source, row)}: not the sample that the teacher saw when {self.folder} was filled: its "
@@ -196,7 +184,8 @@ class TokenCache:
         }
         done = 0
         for origin in origins:
-            entry, data = self._data(origin.source, origin.row)
+            number = self._number(origin.source, origin.row)
+            entry, data = self._shards.entries[number], self._shards.data(number)
             tokens, start = int(entry["tokens"]), origin.piece * (self.max_length - 1)
             offset = 5 * int(entry["length"]) + (12 * tokens if entry["kind"] == _PLACED else 0)
             for name, (dtype, width) in self.fields.items():
@@ -219,12 +208,7 @@ class TokenWriter:
     """
 
     def __init__(self, cache: TokenCache) -> None:
-        self._cache = cache
-        self._path = cache.folder / uuid4().hex
-        self._files: list[BinaryIO] = []
-        self._entries: list[tuple[int, ...]] = []
-        self._offset = self._pending = 0
-        self._flushed = time.monotonic()
+        self._cache, self._shard = cache, ShardWriter(cache.folder, _ENTRY)
 
     def write(self, source: int, row: int, digest: int, encoded: Encoded, values: Mapping[str, Tensor]) -> None:
         """Keeps a sample.
@@ -247,34 +231,15 @@ class TokenWriter:
         self._append(source, row, 0, len(data), digest, _LEFT_OUT, data)
 
     def _append(self, source: int, row: int, tokens: int, length: int, digest: int, kind: int, data: bytes) -> None:
-        if not self._files:
-            self._files = [self._path.with_suffix(suffix).open("xb") for suffix in (".data", ".index")]
         number = self._cache._first[source] + row
-        self._entries.append((number, self._offset, tokens, length, digest, zlib.crc32(data), kind))
-        self._files[0].write(data)
-        self._offset += len(data)
-        self._pending += len(data)
-        if self._pending > _FLUSH_BYTES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self.flush()
+        self._shard.append(data, row=number, tokens=tokens, length=length, digest=digest, kind=kind)
 
     def flush(self) -> None:
-        """Brings what was written to the disk: data first, then the entries that make them count."""
-        if self._entries:
-            data, index = self._files
-            _sync(data)
-            index.write(np.array(self._entries, _ENTRY).tobytes())
-            _sync(index)
-        self._entries, self._pending, self._flushed = [], 0, time.monotonic()
+        """Brings what was written to the disk."""
+        self._shard.flush()
 
     def close(self) -> None:
-        self.flush()
-        for file in self._files:
-            file.close()
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        self._shard.close()
 
 
 def compact(row: Encoded) -> Encoded:

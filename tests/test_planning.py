@@ -96,7 +96,7 @@ def test_the_report_shows_plan_and_fact(planned):
 def _models(**changes):
     plain = {"trained": 100, "learned": 0, "total": 100, "largest": 50, "bf16": False, "on_cpu": False}
     plain["deepspeed"] = DeepSpeedSection()
-    bytes_of = {"parameter_bytes": lambda stage: 400.0, "teacher_bytes": lambda placement: 1000.0}
+    bytes_of = {"parameter_bytes": lambda stage: 400.0, "teacher_bytes": lambda placement, stage: 1000.0}
     return SimpleNamespace(**plain | bytes_of | changes)
 
 
@@ -127,7 +127,7 @@ def test_what_is_said_to_fit_is_what_does(tmp_path):
 
 def test_a_shared_or_sharded_teacher_takes_its_share():
     points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
-    many = _models(teacher_bytes=lambda placement: 8e10)
+    many = _models(teacher_bytes=lambda placement, stage: 8e10)
     sizes = {p: planning._memory(many, points, 1, 2, p, 8, 1, 1e12).teacher for p in ("replicate", "shard")}
     assert sizes == {"replicate": 8e10, "shard": 1e10 + 2e9}  # and what is whole at once of a sharded one
     row = planning._memory(many, points, 1, 2, "offload", 8, 1, 1e12)
@@ -155,7 +155,7 @@ def test_weights_of_fewer_bits_are_those_of_linear_layers_but_the_output_layer(k
         whole = sum(p.nbytes for p in model.parameters())
         layers = [m for m in model.decoder.model.modules() if isinstance(m, torch.nn.Linear)]
         packed = sum(layer.weight.numel() for layer in layers)
-        found = planning._Models.teacher_bytes(SimpleNamespace(teacher=model), kind)
+        found = planning._Models.teacher_bytes(SimpleNamespace(teacher=model), kind, 2)
     assert packed > 1000
     assert found == whole - 4 * packed + packed * bits / 8
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from data.batch import Problem, Step
+from data.cache_folder import fingerprint
 from data.classification import LabelledImages, open_images
 from data.errors import UserError
 from data.images import load_image
 from data.loader import make_loader
 from data.mixture import Mixture
-from data.teacher_cache import TeacherCache, fingerprint
+from data.teacher_cache import TeacherCache
 from vlm_distill.launch import cores
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
 from vlm_distill.training.engine import Engine, Processes

@@ -1,4 +1,4 @@
-"""One rank of filling a teacher's cache: ``deepspeed --num_gpus 8 --module vlm_distill.cache CONFIG [key=value …]``."""
+"""One rank of filling a run's caches: ``deepspeed --num_gpus 8 --module vlm_distill.cache CONFIG [key=value …]``."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from vlm_distill.launch import leave
 from vlm_distill.train import main
 
 if __name__ == "__main__":
-    leave(main(trainer="vlm_distill.training.teacher_cache", work="fill"))
+    leave(main(trainer="vlm_distill.training.caches", work="fill"))

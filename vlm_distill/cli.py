@@ -76,12 +76,13 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
 def cache(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> None:
     """Runs CONFIG's teacher once over all of its data, and keeps its outputs in the folder of teacher.cache.
 
-    Training then reads them there and never loads the teacher. What was stopped goes on when started again.
+    Training then reads them there and never loads the teacher. With student.vision_cache, the same for what a frozen
+    vision encoder makes of the images. What was stopped goes on when started again.
     """
     from vlm_distill.config import load_config
-    from vlm_distill.training.teacher_cache import cache_section
+    from vlm_distill.training.caches import check
 
-    cache_section(load_config(config, overrides or ()))
+    check(load_config(config, overrides or ()))
     raise typer.Exit(launch("vlm_distill.cache", [str(config), *(overrides or ())], nproc))
 
 

@@ -74,11 +74,16 @@ class LoraSection(Section):
 
 
 class StudentSection(ModelSection):
-    """The student. ``train`` names what trains whole: everything, or with ``lora`` nothing unless it is said."""
+    """The student. ``train`` names what trains whole: everything, or with ``lora`` nothing unless it is said.
+
+    With ``vision_cache``, ``vlm-distill cache`` keeps a frozen vision encoder's features in that folder, where a run
+    reads them.
+    """
 
     train: list[Part] | None = None
     lora: LoraSection | None = None
     quantize: Literal["nf4"] | None = None
+    vision_cache: str | None = None
 
     @property
     def trained_whole(self) -> list[Part]:
@@ -91,6 +96,15 @@ class StudentSection(ModelSection):
         """The name or folder of the model that an adapter would be for; ``None`` where the model is nowhere on disk."""
         alone = self.decoder is not None and self.vision_encoder is None
         return self.decoder.get("name") if self.decoder is not None and alone else self.path
+
+    @model_validator(mode="after")
+    def _frozen_vision(self) -> StudentSection:
+        adapted = [] if self.lora is None else self.lora.parts
+        if self.vision_cache is not None and "vision_encoder" in [*self.trained_whole, *adapted]:
+            raise ValueError(
+                "vision_cache: features change while the vision encoder trains; leave it out of train and lora.parts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lora(self) -> StudentSection:
@@ -348,6 +362,8 @@ class RunConfig(Section):
                 raise ValueError("on_policy.adaptive: goes by the score that evaluation.best names; name one")
             if self.teacher.cache is not None:
                 raise ValueError("on_policy: no cache holds a teacher's outputs for answers yet to be drawn")
+            if self.student.vision_cache is not None:
+                raise ValueError("on_policy: the student sees images when it draws answers; leave vision_cache out")
             if self.training.sequence_parallel > 1:
                 raise ValueError("on_policy: ranks that share sequences draw no answers; leave sequence_parallel out")
             if section.replay is not None and section.replay < self.training.batch_size:

@@ -51,6 +51,7 @@ from vlm_distill.training.build import (
     turns,
 )
 from vlm_distill.training.packing import plan_packing
+from vlm_distill.training.vision_cache import encoder_of
 
 STAGES = (0, 1, 2, 3)
 SAMPLES = 32
@@ -257,14 +258,20 @@ class _Models:
         self.packed, self.told = packing.packed, packing.told
         if any(self.packed):
             self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
-        self.vision_once = (
+        #: The teacher has the student's frozen vision encoder.
+        self.same_encoder = (
             guide is not None
             and (section is None or section.placement == "replicate")
             and guide.dtype == DTYPES[config.training.dtype]
             and sees_as(self.student, guide)
         )
-        if self.vision_once:
-            self.told += ("the vision encoder is frozen and taken to be the teacher's: it runs once, for both",)
+        features = config.student.vision_cache is not None
+        self.vision_once = self.same_encoder and not features
+        if self.same_encoder:
+            runs = "does not run" if features else "runs once, for both"
+            self.told += (f"the vision encoder is frozen and taken to be the teacher's: it {runs}",)
+        self.encoder = encoder_of(self.student) if features else None
+        self.feature_bytes = 0 if self.encoder is None else self._features(None).nbytes
         ranks = config.training.sequence_parallel
         self.sequence = None if ranks == 1 else SequenceParallel(None, 0, ranks)
         for model in (self.student, guide) if self.sequence is not None else ():
@@ -325,20 +332,33 @@ class _Models:
         packed = _count(_quantised(self.student))
         return (self.total - packed) * size + packed * BITS[kind] / 8
 
-    def teacher_bytes(self, placement: str) -> float:
-        """Its weights, whole."""
+    def teacher_bytes(self, placement: str, stage: int) -> float:
+        """Its weights, whole, but for a vision encoder that lies where the student's does."""
         if self.teacher is None or placement == "none":
             return 0.0
         if placement == "cached":
             return 0.0 if self.likeliest else sum(p.nbytes for p in self.teacher.head.parameters)
         whole = sum(p.nbytes for p in self.teacher.parameters())
+        if placement == "replicate" and self.same_encoder and stage < 3:
+            size = 2 if self.bf16 and stage > 0 else 4
+            encoder = self.teacher.parts["vision_encoder"].parameters()
+            whole -= sum(p.nbytes for p in encoder if p.itemsize == size) if not self.shared else 0
         packed = _quantised(self.teacher) if placement in BITS else []
         return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8
 
     def collator(self) -> Collator:
-        guide = self.teacher.processor if self.teacher is not None and self.guides else None
+        student: Any = self.student.processor
+        guide: Any = self.teacher.processor if self.teacher is not None and self.guides else None
+        if self.encoder is not None:
+            student = student.with_features(self._features)
+            guide = guide.with_features(self._features) if self.same_encoder else guide
         data = self.config.data
-        return Collator(self.student.processor, guide, data.max_length, turns(data), self.grouped, self.packed)
+        return Collator(student, guide, data.max_length, turns(data), self.grouped, self.packed)
+
+    def _features(self, _: Image.Image | None) -> Tensor:
+        """What stands in a cache of the vision encoder's features for any image."""
+        assert self.encoder is not None
+        return torch.zeros(self.encoder.tokens, self.encoder.width, dtype=DTYPES[self.config.training.dtype])
 
     def run(self, meter: Meter, pairs: Sequence[Pair]) -> Micro:
         batch = self.collator().batch(list(pairs))
@@ -445,6 +465,7 @@ def _sample(config: RunConfig, models: _Models) -> tuple[list[Pair], Sequences, 
             images = [] if isinstance(sample, Document) else [load(image) for image in sample.images]
             pairs += collator.encode(sample, images)
             sizes, samples = sizes + _size(sample, images), samples + 1
+            sizes += models.feature_bytes * len(images)
         except BadSample:
             continue
     if not pairs:
@@ -539,7 +560,7 @@ def _memory(
         step = ((12 if models.on_cpu else 8) + (4 if many and stage != 2 else 0)) * trained / gpus
         after = {1: 4 * trained + buckets if many else working * trained, 2: 4 * trained if working == 4 else 0}
         left = after.get(stage, buckets + summed)
-    teacher, host = models.teacher_bytes(placement), 0.0
+    teacher, host = models.teacher_bytes(placement, stage), 0.0
     if placement == "shard":
         teacher = teacher / gpus + (min(LIVE * 2, teacher) if gpus > 1 else 0)
     elif placement == "offload":

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.cache_folder import fingerprint
 from data.errors import UserError
-from data.teacher_cache import TeacherCache, fingerprint
+from data.teacher_cache import TeacherCache
 
 IDENTITY = {"teacher": "abc", "seed": "0"}
 
@@ -172,6 +173,7 @@ def test_many_open_it_at_once_and_all_share_it(cache, tmp_path):
 WRITER = """
 import sys, torch
 from pathlib import Path
+from data.cache_folder import fingerprint
 from data.teacher_cache import TeacherCache
 cache = TeacherCache(Path(sys.argv[1]), {"a": 400}, 1, 5, {"seed": "0"})
 for row in range(int(sys.argv[2]), 400, 2):

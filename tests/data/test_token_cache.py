@@ -90,8 +90,8 @@ def test_only_what_is_asked_for_is_read(folder):
     write(folder, (0, 0), (1, 3))
     cache = TokenCache(folder)
     cache.values([Origin(1, 3, 0, 4)])
-    assert all(isinstance(data, np.memmap) and data.mode == "r" for data in cache._maps.values())
-    assert len(cache._maps) == 1
+    assert all(isinstance(data, np.memmap) and data.mode == "r" for data in cache._shards._maps.values())
+    assert len(cache._shards._maps) == 1
 
 
 def test_a_sample_that_changed_is_refused_with_its_place(folder):
@@ -146,8 +146,8 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from data.batch import Encoded
-from data import token_cache
-token_cache._FLUSH_BYTES = 2000
+from data import cache_folder, token_cache
+cache_folder._FLUSH_BYTES = 2000
 cache = token_cache.TokenCache(Path(sys.argv[1]))
 writer = token_cache.TokenWriter(cache)
 start, step = int(sys.argv[2]), int(sys.argv[3])
@@ -194,7 +194,7 @@ def test_a_pickled_cache_carries_no_data(folder):
     cache = TokenCache(folder)
     cache.values([Origin(1, 3, 0, 4)])
     other = pickle.loads(pickle.dumps(cache))
-    assert not other._maps
+    assert not other._shards._maps
     assert torch.equal(other.values([Origin(1, 3, 0, 4)])["ids"], values(4, 13)["ids"])
 
 

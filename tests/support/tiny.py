@@ -114,6 +114,13 @@ def write_teacher(folder: Path) -> Path:
     return folder
 
 
+def write_student(folder: Path) -> Path:
+    """An untrained student with a vision encoder of its own."""
+    torch.manual_seed(8)
+    models.build_vlm(settings(), tokenizer=make_tokenizer(WORDS)).save_pretrained(folder)
+    return folder
+
+
 def pieces_tokenizer(who: str) -> Any:
     """Letters and the pieces of ``PIECES[who]``, the longest first; ids differ between the two."""
     tokenizer = make_tokenizer([*PIECES[who], *sorted({letter for word in WORDS for letter in word})])

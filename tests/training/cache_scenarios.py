@@ -22,8 +22,8 @@ from vlm_distill.launch import leave
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models.teacher import ModelTeacher, TeacherOutputs
 from vlm_distill.training import engine
+from vlm_distill.training.caches import fill
 from vlm_distill.training.engine import Processes
-from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
 K = 5
@@ -35,6 +35,8 @@ LIVE = {
     "pieces": {"data": "mixed", "family": "pieces", "loss": [{"name": "uld"}]},
     "bf16": {"data": "mixed", "training__dtype": "bf16", "deepspeed__stage": 2},
     "topk": {"data": "mixed", "loss": [{"name": "forward_kl"}]},
+    # Of the student's frozen vision encoder, too.
+    "seen": {"data": "mixed", "family": "frozen", "deepspeed__stage": 3},
 }
 # Filled by one rank and read by two.
 BY_ONE = ["mixed", "text", "topk"]
@@ -50,6 +52,7 @@ def main(folder: Path) -> None:
         tiny.write_text(folder / "text")
         tiny.write_teacher(folder / "teacher")
         tiny.write_language_model(folder / "language_teacher")
+        tiny.write_student(folder / "student")
         tiny.write_pieces_teacher(folder / "pieces_teacher")
     processes.barrier()
     out = folder / f"ranks{processes.world}"
@@ -85,6 +88,10 @@ def config(folder: Path, out: Path, changes: dict, cache: dict | None = None) ->
     data = folder / changes.pop("data") / "data.jsonl"
     if family == "language":
         changes["student"] = {"decoder": tiny.settings()["decoder"]}
+    elif family == "frozen":
+        changes["student"] = {"path": str(folder / "student"), "train": ["projector", "decoder"]}
+        changes["student"] |= {"vision_cache": cache["folder"] + "_of_images"} if cache else {}
+        family = ""
     elif family == "pieces":
         changes["student"] = {**tiny.settings(), "tokenizer": str(folder / "pieces_teacher" / "student")}
     teacher = folder / (f"{family}_teacher" if family else "teacher")

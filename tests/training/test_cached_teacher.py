@@ -19,7 +19,7 @@ from vlm_distill.config import RunConfig, load_config
 from vlm_distill.inspection import inspect_samples
 from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint
-from vlm_distill.training import build, teacher_cache
+from vlm_distill.training import build, caches, teacher_cache
 from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
@@ -310,7 +310,7 @@ def test_a_folder_that_holds_no_cache(own, processes):
     with pytest.raises(UserError, match=r"holds no cache; fill it: vlm-distill cache CONFIG"):
         Trainer(own[1](), processes)
     with pytest.raises(UserError, match=r"set teacher\.cache\.folder"):
-        teacher_cache.cache_section(own[1]().model_copy(update={"teacher": None}))
+        caches.check(own[1]().model_copy(update={"teacher": None}))
 
 
 def test_likeliest_tokens_among_others_are_refused(own, processes):

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,19 @@ class ComposedProcessor(Processor):
         self.transform = transform
         self.tokens = tokens
         self.has_vision = transform is not None
+        #: What is known of images without their pixels; see :meth:`with_features`.
+        self.features: Callable[[Image.Image], Tensor] | None = None
         self._special = special_ids(tokenizer)
         self._template: Any = None
         self._control: tuple[str, ...] = ()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = 0 if pad is None else pad
+
+    def with_features(self, features: Callable[[Image.Image], Tensor]) -> ComposedProcessor:
+        """The same processor, which gives the vision encoder's features ``[tokens, C]`` in place of pixels."""
+        other = copy.copy(self)
+        other.features = features
+        return other
 
     def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
         flat = [{"role": m["role"], "content": self._flat_content(m)} for m in messages]
@@ -136,23 +144,26 @@ class ComposedProcessor(Processor):
             offsets += [(at + a, at + b) for a, b in coded["offset_mapping"]]
             at += len(piece)
         supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
-        pixels = [self.transform(image) for image in images] if self.transform else []
-        encoded = self._encoded(ids, supervised, ends, pixels)
+        encoded = self._encoded(ids, supervised, ends, images)
         encoded.places = token_places(offsets, supervised, spans)
         return encoded
 
-    def _encoded(self, ids: list[int], supervised: list[bool], ends: list[bool], pixels: list[Tensor]) -> Encoded:
+    def _encoded(
+        self, ids: list[int], supervised: list[bool], ends: list[bool], images: Sequence[Image.Image]
+    ) -> Encoded:
         input_ids = torch.tensor(ids, dtype=torch.long)
         tensors = {}
         if self.has_vision:
             tensors["image_mask"] = input_ids < 0
-        if pixels:
-            tensors["pixel_values"] = torch.stack(pixels)
+        if images and self.features is not None:
+            tensors["vision_features"] = torch.stack([self.features(image) for image in images])
+        elif images and self.transform is not None:
+            tensors["pixel_values"] = torch.stack([self.transform(image) for image in images])
         return Encoded(
             input_ids.masked_fill(input_ids < 0, self._pad),
             torch.tensor(supervised, dtype=torch.bool),
             torch.tensor(ends, dtype=torch.bool),
-            len(pixels),
+            len(images),
             tensors,
         )
 
@@ -161,15 +172,15 @@ class ComposedProcessor(Processor):
             return self._encoded([self._pad], [False], [False], [])
         ids = [-1] * self.tokens + [self._pad]
         nothing = [False] * len(ids)
-        height, width = self.transform.size
-        return self._encoded(ids, nothing, nothing, [self.transform(Image.new("RGB", (width, height)))])
+        return self._encoded(ids, nothing, nothing, [self.transform.blank()])
 
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
         """Samples padded into one batch.
 
         Returns:
             ``input_ids``, ``attention_mask``, ``position_ids`` int64 ``[B, L]``; with a vision encoder ``image_mask``
-            bool ``[B, L]`` and, unless no sample has an image, ``pixel_values`` float32 ``[images, 3, H, W]``.
+            bool ``[B, L]`` and, unless no sample has an image, ``pixel_values`` float32 ``[images, 3, H, W]`` or
+            ``vision_features`` ``[images, tokens, C]``.
             Where samples were joined there is no ``attention_mask``.
         """
 
@@ -187,9 +198,10 @@ class ComposedProcessor(Processor):
             inputs["position_ids"] = row_positions(samples, mask.shape[1])
         if self.has_vision:
             inputs["image_mask"] = padded([s.tensors["image_mask"] for s in samples], False)
-            pixels = [s.tensors["pixel_values"] for s in samples if s.images]
-            if pixels:
-                inputs["pixel_values"] = torch.cat(pixels)
+            name = "pixel_values" if self.features is None else "vision_features"
+            seen = [s.tensors[name] for s in samples if s.images]
+            if seen:
+                inputs[name] = torch.cat(seen)
         return inputs
 
     def image_tokens(self, sample: Encoded) -> Tensor:
@@ -272,7 +284,7 @@ class ComposedVLM(VisionLanguageModel):
             return embeddings, {}
         assert self.vision_encoder is not None
         assert self.projector is not None
-        # Those of a teacher with the same encoder, if there are any.
+        # Those of a teacher with the same encoder, or from disk, if there are any.
         known = inputs.get("vision_features")
         features = self.vision_encoder(inputs["pixel_values"]) if known is None else known
         projected = self.projector(features)

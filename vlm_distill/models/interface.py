@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -462,6 +462,14 @@ class VisionLanguageModel(nn.Module, ABC):
     def pad_token(self) -> int:
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but that a frozen vision encoder says the same of an image in training as elsewhere."""
+        super().train(mode)
+        encoder = self.parts.get("vision_encoder")
+        if encoder is not None and not any(p.requires_grad for p in encoder.parameters()):
+            encoder.eval()
+        return self
 
     def set_trainable(self, parts: Iterable[str]) -> None:
         """Trains the named parts and freezes the others."""

@@ -100,6 +100,11 @@ class ImageTransform:
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
+    def blank(self) -> Image.Image:
+        """A black image of the size that the encoder takes."""
+        height, width = self.size
+        return Image.new("RGB", (width, height))
+
 
 class VisionEncoder(nn.Module):
     """Pixels ``[n, 3, H, W]`` to features ``[n, tokens, width]``.

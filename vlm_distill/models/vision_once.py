@@ -1,4 +1,4 @@
-"""A frozen vision encoder that student and teacher have in common runs once a micro-batch: in the teacher."""
+"""A frozen vision encoder that student and teacher have in common: it runs once a micro-batch, and lies there once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from data.batch import DistillationBatch
 from .composed import ComposedVLM
 from .interface import VisionLanguageModel
 from .lora import WithoutAdapters
+from .vision_encoders import VisionEncoder
 from .weightless import weightless
 
 
@@ -19,11 +20,7 @@ def sees_as(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
     Assembled models alone, whole on this rank. Weights are compared in the teacher's precision; where there are none,
     they are taken to be equal.
     """
-    if isinstance(teacher, WithoutAdapters):
-        teacher = teacher.model
-    if not (isinstance(student, ComposedVLM) and isinstance(teacher, ComposedVLM)):
-        return False
-    mine, other = student.vision_encoder, teacher.vision_encoder
+    mine, other = _encoder(student), _encoder(teacher)
     if mine is None or other is None or any(p.requires_grad for p in mine.parameters()):
         return False
     weights, others = mine.state_dict(), other.state_dict()
@@ -32,6 +29,25 @@ def sees_as(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
     return weightless() or all(
         torch.equal(weights[name].to(theirs.device, theirs.dtype), theirs) for name, theirs in others.items()
     )
+
+
+def share(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
+    """Lets the student's vision encoder lie where the teacher's does, after :func:`sees_as` found them to be the same.
+
+    To be called when the student is where it will be. Parameters in different precisions stay two.
+    """
+    mine, other = _encoder(student), _encoder(teacher)
+    assert mine is not None
+    assert other is not None
+    for parameter, theirs in zip(mine.parameters(), other.parameters(), strict=True):
+        if (parameter.dtype, parameter.device) == (theirs.dtype, theirs.device):
+            parameter.data = theirs.data
+
+
+def _encoder(model: VisionLanguageModel) -> VisionEncoder | None:
+    if isinstance(model, WithoutAdapters):
+        model = model.model
+    return model.vision_encoder if isinstance(model, ComposedVLM) else None
 
 
 def features_for_student(batch: DistillationBatch, features: Tensor) -> Tensor:

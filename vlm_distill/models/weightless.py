@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Self
@@ -51,6 +52,9 @@ class _Fake(FakeTensorMode):
     def avoid_device_init(self) -> bool:
         return self._no_device
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # tensors carry their mode, and a copied model's are to be computed with the others
+
 
 class Weightless(TorchDispatchMode):
     """While it is open, parameters of new modules are fake, and so is everything computed from them.
@@ -67,6 +71,10 @@ class Weightless(TorchDispatchMode):
         from transformers.initialization import no_init_weights
 
         self._token = _on.set(True)
+        self._quiet = warnings.catch_warnings()
+        self._quiet.__enter__()
+        # As torch itself does where it copies a fake parameter.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         self._uninitialised = no_init_weights()
         self._uninitialised.__enter__()
         # What ties embeddings and output layer, too, and is left out otherwise.
@@ -89,6 +97,7 @@ class Weightless(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._uninitialised.__exit__(None, None, None)
+        self._quiet.__exit__(None, None, None)
         nn.Module.register_parameter = self._register  # type: ignore[method-assign]
         nn.Module._apply = self._apply  # type: ignore[method-assign]
         _on.reset(self._token)

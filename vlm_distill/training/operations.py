@@ -25,12 +25,21 @@ class Operations:
         teacher: the model that teaches, if one runs.
         device: of this rank.
         bf16: whether matrix products are in bfloat16.
+        vision_once: the student's vision encoder does not run, its teacher's does.
     """
 
     def __init__(
-        self, student: VisionLanguageModel, teacher: VisionLanguageModel | None, device: torch.device, *, bf16: bool
+        self,
+        student: VisionLanguageModel,
+        teacher: VisionLanguageModel | None,
+        device: torch.device,
+        *,
+        bf16: bool,
+        vision_once: bool = False,
     ) -> None:
         self._student = _Costs(student, trains=True)
+        if vision_once:
+            self._student.encoder = 0.0
         self._teacher = None if teacher is None else _Costs(teacher, trains=False)
         found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = None if found is None else found.bf16 if bf16 else found.fp32
@@ -54,7 +63,7 @@ class _Costs:
     def __init__(self, model: VisionLanguageModel, *, trains: bool) -> None:
         head = {id(p) for p in model.head.parameters}
         flows = False
-        self.text = self.image = self.pair = self.patch = 0.0
+        self.text = self.encoder = self.projector = self.pair = self.patch = 0.0
         for name, part in model.parts.items():
             looked_up = {id(p) for m in part.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
             weights = [p for p in part.parameters() if id(p) not in head | looked_up]
@@ -68,8 +77,10 @@ class _Costs:
                 heads = config.num_attention_heads
                 width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
                 self.text, self.pair = forms, 4 * (3 if flows else 1) * config.num_hidden_layers * width
+            elif name == "vision_encoder":
+                self.encoder = forms
             else:
-                self.image += forms
+                self.projector = forms
         parameters = model.head.parameters
         self.head = 2 * _size(parameters[:1]) * ((2 + parameters[0].requires_grad) if trains else 1)
         encoder = model.parts.get("vision_encoder")
@@ -85,7 +96,10 @@ class _Costs:
         total = tokens.numel() * (self.text + self.pair * tokens.shape[1]) + len(rows.positions) * self.head
         pixels = rows.inputs.get("pixel_values")
         if pixels is not None and self.patch:
-            total += pixels.numel() / self.patch * self.image
+            total += pixels.numel() / self.patch * (self.encoder + self.projector)
+        features = rows.inputs.get("vision_features")  # the encoder has run long ago
+        if features is not None:
+            total += features.shape[0] * features.shape[1] * self.projector
         return total
 
 

@@ -53,10 +53,10 @@ _MEASURED, _WINDOW = 32, 64
 _TOLD_EVERY = 10.0
 
 
-def cache_section(config: RunConfig) -> tuple[TeacherSection, CacheSection]:
-    """The teacher and its cache. Raises ``UserError`` where the configuration names none."""
-    if config.teacher is None or config.teacher.cache is None:
-        raise UserError("teacher.cache: says where the teacher's outputs go; set teacher.cache.folder")
+def _sections(config: RunConfig) -> tuple[TeacherSection, CacheSection]:
+    """The teacher and its cache."""
+    assert config.teacher is not None
+    assert config.teacher.cache is not None
     return config.teacher, config.teacher.cache
 
 
@@ -65,7 +65,7 @@ def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[
 
     What the teacher's files would say and are not here is left out.
     """
-    teacher, cache = cache_section(config)
+    teacher, cache = _sections(config)
     assert teacher.path is not None
     data = config.data
     found = fingerprint(teacher.path)
@@ -190,7 +190,7 @@ class _Rows(Dataset[Step]):
 
 
 @dataclass
-class _Told:
+class Told:
     """Lines about how far the first rank is."""
 
     total: int
@@ -219,7 +219,7 @@ def fill(config: RunConfig, processes: Processes) -> None:
     Raises:
         UserError: the cache is of something else, or has no room, or a row is a bad sample that must not be.
     """
-    _, section = cache_section(config)
+    _, section = _sections(config)
     build_terms(config)
     folder = Path(section.folder)
     sources = open_sources(config.data.train, config.data.max_length)
@@ -248,7 +248,7 @@ def fill(config: RunConfig, processes: Processes) -> None:
     own = [number * processes.world + processes.rank for number in range(turns_)]
     # A sharded teacher is run by all ranks together: one may get nothing at the end.
     dataset.rows = [rows[number] if number < len(rows) else () for number in own]
-    writer, problems, told = TokenWriter(cache), list[Problem](), _Told(turns_)
+    writer, problems, told = TokenWriter(cache), list[Problem](), Told(turns_)
     workers = min(config.data.workers, cores())
     try:
         for step in make_loader(dataset, 0, turns_, workers=workers, prefetch=config.data.prefetch):
@@ -270,7 +270,7 @@ def _open(
     processes: Processes,
 ) -> None:
     """Makes the folder if there is none, and agrees on the vocabulary that likeliest tokens are chosen from."""
-    _, section = cache_section(config)
+    _, section = _sections(config)
     head, kept = teacher.model.head, None
     if section.form == "topk":
         # The distribution is over the tokens that the student shares.

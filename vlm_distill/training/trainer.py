@@ -27,7 +27,7 @@ from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
-from vlm_distill.models.vision_once import sees_as
+from vlm_distill.models.vision_once import sees_as, share
 
 from .build import (
     build_terms,
@@ -51,6 +51,7 @@ from .schedule import learning_rate_factor, lr_scales, parameter_groups
 from .task import DistillationTask
 from .teacher_cache import check_cache
 from .tracking import Tracker
+from .vision_cache import training_processors
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
 _SUSPECT_TEACHER = 0.5
@@ -108,11 +109,13 @@ class Trainer(Loop):
         if self.sequence is not None:
             self._share_sequences(self.sequence, student, terms)
         # A frozen vision encoder that both have runs in the teacher alone, which runs in the student's precision.
-        self.vision_once = (
+        self.same_encoder = (
             isinstance(self.guide, ModelTeacher)
             and self.guide.model.dtype == DTYPES[config.training.dtype]
             and sees_as(student, self.guide.model)
         )
+        self.vision_once = self.same_encoder and config.student.vision_cache is None
+        processors, self.seen = training_processors(config, student, self.guide, self.same_encoder)
         self.features = sorted({*losses.wanted_features(terms)[1], *(["vision"] if self.vision_once else [])})
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
@@ -133,8 +136,7 @@ class Trainer(Loop):
                 window=packing.window,
                 longest_first=True,
             ),
-            student.processor,
-            self.guide.processor if self.guide is not None else None,
+            *processors,
             rank=processes.rank // config.training.sequence_parallel,
             world=processes.world // config.training.sequence_parallel,
             micro_batch_size=self.micro,
@@ -156,7 +158,9 @@ class Trainer(Loop):
             self.parameters["teacher"] = self.teacher.parameters
         elif model is not None:
             self.parameters["teacher"] = sum(count_parameters(model).values())
-        self.operations = Operations(student, guide, processes.device, bf16=config.training.dtype == "bf16")
+        self.operations = Operations(
+            student, guide, processes.device, bf16=config.training.dtype == "bf16", vision_once=self.vision_once
+        )
         check_packing(config.data.train, student, guide, self.grouped)
         self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)
         task = DistillationTask(
@@ -175,6 +179,9 @@ class Trainer(Loop):
             fused=config.deepspeed.offloads_optimizer or None,
         )
         self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
+        if self.same_encoder and config.deepspeed.stage < 3:
+            assert isinstance(self.guide, ModelTeacher)
+            share(student, self.guide.model)
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
         if config.deepspeed.stage == 3:
@@ -268,6 +275,8 @@ class Trainer(Loop):
     def introduce(self, tracker: Tracker, done: int) -> None:
         if self.vision_once:
             tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
+        if self.seen is not None:
+            tracker.say(self.seen)
         told = isinstance(self.guide, ModelTeacher | CachedTeacher) and done < self.steps
         checked = self._teacher_loss(self.guide) if self.guide is not None and told else None
         if checked is not None:
