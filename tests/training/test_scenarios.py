@@ -13,26 +13,39 @@ from launches import on_one_rank_and_two
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    launched = {}
+def launched(tmp_path_factory):
+    done = {}
+
+    def launch(kind):
+        if kind not in done:
+            folder = tmp_path_factory.mktemp("scenarios") / kind
+            done[kind] = on_one_rank_and_two(Path(scenarios.__file__), folder)
+        return done[kind]
+
+    return launch
+
+
+@pytest.fixture
+def results(launched, request):
+    """What a scenario wrote, by the number of ranks and its name."""
 
     def read(world, name):
         kind = "slow" if name in scenarios.SLOW else "fast"
-        if kind not in launched:
-            folder = tmp_path_factory.mktemp("scenarios") / kind
-            launched[kind] = on_one_rank_and_two(Path(scenarios.__file__), folder)
-        return launched[kind](world, name)
+        # One fast test that reads a slow scenario would have all of them run.
+        assert kind == "fast" or request.node.get_closest_marker("slow"), f"mark this test as slow, as {name} is"
+        return launched(kind)(world, name)
 
     return read
 
 
-def marked(names, key=str):
-    """Parameters, those of slow scenarios marked as slow."""
-    slow = pytest.mark.slow
-    return [
-        pytest.param(*(n if isinstance(n, tuple) else (n,)), marks=slow if key(n) in scenarios.SLOW else ())
-        for n in names
-    ]
+def marked(names, *others):
+    """Parameters; slow where a scenario is that they name, or that one of ``others`` makes of the first."""
+    found = []
+    for name in names:
+        values = name if isinstance(name, tuple) else (name,)
+        read = {*values, *(other(values[0]) for other in others)}
+        found.append(pytest.param(*values, marks=pytest.mark.slow if read & scenarios.SLOW else ()))
+    return found
 
 
 def losses(result):
@@ -58,7 +71,11 @@ def test_two_ranks_equal_one(results, name):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
-    "name", marked(sorted(n for n in scenarios.SHARED if n[-1] != "0" and f"{n[:-1]}0" in scenarios.SHARED))
+    "name",
+    marked(
+        sorted(n for n in scenarios.SHARED if n[-1] != "0" and f"{n[:-1]}0" in scenarios.SHARED),
+        lambda name: f"{name[:-1]}0",
+    ),
 )
 def test_every_zero_stage_equals_none(results, world, name):
     none, some = results(world, f"{name[:-1]}0"), results(world, name)
@@ -83,7 +100,6 @@ def test_every_zero_stage_equals_none(results, world, name):
             ("text_shard_zero3", "text_zero0"),
             ("on_policy_shard_zero3", "on_policy_zero3"),
         ],
-        key=lambda pair: pair[0],
     ),
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):
@@ -97,7 +113,13 @@ def test_where_shares_lie_changes_nothing(results, name):
     same_weights(plain, results(2, name), 1e-5)
 
 
-@pytest.mark.parametrize("name", marked(sorted(n for n in scenarios.TWO_RANKS if n.startswith("sequence_"))))
+@pytest.mark.parametrize(
+    "name",
+    marked(
+        sorted(n for n in scenarios.TWO_RANKS if n.startswith("sequence_")),
+        lambda name: name.removeprefix("sequence_").replace("checkpointing_", ""),
+    ),
+)
 def test_ranks_that_share_sequences_equal_one(results, name):
     one, two = results(1, name.removeprefix("sequence_").replace("checkpointing_", "")), results(2, name)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
@@ -106,7 +128,12 @@ def test_ranks_that_share_sequences_equal_one(results, name):
     same_weights(one, two, 1e-5)
 
 
-@pytest.mark.parametrize("name", marked([name for name in scenarios.SHARED if name.startswith("packed_")]))
+@pytest.mark.parametrize(
+    "name",
+    marked(
+        [name for name in scenarios.SHARED if name.startswith("packed_")], lambda name: name.removeprefix("packed_")
+    ),
+)
 def test_packed_equals_padded(results, name):
     packed, padded = results(2, name), results(2, name.removeprefix("packed_"))
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
@@ -114,7 +141,7 @@ def test_packed_equals_padded(results, name):
     assert packed["held_out"] == pytest.approx(padded["held_out"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", marked(scenarios.RESUMED, lambda name: f"resumed_{name}"))
+@pytest.mark.parametrize("name", marked(scenarios.RESUMED, "resumed_{}".format))
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
         return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in result["metrics"]]
@@ -259,7 +286,7 @@ def test_answers_under_zero3(results, name, questions):
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    marked([(1, "text_zero3"), (2, "text_zero0"), (2, "text_zero3"), (2, "text_shard_zero3")], lambda pair: pair[1]),
+    marked([(1, "text_zero3"), (2, "text_zero0"), (2, "text_zero3"), (2, "text_shard_zero3")]),
 )
 def test_held_out_measures_are_the_same_everywhere(results, world, name):
     def measured(result):
