@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,21 @@ from .cache_folder import Shards, ShardWriter, read_about
 from .errors import UserError
 from .token_cache import image_digest
 
-FORMAT = 1
-_ENTRY = np.dtype([("image", "<u8"), ("offset", "<i8"), ("check", "<u4")])
+FORMAT = 2
+_ENTRY = np.dtype([("images", "<u8"), ("offset", "<i8"), ("tokens", "<i4"), ("check", "<u4")])
 
 
 class FeatureCache:
-    """Features ``[tokens, width]`` by an image's decoded pixels, once for each however many samples show it.
+    """Features ``[tokens, width]`` by the decoded pixels of their images, once however many samples show these.
 
-    The files are those of :class:`~data.cache_folder.Shards`; an image's data are its features.
+    The files are those of :class:`~data.cache_folder.Shards`; an entry's data are its features.
 
     Args:
         folder: of a cache.
 
     Attributes:
         about: what ``cache.json`` says.
-        shape: tokens and width of an image's features.
-        dtype: of the features.
+        width, dtype: of the features.
 
     Raises:
         UserError: there is no cache, or one of something else.
@@ -40,34 +40,34 @@ class FeatureCache:
         self.about = read_about(folder)
         if self.about.get("format") != f"vision features {FORMAT}":
             raise UserError(f"{folder}: no cache of vision features of this version; name another folder")
-        tokens, width = self.about["shape"]
-        self.shape, self.dtype = (int(tokens), int(width)), getattr(torch, self.about["dtype"])
+        self.width, self.dtype = int(self.about["width"]), getattr(torch, self.about["dtype"])
         self._shards = Shards(folder, _ENTRY, self._sizes)
-        self._order = np.argsort(self._shards.entries["image"], kind="stable")
-        self._images = self._shards.entries["image"][self._order]
+        self._order = np.argsort(self._shards.entries["images"], kind="stable")
+        self._images = self._shards.entries["images"][self._order]
 
     @staticmethod
-    def describe(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    def describe(width: int, dtype: torch.dtype) -> dict[str, Any]:
         """The part of ``cache.json`` that this class reads."""
-        return {
-            "format": f"vision features {FORMAT}",
-            "shape": list(shape),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
+        return {"format": f"vision features {FORMAT}", "width": width, "dtype": str(dtype).removeprefix("torch.")}
 
     @property
-    def bytes_an_image(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+    def bytes_a_token(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of all features."""
+        return int(self._sizes(self._shards.entries).sum())
 
     def _sizes(self, entries: Any) -> Any:
-        return np.full(np.shape(entries), self.bytes_an_image)
+        return entries["tokens"].astype(np.int64) * self.bytes_a_token
 
     def __len__(self) -> int:
-        """Different images."""
+        """Different images, or sets of images that were seen together."""
         return len(np.unique(self._images))
 
     def _find(self, digest: int) -> int | None:
-        """The number of an image's entry."""
+        """The number of an entry."""
         at = int(np.searchsorted(self._images, np.uint64(digest)))
         found = at < len(self._images) and int(self._images[at]) == digest
         return int(self._order[at]) if found else None
@@ -75,20 +75,21 @@ class FeatureCache:
     def __contains__(self, digest: int) -> bool:
         return self._find(digest) is not None
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """The features of an image, ``[tokens, width]``.
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """The features ``[tokens, width]`` of images that were seen together.
 
         Raises:
             UserError: they are not there, or damaged.
         """
-        number = self._find(image_digest(image))
+        number = self._find(image_digest(images))
         if number is None:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise UserError(
-                f"student.vision_cache: {self.folder} has no features of an image of {image.width} x {image.height} "
-                "pixels: the data have changed, or the cache is not whole; run vlm-distill cache to fill it"
+                f"student.vision_cache: {self.folder} has no features of images of {sizes} pixels: the data have "
+                "changed, or the cache is not whole; run vlm-distill cache to fill it"
             )
         data = self._shards.checked(number)
-        return torch.from_numpy(np.array(data)).view(self.dtype).view(self.shape)
+        return torch.from_numpy(np.array(data)).view(self.dtype).view(-1, self.width)
 
 
 class FeatureWriter:
@@ -98,9 +99,9 @@ class FeatureWriter:
         self._cache, self._shard = cache, ShardWriter(cache.folder, _ENTRY)
 
     def write(self, digest: int, features: Tensor) -> None:
-        """Keeps an image's features ``[tokens, width]``."""
+        """Keeps the features ``[tokens, width]`` of the images that have this digest."""
         data = features.to("cpu", self._cache.dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        self._shard.append(data, image=digest)
+        self._shard.append(data, images=digest, tokens=len(features))
 
     def close(self) -> None:
         self._shard.close()

@@ -50,21 +50,19 @@ def digest_of(sample: Conversation | Document, images: Sequence[Image.Image]) ->
         digest.update(json.dumps([sample.text, sample.last]).encode())
     else:
         digest.update(json.dumps(sample.messages, sort_keys=True).encode())
+    return _seen(digest, images)
+
+
+def image_digest(images: Sequence[Image.Image]) -> int:
+    """64 bits of images' decoded pixels."""
+    return _seen(hashlib.blake2b(digest_size=8), images)
+
+
+def _seen(digest: Any, images: Sequence[Image.Image]) -> int:
     for image in images:
-        _see(digest, image)
+        digest.update(f"{image.mode} {image.size}".encode())
+        digest.update(image.tobytes())
     return int.from_bytes(digest.digest(), "little")
-
-
-def image_digest(image: Image.Image) -> int:
-    """64 bits of an image's decoded pixels."""
-    digest = hashlib.blake2b(digest_size=8)
-    _see(digest, image)
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _see(digest: Any, image: Image.Image) -> None:
-    digest.update(f"{image.mode} {image.size}".encode())
-    digest.update(image.tobytes())
 
 
 class TokenCache:

@@ -39,7 +39,7 @@ from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.models.sequence_parallel import SequenceParallel, prepare
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vision_once import sees_as
+from vlm_distill.models.vision_once import hands_on, sees_as
 from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
 from vlm_distill.training.build import (
     build_terms,
@@ -51,7 +51,7 @@ from vlm_distill.training.build import (
     turns,
 )
 from vlm_distill.training.packing import plan_packing
-from vlm_distill.training.vision_cache import encoder_of
+from vlm_distill.training.vision_cache import sight_of
 
 STAGES = (0, 1, 2, 3)
 SAMPLES = 32
@@ -258,7 +258,7 @@ class _Models:
         self.packed, self.told = packing.packed, packing.told
         if any(self.packed):
             self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
-        #: The teacher has the student's frozen vision encoder.
+        #: The teacher sees as the student does, with frozen parts.
         self.same_encoder = (
             guide is not None
             and (section is None or section.placement == "replicate")
@@ -266,12 +266,14 @@ class _Models:
             and sees_as(self.student, guide)
         )
         features = config.student.vision_cache is not None
-        self.vision_once = self.same_encoder and not features
-        if self.same_encoder:
+        self.vision_once = self.same_encoder and not features and hands_on(self.student, self.packed)
+        if self.vision_once or (self.same_encoder and features):
             runs = "does not run" if features else "runs once, for both"
             self.told += (f"the vision encoder is frozen and taken to be the teacher's: it {runs}",)
-        self.encoder = encoder_of(self.student) if features else None
-        self.feature_bytes = 0 if self.encoder is None else self._features(None).nbytes
+        self.cached_sight = features
+        if features:
+            sight_of(self.student)  # refuses as the run would
+        self._shapes: dict[tuple[tuple[int, int], ...], torch.Size] = {}
         ranks = config.training.sequence_parallel
         self.sequence = None if ranks == 1 else SequenceParallel(None, 0, ranks)
         for model in (self.student, guide) if self.sequence is not None else ():
@@ -333,7 +335,7 @@ class _Models:
         return (self.total - packed) * size + packed * BITS[kind] / 8
 
     def teacher_bytes(self, placement: str, stage: int) -> float:
-        """Its weights, whole, but for a vision encoder that lies where the student's does."""
+        """Its weights, whole, but for those that lie where the student's do, which sees as it does."""
         if self.teacher is None or placement == "none":
             return 0.0
         if placement == "cached":
@@ -341,24 +343,34 @@ class _Models:
         whole = sum(p.nbytes for p in self.teacher.parameters())
         if placement == "replicate" and self.same_encoder and stage < 3:
             size = 2 if self.bf16 and stage > 0 else 4
-            encoder = self.teacher.parts["vision_encoder"].parameters()
-            whole -= sum(p.nbytes for p in encoder if p.itemsize == size) if not self.shared else 0
+            sight = nn.ModuleDict(self.teacher.sight).parameters()
+            whole -= sum(p.nbytes for p in sight if p.itemsize == size) if not self.shared else 0
         packed = _quantised(self.teacher) if placement in BITS else []
         return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8
 
     def collator(self) -> Collator:
         student: Any = self.student.processor
         guide: Any = self.teacher.processor if self.teacher is not None and self.guides else None
-        if self.encoder is not None:
+        if self.cached_sight:
             student = student.with_features(self._features)
             guide = guide.with_features(self._features) if self.same_encoder else guide
         data = self.config.data
         return Collator(student, guide, data.max_length, turns(data), self.grouped, self.packed)
 
-    def _features(self, _: Image.Image | None) -> Tensor:
-        """What stands in a cache of the vision encoder's features for any image."""
-        assert self.encoder is not None
-        return torch.zeros(self.encoder.tokens, self.encoder.width, dtype=DTYPES[self.config.training.dtype])
+    def _features(self, images: Sequence[Image.Image]) -> Tensor:
+        """What stands in a cache of features for images: as many numbers."""
+        sizes = tuple(image.size for image in images)
+        if sizes not in self._shapes:
+            with torch.no_grad():
+                (seen,) = self.student.see([self.student.processor.pictured(images)])
+            self._shapes[sizes] = seen.shape
+        return torch.zeros(self._shapes[sizes], dtype=DTYPES[self.config.training.dtype])
+
+    def feature_bytes(self, images: Sequence[Image.Image]) -> int:
+        """What a run reads of a sample's images from such a cache."""
+        if not self.cached_sight:
+            return 0
+        return sum(self._features(group).nbytes for group in self.student.processor.seen_together(images))
 
     def run(self, meter: Meter, pairs: Sequence[Pair]) -> Micro:
         batch = self.collator().batch(list(pairs))
@@ -465,7 +477,7 @@ def _sample(config: RunConfig, models: _Models) -> tuple[list[Pair], Sequences, 
             images = [] if isinstance(sample, Document) else [load(image) for image in sample.images]
             pairs += collator.encode(sample, images)
             sizes, samples = sizes + _size(sample, images), samples + 1
-            sizes += models.feature_bytes * len(images)
+            sizes += models.feature_bytes(images)
         except BadSample:
             continue
     if not pairs:

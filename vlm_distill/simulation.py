@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from data.batch import DistillationBatch, ModelInputs
+from vlm_distill.models.features import SIGHT
 from vlm_distill.models.interface import Outputs, VisionLanguageModel
-from vlm_distill.models.vision_once import features_for_student
+from vlm_distill.models.vision_once import handed_on
 from vlm_distill.models.weightless import Weightless, tensors_in
 
 aten = torch.ops.aten
@@ -161,22 +162,20 @@ def simulate(
         head: what the losses take.
         autocast: the student computes in bf16 from float32 parameters.
         cached: bytes of what is read from disk in place of a teacher's outputs.
-        vision_once: the student takes its vision encoder's features from the teacher.
+        vision_once: the student takes what the teacher saw.
     """
     inputs = _bytes(batch)
     kept, teacher_peak, teacher_flops = cached, 0, 0
     given = batch.student.inputs
     if teacher is not None and batch.teacher is not None:
         with meter.counting(), torch.no_grad():
-            wanted = ["vision"] if vision_once else []
+            wanted = [SIGHT] if vision_once else []
             taught = _forward(teacher, batch.teacher.inputs, batch.teacher.positions, wanted, autocast=False)
         teacher_peak, teacher_flops = meter.peak, meter.flops
         kept = taught.hidden.nbytes + sum(t.nbytes for t in taught.features.values())
     with meter.counting(), _gradients(meter, student):
         if vision_once:
-            features = features_for_student(batch, taught.features["vision"])
-            given = ModelInputs({k: v for k, v in given.items() if k != "pixel_values"}, vision_features=features)
-            del features
+            given = handed_on(batch, taught.features[SIGHT])
         states = _forward(student, given, batch.student.positions, autocast=autocast).hidden
         with student.head.weight() as weight:
             loss = _Losses.apply(states, weight, head.transient)

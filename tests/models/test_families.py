@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from data.collate import collate, encode_pair
 from data.errors import BadSample, UserError
+from data.token_cache import image_digest
 from vlm_distill.models import load_vlm
 from vlm_distill.models.pretrained import Expanded
 
@@ -108,6 +109,32 @@ def test_images_reach_the_answer(name, load, talk, picture):
     with torch.no_grad():
         a, b = (model(model.processor.collate([row]), row.supervised.nonzero()[:1, 0] - 1).hidden for row in rows)
     assert (a - b).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_features_stand_for_images(name, load, samples):
+    """What was seen of images before, in one row, in a padded batch and in a packed row."""
+    model = load(name)
+    own, seen = model.processor, {}
+    if name == "phi4_multimodal":
+        with pytest.raises(UserError, match="phi4_multimodal takes no features in place of images"):
+            model.see([own.dummy()])
+        return
+    with torch.no_grad():
+        for images in ([own.blank()], *(images for _, images in samples(name))):
+            for group in own.seen_together(images):
+                (seen[image_digest(group)],) = model.see([own.pictured(group)])
+    blind = own.with_features(lambda images: seen[image_digest(images)])
+    rows, given = ([*(p.encode(*sample) for sample in samples(name)), p.dummy()] for p in (own, blind))
+    assert not any(tensor.startswith("pixel_") for row in given for tensor in row.tensors)
+    batches = [(rows, given), *(((row,), (other,)) for row, other in zip(rows, given, strict=True))]
+    if model.keeps_samples_apart():
+        batches.append(([own.join(rows)], [blind.join(given)]))
+    for live, cached in batches:
+        inputs, others = own.collate(live), blind.collate(cached)
+        positions = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).flatten().nonzero().flatten()
+        with torch.no_grad():
+            close(model(others, positions).hidden, model(inputs, positions).hidden)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

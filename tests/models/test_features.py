@@ -225,7 +225,7 @@ class Stub:
     def dummy(self):
         return self.row
 
-    def blank(self, width, height):
+    def pictured(self, images):
         return self.row
 
     def image_tokens(self, sample):

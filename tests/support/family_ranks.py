@@ -1,4 +1,6 @@
-"""Two steps of four unlike families, each taught by the next one, whole and in shards; tests compare one rank and two.
+"""Two steps of unlike families, whole and in shards; tests compare one rank and two.
+
+Four are taught by the next one each. The last is its own teacher and sees with frozen parts: what it sees is seen once.
 
     python tests/support/family_ranks.py FOLDER                                       one
     deepspeed --num_gpus 2 tests/support/family_ranks.py FOLDER                       two ranks
@@ -20,13 +22,14 @@ from vlm_distill.launch import leave
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
-FAMILIES = ("qwen2_5_vl", "gemma3", "smolvlm", "internvl")
+FAMILIES = ("qwen2_5_vl", "gemma3", "smolvlm", "internvl", "qwen3_vl")
 STAGES = (0, 2, 3)
 
 
 def main(folder: Path) -> None:
     processes = Processes("cpu")
-    teachers = dict(zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1], strict=True))
+    *four, last = FAMILIES
+    teachers = dict(zip(four, [*four[1:], four[0]], strict=True)) | {last: last}
     for student, stage in itertools.product(FAMILIES, STAGES):
         out = folder / f"ranks{processes.world}" / f"{student}_zero{stage}"
         if processes.first:
@@ -36,7 +39,7 @@ def main(folder: Path) -> None:
             out,
             folder / "data" / "data.jsonl",
             folder / teachers[student],
-            student={"path": str(folder / student)},
+            student={"path": str(folder / student), **({"train": ["decoder"]} if student == last else {})},
             loss=[{"name": "forward_kl"}, {"name": "cross_entropy", "weight": 0.5}],
             # Moments of tiny gradients make steps of the learning rate whatever their size, rounding too.
             optimizer={"lr": 1e-3, "eps": 1e-4, "schedule": "constant"},
@@ -46,6 +49,7 @@ def main(folder: Path) -> None:
             deepspeed={"stage": stage, "zero_optimization": {"stage3_param_persistence_threshold": 0}},
         )
         trainer = Trainer(RunConfig.model_validate(plain), processes)
+        assert trainer.vision_once == (student == last)
         trainer.run()
         state = trainer.engine.whole_state(trainer.student)
         if processes.first:

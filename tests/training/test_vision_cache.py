@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import byte_tokenizer
+import families
 import pytest
 import tiny
 import torch
@@ -13,6 +15,7 @@ from data.errors import UserError
 from data.feature_cache import FeatureCache
 from vlm_distill.config import RunConfig
 from vlm_distill.models import load_vlm
+from vlm_distill.models.pretrained import PretrainedVLM
 from vlm_distill.planning import plan
 from vlm_distill.training.caches import fill
 from vlm_distill.training.trainer import Trainer
@@ -38,6 +41,10 @@ def settings(folder, run, cache=None, **changes):
     return RunConfig.model_validate(plain)
 
 
+def tower(model):
+    return model.model.get_encoder(modality="image") if isinstance(model, PretrainedVLM) else model.vision_encoder
+
+
 def trained(config, processes):
     """Losses, weights, operations, how often each model's vision encoder ran in training, and the trainer."""
     trainer, calls = Trainer(config, processes), {"student": 0, "teacher": 0}
@@ -49,7 +56,7 @@ def trained(config, processes):
         return note
 
     for who, model in (("student", trainer.student), ("teacher", trainer.guide.model)):
-        model.vision_encoder.register_forward_hook(count(who))
+        tower(model).register_forward_hook(count(who))
     trainer.introduce = lambda *_: None
     lines = [json.loads(line) for line in (trainer.run() / "metrics.jsonl").read_text().splitlines()]
     learned = [line for line in lines if line["kind"] == "train"]
@@ -79,10 +86,11 @@ def test_the_encoder_does_not_run_and_nothing_else_changes(folder, processes, ca
     cached = trained(config, processes)
     assert cached[3] == {"student": 0, "teacher": 12 if teacher_runs else 0}
     assert live[3] == {"student": 12 if teacher_runs else 0, "teacher": 12}
-    tolerance = 1e-2 if name == "bf16" else 1e-6
+    # In bf16 the encoder sees another number of images at once, whose sums are rounded otherwise on some CPUs.
+    tolerance = 2e-2 if name == "bf16" else 1e-6
     assert cached[0] == pytest.approx(live[0], rel=tolerance)
     for key, weight in cached[1].items():
-        assert (weight - live[1][key]).abs().max() < tolerance, key
+        assert ((weight - live[1][key]).abs() <= tolerance * live[1][key].abs().clamp(min=1)).all(), key
     assert cached[2] < live[2]
     # One encoder lies there once; of models that have one each, two.
     ours, theirs = (m.vision_encoder for m in (cached[4].student, cached[4].guide.model))
@@ -92,6 +100,47 @@ def test_the_encoder_does_not_run_and_nothing_else_changes(folder, processes, ca
     cached[4].__class__(config.model_copy(update={"output": f"{config.output}_said"}), processes).run()
     whose = "student's" if teacher_runs else "student's and the teacher's"
     assert f"the {whose} vision encoder does not run in training" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def family(folder):
+    """A model whose images have various numbers of features, some of which enter deeper layers."""
+    maker = families.Maker(byte_tokenizer.make_tokenizer)
+    maker.write("llava", folder / "llava", seed=1)
+    return maker.write("qwen3_vl", folder / "qwen3_vl")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_models_of_transformers_too(folder, family, processes, same, cached):
+    """From the cache, or from the teacher where that is the same."""
+    teacher = family if same else folder / "llava"
+    student = {"path": str(family), "train": ["decoder"]}
+
+    def run(name, cache=None, **changes):
+        given = {"student": student, "teacher__path": str(teacher), "data__max_length": 512, **changes}
+        return settings(folder, f"{name}_{same}_{cached}", cache, **given)
+
+    cache = folder / f"family_cache_{same}" if cached else None
+    # Nobody knows the teacher's images to be the student's where rows are packed.
+    live = trained(run("live", data__packing=same), processes)
+    if cached:
+        fill(run("fill", cache), processes)
+    got = trained(run("got", cache, data__packing=cached and same), processes)
+    assert live[3] == {"student": 12, "teacher": 12}
+    # Once for a blank image, which tells in what form the model takes its features.
+    assert got[3] == {"student": 1 if cached or same else 12, "teacher": 1 if cached and same else 12}
+    assert got[0] == pytest.approx(live[0], rel=1e-5)
+    for key, weight in got[1].items():
+        assert (weight - live[1][key]).abs().max() < 1e-5, key
+    assert (got[2] < live[2]) == (cached or same)
+
+
+def test_a_projector_that_trains_is_refused(folder, family, processes, tmp_path):
+    student = {"path": str(family), "train": PARTS}
+    config = settings(folder, tmp_path / "run", tmp_path / "cache", student=student, data__max_length=512)
+    with pytest.raises(UserError, match=r"student\.vision_cache: .* its projector gives, which trains; leave"):
+        fill(config, processes)
 
 
 @pytest.fixture
@@ -111,12 +160,12 @@ def test_what_is_there_is_not_run_again(filled, processes, monkeypatch, capsys):
     fill(filled, processes)
     assert not written
     told = capsys.readouterr().err
-    # Four features of width 16 in float32.
-    assert "256 bytes an image; 5 images are there" in told
+    # Of width 16 in float32.
+    assert "64 bytes a token of an image; 5 images are there" in told
     cache = FeatureCache(filled_folder(filled))
     (index,) = cache.folder.glob("*.index")
-    index.write_bytes(index.read_bytes()[: 2 * 20 + 7])  # what a kill leaves
-    with pytest.raises(UserError, match=r"has no features of an image of .* run vlm-distill cache"):
+    index.write_bytes(index.read_bytes()[: 2 * 24 + 7])  # what a kill leaves
+    with pytest.raises(UserError, match=r"has no features of images of .* run vlm-distill cache"):
         list(Trainer(filled, processes).batches(0, 3))
     fill(filled, processes)
     assert len(written) == 3
@@ -141,7 +190,7 @@ def test_an_image_that_changed_has_none(folder, filled, processes, tmp_path):
     Image.new("RGB", (20, 16), (255, 0, 1)).save(tmp_path / "other/0.png")
     train = [{"path": str(tmp_path / "other/data.jsonl")}]
     config = settings(folder, tmp_path / "run2", filled_folder(filled), data__train=train)
-    with pytest.raises(UserError, match=r"no features of an image of 20 x 16 pixels"):
+    with pytest.raises(UserError, match=r"no features of images of 20 x 16 pixels"):
         list(Trainer(config, processes).batches(0, 3))
 
 
@@ -171,7 +220,7 @@ def test_features_of_something_else_are_refused_by_name(folder, filled, processe
 
 def test_models_without_such_features(folder, processes, tmp_path):
     language = {"decoder": tiny.settings()["decoder"], "train": ["decoder"]}
-    with pytest.raises(UserError, match="is for models assembled from parts, with a vision encoder"):
+    with pytest.raises(UserError, match=r"student\.vision_cache: a language model sees no images; leave it out"):
         fill(settings(folder, tmp_path / "run", tmp_path / "cache", student=language), processes)
     with pytest.raises(UserError, match=r"holds no cache; fill it: vlm-distill cache CONFIG"):
         Trainer(settings(folder, tmp_path / "run", tmp_path / "cache"), processes)
@@ -210,6 +259,21 @@ def test_the_plan_counts_one_encoder_once(folder, tmp_path):
     encoder = sum(part.parameters for part in own.parts if (part.model, part.name) == ("teacher", "vision_encoder"))
     rows = [next(r for r in p.memory if (r.stage, r.placement) == (0, "replicate")) for p in (own, same)]
     assert rows[0].teacher - rows[1].teacher == 4 * encoder > 0
+
+
+def test_the_plan_of_models_of_transformers(folder, family, tmp_path):
+    def planned(cache=None, **changes):
+        student = {"path": str(family), "train": ["decoder"]}
+        changes = {"student": student, "teacher__path": str(family), "data__max_length": 512, **changes}
+        return plan(settings(folder, tmp_path / "run", cache, **changes), device="cpu", memory=1)
+
+    twice, once, never = planned(data__packing=True), planned(), planned(tmp_path / "cache")
+    assert never.flops < once.flops < twice.flops
+    # For each of an image's tokens three features of 32 numbers, two of them for deeper layers.
+    processor = load_vlm(family).processor
+    tokens = int(processor.image_tokens(processor.pictured([Image.new("RGB", (20, 16))])).sum())
+    more = (never.bytes_read - once.bytes_read) / (never.steps * never.batch_size)
+    assert more == pytest.approx(3 * 32 * 4 * tokens * once.sequences.images)
 
 
 def test_a_frozen_encoder_drops_no_paths(processes, folder, tmp_path):

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .chat import (
     token_places,
 )
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
-from .features import IMAGES, decoder_features, decoder_width, wanted_states
+from .features import IMAGES, SIGHT, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, Processor, VisionLanguageModel
 from .packing import row_positions, wants_one_row
 from .pretrained import generation_ends, lm_head, template_ends
@@ -81,19 +81,11 @@ class ComposedProcessor(Processor):
         self.transform = transform
         self.tokens = tokens
         self.has_vision = transform is not None
-        #: What is known of images without their pixels; see :meth:`with_features`.
-        self.features: Callable[[Image.Image], Tensor] | None = None
         self._special = special_ids(tokenizer)
         self._template: Any = None
         self._control: tuple[str, ...] = ()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = 0 if pad is None else pad
-
-    def with_features(self, features: Callable[[Image.Image], Tensor]) -> ComposedProcessor:
-        """The same processor, which gives the vision encoder's features ``[tokens, C]`` in place of pixels."""
-        other = copy.copy(self)
-        other.features = features
-        return other
 
     def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
         flat = [{"role": m["role"], "content": self._flat_content(m)} for m in messages]
@@ -156,7 +148,7 @@ class ComposedProcessor(Processor):
         if self.has_vision:
             tensors["image_mask"] = input_ids < 0
         if images and self.features is not None:
-            tensors["vision_features"] = torch.stack([self.features(image) for image in images])
+            tensors["vision_features"] = torch.stack([self.features([image]) for image in images])
         elif images and self.transform is not None:
             tensors["pixel_values"] = torch.stack([self.transform(image) for image in images])
         return Encoded(
@@ -168,11 +160,19 @@ class ComposedProcessor(Processor):
         )
 
     def dummy(self) -> Encoded:
-        if self.transform is None:
-            return self._encoded([self._pad], [False], [False], [])
-        ids = [-1] * self.tokens + [self._pad]
+        return self.pictured([] if self.transform is None else [self.blank()])
+
+    def blank(self) -> Image.Image:
+        assert self.transform is not None
+        return self.transform.blank()
+
+    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+        ids = [-1] * self.tokens * len(images) + [self._pad]
         nothing = [False] * len(ids)
-        return self._encoded(ids, nothing, nothing, [self.transform.blank()])
+        return self._encoded(ids, nothing, nothing, images)
+
+    def seen_together(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
+        return [[image] for image in images]
 
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
         """Samples padded into one batch.
@@ -278,6 +278,23 @@ class ComposedVLM(VisionLanguageModel):
             return self.processor.tokens, self.decoder.get_input_embeddings().embedding_dim
         return None, decoder_width(name, self.decoder.base_model)
 
+    @property
+    def sight(self) -> dict[str, nn.Module]:
+        if self.vision_encoder is None:
+            raise UserError("a language model sees no images")
+        return {"vision_encoder": self.vision_encoder}
+
+    @property
+    def sight_settings(self) -> dict[str, Any]:
+        assert self.vision_encoder is not None
+        return dict(self.vision_encoder.settings)
+
+    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+        assert self.vision_encoder is not None
+        inputs = self.processor.collate(rows).to(next(self.vision_encoder.parameters()).device)
+        features = self.vision_encoder(inputs["pixel_values"]).flatten(0, 1)
+        return list(features.split([row.images * self.vision_encoder.tokens for row in rows]))
+
     def _embed(self, inputs: ModelInputs) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self.decoder.get_input_embeddings()(inputs["input_ids"])
         if "pixel_values" not in inputs and "vision_features" not in inputs:
@@ -290,7 +307,7 @@ class ComposedVLM(VisionLanguageModel):
         projected = self.projector(features)
         mask = inputs["image_mask"].unsqueeze(-1)
         embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
-        return embeddings, {"vision": features, "projector": projected}
+        return embeddings, {"vision": features, SIGHT: features, "projector": projected}
 
     def _sequence(self, inputs: ModelInputs) -> dict[str, Tensor]:
         names = ("attention_mask", "position_ids") if self._takes_positions else ("attention_mask",)

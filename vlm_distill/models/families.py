@@ -38,8 +38,8 @@ class PaliGemmaProcessor(PretrainedProcessor):
         row.tensors["token_type_ids"][:, len(prompt.input_ids) :] = 1
         return row
 
-    def blank(self, width: int, height: int) -> Encoded:
-        return self._suffixed(self.placeholder, None, [Image.new("RGB", (width, height))])
+    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+        return self._suffixed(self.placeholder * len(images), None, images)
 
     def _suffixed(self, text: str, answer: str | None, images: Sequence[Image.Image]) -> Encoded:
         tensors, _ = self._process(text, images, **({} if answer is None else {"suffix": [answer]}))

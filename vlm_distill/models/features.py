@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 
-#: Of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind.
+#: Of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind. No loss reads ``sight``.
 ATTENTION = ("queries", "keys", "values")
 IMAGES = ("vision", "projector")
+SIGHT = "sight"
 
 #: Decoders whose attention reads the hidden state itself: their norms come after attention and MLP.
 NORM_AFTER = ("olmo2", "olmo3", "exaone4")
@@ -37,7 +38,7 @@ def hidden_index(name: str, layers: int) -> int | None:
         UserError: no feature has this name, or the decoder has no such layer.
     """
     kind, _, text = name.partition(".")
-    if name in ATTENTION + IMAGES:
+    if name in (*ATTENTION, *IMAGES, SIGHT):
         return None
     if kind != "hidden" or not text.removeprefix("-").isdecimal():
         raise UserError(f"no feature is called {name!r}; there are hidden.K, {', '.join(IMAGES + ATTENTION)}")

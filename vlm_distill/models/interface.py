@@ -151,6 +151,8 @@ class Processor(ABC):
 
     tokenizer: Any
     has_vision: bool
+    #: What is known of images without their pixels; see :meth:`with_features`.
+    features: Callable[[Sequence[Image.Image]], Tensor] | None = None
     #: Whether the model wants all samples that share a row in one; the model sets it.
     one_row: bool = False
 
@@ -196,8 +198,30 @@ class Processor(ABC):
         return Encoded(input_ids, supervised, torch.zeros_like(supervised), prompt.images, tensors)
 
     @abstractmethod
+    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+        """A row with these images, of which there is at least one, and nothing supervised."""
+
+    @abstractmethod
+    def blank(self) -> Image.Image:
+        """The image of a dummy row."""
+
+    @abstractmethod
     def dummy(self) -> Encoded:
         """A row with one blank image (no image for a text model) and no supervised token."""
+
+    def seen_together(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
+        """A sample's images in the groups within which what is seen of one may depend on the others."""
+        return [images] if images else []
+
+    def with_features(self, features: Callable[[Sequence[Image.Image]], Tensor]) -> Self:
+        """The same processor, which gives what :meth:`VisionLanguageModel.see` made of images in place of pixels.
+
+        Args:
+            features: of a group that :meth:`seen_together` makes, ``[tokens, C]``.
+        """
+        other = copy.copy(self)
+        other.features = features
+        return other
 
     @abstractmethod
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
@@ -303,6 +327,7 @@ class VisionLanguageModel(nn.Module, ABC):
                   K-th layer's output; the last, which is also −1, is after the final norm: ``Outputs.hidden`` itself.
                 - ``vision``: ``[images, tokens, C]``, what the vision encoder gives to the projector.
                 - ``projector``: ``[images, tokens, H]``, what the projector gives to the decoder.
+                - ``sight``: what may stand in the images' place as ``vision_features``; see :attr:`sight`.
                 - ``queries``, ``keys``, ``values``: ``[N, heads · head width]``, the outputs of the projections in the
                   last layer's attention at ``positions``, before rotary positions and norms of single heads; where
                   several queries share a key, keys and values have fewer heads.
@@ -319,6 +344,28 @@ class VisionLanguageModel(nn.Module, ABC):
 
         Raises:
             UserError: as in :meth:`forward`.
+        """
+
+    @property
+    @abstractmethod
+    def sight(self) -> dict[str, nn.Module]:
+        """The parts that make of images what may stand in their place among the inputs, as ``vision_features``.
+
+        Raises:
+            UserError: this model sees no images, or takes nothing in their place.
+        """
+
+    @property
+    @abstractmethod
+    def sight_settings(self) -> dict[str, Any]:
+        """What decides, beside the weights of :attr:`sight`, what an image becomes."""
+
+    @abstractmethod
+    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+        """What :attr:`sight` makes of each row's images, ``[tokens, C]``.
+
+        Args:
+            rows: each with at least one image.
         """
 
     @abstractmethod

@@ -180,6 +180,18 @@ class WithoutAdapters(VisionLanguageModel):
     def feature_shape(self, name: str) -> tuple[int | None, int]:
         return self.model.feature_shape(name)
 
+    @property
+    def sight(self) -> dict[str, nn.Module]:
+        return self.model.sight
+
+    @property
+    def sight_settings(self) -> dict[str, Any]:
+        return self.model.sight_settings
+
+    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+        with self._off():
+            return self.model.see(rows)
+
     def keeps_samples_apart(self) -> bool:
         return self.model.keeps_samples_apart()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation
@@ -20,7 +22,7 @@ from data.errors import BadSample, UserError
 from .adapters import plain_state
 from .chat import Span, control_tokens, find_answers, held, mark_tokens, rendered, special_ids, token_places
 from .common import checkpoint_layers, first_line
-from .features import IMAGES, decoder_features, decoder_width, wanted_states
+from .features import IMAGES, SIGHT, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
 from .packing import is_by_token, joined, row_positions, wants_one_row
 from .sequence_parallel import at_positions
@@ -172,7 +174,10 @@ class PretrainedProcessor(Processor):
     def _process(
         self, text: str, images: Sequence[Image.Image], **options: Any
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """The model's inputs, offsets among them, and what became of each image's placeholder."""
+        """The model's inputs, offsets among them, and what became of each image's placeholder.
+
+        With ``vision_features`` among them where these are known; grids and sizes stay.
+        """
         try:
             inputs = self.processor(
                 text=[text],
@@ -189,16 +194,26 @@ class PretrainedProcessor(Processor):
             raise BadSample("processor refuses the sample", first_line(error)[:120]) from error
         if len(replaced) != len(images):
             raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not tell it")
+        if images and self.features is not None:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pixel_")}
+            tensors["vision_features"] = self.features(images)
         return tensors, replaced
 
-    def blank(self, width: int, height: int) -> Encoded:
-        """A row with one blank image of so many pixels."""
-        return self._encoded(self.placeholder, [], [Image.new("RGB", (width, height))])
+    def blank(self) -> Image.Image:
+        return Image.new("RGB", (64, 64))
+
+    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+        return self._encoded(self.placeholder * len(images), [], images)
 
     def dummy(self) -> Encoded:
         if self._dummy is None:
-            self._dummy = self.blank(64, 64)
+            self._dummy = self.pictured([self.blank()])
         return self._dummy
+
+    def with_features(self, features: Callable[[Sequence[Image.Image]], Tensor]) -> Self:
+        other = super().with_features(features)
+        other._dummy = None
+        return other
 
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
         """Tensors of the shape ``[1, L]`` are padded to ``[B, L]``, all others joined along their first dimension.
@@ -242,6 +257,11 @@ class PretrainedProcessor(Processor):
         self.processor.save_pretrained(folder)
 
 
+@dataclass
+class _Seen(BaseModelOutputWithPooling):
+    deepstack_features: list[Any] | None = None
+
+
 def _rope_index(model: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The method of a model's class that computes M-RoPE positions, bound to an object with its configuration alone.
 
@@ -273,6 +293,7 @@ class PretrainedVLM(VisionLanguageModel):
         self.processor = processor
         self.head = lm_head(model)
         self._ends = template_ends(processor)
+        self._listed: bool | None = None
         processor.one_row = wants_one_row(model.get_decoder().config)
         # What no part holds takes no part: towers for sound.
         used = {id(parameter) for part in self.parts.values() for parameter in part.parameters()}
@@ -312,7 +333,9 @@ class PretrainedVLM(VisionLanguageModel):
         if needed and needed not in given:
             raise UserError(f"{self.model.config.model_type}: its processor gives no {needed}; load one that does")
         found: dict[str, Tensor] = {}
-        if any(name in IMAGES for name in features) and "pixel_values" in inputs:
+        if "vision_features" in given:
+            given["mm_encoder_outputs"] = {"image": self._seen(given.pop("vision_features"))}
+        if any(name in (*IMAGES, SIGHT) for name in features) and "pixel_values" in inputs:
             # The tower runs here, once, and the model goes on from what it gave.
             seen = base.get_image_features(**self._image_inputs(inputs), return_dict=True)
             given = {k: v for k, v in given.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": seen}}
@@ -334,13 +357,13 @@ class PretrainedVLM(VisionLanguageModel):
         dummy = self.processor.dummy()
         # Grids and sizes are asked for where images are cut into tiles or keep their shape.
         various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
-        wide = self.processor.blank(256, 64)  # families that cut tiles do it by an image's shape
+        # Families that cut tiles do it by an image's shape.
+        wide = self.processor.pictured([Image.new("RGB", (256, 64))])
         whole = all(
             "pixel_values" in s.tensors and s.tensors["pixel_values"].shape[:-3].numel() == 1 for s in (dummy, wide)
         )
         width = getattr(config.vision_config, "hidden_size", None)
-        enters = "mm_encoder_outputs" in signature(base.forward).parameters
-        if not (asked and whole and width and enters) or various:
+        if not (asked and whole and width and self._takes_features) or various:
             raise UserError(
                 f"feature {name}: {config.model_type} gives no features of equally many tokens an image; "
                 "leave out the losses on images"
@@ -348,6 +371,50 @@ class PretrainedVLM(VisionLanguageModel):
         if name == "projector":
             return int(self.processor.image_tokens(dummy).sum()), body.config.hidden_size
         return None, width * len(self._vision_layers() or [0])
+
+    @property
+    def _takes_features(self) -> bool:
+        base = self.model.base_model
+        return hasattr(base, "get_image_features") and "mm_encoder_outputs" in signature(base.forward).parameters
+
+    @property
+    def sight(self) -> dict[str, nn.Module]:
+        if not self._takes_features:
+            raise UserError(f"{self.model.config.model_type} takes no features in place of images")
+        return {name: part for name, part in self.parts.items() if name != "decoder"}
+
+    @property
+    def sight_settings(self) -> dict[str, Any]:
+        config = self.model.config.to_dict()
+        here = ("text_config", "dtype", "transformers_version", "_name_or_path", "architectures")
+        images = self.processor.processor.image_processor.to_dict()
+        return {**{name: value for name, value in config.items() if name not in here}, "image_processor": images}
+
+    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+        # Alone: beside other images some families pad an image, or its tiles.
+        return [self._flat(self._look(row)) for row in rows]
+
+    def _look(self, row: Encoded) -> Any:
+        parameter = next(next(iter(self.sight.values())).parameters())
+        inputs = self._image_inputs(self.processor.collate([row]).to(parameter.device, parameter.dtype))
+        return self.model.base_model.get_image_features(**inputs, return_dict=True)
+
+    def _flat(self, seen: Any) -> Tensor:
+        """``[tokens, C]`` of what ``get_image_features`` gave: what the decoder takes first, then in deeper layers."""
+        found = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
+        lists = [[one] if isinstance(one, Tensor) else one for one in found]
+        return torch.cat([torch.cat([t.reshape(-1, t.shape[-1]) for t in one]) for one in lists], -1)
+
+    def _seen(self, features: Tensor) -> Any:
+        """The way back from :meth:`_flat`."""
+        if self._listed is None:
+            # Whether a family gives a list or a tensor is written nowhere.
+            with torch.no_grad():
+                self._listed = not isinstance(self._look(self.processor.dummy()).pooler_output, Tensor)
+        found: list[Any] = list(features.split(self.model.config.get_text_config().hidden_size, -1))
+        if self._listed:
+            found = [[one] for one in found]
+        return _Seen(pooler_output=found[0], deepstack_features=found[1:] or None)
 
     def _image_inputs(self, inputs: ModelInputs) -> dict[str, Tensor]:
         asked = signature(self.model.base_model.get_image_features).parameters
@@ -359,8 +426,10 @@ class PretrainedVLM(VisionLanguageModel):
         return list(layers) if isinstance(layers, list | tuple) else [] if layers is None else [layers]
 
     def _image_features(self, seen: Any, features: Sequence[str]) -> dict[str, Tensor]:
-        """``vision`` and ``projector``, ``[images, tokens, width]``, of what ``get_image_features`` returned."""
+        """Features of images, of what ``get_image_features`` returned."""
         found: dict[str, Tensor] = {}
+        if SIGHT in features:
+            found[SIGHT] = self._flat(seen)
         if "projector" in features:
             projected = seen.pooler_output
             found["projector"] = projected if isinstance(projected, Tensor) else torch.stack(list(projected))

@@ -1,30 +1,34 @@
-"""A frozen vision encoder that student and teacher have in common: it runs once a micro-batch, and lies there once."""
+"""What student and teacher both see images with, frozen: it runs once a micro-batch, and lies there once."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data.batch import DistillationBatch
+from data.batch import DistillationBatch, ModelInputs
+from data.errors import UserError
 
 from .composed import ComposedVLM
 from .interface import VisionLanguageModel
 from .lora import WithoutAdapters
-from .vision_encoders import VisionEncoder
 from .weightless import weightless
 
 
 def sees_as(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
-    """Whether the student's vision encoder is frozen and is the teacher's: one module, or equal settings and weights.
+    """Whether the student's sight is frozen and is the teacher's: the same modules, or equal settings and weights.
 
-    Assembled models alone, whole on this rank. Weights are compared in the teacher's precision; where there are none,
-    they are taken to be equal.
+    Of models that are whole on this rank. Weights are compared in the teacher's precision; where there are none, they
+    are taken to be equal.
     """
-    mine, other = _encoder(student), _encoder(teacher)
-    if mine is None or other is None or any(p.requires_grad for p in mine.parameters()):
+    student, teacher = _whole(student), _whole(teacher)
+    try:
+        mine, other = (nn.ModuleDict(model.sight) for model in (student, teacher))
+    except UserError:
+        return False
+    if type(student) is not type(teacher) or any(p.requires_grad for p in mine.parameters()):
         return False
     weights, others = mine.state_dict(), other.state_dict()
-    if mine.settings != other.settings or weights.keys() != others.keys():
+    if student.sight_settings != teacher.sight_settings or weights.keys() != others.keys():
         return False
     return weightless() or all(
         torch.equal(weights[name].to(theirs.device, theirs.dtype), theirs) for name, theirs in others.items()
@@ -32,27 +36,32 @@ def sees_as(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
 
 
 def share(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
-    """Lets the student's vision encoder lie where the teacher's does, after :func:`sees_as` found them to be the same.
+    """Lets the student's sight lie where the teacher's does, after :func:`sees_as` found them to be the same.
 
     To be called when the student is where it will be. Parameters in different precisions stay two.
     """
-    mine, other = _encoder(student), _encoder(teacher)
-    assert mine is not None
-    assert other is not None
+    mine, other = (nn.ModuleDict(_whole(model).sight) for model in (student, teacher))
     for parameter, theirs in zip(mine.parameters(), other.parameters(), strict=True):
         if (parameter.dtype, parameter.device) == (theirs.dtype, theirs.device):
             parameter.data = theirs.data
 
 
-def _encoder(model: VisionLanguageModel) -> VisionEncoder | None:
-    if isinstance(model, WithoutAdapters):
-        model = model.model
-    return model.vision_encoder if isinstance(model, ComposedVLM) else None
+def hands_on(teacher: VisionLanguageModel, packed: tuple[bool, bool]) -> bool:
+    """Whether what the teacher sees can stand in the student's rows, after :func:`sees_as` found it to be the same.
+
+    Where images have various numbers of features, these are handed on in the order of the rows, which packing changes.
+    """
+    return isinstance(_whole(teacher), ComposedVLM) or not any(packed)
 
 
-def features_for_student(batch: DistillationBatch, features: Tensor) -> Tensor:
-    """The teacher's ``vision`` features ``[images, tokens, C]`` in the order of the images in the student's rows."""
-    if not batch.images:
-        return features  # of the dummy row
-    assert batch.teacher is not None
-    return features[batch.teacher.images][batch.student.images.argsort()]
+def _whole(model: VisionLanguageModel) -> VisionLanguageModel:
+    return model.model if isinstance(model, WithoutAdapters) else model
+
+
+def handed_on(batch: DistillationBatch, seen: Tensor) -> ModelInputs:
+    """The student's inputs with what the teacher saw, its feature ``sight``, in place of pixels."""
+    if batch.images and seen.dim() == 3:  # not the dummy row's, and an image each
+        assert batch.teacher is not None
+        seen = seen[batch.teacher.images][batch.student.images.argsort()]
+    kept = {name: t for name, t in batch.student.inputs.items() if not name.startswith("pixel_")}
+    return ModelInputs(kept, vision_features=seen)

@@ -25,7 +25,7 @@ class Operations:
         teacher: the model that teaches, if one runs.
         device: of this rank.
         bf16: whether matrix products are in bfloat16.
-        vision_once: the student's vision encoder does not run, its teacher's does.
+        vision_once: what the student sees with does not run, its teacher's does.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Operations:
         self._student = _Costs(student, trains=True)
         if vision_once:
             self._student.encoder = 0.0
+            self._student.projector *= "projector" not in student.sight
         self._teacher = None if teacher is None else _Costs(teacher, trains=False)
         found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = None if found is None else found.bf16 if bf16 else found.fp32
@@ -98,7 +99,7 @@ class _Costs:
         if pixels is not None and self.patch:
             total += pixels.numel() / self.patch * (self.encoder + self.projector)
         features = rows.inputs.get("vision_features")  # the encoder has run long ago
-        if features is not None:
+        if features is not None and features.dim() == 3:  # and the projector has where they are rows
             total += features.shape[0] * features.shape[1] * self.projector
         return total
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.batch import DistillationBatch, ModelInputs
+from data.batch import DistillationBatch
 from data.errors import UserError
 from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
+from vlm_distill.models.features import SIGHT
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.teacher import TeacherOutputs
-from vlm_distill.models.vision_once import features_for_student
+from vlm_distill.models.vision_once import handed_on
 
 
 class DistillationTask(nn.Module):
@@ -24,7 +25,7 @@ class DistillationTask(nn.Module):
         terms: the losses, by unique names; those on features are prepared.
         recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
         sequence: the ranks that share this one's samples, each of which learns from its share of the positions.
-        vision_once: the teacher has the student's vision encoder, and gives its features, ``vision``.
+        vision_once: the teacher sees as the student does, and gives what it saw, ``sight``.
     """
 
     def __init__(
@@ -67,8 +68,7 @@ class DistillationTask(nn.Module):
         scales = scales or {}
         inputs = batch.student.inputs
         if self.vision_once and teacher is not None:
-            features = features_for_student(batch, teacher.features["vision"])
-            inputs = ModelInputs({k: v for k, v in inputs.items() if k != "pixel_values"}, vision_features=features)
+            inputs = handed_on(batch, teacher.features[SIGHT])
         inputs = inputs.to(batch.targets.device, self.student.dtype)
         outputs = self.student(inputs, batch.student.positions, self.features)
         losses: list[Tensor] = []

@@ -22,12 +22,13 @@ from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
 from vlm_distill.models.common import DTYPES
+from vlm_distill.models.features import SIGHT
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
-from vlm_distill.models.vision_once import sees_as, share
+from vlm_distill.models.vision_once import hands_on, sees_as, share
 
 from .build import (
     build_terms,
@@ -108,15 +109,13 @@ class Trainer(Loop):
         self.sequence = processes.share_sequences(config.training.sequence_parallel)
         if self.sequence is not None:
             self._share_sequences(self.sequence, student, terms)
-        # A frozen vision encoder that both have runs in the teacher alone, which runs in the student's precision.
+        # What both see with, frozen, runs in the teacher alone, which runs in the student's precision.
         self.same_encoder = (
             isinstance(self.guide, ModelTeacher)
             and self.guide.model.dtype == DTYPES[config.training.dtype]
             and sees_as(student, self.guide.model)
         )
-        self.vision_once = self.same_encoder and config.student.vision_cache is None
         processors, self.seen = training_processors(config, student, self.guide, self.same_encoder)
-        self.features = sorted({*losses.wanted_features(terms)[1], *(["vision"] if self.vision_once else [])})
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
 
@@ -126,6 +125,10 @@ class Trainer(Loop):
         guide = model if self.guide is not None else None
         packing = plan_packing(data, student, guide)
         self.told = [*self.told, *packing.told]
+        self.vision_once = (
+            self.same_encoder and config.student.vision_cache is None and hands_on(student, packing.packed)
+        )
+        self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.vision_once else [])})
         self.load_image = image_loader(data)
         self.dataset = StepDataset(
             Mixture(

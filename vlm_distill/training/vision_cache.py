@@ -1,18 +1,18 @@
-"""The cache of a frozen vision encoder's features: filled by ``vlm-distill cache``, read in place of running it."""
+"""The cache of what a student's frozen parts make of images: filled by ``vlm-distill cache``, read in their place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.batch import Step
+from data.batch import Encoded, Step
 from data.cache_folder import ABOUT, compare, fingerprint, make_folder, read_about
 from data.conversation import Document
 from data.errors import BadSample, UserError
@@ -22,12 +22,11 @@ from data.sources import Source, TextSource
 from data.token_cache import image_digest
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores
-from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import ComposedProcessor, ComposedVLM
+from vlm_distill.models.common import DTYPES, first_line
+from vlm_distill.models.composed import cast_parameters
 from vlm_distill.models.fingerprint import digest_text
-from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.interface import Processor, VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
-from vlm_distill.models.vision_encoders import ImageTransform, VisionEncoder
 
 from .build import image_loader, load_models, open_sources
 from .engine import Processes
@@ -42,7 +41,7 @@ def training_processors(
     """What encodes the student's and the teacher's samples, reading features where there is a cache; and words on that.
 
     Args:
-        same_encoder: the teacher has the student's vision encoder, so that the cache is of both.
+        same_encoder: the teacher sees as the student does, so that the cache is of both.
 
     Raises:
         UserError: there is no cache, or it is of another encoder.
@@ -50,48 +49,52 @@ def training_processors(
     own, other = student.processor, None if teacher is None else teacher.processor
     if config.student.vision_cache is None:
         return (own, other), None
-    folder, encoder = Path(config.student.vision_cache), encoder_of(student)
+    folder, identity = Path(config.student.vision_cache), _identity(config, student)
     if not (folder / ABOUT).is_file():
         raise UserError(f"student.vision_cache: {folder} holds no cache; fill it: vlm-distill cache CONFIG")
     cache = FeatureCache(folder)
-    compare(folder, "features", cache.about.get("identity", {}), _identity(config, encoder))
-    assert isinstance(own, ComposedProcessor)
+    compare(folder, "features", cache.about.get("identity", {}), identity)
     if same_encoder:
-        assert isinstance(other, ComposedProcessor)
+        assert isinstance(other, Processor)
         other = other.with_features(cache)
     whose = "student's and the teacher's" if same_encoder else "student's"
     told = f"the {whose} vision encoder does not run in training: {folder} holds features of {len(cache):,} images"
     return (own.with_features(cache), other), told
 
 
-def encoder_of(model: VisionLanguageModel) -> VisionEncoder:
-    """The vision encoder of an assembled model. Raises ``UserError`` where it is another kind of model."""
-    if not isinstance(model, ComposedVLM) or model.vision_encoder is None:
-        raise UserError(
-            "student.vision_cache: is for models assembled from parts, with a vision encoder, whose images all have "
-            "as many features; leave it out"
-        )
-    return model.vision_encoder
+def sight_of(model: VisionLanguageModel) -> dict[str, nn.Module]:
+    """The parts of which the cache keeps what they give. Raises ``UserError`` where there are none, or one trains."""
+    try:
+        sight = model.sight
+    except UserError as error:
+        raise UserError(f"student.vision_cache: {error}; leave it out") from error
+    for name, part in sight.items():
+        if any(p.requires_grad for p in part.parameters()):
+            raise UserError(
+                f"student.vision_cache: features of this model are what its {name} gives, which trains; leave it out "
+                "of student.train and lora.parts, or leave vision_cache out"
+            )
+    return sight
 
 
-def _identity(config: RunConfig, encoder: VisionEncoder) -> dict[str, str]:
+def _identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, str]:
     """Everything that decides the features of an image, each a short text by its name."""
+    weights = {f"{part}.{name}": t.float() for part, m in sight_of(model).items() for name, t in m.state_dict().items()}
     return {
-        "vision encoder": fingerprint({name: t.float() for name, t in encoder.state_dict().items()})[:16],
-        "settings": digest_text(json.dumps(encoder.settings, sort_keys=True, default=str)),
+        "vision encoder": fingerprint(weights)[:16],
+        "settings": digest_text(json.dumps(model.sight_settings, sort_keys=True, default=str)),
         "dtype": config.training.dtype,
     }
 
 
 @dataclass
-class _Images:
-    """A micro-batch of images: their digests, and float32 pixels ``[n, 3, H, W]``."""
+class _Pictures:
+    """Rows of images that are seen together, by the digests of these."""
 
-    digests: list[int]
-    pixels: Tensor
+    rows: dict[int, Encoded] = field(default_factory=dict)
 
-    def pin_memory(self) -> _Images:
-        return _Images(self.digests, self.pixels.pin_memory())
+    def pin_memory(self) -> _Pictures:
+        return self
 
 
 class _Rows(Dataset[Step]):
@@ -102,91 +105,113 @@ class _Rows(Dataset[Step]):
         config: RunConfig,
         sources: Sequence[Source | TextSource],
         rows: Sequence[Sequence[tuple[int, int]]],
-        transform: ImageTransform,
+        processor: Processor,
         cache: FeatureCache,
     ) -> None:
-        self.sources, self.rows, self.transform, self.cache = sources, rows, transform, cache
+        self.sources, self.rows, self.processor, self.cache = sources, rows, processor, cache
         self.load = image_loader(config.data)
 
     def __getitem__(self, index: int) -> Step:
-        found: dict[int, Tensor] = {}
+        found: dict[int, Encoded] = {}
         for source, row in self.rows[index]:
             try:
                 sample = self.sources[source][row]
                 images = [] if isinstance(sample, Document) else [self.load(image) for image in sample.images]
+                for group in self.processor.seen_together(images):
+                    digest = image_digest(group)
+                    if digest not in found and digest not in self.cache:
+                        found[digest] = self.processor.pictured(group)
             except BadSample:  # which the training counts
                 continue
-            for image in images:
-                digest = image_digest(image)
-                if digest not in found and digest not in self.cache:
-                    found[digest] = self.transform(image)
-        pixels = torch.stack(list(found.values())) if found else torch.empty(0, 3, *self.transform.size)
-        return Step(index, [_Images(list(found), pixels)])
+        return Step(index, [_Pictures(found)])
 
 
 def fill(config: RunConfig, processes: Processes) -> None:
-    """Runs the student's vision encoder over all images of all sources that are not in its cache yet.
+    """Lets the student see all images of all sources that are not in its cache yet.
 
     Args:
         config: the run that will read them.
         processes: the ranks; every rank calls this. Each takes its share of the rows.
 
     Raises:
-        UserError: the cache is of something else, or the student has no such encoder.
+        UserError: the cache is of something else, or the student cannot take features in place of images.
     """
     assert config.student.vision_cache is not None
-    folder = Path(config.student.vision_cache)
+    folder, dtype = Path(config.student.vision_cache), DTYPES[config.training.dtype]
     sources = open_sources(config.data.train, config.data.max_length)
     # Loaded as the run loads it: a student may be cut from its teacher.
-    encoder = encoder_of(load_models(config, processes)[0])
+    model = load_models(config, processes)[0].to(processes.device)
+    identity = _identity(config, model)
+    cast_parameters(model, dtype)
+    model.eval()
+    blank = _try(model)
     if processes.first and not (folder / ABOUT).exists():
-        dtype = DTYPES[config.training.dtype]
-        about = FeatureCache.describe((encoder.tokens, encoder.width), dtype)
-        make_folder(folder, WHAT, {"identity": _identity(config, encoder), **about}, lambda _: None)
+        about = FeatureCache.describe(blank.shape[1], dtype)
+        make_folder(folder, WHAT, {"identity": identity, **about}, lambda _: None)
     processes.barrier()
-    compare(folder, "features", read_about(folder).get("identity", {}), _identity(config, encoder))
+    compare(folder, "features", read_about(folder).get("identity", {}), identity)
     cache = FeatureCache(folder)
-    encoder.to(processes.device, cache.dtype).eval()
     if processes.first:
-        say(f"{folder}: {cache.bytes_an_image:,} bytes an image; {len(cache):,} images are there")
+        say(f"{folder}: {cache.bytes_a_token:,} bytes a token of an image; {len(cache):,} images are there")
     # Nobody writes before every rank knows what is there.
     processes.barrier()
     micro = config.training.micro_batch_size or max(1, config.training.batch_size // processes.world)
     places = [(number, row) for number, source in enumerate(sources) for row in range(len(source))]
     rows = [places[i : i + micro] for i in range(0, len(places), micro)][processes.rank :: processes.world]
-    _run(encoder, cache, _Rows(config, sources, rows, encoder.transform, cache), config, processes)
+    _run(model, cache, _Rows(config, sources, rows, model.processor, cache), config, processes)
     processes.barrier()
     if processes.first:
         cache = FeatureCache(folder)
-        say(f"{folder}: {len(cache):,} images in {len(cache) * cache.bytes_an_image / 1e9:.2f} GB")
+        say(f"{folder}: {len(cache):,} images in {cache.nbytes / 1e9:.2f} GB")
 
 
 @torch.no_grad()
-def _run(encoder: VisionEncoder, cache: FeatureCache, dataset: _Rows, config: RunConfig, processes: Processes) -> None:
-    # Rows without an image have a blank one in training.
-    blank = encoder.transform.blank()
-    first = [] if image_digest(blank) in cache else [_Images([image_digest(blank)], encoder.transform(blank)[None])]
+def _try(model: VisionLanguageModel) -> Tensor:
+    """The features of a blank image, after the model was seen to say the same of them as of the image.
+
+    Families of Transformers may take more of an image than what :meth:`VisionLanguageModel.see` gives.
+    """
+    own, device = model.processor, next(model.parameters()).device
+    refusal = "student.vision_cache: this model does not take its own features in place of images"
+    try:
+        row = own.dummy()
+        (features,) = model.see([row])
+        known = own.with_features(lambda _: features.cpu())
+        places = torch.arange(len(row.input_ids), device=device)
+        one, other = (
+            model(processor.collate([processor.dummy()]).to(device, model.dtype), places).hidden.float()
+            for processor in (own, known)
+        )
+    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:
+        raise UserError(f"{refusal} ({first_line(error)}); leave it out") from error
+    if not (one - other).abs().max() <= 1e-3 * one.abs().max():
+        raise UserError(f"{refusal}; leave it out")
+    return features
+
+
+@torch.no_grad()
+def _run(
+    model: VisionLanguageModel, cache: FeatureCache, dataset: _Rows, config: RunConfig, processes: Processes
+) -> None:
     workers, count = min(config.data.workers, cores()), len(dataset.rows)
     steps = make_loader(dataset, 0, count, workers=workers, prefetch=config.data.prefetch)
     writer, told, seen = FeatureWriter(cache), Told(count), set[int]()
-    try:
+
+    def found() -> Iterator[tuple[int, dict[int, Encoded]]]:
         if processes.first:
-            for images in first:
-                _write(writer, encoder, images, seen, processes)
+            # Rows without an image have a blank one in training.
+            digest = image_digest([model.processor.blank()])
+            yield 0, {} if digest in cache else {digest: model.processor.dummy()}
         for step in steps:
-            _write(writer, encoder, step.batches[0], seen, processes)
-            if processes.first:
-                told(step.index + 1)
+            yield step.index + 1, step.batches[0].rows
+
+    try:
+        for done, rows in found():
+            new = {digest: row for digest, row in rows.items() if digest not in seen}
+            for digest, features in zip(new, model.see(list(new.values())) if new else [], strict=True):
+                writer.write(digest, features)
+            seen.update(new)
+            if processes.first and done:
+                told(done)
     finally:
         writer.close()
-
-
-def _write(
-    writer: FeatureWriter, encoder: VisionEncoder, images: _Images, seen: set[int], processes: Processes
-) -> None:
-    new = [i for i, digest in enumerate(images.digests) if digest not in seen]
-    if new:
-        features = encoder(images.pixels[new].to(processes.device)).cpu()
-        for i, own in zip(new, features, strict=True):
-            writer.write(images.digests[i], own)
-            seen.add(images.digests[i])
