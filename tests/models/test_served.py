@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from scoring_server import serving
+from tokenizers.processors import TemplateProcessing
 
 from data.errors import UserError
 from vlm_distill.config import RunConfig
@@ -14,7 +15,8 @@ from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models import load_vlm
 from vlm_distill.models.composed import ComposedProcessor
-from vlm_distill.models.served import ServedModel, ServedTeacher
+from vlm_distill.models.interface import Answer
+from vlm_distill.models.served import ServedModel, ServedTeacher, _read_answer
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
@@ -146,16 +148,44 @@ def test_with_images_as_without_a_server(tmp_path, on_policy):
     assert all(0 < loss < 10 for loss in losses(there))
 
 
-def test_another_chat_template_there_is_told(tmp_path):
+# Of a first token before an image nothing is told but its id.
+@pytest.mark.parametrize(
+    ("template", "tells_ids"),
+    [
+        (tiny.TEMPLATE + "{{ 'yes no' }}", True),
+        (tiny.TEMPLATE + "{{ 'yes no' }}", False),
+        ("{{ 'yes' }}" + tiny.TEMPLATE, True),
+    ],
+)
+def test_another_chat_template_there_is_told(tmp_path, template, tells_ids):
     data = tiny.write_data(tmp_path / "data", rows=8)
     teacher = tiny.write_llava(tmp_path / "teacher", 3)
-    other = load_vlm(teacher, dtype="float32", chat_template=tiny.TEMPLATE + "{{ 'yes no' }}").eval()
+    other = load_vlm(teacher, dtype="float32", chat_template=template).eval()
     plain = tiny.config(tmp_path / "run", data, teacher, loss=[{"name": "forward_kl"}], student={"path": str(teacher)})
     with serving(other) as server:
+        server.tells_ids = tells_ids
         plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 1}
         run = Trainer(RunConfig.model_validate(plain), opened())
         with pytest.raises(UserError, match="chat template is not that of"):
             run.guide.outputs(run.dataset[0].batches[0])
+
+
+def test_a_start_token_that_no_template_writes_is_there_too(tmp_path):
+    data, teacher = tiny.write_data(tmp_path / "data", rows=4), tiny.write_llava(tmp_path / "teacher", 3)
+    processor = load_vlm(teacher).processor
+    processor.tokenizer.bos_token = "no"
+    start = [("no", processor.tokenizer.bos_token_id)]
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="no $A", special_tokens=start)
+    processor.save_pretrained(teacher)
+    model = load_vlm(teacher, dtype="float32").eval()
+    changes = {"loss": [{"name": "forward_kl"}], "student": {"path": str(teacher)}}
+    with serving(model) as server:
+        plain = tiny.config(tmp_path / "b", data, teacher, **changes)
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1"}
+        run = Trainer(RunConfig.model_validate(plain), opened())
+        rows = run.dataset[0].batches[0]
+        assert rows.teacher.inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
+        assert len(run.guide.outputs(rows).targets.ids) == len(rows.teacher.positions)
 
 
 def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch):
@@ -186,6 +216,12 @@ def test_logits_are_not_taken_for_logprobs(server, model):
     told = {"3": {"logprob": 7.5, "rank": 1}, "4": {"logprob": -2.0, "rank": 2}}
     with pytest.raises(UserError, match="--logprobs-mode raw_logprobs"):
         teacher._likeliest(told, 3)
+
+
+def test_what_reasons_to_its_end_has_no_answer():
+    choice = {"message": {"content": None, "reasoning": "well"}, "finish_reason": "stop"}
+    assert _read_answer({"choices": [choice]}) == Answer("", [], [], True)
+    assert not _read_answer({"choices": [{"text": "so far", "finish_reason": "length"}]}).complete
 
 
 def test_a_context_that_is_too_short_is_told_before_training(folder, server):

@@ -27,7 +27,7 @@ class ScoringServer(ThreadingHTTPServer):
     Attributes:
         troubles: statuses to answer with first.
         refused: a status to answer requests with in which a text stands, by that text.
-        told: whether it knows ``prompt_logprobs``.
+        told, tells_ids: whether it knows ``prompt_logprobs`` and ``return_token_ids``.
         context: the most tokens of a prompt and its answer.
         delay: seconds that an answer takes at least.
         bodies: the requests so far.
@@ -38,7 +38,7 @@ class ScoringServer(ThreadingHTTPServer):
 
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.model, self.troubles, self.told = model, list[int](), True
+        self.model, self.troubles, self.told, self.tells_ids = model, list[int](), True, True
         self.refused: dict[str, int] = {}
         self.context, self.delay, self.waiting, self.most = 4096, 0.0, 0, 0
         self.bodies: list[dict[str, Any]] = []
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             return {"choices": [{"index": 0, **told, "finish_reason": reason}]}
         if chat:
             told, ids = server.score_chat(body)
-            return {"choices": [], "prompt_logprobs": told, "prompt_token_ids": ids}
+            return {"choices": [], "prompt_logprobs": told, "prompt_token_ids": ids if server.tells_ids else None}
         told = server.score_text(server.ids(body), body["prompt_logprobs"]) if server.told else None
         return {"choices": [{"index": 0, "text": "x", "prompt_logprobs": told}]}
 

@@ -333,7 +333,7 @@ class ServedAnswers:
             raise
 
     def _probe(self) -> None:
-        path, body = self.served.text(sorted(self.served.end_tokens)[:1] or [0], max_tokens=1)
+        path, body = self.served.text(sorted(self.served.end_tokens)[:1] or [0], max_tokens=1, temperature=0.0)
         self.served.endpoint.ask(path, body, lambda reply: reply["choices"][0], _ADVICE)
 
 
