@@ -136,6 +136,18 @@ def test_mistakes_are_told(config, capsys, words, says):
     assert says in capsys.readouterr().err
 
 
+def test_no_two_write_the_same_file(config, capsys):
+    out = config.with_name("taken.jsonl")
+    folder = out.with_name("taken.jsonl.unfinished")
+    folder.mkdir()
+    lock = f"import fcntl; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert generate.main([str(config), "--out", str(out), *DRAWN]) == 2
+        other.stdin.close()
+    assert "another run is writing there" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(config):
     one, two = config.with_name("one.jsonl"), config.with_name("two.jsonl")
@@ -202,6 +214,15 @@ def test_a_server_is_asked_again_only_for_what_is_missing(seen, server, monkeypa
     assert seen.with_name("resumed.jsonl").read_bytes() == seen.with_name("straight.jsonl").read_bytes()
     # 22 questions, two tries of the server's tokenizer, and at most four that were under way.
     assert 24 <= len(server.bodies) - before <= 28
+
+
+@pytest.mark.slow
+def test_two_ranks_ask_what_one_asks(seen, server):
+    assert generate.main(there(server, seen, "one.jsonl")) == 0
+    before = len(server.bodies)
+    assert launch("vlm_distill.generate", there(server, seen, "two.jsonl"), 2) == 0
+    assert seen.with_name("two.jsonl").read_bytes() == seen.with_name("one.jsonl").read_bytes()
+    assert len(server.bodies) - before == 11 + 2
 
 
 @pytest.mark.slow

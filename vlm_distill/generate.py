@@ -61,13 +61,16 @@ def run(options: argparse.Namespace) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     from vlm_distill.training.build import image_loader, open_sources
     from vlm_distill.training.engine import Processes
+    from vlm_distill.training.output import claim
 
     _check(config, options)
     sources: list[Any] = open_sources(config.data.train, config.data.max_length)
     processes = Processes(config.training.device)
+    lock = None
     try:
         about, asks = _asks(config, options, processes)
         writer = _Writer(options, sources, f"{about} {config.data.train} {config.training.seed}")
+        lock = claim(writer.folder) if processes.first else None
         for number, source in enumerate(sources):
             for sample in range(options.samples):
                 part = writer.part(number, sample)
@@ -91,6 +94,8 @@ def run(options: argparse.Namespace) -> None:
             print(writer.finish())
         processes.barrier()
     finally:
+        if lock is not None:
+            lock.close()
         processes.close()
 
 
