@@ -264,7 +264,7 @@ def test_what_a_server_does_not_answer_is_counted(seen, server, capsys):
     [
         (401, "stop_token_ids", "teacher.server: http.* refuses: HTTP 401"),
         (503, "stop_token_ids", "did not answer in 6 tries, the last: HTTP 503 .*; start again when it does"),
-        (500, "max_tokens", "HTTP 500"),  # whatever it is asked
+        (500, "temperature", "HTTP 500"),  # whatever it is asked
     ],
 )
 def test_a_server_in_trouble_ends_the_command_in_one_line(seen, server, capsys, status, held, says):

@@ -148,6 +148,11 @@ def test_with_images_as_without_a_server(tmp_path, on_policy):
     assert all(0 < loss < 10 for loss in losses(there))
 
 
+AFTER_QUESTIONS = tiny.TEMPLATE.replace(
+    "{% endfor %}{% if", "{% if message['role'] == 'user' %}yes{% endif %}{% endfor %}{% if", 1
+)
+
+
 # Of a first token before an image nothing is told but its id.
 @pytest.mark.parametrize(
     ("template", "tells_ids"),
@@ -155,6 +160,8 @@ def test_with_images_as_without_a_server(tmp_path, on_policy):
         (tiny.TEMPLATE + "{{ 'yes no' }}", True),
         (tiny.TEMPLATE + "{{ 'yes no' }}", False),
         ("{{ 'yes' }}" + tiny.TEMPLATE, True),
+        (AFTER_QUESTIONS, True),
+        (AFTER_QUESTIONS, False),
     ],
 )
 def test_another_chat_template_there_is_told(tmp_path, template, tells_ids):
