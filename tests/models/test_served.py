@@ -195,6 +195,23 @@ def test_a_start_token_that_no_template_writes_is_there_too(tmp_path):
         assert len(run.guide.outputs(rows).targets.ids) == len(rows.teacher.positions)
 
 
+def test_a_sample_that_the_server_refuses_is_named(tmp_path):
+    data, teacher = tiny.write_data(tmp_path / "data", rows=4), tiny.write_llava(tmp_path / "teacher", 3)
+    plain = tiny.config(tmp_path / "a", data, teacher, loss=[{"name": "forward_kl"}], student={"path": str(teacher)})
+    with serving(load_vlm(teacher, dtype="float32").eval()) as server:
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1"}
+        run = Trainer(RunConfig.model_validate(plain), opened())
+        server.refused = {"messages": 400}
+        with pytest.raises(UserError, match=r"^data, line [1-4]: teacher.server: .* HTTP 400 .*; leave it out"):
+            run.guide.outputs(run.dataset[0].batches[0])
+
+
+def test_a_model_that_no_server_loads_is_told(tmp_path, server):
+    model = load_vlm(tiny.write_teacher(tmp_path / "teacher"))
+    with pytest.raises(UserError, match="export --format llava"):
+        served(server, model)
+
+
 def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.troubles = [503, 429]

@@ -59,11 +59,16 @@ class ServedModel:
         tells: whether it tells log-probabilities of the prompt.
 
     Raises:
-        UserError: there is no such model there, or its tokenizer is another one.
+        UserError: there is no such model there, its tokenizer is another one, or no server can have it.
     """
 
     def __init__(self, processor: Processor, endpoint: Endpoint, name: str) -> None:
         self.processor, self.endpoint, self.name = processor, endpoint, name
+        if processor.has_vision and not isinstance(processor, PretrainedProcessor):
+            raise UserError(
+                "teacher.path: is assembled from parts, which no server loads; vlm-distill export --format llava makes "
+                "of it what one does"
+            )
         cards = endpoint.ask("models", None, lambda r: {str(card["id"]): card for card in r["data"]}, _ADVICE)
         if name not in cards:
             raise UserError(f"teacher.server.model: {endpoint.url} serves {', '.join(cards)}, no {name}")
@@ -86,7 +91,7 @@ class ServedModel:
             return {"type": "text", "text": own["text"]} if own["type"] == "text" else _image_part(next(remaining))
 
         messages = [{"role": m["role"], "content": [part(own) for own in m["content"]]} for m in conversation.messages]
-        assert isinstance(self.processor, PretrainedProcessor)  # vLLM serves no others with images
+        assert isinstance(self.processor, PretrainedProcessor)
         special = self.processor.adds_special_tokens(conversation.messages)
         body = {"messages": messages, "add_generation_prompt": generation, "add_special_tokens": special}
         return "chat/completions", {"model": self.name, **body, **_PLAIN, **settings}
@@ -225,7 +230,14 @@ class ServedTeacher(Teacher):
 
         settings = {"generation": False, "return_token_ids": True, **self._asked}
         path, body = self.served.chat(conversation, images, **settings)
-        return self.served.endpoint.ask(path, body, read, _ADVICE)
+        try:
+            return self.served.endpoint.ask(path, body, read, _ADVICE)
+        except Refused as refused:
+            if refused.status not in _OF_ONE:
+                raise
+            # It may be too long there, where images take other numbers of tokens, or have too many images.
+            where = f"{conversation.source}, line {conversation.line}"
+            raise UserError(f"{where}: {refused}; leave it out of the data, or mend the server") from None
 
     @property
     def _asked(self) -> dict[str, Any]:
