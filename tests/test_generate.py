@@ -163,8 +163,8 @@ def test_two_ranks_write_what_one_writes(config):
 def seen(tmp_path_factory):
     """A run whose teacher Transformers has a class for, as servers do; some rows have a picture, one a broken one."""
     folder = tmp_path_factory.mktemp("served")
-    data = tiny.write_data(folder / "data", rows=12, text_only=(3, 7), broken=(5,))
-    teacher = tiny.write_llava(folder / "teacher", 3)
+    data = tiny.write_data(folder / "data", rows=12, text_only=(0, 1, 2, 3), broken=(5,))
+    teacher = tiny.write_llava(folder / "teacher", 2)
     plain = tiny.config(folder / "run", data, teacher, loss=[{"name": "cross_entropy"}], student={"path": str(teacher)})
     (folder / "run.yaml").write_text(yaml.safe_dump(plain))
     return folder / "run.yaml"
@@ -186,12 +186,14 @@ def test_a_server_answers_as_the_model_does(seen, server):
     server.delay = 0.1
     assert generate.main(there(server, seen, "there.jsonl")) == 0
     assert generate.main([str(seen), "--out", str(seen.with_name("here.jsonl")), "--max-new-tokens", "24"]) == 0
-    assert lines(seen.with_name("there.jsonl")) == lines(seen.with_name("here.jsonl"))
+    answers = lines(seen.with_name("there.jsonl"))
+    assert answers == lines(seen.with_name("here.jsonl"))
+    assert {bool(line["images"]) for line in answers} == {True, False}
     assert lines(seen.with_name("there.problems.jsonl")) == lines(seen.with_name("here.problems.jsonl"))
     assert server.most == 4
     asked = [body for body in server.bodies if "prompt_logprobs" not in body]
-    assert sum("messages" in body for body in asked) == 9
-    assert sum("prompt" in body for body in asked) == 2
+    assert sum("messages" in body for body in asked) == 7
+    assert sum("prompt" in body for body in asked) == 4
     assert all((body["temperature"], body["top_p"], body["max_tokens"]) == (0, 1, 24) for body in asked)
 
 
@@ -212,6 +214,7 @@ def test_a_server_is_asked_again_only_for_what_is_missing(seen, server, monkeypa
     monkeypatch.setattr(runner._Journal, "add", add)
     assert generate.main(there(server, seen, "resumed.jsonl", *drawn)) == 0
     assert seen.with_name("resumed.jsonl").read_bytes() == seen.with_name("straight.jsonl").read_bytes()
+    assert len({line["messages"][-1]["content"][0]["text"] for line in lines(seen.with_name("straight.jsonl"))}) > 2
     # 22 questions, two tries of the server's tokenizer, and at most four that were under way.
     assert 24 <= len(server.bodies) - before <= 28
 
