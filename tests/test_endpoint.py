@@ -53,6 +53,15 @@ def test_what_breaks_off_or_makes_no_sense_is_asked_again():
     assert len(got) == 6
 
 
+def test_not_all_come_back_at_the_same_moment(monkeypatch):
+    waits = []
+    monkeypatch.setattr("vlm_distill.endpoint.time.sleep", waits.append)
+    with answering(*[(503, {}, b"")] * 3, (429, {"Retry-After": "7"}, b""), (200, {}, b'{"x": 1}')) as (url, _):
+        assert asked(url, retries=4) == 1
+    for wait, least in zip(waits, (0.001, 0.002, 0.004, 7), strict=True):
+        assert least < wait < 1.5 * least
+
+
 def test_refusals_have_their_status_and_words():
     with answering((400, {}, b"too\n long"), *[(500, {}, b"broken")] * 2) as (url, _):
         with pytest.raises(Refused, match=r"teacher.server: http.* refuses: HTTP 400 Bad Request: too long") as refused:

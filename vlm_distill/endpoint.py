@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 _LATER = (408, 409, 429, 500, 502, 503, 504)  # what may go well on another try
 _LONGEST_WAIT = 60.0
+# Of its own: the training's random numbers are not its to take.
+_CHANCE = random.Random()
 _NOT_AS_WANTED = (ValueError, KeyError, IndexError, TypeError)
 
 
@@ -44,7 +47,7 @@ class Endpoint:
         key: the environment variable that holds the key, if the server wants one.
         retries: tries after the first, on time-outs, lost connections and the server's own troubles.
         timeout: seconds for one request.
-        wait: seconds before the first retry; each further one waits twice as long.
+        wait: seconds before the first retry, and up to half as many more; each further one waits twice as long.
         turn: called before every try, to wait for a turn.
 
     Raises:
@@ -106,7 +109,8 @@ class Endpoint:
                 # A lost connection, a time-out, or a reply that is not what the protocol says.
                 trouble, refused = f"{type(error).__name__}: {error}", None
             if attempt < self.retries:
-                time.sleep(wait)
+                # Not all that were turned away come back at the same moment.
+                time.sleep(wait * (1 + _CHANCE.random() / 2))
         tries = f"did not answer in {self.retries + 1} tries, the last: {trouble}"
         message = f"{self.who}: {self.url} {tries}; {advice}"
         raise UserError(message) if refused is None else Refused(message, *refused)
