@@ -236,10 +236,9 @@ def test_another_tokenizer_there_is_told(server):
 
 
 def test_logits_are_not_taken_for_logprobs(server, model):
-    teacher = served(server, model)
-    told = {"3": {"logprob": 7.5, "rank": 1}, "4": {"logprob": -2.0, "rank": 2}}
+    server.shift = 3.0
     with pytest.raises(UserError, match="--logprobs-mode raw_logprobs"):
-        teacher._likeliest(told, 3)
+        served(server, model)
 
 
 def test_what_reasons_to_its_end_has_no_answer():

@@ -28,6 +28,7 @@ class ScoringServer(ThreadingHTTPServer):
         troubles: statuses to answer with first.
         refused: a status to answer requests with in which a text stands, by that text.
         told, tells_ids: whether it knows ``prompt_logprobs`` and ``return_token_ids``.
+        shift: of its log-probabilities, which are none then.
         context: the most tokens of a prompt and its answer.
         delay: seconds that an answer takes at least.
         bodies: the requests so far.
@@ -40,6 +41,7 @@ class ScoringServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.troubles, self.told, self.tells_ids = model, list[int](), True, True
         self.refused: dict[str, int] = {}
+        self.shift = 0.0
         self.context, self.delay, self.waiting, self.most = 4096, 0.0, 0, 0
         self.bodies: list[dict[str, Any]] = []
         self.lock = threading.Lock()
@@ -104,7 +106,7 @@ class ScoringServer(ThreadingHTTPServer):
         ids = row.input_ids.tolist()
         with self.lock:
             hidden = self.model(self.model.processor.collate([row]), torch.arange(len(ids) - 1)).hidden
-            logprobs = self.model.head.logits(hidden).log_softmax(-1)
+            logprobs = self.model.head.logits(hidden).log_softmax(-1) + self.shift
         told: list[dict[str, Any] | None] = [None]
         for own, values in zip(ids[1:], logprobs, strict=True):
             order = values.argsort(descending=True).tolist()

@@ -266,14 +266,12 @@ class ServedTeacher(Teacher):
     def _try(self) -> None:
         """Finds out before training whether the server tells so much."""
         token = next(iter(self.end_tokens), 0)
-        path, body = self.served.text([token, token], **self._asked)
-        if not self.served.tells or not self.served.endpoint.ask(
-            path, body, lambda r: r["choices"][0].get("prompt_logprobs"), _ADVICE
-        ):
+        if not self.served.tells:
             raise UserError(
                 f"teacher.server: {self.served.endpoint.url} tells no prompt_logprobs, which distillation learns from; "
                 "serve the teacher with vLLM"
             )
+        self._score([token, token], [1])
 
     def _targets(self, found: Sequence[Likeliest], device: torch.device) -> TopKTargets:
         """Of as many tokens in every row: the places of a batch differ by the tokens that the student has not."""
