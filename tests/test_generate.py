@@ -2,12 +2,17 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
 from PIL import Image
+from scoring_server import serving
 
 from data.sources import open_source
 from vlm_distill import generate, train
@@ -131,6 +136,18 @@ def test_mistakes_are_told(config, capsys, words, says):
     assert says in capsys.readouterr().err
 
 
+def test_no_two_write_the_same_file(config, capsys):
+    out = config.with_name("taken.jsonl")
+    folder = out.with_name("taken.jsonl.unfinished")
+    folder.mkdir()
+    lock = f"import fcntl; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert generate.main([str(config), "--out", str(out), *DRAWN]) == 2
+        other.stdin.close()
+    assert "another run is writing there" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(config):
     one, two = config.with_name("one.jsonl"), config.with_name("two.jsonl")
@@ -140,3 +157,124 @@ def test_two_ranks_write_what_one_writes(config):
     shard = ["teacher.placement=shard", "--out", str(config.with_name("shard.jsonl"))]
     assert launch("vlm_distill.generate", [str(config), *shard, *DRAWN], 2) == 0
     assert config.with_name("shard.jsonl").read_bytes() == one.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """A run whose teacher Transformers has a class for, as servers do; some rows have a picture, one a broken one."""
+    folder = tmp_path_factory.mktemp("served")
+    data = tiny.write_data(folder / "data", rows=12, text_only=(0, 1, 2, 3), broken=(5,))
+    teacher = tiny.write_llava(folder / "teacher", 2)
+    plain = tiny.config(folder / "run", data, teacher, loss=[{"name": "cross_entropy"}], student={"path": str(teacher)})
+    (folder / "run.yaml").write_text(yaml.safe_dump(plain))
+    return folder / "run.yaml"
+
+
+@pytest.fixture
+def server(seen, monkeypatch):
+    monkeypatch.setattr("vlm_distill.endpoint._LONGEST_WAIT", 0.01)
+    with serving(load_vlm(load_config(seen).teacher.path, dtype="float32").eval()) as server:
+        yield server
+
+
+def there(server, seen, out, *words):
+    where = f"teacher.server={{url: '{server.url}', model: teacher-1, workers: 4}}"
+    return [str(seen), where, "--out", str(seen.with_name(out)), "--max-new-tokens", "24", *words]
+
+
+def test_a_server_answers_as_the_model_does(seen, server):
+    server.delay = 0.1
+    assert generate.main(there(server, seen, "there.jsonl")) == 0
+    assert generate.main([str(seen), "--out", str(seen.with_name("here.jsonl")), "--max-new-tokens", "24"]) == 0
+    answers = lines(seen.with_name("there.jsonl"))
+    assert answers == lines(seen.with_name("here.jsonl"))
+    assert {bool(line["images"]) for line in answers} == {True, False}
+    assert lines(seen.with_name("there.problems.jsonl")) == lines(seen.with_name("here.problems.jsonl"))
+    assert server.most == 4
+    asked = [body for body in server.bodies if "prompt_logprobs" not in body]
+    assert sum("messages" in body for body in asked) == 7
+    assert sum("prompt" in body for body in asked) == 4
+    assert all((body["temperature"], body["top_p"], body["max_tokens"]) == (0, 1, 24) for body in asked)
+
+
+def test_a_server_is_asked_again_only_for_what_is_missing(seen, server, monkeypatch):
+    drawn = ["--temperature", "1", "--samples", "2"]
+    assert generate.main(there(server, seen, "straight.jsonl", *drawn)) == 0
+    before, add, count = len(server.bodies), runner._Journal.add, [0]
+
+    def killed(self, *entry):
+        add(self, *entry)
+        count[0] += 1
+        if count[0] == 15:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner._Journal, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(there(server, seen, "resumed.jsonl", *drawn))
+    monkeypatch.setattr(runner._Journal, "add", add)
+    assert generate.main(there(server, seen, "resumed.jsonl", *drawn)) == 0
+    assert seen.with_name("resumed.jsonl").read_bytes() == seen.with_name("straight.jsonl").read_bytes()
+    assert len({line["messages"][-1]["content"][0]["text"] for line in lines(seen.with_name("straight.jsonl"))}) > 2
+    # 22 questions, two tries of the server's tokenizer, and at most four that were under way.
+    assert 24 <= len(server.bodies) - before <= 28
+
+
+@pytest.mark.slow
+def test_two_ranks_ask_what_one_asks(seen, server):
+    assert generate.main(there(server, seen, "one.jsonl")) == 0
+    before = len(server.bodies)
+    assert launch("vlm_distill.generate", there(server, seen, "two.jsonl"), 2) == 0
+    assert seen.with_name("two.jsonl").read_bytes() == seen.with_name("one.jsonl").read_bytes()
+    assert len(server.bodies) - before == 11 + 2
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_where_it_was(seen, server):
+    server.delay = 0.3
+    assert generate.main(there(server, seen, "whole.jsonl")) == 0
+    before = len(server.bodies)
+    words = there(server, seen, "killed.jsonl")
+    process = subprocess.Popen([sys.executable, "-m", "vlm_distill.generate", *words])
+    while len(server.bodies) < before + 9:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not seen.with_name("killed.jsonl").exists()
+    assert generate.main(words) == 0
+    assert seen.with_name("killed.jsonl").read_bytes() == seen.with_name("whole.jsonl").read_bytes()
+    assert len(server.bodies) - before <= 11 + 4 + 2
+
+
+def test_what_a_server_does_not_answer_is_counted(seen, server, capsys):
+    data = seen.with_name("odd.jsonl")
+    talks = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": "no"}] for asked in ("no", "say red")
+    ]
+    data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    ids = load_vlm(load_config(seen).teacher.path).processor.tokenizer("say red")["input_ids"]
+    for status, reason in ((400, "server refuses the question"), (500, "server fails")):
+        server.refused = {", ".join(map(str, ids)): status}
+        assert generate.main(there(server, seen, f"odd{status}.jsonl", f"data.train=[{{path: {data}}}]")) == 0
+        problems = lines(seen.with_name(f"odd{status}.problems.jsonl"))
+        # The other one's answer is cut.
+        assert [(p["line"], p["reason"]) for p in problems] == [(2, reason), (1, "answer is cut")]
+        assert "as the test wants" in problems[0]["detail"]
+        assert f"{reason} (1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "held", "says"),
+    [
+        (401, "stop_token_ids", "teacher.server: http.* refuses: HTTP 401"),
+        (503, "stop_token_ids", "did not answer in 6 tries, the last: HTTP 503 .*; start again when it does"),
+        (500, "temperature", "HTTP 500"),  # whatever it is asked
+    ],
+)
+def test_a_server_in_trouble_ends_the_command_in_one_line(seen, server, capsys, status, held, says):
+    server.refused = {held: status}
+    out = f"trouble{status}.jsonl"
+    assert generate.main(there(server, seen, out)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlm-distill:")]
+    assert re.search(says, line)
+    server.refused = {}
+    assert generate.main(there(server, seen, out)) == 0

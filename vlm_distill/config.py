@@ -134,12 +134,17 @@ class CacheSection(Section):
 
 
 class ServerSection(Section):
-    """An OpenAI-compatible server that scores for the teacher; ``model`` left out is the teacher's path."""
+    """An OpenAI-compatible server that scores and answers for the teacher.
+
+    ``model`` left out is the teacher's path. Each rank has ``workers`` requests under way at once, of which each may
+    take ``timeout`` seconds.
+    """
 
     url: str
     model: str | None = None
     top_logprobs: Positive = 20
     workers: Positive = 16
+    timeout: Positive = 300
 
 
 class TeacherSection(ModelSection):

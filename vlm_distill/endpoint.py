@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import random
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +20,22 @@ T = TypeVar("T")
 
 _LATER = (408, 409, 429, 500, 502, 503, 504)  # what may go well on another try
 _LONGEST_WAIT = 60.0
+# Of its own: the training's random numbers are not its to take.
+_CHANCE = random.Random()
+_NOT_AS_WANTED = (ValueError, KeyError, IndexError, TypeError)
+
+
+class Refused(UserError):
+    """A server answered a request with an HTTP status that says no, to the end.
+
+    Attributes:
+        status: the HTTP status.
+        detail: what the server says to it.
+    """
+
+    def __init__(self, message: str, status: int, detail: str) -> None:
+        super().__init__(message)
+        self.status, self.detail = status, detail
 
 
 class Endpoint:
@@ -29,7 +47,7 @@ class Endpoint:
         key: the environment variable that holds the key, if the server wants one.
         retries: tries after the first, on time-outs, lost connections and the server's own troubles.
         timeout: seconds for one request.
-        wait: seconds before the first retry; each further one waits twice as long.
+        wait: seconds before the first retry, and up to half as many more; each further one waits twice as long.
         turn: called before every try, to wait for a turn.
 
     Raises:
@@ -65,13 +83,15 @@ class Endpoint:
             advice: what to do when all tries have failed.
 
         Raises:
-            UserError: the server refuses, or does not answer after all retries.
+            Refused: the server answers with an HTTP status that says no, after all retries where they may help.
+            UserError: it does not answer after all retries, or not as ``read`` wants it.
         """
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key):
-            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
+        if key := self._secret():
+            # Not sent to where a server redirects to.
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        refused: tuple[int, str] | None = None
         for attempt in range(self.retries + 1):
             self.turn()
             wait = min(self.wait * 2**attempt, _LONGEST_WAIT)
@@ -80,16 +100,33 @@ class Endpoint:
                     return read(json.load(response))
             except urllib.error.HTTPError as error:
                 trouble = f"HTTP {error.code} {error.reason}"
+                refused = error.code, _told(error, key)
                 if error.code not in _LATER:
-                    detail = " ".join(error.read(300).decode("utf-8", "replace").split())
-                    raise UserError(f"{self.who}: {self.url} refuses: {trouble}: {detail}") from None
+                    raise Refused(f"{self.who}: {self.url} refuses: {trouble}: {refused[1]}", *refused) from None
                 asked = error.headers.get("Retry-After", "")
                 wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else wait
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, *_NOT_AS_WANTED) as error:
                 # A lost connection, a time-out, or a reply that is not what the protocol says.
-                trouble = f"{type(error).__name__}: {error}"
+                trouble, refused = f"{type(error).__name__}: {error}", None
             if attempt < self.retries:
-                time.sleep(wait)
-        raise UserError(
-            f"{self.who}: {self.url} did not answer in {self.retries + 1} tries, the last: {trouble}; {advice}"
-        )
+                # Not all that were turned away come back at the same moment.
+                time.sleep(wait * (1 + _CHANCE.random() / 2))
+        tries = f"did not answer in {self.retries + 1} tries, the last: {trouble}"
+        message = f"{self.who}: {self.url} {tries}; {advice}"
+        raise UserError(message) if refused is None else Refused(message, *refused)
+
+    def _secret(self) -> str | None:
+        """The key; raises ``UserError`` where no header can hold it, whose error would show it."""
+        key = os.environ.get(self.key, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{self.key}: the key has characters that no HTTP header holds; set it again")
+        return key or None
+
+
+def _told(error: urllib.error.HTTPError, key: str | None) -> str:
+    """The beginning of what a server says to a refusal, in one line without the key."""
+    try:
+        text = " ".join(error.read(300).decode("utf-8", "replace").split())
+    except (OSError, http.client.HTTPException):
+        return ""
+    return text.replace(key, "…") if key else text

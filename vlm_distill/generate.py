@@ -61,24 +61,24 @@ def run(options: argparse.Namespace) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     from vlm_distill.training.build import image_loader, open_sources
     from vlm_distill.training.engine import Processes
+    from vlm_distill.training.output import claim
 
     _check(config, options)
     sources: list[Any] = open_sources(config.data.train, config.data.max_length)
     processes = Processes(config.training.device)
+    lock = None
     try:
-        model = _load(config, options.model, processes)
-        name = options.model or (config.teacher and config.teacher.path)
-        about = identity(name) if name else repr(config.teacher)
+        about, asks = _asks(config, options, processes)
         writer = _Writer(options, sources, f"{about} {config.data.train} {config.training.seed}")
+        lock = claim(writer.folder) if processes.first else None
         for number, source in enumerate(sources):
             for sample in range(options.samples):
                 part = writer.part(number, sample)
                 if any(processes.gather(part.is_file())):
                     continue
                 evaluate(
-                    model,
-                    source,
-                    batch_size=options.batch_size,
+                    source=source,
+                    **asks(sample),
                     max_new_tokens=options.max_new_tokens,
                     rank=processes.rank,
                     world=processes.world,
@@ -87,7 +87,6 @@ def run(options: argparse.Namespace) -> None:
                     resume=part.stem,
                     load=image_loader(config.data),
                     progress=_teller(f"{source.name}, sample {sample + 1}") if processes.first else None,
-                    ask=partial(_draw, model, options, config.training.seed, sample) if options.temperature else None,
                     references=False,
                     finish=partial(_write_part, part),
                 )
@@ -95,6 +94,8 @@ def run(options: argparse.Namespace) -> None:
             print(writer.finish())
         processes.barrier()
     finally:
+        if lock is not None:
+            lock.close()
         processes.close()
 
 
@@ -102,13 +103,40 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UserError(f"--out: {options.out} is there already; remove it, or name another file")
     section = config.teacher
-    if options.model is None and (section is None or section.from_student or section.server is not None):
+    if options.model is None and (section is None or section.from_student):
         raise UserError(f"{options.config}: has no teacher with weights of its own to answer; name a model (--model)")
     if options.samples > 1 and not options.temperature:
         raise UserError("--samples: the likeliest answer is always the same one; set a --temperature")
     text = next((source.path for source in config.data.train if source.format == "text"), None)
     if text is not None:
         raise UserError(f"{text}: is plain text, which gets no answers; leave it out of data.train")
+
+
+def _asks(
+    config: RunConfig, options: argparse.Namespace, processes: Processes
+) -> tuple[str, Callable[[int], dict[str, Any]]]:
+    """What tells the model from others, and how ``evaluate`` asks it for the so many-th sample of each question."""
+    section, seed = config.teacher, config.training.seed
+    name = options.model or (section and section.path)
+    about = identity(name) if name else repr(section)
+    if options.model is None and section is not None and section.server is not None:
+        from vlm_distill.models.served import ServedAnswers
+        from vlm_distill.training.build import open_served
+
+        served, workers = open_served(section, section.server), section.server.workers
+
+        def there(sample: int) -> dict[str, Any]:
+            model = ServedAnswers(served, options.temperature, f"{seed} {sample}")
+            return {"model": model, "batch_size": 1, "at_once": workers}
+
+        return f"{about} served as {served.name}", there
+    model = _load(config, options.model, processes)
+
+    def here(sample: int) -> dict[str, Any]:
+        ask = partial(_draw, model, options, seed, sample) if options.temperature else None
+        return {"model": model, "batch_size": options.batch_size, "ask": ask}
+
+    return about, here
 
 
 def _load(config: RunConfig, name: str | None, processes: Processes) -> VisionLanguageModel:
@@ -137,7 +165,16 @@ def _draw(
 
 
 def _teller(what: str) -> Callable[[int, int], None]:
-    return lambda done, total: print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+    """Tells of every hundredth part, since on a server every question comes by itself."""
+    told = 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if done >= min(total, told + total / 100):
+            told = done
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @dataclass

@@ -1,18 +1,22 @@
 """A teacher on a server teaches what the same model teaches here, as far as its likeliest tokens go."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from scoring_server import serving
+from tokenizers.processors import TemplateProcessing
 
 from data.errors import UserError
 from vlm_distill.config import RunConfig
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models import load_vlm
-from vlm_distill.models.served import ServedTeacher
+from vlm_distill.models.composed import ComposedProcessor
+from vlm_distill.models.interface import Answer
+from vlm_distill.models.served import ServedModel, ServedTeacher, _read_answer
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
@@ -55,7 +59,7 @@ def closed():
 
 def served(server, model, name="teacher-1", top=5):
     endpoint = Endpoint("teacher.server", server.url, "OPENAI_API_KEY", wait=0.01, retries=2)
-    return ServedTeacher(model.processor, endpoint, name, top, workers=4)
+    return ServedTeacher(ServedModel(model.processor, endpoint, name), top, workers=4)
 
 
 def trainer(folder, server, name, **changes):
@@ -80,11 +84,13 @@ def test_targets_are_those_of_the_logits(folder, server, model):
     assert torch.equal(found.ids, expected.ids)
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
     assert found.tail == pytest.approx(expected.tail, abs=1e-4)
-    # Every row is one request of its own tokens, without padding.
-    assert sorted(len(body["prompt"]) for body in server.bodies[1:]) == sorted(
+    # After two that try the server, every row is one request of its own tokens, without padding.
+    bodies = server.bodies[2:]
+    assert sorted(len(body["prompt"]) for body in bodies) == sorted(
         batch.teacher.inputs["attention_mask"].sum(1).tolist()
     )
-    assert all(body["max_tokens"] == 1 and body["prompt_logprobs"] == 5 for body in server.bodies)
+    assert all(body["max_tokens"] == 1 and body["prompt_logprobs"] == 5 for body in bodies)
+    assert all((body["temperature"], body["top_k"], body["repetition_penalty"]) == (1, -1, 1) for body in bodies)
 
 
 def test_ids_that_the_student_lacks_are_left_out_as_a_cut_head_does(folder, server, model):
@@ -142,23 +148,75 @@ def test_with_images_as_without_a_server(tmp_path, on_policy):
     assert all(0 < loss < 10 for loss in losses(there))
 
 
-def test_another_chat_template_there_is_told(tmp_path):
+AFTER_QUESTIONS = tiny.TEMPLATE.replace(
+    "{% endfor %}{% if", "{% if message['role'] == 'user' %}yes{% endif %}{% endfor %}{% if", 1
+)
+
+
+# Of a first token before an image nothing is told but its id.
+@pytest.mark.parametrize(
+    ("template", "tells_ids"),
+    [
+        (tiny.TEMPLATE + "{{ 'yes no' }}", True),
+        (tiny.TEMPLATE + "{{ 'yes no' }}", False),
+        ("{{ 'yes' }}" + tiny.TEMPLATE, True),
+        (AFTER_QUESTIONS, True),
+        (AFTER_QUESTIONS, False),
+    ],
+)
+def test_another_chat_template_there_is_told(tmp_path, template, tells_ids):
     data = tiny.write_data(tmp_path / "data", rows=8)
     teacher = tiny.write_llava(tmp_path / "teacher", 3)
-    other = load_vlm(teacher, dtype="float32", chat_template=tiny.TEMPLATE + "{{ 'yes no' }}").eval()
+    other = load_vlm(teacher, dtype="float32", chat_template=template).eval()
     plain = tiny.config(tmp_path / "run", data, teacher, loss=[{"name": "forward_kl"}], student={"path": str(teacher)})
     with serving(other) as server:
+        server.tells_ids = tells_ids
         plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 1}
         run = Trainer(RunConfig.model_validate(plain), opened())
         with pytest.raises(UserError, match="chat template is not that of"):
             run.guide.outputs(run.dataset[0].batches[0])
 
 
+def test_a_start_token_that_no_template_writes_is_there_too(tmp_path):
+    data, teacher = tiny.write_data(tmp_path / "data", rows=4), tiny.write_llava(tmp_path / "teacher", 3)
+    processor = load_vlm(teacher).processor
+    processor.tokenizer.bos_token = "no"
+    start = [("no", processor.tokenizer.bos_token_id)]
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="no $A", special_tokens=start)
+    processor.save_pretrained(teacher)
+    model = load_vlm(teacher, dtype="float32").eval()
+    changes = {"loss": [{"name": "forward_kl"}], "student": {"path": str(teacher)}}
+    with serving(model) as server:
+        plain = tiny.config(tmp_path / "b", data, teacher, **changes)
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1"}
+        run = Trainer(RunConfig.model_validate(plain), opened())
+        rows = run.dataset[0].batches[0]
+        assert rows.teacher.inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
+        assert len(run.guide.outputs(rows).targets.ids) == len(rows.teacher.positions)
+
+
+def test_a_sample_that_the_server_refuses_is_named(tmp_path):
+    data, teacher = tiny.write_data(tmp_path / "data", rows=4), tiny.write_llava(tmp_path / "teacher", 3)
+    plain = tiny.config(tmp_path / "a", data, teacher, loss=[{"name": "forward_kl"}], student={"path": str(teacher)})
+    with serving(load_vlm(teacher, dtype="float32").eval()) as server:
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1"}
+        run = Trainer(RunConfig.model_validate(plain), opened())
+        server.refused = {"messages": 400}
+        with pytest.raises(UserError, match=r"^data, line [1-4]: teacher.server: .* HTTP 400 .*; leave it out"):
+            run.guide.outputs(run.dataset[0].batches[0])
+
+
+def test_a_model_that_no_server_loads_is_told(tmp_path, server):
+    model = load_vlm(tiny.write_teacher(tmp_path / "teacher"))
+    with pytest.raises(UserError, match="export --format llava"):
+        served(server, model)
+
+
 def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.troubles = [503, 429]
     served(server, model)
-    assert [body["key"] for body in server.bodies] == ["Bearer secret"] * 3
+    assert [body["key"] for body in server.bodies] == ["Bearer secret"] * 4
     with pytest.raises(UserError, match="serves teacher-1, no teacher-2"):
         served(server, model, "teacher-2")
     server.told = False
@@ -169,7 +227,44 @@ def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch)
         served(server, model)
     nobody = Endpoint("teacher.server", "http://127.0.0.1:9/v1", "OPENAI_API_KEY", retries=0)
     with pytest.raises(UserError, match="did not answer"):
-        ServedTeacher(model.processor, nobody, "teacher-1", 5, 1)
+        ServedModel(model.processor, nobody, "teacher-1")
+
+
+def test_another_tokenizer_there_is_told(server):
+    with pytest.raises(UserError, match=r"its tokenizer or chat template is not that of teacher.path"):
+        served(server, SimpleNamespace(processor=ComposedProcessor(tiny.pieces_tokenizer("teacher"))))
+
+
+def test_logits_are_not_taken_for_logprobs(server, model):
+    server.shift = 3.0
+    with pytest.raises(UserError, match="--logprobs-mode raw_logprobs"):
+        served(server, model)
+
+
+def test_what_reasons_to_its_end_has_no_answer():
+    choice = {"message": {"content": None, "reasoning": "well"}, "finish_reason": "stop"}
+    assert _read_answer({"choices": [choice]}) == Answer("", [], [], True)
+    assert not _read_answer({"choices": [{"text": "so far", "finish_reason": "length"}]}).complete
+
+
+def test_a_context_that_is_too_short_is_told_before_training(folder, server):
+    server.context = 64
+    with pytest.raises(UserError, match=r"data.max_length: 64, .* set it to at most 63"):
+        trainer(folder, server, "short", loss=[{"name": "forward_kl"}])
+
+
+def test_requests_are_under_way_at_once_and_while_the_student_learns(folder, server, monkeypatch):
+    changes = {"loss": [{"name": "forward_kl"}], "evaluation__teacher": False, "training__steps": 3}
+    run = trainer(folder, server, "ahead", **changes)
+    server.delay, asked = 0.2, len(server.bodies)
+    ahead = []
+    learn = Trainer.learn
+    monkeypatch.setattr(Trainer, "learn", lambda *given: ahead.append(len(run.guide._ahead)) or learn(*given))
+    run.run()
+    # Four micro-batches of two samples are a step. While one is learnt, the next step's are on their way too.
+    assert ahead == [8, 7, 6, 5] * 2 + [4, 3, 2, 1]
+    assert server.most > 8
+    assert len(server.bodies) - asked == 24
 
 
 @pytest.mark.parametrize(

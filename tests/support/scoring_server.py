@@ -1,11 +1,13 @@
-"""A server as vLLM is one, for what is asked of it: prompts' log-probabilities by a real, tiny model."""
+"""A server as vLLM is one, for what is asked of it: prompts' log-probabilities and answers by a real, tiny model."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +18,7 @@ from PIL import Image
 
 from data.batch import Encoded
 from data.conversation import Conversation
-from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.interface import Sampling, VisionLanguageModel
 
 
 class ScoringServer(ThreadingHTTPServer):
@@ -24,13 +26,23 @@ class ScoringServer(ThreadingHTTPServer):
 
     Attributes:
         troubles: statuses to answer with first.
-        told: whether it knows ``prompt_logprobs``.
+        refused: a status to answer requests with in which a text stands, by that text.
+        told, tells_ids: whether it knows ``prompt_logprobs`` and ``return_token_ids``.
+        shift: of its log-probabilities, which are none then.
+        context: the most tokens of a prompt and its answer.
+        delay: seconds that an answer takes at least.
         bodies: the requests so far.
+        most: of so many at the same time.
     """
+
+    request_queue_size = 128
 
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.model, self.troubles, self.told = model, list[int](), True
+        self.model, self.troubles, self.told, self.tells_ids = model, list[int](), True, True
+        self.refused: dict[str, int] = {}
+        self.shift = 0.0
+        self.context, self.delay, self.waiting, self.most = 4096, 0.0, 0, 0
         self.bodies: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -39,8 +51,36 @@ class ScoringServer(ThreadingHTTPServer):
         nothing = torch.zeros(len(ids), dtype=torch.bool)
         return self._score(Encoded(torch.tensor(ids), nothing, nothing), top)
 
-    def score_chat(self, body: dict[str, Any]) -> list[dict[str, Any] | None]:
-        assert body["add_generation_prompt"] is False
+    def ids(self, body: dict[str, Any]) -> list[int]:
+        """A prompt of text as ids."""
+        if isinstance(body["prompt"], list):
+            return body["prompt"]
+        assert body["add_special_tokens"] is False
+        return self.model.processor.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+
+    def score_chat(self, body: dict[str, Any]) -> tuple[list[dict[str, Any] | None], list[int]]:
+        """What is told of a conversation, and its ids."""
+        row = self._chat(body)
+        told = self._score(row, body["prompt_logprobs"])
+        # As a server that makes fewer tokens of an image.
+        seen = self.model.processor.image_tokens(row).nonzero().flatten().tolist()
+        kept = [i for i in range(len(told)) if i not in seen[: len(seen) // 2]]
+        return [told[i] for i in kept], row.input_ids[kept].tolist()
+
+    def answer(self, body: dict[str, Any]) -> tuple[str, str]:
+        """An answer's text, and why it ends."""
+        if "messages" in body:
+            row = self._chat(body)
+        else:
+            ids = torch.tensor(body["prompt"])
+            row = Encoded(ids, torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
+        temperature = body["temperature"]
+        sampling = Sampling(temperature, [random.Random(body["seed"])]) if temperature else None
+        with self.lock:
+            (answer,) = self.model.answer([row], max_new_tokens=body["max_tokens"], sampling=sampling)
+        return f" {answer.text}", "stop" if answer.complete else "length"
+
+    def _chat(self, body: dict[str, Any]) -> Encoded:
         images = []
 
         def part(given: dict[str, Any]) -> dict[str, Any]:
@@ -53,11 +93,12 @@ class ScoringServer(ThreadingHTTPServer):
             return {"type": "image"}
 
         messages = [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in body["messages"]]
-        row = self.model.processor.encode(Conversation(tuple(messages)), images)
-        told = self._score(row, body["prompt_logprobs"])
-        # As a server that makes fewer tokens of an image.
-        seen = self.model.processor.image_tokens(row).nonzero().flatten().tolist()
-        return [entry for i, entry in enumerate(told) if i not in seen[: len(seen) // 2]]
+        processor, generation = self.model.processor, body["add_generation_prompt"]
+        row = processor.encode(Conversation(tuple(messages)), images, generation=generation)
+        starts = int(row.input_ids[0]) == processor.tokenizer.bos_token_id
+        if starts and processor.adds_special_tokens(messages) and not body["add_special_tokens"]:
+            row.input_ids, row.tensors["attention_mask"] = row.input_ids[1:], row.tensors["attention_mask"][:, 1:]
+        return row
 
     @torch.no_grad()
     def _score(self, row: Encoded, top: int) -> list[dict[str, Any] | None]:
@@ -65,7 +106,7 @@ class ScoringServer(ThreadingHTTPServer):
         ids = row.input_ids.tolist()
         with self.lock:
             hidden = self.model(self.model.processor.collate([row]), torch.arange(len(ids) - 1)).hidden
-            logprobs = self.model.head.logits(hidden).log_softmax(-1)
+            logprobs = self.model.head.logits(hidden).log_softmax(-1) + self.shift
         told: list[dict[str, Any] | None] = [None]
         for own, values in zip(ids[1:], logprobs, strict=True):
             order = values.argsort(descending=True).tolist()
@@ -79,20 +120,36 @@ class _Handler(BaseHTTPRequestHandler):
     server: ScoringServer
 
     def do_GET(self) -> None:
-        self._reply(200, {"object": "list", "data": [{"id": "teacher-1", "object": "model"}]})
+        card = {"id": "teacher-1", "object": "model", "max_model_len": self.server.context}
+        self._reply(200, {"object": "list", "data": [card]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body | {"key": self.headers.get("Authorization")})
-        if self.server.troubles:
-            self._reply(self.server.troubles.pop(0), {"error": "as the test wants"})
-            return
-        if self.path == "/v1/chat/completions":
-            self._reply(200, {"choices": [], "prompt_logprobs": self.server.score_chat(body)})
-            return
-        assert self.path == "/v1/completions"
-        told = self.server.score_text(body["prompt"], body["prompt_logprobs"]) if self.server.told else None
-        self._reply(200, {"choices": [{"index": 0, "text": "x", "prompt_logprobs": told}]})
+        text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        body, server = json.loads(text), self.server
+        with server.lock:
+            server.bodies.append(body | {"key": self.headers.get("Authorization")})
+            server.waiting += 1
+            server.most = max(server.most, server.waiting)
+            trouble = server.troubles.pop(0) if server.troubles else None
+        time.sleep(server.delay)
+        trouble = trouble or next((status for held, status in server.refused.items() if held in text), None)
+        status, content = (trouble, {"error": "as the test wants"}) if trouble else (200, self._content(body))
+        with server.lock:
+            server.waiting -= 1
+        self._reply(status, content)
+
+    def _content(self, body: dict[str, Any]) -> dict[str, Any]:
+        server, chat = self.server, self.path == "/v1/chat/completions"
+        assert chat or self.path == "/v1/completions"
+        if "prompt_logprobs" not in body:
+            text, reason = server.answer(body)
+            told = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            return {"choices": [{"index": 0, **told, "finish_reason": reason}]}
+        if chat:
+            told, ids = server.score_chat(body)
+            return {"choices": [], "prompt_logprobs": told, "prompt_token_ids": ids if server.tells_ids else None}
+        told = server.score_text(server.ids(body), body["prompt_logprobs"]) if server.told else None
+        return {"choices": [{"index": 0, "text": "x", "prompt_logprobs": told}]}
 
     def _reply(self, status: int, content: Any) -> None:
         reply = json.dumps(content).encode()

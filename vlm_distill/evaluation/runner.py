@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
@@ -24,10 +24,12 @@ from vlm_distill.models.interface import Answer, Processor, Prompt
 from . import jsonl
 from .scoring.vqa import exact_match, soft_accuracy
 
+T = TypeVar("T")
+
 #: Every rank's list of objects, in rank order, on every rank.
 AllGather = Callable[[list[Any]], list[list[Any]]]
-#: Answers to a batch of prompts.
-Ask = Callable[[Sequence[Prompt]], list[Answer]]
+#: Answers to a batch of prompts, or why a prompt has none.
+Ask = Callable[[Sequence[Prompt]], Sequence[Answer | BadSample]]
 
 _DECODE_THREADS = 4
 _BATCHES_AHEAD = 2
@@ -52,7 +54,7 @@ class Answerer(Protocol):
 
     processor: Processor
 
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]: ...
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Sequence[Answer | BadSample]: ...
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def evaluate(
     skipped: list[Problem] | None = None,
     progress: Callable[[int, int], None] | None = None,
     ask: Ask | None = None,
+    at_once: int | None = None,
     references: bool = True,
     finish: Callable[[list[Prediction], list[Problem]], None] | None = None,
 ) -> list[Prediction]:
@@ -134,6 +137,8 @@ def evaluate(
         skipped: receives the samples that were left out, of all ranks.
         progress: called with (questions done over all ranks, questions in all) after each batch.
         ask: answers a batch, in place of the model's ``generate``.
+        at_once: batches asked at once, by threads, where the model runs elsewhere: ranks do not wait for each other
+            then, and a batch without a prompt is not asked. Otherwise one after the other.
         references: leave out questions without a right answer.
         finish: called by rank 0 with everything, in place of writing ``predictions.jsonl`` and ``scores.json``; what is
             in ``unfinished`` stays there if it raises.
@@ -157,16 +162,26 @@ def evaluate(
 
     if ask is None:
         ask = partial(model.generate, max_new_tokens=max_new_tokens)
-    dummy = _first_good(model, source, rows, load, references) if left else None
-    before, made = len(batches) - len(left), {}
-    for done, (loaded, problems) in enumerate(
-        _load_ahead(source, [[] if number is None else batches[number] for number in mine], load, references), start=1
-    ):
-        predictions: list[Prediction] = []
-        if dummy is not None:
+    dummy = _first_good(model, source, rows, load, references) if left and at_once is None else None
+
+    def answer(
+        number: int | None, read: tuple[list[_Loaded], list[Problem]]
+    ) -> tuple[int | None, list[Prediction], list[Problem]]:
+        loaded, problems = read
+        if at_once is not None and loaded:
+            predictions, refused = _answer(model, ask, loaded, loaded[0])
+        elif dummy is not None:
             predictions, refused = _answer(model, ask, loaded, dummy)
-            problems = problems + refused
-        if (number := mine[done - 1]) is not None:
+        else:
+            return number, [], problems
+        return number, predictions, problems + refused
+
+    before, made = len(batches) - len(left), {}
+    batches_read = _load_ahead(source, [[] if number is None else batches[number] for number in mine], load, references)
+    for done, (number, predictions, problems) in enumerate(
+        _answered(answer, zip(mine, batches_read, strict=True), at_once), start=1
+    ):
+        if number is not None:
             made[number] = predictions, problems
             if journal is not None:
                 journal.add(number, predictions, problems)
@@ -315,6 +330,24 @@ def _load_ahead(
             yield loaded, problems
 
 
+def _answered(call: Callable[..., T], items: Iterable[tuple[Any, ...]], at_once: int | None) -> Iterator[T]:
+    """``call(*item)`` for each of the items; with several at once as they come to their end, in any order."""
+    if at_once is None:
+        yield from (call(*item) for item in items)
+        return
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        waiting: set[Future[T]] = set()
+        for item in items:
+            waiting.add(pool.submit(call, *item))
+            if len(waiting) == at_once:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in as_completed(waiting))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _answer(
     model: Answerer, ask: Ask, loaded: Sequence[_Loaded], dummy: _Loaded
 ) -> tuple[list[Prediction], list[Problem]]:
@@ -322,7 +355,7 @@ def _answer(
     problems: list[Problem] = []
     kept = list(loaded)
 
-    def answered() -> list[Answer]:
+    def answered() -> Sequence[Answer | BadSample]:
         return ask([(item.conversation, item.images) for item in kept or [dummy]])
 
     try:
@@ -336,17 +369,22 @@ def _answer(
                 _encode(model, item)
                 kept.append(item)
             except BadSample as bad:
-                where = item.conversation
-                problems.append(Problem(where.source, where.line or item.index + 1, bad.reason, bad.detail))
+                problems.append(_problem(item, bad))
         answers = answered()
+    predictions = []
     # With nothing kept, the one answer is the dummy's and falls off here.
-    predictions = [
-        replace(
-            _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs))), complete=answer.complete
-        )
-        for item, answer in zip(kept, answers, strict=False)
-    ]
+    for item, answer in zip(kept, answers, strict=False):
+        if isinstance(answer, BadSample):
+            problems.append(_problem(item, answer))
+            continue
+        scored = _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs)))
+        predictions.append(replace(scored, complete=answer.complete))
     return predictions, problems
+
+
+def _problem(item: _Loaded, bad: BadSample) -> Problem:
+    where = item.conversation
+    return Problem(where.source, where.line or item.index + 1, bad.reason, bad.detail)
 
 
 def _score(index: int, conversation: Conversation, answer: str, probability: float) -> Prediction:

@@ -141,9 +141,16 @@ class PretrainedProcessor(Processor):
             text, spans = find_answers(self._render, messages)
         if text.count(self.placeholder) != len(images):
             raise BadSample("images and placeholders differ in number", f"{text.count(self.placeholder)} placeholders")
+        return self._encoded(text, spans, images, add_special_tokens=self._lacks_start(text))
+
+    def adds_special_tokens(self, messages: Sequence[dict[str, Any]]) -> bool:
+        """Whether the tokenizer puts its own tokens around these messages, beside those of the template."""
+        return self._lacks_start(rendered(self._render, messages, False))
+
+    def _lacks_start(self, text: str) -> bool:
         # As Transformers does after its own templates: no second start token.
         bos = self.tokenizer.bos_token
-        return self._encoded(text, spans, images, add_special_tokens=not (bos and text.startswith(bos)))
+        return not (bos and text.startswith(bos))
 
     def _check(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:
         parts = [part for message in messages for part in message["content"]]

@@ -1,78 +1,186 @@
-"""A teacher behind an OpenAI-compatible server: its likeliest tokens at every place of an answer (vLLM)."""
+"""A model on an OpenAI-compatible server (vLLM): its likeliest tokens at each place of an answer, and its answers."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from PIL import Image
 
-from data.batch import DistillationBatch
+from data.batch import DistillationBatch, Step
 from data.conversation import Conversation
-from data.errors import UserError
-from vlm_distill.endpoint import Endpoint
+from data.errors import BadSample, UserError
+from vlm_distill.endpoint import Endpoint, Refused
 from vlm_distill.losses import TopKTargets
 
-from .interface import Processor, VisionLanguageModel
-from .pretrained import template_ends
+from .interface import Answer, Processor, Prompt, VisionLanguageModel
+from .pretrained import PretrainedProcessor, template_ends
 from .teacher import Teacher, TeacherOutputs
 from .vocabulary import cut_head
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # A server computes in float32 at best: what is left beside its likeliest tokens is not known more exactly than this.
 _LEAST_TAIL = 1e-7
+# The sum of probabilities above which they are none: log-probabilities of bfloat16 are this exact.
+_MOST_MASS = 1.1
+# Tokens of the vocabulary that a server's tokenizer is tried on.
+_TRIED = 48
+# What vLLM would otherwise take from the model's own generation settings.
+_PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_ADVICE = "start again when it does (teacher.server.timeout: seconds that a request may take)"
+# HTTP statuses that are about the one request: it is too long, or its images are too many or too odd.
+_OF_ONE = (400, 413, 422, 501)
 
 #: Tokens and their log-probabilities at one place.
 Likeliest = Mapping[int, float]
 
 
+class ServedModel:
+    """A model on a server, with its processor here, which must be the server's.
+
+    Text goes as token ids to ``/completions``, so that no tokenizer of the server's has a part in it. With images a
+    conversation goes to ``/chat/completions``: the server renders it and expands the images as it likes.
+
+    Args:
+        processor: the model's, from its folder or name here.
+        endpoint: the server.
+        name: the model's name there.
+
+    Attributes:
+        context: the most tokens of a request and its answer together; ``None`` where the server does not tell.
+        end_tokens: ids that end an answer.
+        tells: whether it tells log-probabilities of the prompt.
+
+    Raises:
+        UserError: there is no such model there, its tokenizer is another one, or no server can have it.
+    """
+
+    def __init__(self, processor: Processor, endpoint: Endpoint, name: str) -> None:
+        self.processor, self.endpoint, self.name = processor, endpoint, name
+        if processor.has_vision and not isinstance(processor, PretrainedProcessor):
+            raise UserError(
+                "teacher.path: is assembled from parts, which no server loads; vlm-distill export --format llava makes "
+                "of it what one does"
+            )
+        cards = endpoint.ask("models", None, lambda r: {str(card["id"]): card for card in r["data"]}, _ADVICE)
+        if name not in cards:
+            raise UserError(f"teacher.server.model: {endpoint.url} serves {', '.join(cards)}, no {name}")
+        self.context: int | None = cards[name].get("max_model_len")
+        eos = processor.tokenizer.eos_token_id
+        self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
+        self.tells = self._compare_tokenizers()
+
+    def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
+        """Path and body of a request about a text."""
+        return "completions", {"model": self.name, "prompt": list(ids), **_PLAIN, **settings}
+
+    def chat(
+        self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool, **settings: Any
+    ) -> tuple[str, dict[str, Any]]:
+        """The same about a conversation with images."""
+        remaining = iter(images)
+
+        def part(own: Mapping[str, Any]) -> dict[str, Any]:
+            return {"type": "text", "text": own["text"]} if own["type"] == "text" else _image_part(next(remaining))
+
+        messages = [{"role": m["role"], "content": [part(own) for own in m["content"]]} for m in conversation.messages]
+        assert isinstance(self.processor, PretrainedProcessor)
+        special = self.processor.adds_special_tokens(conversation.messages)
+        body = {"messages": messages, "add_generation_prompt": generation, "add_special_tokens": special}
+        return "chat/completions", {"model": self.name, **body, **_PLAIN, **settings}
+
+    def differs(self, ids: Sequence[int]) -> UserError:
+        """What is said where the server has other tokens than these."""
+        words = self.processor.tokenizer.convert_ids_to_tokens(list(ids))
+        return UserError(
+            f"teacher.server: {self.endpoint.url} has other tokens where {' '.join(words)!r} is expected; its "
+            "tokenizer or chat template is not that of teacher.path"
+        )
+
+    def _compare_tokenizers(self) -> bool:
+        """Whether the server tells what tokens it makes of a text; raises where these are others than here."""
+        tokenizer = self.processor.tokenizer
+        step = max(1, len(tokenizer) // _TRIED)
+        words = (tokenizer.decode([i]).strip() for i in range(0, len(tokenizer), step))
+        text = " ".join(["It is 12:30.", *(word for word in words if word.isalnum())])
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        body = {"model": self.name, "prompt": text, "add_special_tokens": False, "max_tokens": 1, "prompt_logprobs": 1}
+        told = self.endpoint.ask("completions", body, lambda r: r["choices"][0].get("prompt_logprobs"), _ADVICE)
+        if not told:
+            return False
+        if len(told) != len(ids) or any(str(own) not in entry for own, entry in zip(ids[1:], told[1:], strict=True)):
+            raise self.differs(ids[:4])
+        return True
+
+
 class ServedTeacher(Teacher):
     """Scores prompts that hold the answers, by ``prompt_logprobs`` as vLLM serves them since version 0.6.
 
-    Text goes as token ids to ``/completions``, so that no tokenizer of the server's has a part in it. With images a
-    conversation goes to ``/chat/completions``: the server renders it and expands the images as it likes, and places are
-    counted from the end, where nothing but the answers and what the chat template puts around them is.
+    In conversations with images places are counted from the end, where nothing but the answers and what the chat
+    template puts around them is; what stands before the first image and after the last must be what stands there here.
 
     Args:
-        processor: the teacher's, from its folder or name here; the server's must be the same.
-        endpoint: the server.
-        model: the model's name there.
+        served: the teacher.
         top: how many of the likeliest tokens are asked for. vLLM gives 20 unless it is started with more
             (``--max-logprobs``).
         workers: requests under way at once, of this rank.
 
     Raises:
-        UserError: there is no such model there, or the server does not tell the prompt's log-probabilities.
+        UserError: the server does not tell so many log-probabilities of the prompt.
     """
 
-    def __init__(self, processor: Processor, endpoint: Endpoint, model: str, top: int, workers: int) -> None:
-        self.processor, self.endpoint, self.model, self.top = processor, endpoint, model, top
-        self.needs_images = processor.has_vision
-        self._ends = template_ends(processor)
+    def __init__(self, served: ServedModel, top: int, workers: int) -> None:
+        self.served, self.top = served, top
+        self.processor: Processor = served.processor
+        self.needs_images = self.processor.has_vision
         self._vocabulary: int | None = None
         self._pool = ThreadPoolExecutor(workers)
-        served = self.endpoint.ask("models", None, lambda reply: [str(entry["id"]) for entry in reply["data"]])
-        if model not in served:
-            raise UserError(f"teacher.server.model: {endpoint.url} serves {', '.join(served)}, no {model}")
+        #: What is asked ahead: origins of a micro-batch, and its rows' replies.
+        self._ahead: deque[tuple[Any, list[Future[list[Likeliest]]]]] = deque()
         self._try()
 
     @property
     def end_tokens(self) -> set[int]:
-        return super().end_tokens | self._ends
+        return self.served.end_tokens
 
     def align(self, student: VisionLanguageModel) -> None:
         """Cuts the student's head, and what the server tells, to the ids that both share; raises as ``cut_head``."""
         self._vocabulary = cut_head(student, self.processor.tokenizer)
 
+    def ask(self, batch: DistillationBatch) -> None:
+        """Sends a micro-batch's requests, whose replies :meth:`outputs` takes when its turn comes."""
+        self._ahead.append((batch.origins, self._requests(batch)))
+
+    def asked_ahead(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The steps, each with the requests of the one after it on their way."""
+        current: Step | None = None
+        for step in steps:
+            for batch in step.batches:
+                self.ask(batch)
+            if current is not None:
+                yield current
+            current = step
+        if current is not None:
+            yield current
+
     @torch.no_grad()
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
-        assert batch.teacher is not None
         assert not features
+        ahead = bool(self._ahead) and self._ahead[0][0] == batch.origins
+        waiting = self._ahead.popleft()[1] if ahead else self._requests(batch)
+        found = [likeliest for future in waiting for likeliest in future.result()]
+        return TeacherOutputs(self._targets(found, batch.targets.device))
+
+    def _requests(self, batch: DistillationBatch) -> list[Future[list[Likeliest]]]:
+        """Rows that are asked about, all at once."""
+        assert batch.teacher is not None
         inputs = {name: batch.teacher.inputs[name].cpu() for name in ("input_ids", "attention_mask")}
         rows, length = inputs["input_ids"].shape
         positions = batch.teacher.positions.cpu()
@@ -87,8 +195,7 @@ class ServedTeacher(Teacher):
                     waiting.append(self._pool.submit(self._score_seen, conversation, images, ids, places))
                 else:
                     waiting.append(self._pool.submit(self._score, ids, places))
-        found = [likeliest for future in waiting for likeliest in future.result()]
-        return TeacherOutputs(self._targets(found, batch.targets.device))
+        return waiting
 
     def _score(self, ids: list[int], places: Sequence[int]) -> list[Likeliest]:
         """What the teacher expects at some places of a row of text."""
@@ -99,57 +206,72 @@ class ServedTeacher(Teacher):
                 raise ValueError(f"{len(told)} places for a prompt of {len(ids)} tokens")
             return [self._likeliest(told[place], ids[place]) for place in places]
 
-        return self.endpoint.ask("completions", self._request(ids), read)
+        path, body = self.served.text(ids, **self._asked)
+        return self.served.endpoint.ask(path, body, read, _ADVICE)
 
     def _score_seen(
         self, conversation: Conversation, images: Sequence[Image.Image], ids: list[int], places: Sequence[int]
     ) -> list[Likeliest]:
         """The same of a conversation with images, whose row here is ``ids``."""
-        remaining = iter(images)
-
-        def part(own: Mapping[str, Any]) -> dict[str, Any]:
-            return {"type": "text", "text": own["text"]} if own["type"] == "text" else _image_part(next(remaining))
+        assert isinstance(self.processor, PretrainedProcessor)
+        seen = [place for place, own in enumerate(ids) if own == self.processor.image_token_id]
+        before, after = range(seen[0]), range(seen[-1] + 1 - len(ids), 0)
 
         def read(reply: Any) -> list[Likeliest]:
-            told = reply["prompt_logprobs"]
+            told, there = reply["prompt_logprobs"], reply.get("prompt_token_ids")
+            if len(told) < len(before) + len(after):
+                raise self.served.differs(ids[after.start :])
+            for place in (*before, *after):
+                # vLLM tells the prompt's ids since version 0.10.2; before, a place's token is among its likeliest.
+                known = told[place] is None or str(ids[place]) in told[place]
+                if there[place] != ids[place] if there else not known:
+                    raise self.served.differs(ids[place : place + 1])
             return [self._likeliest(told[place - len(ids)], ids[place]) for place in places]
 
-        messages = [{"role": m["role"], "content": [part(own) for own in m["content"]]} for m in conversation.messages]
-        body = {"messages": messages, "add_generation_prompt": False, **self._asked}
-        return self.endpoint.ask("chat/completions", body, read)
+        settings = {"generation": False, "return_token_ids": True, **self._asked}
+        path, body = self.served.chat(conversation, images, **settings)
+        try:
+            return self.served.endpoint.ask(path, body, read, _ADVICE)
+        except Refused as refused:
+            if refused.status not in _OF_ONE:
+                raise
+            # It may be too long there, where images take other numbers of tokens, or have too many images.
+            where = f"{conversation.source}, line {conversation.line}"
+            raise UserError(f"{where}: {refused}; leave it out of the data, or mend the server") from None
 
     @property
     def _asked(self) -> dict[str, Any]:
-        # One token is generated since servers refuse to generate none; it is not looked at.
-        return {"model": self.model, "max_tokens": 1, "prompt_logprobs": self.top}
+        # One token is generated since servers refuse to generate none; it is not looked at. Before its version 1 engine
+        # vLLM divided these log-probabilities by the temperature too.
+        return {"max_tokens": 1, "prompt_logprobs": self.top, "temperature": 1.0}
 
-    def _request(self, ids: Sequence[int]) -> dict[str, Any]:
-        return {"prompt": list(ids), **self._asked}
-
-    def _likeliest(self, told: Mapping[str, Any], own: int) -> Likeliest:
+    def _likeliest(self, told: Mapping[str, Any] | None, own: int) -> Likeliest:
         """One place in vLLM's form, ``{"token id": {"logprob": number, "rank": …}}``, the prompt's own token among it.
 
         Raises:
-            UserError: another token stands there.
+            UserError: another token stands there, or the numbers are no log-probabilities.
         """
+        if told is None:
+            raise ValueError("nothing told of a place")
         found = {int(token): float(entry["logprob"]) for token, entry in told.items()}
         if own not in found:
+            raise self.served.differs([own])
+        if not sum(math.exp(min(p, 1.0)) for p in found.values()) < _MOST_MASS:
             raise UserError(
-                f"teacher.server: {self.endpoint.url} has another token where {own} is expected; its tokenizer or chat "
-                f"template is not that of teacher.path"
+                f"teacher.server: {self.served.endpoint.url} tells numbers that are no log-probabilities; start vLLM "
+                "with --logprobs-mode raw_logprobs"
             )
         return found
 
     def _try(self) -> None:
-        """Finds out before training whether the server does what is asked of it."""
+        """Finds out before training whether the server tells so much."""
         token = next(iter(self.end_tokens), 0)
-        told = self.endpoint.ask("completions", self._request([token, token]), lambda r: r["choices"][0])
-        entries = told.get("prompt_logprobs") if isinstance(told, dict) else None
-        if not entries:
+        if not self.served.tells:
             raise UserError(
-                f"teacher.server: {self.endpoint.url} tells no prompt_logprobs, which distillation learns from; "
+                f"teacher.server: {self.served.endpoint.url} tells no prompt_logprobs, which distillation learns from; "
                 "serve the teacher with vLLM"
             )
+        self._score([token, token], [1])
 
     def _targets(self, found: Sequence[Likeliest], device: torch.device) -> TopKTargets:
         """Of as many tokens in every row: the places of a batch differ by the tokens that the student has not."""
@@ -168,6 +290,67 @@ class ServedTeacher(Teacher):
         if k == self._vocabulary:
             tail.fill_(-torch.inf)  # there is no other token, for the student neither
         return TopKTargets(ids.to(device), logprobs.float().to(device), tail.float().to(device))
+
+
+class ServedAnswers:
+    """Asks a model on a server, each question in a request of its own.
+
+    Args:
+        served: the model.
+        temperature: at which answers are drawn; 0: the likeliest tokens.
+        key: answers are drawn by a seed of this and of each question's place. A server may heed it or not.
+    """
+
+    def __init__(self, served: ServedModel, temperature: float, key: str) -> None:
+        self.served, self.processor, self.temperature, self.key = served, served.processor, temperature, key
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer | BadSample]:
+        """Answers, or why there is none: the model cannot take the question, or the server refuses it alone.
+
+        Answers have neither token ids nor log-probabilities. One is complete if the server stopped by itself.
+
+        Raises:
+            UserError: the server is away, or refuses what is not a question's fault.
+        """
+        return [self._answer(*prompt, max_new_tokens) for prompt in prompts]
+
+    def _answer(self, conversation: Conversation, images: Sequence[Image.Image], longest: int) -> Answer | BadSample:
+        prompt = conversation.prompt()
+        shown = images[: len(prompt.images)]
+        settings: dict[str, Any] = {"max_tokens": longest, "temperature": self.temperature}
+        # As a model here ends its answers; vLLM adds those of the model's own generation settings.
+        settings["stop_token_ids"] = sorted(self.served.end_tokens)
+        if self.temperature:
+            place = f"{self.key} {prompt.source} {prompt.line}"
+            settings["seed"] = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4])
+        try:
+            # With images too: what a model here would refuse, such as a control token in a text, no server gets.
+            ids = self.processor.encode(prompt, shown, generation=True).input_ids.tolist()
+            if shown:
+                path, body = self.served.chat(prompt, shown, generation=True, **settings)
+            else:
+                path, body = self.served.text(ids, **settings)
+            return self.served.endpoint.ask(path, body, _read_answer, _ADVICE)
+        except BadSample as bad:
+            return bad
+        except Refused as refused:
+            if refused.status == 500:
+                # Also after all retries. If the server is well otherwise, this question is what it stumbles over.
+                self._probe()
+                return BadSample("server fails", refused.detail)
+            if refused.status in _OF_ONE:
+                return BadSample("server refuses the question", refused.detail)
+            raise
+
+    def _probe(self) -> None:
+        path, body = self.served.text(sorted(self.served.end_tokens)[:1] or [0], max_tokens=1, temperature=0.0)
+        self.served.endpoint.ask(path, body, lambda reply: reply["choices"][0], _ADVICE)
+
+
+def _read_answer(reply: Any) -> Answer:
+    choice = reply["choices"][0]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    return Answer((text or "").strip(), [], [], choice["finish_reason"] == "stop")
 
 
 def _image_part(image: Image.Image) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from vlm_distill.config import (
     DataSection,
     ModelSection,
     RunConfig,
+    ServerSection,
     SourceSection,
     TeacherSection,
 )
@@ -35,7 +36,7 @@ from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
 from vlm_distill.models.quantize import quantization
-from vlm_distill.models.served import KEY_VARIABLE, ServedTeacher
+from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
 from vlm_distill.models.vocabulary import Teaching, align_heads, separate_heads
 
@@ -229,20 +230,14 @@ def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
     if section is None or section.from_student:
         return None
     if section.server is not None:
-        assert section.path is not None
-        server = section.server
-        tokenizer = None
-        if section.tokenizer is not None:
-            tokenizer = load_tokenizer(section.tokenizer, section.trust_remote_code)
-        processor = models.load_processor(
-            section.path,
-            trust_remote_code=section.trust_remote_code,
-            tokenizer=tokenizer,
-            chat_template=section.chat_template,
-        )
-        endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE)
-        name = server.model or section.path
-        return ServedTeacher(processor, endpoint, name, server.top_logprobs, server.workers)
+        served = open_served(section, section.server)
+        length = config.data.max_length
+        if served.context is not None and length >= served.context:
+            raise UserError(
+                f"data.max_length: {length}, but {section.server.url} takes {served.context} tokens, one of which it "
+                f"must generate; set it to at most {served.context - 1}, or start the server with --max-model-len"
+            )
+        return ServedTeacher(served, section.server.top_logprobs, section.server.workers)
     dtype = DTYPES[section.dtype or config.training.dtype]
     if section.placement == "replicate":
         bits = None if section.quantize is None else quantization(section.quantize, dtype, "teacher")
@@ -251,6 +246,22 @@ def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
         raise UserError("student.from_teacher: no student can be cut from a sharded teacher; use placement: replicate")
     offload = section.placement == "offload"
     return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
+
+
+def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
+    """A model on its server, with tokenizer and image processing from here."""
+    assert section.path is not None
+    tokenizer = None
+    if section.tokenizer is not None:
+        tokenizer = load_tokenizer(section.tokenizer, section.trust_remote_code)
+    processor = models.load_processor(
+        section.path,
+        trust_remote_code=section.trust_remote_code,
+        tokenizer=tokenizer,
+        chat_template=section.chat_template,
+    )
+    endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE, timeout=server.timeout)
+    return ServedModel(processor, endpoint, server.model or section.path)
 
 
 def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel:

@@ -218,7 +218,10 @@ class Trainer(Loop):
 
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
-        return make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
+        steps = make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
+        if isinstance(self.guide, ServedTeacher) and self.on_policy is None:
+            return self.guide.asked_ahead(steps)
+        return steps
 
     def places(self, step: Step, number: int) -> str:
         return self.dataset.places(step.index, number)
@@ -228,7 +231,13 @@ class Trainer(Loop):
         return f"{rows} rows × {tokens} tokens with {micro.images} images"
 
     def take(self, step: Step) -> Step:
-        return step if self.on_policy is None else self.on_policy.take(step)
+        if self.on_policy is None:
+            return step
+        taken = self.on_policy.take(step)
+        if isinstance(self.guide, ServedTeacher):
+            for batch in taken.batches:
+                self.guide.ask(batch)
+        return taken
 
     def counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
