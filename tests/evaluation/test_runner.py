@@ -179,6 +179,13 @@ def test_a_source_without_one_good_sample_ends_with_nothing():
     assert summarise([], skipped)["exact"] is None
 
 
+def test_questions_of_which_none_fits_the_model_are_counted():
+    skipped = []
+    source = Rows([colour_row("red", line, question="unfit") for line in (1, 2)] + [BadSample("empty answer")])
+    assert evaluate(ColourModel(), source, load=load, skipped=skipped) == []
+    assert [(s.line, s.reason) for s in skipped] == [(1, "too long"), (2, "too long"), (3, "empty answer")]
+
+
 def test_limit_takes_an_even_share(source):
     assert evenly_spaced(10, 4) == [0, 2, 5, 7]
     assert evenly_spaced(3, 9) == [0, 1, 2]

@@ -173,7 +173,7 @@ def evaluate(
         elif dummy is not None:
             predictions, refused = _answer(model, ask, loaded, dummy)
         else:
-            return number, [], problems
+            predictions, refused = [], _fitting(model, loaded)[1]  # nothing fits this model
         return number, predictions, problems + refused
 
     before, made = len(batches) - len(left), {}
@@ -363,13 +363,7 @@ def _answer(
     except BadSample:
         # Prompts are encoded before the model's first forward, so the other ranks have not been left waiting: take out
         # those that do not fit this model and ask once more.
-        kept = []
-        for item in loaded:
-            try:
-                _encode(model, item)
-                kept.append(item)
-            except BadSample as bad:
-                problems.append(_problem(item, bad))
+        kept, problems = _fitting(model, loaded)
         answers = answered()
     predictions = []
     # With nothing kept, the one answer is the dummy's and falls off here.
@@ -380,6 +374,18 @@ def _answer(
         scored = _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs)))
         predictions.append(replace(scored, complete=answer.complete))
     return predictions, problems
+
+
+def _fitting(model: Answerer, loaded: Sequence[_Loaded]) -> tuple[list[_Loaded], list[Problem]]:
+    """The prompts that fit the model, and why the others do not."""
+    kept, problems = [], []
+    for item in loaded:
+        try:
+            _encode(model, item)
+            kept.append(item)
+        except BadSample as bad:
+            problems.append(_problem(item, bad))
+    return kept, problems
 
 
 def _problem(item: _Loaded, bad: BadSample) -> Problem:
