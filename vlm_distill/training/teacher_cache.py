@@ -162,6 +162,8 @@ class _Rows(Dataset[Step]):
         self.max_length, self.turns, self.on_bad = data.max_length, turns(data), data.bad_samples
         self.roots, self.max_pixels = [Path(root) for root in data.roots], data.max_pixels
         self.collator = Collator(processor, None, data.max_length, Turns())
+        # Where tokens stand in the answers is for other tokenizers, whose losses need the whole distribution.
+        self.placed = _sections(config)[1].form == "hidden"
 
     def __getitem__(self, index: int) -> Step:
         pairs: list[Pair] = []
@@ -185,7 +187,7 @@ class _Rows(Dataset[Step]):
         images = [load_image(image, roots=self.roots, max_pixels=self.max_pixels) for image in wanted]
         sample.digest = digest_of(content, images)
         pairs, encoded = encode_teacher(content, images, self.processor, self.max_length, self.turns)
-        sample.encoded = encoded
+        sample.encoded = encoded if self.placed else replace(encoded, places=None)
         return self.collator.placed(pairs, sample.source, sample.row)
 
 
