@@ -20,6 +20,7 @@ from vlm_distill.inspection import inspect_samples
 from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.training import build, caches, teacher_cache
+from vlm_distill.training.operations import Operations
 from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
@@ -124,6 +125,13 @@ def test_the_teacher_itself_is_never_loaded(cached, processes, monkeypatch, capf
     shutil.rmtree(folder / "teacher")
     shutil.rmtree(folder / "run")
     Trainer(make(), processes)
+
+
+def test_its_head_is_all_of_the_teacher_that_is_counted(cached, processes):
+    trainer = Trainer(cached[1](), processes)
+    batch = trainer.dataset[0].batches[0]
+    student = Operations(trainer.student, None, processes.device, bf16=False).of(batch)
+    assert trainer.operations.of(batch) - student == 2 * len(batch.targets) * trainer.teacher.head.parameters[0].numel()
 
 
 def spoil_weights(folder):
