@@ -257,6 +257,14 @@ def test_what_was_killed_goes_on_and_the_rest_is_not_run_again(own, processes, m
     assert "is whole: " in capfd.readouterr().err
 
 
+def test_ranks_that_fill_it_stay_together(own, processes, monkeypatch):
+    where = []
+    monkeypatch.setattr(teacher_cache, "_TOGETHER", 2)
+    monkeypatch.setattr(processes, "barrier", lambda: where.append(processes.watch.where))
+    fill(own[1](training__micro_batch_size=2), processes)
+    assert where[-2:] == [f"writing micro-batch {done} of 5 into the cache" for done in (2, 4)]
+
+
 def test_what_it_will_take_is_told_before_and_needs_room(own, processes, monkeypatch, capfd):
     folder, make = own
     fill(make(data__bad_samples="skip"), processes)

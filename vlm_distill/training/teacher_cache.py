@@ -49,8 +49,8 @@ WHAT = "the teacher's outputs"
 _OF_FILES = ("weights", "configuration", "tokenizer", "image processor")
 # Samples of which the size of the whole is estimated, and micro-batches among which rows are sorted by length.
 _MEASURED, _WINDOW = 32, 64
-# Seconds between two lines about how far it is.
-_TOLD_EVERY = 10.0
+# Seconds between two lines about how far it is, and micro-batches after which ranks wait for each other.
+_TOLD_EVERY, _TOGETHER = 10.0, 64
 
 
 def _sections(config: RunConfig) -> tuple[TeacherSection, CacheSection]:
@@ -193,15 +193,24 @@ class _Rows(Dataset[Step]):
 
 @dataclass
 class Told:
-    """Lines about how far the first rank is."""
+    """How far the ranks are, which the first one says and each tells to the watch of the others.
 
+    Every rank calls it after each of as many micro-batches.
+    """
+
+    processes: Processes
     total: int
     began: float = field(default_factory=time.time)
     last: float = field(default_factory=time.time)
 
     def __call__(self, done: int) -> None:
+        said = f"writing micro-batch {done} of {self.total} into the cache"
+        self.processes.watch.phase(said, limited=done < self.total)
+        # Hours apart at its end, the first rank would wait for the last one longer than any is waited for.
+        if done % _TOGETHER == 0:
+            self.processes.barrier()
         now = time.time()
-        if now - self.last > _TOLD_EVERY:
+        if self.processes.first and now - self.last > _TOLD_EVERY:
             self.last = now
             left = (now - self.began) / done * (self.total - done)
             say(f"{done / self.total:.0%}, about {left / 60:.1f} minutes left")
@@ -250,14 +259,13 @@ def fill(config: RunConfig, processes: Processes) -> None:
     own = [number * processes.world + processes.rank for number in range(turns_)]
     # A sharded teacher is run by all ranks together: one may get nothing at the end.
     dataset.rows = [rows[number] if number < len(rows) else () for number in own]
-    writer, problems, told = TokenWriter(cache), list[Problem](), Told(turns_)
+    writer, problems, told = TokenWriter(cache), list[Problem](), Told(processes, turns_)
     workers = min(config.data.workers, cores())
     try:
         for step in make_loader(dataset, 0, turns_, workers=workers, prefetch=config.data.prefetch):
             problems += step.problems
             _write(writer, teacher, step.batches[0], cache, processes)
-            if processes.first:
-                told(step.index + 1)
+            told(step.index + 1)
     finally:
         writer.close()
     _report(folder, processes.gather(problems), processes)

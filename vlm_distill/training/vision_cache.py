@@ -153,7 +153,9 @@ def fill(config: RunConfig, processes: Processes) -> None:
     processes.barrier()
     micro = config.training.micro_batch_size or max(1, config.training.batch_size // processes.world)
     places = [(number, row) for number, source in enumerate(sources) for row in range(len(source))]
-    rows = [places[i : i + micro] for i in range(0, len(places), micro)][processes.rank :: processes.world]
+    whole = [places[i : i + micro] for i in range(0, len(places), micro)]
+    # As many on every rank: one may get nothing at the end.
+    rows = [*whole, *[[]] * (-len(whole) % processes.world)][processes.rank :: processes.world]
     _run(encoder, cache, _Rows(config, sources, rows, encoder.transform, cache), config, processes)
     processes.barrier()
     if processes.first:
@@ -168,15 +170,14 @@ def _run(encoder: VisionEncoder, cache: FeatureCache, dataset: _Rows, config: Ru
     first = [] if image_digest(blank) in cache else [_Images([image_digest(blank)], encoder.transform(blank)[None])]
     workers, count = min(config.data.workers, cores()), len(dataset.rows)
     steps = make_loader(dataset, 0, count, workers=workers, prefetch=config.data.prefetch)
-    writer, told, seen = FeatureWriter(cache), Told(count), set[int]()
+    writer, told, seen = FeatureWriter(cache), Told(processes, count), set[int]()
     try:
         if processes.first:
             for images in first:
                 _write(writer, encoder, images, seen, processes)
         for step in steps:
             _write(writer, encoder, step.batches[0], seen, processes)
-            if processes.first:
-                told(step.index + 1)
+            told(step.index + 1)
     finally:
         writer.close()
 
