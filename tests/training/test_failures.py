@@ -16,6 +16,7 @@ import yaml
 
 from vlm_distill import train
 from vlm_distill.config import RunConfig
+from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.training.engine import Engine
 from vlm_distill.training.trainer import Trainer
 
@@ -167,6 +168,17 @@ def test_out_of_memory_names_the_micro_batch_and_remedies(run, monkeypatch):
     assert "out of memory in step 3, the forward of micro-batch 1 of 4, a micro-batch of 2 rows × " in line
     assert "with 2 images" in line
     assert "try training.micro_batch_size=1, training.recompute_logits=true" in line
+
+
+def test_memory_that_ends_while_answers_are_drawn(run, monkeypatch):
+    def full(self, *_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VisionLanguageModel, "answer", full)
+    code, line = run(loss=[{"name": "jsd"}], on_policy={"fraction": 1.0})
+    assert code == 3
+    assert "out of memory in step 1, drawing answers: " in line
+    assert "a smaller on_policy.batch_size, " in line
 
 
 def test_the_cpus_memory_ends_alike(run, monkeypatch):
