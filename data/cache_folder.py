@@ -8,7 +8,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -49,9 +50,13 @@ def make_folder(folder: Path, what: str, about: Mapping[str, Any], fill: Callabl
                 raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
+    except Exception as error:
+        # What libraries in Rust write fails with the system's error in words alone.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{folder}: cannot make the cache of {what}: {error.strerror}; name an empty folder that may be written"
+            f"{folder}: cannot make the cache of {what}: {reason}; name an empty folder that may be written"
         ) from None
 
 
@@ -151,6 +156,9 @@ class ShardWriter:
     Args:
         folder: of a cache.
         entry: as for :class:`Shards`; its other fields are what ``append`` gets by name.
+
+    Raises:
+        UserError: of every method: the disk is full, or the folder may not be written.
     """
 
     def __init__(self, folder: Path, entry: np.dtype[Any]) -> None:
@@ -162,12 +170,13 @@ class ShardWriter:
 
     def append(self, data: bytes, **fields: int) -> None:
         """Keeps some data and its entry, to which offset and check are added."""
-        if not self._files:
-            self._files = [self._path.with_suffix(suffix).open("xb") for suffix in (".data", ".index")]
         known = {**fields, "offset": self._offset, "check": zlib.crc32(data)}
         assert self._entry.names is not None
+        with _written(self._path):
+            if not self._files:
+                self._files = [self._path.with_suffix(suffix).open("xb") for suffix in (".data", ".index")]
+            self._files[0].write(data)
         self._entries.append(tuple(known[name] for name in self._entry.names))
-        self._files[0].write(data)
         self._offset += len(data)
         self._pending += len(data)
         if self._pending > _FLUSH_BYTES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
@@ -177,15 +186,27 @@ class ShardWriter:
         """Brings what was written to the disk: data first, then the entries that make them count."""
         if self._entries:
             data, index = self._files
-            _sync(data)
-            index.write(np.array(self._entries, self._entry).tobytes())
-            _sync(index)
+            with _written(self._path):
+                _sync(data)
+                index.write(np.array(self._entries, self._entry).tobytes())
+                _sync(index)
         self._entries, self._pending, self._flushed = [], 0, time.monotonic()
 
     def close(self) -> None:
         self.flush()
         for file in self._files:
             file.close()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: the cache cannot be written: {error.strerror}; mend that and run vlm-distill cache again, "
+            "which goes on with what is missing"
+        ) from None
 
 
 def _sync(file: BinaryIO) -> None:

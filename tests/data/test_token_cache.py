@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from data.batch import Encoded, Origin
 from data.cache_folder import make_folder
@@ -140,6 +142,39 @@ def test_data_that_were_cut_off_do_not_count_and_damaged_ones_are_refused(folder
         TokenCache(folder).row(0, 1, 2**63 + 1)
     data.unlink()
     assert len(TokenCache(folder).missing()) == 7
+
+
+@contextmanager
+def full_disk():
+    """Inside, no file gets longer than 100 bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_with_the_folder_and_what_fitted_counts(folder):
+    write(folder, (0, 0))
+    with (
+        full_disk(),
+        pytest.raises(UserError, match=rf"^{folder}: the cache cannot be written: File too large; .* run"),
+    ):
+        write(folder, (0, 1), (0, 2), (1, 3))
+    assert TokenCache(folder).missing() == [1, 2, 3, 4, 5, 6]
+    write(folder, (0, 1), (0, 2), (1, 3))
+    cache = TokenCache(folder)
+    assert cache.missing() == [3, 4, 5]
+    assert torch.equal(cache.values([Origin(1, 3, 0, 4)])["ids"], values(4, 13)["ids"])
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path):
+    head = {"weight": torch.zeros(99)}
+    with full_disk(), pytest.raises(UserError, match=r"cannot make the cache of outputs: .*File too large"):
+        make_folder(tmp_path / "cache", "outputs", {}, lambda made: save_file(head, made / "head.safetensors"))
+    assert not list(tmp_path.iterdir())
 
 
 WRITER = """

@@ -20,6 +20,7 @@ from vlm_distill.inspection import inspect_samples
 from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.training import build, caches, teacher_cache
+from vlm_distill.training.operations import Operations
 from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
@@ -124,6 +125,13 @@ def test_the_teacher_itself_is_never_loaded(cached, processes, monkeypatch, capf
     shutil.rmtree(folder / "teacher")
     shutil.rmtree(folder / "run")
     Trainer(make(), processes)
+
+
+def test_its_head_is_all_of_the_teacher_that_is_counted(cached, processes):
+    trainer = Trainer(cached[1](), processes)
+    batch = trainer.dataset[0].batches[0]
+    student = Operations(trainer.student, None, processes.device, bf16=False).of(batch)
+    assert trainer.operations.of(batch) - student == 2 * len(batch.targets) * trainer.teacher.head.parameters[0].numel()
 
 
 def spoil_weights(folder):
@@ -249,6 +257,14 @@ def test_what_was_killed_goes_on_and_the_rest_is_not_run_again(own, processes, m
     assert "is whole: " in capfd.readouterr().err
 
 
+def test_ranks_that_fill_it_stay_together(own, processes, monkeypatch):
+    where = []
+    monkeypatch.setattr(teacher_cache, "_TOGETHER", 2)
+    monkeypatch.setattr(processes, "barrier", lambda: where.append(processes.watch.where))
+    fill(own[1](training__micro_batch_size=2), processes)
+    assert where[-2:] == [f"writing micro-batch {done} of 5 into the cache" for done in (2, 4)]
+
+
 def test_what_it_will_take_is_told_before_and_needs_room(own, processes, monkeypatch, capfd):
     folder, make = own
     fill(make(data__bad_samples="skip"), processes)
@@ -257,6 +273,9 @@ def test_what_it_will_take_is_told_before_and_needs_room(own, processes, monkeyp
     assert "96 bytes a token, 136 with all" in told
     data = sum(path.stat().st_size for path in (folder / "cache").glob("*.[di]*"))
     assert data == pytest.approx(18 * 135.5, rel=0.1)
+    # Of likeliest tokens 4 bytes each and 4, and no places: no loss takes them with another tokenizer.
+    fill(make({"folder": str(folder / "likeliest"), "form": "topk", "k": 4}, loss=[{"name": "forward_kl"}]), processes)
+    assert "20 bytes a token, 48 with all" in capfd.readouterr().err
     shutil.rmtree(folder / "cache")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match="make room, choose another folder, or choose form topk"):

@@ -1,11 +1,16 @@
-"""What the engine does on one rank, where it leaves out DeepSpeed's sum over ranks."""
+"""What the engine does on one rank, without DeepSpeed's sum over ranks, and of other stages' checkpoints."""
+
+import json
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from vision.config import ClassifierConfig
+from vlm_distill.config import RunConfig
 from vlm_distill.training.engine import Engine, Processes
+from vlm_distill.training.trainer import Trainer
 
 
 class Task(nn.Module):
@@ -55,3 +60,19 @@ def test_a_seed_is_torch_s_own(processes):
     drawn = torch.rand(3)
     torch.manual_seed(2**62 + 5)
     assert torch.equal(drawn, torch.rand(3))
+
+
+def test_tied_weights_go_on_at_another_stage(processes, tmp_path):
+    data, teacher = tiny.write_data(tmp_path / "data"), tiny.write_teacher(tmp_path / "teacher")
+
+    def trained(name, stage, until=None):
+        changes = {"student": tiny.settings(tied=True), "training__steps": 3, "deepspeed__stage": stage}
+        changes["deepspeed__zero_optimization"] = {"stage3_param_persistence_threshold": 0}
+        out = tmp_path / name
+        Trainer(RunConfig.model_validate(tiny.config(out, data, teacher, **changes)), processes).run(until)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    straight = trained("straight", 2)
+    trained("moved", 3, until=1)
+    assert trained("moved", 2) == pytest.approx(straight, abs=1e-6)

@@ -1,4 +1,4 @@
-"""How a run ends when something breaks: in one line that names the cause, saved by nothing that is broken."""
+"""How a run ends when something breaks, in one line that names the cause and with nothing broken saved, or goes on."""
 
 import json
 import math
@@ -15,6 +15,8 @@ import torch
 import yaml
 
 from vlm_distill import train
+from vlm_distill.config import RunConfig
+from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.training.engine import Engine
 from vlm_distill.training.trainer import Trainer
 
@@ -71,6 +73,19 @@ def third_step(folder):
 
     source = open_source(folder / "data" / "data.jsonl")
     return Mixture([source], seed=0, batch_size=8, longest_first=True).rows(2)
+
+
+def test_a_step_of_bad_samples_alone_says_nothing_to_the_losses(tmp_path, teacher, processes):
+    """TAID's t, which goes by how the loss changes, takes no step without a sample for one without a loss."""
+    data = tiny.write_data(tmp_path / "data", broken=tuple(range(12)))
+    changes = {"training__batch_size": 1, "training__micro_batch_size": 1, "training__steps": 12}
+    trainer = Trainer(RunConfig.model_validate(tiny.config(tmp_path / "out", data, teacher, **changes)), processes)
+    trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["supervised_tokens"] > 0 for line in lines if line["kind"] == "train"} == {True, False}
+    state = trainer.terms[0].loss.get_extra_state()
+    assert state["previous"] > 0
+    assert abs(state["momentum"]) < 0.1
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
@@ -153,6 +168,17 @@ def test_out_of_memory_names_the_micro_batch_and_remedies(run, monkeypatch):
     assert "out of memory in step 3, the forward of micro-batch 1 of 4, a micro-batch of 2 rows × " in line
     assert "with 2 images" in line
     assert "try training.micro_batch_size=1, training.recompute_logits=true" in line
+
+
+def test_memory_that_ends_while_answers_are_drawn(run, monkeypatch):
+    def full(self, *_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VisionLanguageModel, "answer", full)
+    code, line = run(loss=[{"name": "jsd"}], on_policy={"fraction": 1.0})
+    assert code == 3
+    assert "out of memory in step 1, drawing answers: " in line
+    assert "a smaller on_policy.batch_size, " in line
 
 
 def test_the_cpus_memory_ends_alike(run, monkeypatch):

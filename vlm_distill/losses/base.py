@@ -67,7 +67,10 @@ class Loss(nn.Module):
         super().__init__()  # no parameters, which nn.Module's own signature does not say
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
-        """Called once after every optimizer step, with the means of the signals over all rows of all ranks."""
+        """Called once after every optimizer step, with the means of the signals over all rows of all ranks.
+
+        Where there was no row, there are no signals.
+        """
 
     def metrics(self) -> dict[str, float]:
         """What to log beside the loss."""

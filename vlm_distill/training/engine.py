@@ -311,8 +311,9 @@ class Engine:
                 source = whole.weights.get(name, whole.rest.get(name))
                 if source is not None:
                     parameter.data.copy_(source)
-        parameters = dict(self.task.named_parameters())
-        self.task.load_state_dict({k: v for k, v in whole.rest.items() if k not in parameters}, strict=False)
+        # A tied parameter is in there under its other name, too, and where ZeRO-3 wrote it empty.
+        names = {name for name, _ in self.task.named_parameters(remove_duplicate=False)}
+        self.task.load_state_dict({k: v for k, v in whole.rest.items() if k not in names}, strict=False)
         inner = optimizer if self.stage == 0 else optimizer.optimizer
         for group, saved in zip(inner.param_groups, whole.groups, strict=True):
             group |= saved

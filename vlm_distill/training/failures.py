@@ -39,7 +39,8 @@ def explain(error: Exception, phase: str, device: torch.device) -> Failure | Non
     if mistake is not None:
         return Failure(mistake, MISTAKE)
     if out_of_memory(error):
-        remedy = "a smaller evaluation.batch_size, a higher deepspeed.stage or a sharded teacher need less"
+        batch = "on_policy" if phase.endswith("drawing answers") else "evaluation"
+        remedy = f"a smaller {batch}.batch_size, a higher deepspeed.stage or a sharded teacher need less"
         return Failure(f"out of memory in {phase}: {_peak(device)}; {remedy}", OUT_OF_MEMORY)
     return None
 

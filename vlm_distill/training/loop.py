@@ -241,7 +241,9 @@ class Loop(ABC):
         epochs = self.steps / self.epoch_steps
         for term in self.terms:
             progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
-            term.loss.update({k: v for k, v in means[term.name].items() if k != "loss"}, progress)
+            # Of no rows there are no means: zeros would pass for a perfect student.
+            known = means[term.name].items() if rows[term.name] else ()
+            term.loss.update({k: v for k, v in known if k != "loss"}, progress)
 
         values: dict[str, Any] = {"loss": sum(t.weight * ramps[t.name] * means[t.name]["loss"] for t in self.terms)}
         for term in (term for term in self.terms if rows[term.name]):

@@ -202,6 +202,7 @@ class OnPolicy:
 
     def _drawn(self, step: Step) -> list[list[tuple[_Prompt, list[int]]]]:
         """The step's own questions, with answers drawn now."""
+        self.processes.watch.phase(f"step {step.index + 1}, drawing answers")
         # What was no sample of the data is no question either.
         bad = {(problem.source, problem.line) for problem in step.problems}
         sources = self.dataset.mixture.sources

@@ -10,7 +10,7 @@ from torch import nn
 from data.batch import DistillationBatch, Rows
 from vlm_distill.devices import known_device
 from vlm_distill.models.initialise import size_of
-from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.interface import LMHead, VisionLanguageModel
 
 
 class Operations:
@@ -26,6 +26,7 @@ class Operations:
         device: of this rank.
         bf16: whether matrix products are in bfloat16.
         vision_once: what the student sees with does not run, its teacher's does.
+        head: of a teacher of whom nothing else runs.
     """
 
     def __init__(
@@ -36,20 +37,23 @@ class Operations:
         *,
         bf16: bool,
         vision_once: bool = False,
+        head: LMHead | None = None,
     ) -> None:
         self._student = _Costs(student, trains=True)
         if vision_once:
             self._student.encoder = 0.0
             self._student.projector *= "projector" not in student.sight
         self._teacher = None if teacher is None else _Costs(teacher, trains=False)
+        self._head = 0 if head is None else 2 * _size(head.parameters[:1])
         found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = None if found is None else found.bf16 if bf16 else found.fp32
 
     def of(self, batch: DistillationBatch) -> float:
         """Operations of a micro-batch: student forward and backward, teacher forward, both heads."""
         total = self._student.of(batch.student)
-        if self._teacher is not None and batch.teacher is not None:
-            total += self._teacher.of(batch.teacher)
+        if batch.teacher is not None:
+            total += len(batch.teacher.positions) * self._head
+            total += 0 if self._teacher is None else self._teacher.of(batch.teacher)
         return total
 
     def values(self, flops: float, seconds: float, world: int) -> dict[str, float]:

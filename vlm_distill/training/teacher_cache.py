@@ -49,8 +49,8 @@ WHAT = "the teacher's outputs"
 _OF_FILES = ("weights", "configuration", "tokenizer", "image processor")
 # Samples of which the size of the whole is estimated, and micro-batches among which rows are sorted by length.
 _MEASURED, _WINDOW = 32, 64
-# Seconds between two lines about how far it is.
-_TOLD_EVERY = 10.0
+# Seconds between two lines about how far it is, and micro-batches after which ranks wait for each other.
+_TOLD_EVERY, _TOGETHER = 10.0, 64
 
 
 def _sections(config: RunConfig) -> tuple[TeacherSection, CacheSection]:
@@ -162,6 +162,8 @@ class _Rows(Dataset[Step]):
         self.max_length, self.turns, self.on_bad = data.max_length, turns(data), data.bad_samples
         self.roots, self.max_pixels = [Path(root) for root in data.roots], data.max_pixels
         self.collator = Collator(processor, None, data.max_length, Turns())
+        # Where tokens stand in the answers is for other tokenizers, whose losses need the whole distribution.
+        self.placed = _sections(config)[1].form == "hidden"
 
     def __getitem__(self, index: int) -> Step:
         pairs: list[Pair] = []
@@ -185,21 +187,30 @@ class _Rows(Dataset[Step]):
         images = [load_image(image, roots=self.roots, max_pixels=self.max_pixels) for image in wanted]
         sample.digest = digest_of(content, images)
         pairs, encoded = encode_teacher(content, images, self.processor, self.max_length, self.turns)
-        sample.encoded = encoded
+        sample.encoded = encoded if self.placed else replace(encoded, places=None)
         return self.collator.placed(pairs, sample.source, sample.row)
 
 
 @dataclass
 class Told:
-    """Lines about how far the first rank is."""
+    """How far the ranks are, which the first one says and each tells to the watch of the others.
 
+    Every rank calls it after each of as many micro-batches.
+    """
+
+    processes: Processes
     total: int
     began: float = field(default_factory=time.time)
     last: float = field(default_factory=time.time)
 
     def __call__(self, done: int) -> None:
+        said = f"writing micro-batch {done} of {self.total} into the cache"
+        self.processes.watch.phase(said, limited=done < self.total)
+        # Hours apart at its end, the first rank would wait for the last one longer than any is waited for.
+        if done % _TOGETHER == 0:
+            self.processes.barrier()
         now = time.time()
-        if now - self.last > _TOLD_EVERY:
+        if self.processes.first and now - self.last > _TOLD_EVERY:
             self.last = now
             left = (now - self.began) / done * (self.total - done)
             say(f"{done / self.total:.0%}, about {left / 60:.1f} minutes left")
@@ -248,14 +259,13 @@ def fill(config: RunConfig, processes: Processes) -> None:
     own = [number * processes.world + processes.rank for number in range(turns_)]
     # A sharded teacher is run by all ranks together: one may get nothing at the end.
     dataset.rows = [rows[number] if number < len(rows) else () for number in own]
-    writer, problems, told = TokenWriter(cache), list[Problem](), Told(turns_)
+    writer, problems, told = TokenWriter(cache), list[Problem](), Told(processes, turns_)
     workers = min(config.data.workers, cores())
     try:
         for step in make_loader(dataset, 0, turns_, workers=workers, prefetch=config.data.prefetch):
             problems += step.problems
             _write(writer, teacher, step.batches[0], cache, processes)
-            if processes.first:
-                told(step.index + 1)
+            told(step.index + 1)
     finally:
         writer.close()
     _report(folder, processes.gather(problems), processes)

@@ -162,7 +162,12 @@ class Trainer(Loop):
         elif model is not None:
             self.parameters["teacher"] = sum(count_parameters(model).values())
         self.operations = Operations(
-            student, guide, processes.device, bf16=config.training.dtype == "bf16", vision_once=self.vision_once
+            student,
+            guide,
+            processes.device,
+            bf16=config.training.dtype == "bf16",
+            vision_once=self.vision_once,
+            head=self.guide.head if isinstance(self.guide, CachedTeacher) else None,
         )
         check_packing(config.data.train, student, guide, self.grouped)
         self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)

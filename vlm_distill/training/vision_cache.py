@@ -157,7 +157,9 @@ def fill(config: RunConfig, processes: Processes) -> None:
     processes.barrier()
     micro = config.training.micro_batch_size or max(1, config.training.batch_size // processes.world)
     places = [(number, row) for number, source in enumerate(sources) for row in range(len(source))]
-    rows = [places[i : i + micro] for i in range(0, len(places), micro)][processes.rank :: processes.world]
+    whole = [places[i : i + micro] for i in range(0, len(places), micro)]
+    # As many on every rank: one may get nothing at the end.
+    rows = [*whole, *[[]] * (-len(whole) % processes.world)][processes.rank :: processes.world]
     _run(model, cache, _Rows(config, sources, rows, model.processor, cache), config, processes)
     processes.barrier()
     if processes.first:
@@ -195,7 +197,7 @@ def _run(
 ) -> None:
     workers, count = min(config.data.workers, cores()), len(dataset.rows)
     steps = make_loader(dataset, 0, count, workers=workers, prefetch=config.data.prefetch)
-    writer, told, seen = FeatureWriter(cache), Told(count), set[int]()
+    writer, told, seen = FeatureWriter(cache), Told(processes, count), set[int]()
 
     def found() -> Iterator[tuple[int, dict[int, Encoded]]]:
         if processes.first:
@@ -211,7 +213,7 @@ def _run(
             for digest, features in zip(new, model.see(list(new.values())) if new else [], strict=True):
                 writer.write(digest, features)
             seen.update(new)
-            if processes.first and done:
+            if done:
                 told(done)
     finally:
         writer.close()
