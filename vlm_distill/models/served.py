@@ -22,6 +22,7 @@ from .interface import Processor, VisionLanguageModel
 from .pretrained import template_ends
 from .teacher import Teacher, TeacherOutputs
 from .vocabulary import cut_head
+from .weightless import weightless
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # A server computes in float32 at best: what is left beside its likeliest tokens is not known more exactly than this.
@@ -56,6 +57,8 @@ class ServedTeacher(Teacher):
         self._ends = template_ends(processor)
         self._vocabulary: int | None = None
         self._pool = ThreadPoolExecutor(workers)
+        if weightless():
+            return  # nobody need be there yet
         served = self.endpoint.ask("models", None, lambda reply: [str(entry["id"]) for entry in reply["data"]])
         if model not in served:
             raise UserError(f"teacher.server.model: {endpoint.url} serves {', '.join(served)}, no {model}")
