@@ -15,11 +15,12 @@ from vlm_distill import cli, planning
 from vlm_distill.config import DeepSpeedSection, RunConfig
 from vlm_distill.devices import DEVICES, known_device
 from vlm_distill.models import build_vlm
+from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.reporting.report import write_report
 from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.operations import Operations
-from vlm_distill.training.trainer import train
+from vlm_distill.training.trainer import Trainer, train
 
 benchmark = by_path.load(Path(__file__).parents[1] / "benchmarks" / "planning.py")
 SLOW = pytest.mark.slow
@@ -111,6 +112,8 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
         assert static + 2_000 * fits[limit] <= limit or fits[limit] == 0
         assert static + 2_000 * (fits[limit] + 1) > limit
     assert fits == {3_000: 0, 20_000: 8, 20_199: 8, 1_000: 0}
+    most = planning._memory(_models(), points, 1, 2, "replicate", 1, 1, 1e12).largest_micro_batch
+    assert most == planning._MOST  # which is told as that many or more
 
 
 def test_what_is_said_to_fit_is_what_does(tmp_path):
@@ -200,6 +203,146 @@ def plans(tmp_path_factory):
 
 def _configured(found):
     return found.memory[found.configured]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with models of several kinds, and data."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.write_data(folder / "data", rows=8)
+    tiny.write_data(folder / "talks", rows=8, text_only=tuple(range(8)))
+    tiny.write_text(folder / "text")
+    tiny.write_teacher(folder / "teacher")
+    tiny.write_pieces_teacher(folder / "pieces")
+    tiny.write_llava(folder / "llava", 1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1}
+    for name, options in {"llama": {}, "mixtral": experts}.items():
+        decoder = {"config": {"model_type": name} | sizes | options}
+        build_vlm({"decoder": decoder}, tokenizer=tiny.make_tokenizer(tiny.WORDS)).save_pretrained(folder / name)
+    return folder
+
+
+def _run(folder, student, teacher, data="talks", **changes):
+    """A run between two of these; a model is named, or its section given."""
+    path = folder / data / ("text.jsonl" if data == "text" else "data.jsonl")
+    plain = tiny.config(folder / "run", path, folder, loss=[{"name": "forward_kl"}])
+    for role, model in (("student", student), ("teacher", teacher)):
+        name, more = model if isinstance(model, tuple) else (model, {})
+        plain[role] = more if name is None else {"path": str(folder / name)} | more
+    for key, value in changes.items():
+        section, _, inner = key.partition("__")
+        plain[section] = value if not inner else plain.get(section, {}) | {inner: value}
+    if data == "text":
+        plain["data"]["train"][0]["format"] = "text"
+    return RunConfig.model_validate(plain)
+
+
+ASSEMBLED = (None, tiny.settings())
+FROZEN = (None, tiny.settings() | {"train": ["projector", "decoder"], "vision_cache": "nowhere"})
+ADAPTED = ("llama", {"lora": {"rank": 2}})
+SERVED = {"server": {"url": "http://127.0.0.1:9/v1"}}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "changes", "placement"),
+    [
+        ("llama", ("llama", SERVED), {}, "served"),
+        ("llama", ("llama", SERVED), {"on_policy": {"fraction": 0.5}}, "served"),
+        ("llava", ("llava", SERVED), {"data": "data"}, "served"),
+        (ADAPTED, (None, {"from_student": True}), {"training__sequence_parallel": 2}, "none"),
+        ("mixtral", "mixtral", {}, "replicate"),
+        (FROZEN, "teacher", {"data": "nowhere"}, "replicate"),
+        ("llava", "llava", {"data": "nowhere", "data__max_length": 256}, "replicate"),
+        ("llama", "llama", {"data": "text"}, "replicate"),
+        ("llama", ("llama", {"quantize": "fp8"}), {}, "fp8"),
+    ],
+)
+def test_runs_of_every_kind_are_planned(models, student, teacher, changes, placement):
+    found = planning.plan(_run(models, student, teacher, **changes), gpus=2)
+    assert _configured(found).placement == placement
+    assert _configured(found).activations > 0
+    assert found.flops > 0
+    if placement == "served":
+        assert {part.model for part in found.parts} == {"student"}
+        assert _configured(found).teacher == 0
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "changes", "message"),
+    [
+        (ASSEMBLED, "teacher", {"data": "text"}, "the student cannot keep documents in one row apart"),
+        (
+            "llama",
+            "llama",
+            {"on_policy": {"fraction": 0.5}, "loss": [{"name": "cross_entropy"}]},
+            "reads right answers",
+        ),
+        ("llama", "llama", {"on_policy": {"fraction": 0.5}, "data": "text"}, "plain text, which nobody answers"),
+        ("llama", "llama", {"training__sequence_parallel": 2, "data__packing": True}, "a divided one has one sample"),
+        ("llama", "llama", {"training__sequence_parallel": 2, "data": "text"}, "a divided one has one sample"),
+        (
+            "llama",
+            "llama",
+            {"training__sequence_parallel": 2, "loss": [{"name": "hidden_states", "layers": {-1: -1}}]},
+            "need whole sequences",
+        ),
+        (
+            "llama",
+            "llama",
+            {"training__sequence_parallel": 3, "training__batch_size": 6},
+            "its 2 heads are no multiple of 3 ranks",
+        ),
+        ("llama", "llama", {"optimizer": {"part_lr": {"vision_encoder": 1e-3}}}, "this student has no vision_encoder"),
+        (
+            (None, tiny.settings() | {"tokenizer": "pieces/student"}),
+            "pieces",
+            {"data": "data", "loss": [{"name": "uld"}], "evaluation": {"measures": ["kl"]}},
+            "kl needs a student with the teacher's tokenizer",
+        ),
+    ],
+)
+def test_what_a_run_refuses_is_refused_by_its_plan(models, monkeypatch, student, teacher, changes, message):
+    monkeypatch.chdir(models)
+    config = _run(models, student, teacher, **changes)
+    ranks = config.training.sequence_parallel
+    with pytest.raises(UserError, match=message) as planned:
+        planning.plan(config, gpus=ranks)
+    group = SequenceParallel(None, 0, ranks) if ranks > 1 else None  # the others are not here
+    monkeypatch.setattr(Processes, "share_sequences", lambda self, size: group)
+    processes = Processes("cpu")
+    processes.world = ranks
+    try:
+        with pytest.raises(UserError) as trained:
+            Trainer(config, processes)
+    finally:
+        processes.close()
+    assert str(planned.value) == str(trained.value)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "changes", "message"),
+    [
+        (ASSEMBLED, ("teacher", {"quantize": "int8"}), {}, "only models of Transformers load in fewer bits"),
+        (
+            "llama",
+            ("llama", {"cache": {"folder": "c", "form": "topk", "k": 99}}),
+            {},
+            "k: 99 of 17 tokens; choose fewer",
+        ),
+        (ASSEMBLED, "teacher", {"data": "data", "data__max_length": 5}, "can be used; the first: too long"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(models, student, teacher, changes, message):
+    with pytest.raises(UserError, match=message):
+        planning.plan(_run(models, student, teacher, **changes))
+
+
+def test_data_that_are_there_and_wrong_are_not_taken_to_be_absent(models):
+    (models / "empty.jsonl").write_text("")
+    config = _run(models, "llama", "llama", data__train=[{"path": str(models / "empty.jsonl")}])
+    with pytest.raises(UserError, match="has no rows"):
+        planning.plan(config)
 
 
 def test_a_cached_teacher_leaves_its_head_or_nothing(plans):

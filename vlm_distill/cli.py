@@ -62,12 +62,13 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     a hostfile for many nodes: deepspeed --module vlm_distill.train CONFIG.
     """
     from vlm_distill.config import load_config, split_batch
+
+    # Mistakes are told here, before processes are started, and before what takes seconds to import.
+    settings = load_config(config, overrides or ())
+    split_batch(settings, nproc)
     from vlm_distill.training.build import build_terms
     from vlm_distill.training.on_policy import check_on_policy
 
-    # Mistakes are told here, before processes are started.
-    settings = load_config(config, overrides or ())
-    split_batch(settings, nproc)
     check_on_policy(settings, build_terms(settings))
     raise typer.Exit(launch_training("vlm_distill.train", [str(config), *(overrides or ())], nproc))
 
@@ -123,7 +124,7 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
-    memory: Annotated[float | None, typer.Option(min=0, help="GB of a GPU; default: the device's.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GB of a GPU; default: the device's.")] = None,
     device: Annotated[str, typer.Option(help="What runs it, such as h100 or a100; cpu.")] = "h100",
     json: Annotated[
         Path | None, typer.Option(help="Where to write it; default: plan.json in the run's folder.")
@@ -134,10 +135,12 @@ def plan(
     The run's report shows the plan beside what came of it. docs/planning.md says what is counted, and how well.
     """
     from vlm_distill.config import load_config
+
+    settings = load_config(config, overrides or ())
+    # These take seconds, for which a mistake in the configuration need not wait.
     from vlm_distill.planning import plan as make_plan
     from vlm_distill.planning import render, write_plan
 
-    settings = load_config(config, overrides or ())
     found = make_plan(settings, gpus=gpus, memory=memory, device=device)
     render(found, Console())
     print(write_plan(found, json or Path(settings.output) / "plan.json"))

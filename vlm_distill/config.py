@@ -294,6 +294,19 @@ class DeepSpeedSection(Section):
 
     stage: Literal[0, 1, 2, 3] = 2
 
+    @model_validator(mode="after")
+    def _what_the_run_says(self) -> DeepSpeedSection:
+        if "fp16" in self.extra:
+            raise ValueError("fp16 training is not supported; set training.dtype to bf16 or fp32")
+        if self._zero.get("stage", self.stage) != self.stage:
+            raise ValueError("zero_optimization.stage is another one than stage; leave it out")
+        return self
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is passed through."""
+        return self.model_extra or {}
+
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer steps in main memory."""
@@ -305,9 +318,13 @@ class DeepSpeedSection(Section):
         return self._offloads("offload_param")
 
     def _offloads(self, what: str) -> bool:
-        zero = (self.model_extra or {}).get("zero_optimization")
-        place = zero.get(what) if isinstance(zero, dict) else None
+        place = self._zero.get(what)
         return isinstance(place, dict) and place.get("device", "none") != "none"
+
+    @property
+    def _zero(self) -> dict[str, Any]:
+        zero = self.extra.get("zero_optimization")
+        return zero if isinstance(zero, dict) else {}
 
 
 class OnPolicySection(Section):
@@ -357,6 +374,14 @@ class RunConfig(Section):
     on_policy: OnPolicySection | None = None
     output: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_classifier(cls, plain: Any) -> Any:
+        student = plain.get("student") if isinstance(plain, dict) else None
+        if isinstance(student, dict) and "name" in student and not {"path", "decoder", "from_teacher"} & student.keys():
+            raise ValueError("configures an image classifier (student.name), which vlm-distill classify alone takes")
+        return plain
+
     @model_validator(mode="after")
     def _on_policy(self) -> RunConfig:
         section = self.on_policy
@@ -392,6 +417,12 @@ class RunConfig(Section):
             raise ValueError("student.from_teacher needs a teacher section to cut from")
         if self.student.from_teacher is not None and self.teacher is not None and self.teacher.quantize is not None:
             raise ValueError("student.from_teacher: no student is cut from weights of fewer bits; leave quantize out")
+        if self.student.from_teacher is not None and self.teacher is not None and self.teacher.placement != "replicate":
+            raise ValueError(
+                "student.from_teacher: no student can be cut from a sharded teacher; use placement: replicate"
+            )
+        if "kl" in self.evaluation.measures and self.teacher is None:
+            raise ValueError("evaluation.measures: kl is that from a teacher, and there is none; leave it out")
         if self.student.tokenizer == TEACHERS and self.teacher is None:
             raise ValueError("student.tokenizer: teacher needs a teacher section to take it from")
         return self

@@ -35,14 +35,18 @@ from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.composed import ComposedVLM
-from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.interface import Processor, VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
-from vlm_distill.models.sequence_parallel import SequenceParallel, prepare
+from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vision_once import hands_on, sees_as
 from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
 from vlm_distill.training.build import (
     build_terms,
+    check_evaluations,
+    check_packing,
+    divide_sequences,
     image_loader,
     load_models,
     open_sources,
@@ -50,7 +54,10 @@ from vlm_distill.training.build import (
     prepare_losses,
     turns,
 )
+from vlm_distill.training.on_policy import check_on_policy
 from vlm_distill.training.packing import plan_packing
+from vlm_distill.training.schedule import lr_scales
+from vlm_distill.training.teacher_cache import check_likeliest
 from vlm_distill.training.vision_cache import sight_of
 
 STAGES = (0, 1, 2, 3)
@@ -240,24 +247,36 @@ class _Models:
     def __init__(self, config: RunConfig, device: str) -> None:
         self.config, self.on_cpu = config, device == "cpu"
         self.terms = build_terms(config)
+        check_on_policy(config, self.terms)
         section = config.teacher
-        whole = section and section.model_copy(update={"placement": "replicate", "quantize": None, "cache": None})
-        bare = config.student.model_copy(update={"quantize": None})  # weights of 4 bits are counted, not loaded
+        whole = section and section.model_copy(update={"placement": "replicate", "cache": None})
         here: Any = SimpleNamespace(device=torch.device("cpu"))
-        self.student, teacher = load_models(config.model_copy(update={"teacher": whole, "student": bare}), here)
+        self.student, teacher = load_models(config.model_copy(update={"teacher": whole}), here)
         self.teacher = teacher.model if isinstance(teacher, ModelTeacher) else None
-        self.guides = self.teacher is not None and any("teacher" in term.loss.needs for term in self.terms)
+        self.guides = teacher is not None and any("teacher" in term.loss.needs for term in self.terms)
+        #: How many of its likeliest tokens are all that is known of the teacher, if they are.
+        self.likeliest: int | None = None
         self.cache = None if section is None else section.cache
-        self.likeliest = self.cache is not None and self.cache.form == "topk"
-        prepare_losses(self.terms, self.student, teacher if self.guides else None)
         self.grouped = self.teacher is not None and pair_vocabularies(config, self.student, self.teacher, self.terms)
+        if isinstance(teacher, ServedTeacher):
+            teacher.align(self.student)
+            self.likeliest = teacher.top
+        elif self.cache is not None and self.cache.form == "topk":
+            check_likeliest(self.cache, self.student.head.vocabulary or 0)
+            self.likeliest = self.cache.k
+        prepare_losses(self.terms, self.student, teacher if self.guides else None)
         #: The teacher is the student's own base.
         self.shared = isinstance(self.teacher, WithoutAdapters)
         guide = self.teacher if self.guides and self.cache is None else None
-        packing = plan_packing(config.data, self.student, self.teacher if self.guides else None)
+        check_packing(config.data.train, self.student, guide, self.grouped)
+        check_evaluations(config, self.student, self.teacher)
+        lr_scales(self.student.parts, config.optimizer.part_lr, config.optimizer.lr)
+        packing = plan_packing(config.data, self.student, guide)
         self.packed, self.told = packing.packed, packing.told
         if any(self.packed):
             self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
+        if config.on_policy is not None:
+            self.told += ("the time in which the student draws its answers is not planned",)
         #: The teacher sees as the student does, with frozen parts.
         self.same_encoder = (
             guide is not None
@@ -271,14 +290,20 @@ class _Models:
             runs = "does not run" if features else "runs once, for both"
             self.told += (f"the vision encoder is frozen and taken to be the teacher's: it {runs}",)
         self.cached_sight = features
+        self._shapes: dict[tuple[tuple[int, int], ...], torch.Size] = {}
+        #: What encodes samples, as in the run.
+        own: Any = self.student.processor
+        other: Any = teacher.processor if teacher is not None and self.guides else None
         if features:
             sight_of(self.student)  # refuses as the run would
-        self._shapes: dict[tuple[tuple[int, int], ...], torch.Size] = {}
+            own = own.with_features(self._features)
+            other = other.with_features(self._features) if self.same_encoder else other
+        self.processors: tuple[Processor, Processor | None] = own, other
         ranks = config.training.sequence_parallel
         self.sequence = None if ranks == 1 else SequenceParallel(None, 0, ranks)
-        for model in (self.student, guide) if self.sequence is not None else ():
-            if model is not None:
-                prepare(model)
+        if self.sequence is not None:
+            divide_sequences(config, self.sequence, self.student, guide, self.terms, self.grouped)
+            self.told += ("the decoders are taken to be ones that can be divided, which the run tries",)
         if config.training.activation_checkpointing:
             self.student.checkpoint_activations()
         bf16, stage = config.training.dtype == "bf16", config.deepspeed.stage
@@ -296,6 +321,8 @@ class _Models:
         section = self.config.teacher
         if self.cache is not None:
             return "cached", ["cached"]
+        if section is not None and section.server is not None:
+            return "served", ["served"]
         if section is None or self.shared:
             return "none", ["none"]
         if section.quantize is not None:
@@ -306,7 +333,7 @@ class _Models:
         found = []
         for role, model in (("student", self.student), ("teacher", self.teacher)):
             if model is not None and role == "teacher" and self.cache is not None:
-                found += [] if self.likeliest else [Part(role, "lm_head", _count(model.head.parameters), 0)]
+                found += [] if self.likeliest is not None else [Part(role, "lm_head", _count(model.head.parameters), 0)]
                 continue
             if model is None or (role == "teacher" and self.shared):
                 continue
@@ -339,7 +366,7 @@ class _Models:
         if self.teacher is None or placement == "none":
             return 0.0
         if placement == "cached":
-            return 0.0 if self.likeliest else sum(p.nbytes for p in self.teacher.head.parameters)
+            return 0.0 if self.likeliest is not None else sum(p.nbytes for p in self.teacher.head.parameters)
         whole = sum(p.nbytes for p in self.teacher.parameters())
         if placement == "replicate" and self.same_encoder and stage < 3:
             size = 2 if self.bf16 and stage > 0 else 4
@@ -349,13 +376,8 @@ class _Models:
         return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8
 
     def collator(self) -> Collator:
-        student: Any = self.student.processor
-        guide: Any = self.teacher.processor if self.teacher is not None and self.guides else None
-        if self.cached_sight:
-            student = student.with_features(self._features)
-            guide = guide.with_features(self._features) if self.same_encoder else guide
         data = self.config.data
-        return Collator(student, guide, data.max_length, turns(data), self.grouped, self.packed)
+        return Collator(*self.processors, data.max_length, turns(data), self.grouped, self.packed)
 
     def _features(self, images: Sequence[Image.Image]) -> Tensor:
         """What stands in a cache of features for images: as many numbers."""
@@ -377,10 +399,12 @@ class _Models:
         teacher, cached = self.teacher if self.guides else None, 0
         ranks = 1 if self.sequence is None else self.sequence.size
         head = self._head(meter, -(-len(batch.targets) // ranks), -(-len(batch.teacher_targets) // ranks))
-        if teacher is not None and self.cache is not None:
+        if self.guides and self.likeliest is not None:
+            cached = len(batch.teacher_targets) * (12 * self.likeliest + 4)
+            teacher, batch = None, replace(batch, teacher=None)
+        elif teacher is not None and self.cache is not None:
             weight = teacher.head.parameters[0]
-            width = 12 * self.cache.k + 4 if self.likeliest else weight.shape[1] * weight.itemsize
-            cached = len(batch.teacher_targets) * width
+            cached = len(batch.teacher_targets) * weight.shape[1] * weight.itemsize
             teacher, batch = None, replace(batch, teacher=None)
         try:
             with nullcontext() if self.sequence is None else self.sequence.shared():
@@ -405,7 +429,7 @@ class _Models:
             return HeadCost(0, 0)
         guided = any("teacher" in term.loss.needs for term in terms)
         sides = [(self.student.head, rows)]
-        if guided and not self.likeliest:
+        if guided and self.likeliest is None:
             assert self.teacher is not None
             sides.append((self.teacher.head, teacher_rows))
         weights = []
@@ -434,8 +458,8 @@ class _Models:
         teacher: HiddenTargets | TopKTargets | None = None
         if self.teacher is not None and len(hidden) > 1:
             teacher = HiddenTargets(hidden[1], self.teacher.head)
-        elif self.cache is not None and self.guides:
-            ids = torch.arange(self.cache.k).expand(rows, -1)
+        elif self.likeliest is not None and self.guides:
+            ids = torch.arange(self.likeliest).expand(rows, -1)
             teacher = TopKTargets(ids, hidden[0].new_empty(ids.shape), hidden[0].new_empty(rows))
         with meter.counting():
             fused_linear(terms, hidden[0], self.student.head, teacher, targets)
@@ -462,6 +486,8 @@ def _sample(config: RunConfig, models: _Models) -> tuple[list[Pair], Sequences, 
     try:
         sources = open_sources(data.train, data.max_length)
     except UserError:
+        if all(Path(section.path).exists() for section in data.train):
+            raise
         if config.training.steps is None:
             raise UserError(
                 "data.train: not there, so that nobody knows how many steps training.epochs are; set training.steps"
@@ -470,7 +496,7 @@ def _sample(config: RunConfig, models: _Models) -> tuple[list[Pair], Sequences, 
     weights = [section.weight for section in data.train]
     mixture = Mixture(sources, weights, seed=config.training.seed, batch_size=config.training.batch_size)
     first = Mixture(sources, weights, seed=config.training.seed, batch_size=SAMPLES)
-    load, pairs, sizes, samples = image_loader(data), list[Pair](), 0.0, 0
+    load, pairs, sizes, samples, reason = image_loader(data), list[Pair](), 0.0, 0, ""
     for source, row in first.rows(0):
         try:
             sample = sources[source][row]
@@ -478,10 +504,10 @@ def _sample(config: RunConfig, models: _Models) -> tuple[list[Pair], Sequences, 
             pairs += collator.encode(sample, images)
             sizes, samples = sizes + _size(sample, images), samples + 1
             sizes += models.feature_bytes(images)
-        except BadSample:
-            continue
+        except BadSample as bad:
+            reason = reason or str(bad)
     if not pairs:
-        raise UserError(f"data.train: none of the first {SAMPLES} samples can be read; see `vlm-distill inspect`")
+        raise UserError(f"data.train: none of the first {SAMPLES} samples can be used; the first: {reason}")
     lengths = sorted(len(pair.student.input_ids) for pair in pairs)
     return (
         pairs,
@@ -518,23 +544,16 @@ def _assumed(models: _Models) -> tuple[list[Pair], Sequences, float]:
     """A row of the greatest length with one image, the second half of its text supervised."""
     length = models.config.data.max_length
 
-    def filled(model: VisionLanguageModel) -> Encoded:
-        row = model.processor.dummy()
+    def filled(processor: Processor) -> Encoded:
+        row = processor.dummy()
         missing = length - len(row.input_ids)
         if missing < 2:
-            raise UserError(f"data.max_length: {length} tokens have no room for an image's {len(row.input_ids)}")
-        # Text is appended by what the processor itself makes of a document.
-        text = torch.full((missing,), int(row.input_ids[-1]) if not row.images else model.pad_token)
-        supervised = torch.zeros(length, dtype=torch.bool)
-        supervised[length - missing // 2 :] = True
-        tensors = {
-            name: torch.cat([t, t.new_zeros(*t.shape[:-1], missing)], -1) if t.shape[-1:] == row.input_ids.shape else t
-            for name, t in row.tensors.items()
-        }
-        return Encoded(torch.cat([row.input_ids, text]), supervised, supervised & False, row.images, tensors)
+            raise UserError(f"data.max_length: {length} tokens have no room for text after {len(row.input_ids)} others")
+        full = processor.answered(row, [models.student.pad_token] * missing)
+        return replace(full, supervised=torch.arange(length) >= length - missing // 2)
 
-    student = filled(models.student)
-    teacher = filled(models.teacher) if models.teacher is not None and models.guides else None
+    own, other = models.processors
+    student, teacher = filled(own), None if other is None else filled(other)
     tokens = student.supervised.nonzero().flatten()
     others = tokens if teacher is None else teacher.supervised.nonzero().flatten()
     count = min(len(tokens), len(others))
@@ -598,9 +617,9 @@ def _memory(
         return max(running, static + left + step)
 
     low, high = 0, 1
-    while high < _MOST and peak(high) <= limit:
+    while low < _MOST and peak(high) <= limit:
         low, high = high, 2 * high
-    while high - low > 1:
+    while low < _MOST and high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if peak(middle) <= limit else (low, middle)
     return Memory(

@@ -85,6 +85,8 @@ def _flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: An
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         outer, query, key, value = args[:4]
         return sdpa_backward_flop_count(outer.shape, query.shape, key.shape, value.shape)
+    if packet is aten._grouped_mm:
+        return 2 * args[0].numel() * args[1].shape[-1]
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
     return 0

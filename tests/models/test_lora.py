@@ -195,6 +195,13 @@ def test_layers_that_cannot_have_one(base, options, message):
         adapted(base, **options)
 
 
+def test_layers_that_peft_refuses():
+    decoder = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = build_vlm({"decoder": {"config": decoder}}, tiny.make_tokenizer(tiny.WORDS))
+    with pytest.raises(UserError, match=r"peft refuses these layers .*out_proj.*; name others"):
+        add_lora(model)
+
+
 def test_a_tied_output_layer_and_a_part_that_is_not_there():
     model = build_vlm({"decoder": tiny.settings(tied=True)["decoder"]}, tiny.make_tokenizer(tiny.WORDS))
     with pytest.raises(UserError, match="the output layer is tied"):

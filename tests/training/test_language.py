@@ -220,11 +220,3 @@ def test_text_is_shown_before_training(material):
 def test_mistakes(material, processes, changes, says):
     with pytest.raises(UserError, match=says):
         Trainer(settings(material, "wrong", **changes), processes)
-
-
-def test_kl_needs_a_teacher(material, processes):
-    plain = settings(material, "alone").model_dump(exclude_none=True)
-    del plain["teacher"]
-    plain["loss"] = [{"name": "cross_entropy"}]
-    with pytest.raises(UserError, match="kl is that from a teacher"):
-        Trainer(RunConfig.model_validate(plain), processes)

@@ -75,7 +75,10 @@ def add_lora(
         # Lets peft's classes for whole language models load the adapter.
         task_type="CAUSAL_LM" if root is transformer and isinstance(model, ComposedVLM) else None,
     )
-    peft.inject_adapter_in_model(settings, root)
+    try:
+        peft.inject_adapter_in_model(settings, root)
+    except ValueError as error:  # Mamba's kernels read some layers' weights by themselves
+        raise UserError(f"student.lora.target: peft refuses these layers ({first_line(error)}); name others") from error
     for parameter in trained:
         parameter.requires_grad_(True)
     model.head.rebind(transformer.get_output_embeddings())

@@ -9,6 +9,8 @@ import torch
 
 from data.errors import UserError
 
+from .weightless import weightless
+
 Kind = Literal["int8", "nf4", "fp8"]
 _PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "torchao"}
 
@@ -25,9 +27,14 @@ def quantization(kind: Kind, dtype: torch.dtype, role: str) -> Any:
         dtype: in which is computed (of ``int8``: 16 bits, in any case).
         role: ``student`` or ``teacher``, for the message.
 
+    Returns:
+        What ``from_pretrained`` takes; without weights, of which there are none to quantise, the kind alone.
+
     Raises:
         UserError: the package that does it is missing.
     """
+    if weightless():
+        return kind
     package = _PACKAGES[kind]
     if find_spec(package) is None:
         raise UserError(

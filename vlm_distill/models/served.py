@@ -24,6 +24,7 @@ from .interface import Answer, Processor, Prompt, VisionLanguageModel
 from .pretrained import PretrainedProcessor, template_ends
 from .teacher import Teacher, TeacherOutputs
 from .vocabulary import cut_head
+from .weightless import weightless
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # A server computes in float32 at best: what is left beside its likeliest tokens is not known more exactly than this.
@@ -69,12 +70,15 @@ class ServedModel:
                 "teacher.path: is assembled from parts, which no server loads; vlm-distill export --format llava makes "
                 "of it what one does"
             )
+        eos = processor.tokenizer.eos_token_id
+        self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
+        self.context: int | None = None
+        if weightless():
+            return  # nobody need be there yet
         cards = endpoint.ask("models", None, lambda r: {str(card["id"]): card for card in r["data"]}, _ADVICE)
         if name not in cards:
             raise UserError(f"teacher.server.model: {endpoint.url} serves {', '.join(cards)}, no {name}")
-        self.context: int | None = cards[name].get("max_model_len")
-        eos = processor.tokenizer.eos_token_id
-        self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
+        self.context = cards[name].get("max_model_len")
         self.tells = self._compare_tokenizers()
 
     def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
@@ -144,6 +148,8 @@ class ServedTeacher(Teacher):
         self._pool = ThreadPoolExecutor(workers)
         #: What is asked ahead: origins of a micro-batch, and its rows' replies.
         self._ahead: deque[tuple[Any, list[Future[list[Likeliest]]]]] = deque()
+        if weightless():
+            return  # nobody need be there yet
         self._try()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _on: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
@@ -75,6 +77,8 @@ class Weightless(TorchDispatchMode):
         self._quiet.__enter__()
         # As torch itself does where it copies a fake parameter.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        # It tells what it cannot do before it raises that.
+        _LOG.disabled = True
         self._uninitialised = no_init_weights()
         self._uninitialised.__enter__()
         # What ties embeddings and output layer, too, and is left out otherwise.
@@ -98,6 +102,7 @@ class Weightless(TorchDispatchMode):
         super().__exit__(*exception)
         self._uninitialised.__exit__(None, None, None)
         self._quiet.__exit__(None, None, None)
+        _LOG.disabled = False
         nn.Module.register_parameter = self._register  # type: ignore[method-assign]
         nn.Module._apply = self._apply  # type: ignore[method-assign]
         _on.reset(self._token)
@@ -111,6 +116,9 @@ class Weightless(TorchDispatchMode):
         known = [x for x in given if not isinstance(x, FakeTensor)]
         if len(known) == len(given):
             return func(*args, **kwargs), False
+        if func is torch.ops.aten._grouped_mm.default:
+            with self.fake:
+                return _grouped(*args[:3]), True
         if known:
             if func in _INDEXED:
                 args = (args[0], _places(args[1]), *args[2:])
@@ -142,6 +150,12 @@ def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], 
     for owner in module.modules() if recurse else [module]:
         owner._buffers = {k: None if b is None else function(b) for k, b in owner._buffers.items()}
     return module
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Products of rows with their expert's matrix, or of rows of each expert: PyTorch has fake ones in bf16 alone."""
+    sums = [len(offsets)] if a.ndim == b.ndim == 2 else []
+    return a.new_empty(*sums, a.shape[-2], b.shape[-1])
 
 
 def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

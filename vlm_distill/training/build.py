@@ -36,9 +36,10 @@ from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
 from vlm_distill.models.quantize import quantization
+from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
-from vlm_distill.models.vocabulary import Teaching, align_heads, separate_heads
+from vlm_distill.models.vocabulary import Teaching, align_heads, same_tokens, separate_heads
 
 from .engine import Processes, load_sharded
 
@@ -171,6 +172,42 @@ def check_packing(
             )
 
 
+def check_evaluations(config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> None:
+    """Raises ``UserError`` where something that is to be measured cannot be, of these two models."""
+    if "kl" in config.evaluation.measures:
+        assert teacher is not None
+        if not same_tokens(student.processor.tokenizer, teacher.processor.tokenizer):
+            raise UserError("evaluation.measures: kl needs a student with the teacher's tokenizer; leave it out")
+    check_packing(config.data.eval, student, teacher, False)
+
+
+def divide_sequences(
+    config: RunConfig,
+    ranks: SequenceParallel,
+    student: VisionLanguageModel,
+    teacher: VisionLanguageModel | None,
+    terms: Sequence[Term | FeatureTerm],
+    grouped: bool,
+) -> None:
+    """Divides both models' decoders among ranks that share their samples. All ranks of the group call it.
+
+    Raises:
+        UserError: something would look at a whole sequence, or a decoder cannot be divided.
+    """
+    if grouped or any(isinstance(term, FeatureTerm) for term in terms):
+        raise UserError(
+            "training.sequence_parallel: losses on features and across tokenizers need whole sequences; leave them or "
+            "it out"
+        )
+    text = next((source.path for source in config.data.train if source.format == "text"), None)
+    packed = text or ("data.packing" if config.data.packing else None)
+    if packed is not None:
+        raise UserError(f"training.sequence_parallel: {packed}: rows are packed, and a divided one has one sample")
+    ranks.divide(student, "student")
+    if teacher is not None:
+        ranks.divide(teacher, "teacher")
+
+
 def image_loader(data: DataSection) -> Callable[[ImageSource], Image.Image]:
     """Decodes images as the run's data section allows."""
     return partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
@@ -242,8 +279,6 @@ def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
     if section.placement == "replicate":
         bits = None if section.quantize is None else quantization(section.quantize, dtype, "teacher")
         return ModelTeacher(load_model(section, dtype, quantize=bits).to(processes.device))
-    if config.student.from_teacher is not None:
-        raise UserError("student.from_teacher: no student can be cut from a sharded teacher; use placement: replicate")
     offload = section.placement == "offload"
     return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
 

@@ -410,7 +410,7 @@ def _cpu_state(module: nn.Module) -> dict[str, Tensor]:
 
 def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters: int, autocast: bool) -> dict[str, Any]:
     """The engine's settings: what the run's own sections say, then whatever the ``deepspeed`` section adds."""
-    extra = dict(config.deepspeed.model_extra or {})
+    extra = dict(config.deepspeed.extra)
     # DeepSpeed allocates its buckets whole: two gigabytes each, were a small model not to need less.
     # It asks for an even number.
     bucket = min(DEFAULT_BUCKET, parameters + parameters % 2)
@@ -430,8 +430,6 @@ def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters:
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         else:
             settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    if "fp16" in extra:
-        raise UserError("deepspeed.fp16: fp16 training is not supported; set training.dtype to bf16 or fp32")
     return settings | extra
 
 

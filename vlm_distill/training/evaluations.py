@@ -35,9 +35,8 @@ from vlm_distill.evaluation.rouge import mean_rouge_l
 from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, share, summarise
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vocabulary import same_tokens
 
-from .build import check_packing, image_loader, open_sources, turns
+from .build import check_evaluations, image_loader, open_sources, turns
 from .engine import Processes
 from .tracking import Tracker
 
@@ -82,8 +81,6 @@ class Evaluations:
 
     def _check_measures(self) -> None:
         measures = self.settings.measures
-        if "kl" in measures and self.config.teacher is None:
-            raise UserError("evaluation.measures: kl is that from a teacher, and there is none; leave it out")
         for source in self.sources:
             if isinstance(source, TextSource) and set(measures) <= OF_ANSWERS:
                 raise UserError(
@@ -121,13 +118,9 @@ class Evaluations:
             UserError: something that is to be measured cannot be, of these two.
         """
         data = self.config.data
-        alike = teacher is not None and same_tokens(student.processor.tokenizer, teacher.processor.tokenizer)
-        wants_kl = "kl" in self.settings.measures
-        if wants_kl and not alike:
-            raise UserError("evaluation.measures: kl needs a student with the teacher's tokenizer; leave it out")
+        check_evaluations(self.config, student, teacher.model if teacher is not None else None)
         self.student, self.teacher = student, teacher
-        self.guide = teacher if wants_kl else None
-        check_packing(data.eval, student, teacher.model if teacher is not None else None, False)
+        self.guide = teacher if "kl" in self.settings.measures else None
 
         def collator(one: VisionLanguageModel, other: ModelTeacher | None) -> Collator:
             beside = other.processor if other is not None else None

@@ -285,8 +285,7 @@ def _open(
     if section.form == "topk":
         # The distribution is over the tokens that the student shares.
         vocabulary = align_heads(load_student(config, teacher), teacher.model)
-        if section.k >= vocabulary:
-            raise UserError(f"teacher.cache.k: {section.k} of {vocabulary:,} tokens; choose fewer, or form hidden")
+        check_likeliest(section, vocabulary)
     else:
         kept = whole_head(head)
         vocabulary = len(kept["weight"])
@@ -306,6 +305,12 @@ def _open(
             f"{folder}: holds the likeliest of {stored:,} tokens, and this student shares {vocabulary:,} with the "
             "teacher; name another folder"
         )
+
+
+def check_likeliest(section: CacheSection, vocabulary: int) -> None:
+    """Raises ``UserError`` where no token would be left beside the likeliest."""
+    if section.form == "topk" and section.k >= vocabulary:
+        raise UserError(f"teacher.cache.k: {section.k} of {vocabulary:,} tokens; choose fewer, or form hidden")
 
 
 def _micro_batches(

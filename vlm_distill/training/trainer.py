@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from data.batch import DistillationBatch, Problem, Step
 from data.collate import Pair
 from data.conversation import Document
-from data.errors import BadSample, UserError
+from data.errors import BadSample
 from data.loader import StepDataset, make_loader
 from data.mixture import Mixture
 from vlm_distill import losses
@@ -25,7 +25,6 @@ from vlm_distill.models.common import DTYPES
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
 from vlm_distill.models.vision_once import hands_on, sees_as, share
@@ -33,6 +32,7 @@ from vlm_distill.models.vision_once import hands_on, sees_as, share
 from .build import (
     build_terms,
     check_packing,
+    divide_sequences,
     image_loader,
     load_models,
     open_sources,
@@ -107,8 +107,9 @@ class Trainer(Loop):
             self.told = [*self.told, *check_cache(config, sources, self.teacher)]
         prepare_losses(terms, student, self.guide)
         self.sequence = processes.share_sequences(config.training.sequence_parallel)
+        guide = model if self.guide is not None else None
         if self.sequence is not None:
-            self._share_sequences(self.sequence, student, terms)
+            divide_sequences(config, self.sequence, student, guide, terms, self.grouped)
         # What both see with, frozen, runs in the teacher alone, which runs in the student's precision.
         self.same_encoder = (
             isinstance(self.guide, ModelTeacher)
@@ -122,7 +123,6 @@ class Trainer(Loop):
         data = config.data
         if processes.device.type == "cuda":
             student.to(processes.device)
-        guide = model if self.guide is not None else None
         packing = plan_packing(data, student, guide)
         self.told = [*self.told, *packing.told]
         self.vision_once = (
@@ -199,23 +199,6 @@ class Trainer(Loop):
             assert self.guide is not None
             rest = self.load_image, processes, self.steps, self.lower_is_better
             self.on_policy = OnPolicy(config, self.dataset, student, self.guide, *rest)
-
-    def _share_sequences(
-        self, ranks: SequenceParallel, student: VisionLanguageModel, terms: Sequence[Term | FeatureTerm]
-    ) -> None:
-        """Divides both decoders, and refuses what would look at a whole sequence."""
-        if self.grouped or any(isinstance(term, FeatureTerm) for term in terms):
-            raise UserError(
-                "training.sequence_parallel: losses on features and across tokenizers need whole sequences; leave "
-                "them or it out"
-            )
-        text = next((source.path for source in self.config.data.train if source.format == "text"), None)
-        packed = text or ("data.packing" if self.config.data.packing else None)
-        if packed is not None:
-            raise UserError(f"training.sequence_parallel: {packed}: rows are packed, and a divided one has one sample")
-        ranks.divide(student, "student")
-        if isinstance(self.guide, ModelTeacher):
-            ranks.divide(self.guide.model, "teacher")
 
     def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], bool]:
         with nullcontext() if self.sequence is None else self.sequence.shared():
