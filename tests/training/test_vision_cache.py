@@ -1,6 +1,5 @@
 """A run that reads a frozen vision encoder's features is the run with the encoder, and no other features are read."""
 
-import json
 from pathlib import Path
 
 import byte_tokenizer
@@ -8,6 +7,7 @@ import families
 import pytest
 import tiny
 import torch
+from counted_runs import trained
 from PIL import Image
 
 from data.cache_folder import ShardWriter
@@ -15,7 +15,6 @@ from data.errors import UserError
 from data.feature_cache import FeatureCache
 from vlm_distill.config import RunConfig
 from vlm_distill.models import load_vlm
-from vlm_distill.models.pretrained import PretrainedVLM
 from vlm_distill.planning import plan
 from vlm_distill.training.caches import fill
 from vlm_distill.training.trainer import Trainer
@@ -41,29 +40,6 @@ def settings(folder, run, cache=None, **changes):
     return RunConfig.model_validate(plain)
 
 
-def tower(model):
-    return model.model.get_encoder(modality="image") if isinstance(model, PretrainedVLM) else model.vision_encoder
-
-
-def trained(config, processes):
-    """Losses, weights, operations, how often each model's vision encoder ran in training, and the trainer."""
-    trainer, calls = Trainer(config, processes), {"student": 0, "teacher": 0}
-
-    def count(who):
-        def note(*_):
-            calls[who] += 1
-
-        return note
-
-    for who, model in (("student", trainer.student), ("teacher", trainer.guide.model)):
-        tower(model).register_forward_hook(count(who))
-    trainer.introduce = lambda *_: None
-    lines = [json.loads(line) for line in (trainer.run() / "metrics.jsonl").read_text().splitlines()]
-    learned = [line for line in lines if line["kind"] == "train"]
-    weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    return [line["loss"] for line in learned], weights, sum(line["flops"] for line in learned), calls, trainer
-
-
 CUT = {"from_teacher": {"layers": 2}, "train": PARTS}
 
 
@@ -84,22 +60,22 @@ def test_the_encoder_does_not_run_and_nothing_else_changes(folder, processes, ca
     # The four colours, and the blank one of rows without an image.
     assert len(FeatureCache(cache)) == 5
     cached = trained(config, processes)
-    assert cached[3] == {"student": 0, "teacher": 12 if teacher_runs else 0}
-    assert live[3] == {"student": 12 if teacher_runs else 0, "teacher": 12}
+    assert cached.calls == {"student": 0, "teacher": 12 if teacher_runs else 0}
+    assert live.calls == {"student": 12 if teacher_runs else 0, "teacher": 12}
     # In bf16 the encoder sees another number of images at once, whose sums are rounded otherwise on some CPUs.
     tolerance = 1e-2 if name == "bf16" else 1e-6
-    assert cached[0] == pytest.approx(live[0], rel=tolerance)
-    for key, weight in cached[1].items():
+    assert cached.losses == pytest.approx(live.losses, rel=tolerance)
+    for key, weight in cached.weights.items():
         # AdamW makes a whole step of a gradient's sign, which of some numbers is bf16's rounding.
-        gap = (weight - live[1][key]).abs()
+        gap = (weight - live.weights[key]).abs()
         assert gap.float().mean() < 1e-3 if name == "bf16" else gap.max() < tolerance, key
-    assert cached[2] < live[2]
+    assert cached.flops < live.flops
     # One encoder lies there once; of models that have one each, two.
-    ours, theirs = (m.vision_encoder for m in (cached[4].student, cached[4].guide.model))
+    ours, theirs = (m.vision_encoder for m in (cached.trainer.student, cached.trainer.guide.model))
     together = [a.data_ptr() == b.data_ptr() for a, b in zip(ours.parameters(), theirs.parameters(), strict=False)]
     assert all(together) if not teacher_runs else not any(together)
     capsys.readouterr()
-    cached[4].__class__(config.model_copy(update={"output": f"{config.output}_said"}), processes).run()
+    Trainer(config.model_copy(update={"output": f"{config.output}_said"}), processes).run()
     whose = "student's" if teacher_runs else "student's and the teacher's"
     assert f"the {whose} vision encoder does not run in training" in " ".join(capsys.readouterr().err.split())
 
@@ -129,13 +105,13 @@ def test_models_of_transformers_too(folder, family, processes, same, cached):
     if cached:
         fill(run("fill", cache), processes)
     got = trained(run("got", cache, data__packing=cached and same), processes)
-    assert live[3] == {"student": 12, "teacher": 12}
+    assert live.calls == {"student": 12, "teacher": 12}
     # Once for a blank image, which tells in what form the model takes its features.
-    assert got[3] == {"student": 1 if cached or same else 12, "teacher": 1 if cached and same else 12}
-    assert got[0] == pytest.approx(live[0], rel=1e-5)
-    for key, weight in got[1].items():
-        assert (weight - live[1][key]).abs().max() < 1e-5, key
-    assert (got[2] < live[2]) == (cached or same)
+    assert got.calls == {"student": 1 if cached or same else 12, "teacher": 1 if cached and same else 12}
+    assert got.losses == pytest.approx(live.losses, rel=1e-5)
+    for key, weight in got.weights.items():
+        assert (weight - live.weights[key]).abs().max() < 1e-5, key
+    assert (got.flops < live.flops) == (cached or same)
 
 
 def test_a_projector_that_trains_is_refused(folder, family, processes, tmp_path):

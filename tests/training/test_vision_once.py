@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from counted_runs import trained
 
 from vlm_distill.config import RunConfig
 from vlm_distill.models.vision_once import sees_as
@@ -36,44 +37,19 @@ def settings(folder, run="run", **changes):
     return RunConfig.model_validate(plain)
 
 
-def trained(config, processes):
-    """Losses, weights, and how often each model's vision encoder ran in training."""
-    trainer, calls = Trainer(config, processes), {"student": 0, "teacher": 0}
-
-    def count(who):
-        def note(*_):
-            calls[who] += 1
-
-        return note
-
-    hooks = [
-        model.vision_encoder.register_forward_hook(count(who))
-        for who, model in (("student", trainer.student), ("teacher", trainer.guide.model))
-    ]
-    # Training alone is counted.
-    trainer.introduce = lambda *_: None
-    trainer.evaluate = lambda *_, **__: (None, [])
-    lines = [json.loads(line) for line in (trainer.run() / "metrics.jsonl").read_text().splitlines()]
-    learned = [line["loss"] for line in lines if line["kind"] == "train"]
-    for hook in hooks:
-        hook.remove()
-    weights = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
-    return learned, weights, calls, trainer.vision_once
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_encoder_runs_once_and_nothing_else_changes(folder, processes, monkeypatch, packing):
     config = settings(folder, f"once{packing}", data__packing=packing)
     once = trained(config, processes)
     monkeypatch.setattr(module, "sees_as", lambda *_: False)
     twice = trained(settings(folder, f"twice{packing}", data__packing=packing), processes)
-    assert (once[3], twice[3]) == (True, False)
+    assert (once.trainer.vision_once, twice.trainer.vision_once) == (True, False)
     # Three steps of four micro-batches.
-    assert once[2] == {"student": 0, "teacher": 12}
-    assert twice[2] == {"student": 12, "teacher": 12}
-    assert once[0] == pytest.approx(twice[0], rel=1e-6)
-    for name, weight in once[1].items():
-        assert (weight - twice[1][name]).abs().max() < 1e-6, name
+    assert once.calls == {"student": 0, "teacher": 12}
+    assert twice.calls == {"student": 12, "teacher": 12}
+    assert once.losses == pytest.approx(twice.losses, rel=1e-6)
+    for name, weight in once.weights.items():
+        assert (weight - twice.weights[name]).abs().max() < 1e-6, name
 
 
 def test_it_is_said_in_the_run(folder, processes, capsys):
