@@ -117,6 +117,15 @@ def test_a_finished_run_started_again_changes_nothing(runs, forks):
     assert story(straight) == before
 
 
+def test_checkpoints_of_another_run_are_not_resumed(runs, forks):
+    config, out = runs.config("linked"), runs.folder / "linked"
+    out.mkdir()
+    (out / "checkpoints").symlink_to(runs.straight(1) / "checkpoints")
+    codes, told = forks(RUN, config)
+    assert codes == [2], told
+    assert f"{out / 'checkpoints'}: leads out of the run's folder" in told
+
+
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_between_two_ranks_writes(runs, forks, victim):
     config = runs.config(f"killed_rank{victim}")

@@ -379,16 +379,16 @@ class Loop(ABC):
 
     def _resume(self) -> tuple[int, float]:
         """Steps done and seconds spent by the latest checkpoint, which is loaded; zeros without one."""
-        found = checkpoint.completed(self.folder / "checkpoints")
-        if not found:
+        latest = checkpoint.to_read(self.folder / "checkpoints")
+        if latest is None:
             return 0, 0.0
         if not self.settings.training.resume:
             raise UserError(
                 f"{self.folder}: holds checkpoints of an earlier run; "
                 "set training.resume=true to go on, or choose another output"
             )
-        state = self.engine.load(found[-1][1])
-        self.load_more(found[-1][1])
+        state = self.engine.load(latest)
+        self.load_more(latest)
         return state["step"], state["seconds"]
 
     def _greet(self, tracker: Tracker, done: int) -> None:
