@@ -196,9 +196,13 @@ def test_resumed_on_other_ranks_and_stages(runs, forks, before, after, changes):
 
 def test_told_to_stop_one_rank_stops_all(runs, forks):
     config = runs.config("stopped")
-    # One rank alone; then all while they evaluate, or a moment before or after.
-    for moment, to in (("step 2/8", [0]), ("step 6/8", [0, 1])):
-        codes, told = forks(RUN, config, 2, after=moment, number="SIGTERM", to=to)
+    # One rank alone in an evaluation, then in a step; then all while they evaluate.
+    for asked in (
+        {"fault": "evaluate:1:1:SIGTERM"},
+        {"after": "step 4/8", "number": "SIGTERM", "to": [0]},
+        {"fault": "evaluate:1::SIGTERM"},
+    ):
+        codes, told = forks(RUN, config, 2, **asked)
         assert codes == [0, 0], told
         assert "told to stop" in told
         assert "start the run again to go on" in told

@@ -25,7 +25,7 @@ from vlm_distill.config import AnyRun, save_config, split_batch
 from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 
-from . import checkpoint
+from . import checkpoint, faults
 from .engine import Engine, Processes
 from .failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
 from .output import cause_of, claim, put_in_place
@@ -76,7 +76,7 @@ class Loop(ABC):
         self.micro, self.accumulation = split_batch(config, processes.world)
         self._claim = claim(self.folder) if processes.first else None
         self._failure: str | None = None
-        self.stopping = Stopping(first=processes.first)
+        self.stopping = Stopping(processes.watch)
         self.problems: ProblemLog | None = None
         self.began = time.time()
         if config.training.wandb and find_spec("wandb") is None:
@@ -420,12 +420,11 @@ class Loop(ABC):
         self.processes.watch.phase(f"the evaluation after step {done}", limited=False)
         with self.stopping.at_once():
             self.share_statistics()
+            faults.point("evaluate")
             score, skipped = self.evaluate(done, tracker, final=final)
             self._note_problems(skipped)
             if self.compared_by is not None:
                 self._keep_best(done, score, tracker)
-            # A signal that ends the first rank here while it still writes must find the others here, too.
-            self.processes.barrier()
 
     def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
         # The first rank alone has the score, and perhaps the folder.
