@@ -59,16 +59,16 @@ def main():
 
     import vision.trainer  # noqa: F401
     import vlm_distill.training.trainer  # noqa: F401
-    from vlm_distill.launch import free_port
+    from vlm_distill.launch import reserved_port
 
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         asked = json.loads(line)
         place = {"VLM_DISTILL_FAULT": asked["fault"]} if asked["fault"] else {}
-        if asked["ranks"] > 1:
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(asked["ranks"])}
-        with tempfile.TemporaryFile() as told:
+        with tempfile.TemporaryFile() as told, reserved_port() as port:
+            if asked["ranks"] > 1:
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(asked["ranks"])}
             children = [fork(asked, place, rank, told) for rank in range(asked["ranks"])]
             codes = watch(asked, children, told)
             told.seek(0)

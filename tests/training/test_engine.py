@@ -1,11 +1,14 @@
-"""What the engine does on one rank, where it leaves out DeepSpeed's sum over ranks."""
+"""What the engine does on one rank, where it leaves out DeepSpeed's sum over ranks; and the port where ranks meet."""
+
+import socket
 
 import pytest
 import torch
 from torch import nn
 
+from data.errors import UserError
 from vision.config import ClassifierConfig
-from vlm_distill.training.engine import Engine, Processes
+from vlm_distill.training.engine import Engine, Processes, _port_of_step
 
 
 class Task(nn.Module):
@@ -55,3 +58,24 @@ def test_a_seed_is_torch_s_own(processes):
     drawn = torch.rand(3)
     torch.manual_seed(2**62 + 5)
     assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"port {port} of this machine is taken"):
+            Processes("cpu")
+
+
+def test_steps_of_slurm_that_share_a_machine_meet_at_different_ports(monkeypatch):
+    found = set()
+    for job in (4711, 4712, 4713):
+        for step in (0, 1):
+            monkeypatch.setenv("SLURM_JOB_ID", str(job))
+            monkeypatch.setenv("SLURM_STEP_ID", str(step))
+            found.add(_port_of_step())
+    assert len(found) == 6
+    assert all(10_000 <= port < 29_000 for port in found)

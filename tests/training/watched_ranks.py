@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from vlm_distill.launch import Failure, free_port, leave
+from vlm_distill.launch import Failure, leave, reserved_port
 from vlm_distill.training.stopping import Stopping
 from vlm_distill.training.watchdog import Watch
 
@@ -74,9 +75,9 @@ def fork(way, rank, port, said):
 
 if __name__ == "__main__":
     folder, ways = Path(sys.argv[1]), sys.argv[2:]
-    pairs = {}
+    pairs, reserved = {}, ExitStack()
     for way in ways:
-        port = free_port()
+        port = reserved.enter_context(reserved_port())
         pairs[way] = [fork(way, rank, port, folder / way) for rank in (0, 1)]
     codes = {}
     for way, (first, second) in pairs.items():
