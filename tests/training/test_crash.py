@@ -8,6 +8,8 @@ import tiny
 import yaml
 from forks import Forks
 
+from vlm_distill.training import checkpoint
+
 STEPS = 8
 RUN = "vlm_distill.train"
 
@@ -94,6 +96,7 @@ KILLS = (
     "checkpoint.file:2",
     "checkpoint.rename:1",
     "checkpoint.prune:1",
+    "checkpoint.prune:1",  # after step 6, and again after step 8, where no checkpoint follows
     "student:1",
 )
 
@@ -140,15 +143,18 @@ def test_killed_between_two_ranks_writes(runs, forks, victim):
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 30))])
 def test_killed_at_random_moments(runs, forks, seed):
     chance, ranks = random.Random(seed), 1 + seed % 2
-    straight = runs.straight(ranks)
-    seconds = lines(straight / "metrics.jsonl")[-1]["seconds"]
-    config = runs.config(f"random{seed}")
-    moments = [chance.uniform(0.1, 1.5 * seconds + 0.5) for _ in range(1 if seed < 5 else 2)]
-    for moment in moments:
-        forks(RUN, config, ranks, after=moment)
+    config, out = runs.config(f"random{seed}"), runs.folder / f"random{seed}"
+    for _ in range(1 if seed < 5 else 2):
+        saved = checkpoint.completed(out / "checkpoints")
+        done = saved[-1][0] if saved else 0
+        step = chance.randint(done, STEPS)
+        # What a run tells after each step, and at first; a delay has room for a step or two.
+        begun = f"step {step}/{STEPS} " if step > done else "student: "
+        _, told = forks(RUN, config, ranks, after=begun, delay=chance.uniform(0.0, 0.2))
+        assert begun in told
     codes, told = forks(RUN, config, ranks)
     assert not any(codes), told
-    assert_same(runs.folder / f"random{seed}", straight)
+    assert_same(out, runs.straight(ranks))
 
 
 def losses(out):

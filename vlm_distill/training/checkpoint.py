@@ -41,6 +41,12 @@ def to_read(folder: Path) -> Path | None:
     return latest
 
 
+def clear(folder: Path) -> None:
+    """Removes what a crash has left half-written or half-removed; one rank calls this."""
+    for leftover in folder.glob("*.unfinished"):
+        shutil.rmtree(leftover)
+
+
 def save(
     folder: Path,
     step: int,
@@ -66,8 +72,7 @@ def save(
     unfinished, final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
 
     def begin() -> None:
-        for leftover in folder.glob("*.unfinished") if folder.is_dir() else ():
-            shutil.rmtree(leftover)
+        clear(folder)
         unfinished.mkdir(parents=True)
         faults.point("checkpoint.begin")
 

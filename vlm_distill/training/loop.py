@@ -380,6 +380,8 @@ class Loop(ABC):
     def _resume(self) -> tuple[int, float]:
         """Steps done and seconds spent by the latest checkpoint, which is loaded; zeros without one."""
         latest = checkpoint.to_read(self.folder / "checkpoints")
+        if self.processes.first:
+            checkpoint.clear(self.folder / "checkpoints")  # the run may be too near to its end to save once more
         if latest is None:
             return 0, 0.0
         if not self.settings.training.resume:
