@@ -21,6 +21,7 @@ from vlm_distill.confidential import secret_in
 from vlm_distill.config import load_config, save_config
 from vlm_distill.evaluation.judge import Judge
 from vlm_distill.evaluation.runner import Prediction, write_predictions
+from vlm_distill.export import export_student
 from vlm_distill.models import load_vlm
 from vlm_distill.reporting.card import run_card
 from vlm_distill.reporting.inspect import InspectedModel, InspectedSample, render_html
@@ -145,8 +146,11 @@ def test_a_run_resumes_from_its_own_folder_alone(tmp_path, linked):
     target = {"checkpoints": "", "step_2": "step_2", "file": "step_2/saved/model.pt"}[linked]
     link.symlink_to(elsewhere / target)
     with pytest.raises(UserError, match="leads out of the run's folder"):
-        checkpoint.completed(run / "checkpoints")
-    assert [step for step, _ in checkpoint.completed(elsewhere)] == [2]
+        checkpoint.to_read(run / "checkpoints")
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError, match="leads out of the run's folder"):
+        export_student(run, tmp_path / "exported")
+    assert checkpoint.to_read(elsewhere) == elsewhere / "step_2"
 
 
 # Markup.

@@ -68,8 +68,8 @@ def _student(run: Path) -> Any:
 
     if (run / "student").is_dir():
         return load_vlm(run / "student")
-    found = checkpoint.completed(run / "checkpoints")
-    if not found:
+    latest = checkpoint.to_read(run / "checkpoints")
+    if latest is None:
         raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
     from vlm_distill.training.build import load_models
     from vlm_distill.training.engine import Processes, checkpoint_weights
@@ -77,7 +77,7 @@ def _student(run: Path) -> Any:
     config = load_config(run / "config.yaml")
     processes = Processes("cpu")
     model, _ = load_models(config, processes)
-    weights = checkpoint_weights(found[-1][1], config.deepspeed.stage)
+    weights = checkpoint_weights(latest, config.deepspeed.stage)
     prefix = "student."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     processes.close()

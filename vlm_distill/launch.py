@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,11 +78,16 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     command = [sys.executable, "-m", module, *arguments]
-    places: list[dict[str, str]] = [{}]
-    if nproc > 1:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        meeting |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-        places = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+    if nproc == 1:
+        return _run(command, [environment])
+    with reserved_port() as port:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+        return _run(command, [environment | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(nproc)])
+
+
+def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+    """Runs a command once in each of these environments; returns the exit code."""
     ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _: object) -> None:
@@ -91,8 +97,8 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     # Not DeepSpeed's launcher, which ends with an error when it is told to stop, and kills ranks one after the other.
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for place in places:
-            ranks.append(subprocess.Popen(command, env=environment | place))
+        for environment in environments:
+            ranks.append(subprocess.Popen(command, env=environment))
         return _wait(ranks)
     finally:
         for process in ranks:
@@ -198,11 +204,20 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def free_port() -> int:
-    """A TCP port that nothing on this machine listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port on which nothing on this machine listens, and which the system gives to nobody else inside it.
+
+    Ranks name it seconds later, to meet there, and get it.
+    """
+    with socket.socket() as held:
+        # Linux lets a socket listen where another with this option is bound and does not listen, if it names the port.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        if sys.platform != "linux":
+            held.close()
+        yield port
 
 
 def cores() -> int:

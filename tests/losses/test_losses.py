@@ -376,6 +376,8 @@ def test_missing_inputs_are_named():
         ("jsd", {"beta": "half"}, "loss jsd: beta is 'half'"),
         ("taid", {"t_start": True}, "loss taid: t_start is True"),
         ("taid", {"alpha": math.nan}, "loss taid: alpha is nan; give a number of 0 or more"),
+        ("kd", {"temperature": 1.4e154}, r"loss kd: temperature is 1.4e\+154; give a number of at most 1e\+18"),
+        ("dkd", {"beta": 10**400}, "loss dkd: beta is 10{400}; give a number of at most"),
         ("taid", {"t_start": 0.8, "t_end": 0.5}, "t_end = 0.5 lies below t_start = 0.8"),
         ("taid", {"schedule": "sine"}, "loss taid: schedule is 'sine'; it must be one of paper, linear, cosine"),
         ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),

@@ -30,12 +30,15 @@ class Forks:
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def __call__(self, module, config, ranks=1, *, fault="", after=None, number="SIGKILL", to=(0, 1), limit=None):
+    def __call__(
+        self, module, config, ranks=1, *, fault="", after=None, delay=0.0, number="SIGKILL", to=(0, 1), limit=None
+    ):
         """Runs ``module`` with a configuration's path.
 
         Args:
             fault: what ``VLM_DISTILL_FAULT`` says.
-            after: seconds, or a text that the run must have told, after which the ranks ``to`` get a signal.
+            after: a text that the run must have told, after which the ranks ``to`` get a signal.
+            delay: seconds that pass between the two.
             number: that signal.
             limit: bytes that a file of the ranks ``to`` may have.
 
@@ -43,7 +46,7 @@ class Forks:
             Each rank's exit code, negative for a signal, and what all have told.
         """
         asked = {"module": module, "config": str(config), "ranks": ranks, "fault": fault, "after": after}
-        asked |= {"number": number, "to": to, "limit": limit}
+        asked |= {"delay": delay, "number": number, "to": to, "limit": limit}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -59,16 +62,16 @@ def main():
 
     import vision.trainer  # noqa: F401
     import vlm_distill.training.trainer  # noqa: F401
-    from vlm_distill.launch import free_port
+    from vlm_distill.launch import reserved_port
 
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         asked = json.loads(line)
         place = {"VLM_DISTILL_FAULT": asked["fault"]} if asked["fault"] else {}
-        if asked["ranks"] > 1:
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(asked["ranks"])}
-        with tempfile.TemporaryFile() as told:
+        with tempfile.TemporaryFile() as told, reserved_port() as port:
+            if asked["ranks"] > 1:
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(asked["ranks"])}
             children = [fork(asked, place, rank, told) for rank in range(asked["ranks"])]
             codes = watch(asked, children, told)
             told.seek(0)
@@ -102,21 +105,17 @@ def fork(asked, place, rank, told):
 
 def watch(asked, children, told):
     """Waits for all, sends what is asked for, and as a launcher kills the others when one has failed."""
-    began, codes, sent = time.monotonic(), {}, asked["after"] is None
+    began, codes, due, sent = time.monotonic(), {}, None, asked["after"] is None
     while len(codes) < len(children):
         for child in children:
             if child not in codes:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     codes[child] = os.waitstatus_to_exitcode(status)
-        after = asked["after"]
         if not sent:
-            due = (
-                after in Path(f"/proc/self/fd/{told.fileno()}").read_text(errors="replace")
-                if isinstance(after, str)
-                else time.monotonic() - began > after
-            )
-            if due:
+            if due is None and asked["after"] in Path(f"/proc/self/fd/{told.fileno()}").read_text(errors="replace"):
+                due = time.monotonic() + asked["delay"]
+            if due is not None and time.monotonic() >= due:
                 sent = True
                 signals(children, codes, getattr(signal, asked["number"]), asked["to"])
         if any(codes.values()) or time.monotonic() - began > 300:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_distill.launch import free_port
+from vlm_distill.launch import reserved_port
 
 _ROOT = Path(__file__).parents[2]
 
@@ -22,9 +22,10 @@ def on_one_rank_and_two(script: Path, folder: Path) -> Callable[[int, str], Any]
     environment = {name: value for name, value in os.environ.items() if name not in ranks}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     # Not a fixed port, which another run on this machine may hold.
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    for command in ([sys.executable], [sys.executable, "-m", *launcher]):
-        words = [*command, str(script), str(folder)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-4000:]
+    with reserved_port() as port:
+        launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+        for command in ([sys.executable], [sys.executable, "-m", *launcher]):
+            words = [*command, str(script), str(folder)]
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
+            assert done.returncode == 0, done.stderr[-4000:]
     return lambda world, name: json.loads((folder / f"ranks{world}" / f"{name}.json").read_text())

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data.errors import UserError
 from vlm_distill.training import checkpoint
 
 
@@ -54,3 +55,15 @@ def test_saved_again_at_the_same_step(tmp_path):
 
 def test_nothing_there(tmp_path):
     assert checkpoint.completed(tmp_path / "none") == []
+    assert checkpoint.to_read(tmp_path / "none") is None
+
+
+def test_only_what_is_read_is_looked_through(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    save(folder, 5)
+    (folder / "step_5" / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"step_5/link: leads out of the run's folder"):
+        checkpoint.to_read(folder)
+    save(folder, 10)
+    assert steps(folder) == [5, 10]
+    assert checkpoint.to_read(folder) == folder / "step_10"

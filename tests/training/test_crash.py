@@ -8,6 +8,8 @@ import tiny
 import yaml
 from forks import Forks
 
+from vlm_distill.training import checkpoint
+
 STEPS = 8
 RUN = "vlm_distill.train"
 
@@ -94,6 +96,7 @@ KILLS = (
     "checkpoint.file:2",
     "checkpoint.rename:1",
     "checkpoint.prune:1",
+    "checkpoint.prune:1",  # after step 6, and again after step 8, where no checkpoint follows
     "student:1",
 )
 
@@ -117,6 +120,15 @@ def test_a_finished_run_started_again_changes_nothing(runs, forks):
     assert story(straight) == before
 
 
+def test_checkpoints_of_another_run_are_not_resumed(runs, forks):
+    config, out = runs.config("linked"), runs.folder / "linked"
+    out.mkdir()
+    (out / "checkpoints").symlink_to(runs.straight(1) / "checkpoints")
+    codes, told = forks(RUN, config)
+    assert codes == [2], told
+    assert f"{out / 'checkpoints'}: leads out of the run's folder" in told
+
+
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_between_two_ranks_writes(runs, forks, victim):
     config = runs.config(f"killed_rank{victim}")
@@ -131,15 +143,18 @@ def test_killed_between_two_ranks_writes(runs, forks, victim):
 @pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 30))])
 def test_killed_at_random_moments(runs, forks, seed):
     chance, ranks = random.Random(seed), 1 + seed % 2
-    straight = runs.straight(ranks)
-    seconds = lines(straight / "metrics.jsonl")[-1]["seconds"]
-    config = runs.config(f"random{seed}")
-    moments = [chance.uniform(0.1, 1.5 * seconds + 0.5) for _ in range(1 if seed < 5 else 2)]
-    for moment in moments:
-        forks(RUN, config, ranks, after=moment)
+    config, out = runs.config(f"random{seed}"), runs.folder / f"random{seed}"
+    for _ in range(1 if seed < 5 else 2):
+        saved = checkpoint.completed(out / "checkpoints")
+        done = saved[-1][0] if saved else 0
+        step = chance.randint(done, STEPS)
+        # What a run tells after each step, and at first; a delay has room for a step or two.
+        begun = f"step {step}/{STEPS} " if step > done else "student: "
+        _, told = forks(RUN, config, ranks, after=begun, delay=chance.uniform(0.0, 0.2))
+        assert begun in told
     codes, told = forks(RUN, config, ranks)
     assert not any(codes), told
-    assert_same(runs.folder / f"random{seed}", straight)
+    assert_same(out, runs.straight(ranks))
 
 
 def losses(out):
@@ -189,9 +204,13 @@ def test_resumed_on_other_ranks_and_stages(runs, forks, before, after, changes):
 
 def test_told_to_stop_one_rank_stops_all(runs, forks):
     config = runs.config("stopped")
-    # One rank alone; then all while they evaluate, or a moment before or after.
-    for moment, to in (("step 2/8", [0]), ("step 6/8", [0, 1])):
-        codes, told = forks(RUN, config, 2, after=moment, number="SIGTERM", to=to)
+    # One rank alone in an evaluation, then in a step; then all while they evaluate.
+    for asked in (
+        {"fault": "evaluate:1:1:SIGTERM"},
+        {"after": "step 4/8", "number": "SIGTERM", "to": [0]},
+        {"fault": "evaluate:1::SIGTERM"},
+    ):
+        codes, told = forks(RUN, config, 2, **asked)
         assert codes == [0, 0], told
         assert "told to stop" in told
         assert "start the run again to go on" in told

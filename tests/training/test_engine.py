@@ -1,15 +1,17 @@
-"""What the engine does on one rank, without DeepSpeed's sum over ranks, and of other stages' checkpoints."""
+"""What the engine does on one rank, and of other stages' checkpoints; the port where ranks meet."""
 
 import json
+import socket
 
 import pytest
 import tiny
 import torch
 from torch import nn
 
+from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config import RunConfig
-from vlm_distill.training.engine import Engine, Processes
+from vlm_distill.training.engine import Engine, Processes, _port_of_step
 from vlm_distill.training.trainer import Trainer
 
 
@@ -76,3 +78,24 @@ def test_tied_weights_go_on_at_another_stage(processes, tmp_path):
     straight = trained("straight", 2)
     trained("moved", 3, until=1)
     assert trained("moved", 2) == pytest.approx(straight, abs=1e-6)
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"port {port} of this machine is taken"):
+            Processes("cpu")
+
+
+def test_steps_of_slurm_that_share_a_machine_meet_at_different_ports(monkeypatch):
+    found = set()
+    for job in (4711, 4712, 4713):
+        for step in (0, 1):
+            monkeypatch.setenv("SLURM_JOB_ID", str(job))
+            monkeypatch.setenv("SLURM_STEP_ID", str(step))
+            found.add(_port_of_step())
+    assert len(found) == 6
+    assert all(10_000 <= port < 29_000 for port in found)

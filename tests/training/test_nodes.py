@@ -12,7 +12,7 @@ import tiny
 import yaml
 
 from vlm_distill.config import RunConfig
-from vlm_distill.launch import free_port
+from vlm_distill.launch import reserved_port
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import train
 
@@ -59,18 +59,18 @@ def test_two_nodes(material, alone, launcher):
     path = folder / f"{launcher.__name__}.yaml"
     path.write_text(yaml.safe_dump(tiny.config(out, data, teacher, deepspeed__stage=2)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    port = free_port()
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", *launcher(node, port), "vlm_distill.train", str(path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in range(2)
-    ]
-    told = [node.communicate(timeout=300)[0] for node in nodes]
+    with reserved_port() as port:
+        nodes = [
+            subprocess.Popen(
+                [sys.executable, "-m", *launcher(node, port), "vlm_distill.train", str(path)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for node in range(2)
+        ]
+        told = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], told
     assert "on 2 rank(s), ZeRO 2" in " ".join(told[0].split())
     assert "step 1/" not in told[1]  # one rank of all tells

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from vlm_distill.launch import free_port
+from vlm_distill.launch import reserved_port
 from vlm_distill.training import checkpoint
 
 STEPS = 400
@@ -59,8 +59,8 @@ def test_our_launcher_ends_with_zero(tmp_path):
 
 @pytest.mark.slow
 def test_deepspeeds_launcher_leaves_a_checkpoint(tmp_path):
-    launcher = [*DEEPSPEED, "--master_port", str(free_port()), "--module", "vlm_distill.train"]
-    process, out = start(tmp_path, launcher)
+    with reserved_port() as port:
+        process, out = start(tmp_path, [*DEEPSPEED, "--master_port", str(port), "--module", "vlm_distill.train"])
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does; the launcher sends it to its ranks once more
     process.wait(60)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import yaml
 
-from vlm_distill.launch import free_port
+from vlm_distill.launch import reserved_port
 
 STEPS = 30
 
@@ -20,11 +20,13 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    return folder, tiny.write_data(folder / "data", text_only=(3, 4), broken=(9,)), tiny.write_teacher(folder / "t")
+    data = tiny.write_data(folder / "data", text_only=(3, 4), broken=(9,))
+    with reserved_port() as port:
+        yield folder, data, tiny.write_teacher(folder / "t"), port
 
 
 def start(material, name):
-    folder, data, teacher = material
+    folder, data, teacher, port = material
     out = folder / name
     plain = tiny.config(
         out,
@@ -38,7 +40,7 @@ def start(material, name):
         loss=[{"name": "taid", "t_start": 0.2, "alpha": 0.05, "schedule": "paper"}],
     )
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain))
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
     process = subprocess.Popen(
         [sys.executable, "-m", *launcher, "--module", "vlm_distill.train", str(folder / f"{name}.yaml")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

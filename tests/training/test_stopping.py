@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
-from vlm_distill.training import stopping
+from vlm_distill.training import stopping, watchdog
 from vlm_distill.training.stopping import Stopping
+from vlm_distill.training.watchdog import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +15,8 @@ def _leaving_raises(monkeypatch):
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(stopping, "leave", leave)
+    for module in (stopping, watchdog):
+        monkeypatch.setattr(module, "leave", leave)
 
 
 def send(number):
@@ -23,7 +25,7 @@ def send(number):
 
 def test_noted_and_told_once(capsys):
     before = signal.getsignal(signal.SIGTERM)
-    with Stopping(first=True) as stop:
+    with Stopping(Watch(0, 1, 60.0)) as stop:
         assert not stop.asked
         send(signal.SIGTERM)
         send(signal.SIGTERM)
@@ -41,14 +43,14 @@ def test_ends_at_once_where_the_checkpoint_is_written(early, capsys):
             send(signal.SIGTERM)
             pytest.fail("went on")
 
-    with Stopping(first=True) as stop, pytest.raises(SystemExit) as left:
+    with Stopping(Watch(0, 1, 60.0)) as stop, pytest.raises(SystemExit) as left:
         told_to_stop(stop)
     assert left.value.code == 0
     assert "start the run again" in capsys.readouterr().err
 
 
 def test_goes_on_after_what_may_be_broken_off():
-    with Stopping(first=False) as stop:
+    with Stopping(Watch(0, 1, 60.0)) as stop:
         with stop.at_once():
             pass
         send(signal.SIGTERM)
@@ -56,7 +58,7 @@ def test_goes_on_after_what_may_be_broken_off():
 
 
 def test_second_interrupt_ends_at_once(monkeypatch):
-    with Stopping(first=False) as stop:
+    with Stopping(Watch(0, 1, 60.0)) as stop:
         send(signal.SIGINT)
         send(signal.SIGINT)  # the terminal's and the launcher's: one Ctrl-C
         assert stop.asked

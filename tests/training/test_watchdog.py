@@ -1,15 +1,13 @@
-"""Two ranks, of which one is slow, stopped, killed or fails: the other ends with it, and the line names it."""
+"""Two ranks, of which one is slow, stopped, killed, fails or is told to stop: both end, and the line names it."""
 
+import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from vlm_distill.launch import free_port
 
 _ROOT = Path(__file__).parents[2]
 WAYS = {
@@ -19,29 +17,25 @@ WAYS = {
     "stopped": (4, r"rank 1 \(.+\) has not been heard of for \d+ s, last in step \d, .*; the others wait for it"),
     "killed": (4, r"rank 1 \(.+\) has not been heard of for \d+ s, last in step \d, .*: it was killed or crashed"),
     "failed": (3, r"vlm-distill \[rank 1\]: no memory"),
+    # In an evaluation, to one of them alone.
+    "told 0": (0, r"^vlm-distill: told to stop: the checkpoint is written"),
+    "told 1": (0, r"^vlm-distill \[rank 1\]: told to stop: the checkpoint is written"),
 }
 
 
 @pytest.fixture(scope="module")
-def endings():
-    """Exit codes of both ranks and their standard error, by the way in which the second one stops."""
-    running = {}
-    for way in WAYS:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-        environment = os.environ | meeting | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, str(Path(__file__).with_name("watched_ranks.py")), way]
-        running[way] = [
-            subprocess.Popen(words, env=environment | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
-            for rank in "01"
-        ]
-    found = {}
-    for way, (first, second) in running.items():
-        said = first.communicate(timeout=120)[1]
-        if way == "stopped":
-            second.send_signal(signal.SIGKILL)
-        said += second.communicate(timeout=120)[1]
-        found[way] = (first.returncode, second.returncode, said)
-    return found
+def endings(tmp_path_factory):
+    """Exit codes of both ranks and their standard error, by the way in which one stops."""
+    folder = tmp_path_factory.mktemp("watched")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("watched_ranks.py")), str(folder), *WAYS],
+        env=os.environ | {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return {way: (*codes, (folder / way).read_text()) for way, codes in json.loads(done.stdout).items()}
 
 
 @pytest.mark.parametrize("way", WAYS)

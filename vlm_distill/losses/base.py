@@ -253,7 +253,11 @@ def soften_(student_logits: Tensor, teacher_logits: Tensor | None, temperature: 
     return student, teacher
 
 
-def check_number(where: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:
+#: Of a loss's parameters: its square is a float32, too.
+LARGEST = 1e18
+
+
+def check_number(where: str, value: Any, low: float, high: float = LARGEST, *, above: bool = False) -> float:
     """A parameter as a float.
 
     Args:
@@ -264,11 +268,13 @@ def check_number(where: str, value: Any, low: float, high: float = math.inf, *, 
         above: whether ``low`` itself is refused.
 
     Raises:
-        UserError: ``value`` is no finite number in that range.
+        UserError: ``value`` is no number in that range, or of more than :data:`LARGEST`.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and abs(value) > LARGEST:
+        raise UserError(f"{where} is {value!r}; give a number of at most {LARGEST:g}")
     if not number or not (low < value if above else low <= value) or value > high:
-        span = f"above {low:g}" if above else f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        span = f"above {low:g}" if above else f"of {low:g} or more" if high == LARGEST else f"from {low:g} to {high:g}"
         raise UserError(f"{where} is {value!r}; give a number {span}")
     return float(value)
 

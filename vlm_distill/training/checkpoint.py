@@ -21,17 +21,30 @@ def completed(folder: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints in a folder, ``(steps finished, path)``, oldest first."""
     if not folder.is_dir():
         return []
-    _refuse_links(folder)
     found = ((_NAME.match(path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _refuse_links(folder: Path) -> None:
-    """Checkpoints are pickles, which run as code when they are loaded: a run takes none but its own."""
-    run = folder.parent.resolve()
-    for path in (folder, *folder.rglob("*")):
+def to_read(folder: Path) -> Path | None:
+    """The latest whole checkpoint, ``None`` without one.
+
+    Raises:
+        UserError: it is not the run's own. Checkpoints are pickles, which run as code when they are loaded.
+    """
+    whole = completed(folder)
+    if not whole:
+        return None
+    latest, run = whole[-1][1], folder.parent.resolve()
+    for path in (folder, latest, *latest.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(run):
             raise UserError(f"{path}: leads out of the run's folder; a run resumes from its own checkpoints alone")
+    return latest
+
+
+def clear(folder: Path) -> None:
+    """Removes what a crash has left half-written or half-removed; one rank calls this."""
+    for leftover in folder.glob("*.unfinished"):
+        shutil.rmtree(leftover)
 
 
 def save(
@@ -59,8 +72,7 @@ def save(
     unfinished, final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
 
     def begin() -> None:
-        for leftover in folder.glob("*.unfinished") if folder.is_dir() else ():
-            shutil.rmtree(leftover)
+        clear(folder)
         unfinished.mkdir(parents=True)
         faults.point("checkpoint.begin")
 

@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from data.errors import UserError
 from vlm_distill.config import AnyRun, split_batch
-from vlm_distill.launch import cores, free_port
+from vlm_distill.launch import cores
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 
@@ -47,7 +47,7 @@ class Processes:
         watch: what the ranks know of each other.
 
     Raises:
-        UserError: CUDA asked for where there is none.
+        UserError: CUDA asked for where there is none, or the port at which ranks are to meet is taken.
     """
 
     def __init__(self, device: str = "auto", timeout: float = 30) -> None:
@@ -58,11 +58,12 @@ class Processes:
                 os.environ.setdefault(ours, os.environ[slurm])
         if "SLURM_STEP_NODELIST" in os.environ:
             os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-            os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ.setdefault("MASTER_PORT", str(_port_of_step()))
         self._alone = {}
         if "RANK" not in os.environ:
-            self._alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            self._alone["MASTER_PORT"] = str(free_port())
+            # DeepSpeed asks for all of them; nothing is opened at that port.
+            self._alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            self._alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
             os.environ.update(self._alone)
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
@@ -88,7 +89,17 @@ class Processes:
             # Before communication itself gives up, which names no rank, the watch has.
             limit = timedelta(minutes=timeout + 1)
             backend = "nccl" if use_cuda else "gloo"
-            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
+            if self._alone:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+            try:
+                deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
+            except dist.DistNetworkError as error:
+                if "address already in use" not in str(error).lower():
+                    raise
+                raise UserError(
+                    f"MASTER_PORT: port {os.environ['MASTER_PORT']} of this machine is taken, perhaps by another run; "
+                    "give the launcher another (--master_port of deepspeed), or wait for that run"
+                ) from None
         self.watch = Watch(self.rank, self.world, 60 * timeout)
 
     @property
@@ -493,6 +504,15 @@ def _inference_config(dtype: torch.dtype, offload: bool = False) -> dict[str, An
         "bf16": {"enabled": dtype is torch.bfloat16},
         "steps_per_print": 2**31,
     }
+
+
+def _port_of_step() -> int:
+    """A port for a job step of SLURM, the same on all its nodes, below those that systems give to whoever asks for any.
+
+    Steps and jobs that share a machine get different ones, if they are not many.
+    """
+    job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return 10_000 + (16 * job + step) % 19_000
 
 
 def _first_host(nodelist: str) -> str:

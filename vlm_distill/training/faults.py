@@ -1,4 +1,4 @@
-"""Named places at which a test kills a rank, as a power cut would."""
+"""Named places at which a test kills a rank, as a power cut would, or tells it to stop."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import os
 import signal
 from collections import Counter
 
-#: ``name:count`` or ``name:count:rank``: the process dies when it comes to that point the ``count``-th time.
+#: ``name:count``, ``name:count:rank`` or ``name:count:rank:signal``: when a process comes to that point the
+#: ``count``-th time, it gets SIGKILL or that signal; without a rank each does.
 VARIABLE = "VLM_DISTILL_FAULT"
 
 _passed: Counter[str] = Counter()
 
 
 def point(name: str) -> None:
-    """Kills this process here, if :data:`VARIABLE` asks for it; nothing is flushed or cleaned up."""
+    """Sends this process a signal here, if :data:`VARIABLE` asks for it; nothing is flushed or cleaned up."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return
     _passed[name] += 1
-    place, count, *rank = wanted.split(":")
-    if (place, int(count)) == (name, _passed[name]) and rank in ([], [os.environ.get("RANK", "0")]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    place, count, rank, number = [*wanted.split(":"), "", ""][:4]
+    if (place, int(count)) == (name, _passed[name]) and rank in ("", os.environ.get("RANK", "0")):
+        os.kill(os.getpid(), signal.Signals[number or "SIGKILL"])

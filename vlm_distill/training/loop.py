@@ -25,7 +25,7 @@ from vlm_distill.config import AnyRun, save_config, split_batch
 from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 
-from . import checkpoint
+from . import checkpoint, faults
 from .engine import Engine, Processes
 from .failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
 from .output import cause_of, claim, put_in_place
@@ -76,7 +76,7 @@ class Loop(ABC):
         self.micro, self.accumulation = split_batch(config, processes.world)
         self._claim = claim(self.folder) if processes.first else None
         self._failure: str | None = None
-        self.stopping = Stopping(first=processes.first)
+        self.stopping = Stopping(processes.watch)
         self.problems: ProblemLog | None = None
         self.began = time.time()
         if config.training.wandb and find_spec("wandb") is None:
@@ -381,16 +381,18 @@ class Loop(ABC):
 
     def _resume(self) -> tuple[int, float]:
         """Steps done and seconds spent by the latest checkpoint, which is loaded; zeros without one."""
-        found = checkpoint.completed(self.folder / "checkpoints")
-        if not found:
+        latest = checkpoint.to_read(self.folder / "checkpoints")
+        if self.processes.first:
+            checkpoint.clear(self.folder / "checkpoints")  # the run may be too near to its end to save once more
+        if latest is None:
             return 0, 0.0
         if not self.settings.training.resume:
             raise UserError(
                 f"{self.folder}: holds checkpoints of an earlier run; "
                 "set training.resume=true to go on, or choose another output"
             )
-        state = self.engine.load(found[-1][1])
-        self.load_more(found[-1][1])
+        state = self.engine.load(latest)
+        self.load_more(latest)
         return state["step"], state["seconds"]
 
     def _greet(self, tracker: Tracker, done: int) -> None:
@@ -422,12 +424,11 @@ class Loop(ABC):
         self.processes.watch.phase(f"the evaluation after step {done}", limited=False)
         with self.stopping.at_once():
             self.share_statistics()
+            faults.point("evaluate")
             score, skipped = self.evaluate(done, tracker, final=final)
             self._note_problems(skipped)
             if self.compared_by is not None:
                 self._keep_best(done, score, tracker)
-            # A signal that ends the first rank here while it still writes must find the others here, too.
-            self.processes.barrier()
 
     def _keep_best(self, done: int, score: float | None, tracker: Tracker) -> None:
         # The first rank alone has the score, and perhaps the folder.

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-from vlm_distill.launch import leave
+from vlm_distill.launch import Failure, leave
+
+from .watchdog import Watch
 
 # Seconds. A terminal and a launcher may each pass on one Ctrl-C.
 _ONCE_MORE = 1.0
@@ -24,14 +26,14 @@ class Stopping:
     SIGKILL.
 
     Args:
-        first: whether this rank tells what happens.
+        watch: of this rank; the first tells what happens.
 
     Attributes:
         asked: whether a signal has come to this rank. Others may not have got it: they must be told.
     """
 
-    def __init__(self, *, first: bool) -> None:
-        self.first = first
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
         self.asked = False
         self._since = 0.0
         self._nothing_to_lose = False
@@ -48,7 +50,7 @@ class Stopping:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside it a signal ends the process at once, with exit code 0: the checkpoint of this step is written."""
+        """Inside it a signal ends all ranks at once, with exit code 0: the checkpoint of this step is written."""
         self._nothing_to_lose = True
         if self.asked:
             self._leave()
@@ -65,13 +67,11 @@ class Stopping:
             self.asked, self._since = True, now
             if self._nothing_to_lose:
                 self._leave()
-            again = "; once more ends it at once" if number == signal.SIGINT else ""
-            self._say(f"told to stop: finishing this step and writing a checkpoint{again}")
+            if self.watch.rank == 0:
+                again = "; once more ends it at once" if number == signal.SIGINT else ""
+                told = f"told to stop: finishing this step and writing a checkpoint{again}"
+                print(told, file=sys.stderr, flush=True)
 
-    def _leave(self) -> None:
-        self._say("told to stop: the checkpoint is written; start the run again to go on")
-        leave(0)
-
-    def _say(self, text: str) -> None:
-        if self.first:
-            print(text, file=sys.stderr, flush=True)
+    def _leave(self) -> NoReturn:
+        # Others may not have got the signal, and would wait for this rank.
+        self.watch.end(Failure("told to stop: the checkpoint is written; start the run again to go on", 0))

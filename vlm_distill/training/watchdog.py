@@ -60,6 +60,7 @@ class Watch:
         self._ending, self._closed = threading.Lock(), threading.Event()
         self._heard: dict[int, tuple[int, float]] = {}
         self._warned = -1
+        self._store: dist.Store = dist.HashStore()
         if world > 1:
             # A connection of its own: the process group's may be busy for as long as a rank is waited for.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
