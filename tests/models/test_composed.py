@@ -56,6 +56,15 @@ def own_logits(model, inputs):
     ).logits
 
 
+def test_a_template_of_a_students_own_is_not_its_teachers(settings, tokenizer):
+    """A student without a tokenizer takes its teacher's, which goes on with its own template."""
+    before = tokenizer.chat_template
+    own = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    student = build_vlm({**settings, "chat_template": own}, tokenizer)
+    assert student.processor.tokenizer.chat_template == own
+    assert tokenizer.chat_template == before
+
+
 def test_images_take_their_place_and_nothing_else_changes(model, talk, picture):
     sample = model.processor.encode(talk(["Compare", None, "and", None, "<image>"], "yes"), [picture(1), picture(2)])
     tokens = model.processor.tokens

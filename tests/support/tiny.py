@@ -148,14 +148,14 @@ def write_language_model(folder: Path) -> Path:
     return folder
 
 
-def write_llava(folder: Path, layers: int) -> Path:
+def write_llava(folder: Path, layers: int, size: int = 16) -> Path:
     """Transformers' own LLaVA with a CLIP tower, untrained, of which the last but one layer is used."""
     torch.manual_seed(layers)
     tokenizer = make_tokenizer(WORDS)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.image_token = "<image>"
     tokenizer.chat_template = TEMPLATE
-    width = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    width = {"hidden_size": size, "intermediate_size": 3 * size // 2, "num_attention_heads": 2}
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(**width, num_hidden_layers=3, image_size=28, patch_size=7),

@@ -371,6 +371,9 @@ def test_a_fingerprint_reads_little_of_large_files_and_all_of_small_ones(tmp_pat
     assert any(seen)
     assert not all(seen)
     assert fingerprint(str(tmp_path / "nothing/here")) == {}
+    code = tmp_path / "modeling_own.py"
+    digests = [(code.write_text(text), fingerprint(str(tmp_path))["configuration"])[1] for text in ("a = 1", "a = 2")]
+    assert digests[0] != digests[1]
 
 
 def test_a_fingerprint_of_an_adapter_is_of_its_base_too(tmp_path):

@@ -446,6 +446,7 @@ def build(settings: Mapping[str, Any], tokenizer: Any = None) -> ComposedVLM:
             raise UserError("model.tokenizer: missing; a decoder built from a configuration needs a tokenizer")
         tokenizer = load_tokenizer(name, trust_remote_code=s.trust_remote_code)
     if s.chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # a student's may be its teacher's, which has a template of its own
         tokenizer.chat_template = read_template(s.chat_template)
     attention = {"attn_implementation": s.attn_implementation} if s.attn_implementation else {}
     if decoder_settings.name is not None:

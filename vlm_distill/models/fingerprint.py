@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .composed import CONFIG_NAME
 from .lora import ADAPTER_CONFIG
 
 # Of all weights together so many blocks are read, evenly spaced, and of each file at least so many; small files whole.
@@ -75,7 +74,8 @@ def _kind(path: Path, weights: str) -> str | None:
         return "tokenizer"
     if name.startswith(_IMAGES):
         return "image processor"
-    return "configuration" if path.suffix == ".json" or name == CONFIG_NAME else None
+    # Code that comes with a model decides what it makes of its weights.
+    return "configuration" if path.suffix in (".json", ".py") else None
 
 
 def _digest(paths: list[Path], *, sampled: bool) -> str:
