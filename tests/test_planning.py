@@ -10,6 +10,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+from data.collate import Collator
 from data.errors import UserError
 from vlm_distill import cli, planning
 from vlm_distill.config import DeepSpeedSection, RunConfig
@@ -393,7 +394,6 @@ def test_devices_are_known_by_their_drivers_names():
 
 @pytest.mark.parametrize("trained", [("decoder",), ("projector",), ("vision_encoder", "projector", "decoder")])
 def test_operations_from_parameters_are_those_of_the_model_s_own_code(tmp_path, trained):
-    from data.collate import Collator
     from data.images import load_image
     from data.sources import open_source
 
@@ -409,6 +409,19 @@ def test_operations_from_parameters_are_those_of_the_model_s_own_code(tmp_path, 
         found = simulate(meter, model, None, batch, HeadCost(0, products), autocast=False)
         counted = Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
     assert counted == pytest.approx(found.student_flops, rel=0.1)
+
+
+def test_of_experts_those_are_counted_that_a_token_is_sent_to():
+    def operations(experts):
+        config = {**tiny.settings()["decoder"]["config"], "model_type": "qwen3_moe", "head_dim": 8}
+        config |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        model = build_vlm({"decoder": {"config": config}}, tokenizer=tiny.make_tokenizer(tiny.WORDS))
+        batch = Collator(model.processor, None, 64).batch([])
+        assert batch.student.inputs["input_ids"].numel() == 1
+        return Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
+
+    # One token, two layers of width 16, in each a router with a row for each expert: forward and two gradients.
+    assert operations(8) - operations(4) == 6 * 2 * 16 * 4
 
 
 def test_a_run_measures_what_was_planned(tmp_path):

@@ -17,7 +17,7 @@ import yaml
 from vlm_distill import train
 from vlm_distill.config import RunConfig
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.training.engine import Engine
+from vlm_distill.training.engine import Engine, Processes
 from vlm_distill.training.trainer import Trainer
 
 _ROOT = Path(__file__).parents[2]
@@ -75,12 +75,14 @@ def third_step(folder):
     return Mixture([source], seed=0, batch_size=8, longest_first=True).rows(2)
 
 
-def test_a_step_of_bad_samples_alone_says_nothing_to_the_losses(tmp_path, teacher, processes):
+def test_a_step_of_bad_samples_alone_says_nothing_to_the_losses(tmp_path, teacher):
     """TAID's t, which goes by how the loss changes, takes no step without a sample for one without a loss."""
     data = tiny.write_data(tmp_path / "data", broken=tuple(range(12)))
     changes = {"training__batch_size": 1, "training__micro_batch_size": 1, "training__steps": 12}
+    processes = Processes("cpu")
     trainer = Trainer(RunConfig.model_validate(tiny.config(tmp_path / "out", data, teacher, **changes)), processes)
     trainer.run()
+    processes.close()
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert {line["supervised_tokens"] > 0 for line in lines if line["kind"] == "train"} == {True, False}
     state = trainer.terms[0].loss.get_extra_state()

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from data.errors import UserError
 
@@ -55,3 +56,12 @@ def quantization(kind: Kind, dtype: torch.dtype, role: str) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking weights for a CPU when they are first read in evaluation: no gradient goes
+    through those, and a student learns after it has answered.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010

@@ -35,7 +35,7 @@ from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_templa
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
-from vlm_distill.models.quantize import quantization
+from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
@@ -317,6 +317,8 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
         if section.tokenizer == TEACHERS and section.decoder is not None and section.decoder.get("name") is not None:
             tokenizer = None  # its embeddings have other rows before they take it
         student = load_model(section, torch.float32, tokenizer, bits)
+        if bits is not None:
+            keep_gradients(student)
         if section.tokenizer == TEACHERS:
             assert teacher is not None
             _take_tokenizer(student, teacher, section.chat_template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from vlm_distill.models.interface import LMHead, VisionLanguageModel
 class Operations:
     """Counts a run's model operations: two for each weight and token forward, as many for each gradient that is made.
 
-    Attention's products are counted whole, as if no mask were there. What activation checkpointing computes again is
-    not counted, as is usual for MFU; nor is attention inside the vision encoder. A convolutional one's operations are
-    not known, and left out.
+    Attention's products are counted whole, as if no mask were there; of experts those that a token is sent to. What
+    activation checkpointing computes again is not counted, as is usual for MFU; nor is attention inside the vision
+    encoder. A convolutional one's operations are not known, and left out.
 
     Args:
         student: with what trains of it marked, before any sharding.
@@ -67,12 +68,14 @@ class _Costs:
 
     def __init__(self, model: VisionLanguageModel, *, trains: bool) -> None:
         head = {id(p) for p in model.head.parameters}
-        flows = False
+        routed, flows = _routed(model), False
         self.text = self.encoder = self.projector = self.pair = self.patch = 0.0
         for name, part in model.parts.items():
             looked_up = {id(p) for m in part.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
             weights = [p for p in part.parameters() if id(p) not in head | looked_up]
-            count, trained = _size(weights), _size([p for p in weights if p.requires_grad]) if trains else 0
+            count, trained = _size(weights, routed), 0.0
+            if trains:
+                trained = _size([p for p in weights if p.requires_grad], routed)
             flows = flows or trained > 0 or (trains and any(p.requires_grad for p in part.parameters()))
             # Forward, the gradient that flows through, and those of the weights that train.
             forms = 2 * ((2 if flows else 1) * count + trained)
@@ -108,5 +111,18 @@ class _Costs:
         return total
 
 
-def _size(parameters: list[nn.Parameter]) -> int:
-    return sum(map(size_of, parameters))
+def _routed(model: VisionLanguageModel) -> dict[int, float]:
+    """The share of experts' weights, by their ids, that a token meets: a router chooses some experts for it."""
+    body: Any = model.body
+    chosen = getattr(body.config.get_text_config(), "num_experts_per_tok", None)
+    layers = [module for module in body.modules() if isinstance(getattr(module, "num_experts", None), int)]
+    return {
+        id(p): chosen / int(module.num_experts)
+        for module in layers
+        for p in module.parameters(recurse=False)
+        if chosen and p.ndim == 3
+    }
+
+
+def _size(parameters: list[nn.Parameter], shares: Mapping[int, float] | None = None) -> float:
+    return sum(size_of(p) * (shares or {}).get(id(p), 1.0) for p in parameters)
