@@ -293,7 +293,7 @@ class DeepSpeedSection(Section):
     def _what_the_run_says(self) -> DeepSpeedSection:
         if "fp16" in self.extra:
             raise ValueError("fp16 training is not supported; set training.dtype to bf16 or fp32")
-        if self._zero.get("stage", self.stage) != self.stage:
+        if self.zero.get("stage", self.stage) != self.stage:
             raise ValueError("zero_optimization.stage is another one than stage; leave it out")
         return self
 
@@ -313,11 +313,12 @@ class DeepSpeedSection(Section):
         return self._offloads("offload_param")
 
     def _offloads(self, what: str) -> bool:
-        place = self._zero.get(what)
+        place = self.zero.get(what)
         return isinstance(place, dict) and place.get("device", "none") != "none"
 
     @property
-    def _zero(self) -> dict[str, Any]:
+    def zero(self) -> dict[str, Any]:
+        """Of that, what is about ZeRO."""
         zero = self.extra.get("zero_optimization")
         return zero if isinstance(zero, dict) else {}
 
