@@ -139,7 +139,7 @@ def plan(
     settings = load_config(config, overrides or ())
     # These take seconds, for which a mistake in the configuration need not wait.
     from vlm_distill.planning import plan as make_plan
-    from vlm_distill.planning import render, write_plan
+    from vlm_distill.reporting.plan_tables import render, write_plan
 
     found = make_plan(settings, gpus=gpus, memory=memory, device=device)
     render(found, Console())

@@ -7,7 +7,6 @@ is counted, and how far it was from what was measured.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,9 +17,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from data.batch import Encoded
@@ -71,7 +67,8 @@ CONTEXT, FRAGMENTATION = 1.5e9, 0.05
 BUCKET, LIVE, PREFETCH, PERSISTENT = 500_000_000, 1_000_000_000, 50_000_000, 100_000
 #: Bits of a quantised weight with its scales: one of 8 bits for 64 weights, and its own scale for 256 of these.
 BITS = {"nf4": 4.127, "int8": 8.0, "fp8": 8.0}
-_MOST = 4096
+#: The largest micro-batch that is looked for.
+MOST = 4096
 #: Micro-batches up to this are planned beside one of eight times their size.
 _FAR = 16
 
@@ -283,6 +280,8 @@ class _Models:
         self.packed, self.told = packing.packed, packing.told
         if any(self.packed):
             self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
+        if isinstance(teacher, ServedTeacher):
+            self.told += ("the teacher's server and the time in which it answers are not planned",)
         if config.on_policy is not None:
             self.told += ("the time in which the student draws its answers is not planned",)
         #: The teacher has the student's frozen vision encoder.
@@ -614,9 +613,9 @@ def _memory(
         return static + max(running, gradients.kept + gradients.bucket, gradients.left + step)
 
     low, high = 0, 1
-    while low < _MOST and peak(high) <= limit:
+    while low < MOST and peak(high) <= limit:
         low, high = high, 2 * high
-    while low < _MOST and high - low > 1:
+    while low < MOST and high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if peak(middle) <= limit else (low, middle)
     return Memory(
@@ -686,56 +685,3 @@ def _line(points: dict[int, Micro], size: int, what: str) -> float:
     """A quantity at any micro-batch, from two that were simulated."""
     (a, first), (b, second) = ((at, getattr(points[at], what)) for at in sorted(points))
     return first + (second - first) * (size - a) / (b - a)
-
-
-def write_plan(found: Plan, path: Path) -> Path:
-    """Writes a plan as JSON, and returns where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
-    return path
-
-
-def render(found: Plan, console: Console) -> None:
-    """The plan as tables."""
-    table = Table("", "part", "parameters", "trained", title="Parameters", title_justify="left")
-    for part in found.parts:
-        table.add_row(part.model, part.name, f"{part.parameters:,}", f"{part.trained:,}")
-    console.print(table)
-    s = found.sequences
-    seen = f"{s.sampled} samples" if s.sampled else "no data found: every row is taken to be full"
-    console.print(
-        f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; "
-        f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
-    )
-    table = Table(
-        *("ZeRO", "teacher", "weights", "Adam", "grads", "teacher", "buckets", "activ.", "peak", "fits"),
-        title=f"GB a rank at micro-batch {found.memory[0].micro_batch}, {found.gpus} rank(s)",
-        title_justify="left",
-        caption=f"of {found.budget / 1e9:.0f} GB, {found.allowance / 1e9:.1f} are left free; * as configured; fits: "
-        "the largest micro-batch that does",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for i, row in enumerate(found.memory):
-        sizes = (row.parameters, row.optimizer, row.gradients, row.teacher, row.buckets, row.activations, row.peak)
-        mark = "*" if i == found.configured else ""
-        most = f"≥ {row.largest_micro_batch}" if row.largest_micro_batch >= _MOST else str(row.largest_micro_batch)
-        shown = [f"{size / 1e9:.2f}" for size in sizes]
-        table.add_row(f"{row.stage}{mark}", row.placement, *shown, most if row.largest_micro_batch else "none")
-    console.print(table)
-    host = found.memory[found.configured].host
-    if host:
-        console.print(f"and in main memory, as configured, {host / 1e9:,.2f} GB a rank")
-    for remark in found.told:
-        console.print(remark)
-    console.print(
-        f"{found.steps:,} steps of {found.batch_size}: {found.flops:.3g} FLOPs a step, {found.tokens:,.0f} tokens, "
-        f"{found.bytes_read / 1e9:,.2f} GB read"
-    )
-    if found.seconds is not None and found.tokens_per_second is not None:
-        console.print(
-            f"{found.gpus} × {found.device} at {found.utilisation:.0%} of its peak: {found.seconds / 3600:,.2f} hours, "
-            f"{found.gpu_hours:,.2f} GPU-hours, {found.tokens_per_second:,.0f} tokens a second"
-        )
