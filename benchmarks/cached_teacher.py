@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vlm_distill import losses
-from vlm_distill.config import load_config
+from vlm_distill.config_file import load_config
 from vlm_distill.demo import prepare
 from vlm_distill.losses import TopKTargets
 from vlm_distill.training.caches import fill

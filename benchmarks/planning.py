@@ -1,15 +1,18 @@
 """`vlm-distill plan` against fact: the peak of live tensor bytes of real training steps, for three configurations.
 
     python benchmarks/planning.py [--only NAME] [--output FILE.csv]
+    torchrun --nproc-per-node 2 benchmarks/planning.py --only sharded
 
-Each configuration is planned, then built and trained for two optimizer steps of two micro-batches on one rank, under
-PyTorch's profiler from the first tensor on. What its CPU allocator has given and not yet got back during the second
-step is compared with the plan. All rows are of one length, so that every micro-batch is the one that was planned.
+Each configuration is planned, then built and trained for two optimizer steps. The storages of all tensors that are made
+on the way are counted for as long as they live, and their most during the second step is compared with the plan.
+PyTorch's profiler counts the same on one rank; of several it misses what gloo's threads free. All rows are of one
+length, so that every micro-batch is the one that was planned.
 On a machine with a GPU, `max_memory_allocated` of the same steps is what is compared (--device cuda).
 
 - composed: a ViT, an mlp and a Llama taught by a model of the same kind, float32, ZeRO-0.
 - llava: Transformers' LLaVA with a CLIP tower, taught by another, activations recomputed, float32, ZeRO-1.
 - language: a Llama taught by another, bf16, ZeRO-2.
+- sharded: a wider one with short rows, float32, ZeRO-3: parameters are nearly all of it.
 """
 
 from __future__ import annotations
@@ -18,23 +21,27 @@ import argparse
 import csv
 import gc
 import json
+import os
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_distill import models
 from vlm_distill.config import RunConfig
 from vlm_distill.demo import make_tokenizer
+from vlm_distill.models.weightless import tensors_in
 from vlm_distill.planning import plan
 
 WORDS = [f"w{i}" for i in range(1500)]
-SAMPLES, STEP = 32, "planning: step"
+SAMPLES = 32
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
@@ -137,11 +144,45 @@ def language(folder: Path) -> RunConfig:
     return _run(folder, student, teacher, data, stage=2, training={"dtype": "bf16"})
 
 
-CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {"composed": composed, "llava": llava, "language": language}
+def sharded(folder: Path) -> RunConfig:
+    teacher = _saved(folder / "teacher", {"decoder": _decoder(32, 1)})
+    data = _data(folder, images=False, words=24)
+    return _run(folder, {"decoder": _decoder(256, 4)}, teacher, data, stage=3)
+
+
+CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {
+    "composed": composed,
+    "llava": llava,
+    "language": language,
+    "sharded": sharded,
+}
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of live tensors that were made since it was opened, and the most of them since ``peak`` was set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if tensor.device.type != "meta" and storage not in self._known:
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return result
+
+    def _free(self, size: int) -> None:
+        self.live -= size
 
 
 def measure(config: RunConfig) -> int:
-    """The peak of live tensor bytes in the second optimizer step, on one rank."""
+    """The peak of this rank's live tensor bytes in the second optimizer step."""
     from vlm_distill.training.engine import Processes
     from vlm_distill.training.trainer import Trainer
 
@@ -149,33 +190,19 @@ def measure(config: RunConfig) -> int:
     on_gpu = processes.device.type == "cuda"
     gc.collect()
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=not on_gpu, acc_events=True) as profiler:
+        counted = _Live()
+        with nullcontext() if on_gpu else counted:
             trainer = Trainer(config, processes)
             trainer.engine.train()
             for step in trainer.batches(0, 2):
+                counted.peak = counted.live
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
-                with record_function(STEP):
-                    trainer._step(step, 0.0)
-            peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+                trainer._step(step, 0.0)
             del trainer, step
+        return torch.cuda.max_memory_allocated() if on_gpu else counted.peak
     finally:
         processes.close()
-    return peak or _peak(profiler)
-
-
-def _peak(profiler: Any) -> int:
-    events = profiler.profiler.kineto_results.events()
-    start, stop = max((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == STEP)
-    changes = sorted(
-        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
-    )
-    live = peak = 0
-    for moment, size in changes:
-        live += size
-        if start <= moment <= stop:
-            peak = max(peak, live)
-    return peak
 
 
 def compare(name: str, folder: Path, device: str = "cpu") -> dict[str, Any]:
@@ -185,13 +212,15 @@ def compare(name: str, folder: Path, device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         config = config.model_copy(update={"training": config.training.model_copy(update={"device": "cuda"})})
     began = time.perf_counter()
-    planned = plan(config, memory=16, device="cpu" if device == "cpu" else "h100")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    planned = plan(config, gpus=ranks, memory=16, device="cpu" if device == "cpu" else "h100")
     seconds = time.perf_counter() - began
     row = planned.memory[planned.configured]
     measured = measure(config)
     return {
         "configuration": name,
         "device": device,
+        "ranks": ranks,
         "stage": row.stage,
         "dtype": config.training.dtype,
         "planned": row.peak,
@@ -212,8 +241,9 @@ def main() -> None:
     for name in [options.only] if options.only else CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(compare(name, Path(folder), options.device))
-        print(rows[-1], flush=True)
-    if options.output is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(rows[-1], flush=True)
+    if options.output is not None and os.environ.get("RANK", "0") == "0":
         with options.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from vlm_distill.config import load_config, save_config, split_batch
+from vlm_distill.config import split_batch
+from vlm_distill.config_file import load_config, save_config
 from vlm_distill.losses import Standardised
 from vlm_distill.training.build import build_terms
 from vlm_distill.training.on_policy import check_on_policy

@@ -14,7 +14,8 @@ from data.errors import UserError
 from vision.config import ClassifierConfig
 from vision.train import check
 from vlm_distill import cli
-from vlm_distill.config import RunConfig, load_config, split_batch
+from vlm_distill.config import RunConfig, split_batch
+from vlm_distill.config_file import load_config
 from vlm_distill.training.build import build_terms
 
 VLM = {

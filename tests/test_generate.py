@@ -16,7 +16,7 @@ from scoring_server import serving
 
 from data.sources import open_source
 from vlm_distill import generate, train
-from vlm_distill.config import load_config
+from vlm_distill.config_file import load_config
 from vlm_distill.evaluation import runner
 from vlm_distill.launch import launch
 from vlm_distill.models import load_vlm

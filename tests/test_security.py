@@ -18,7 +18,7 @@ from data.sources import open_source
 from vision.weights import read as read_weights
 from vlm_distill import train
 from vlm_distill.confidential import secret_in
-from vlm_distill.config import load_config, save_config
+from vlm_distill.config_file import load_config, save_config
 from vlm_distill.evaluation.judge import Judge
 from vlm_distill.evaluation.runner import Prediction, write_predictions
 from vlm_distill.export import export_student

@@ -106,7 +106,7 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
 def train(job: Job) -> Path:
     """Trains, evaluates and exports what a job says, in a process of the pool; returns the run's folder."""
     # Imported here: the process that only waits and writes the report does without.
-    from vlm_distill.config import load_config
+    from vlm_distill.config_file import load_config
     from vlm_distill.demo import configs_folder
 
     from .config import ClassifierConfig

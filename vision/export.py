@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from vlm_distill.config import load_config
+from vlm_distill.config_file import load_config
 from vlm_distill.launch import guarded
 from vlm_distill.models.common import first_line
 from vlm_distill.reporting.card import cell, document, fact_table, in_words, result, source_names, student_scores

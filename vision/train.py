@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_distill import train
-from vlm_distill.config import load_config, split_batch
+from vlm_distill.config import split_batch
+from vlm_distill.config_file import load_config
 from vlm_distill.launch import leave
 
 from .config import ClassifierConfig

@@ -61,7 +61,8 @@ def train(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     A run that was stopped goes on from its latest checkpoint when started again. Under DeepSpeed's own launcher, with
     a hostfile for many nodes: deepspeed --module vlm_distill.train CONFIG.
     """
-    from vlm_distill.config import load_config, split_batch
+    from vlm_distill.config import split_batch
+    from vlm_distill.config_file import load_config
 
     # Mistakes are told here, before processes are started, and before what takes seconds to import.
     settings = load_config(config, overrides or ())
@@ -80,7 +81,7 @@ def cache(config: Config, overrides: Overrides = None, nproc: Processes = 1) -> 
     Training then reads them there and never loads the teacher. With student.vision_cache, the same for what a frozen
     vision encoder makes of the images. What was stopped goes on when started again.
     """
-    from vlm_distill.config import load_config
+    from vlm_distill.config_file import load_config
     from vlm_distill.training.caches import check
 
     check(load_config(config, overrides or ()))
@@ -108,7 +109,7 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Also write a page with the images.")] = None,
 ) -> None:
     """Shows samples as each model receives them, supervised tokens highlighted."""
-    from vlm_distill.config import load_config
+    from vlm_distill.config_file import load_config
     from vlm_distill.inspection import inspect_samples
     from vlm_distill.reporting.inspect import render_html, render_terminal
 
@@ -134,12 +135,12 @@ def plan(
 
     The run's report shows the plan beside what came of it. docs/planning.md says what is counted, and how well.
     """
-    from vlm_distill.config import load_config
+    from vlm_distill.config_file import load_config
 
     settings = load_config(config, overrides or ())
     # These take seconds, for which a mistake in the configuration need not wait.
     from vlm_distill.planning import plan as make_plan
-    from vlm_distill.planning import render, write_plan
+    from vlm_distill.reporting.plan_tables import render, write_plan
 
     found = make_plan(settings, gpus=gpus, memory=memory, device=device)
     render(found, Console())
@@ -162,7 +163,7 @@ def generate(
 
     Started again after it was stopped, it goes on.
     """
-    from vlm_distill.config import load_config
+    from vlm_distill.config_file import load_config
 
     load_config(config, overrides or ())
     words = [str(config), *(overrides or ()), "--out", str(out), "--max-new-tokens", str(max_new_tokens)]

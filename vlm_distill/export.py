@@ -13,7 +13,7 @@ FORMATS = ("native", "llava")
 
 def is_classifier(run: Path) -> bool:
     """Whether a run trained an image classifier, whose student is named where others have a path or parts."""
-    from vlm_distill.config import read_yaml
+    from vlm_distill.config_file import read_yaml
 
     config = run / "config.yaml"
     content = read_yaml(config) if config.is_file() else None
@@ -62,7 +62,7 @@ def export_student(run: Path, folder: Path, dtype: str | None = None, format: st
 
 
 def _student(run: Path) -> Any:
-    from vlm_distill.config import load_config
+    from vlm_distill.config_file import load_config
     from vlm_distill.models import load_vlm
     from vlm_distill.training import checkpoint
 
@@ -92,7 +92,7 @@ def _tell_ends(model: Any) -> None:
 
 
 def _card(model: Any, run: Path) -> str:
-    from vlm_distill.config import load_config
+    from vlm_distill.config_file import load_config
     from vlm_distill.models.composed import ComposedVLM
     from vlm_distill.reporting.card import run_card
 

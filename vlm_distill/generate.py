@@ -26,7 +26,8 @@ from data.conversation import Conversation, ImageSource
 from data.errors import UserError
 from data.loader import ProblemLog
 from data.sources import Source
-from vlm_distill.config import RunConfig, load_config
+from vlm_distill.config import RunConfig
+from vlm_distill.config_file import load_config
 from vlm_distill.evaluate import identity
 from vlm_distill.evaluation.runner import Prediction, evaluate
 from vlm_distill.launch import guarded, leave

@@ -7,7 +7,6 @@ is counted, and how far it was from what was measured.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,9 +17,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from data.batch import Encoded
@@ -56,7 +52,7 @@ from vlm_distill.training.build import (
 )
 from vlm_distill.training.on_policy import check_on_policy
 from vlm_distill.training.packing import plan_packing
-from vlm_distill.training.schedule import lr_scales
+from vlm_distill.training.schedule import lr_scales, parameter_groups
 from vlm_distill.training.teacher_cache import check_likeliest
 from vlm_distill.training.vision_cache import sight_of
 
@@ -66,11 +62,13 @@ SAMPLES = 32
 UTILISATION = 0.35
 #: Not of tensors: CUDA's context and kernels and NCCL's buffers, in bytes, and the share lost between blocks.
 CONTEXT, FRAGMENTATION = 1.5e9, 0.05
-#: DeepSpeed's defaults: elements of a bucket, and of ZeRO-3 parameters that are whole at once.
-BUCKET, LIVE = 500_000_000, 1_000_000_000
+#: DeepSpeed's defaults: elements of a bucket, and of ZeRO-3 parameters that are whole at once, fetched at once, and of
+#: those that stay whole the first too large.
+BUCKET, LIVE, PREFETCH, PERSISTENT = 500_000_000, 1_000_000_000, 50_000_000, 100_000
 #: Bits of a quantised weight with its scales: one of 8 bits for 64 weights, and its own scale for 256 of these.
 BITS = {"nf4": 4.127, "int8": 8.0, "fp8": 8.0}
-_MOST = 4096
+#: The largest micro-batch that is looked for.
+MOST = 4096
 #: Micro-batches up to this are planned beside one of eight times their size.
 _FAR = 16
 
@@ -111,13 +109,13 @@ class Memory:
     """Bytes of one rank under one ZeRO stage and placement of the teacher, at one micro-batch.
 
     Attributes:
-        parameters, optimizer, gradients: the student's, with float32 masters in ``optimizer``.
+        parameters, optimizer, gradients: the student's during a forward, with float32 masters in ``optimizer``.
         teacher: its weights.
-        buckets: DeepSpeed's.
+        buckets: more gradients at the end of a backward, in DeepSpeed's buckets or beside them.
         activations: alive at the peak of forward and backward, with the losses' buffers and the micro-batch.
         step: what the update holds for a moment.
         host: in main memory, where something is offloaded to it.
-        peak: the most at once: the teacher's forward, the student's forward and backward, or the update.
+        peak: the most at once: in a forward and backward, at its end, or in the update. These are less than all above.
         largest_micro_batch: that fits beside the allowance; 0: none does.
     """
 
@@ -270,11 +268,20 @@ class _Models:
         guide = self.teacher if self.guides and self.cache is None else None
         check_packing(config.data.train, self.student, guide, self.grouped)
         check_evaluations(config, self.student, self.teacher)
-        lr_scales(self.student.parts, config.optimizer.part_lr, config.optimizer.lr)
+        scales = lr_scales(self.student.parts, config.optimizer.part_lr, config.optimizer.lr)
+        groups = parameter_groups(self.student, config.optimizer.weight_decay, scales)
+        bucket = config.deepspeed.zero.get("reduce_bucket_size")
+        self.bucket = bucket if isinstance(bucket, int) else BUCKET
+        #: Parameters that ZeRO-3 does not shard.
+        self.small = sum(p.numel() for p in self.student.parameters() if p.numel() < PERSISTENT)
+        #: Parameters that are updated at once, the most of them.
+        self.group = max(_count(group["params"]) for group in groups)
         packing = plan_packing(config.data, self.student, guide)
         self.packed, self.told = packing.packed, packing.told
         if any(self.packed):
             self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
+        if isinstance(teacher, ServedTeacher):
+            self.told += ("the teacher's server and the time in which it answers are not planned",)
         if config.on_policy is not None:
             self.told += ("the time in which the student draws its answers is not planned",)
         #: The teacher sees as the student does, with frozen parts.
@@ -445,13 +452,13 @@ class _Models:
         copies = sum(4 * w.numel() for w in weights if w.dtype != torch.float32)
         if self.config.training.recompute_logits:
             return HeadCost(copies + min(logits, TILE_BYTES_CPU), flops)
-        return HeadCost(copies + min(logits + self._block(meter, terms, weights), CHUNK_BYTES_CPU), flops)
+        return HeadCost(copies + min(logits + self._block(meter, terms, weights, rows), CHUNK_BYTES_CPU), flops)
 
-    def _block(self, meter: Meter, terms: Sequence[Term], weights: Sequence[Tensor]) -> int:
+    def _block(self, meter: Meter, terms: Sequence[Term], weights: Sequence[Tensor], most: int) -> int:
         """Bytes that the losses hold for a block of rows, its logits aside, found by letting them run on one."""
         if self.grouped:
             return 8 * BLOCK_BYTES_CPU
-        rows = max(1, BLOCK_BYTES_CPU // (4 * len(weights[0])))
+        rows = min(most, max(1, BLOCK_BYTES_CPU // (4 * len(weights[0]))))
         hidden = [w.new_empty(rows, w.shape[1]) for w in weights]
         hidden[0].requires_grad_()
         targets = torch.zeros(rows, dtype=torch.int64)
@@ -572,25 +579,23 @@ def _memory(
     limit: float,
 ) -> Memory:
     # Bytes a parameter as they were read off DeepSpeed 0.19.8's steps; docs/planning.md has the table.
-    trained = models.trained + models.learned
-    working = 2 if models.bf16 and stage > 0 else 4
+    trained, many, fp32 = models.trained + models.learned, gpus > 1, not models.bf16 or stage == 0
+    working = 4 if fp32 else 2
     whole = models.parameter_bytes(stage)
-    bucket = working * min(BUCKET, models.total)
-    share, many = (1 if stage == 0 else gpus), gpus > 1
+    parameters, live, fetched = whole, 0.0, 0.0
+    if stage == 3 and many:
+        parameters = whole / gpus + working * models.small
+        live = min(LIVE * working, whole) - working * models.small
+        fetched = min(PREFETCH * working, whole)
     # Adam's two states; ZeRO keeps float32 masters beside them, of float32 parameters, too.
-    optimizer = (8 if stage == 0 else 12) * trained / share
-    parameters = whole if stage < 3 else whole / gpus + (min(LIVE * working, whole) if many else 0)
-    # Float32 sums of gradients: whole until ZeRO-2 cuts them. A gradient of the last step waits to be replaced.
-    summed = {0: 4 * trained if accumulation > 1 or many else 0, 1: 4 * trained}.get(stage, 4 * trained / gpus)
-    buckets = bucket if stage else 4 * min(BUCKET, trained) if many else 0
+    optimizer = (8 if stage == 0 else 12) * trained / (1 if stage == 0 else gpus)
+    gradients = _gradients(models, stage, gpus, accumulation, fp32)
     # PyTorch updates a flat partition as one tensor, with temporaries of its size; on a GPU, all tensors at once.
     if stage == 0:
         step: float = 8 * models.largest if models.on_cpu else 4 * trained
-        left: float = 4 * trained + buckets + (4 * trained if many and accumulation == 1 else 0)
     else:
-        step = ((12 if models.on_cpu else 8) + (4 if many and stage != 2 else 0)) * trained / gpus
-        after = {1: 4 * trained + buckets if many else working * trained, 2: 4 * trained if working == 4 else 0}
-        left = after.get(stage, buckets + summed)
+        flat = 4 if fp32 or stage == 3 else 0  # others have theirs in one tensor already
+        step = (flat + (8 if models.on_cpu else 4)) * models.group / gpus
     teacher, host = models.teacher_bytes(placement, stage), 0.0
     if placement == "shard":
         teacher = teacher / gpus + (min(LIVE * 2, teacher) if gpus > 1 else 0)
@@ -598,12 +603,12 @@ def _memory(
         host, teacher = teacher / gpus, min(LIVE * 2, teacher)
     if stage >= 2 and models.deepspeed.offloads_optimizer:
         # Masters, states and sums of gradients are there, and the update.
-        host += optimizer + summed
-        optimizer, summed, step, left = 0, 0, 0, buckets
+        host += optimizer + 4 * trained / gpus
+        optimizer, step, gradients = 0, 0, gradients.offloaded()
     if stage == 3 and models.deepspeed.offloads_parameters:
         host += whole / gpus
-        parameters = min(LIVE * working, whole)
-    keeps = stage == 0 and accumulation == 1
+        parameters, live = 0.0, min(LIVE * working, whole)
+    keeps = stage <= 1 and accumulation == 1
     # On a CPU all of it is one memory.
     static = parameters + optimizer + teacher + (host if models.on_cpu else 0)
 
@@ -613,25 +618,27 @@ def _memory(
         return max(_line(points, size, kind) for kind in kinds)
 
     def peak(size: int) -> float:
-        running = static + summed + (buckets if stage else 0) + forward(size)
-        return max(running, static + left + step)
+        # Where gradients fit a bucket, it is full when the activations are gone.
+        together = gradients.kept + (gradients.bucket if gradients.overflows else 0)
+        running = live + together + max(fetched, forward(size))
+        return static + max(running, gradients.kept + gradients.bucket, gradients.left + step)
 
     low, high = 0, 1
-    while low < _MOST and peak(high) <= limit:
+    while low < MOST and peak(high) <= limit:
         low, high = high, 2 * high
-    while low < _MOST and high - low > 1:
+    while low < MOST and high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if peak(middle) <= limit else (low, middle)
     return Memory(
         stage=stage,
         placement=placement,
         micro_batch=micro,
-        parameters=round(parameters),
+        parameters=round(parameters + live),
         optimizer=round(optimizer),
-        gradients=round(4 * trained if keeps else summed),
+        gradients=round(gradients.kept),
         teacher=round(teacher),
-        buckets=round(buckets),
-        activations=round(forward(micro) - (4 * trained if keeps and forward(micro) > 4 * trained else 0)),
+        buckets=round(gradients.bucket),
+        activations=round(forward(micro)),
         step=round(step),
         host=round(host),
         peak=round(peak(micro)),
@@ -639,60 +646,53 @@ def _memory(
     )
 
 
+@dataclass(frozen=True)
+class _Gradients:
+    """Bytes of gradients on one rank.
+
+    Attributes:
+        kept: during a forward: sums of the micro-batches before, and what is there in any case.
+        bucket: more while the ranks' gradients are put together, at the end of the backward.
+        overflows: that happens during the backward, too: a bucket is smaller than all gradients.
+        left: for the update.
+        sums: of these, the float32 sums that go into main memory with the optimizer.
+    """
+
+    kept: float
+    bucket: float
+    overflows: bool
+    left: float
+    sums: float
+
+    def offloaded(self) -> _Gradients:
+        kept = max(0.0, self.kept - self.sums)
+        return replace(self, kept=kept, left=max(0.0, self.left - self.sums), sums=0.0)
+
+
+def _gradients(models: _Models, stage: int, gpus: int, accumulation: int, fp32: bool) -> _Gradients:
+    trained, again = models.trained + models.learned, accumulation > 1
+    working, whole, share = (4 if fp32 else 2), 4.0 * trained, 4.0 * trained / gpus
+    # DeepSpeed allocates a bucket whole, and copies what it holds to send it.
+    bucket, sent = working * min(models.bucket, models.total), working * min(models.bucket, trained)
+    overflows = trained > models.bucket
+    if stage == 0:
+        sent = sent if gpus > 1 else 0
+        return _Gradients(whole if again else 0, (0 if again else whole) + sent, False, whole, 0)
+    if stage == 1 and not fp32:
+        # A copy in float32 that stays, beside gradients in bf16; after the backward it is sent in float32, in copies.
+        own = working * trained if again else 0
+        return _Gradients(whole + own, max(0, 8 * min(BUCKET, trained) - own), False, whole + working * trained, 0)
+    if stage == 1:
+        return _Gradients(whole + bucket if again else 0, 0 if again else whole + bucket, overflows, share, 0)
+    if stage == 2:
+        # In float32 what comes is added to the sums when all of it is there.
+        more = share if (again and gpus > 1 if fp32 else not again) else 0
+        return _Gradients(share if again else 0, bucket + sent + more, overflows, share, share)
+    # gloo copies once more.
+    return _Gradients(share + bucket, (2 if models.on_cpu else 1) * sent, overflows, share + bucket, share)
+
+
 def _line(points: dict[int, Micro], size: int, what: str) -> float:
     """A quantity at any micro-batch, from two that were simulated."""
     (a, first), (b, second) = ((at, getattr(points[at], what)) for at in sorted(points))
     return first + (second - first) * (size - a) / (b - a)
-
-
-def write_plan(found: Plan, path: Path) -> Path:
-    """Writes a plan as JSON, and returns where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
-    return path
-
-
-def render(found: Plan, console: Console) -> None:
-    """The plan as tables."""
-    table = Table("", "part", "parameters", "trained", title="Parameters", title_justify="left")
-    for part in found.parts:
-        table.add_row(part.model, part.name, f"{part.parameters:,}", f"{part.trained:,}")
-    console.print(table)
-    s = found.sequences
-    seen = f"{s.sampled} samples" if s.sampled else "no data found: every row is taken to be full"
-    console.print(
-        f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; "
-        f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
-    )
-    table = Table(
-        *("ZeRO", "teacher", "weights", "Adam", "grads", "teacher", "buckets", "activ.", "peak", "fits"),
-        title=f"GB a rank at micro-batch {found.memory[0].micro_batch}, {found.gpus} rank(s)",
-        title_justify="left",
-        caption=f"of {found.budget / 1e9:.0f} GB, {found.allowance / 1e9:.1f} are left free; * as configured; fits: "
-        "the largest micro-batch that does",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for i, row in enumerate(found.memory):
-        sizes = (row.parameters, row.optimizer, row.gradients, row.teacher, row.buckets, row.activations, row.peak)
-        mark = "*" if i == found.configured else ""
-        most = f"≥ {row.largest_micro_batch}" if row.largest_micro_batch >= _MOST else str(row.largest_micro_batch)
-        shown = [f"{size / 1e9:.2f}" for size in sizes]
-        table.add_row(f"{row.stage}{mark}", row.placement, *shown, most if row.largest_micro_batch else "none")
-    console.print(table)
-    host = found.memory[found.configured].host
-    if host:
-        console.print(f"and in main memory, as configured, {host / 1e9:,.2f} GB a rank")
-    for remark in found.told:
-        console.print(remark)
-    console.print(
-        f"{found.steps:,} steps of {found.batch_size}: {found.flops:.3g} FLOPs a step, {found.tokens:,.0f} tokens, "
-        f"{found.bytes_read / 1e9:,.2f} GB read"
-    )
-    if found.seconds is not None and found.tokens_per_second is not None:
-        console.print(
-            f"{found.gpus} × {found.device} at {found.utilisation:.0%} of its peak: {found.seconds / 3600:,.2f} hours, "
-            f"{found.gpu_hours:,.2f} GPU-hours, {found.tokens_per_second:,.0f} tokens a second"
-        )

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill.config import RunConfig, load_config
+from vlm_distill.config import RunConfig
+from vlm_distill.config_file import load_config
 from vlm_distill.launch import guarded, leave
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from data.errors import UserError
 from data.token_cache import TokenCache, TokenWriter
-from vlm_distill.config import RunConfig, load_config
+from vlm_distill.config import RunConfig
+from vlm_distill.config_file import load_config
 from vlm_distill.inspection import inspect_samples
 from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint

@@ -18,7 +18,7 @@ from PIL import Image
 from data.errors import BadSample, UserError
 from data.images import load_image
 from vlm_distill import __version__
-from vlm_distill.config import read_yaml
+from vlm_distill.config_file import read_yaml
 from vlm_distill.evaluation.runner import read_predictions
 
 from . import plots, seeds

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from data.batch import Problem, Step
 from data.errors import UserError
 from data.loader import ProblemLog
-from vlm_distill.config import AnyRun, save_config, split_batch
+from vlm_distill.config import AnyRun, split_batch
+from vlm_distill.config_file import save_config
 from vlm_distill.launch import cores
 from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 
