@@ -20,7 +20,7 @@ from data.errors import UserError
 from vlm_distill import cli, planning
 from vlm_distill.config import DeepSpeedSection, RunConfig
 from vlm_distill.devices import DEVICES, known_device
-from vlm_distill.launch import free_port
+from vlm_distill.launch import reserved_port
 from vlm_distill.models import build_vlm
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.reporting.report import write_report
@@ -51,17 +51,11 @@ def test_the_peak_is_within_a_tenth_of_what_was_measured(tmp_path, name, device)
 
 @SLOW
 def test_the_peak_of_two_ranks_is_within_a_tenth_of_what_was_measured(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command += [benchmark.__file__, "--only", "sharded", "--output", str(tmp_path / "row.csv")]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    with reserved_port() as port:
+        launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+        command = [benchmark.__file__, "--only", "sharded", "--output", str(tmp_path / "row.csv")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-m", *launcher, *command], check=True, env=environment)
     with (tmp_path / "row.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert row["ranks"] == "2"
