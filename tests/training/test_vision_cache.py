@@ -63,7 +63,7 @@ def test_the_encoder_does_not_run_and_nothing_else_changes(folder, processes, ca
     assert cached.calls == {"student": 0, "teacher": 12 if teacher_runs else 0}
     assert live.calls == {"student": 12 if teacher_runs else 0, "teacher": 12}
     # In bf16 the encoder sees another number of images at once, whose sums are rounded otherwise on some CPUs.
-    tolerance = 1e-2 if name == "bf16" else 1e-6
+    tolerance = 1e-2 if name == "bf16" else 1e-5
     assert cached.losses == pytest.approx(live.losses, rel=tolerance)
     for key, weight in cached.weights.items():
         # AdamW makes a whole step of a gradient's sign, which of some numbers is bf16's rounding.

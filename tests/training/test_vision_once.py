@@ -47,9 +47,9 @@ def test_the_encoder_runs_once_and_nothing_else_changes(folder, processes, monke
     # Three steps of four micro-batches.
     assert once.calls == {"student": 0, "teacher": 12}
     assert twice.calls == {"student": 12, "teacher": 12}
-    assert once.losses == pytest.approx(twice.losses, rel=1e-6)
+    assert once.losses == pytest.approx(twice.losses, rel=1e-5)
     for name, weight in once.weights.items():
-        assert (weight - twice.weights[name]).abs().max() < 1e-6, name
+        assert (weight - twice.weights[name]).abs().max() < 1e-5, name
 
 
 def test_it_is_said_in_the_run(folder, processes, capsys):
