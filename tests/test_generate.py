@@ -41,6 +41,22 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def interrupt(monkeypatch, batches, *words):
+    """Starts the command, and interrupts it when so many batches are on the disk."""
+    count, add = [0], runner._Journal.add
+
+    def counted(self, *entry):
+        add(self, *entry)
+        count[0] += 1
+        if count[0] == batches:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._Journal, "add", counted)
+        with pytest.raises(KeyboardInterrupt):
+            generate.main(list(words))
+
+
 def test_interrupted_and_resumed_equals_straight(config, monkeypatch, capsys):
     straight, resumed = config.with_name("straight.jsonl"), config.with_name("resumed.jsonl")
     assert generate.main([str(config), "--out", str(straight), *DRAWN]) == 0
@@ -49,18 +65,7 @@ def test_interrupted_and_resumed_equals_straight(config, monkeypatch, capsys):
     assert f"{len(written)} answers" in told
     assert "not an image" in told
 
-    count, add = [0], runner._Journal.add
-
-    def killed(self, *entry):
-        add(self, *entry)
-        count[0] += 1
-        if count[0] == 6:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner._Journal, "add", killed)
-    with pytest.raises(KeyboardInterrupt):
-        generate.main([str(config), "--out", str(resumed), *DRAWN])
-    monkeypatch.setattr(runner._Journal, "add", add)
+    interrupt(monkeypatch, 6, str(config), "--out", str(resumed), *DRAWN)
     assert not resumed.exists()
     asked = []
     counted = generate._draw
@@ -200,18 +205,8 @@ def test_a_server_answers_as_the_model_does(seen, server):
 def test_a_server_is_asked_again_only_for_what_is_missing(seen, server, monkeypatch):
     drawn = ["--temperature", "1", "--samples", "2"]
     assert generate.main(there(server, seen, "straight.jsonl", *drawn)) == 0
-    before, add, count = len(server.bodies), runner._Journal.add, [0]
-
-    def killed(self, *entry):
-        add(self, *entry)
-        count[0] += 1
-        if count[0] == 15:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner._Journal, "add", killed)
-    with pytest.raises(KeyboardInterrupt):
-        generate.main(there(server, seen, "resumed.jsonl", *drawn))
-    monkeypatch.setattr(runner._Journal, "add", add)
+    before = len(server.bodies)
+    interrupt(monkeypatch, 15, *there(server, seen, "resumed.jsonl", *drawn))
     assert generate.main(there(server, seen, "resumed.jsonl", *drawn)) == 0
     assert seen.with_name("resumed.jsonl").read_bytes() == seen.with_name("straight.jsonl").read_bytes()
     assert len({line["messages"][-1]["content"][0]["text"] for line in lines(seen.with_name("straight.jsonl"))}) > 2
