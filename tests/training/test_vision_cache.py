@@ -129,6 +129,11 @@ def filled(folder, processes, tmp_path):
     return config
 
 
+def test_a_student_of_its_own_is_filled_without_its_teacher(folder, processes, tmp_path):
+    fill(settings(folder, tmp_path / "run", tmp_path / "cache", teacher__path=str(tmp_path / "none")), processes)
+    assert len(FeatureCache(tmp_path / "cache")) == 5
+
+
 def test_what_is_there_is_not_run_again(filled, processes, monkeypatch, capsys):
     written = []
     append = ShardWriter.append

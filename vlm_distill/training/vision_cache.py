@@ -20,7 +20,7 @@ from data.feature_cache import FeatureCache, FeatureWriter
 from data.loader import make_loader
 from data.sources import Source, TextSource
 from data.token_cache import image_digest
-from vlm_distill.config import RunConfig
+from vlm_distill.config import TEACHERS, RunConfig
 from vlm_distill.launch import cores
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.composed import cast_parameters
@@ -139,8 +139,10 @@ def fill(config: RunConfig, processes: Processes) -> None:
     assert config.student.vision_cache is not None
     folder, dtype = Path(config.student.vision_cache), DTYPES[config.training.dtype]
     sources = open_sources(config.data.train, config.data.max_length)
-    # Loaded as the run loads it: a student may be cut from its teacher.
-    model = load_models(config, processes)[0].to(processes.device)
+    # As the run loads it: cut from its teacher, or with its tokenizer. One from a path needs no teacher.
+    alone = config.student.path is not None and config.student.tokenizer != TEACHERS
+    model = load_models(config.model_copy(update={"teacher": None}) if alone else config, processes)[0]
+    model.to(processes.device)
     identity = _identity(config, model)
     cast_parameters(model, dtype)
     model.eval()
