@@ -234,6 +234,9 @@ class Step:
     tokens: int = 0
     samples: list[list[Any]] = field(default_factory=list)
 
+    def pin_memory(self) -> Step:
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+
     def counts(self) -> Mapping[str, int]:
         """Of image-text batches: images and supervised tokens of this rank, those (or groups) of them distilled."""
         return {

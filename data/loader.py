@@ -1,24 +1,17 @@
-"""Whole optimizer steps for one rank, made ahead by worker processes, and the record of the samples left out."""
+"""Whole optimizer steps for one rank, by their numbers, and the record of the samples left out."""
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import wait
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .batch import Problem, Processor, Step
 from .collate import EVERY_ANSWER, Collator, Pair, Turns
@@ -30,7 +23,6 @@ from .sources import Source, TextSource
 
 T = TypeVar("T")
 
-MANY_FILES = 65_536
 MANY_PLACES = 16
 
 
@@ -167,127 +159,6 @@ class Located(Protocol):
     @property
     def name(self) -> str: ...
     def line(self, index: int, /) -> int: ...
-
-
-def make_loader(dataset: Dataset[Step], start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Iterator[Step]:
-    """Steps ``start`` to ``stop - 1`` in order, the same for any number of workers.
-
-    Args:
-        dataset: gives a step by its number.
-        start: the first step.
-        stop: the step after the last; through all epochs, so that workers start once for a training.
-        workers: processes that make steps ahead; with 0 they are made here, when asked for.
-        prefetch: steps each worker makes ahead.
-
-    Yields:
-        The steps, in pinned memory where there is a CUDA device.
-
-    Raises:
-        UserError: as the dataset raises it, when its step's turn comes; a worker was killed or has crashed.
-    """
-    if workers:
-        _allow_many_open_files()
-    loader: DataLoader[_Delivery] = DataLoader(
-        _Deliveries(dataset),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_start_worker,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        # A loader draws a seed when it starts; the training's random numbers are not its to take.
-        generator=torch.Generator(),
-    )
-    others, before = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
-    deliveries = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # DataLoader's would raise wherever this process is when a worker dies: inside a destructor that aborts it.
-        signal.signal(signal.SIGCHLD, before)
-    own = [process for process in multiprocessing.active_children() if process not in others]
-    while True:
-        try:
-            delivery = next(deliveries)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            died = _death_of(own)
-            if died is None:
-                raise
-            raise UserError(died) from error
-        if isinstance(delivery.content, str):
-            raise UserError(delivery.content)
-        yield delivery.content
-
-
-def _death_of(workers: Sequence[multiprocessing.process.BaseProcess]) -> str | None:
-    """That one of these processes was killed or has crashed, in words; ``None`` where none was."""
-    wait([worker.sentinel for worker in workers], 1.0)  # what one sends can be cut off a moment before it has ended
-    worker = next((worker for worker in workers if worker.exitcode), None)
-    if worker is None or worker.exitcode is None:
-        return None
-    if worker.exitcode == -signal.SIGBUS:
-        cause = "a data file was cut short while it was read, or /dev/shm is full; mend that"
-    else:
-        cause = "this machine ran out of memory, or somebody stopped it; fewer data.workers and a smaller data.prefetch"
-        cause += " need less"
-    how = f" of {signal.Signals(-worker.exitcode).name}" if worker.exitcode < 0 else ""
-    return f"a worker that reads the data (process {worker.pid}) died{how}: {cause}"
-
-
-@dataclass
-class _Delivery:
-    """A step, or the message of the mistake in its way: an exception would arrive wrapped in a traceback."""
-
-    content: Step | str
-
-    def pin_memory(self) -> _Delivery:
-        """What DataLoader calls, in this process, on what its workers send."""
-        if isinstance(self.content, str):
-            return self
-        return _Delivery(replace(self.content, batches=[batch.pin_memory() for batch in self.content.batches]))
-
-
-class _Deliveries(Dataset[_Delivery]):
-    def __init__(self, steps: Dataset[Step]) -> None:
-        self.steps = steps
-
-    def __getitem__(self, index: int) -> _Delivery:
-        try:
-            return _Delivery(self.steps[index])
-        except UserError as error:
-            return _Delivery(str(error))
-        except OSError as error:
-            # Images that cannot be read are bad samples: this is the file of the samples themselves.
-            what = f"{error.filename or 'a data file'} cannot be read any more: {error.strerror or error}"
-            return _Delivery(f"{what}; put it back, and start the run again to resume")
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-def _start_worker(_: int) -> None:
-    # The terminal and the launcher signal the whole process group. The training decides when to stop, and goes on
-    # reading until it has written its checkpoint.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    # What the training has left is not this process's to destroy: threads of its communication, which that would wait
-    # for or join, are not here.
-    gc.freeze()
-
-
-def _allow_many_open_files() -> None:
-    # Each tensor that a worker sends takes an open file here until it is freed; a thousand, the usual limit, is soon
-    # reached with many micro-batches in a step.
-    if sys.platform == "linux":
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class ProblemLog:

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data.batch import Problem
 from data.conversation import ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
+from data.workers import make_loader
 from vlm_distill.evaluation.pictures import write_pictures
 from vlm_distill.evaluation.runner import (
     AllGather,
@@ -58,6 +59,9 @@ class _Batch(NamedTuple):
     keys: list[str]
     pixels: Tensor
     problems: list[Problem]
+
+    def pin_memory(self) -> _Batch:
+        return self._replace(pixels=self.pixels.pin_memory())
 
 
 def predict(
@@ -124,14 +128,7 @@ def predict(
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     rounds = math.ceil(len(batches) / world)
     mine = [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
-    loader = DataLoader(
-        _Views(source, inputs, load, references),
-        batch_sampler=mine,
-        collate_fn=_collate,
-        num_workers=min(workers, len(mine)),
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # a loader draws a number, which training's own generator would miss
-    )
+    loader = make_loader(_Views(source, mine, inputs, load, references), 0, len(mine), min(workers, len(mine)))
     normalise = _Normalise(inputs, device, channels_last)
     names = imagenet.readable(source.classes)
     parts: list[Answers] = []
@@ -195,17 +192,18 @@ def in_words(scores: Mapping[str, Any]) -> str:
     return text + (f", agrees with the teacher on {scores['agreement']:.2%}" if "agreement" in scores else "")
 
 
-class _Views(Dataset[_Item | Problem]):
-    """Images as timm's evaluation has them, before they are normalised."""
+class _Views(Dataset[_Batch]):
+    """Batches of images as timm's evaluation has them, before they are normalised."""
 
     def __init__(
         self,
         source: LabelledImages,
+        batches: Sequence[Sequence[int]],
         inputs: InputSettings,
         load: Callable[[ImageSource], Image.Image],
         references: Callable[[LabelledImage], Sequence[int]] | None,
     ) -> None:
-        self.source, self.load, self.references = source, load, references
+        self.source, self.batches, self.load, self.references = source, batches, load, references
         # Not normalised: bytes are a quarter of what floats are on their way to the device.
         self.view = create_transform(
             (3, *inputs.size),
@@ -214,25 +212,25 @@ class _Views(Dataset[_Item | Problem]):
             normalize=False,
         )
 
-    def __getitem__(self, row: int) -> _Item | Problem:
+    def __getitem__(self, index: int) -> _Batch:
+        items = [self._read(row) for row in self.batches[index]]
+        good = [item for item in items if isinstance(item, _Item)]
+        return _Batch(
+            [item.row for item in good],
+            [item.label for item in good],
+            [list(item.right) for item in good],
+            [item.key for item in good],
+            torch.stack([item.pixels for item in good]) if good else torch.empty(0, dtype=torch.uint8),
+            [item for item in items if isinstance(item, Problem)],
+        )
+
+    def _read(self, row: int) -> _Item | Problem:
         try:
             item = self.source[row]
             right = [item.label] if self.references is None else self.references(item)
             return _Item(row, item.label, right, image_key(item.image), self.view(self.load(item.image)))
         except BadSample as bad:
             return Problem(self.source.name, self.source.line(row), bad.reason, bad.detail)
-
-
-def _collate(items: Sequence[_Item | Problem]) -> _Batch:
-    good = [item for item in items if isinstance(item, _Item)]
-    return _Batch(
-        [item.row for item in good],
-        [item.label for item in good],
-        [list(item.right) for item in good],
-        [item.key for item in good],
-        torch.stack([item.pixels for item in good]) if good else torch.empty(0, dtype=torch.uint8),
-        [item for item in items if isinstance(item, Problem)],
-    )
 
 
 class _Normalise:

@@ -17,9 +17,9 @@ from data.cache_folder import fingerprint
 from data.classification import LabelledImages, open_images
 from data.errors import UserError
 from data.images import load_image
-from data.loader import make_loader
 from data.mixture import Mixture
 from data.teacher_cache import TeacherCache
+from data.workers import make_loader
 from vlm_distill.launch import cores
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
 from vlm_distill.training.engine import Engine, Processes

@@ -1,9 +1,6 @@
 """Optimizer steps: the same for any split over ranks, micro-batches and workers; bad samples skipped or fatal."""
 
 import json
-import os
-import signal
-import time
 
 import pytest
 import torch
@@ -11,8 +8,9 @@ from PIL import Image
 
 from data.batch import Problem
 from data.errors import UserError
-from data.loader import ProblemLog, StepDataset, make_loader
+from data.loader import ProblemLog, StepDataset
 from data.mixture import Mixture
+from data.workers import make_loader
 
 
 @pytest.fixture
@@ -95,23 +93,6 @@ def test_the_loader_takes_no_random_number(steps):
     list(make_loader(steps(), 0, 2))
     list(make_loader(steps(), 0, 2, workers=1))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-class WorkerState(torch.utils.data.Dataset):
-    """Gives what a worker process looks like from inside, after its signals."""
-
-    def __getitem__(self, index):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-        time.sleep(0.01)
-        return torch.get_num_threads(), os.getpid()
-
-
-def test_workers_take_one_thread_and_outlive_signals():
-    states = list(make_loader(WorkerState(), 0, 4, workers=1))
-    assert {threads for threads, _ in states} == {1}
-    assert len({process for _, process in states}) == 1
-    assert states[0][1] != os.getpid()
 
 
 # Bad samples.

@@ -25,10 +25,11 @@ from data.classification import open_images
 from data.errors import BadSample, UserError, one_line
 from data.images import load_image
 from data.layouts import LAYOUTS, to_conversation
-from data.loader import StepDataset, make_loader
+from data.loader import StepDataset
 from data.mixture import Mixture
 from data.sources import open_source, open_text
 from data.tsv import TsvTable
+from data.workers import make_loader
 from vision.classifier import InputSettings
 from vision.loader import ImageSteps
 from vision.transforms import Augmentation

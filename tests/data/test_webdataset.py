@@ -10,9 +10,10 @@ from PIL import Image
 
 from data.errors import BadSample, UserError
 from data.images import load_image
-from data.loader import StepDataset, make_loader
+from data.loader import StepDataset
 from data.mixture import Mixture
 from data.sources import open_source
+from data.workers import make_loader
 
 
 @pytest.fixture(autouse=True)

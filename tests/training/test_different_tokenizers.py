@@ -4,9 +4,10 @@ import pytest
 import tiny
 
 from data.errors import UserError
-from data.loader import StepDataset, make_loader
+from data.loader import StepDataset
 from data.mixture import Mixture
 from data.sources import open_source
+from data.workers import make_loader
 from vlm_distill import models
 from vlm_distill.config import RunConfig
 from vlm_distill.demo import make_tokenizer

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from data.errors import BadSample, UserError
-from data.loader import make_loader
 from data.mixture import Mixture
 from data.teacher_cache import TeacherCache
+from data.workers import make_loader
 from vision.classifier import InputSettings
 from vision.loader import ImageSteps
 from vision.transforms import Augmentation, DeviceViews, Erasing, Mixing

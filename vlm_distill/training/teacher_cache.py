@@ -20,9 +20,10 @@ from data.collate import Collator, Pair, Turns, encode_teacher
 from data.conversation import Document
 from data.errors import BadSample, UserError
 from data.images import load_image
-from data.loader import ProblemLog, make_loader, problem_of
+from data.loader import ProblemLog, problem_of
 from data.sources import Source, TextSource
 from data.token_cache import TokenCache, TokenWriter, bytes_a_token, digest_of
+from data.workers import make_loader
 from vlm_distill.config import CacheSection, RunConfig, TeacherSection
 from vlm_distill.launch import cores
 from vlm_distill.losses import HiddenTargets

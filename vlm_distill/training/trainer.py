@@ -15,8 +15,9 @@ from data.batch import DistillationBatch, Problem, Step
 from data.collate import Pair
 from data.conversation import Document
 from data.errors import BadSample
-from data.loader import StepDataset, make_loader
+from data.loader import StepDataset
 from data.mixture import Mixture
+from data.workers import make_loader
 from vlm_distill import losses
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import cores

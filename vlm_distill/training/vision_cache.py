@@ -17,9 +17,9 @@ from data.cache_folder import ABOUT, compare, fingerprint, make_folder, read_abo
 from data.conversation import Document
 from data.errors import BadSample, UserError
 from data.feature_cache import FeatureCache, FeatureWriter
-from data.loader import make_loader
 from data.sources import Source, TextSource
 from data.token_cache import image_digest
+from data.workers import make_loader
 from vlm_distill.config import TEACHERS, RunConfig
 from vlm_distill.launch import cores
 from vlm_distill.models.common import DTYPES, first_line

@@ -1,0 +1,65 @@
+"""Processes that read ahead: what they are like inside, and what is said when one ends."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+
+from data.errors import UserError
+from data.workers import make_loader
+
+
+class WorkerState(torch.utils.data.Dataset):
+    """Gives what a worker process looks like from inside, after its signals."""
+
+    def __getitem__(self, index):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        return torch.get_num_threads(), os.getpid()
+
+
+def test_workers_take_one_thread_and_outlive_signals():
+    states = list(make_loader(WorkerState(), 0, 4, workers=1))
+    assert {threads for threads, _ in states} == {1}
+    assert len({process for _, process in states}) == 1
+    assert states[0][1] != os.getpid()
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return torch.full((3,), index), os.getpid()
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["first", "after_another_loader"])
+def test_a_killed_worker_is_told_at_the_next_item_and_nowhere_else(monkeypatch, others):
+    if others:
+        # DataLoader leaves its handler, which raises wherever the process is, at the first use in a process.
+        before = signal.getsignal(signal.SIGCHLD)
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+        for _ in DataLoader(range(2), num_workers=1):
+            pass
+        assert signal.getsignal(signal.SIGCHLD) != before
+    loader = make_loader(Numbers(), 0, 100, workers=1, prefetch=1)
+    _, process = next(loader)
+    os.kill(process, signal.SIGKILL)
+    time.sleep(0.2)
+    with pytest.raises(UserError, match=f"a worker that reads the data .process {process}. died of SIGKILL: "):
+        for _ in loader:
+            pass
+
+
+def test_a_handler_of_somebody_else_stays(monkeypatch):
+    def handler(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        next(make_loader(Numbers(), 0, 2, workers=1))
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
