@@ -6,11 +6,14 @@ import weakref
 
 import pytest
 import torch
+from multiplied import multiplied
 
+from data.batch import Rows
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.composed import SENTINEL
+from vlm_distill.training.operations import Costs
 
 PROJECTORS = {
     "linear": {"type": "linear"},
@@ -131,6 +134,29 @@ def test_every_projector_runs_trains_and_is_saved(kind, settings, tokenizer, bat
     model.save_pretrained(tmp_path)
     again = load_vlm(tmp_path)
     assert torch.equal(again(inputs, torch.arange(9)).hidden, model(inputs, torch.arange(9)).hidden)
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+@pytest.mark.parametrize("tower", ["vit", "convnet"])
+def test_operations_are_those_that_pytorch_counts(kind, tower, settings, tokenizer, talk, picture):
+    settings["projector"] = PROJECTORS[kind]
+    if tower == "vit":
+        config = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+        vit = {"source": "timm", "name": "vit_tiny_patch16_224", "config": config, "image_size": 32, "layer": -2}
+        settings["vision_encoder"] = vit
+    model = build_vlm(settings, tokenizer).requires_grad_(False)  # PyTorch's counter hangs hooks on what trains
+    rows = [model.processor.encode(talk([None, "What?"], "It is red."), [picture(i)]) for i in range(3)]
+    inputs = model.processor.collate(rows)
+    real = multiplied(model, inputs)
+    costs = Costs(model, trains=False)
+    counted = costs.of(Rows(inputs, torch.arange(0), torch.arange(0), 0))
+    for part, operations in counted.items():
+        if part in real and (tower, part) != ("convnet", "vision_encoder"):
+            assert operations == pytest.approx(real[part], rel=0.08), part
+    assert (counted["vision_encoder"] > 0) == (tower == "vit")  # of a convolutional one they are not known
+    features = torch.stack(model.see(rows))
+    known = costs.of(Rows({**inputs, "vision_features": features}, torch.arange(0), torch.arange(0), 0))
+    assert known == {**counted, "vision_encoder": 0}
 
 
 def test_pixel_shuffle_joins_neighbours(settings, tokenizer):

@@ -278,6 +278,13 @@ class ComposedVLM(VisionLanguageModel):
             return self.processor.tokens, self.decoder.get_input_embeddings().embedding_dim
         return None, decoder_width(name, self.decoder.base_model)
 
+    def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
+        assert isinstance(self.processor, ComposedProcessor)
+        encoder = None if "vision_features" in inputs else self.vision_encoder
+        images = len(inputs.get("vision_features", inputs.get("pixel_values", ())))
+        seen = 0 if encoder is None else encoder.positions or 0
+        return {"vision_encoder": images * seen, "projector": images * self.processor.tokens}
+
     @property
     def sight(self) -> dict[str, nn.Module]:
         if self.vision_encoder is None:

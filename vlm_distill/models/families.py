@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data.batch import Encoded
+from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, message_text
 from data.errors import BadSample, UserError
 
@@ -72,6 +72,13 @@ class Phi4MultimodalVLM(PretrainedVLM):
         for module in self.parts["vision_encoder"].modules():
             if hasattr(module, "is_causal"):
                 setattr(module, "is_causal", False)  # noqa: B010
+
+    def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
+        if "image_pixel_values" not in inputs:
+            return super().vision_positions(inputs)
+        # Tiles that only pad a batch run with the others; ends of lines are put in before the projector.
+        tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        return {"vision_encoder": self._patches(inputs["image_pixel_values"]), "projector": tokens}
 
     @property
     def parts(self) -> dict[str, nn.Module]:

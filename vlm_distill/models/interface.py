@@ -346,6 +346,14 @@ class VisionLanguageModel(nn.Module, ABC):
             UserError: as in :meth:`forward`.
         """
 
+    @abstractmethod
+    def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
+        """At how many positions ``vision_encoder`` and ``projector`` compute for a batch, to count their operations.
+
+        Those of an encoder are patches with class tokens, those of a projector what it makes of them. 0 for what does
+        not run, and for an encoder whose layers differ in theirs, as a convolutional one's do.
+        """
+
     @property
     @abstractmethod
     def sight(self) -> dict[str, nn.Module]:

@@ -183,6 +183,9 @@ class WithoutAdapters(VisionLanguageModel):
     def feature_shape(self, name: str) -> tuple[int | None, int]:
         return self.model.feature_shape(name)
 
+    def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
+        return self.model.vision_positions(inputs)
+
     @property
     def sight(self) -> dict[str, nn.Module]:
         return self.model.sight

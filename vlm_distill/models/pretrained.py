@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -378,6 +379,35 @@ class PretrainedVLM(VisionLanguageModel):
         if name == "projector":
             return int(self.processor.image_tokens(dummy).sum()), body.config.hidden_size
         return None, width * len(self._vision_layers() or [0])
+
+    def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
+        if "pixel_values" not in inputs:
+            return {"vision_encoder": 0, "projector": 0}
+        if hasattr(self.model.base_model, "image_newline") and inputs["pixel_values"].dim() == 5:
+            # Rows of padding are cut out of what the projector gave, ends of lines are put in. Tiles of zeros, which a
+            # normalised image's first line is not, pad the batch and never run.
+            tiles = inputs["pixel_values"].flatten(0, 1)
+            run = int(tiles[:, :, 0].flatten(1).any(-1).sum())
+            return dict.fromkeys(("vision_encoder", "projector"), run * self._patches(tiles[:1]))
+        tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        return {"vision_encoder": tokens * self._joined, "projector": tokens}
+
+    @cached_property
+    def _joined(self) -> float:
+        """How many patches become one image token. Their padding in a batch, which pixels show, seldom runs."""
+        dummy = self.processor.dummy()
+        return self._patches(dummy.tensors["pixel_values"]) / max(1, int(self.processor.image_tokens(dummy).sum()))
+
+    def _patches(self, pixels: Tensor) -> float:
+        """How many patches pixels are; 0 where the first layer is none of patches, as in convolutional towers."""
+        kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+        first: Any = next((m for m in self.parts["vision_encoder"].modules() if isinstance(m, kinds)), None)
+        # A patch's numbers are what one row of that layer multiplies.
+        if isinstance(first, nn.Linear):
+            return pixels.numel() / first.in_features
+        if first is None or first.stride != first.kernel_size:
+            return 0.0
+        return pixels.numel() / (first.in_channels * torch.Size(first.kernel_size).numel())
 
     @property
     def _takes_features(self) -> bool:

@@ -26,6 +26,10 @@ class Projector(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor: ...
 
+    def uses(self) -> dict[int, float]:
+        """How often parameters, by their ids, multiply for each embedding that comes out, where that is not once."""
+        return {}
+
 
 class MLPProjector(Projector):
     """``depth`` linear layers with GELU between them; depth 1 is one linear layer, depth 2 is LLaVA-1.5's."""
@@ -90,6 +94,11 @@ class Resampler(Projector):
         for layer in self.layers:
             queries = layer(queries, context)
         return self.norm(queries)
+
+    def uses(self) -> dict[int, float]:
+        features = len(self.positions) / len(self.queries)
+        joined = {id(p): 1 + features for name, p in self.named_parameters() if ".key_value." in name}
+        return dict.fromkeys(map(id, self.entry.parameters()), features) | joined
 
 
 class _ResamplerLayer(nn.Module):

@@ -112,6 +112,8 @@ class VisionEncoder(nn.Module):
     Attributes:
         width: of a feature.
         tokens: number of features an image has.
+        positions: at which each layer computes for an image, class and register tokens included; ``None`` where they
+            differ from layer to layer, as in convolutional and hierarchical towers.
         grid: rows and columns, when the features are a grid in row-major order, else ``None``.
         transform: images to pixels.
         settings: what builds this encoder again without a network, weights aside.
@@ -148,11 +150,15 @@ class VisionEncoder(nn.Module):
         self.tower.train()
         count = features.shape[1]
         self.width = features.shape[2]
+        patches = None
+        if tower.patch:
+            patches = self.transform.size[0] // tower.patch[0], self.transform.size[1] // tower.patch[1]
+        self.positions = count if patches and count >= patches[0] * patches[1] else None
         if output.dim() == 4:
             rows, cols = output.shape[1:3] if self._channels_last else output.shape[2:]
             self.grid = (rows, cols)
-        elif tower.patch:
-            rows, cols = self.transform.size[0] // tower.patch[0], self.transform.size[1] // tower.patch[1]
+        elif patches:
+            rows, cols = patches
             prefix = count - rows * cols
             if 0 <= prefix < rows * cols or prefix == 1:
                 self.grid = (rows, cols)

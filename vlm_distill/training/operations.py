@@ -1,4 +1,4 @@
-"""How many floating-point operations a step takes, by parameters and tokens alone, and their share of a GPU's peak."""
+"""Floating-point operations of a step, by parameters and positions alone, and their share of a GPU's peak."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from data.batch import DistillationBatch, Rows
 from vlm_distill.devices import known_device
 from vlm_distill.models.initialise import size_of
 from vlm_distill.models.interface import LMHead, VisionLanguageModel
+from vlm_distill.models.projectors import Projector
 
 
 class Operations:
-    """Counts a run's model operations: two for each weight and token forward, as many for each gradient that is made.
+    """Counts a run's model operations: two for each weight and position forward, as many for each gradient made.
 
-    Attention's products are counted whole, as if no mask were there; of experts those that a token is sent to. What
-    activation checkpointing computes again is not counted, as is usual for MFU; nor is attention inside the vision
-    encoder. A convolutional one's operations are not known, and left out.
+    A position is one that the weight's part computes at: a patch in the vision encoder, what becomes of patches that
+    were joined in the projector, a token in the decoder. Attention's products are counted whole, as if no mask were
+    there; of experts those that a token is sent to. What activation checkpointing computes again is not counted, as is
+    usual for MFU; nor is attention inside the vision encoder and the projector. The operations of an encoder whose
+    layers differ in their positions, as a convolutional one's do, are not known, and left out.
 
     Args:
         student: with what trains of it marked, before any sharding.
@@ -40,21 +43,20 @@ class Operations:
         vision_once: bool = False,
         head: LMHead | None = None,
     ) -> None:
-        self._student = _Costs(student, trains=True)
+        self._student = Costs(student, trains=True)
         if vision_once:
-            self._student.encoder = 0.0
-            self._student.projector *= "projector" not in student.sight
-        self._teacher = None if teacher is None else _Costs(teacher, trains=False)
+            self._student.at |= dict.fromkeys(student.sight, 0.0)
+        self._teacher = None if teacher is None else Costs(teacher, trains=False)
         self._head = 0 if head is None else 2 * _size(head.parameters[:1])
         found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = None if found is None else found.bf16 if bf16 else found.fp32
 
     def of(self, batch: DistillationBatch) -> float:
         """Operations of a micro-batch: student forward and backward, teacher forward, both heads."""
-        total = self._student.of(batch.student)
+        total = sum(self._student.of(batch.student).values())
         if batch.teacher is not None:
             total += len(batch.teacher.positions) * self._head
-            total += 0 if self._teacher is None else self._teacher.of(batch.teacher)
+            total += 0 if self._teacher is None else sum(self._teacher.of(batch.teacher).values())
         return total
 
     def values(self, flops: float, seconds: float, world: int) -> dict[str, float]:
@@ -63,52 +65,52 @@ class Operations:
         return found if self._peak is None else found | {"mfu": flops / seconds / (world * self._peak)}
 
 
-class _Costs:
-    """One model's operations, for each kind of its tokens."""
+class Costs:
+    """One model's operations, for each position of its parts.
+
+    Args:
+        model: before any sharding.
+        trains: whether a backward follows.
+    """
 
     def __init__(self, model: VisionLanguageModel, *, trains: bool) -> None:
+        self.model = model
         head = {id(p) for p in model.head.parameters}
-        routed, flows = _routed(model), False
-        self.text = self.encoder = self.projector = self.pair = self.patch = 0.0
+        uses, flows = _routed(model) | _used(model), False
+        #: Of a part at one of its positions.
+        self.at = {"vision_encoder": 0.0, "projector": 0.0, "decoder": 0.0}
         for name, part in model.parts.items():
             looked_up = {id(p) for m in part.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
             weights = [p for p in part.parameters() if id(p) not in head | looked_up]
-            count, trained = _size(weights, routed), 0.0
+            count, trained = _size(weights, uses), 0.0
             if trains:
-                trained = _size([p for p in weights if p.requires_grad], routed)
+                trained = _size([p for p in weights if p.requires_grad], uses)
             flows = flows or trained > 0 or (trains and any(p.requires_grad for p in part.parameters()))
             # Forward, the gradient that flows through, and those of the weights that train.
-            forms = 2 * ((2 if flows else 1) * count + trained)
+            self.at[name] = 2 * ((2 if flows else 1) * count + trained)
             if name == "decoder":
                 module: Any = next(m for m in part.modules() if hasattr(m, "config"))
                 config = module.config.get_text_config()
                 heads = config.num_attention_heads
                 width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-                self.text, self.pair = forms, 4 * (3 if flows else 1) * config.num_hidden_layers * width
-            elif name == "vision_encoder":
-                self.encoder = forms
-            else:
-                self.projector = forms
+                self.pair = 4 * (3 if flows else 1) * config.num_hidden_layers * width
         parameters = model.head.parameters
         self.head = 2 * _size(parameters[:1]) * ((2 + parameters[0].requires_grad) if trains else 1)
-        encoder = model.parts.get("vision_encoder")
-        first: Any = None if encoder is None else next((m for m in encoder.modules() if hasattr(m, "weight")), None)
-        # A patch's numbers: what one row of the patch embedding multiplies. Convolutional nets' windows overlap.
-        if isinstance(first, nn.Conv2d | nn.Conv3d) and first.stride == first.kernel_size:
-            self.patch = first.in_channels * torch.Size(first.kernel_size).numel()
-        elif isinstance(first, nn.Linear):
-            self.patch = first.in_features
 
-    def of(self, rows: Rows) -> float:
+    def of(self, rows: Rows) -> dict[str, float]:
+        """Operations of a micro-batch by part, ``attention`` of the decoder and ``lm_head`` among them."""
         tokens = rows.inputs["input_ids"]
-        total = tokens.numel() * (self.text + self.pair * tokens.shape[1]) + len(rows.positions) * self.head
-        pixels = rows.inputs.get("pixel_values")
-        if pixels is not None and self.patch:
-            total += pixels.numel() / self.patch * (self.encoder + self.projector)
-        features = rows.inputs.get("vision_features")  # the encoder has run long ago
-        if features is not None and features.dim() == 3:  # and the projector has where they are rows
-            total += features.shape[0] * features.shape[1] * self.projector
-        return total
+        positions = {**self.model.vision_positions(rows.inputs), "decoder": tokens.numel()}
+        return {
+            **{name: positions[name] * self.at[name] for name in self.at},
+            "attention": tokens.numel() * tokens.shape[1] * self.pair,
+            "lm_head": len(rows.positions) * self.head,
+        }
+
+
+def _used(model: VisionLanguageModel) -> dict[int, float]:
+    projector = model.parts.get("projector")
+    return projector.uses() if isinstance(projector, Projector) else {}
 
 
 def _routed(model: VisionLanguageModel) -> dict[int, float]:
