@@ -27,7 +27,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 VLM_DISTI
 # The benchmarks also run where a test fails; the script's own status is the tests'.
 status=0
 unfinished="the benchmark did not finish; its table has what it measured until then"
-timeout 150 "$python" -m pytest -m gpu tests/losses tests/vision tests/test_planning.py -q 2>&1 | tee "$OUT/gpu_tests.log" || status=$?
+timeout 150 "$python" -m pytest -m gpu tests/losses tests/vision tests/planning -q 2>&1 | tee "$OUT/gpu_tests.log" || status=$?
 name=$("$python" -c 'import torch; print("".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower()))')
 timeout 110 "$python" benchmarks/losses.py --device cuda --threads 4 --output "$OUT/losses_$name.csv" || echo "$unfinished"
 timeout 100 "$python" benchmarks/vision_speed.py --device cuda --threads 4 --output "$OUT/vision_speed_$name.csv" || echo "$unfinished"

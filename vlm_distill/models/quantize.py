@@ -6,13 +6,17 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.errors import UserError
 
+from .composed import ComposedVLM
+from .interface import VisionLanguageModel
 from .weightless import weightless
 
 Kind = Literal["int8", "nf4", "fp8"]
+#: Bits of a quantised weight with its scales: of NF4 one of 8 bits for 64 weights, and its own scale for 256 of these.
+BITS = {"nf4": 4.127, "int8": 8.0, "fp8": 8.0}
 _PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "torchao"}
 
 
@@ -56,6 +60,14 @@ def quantization(kind: Kind, dtype: torch.dtype, role: str) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+
+
+def quantised_weights(model: VisionLanguageModel) -> list[Tensor]:
+    """Weights that are loaded in fewer bits: linear layers' but the output layer's; of an assembled model's decoder."""
+    root = model.parts["decoder"] if isinstance(model, ComposedVLM) else model
+    head = {id(p) for p in model.head.parameters}
+    linear = {id(m.weight): m.weight for m in root.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad}
+    return [weight for i, weight in linear.items() if i not in head]
 
 
 def keep_gradients(model: nn.Module) -> None:

@@ -9,7 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vlm_distill.planning import MOST, Memory, Plan
+from vlm_distill.planning import Plan
+from vlm_distill.planning.memory import MOST, Memory
 
 from .plots import duration
 

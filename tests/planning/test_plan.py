@@ -15,21 +15,20 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from data.collate import Collator
 from data.errors import UserError
-from vlm_distill import cli, planning
-from vlm_distill.config import DeepSpeedSection, RunConfig
-from vlm_distill.devices import DEVICES, known_device
+from vlm_distill import cli
+from vlm_distill.config import RunConfig
 from vlm_distill.launch import reserved_port
 from vlm_distill.models import build_vlm
 from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.planning import plan
+from vlm_distill.planning.models import Models
+from vlm_distill.planning.simulation import Meter
 from vlm_distill.reporting.report import write_report
-from vlm_distill.simulation import HeadCost, Meter, Micro, simulate
 from vlm_distill.training.engine import Processes
-from vlm_distill.training.operations import Operations
 from vlm_distill.training.trainer import Trainer, train
 
-benchmark = by_path.load(Path(__file__).parents[1] / "benchmarks" / "planning.py")
+benchmark = by_path.load(Path(__file__).parents[2] / "benchmarks" / "planning.py")
 SLOW = pytest.mark.slow
 GPU = pytest.mark.gpu
 
@@ -116,106 +115,16 @@ def test_the_report_shows_plan_and_fact(planned):
     assert "25" in section.split("Waiting for data")[1].split("</tr>")[0]
 
 
-def _models(**changes):
-    plain = {"trained": 100, "learned": 0, "total": 100, "largest": 50, "group": 100, "small": 0}
-    plain |= {"bucket": planning.BUCKET, "bf16": False, "on_cpu": False, "deepspeed": DeepSpeedSection()}
-    bytes_of = {"parameter_bytes": lambda stage: 400.0, "teacher_bytes": lambda placement, stage: 1000.0}
-    return SimpleNamespace(**plain | bytes_of | changes)
-
-
-def test_the_largest_micro_batch_is_the_last_that_fits():
-    points = {1: Micro(10, 3_000, 3_400, 1, 1), 2: Micro(20, 6_000, 6_400, 1, 1)}
-    fits = {}
-    for limit in (4_000, 30_000, 32_599, 1_000):
-        row = planning._memory(_models(), points, 1, 2, "replicate", 1, 1, limit)
-        fits[limit] = row.largest_micro_batch
-        static = 400 + 1200 + 1000  # weights, masters and states, teacher; gradients come as activations go
-        assert row.peak == static + 3_000
-        assert static + 3_000 * fits[limit] <= limit or fits[limit] == 0
-        assert static + 3_000 * (fits[limit] + 1) > limit
-    assert fits == {4_000: 0, 30_000: 9, 32_599: 9, 1_000: 0}
-    most = planning._memory(_models(), points, 1, 2, "replicate", 1, 1, 1e12).largest_micro_batch
-    assert most == planning.MOST  # which is told as that many or more
-
-
 def test_what_is_said_to_fit_is_what_does(tmp_path):
     data, teacher = tiny.write_data(tmp_path / "data", rows=8), tiny.write_teacher(tmp_path / "teacher")
     plain = tiny.config(tmp_path / "run", data, teacher)
     plain["deepspeed"]["stage"], limit = 2, 0.03
-    found = planning.plan(RunConfig.model_validate(plain), memory=limit, device="cpu")
+    found = plan(RunConfig.model_validate(plain), memory=limit, device="cpu")
     most = _configured(found).largest_micro_batch
     assert most > 16
     plain["training"] |= {"micro_batch_size": most, "batch_size": 2 * most}
-    full = planning.plan(RunConfig.model_validate(plain), memory=limit, device="cpu")
+    full = plan(RunConfig.model_validate(plain), memory=limit, device="cpu")
     assert 0.93e9 * limit < _configured(full).peak < 1.03e9 * limit
-
-
-# A Llama of 3.9 million parameters, fp32 or bf16; the peak of a rank's live tensors in bytes a parameter, as
-# `benchmarks/planning.py` counts them, by ZeRO stage, ranks and micro-batches of a step. Its activations take 2.2.
-MEASURED = {
-    (0, "fp32", 1, 1): 17.10,
-    (0, "fp32", 2, 1): 20.11,
-    (0, "fp32", 1, 2): 18.13,
-    (1, "fp32", 1, 1): 30.93,
-    (1, "fp32", 2, 1): 18.13,
-    (1, "fp32", 2, 2): 20.13,
-    (1, "bf16", 1, 1): 27.27,
-    (1, "bf16", 2, 2): 20.06,
-    (2, "fp32", 2, 1): 18.11,
-    (2, "fp32", 2, 2): 22.51,
-    (2, "bf16", 1, 1): 25.27,
-    (2, "bf16", 2, 2): 14.26,
-    (3, "fp32", 1, 2): 34.93,
-    (3, "fp32", 2, 2): 23.70,
-    (3, "fp32", 4, 2): 18.70,
-    (3, "bf16", 2, 2): 16.46,
-    (3, "bf16", 4, 2): 11.35,
-}
-# The same, where a bucket holds 500,000 parameters.
-SMALL_BUCKETS = {
-    (1, "fp32", 2, 1): 17.72,
-    (2, "fp32", 2, 2): 17.72,
-    (2, "bf16", 2, 1): 13.66,
-    (3, "fp32", 2, 1): 18.62,
-    (3, "bf16", 2, 2): 14.72,
-}
-
-
-@pytest.mark.parametrize(
-    ("bucket", "case", "measured"),
-    [
-        (n, case, value)
-        for n, table in ((5 * 10**8, MEASURED), (5 * 10**5, SMALL_BUCKETS))
-        for case, value in table.items()
-    ],
-)
-def test_what_zero_holds_is_what_was_measured(bucket, case, measured):
-    stage, dtype, gpus, accumulation = case
-    total = 3_918_592
-    sizes = {"trained": total, "total": total, "largest": 385_280, "group": 3_531_008, "small": 788_736}
-    working = 2 if dtype == "bf16" and stage > 0 else 4
-    kinds = {"bf16": dtype == "bf16", "on_cpu": True, "bucket": bucket}
-    bytes_of = {"parameter_bytes": lambda stage: working * total, "teacher_bytes": lambda *_: 0.1 * total}
-    student = round(2.2 * total)
-    points = {size: Micro(0, student, round(4.1 * total) if working == 4 else student, 1, 1) for size in (2, 16)}
-    models = _models(**sizes, **kinds, **bytes_of)
-    row = planning._memory(models, points, 2, stage, "replicate", gpus, accumulation, 1e12)
-    assert row.peak / total == pytest.approx(measured, rel=0.06)
-
-
-@pytest.mark.parametrize(("stage", "published"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
-def test_states_of_a_model_are_those_of_the_zero_paper(stage, published):
-    # Rajbhandari et al. 2020 (arXiv 1910.02054), figure 1: 7.5 billion parameters on 64 GPUs. Gradients of 2 bytes are
-    # theirs; DeepSpeed sums in 4. At stage 0 ours are float32, as many bytes in all.
-    total = 7_500_000_000
-    bf16 = stage > 0
-    bytes_of = {"parameter_bytes": lambda stage: (2 if bf16 else 4) * total, "teacher_bytes": lambda *_: 0}
-    models = _models(trained=total, total=total, largest=1, group=1, bf16=bf16, **bytes_of)
-    points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
-    row = planning._memory(models, points, 1, stage, "none", 64, 1, 1e12)
-    live = 2 * planning.LIVE if stage == 3 else 0  # which the paper leaves out
-    gradients = {0: 4, 1: 2}.get(stage, 2 / 64) * total
-    assert (row.parameters - live + row.optimizer + gradients) / 1e9 == pytest.approx(published, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -232,30 +141,6 @@ def test_operations_of_a_forward_are_the_published_ones(name, parameters, produc
     assert meter.flops == pytest.approx(2 * products, rel=0.01)
 
 
-def test_a_shared_or_sharded_teacher_takes_its_share():
-    points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
-    many = _models(teacher_bytes=lambda placement, stage: 8e10)
-    sizes = {p: planning._memory(many, points, 1, 2, p, 8, 1, 1e12).teacher for p in ("replicate", "shard")}
-    assert sizes == {"replicate": 8e10, "shard": 1e10 + 2e9}  # and what is whole at once of a sharded one
-    row = planning._memory(many, points, 1, 2, "offload", 8, 1, 1e12)
-    assert (row.teacher, row.host) == (2e9, 1e10)
-
-
-def test_what_is_offloaded_lies_in_main_memory():
-    points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
-    plain = planning._memory(_models(), points, 1, 3, "replicate", 1, 1, 1e12)
-    places = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    offloads = DeepSpeedSection(zero_optimization=places)
-    moved = planning._memory(_models(deepspeed=offloads), points, 1, 3, "replicate", 1, 1, 1e12)
-    assert plain.host == 0
-    assert moved.host == plain.optimizer + 400 + plain.parameters  # with sums of gradients
-    assert (moved.optimizer, moved.step) == (0, 0)
-    assert moved.gradients == plain.gradients - 400 == 400  # a bucket
-    assert moved.peak == 1000 + 400 + 400  # the teacher, the bucket, and its copy or the weights that are whole
-    here = planning._memory(_models(deepspeed=offloads, on_cpu=True), points, 1, 3, "replicate", 1, 1, 1e12)
-    assert here.peak > moved.peak  # it is the same memory
-
-
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.127)])
 def test_weights_of_fewer_bits_are_those_of_linear_layers_but_the_output_layer(kind, bits):
     with Meter():
@@ -263,7 +148,7 @@ def test_weights_of_fewer_bits_are_those_of_linear_layers_but_the_output_layer(k
         whole = sum(p.nbytes for p in model.parameters())
         layers = [m for m in model.decoder.model.modules() if isinstance(m, torch.nn.Linear)]
         packed = sum(layer.weight.numel() for layer in layers)
-        found = planning._Models.teacher_bytes(SimpleNamespace(teacher=model), kind, 2)
+        found = Models.teacher_bytes(SimpleNamespace(teacher=model), kind, 2)
     assert packed > 1000
     assert found == whole - 4 * packed + packed * bits / 8
 
@@ -302,7 +187,7 @@ def plans(tmp_path_factory):
         for path, value in changes.items():
             section, _, key = path.partition("__")
             own[section][key] = value
-        found[name] = planning.plan(RunConfig.model_validate(own), gpus=2)
+        found[name] = plan(RunConfig.model_validate(own), gpus=2)
     return found
 
 
@@ -364,7 +249,7 @@ SERVED = {"server": {"url": "http://127.0.0.1:9/v1"}}
     ],
 )
 def test_runs_of_every_kind_are_planned(models, student, teacher, changes, placement):
-    found = planning.plan(_run(models, student, teacher, **changes), gpus=2)
+    found = plan(_run(models, student, teacher, **changes), gpus=2)
     assert _configured(found).placement == placement
     assert _configured(found).activations > 0
     assert found.flops > 0
@@ -412,7 +297,7 @@ def test_what_a_run_refuses_is_refused_by_its_plan(models, monkeypatch, student,
     config = _run(models, student, teacher, **changes)
     ranks = config.training.sequence_parallel
     with pytest.raises(UserError, match=message) as planned:
-        planning.plan(config, gpus=ranks)
+        plan(config, gpus=ranks)
     group = SequenceParallel(None, 0, ranks) if ranks > 1 else None  # the others are not here
     monkeypatch.setattr(Processes, "share_sequences", lambda self, size: group)
     processes = Processes("cpu")
@@ -440,14 +325,14 @@ def test_what_a_run_refuses_is_refused_by_its_plan(models, monkeypatch, student,
 )
 def test_what_cannot_be_planned_is_told(models, student, teacher, changes, message):
     with pytest.raises(UserError, match=message):
-        planning.plan(_run(models, student, teacher, **changes))
+        plan(_run(models, student, teacher, **changes))
 
 
 def test_data_that_are_there_and_wrong_are_not_taken_to_be_absent(models):
     (models / "empty.jsonl").write_text("")
     config = _run(models, "llama", "llama", data__train=[{"path": str(models / "empty.jsonl")}])
     with pytest.raises(UserError, match="has no rows"):
-        planning.plan(config)
+        plan(config)
 
 
 def test_a_cached_teacher_leaves_its_head_or_nothing(plans):
@@ -482,50 +367,11 @@ def test_ranks_that_share_sequences_share_the_decoder_s_activations(plans):
 def test_an_unknown_device_and_an_unknown_model_are_told_in_one_line(tmp_path):
     plain = tiny.config(tmp_path / "run", tiny.write_data(tmp_path / "data", rows=8), None)
     with pytest.raises(UserError, match="--device: abacus is not known"):
-        planning.plan(RunConfig.model_validate(plain), device="abacus")
+        plan(RunConfig.model_validate(plain), device="abacus")
     plain["student"] = {"path": str(tmp_path / "nowhere")}
     with pytest.raises(UserError, match="nowhere") as told:
-        planning.plan(RunConfig.model_validate(plain))
+        plan(RunConfig.model_validate(plain))
     assert "\n" not in str(told.value)
-
-
-def test_devices_are_known_by_their_drivers_names():
-    assert known_device("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
-    assert known_device("NVIDIA H100 PCIe") is DEVICES["h100-pcie"]
-    assert known_device("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40"]
-    assert known_device("Abacus 3000") is None
-
-
-@pytest.mark.parametrize("trained", [("decoder",), ("projector",), ("vision_encoder", "projector", "decoder")])
-def test_operations_from_parameters_are_those_of_the_model_s_own_code(tmp_path, trained):
-    from data.images import load_image
-    from data.sources import open_source
-
-    source = open_source(tiny.write_data(tmp_path, rows=4))
-    with Meter() as meter:
-        model = build_vlm(tiny.settings(width=64), tokenizer=tiny.make_tokenizer(tiny.WORDS))
-        model.set_trainable(trained)
-        collator = Collator(model.processor, None, 64)
-        pairs = [p for row in source for p in collator.encode(row, [load_image(i) for i in row.images])]
-        batch = collator.batch(pairs)
-        with model.head.weight() as weight:
-            products = 2 * len(batch.targets) * weight.numel() * (2 + weight.requires_grad)
-        found = simulate(meter, model, None, batch, HeadCost(0, products), autocast=False)
-        counted = Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
-    assert counted == pytest.approx(found.student_flops, rel=0.1)
-
-
-def test_of_experts_those_are_counted_that_a_token_is_sent_to():
-    def operations(experts):
-        config = {**tiny.settings()["decoder"]["config"], "model_type": "qwen3_moe", "head_dim": 8}
-        config |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        model = build_vlm({"decoder": {"config": config}}, tokenizer=tiny.make_tokenizer(tiny.WORDS))
-        batch = Collator(model.processor, None, 64).batch([])
-        assert batch.student.inputs["input_ids"].numel() == 1
-        return Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
-
-    # One token, two layers of width 16, in each a router with a row for each expert: forward and two gradients.
-    assert operations(8) - operations(4) == 6 * 2 * 16 * 4
 
 
 def test_a_run_measures_what_was_planned(tmp_path):

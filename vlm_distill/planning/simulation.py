@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from data.batch import DistillationBatch, ModelInputs
+from vlm_distill.losses import HiddenTargets, Term, TopKTargets, fused_linear
+from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
+from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
 from vlm_distill.models.features import SIGHT
-from vlm_distill.models.interface import Outputs, VisionLanguageModel
+from vlm_distill.models.interface import LMHead, Outputs, VisionLanguageModel
 from vlm_distill.models.vision_once import handed_on
 from vlm_distill.models.weightless import Weightless, tensors_in
 
@@ -103,6 +106,71 @@ class HeadCost:
 
     transient: int
     flops: int
+
+
+def losses_cost(
+    meter: Meter,
+    terms: Sequence[Term],
+    heads: Sequence[tuple[LMHead, int]],
+    *,
+    likeliest: int | None,
+    grouped: bool,
+    recompute: bool,
+    on_cpu: bool,
+) -> HeadCost:
+    """What ``fused_linear`` holds and multiplies.
+
+    Args:
+        meter: open, and what the models were built under.
+        terms: of the run.
+        heads: the student's, and the teacher's where it guides, with the rows of hidden states that go through.
+        likeliest: how many of the teacher's likeliest tokens are known, where no more is.
+        grouped: rows are grouped across tokenizers.
+        recompute: from tiles of tokens × vocabulary.
+        on_cpu: its limits are a CPU's.
+    """
+    rows = heads[0][1]
+    if not terms or not rows:
+        return HeadCost(0, 0)
+    weights = []
+    for head, _ in heads:
+        with head.weight() as weight:
+            weights.append(weight)
+    flops = 2 * rows * weights[0].numel() * (2 + weights[0].requires_grad)
+    flops += sum(2 * count * w.numel() for w, (_, count) in zip(weights[1:], heads[1:], strict=True))
+    logits = sum(4 * count * len(w) for w, (_, count) in zip(weights, heads, strict=True))
+    if not on_cpu:
+        return HeadCost(min(2 * logits, TILE_BYTES if recompute else CHUNK_BYTES), flops)
+    copies = sum(4 * w.numel() for w in weights if w.dtype != torch.float32)
+    if recompute:
+        return HeadCost(copies + min(logits, TILE_BYTES_CPU), flops)
+    block = 8 * BLOCK_BYTES_CPU if grouped else _block(meter, terms, heads, weights, likeliest)
+    return HeadCost(copies + min(logits + block, CHUNK_BYTES_CPU), flops)
+
+
+def _block(
+    meter: Meter,
+    terms: Sequence[Term],
+    heads: Sequence[tuple[LMHead, int]],
+    weights: Sequence[Tensor],
+    likeliest: int | None,
+) -> int:
+    """Bytes that the losses hold for a block of rows, its logits aside, found by letting them run on one."""
+    rows = min(heads[0][1], max(1, BLOCK_BYTES_CPU // (4 * len(weights[0]))))
+    hidden = [w.new_empty(rows, w.shape[1]) for w in weights]
+    hidden[0].requires_grad_()
+    targets = torch.zeros(rows, dtype=torch.int64)
+    teacher: HiddenTargets | TopKTargets | None = None
+    if len(heads) > 1:
+        teacher = HiddenTargets(hidden[1], heads[1][0])
+    elif likeliest is not None:
+        ids = torch.arange(likeliest).expand(rows, -1)
+        teacher = TopKTargets(ids, hidden[0].new_empty(ids.shape), hidden[0].new_empty(rows))
+    with meter.counting():
+        fused_linear(terms, hidden[0], heads[0][0], teacher, targets)
+    made = sum(4 * rows * len(w) + (4 * w.numel() if w.dtype != torch.float32 else 0) for w in weights)
+    gradients = 4 * hidden[0].numel() + (4 * weights[0].numel() if weights[0].requires_grad else 0)
+    return max(0, meter.peak - made - gradients)
 
 
 class _Losses(torch.autograd.Function):
