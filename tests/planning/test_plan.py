@@ -207,6 +207,7 @@ def models(tmp_path_factory):
     tiny.write_llava(folder / "llava", 1)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1}
+    (folder / "empty.jsonl").write_text("")
     for name, options in {"llama": {}, "mixtral": experts}.items():
         decoder = {"config": {"model_type": name} | sizes | options}
         build_vlm({"decoder": decoder}, tokenizer=tiny.make_tokenizer(tiny.WORDS)).save_pretrained(folder / name)
@@ -242,7 +243,7 @@ SERVED = {"server": {"url": "http://127.0.0.1:9/v1"}}
         ("llava", ("llava", SERVED), {"data": "data"}, "served"),
         (ADAPTED, (None, {"from_student": True}), {"training__sequence_parallel": 2}, "none"),
         ("mixtral", "mixtral", {}, "replicate"),
-        (FROZEN, "teacher", {"data": "nowhere"}, "replicate"),
+        (FROZEN, "teacher", {"data": "nowhere", "data__eval": [{"path": "gone.jsonl"}]}, "replicate"),
         ("llava", "llava", {"data": "nowhere", "data__max_length": 256}, "replicate"),
         ("llama", "llama", {"data": "text"}, "replicate"),
         ("llama", ("llama", {"quantize": "fp8"}), {}, "fp8"),
@@ -283,6 +284,10 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
             {"training__sequence_parallel": 3, "training__batch_size": 6},
             "its 2 heads are no multiple of 3 ranks",
         ),
+        ("llama", "llama", {"data__eval": [{"path": "gone.jsonl"}]}, "gone.jsonl"),
+        ("llama", "llama", {"data__eval": [{"path": "empty.jsonl"}]}, "empty.jsonl has no rows"),
+        ("llama", "llama", {"evaluation": {"benchmarks": ["mme"], "benchmark_data": "."}}, "mme: no data in"),
+        ("llama", "llama", {"evaluation": {"every": 1, "best": "mme"}}, "evaluation.best: mme is not evaluated on"),
         ("llama", "llama", {"optimizer": {"part_lr": {"vision_encoder": 1e-3}}}, "this student has no vision_encoder"),
         (
             (None, tiny.settings() | {"tokenizer": "pieces/student"}),
@@ -329,7 +334,6 @@ def test_what_cannot_be_planned_is_told(models, student, teacher, changes, messa
 
 
 def test_data_that_are_there_and_wrong_are_not_taken_to_be_absent(models):
-    (models / "empty.jsonl").write_text("")
     config = _run(models, "llama", "llama", data__train=[{"path": str(models / "empty.jsonl")}])
     with pytest.raises(UserError, match="has no rows"):
         plan(config)

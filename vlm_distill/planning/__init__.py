@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from data.errors import UserError
 from vlm_distill.config import RunConfig, split_batch
 from vlm_distill.devices import DEVICES
+from vlm_distill.training.evaluations import Evaluations
 
 from .memory import Memory, rank_memory
 from .models import Models, Part
-from .samples import Sequences, sample
+from .samples import Sequences, open_training, sample
 from .simulation import Meter
 
 STAGES = (0, 1, 2, 3)
@@ -81,7 +83,7 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
         device: of ``devices.DEVICES``, or ``cpu``.
 
     Raises:
-        UserError: an unknown device, or a model whose configuration cannot be read.
+        UserError: an unknown device, a model whose configuration cannot be read, or what the run would refuse.
     """
     if device not in {*DEVICES, "cpu"}:
         raise UserError(f"--device: {device} is not known; choose cpu or one of {', '.join(DEVICES)}")
@@ -90,9 +92,14 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
     budget = 1e9 * (memory or DEVICES[device].memory)
     allowance = 0.0 if device == "cpu" else CONTEXT + FRAGMENTATION * budget
     micro, accumulation = split_batch(config, gpus)
+    sources = open_training(config)
+    if sources is not None:
+        # Where the data are, what the run is evaluated on is to be there too: it refuses what the run would.
+        ranks: Any = SimpleNamespace(world=gpus)
+        Evaluations(config, ranks)
     with Meter() as meter:
         models = Models(config, device)
-        pairs, sequences, epoch_steps = sample(config, models)
+        pairs, sequences, epoch_steps = sample(config, sources, models)
         longest = max(pairs, key=lambda pair: len(pair.student.input_ids))
         sizes = (micro, 8 * micro if micro <= _FAR else 1)
         points = {size: models.run(meter, [longest] * size) for size in sizes}

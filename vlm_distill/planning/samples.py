@@ -15,6 +15,7 @@ from data.collate import Pair
 from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
 from data.mixture import Mixture
+from data.sources import Source, TextSource
 from vlm_distill.config import RunConfig
 from vlm_distill.models.interface import Processor
 from vlm_distill.training.build import image_loader, open_sources
@@ -22,6 +23,7 @@ from vlm_distill.training.build import image_loader, open_sources
 from .models import Models
 
 SAMPLES = 32
+Sources = list[Source | TextSource]
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,15 @@ class Sequences:
     bytes: float
 
 
-def sample(config: RunConfig, models: Models) -> tuple[list[Pair], Sequences, float]:
-    """Pairs as the run will meet them, what they look like, and steps of an epoch."""
-    collator, data = models.collator(), config.data
+def open_training(config: RunConfig) -> Sources | None:
+    """What the run will learn from; ``None`` where that is not there yet.
+
+    Raises:
+        UserError: it is there and cannot be read, or it is not and the run's length would follow from it.
+    """
+    data = config.data
     try:
-        sources = open_sources(data.train, data.max_length)
+        return open_sources(data.train, data.max_length)
     except UserError:
         if all(Path(section.path).exists() for section in data.train):
             raise
@@ -57,7 +63,23 @@ def sample(config: RunConfig, models: Models) -> tuple[list[Pair], Sequences, fl
             raise UserError(
                 "data.train: not there, so that nobody knows how many steps training.epochs are; set training.steps"
             ) from None
+        return None
+
+
+def sample(config: RunConfig, sources: Sources | None, models: Models) -> tuple[list[Pair], Sequences, float]:
+    """Pairs as the run will meet them, what they look like, and steps of an epoch.
+
+    Args:
+        config: the run's.
+        sources: from :func:`open_training`.
+        models: what the pairs are for.
+
+    Raises:
+        UserError: no sample can be used.
+    """
+    if sources is None:
         return _assumed(models)
+    collator, data = models.collator(), config.data
     weights = [section.weight for section in data.train]
     mixture = Mixture(sources, weights, seed=config.training.seed, batch_size=config.training.batch_size)
     first = Mixture(sources, weights, seed=config.training.seed, batch_size=SAMPLES)
