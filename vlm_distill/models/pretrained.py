@@ -394,7 +394,7 @@ class PretrainedVLM(VisionLanguageModel):
 
     @cached_property
     def _joined(self) -> float:
-        """How many patches become one image token. Their padding in a batch, which pixels show, seldom runs."""
+        """How many patches become one image token: pixels of a batch hold padding as well, which towers leave out."""
         dummy = self.processor.dummy()
         return self._patches(dummy.tensors["pixel_values"]) / max(1, int(self.processor.image_tokens(dummy).sum()))
 
