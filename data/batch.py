@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -71,6 +71,10 @@ class Processor(Protocol):
         """A row with one blank image (no image for a text model) and no supervised token."""
         ...
 
+    def image_tokens(self, sample: Encoded) -> Tensor:
+        """Bool ``[L]``: which tokens of an encoded sample with images stand for them."""
+        ...
+
     def join(self, samples: Sequence[Encoded]) -> Encoded:
         """Samples in one row, which a model that can tells apart."""
         ...
@@ -106,20 +110,24 @@ class Rows:
             that is, of the hidden state that predicts it.
         images: int64 ``[images]``, where the samples' images, in the samples' order, stand among those of the inputs.
             Dummy rows' images are not among them.
+        image_tokens: int64, the same of the images' tokens.
         tokens: tokens of samples and dummy rows, padding not counted.
     """
 
     inputs: ModelInputs
     positions: Tensor
     images: Tensor
+    image_tokens: Tensor
     tokens: int
 
     def to(self, device: torch.device | str) -> Rows:
-        positions, images = (x.to(device, non_blocking=True) for x in (self.positions, self.images))
-        return Rows(self.inputs.to(device), positions, images, self.tokens)
+        return self._map(self.inputs.to(device), lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Rows:
-        return Rows(self.inputs.pin_memory(), self.positions.pin_memory(), self.images.pin_memory(), self.tokens)
+        return self._map(self.inputs.pin_memory(), Tensor.pin_memory)
+
+    def _map(self, inputs: ModelInputs, change: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(inputs, change(self.positions), change(self.images), change(self.image_tokens), self.tokens)
 
 
 @dataclass
