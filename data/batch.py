@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -47,9 +47,6 @@ class ModelInputs(dict[str, Tensor]):
                 for k, v in self.items()
             }
         )
-
-    def pin_memory(self) -> ModelInputs:
-        return ModelInputs({k: v.pin_memory() for k, v in self.items()})
 
 
 class Processor(Protocol):
@@ -121,13 +118,10 @@ class Rows:
     tokens: int
 
     def to(self, device: torch.device | str) -> Rows:
-        return self._map(self.inputs.to(device), lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Rows:
-        return self._map(self.inputs.pin_memory(), Tensor.pin_memory)
-
-    def _map(self, inputs: ModelInputs, change: Callable[[Tensor], Tensor]) -> Rows:
-        return Rows(inputs, change(self.positions), change(self.images), change(self.image_tokens), self.tokens)
+        positions, images, tokens = (
+            x.to(device, non_blocking=True) for x in (self.positions, self.images, self.image_tokens)
+        )
+        return Rows(self.inputs.to(device), positions, images, tokens, self.tokens)
 
 
 @dataclass
@@ -149,9 +143,6 @@ class Groups:
 
     def to(self, device: torch.device | str) -> Groups:
         return Groups(*(x.to(device, non_blocking=True) for x in (self.student, self.teacher, self.teacher_targets)))
-
-    def pin_memory(self) -> Groups:
-        return Groups(self.student.pin_memory(), self.teacher.pin_memory(), self.teacher_targets.pin_memory())
 
 
 @dataclass
@@ -202,17 +193,6 @@ class DistillationBatch:
             groups=None if self.groups is None else self.groups.to(device),
         )
 
-    def pin_memory(self) -> DistillationBatch:
-        return replace(
-            self,
-            student=self.student.pin_memory(),
-            teacher=self.teacher and self.teacher.pin_memory(),
-            targets=self.targets.pin_memory(),
-            distilled=self.distilled.pin_memory(),
-            sample_of=self.sample_of.pin_memory(),
-            groups=None if self.groups is None else self.groups.pin_memory(),
-        )
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -230,7 +210,7 @@ class Step:
 
     Attributes:
         index: the optimizer step, counted from 0 through all epochs.
-        batches: this rank's micro-batches, the same number on every rank; each has ``to`` and ``pin_memory``.
+        batches: this rank's micro-batches, the same number on every rank; each has ``to``.
         problems: samples of this rank that were left out of this step.
         tokens: (of text) student tokens of this rank, padding not counted.
         samples: the conversations behind ``batches``, micro-batch by micro-batch (only where asked for).
@@ -241,9 +221,6 @@ class Step:
     problems: list[Problem] = field(default_factory=list)
     tokens: int = 0
     samples: list[list[Any]] = field(default_factory=list)
-
-    def pin_memory(self) -> Step:
-        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
     def counts(self) -> Mapping[str, int]:
         """Of image-text batches: images and supervised tokens of this rank, those (or groups) of them distilled."""
