@@ -171,12 +171,13 @@ class Bench:
         self.pixels = pixels
         empty = torch.empty(0, dtype=torch.int64)
         ours = pixels.contiguous(memory_format=torch.channels_last)
-        self.step = Step(0, [ImageBatch(ours, self.labels, empty, empty)], [])
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (inputs.mean, inputs.std))
         self.floats = (pixels.float() / 255 - mean) / std
         if self.device.type == "cuda":
-            self.step = Step(0, [batch.pin_memory() for batch in self.step.batches], [])
-            self.pixels, self.floats, self.labels = (x.pin_memory() for x in (self.pixels, self.floats, self.labels))
+            self.pixels, self.floats, self.labels, ours = (
+                x.pin_memory() for x in (self.pixels, self.floats, self.labels, ours)
+            )
+        self.step = Step(0, [ImageBatch(ours, self.labels, empty, empty)], [])
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=case.dtype == "bf16")
         self.format = torch.channels_last if case.channels_last else torch.contiguous_format
         student = self.trainer.student.model

@@ -48,9 +48,6 @@ class ModelInputs(dict[str, Tensor]):
             }
         )
 
-    def pin_memory(self) -> ModelInputs:
-        return ModelInputs({k: v.pin_memory() for k, v in self.items()})
-
 
 class Processor(Protocol):
     """What collation needs of a model's processor (``vlm_distill.models.interface.Processor`` is one)."""
@@ -69,6 +66,10 @@ class Processor(Protocol):
 
     def dummy(self) -> Encoded:
         """A row with one blank image (no image for a text model) and no supervised token."""
+        ...
+
+    def image_tokens(self, sample: Encoded) -> Tensor:
+        """Bool ``[L]``: which tokens of an encoded sample with images stand for them."""
         ...
 
     def join(self, samples: Sequence[Encoded]) -> Encoded:
@@ -106,20 +107,21 @@ class Rows:
             that is, of the hidden state that predicts it.
         images: int64 ``[images]``, where the samples' images, in the samples' order, stand among those of the inputs.
             Dummy rows' images are not among them.
+        image_tokens: int64, the same of the images' tokens.
         tokens: tokens of samples and dummy rows, padding not counted.
     """
 
     inputs: ModelInputs
     positions: Tensor
     images: Tensor
+    image_tokens: Tensor
     tokens: int
 
     def to(self, device: torch.device | str) -> Rows:
-        positions, images = (x.to(device, non_blocking=True) for x in (self.positions, self.images))
-        return Rows(self.inputs.to(device), positions, images, self.tokens)
-
-    def pin_memory(self) -> Rows:
-        return Rows(self.inputs.pin_memory(), self.positions.pin_memory(), self.images.pin_memory(), self.tokens)
+        positions, images, tokens = (
+            x.to(device, non_blocking=True) for x in (self.positions, self.images, self.image_tokens)
+        )
+        return Rows(self.inputs.to(device), positions, images, tokens, self.tokens)
 
 
 @dataclass
@@ -141,9 +143,6 @@ class Groups:
 
     def to(self, device: torch.device | str) -> Groups:
         return Groups(*(x.to(device, non_blocking=True) for x in (self.student, self.teacher, self.teacher_targets)))
-
-    def pin_memory(self) -> Groups:
-        return Groups(self.student.pin_memory(), self.teacher.pin_memory(), self.teacher_targets.pin_memory())
 
 
 @dataclass
@@ -194,17 +193,6 @@ class DistillationBatch:
             groups=None if self.groups is None else self.groups.to(device),
         )
 
-    def pin_memory(self) -> DistillationBatch:
-        return replace(
-            self,
-            student=self.student.pin_memory(),
-            teacher=self.teacher and self.teacher.pin_memory(),
-            targets=self.targets.pin_memory(),
-            distilled=self.distilled.pin_memory(),
-            sample_of=self.sample_of.pin_memory(),
-            groups=None if self.groups is None else self.groups.pin_memory(),
-        )
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -222,7 +210,7 @@ class Step:
 
     Attributes:
         index: the optimizer step, counted from 0 through all epochs.
-        batches: this rank's micro-batches, the same number on every rank; each has ``to`` and ``pin_memory``.
+        batches: this rank's micro-batches, the same number on every rank; each has ``to``.
         problems: samples of this rank that were left out of this step.
         tokens: (of text) student tokens of this rank, padding not counted.
         samples: the conversations behind ``batches``, micro-batch by micro-batch (only where asked for).
@@ -233,9 +221,6 @@ class Step:
     problems: list[Problem] = field(default_factory=list)
     tokens: int = 0
     samples: list[list[Any]] = field(default_factory=list)
-
-    def pin_memory(self) -> Step:
-        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
     def counts(self) -> Mapping[str, int]:
         """Of image-text batches: images and supervised tokens of this rank, those (or groups) of them distilled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from PIL import Image
@@ -417,18 +418,26 @@ def _rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], sh
     inputs = processor.collate(
         [processor.join([samples[i] for i in row]) if shared[row[0]] else samples[row[0]] for row in rows]
     )
-    # Where each sample begins in the flattened rows, and its first image among the images.
-    starts, images, seen = [0] * len(samples), [0] * len(samples), 0
+    nothing = torch.empty(0, dtype=torch.int64)
+
+    def among_the_rows(counts: list[int]) -> Tensor:
+        """Where what each of the pairs' samples has so many of stands, counted through the rows."""
+        starts, seen = [0] * len(samples), 0
+        for i in chain.from_iterable(rows):
+            starts[i], seen = seen, seen + counts[i]
+        return torch.cat([nothing, *(starts[i] + torch.arange(counts[i]) for i in range(len(tokens)))])
+
+    # Where each sample begins in the flattened rows.
+    starts = [0] * len(samples)
     for number, row in enumerate(rows):
         place = number * inputs["input_ids"].shape[1]
         for i in row:
-            starts[i], images[i] = place, seen
-            place, seen = place + lengths[i], seen + samples[i].images
-    nothing = torch.empty(0, dtype=torch.int64)
+            starts[i], place = place, place + lengths[i]
     return Rows(
         inputs,
         torch.cat([nothing, *(starts[i] + places - 1 for i, places in enumerate(tokens))]),
-        torch.cat([nothing, *(images[i] + torch.arange(samples[i].images) for i in range(len(tokens)))]),
+        among_the_rows([sample.images for sample in samples]),
+        among_the_rows([int(processor.image_tokens(sample).sum()) if sample.images else 0 for sample in samples]),
         sum(lengths),
     )
 

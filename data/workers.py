@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import gc
+import io
+import math
 import multiprocessing
+import pickle
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import UserError
 
 T = TypeVar("T")
 
-MANY_FILES = 65_536
+_ALIGNED = 64  # bytes, which every dtype divides
 
 
 def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Iterator[T]:
@@ -35,14 +38,12 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
         prefetch: items each worker makes ahead.
 
     Yields:
-        The items, in pinned memory where there is a CUDA device and they have ``pin_memory``.
+        The items, in pinned memory where there is a CUDA device.
 
     Raises:
         UserError: as the dataset raises it, when its item's turn comes; a worker was killed or has crashed.
     """
-    if workers:
-        _allow_many_open_files()
-    loader: DataLoader[_Delivery[T]] = DataLoader(
+    loader: DataLoader[_Delivery] = DataLoader(
         _Deliveries(dataset),
         batch_size=None,
         sampler=range(start, stop),
@@ -70,9 +71,10 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
             if died is None:
                 raise
             raise UserError(died) from error
-        if delivery.mistake is not None:
-            raise UserError(delivery.mistake)
-        yield delivery.content
+        item = delivery.unpack()
+        if isinstance(item, _Mistake):
+            raise UserError(item.text)
+        yield item
 
 
 class _Flag:
@@ -106,8 +108,11 @@ def _end_calmly(before: Any) -> None:
 
 def _death_of(workers: Sequence[multiprocessing.process.BaseProcess]) -> str | None:
     """That one of these processes was killed or has crashed, in words; ``None`` where none was."""
-    wait([worker.sentinel for worker in workers], 1.0)  # what one sends can be cut off a moment before it has ended
-    worker = next((worker for worker in workers if worker.exitcode), None)
+    # What one sends can be cut off a moment before it has ended, and its files are closed before that.
+    ended = wait([worker.sentinel for worker in workers], 1.0)
+    for process in workers:
+        process.join(1.0 if process.sentinel in ended else 0.0)
+    worker = next((process for process in workers if process.exitcode), None)
     if worker is None or worker.exitcode is None:
         return None
     if worker.exitcode == -signal.SIGBUS:
@@ -120,31 +125,110 @@ def _death_of(workers: Sequence[multiprocessing.process.BaseProcess]) -> str | N
 
 
 @dataclass
-class _Delivery(Generic[T]):
-    """An item, or the mistake in its way, in words: an exception would arrive wrapped in a traceback."""
+class _Mistake:
+    """What is in an item's way, in words: an exception would arrive wrapped in a traceback."""
 
-    content: T
-    mistake: str | None = None
+    text: str
 
-    def pin_memory(self) -> _Delivery[T]:
+
+@dataclass
+class _Delivery:
+    """An item in one tensor: the bytes of its own tensors, and last its pickle without these.
+
+    Of each tensor that a worker sends, this process opens a file and asks the worker for it, which takes longer than
+    copying most of them. Above all a message is so short that it is written at once: of one that is cut off, as its
+    worker is killed, this process would wait for the rest for ever.
+
+    Attributes:
+        content: uint8 ``[bytes]``.
+        pickled: the number of bytes of the pickle.
+    """
+
+    content: Tensor
+    pickled: int
+
+    @staticmethod
+    def pack(item: Any) -> _Delivery:
+        file = io.BytesIO()
+        packer = _Packer(file)
+        packer.dump(item)
+        pickled = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        content = torch.empty(packer.size + len(pickled), dtype=torch.uint8)
+        for tensor, place in packer.found.values():
+            place.of(content).copy_(tensor)
+        content[packer.size :] = pickled
+        return _Delivery(content, len(pickled))
+
+    def unpack(self) -> Any:
+        return _Unpacker(self.content, self.pickled).load()
+
+    def pin_memory(self) -> _Delivery:
         """What DataLoader calls, in this process, on what its workers send."""
-        pin = getattr(self.content, "pin_memory", None)
-        return self if pin is None else _Delivery(pin())
+        return _Delivery(self.content.pin_memory(), self.pickled)
 
 
-class _Deliveries(Dataset[_Delivery[Any]]):
+class _Place(NamedTuple):
+    """Where a tensor's bytes begin in the content, and what they are."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, content: Tensor) -> Tensor:
+        stop = self.start + math.prod(self.shape) * self.dtype.itemsize
+        return content[self.start : stop].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class _Packer(pickle.Pickler):
+    """Leaves tensors out and gives each a place; one that is there twice stays one."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.found: dict[int, tuple[Tensor, _Place]] = {}
+        self.size = 0
+
+    def persistent_id(self, obj: Any) -> _Place | None:
+        if type(obj) is not Tensor:
+            return None
+        if id(obj) not in self.found:
+            # Without gaps, in the memory format that it has.
+            stride = torch.empty_like(obj, device="meta").stride()
+            self.found[id(obj)] = obj, _Place(self.size, obj.dtype, tuple(obj.shape), stride)
+            self.size += -(-obj.nbytes // _ALIGNED) * _ALIGNED
+        return self.found[id(obj)][1]
+
+
+class _Unpacker(pickle.Unpickler):
+    """Puts the tensors back, as views of the content."""
+
+    def __init__(self, content: Tensor, pickled: int) -> None:
+        super().__init__(io.BytesIO(content[len(content) - pickled :].numpy().tobytes()))
+        self.content = content
+        self.found: dict[_Place, Tensor] = {}
+
+    def persistent_load(self, place: _Place) -> Tensor:
+        if place not in self.found:
+            self.found[place] = place.of(self.content)
+        return self.found[place]
+
+
+class _Deliveries(Dataset[_Delivery]):
     def __init__(self, items: Dataset[Any]) -> None:
         self.items = items
 
-    def __getitem__(self, index: int) -> _Delivery[Any]:
+    def __getitem__(self, index: int) -> _Delivery:
+        return _Delivery.pack(self._item(index))
+
+    def _item(self, index: int) -> Any:
         try:
-            return _Delivery(self.items[index])
+            return self.items[index]
         except UserError as error:
-            return _Delivery(None, str(error))
+            return _Mistake(str(error))
         except OSError as error:
             # Images that cannot be read are bad samples: this is the file of the samples themselves.
             what = f"{error.filename or 'a data file'} cannot be read any more: {error.strerror or error}"
-            return _Delivery(None, f"{what}; put it back, and start the run again to resume")
+            return _Mistake(f"{what}; put it back, and start again, which resumes a run")
 
 
 def _unchanged(value: Any) -> Any:
@@ -160,15 +244,3 @@ def _start_worker(_: int) -> None:
     # What the training has left is not this process's to destroy: threads of its communication, which that would wait
     # for or join, are not here.
     gc.freeze()
-
-
-def _allow_many_open_files() -> None:
-    # Each tensor that a worker sends takes an open file here until it is freed; a thousand, the usual limit, is soon
-    # reached with many micro-batches in a step.
-    if sys.platform == "linux":
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -68,9 +68,6 @@ class ImageBatch:
     def to(self, device: torch.device | str) -> ImageBatch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 
-    def pin_memory(self) -> ImageBatch:
-        return self._map(Tensor.pin_memory)
-
     def _map(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
         return ImageBatch(change(self.images), change(self.labels), change(self.rows), change(self.checks), self.number)
 

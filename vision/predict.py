@@ -60,9 +60,6 @@ class _Batch(NamedTuple):
     pixels: Tensor
     problems: list[Problem]
 
-    def pin_memory(self) -> _Batch:
-        return self._replace(pixels=self.pixels.pin_memory())
-
 
 def predict(
     classifier: Classifier,

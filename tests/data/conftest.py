@@ -17,7 +17,7 @@ class CharacterProcessor:
 
     def __init__(self, *, ends=(END,), image_tokens=2, has_vision=True, system=0, spell=ord):
         self.ends = list(ends)
-        self.image_tokens = image_tokens
+        self.tokens_an_image = image_tokens
         self.has_vision = has_vision
         self.system = system
         self.spell = spell
@@ -32,7 +32,7 @@ class CharacterProcessor:
             tokens.append((ASSISTANT if answer else USER, False, False))
             for part in message["content"]:
                 if part["type"] == "image":
-                    tokens += [(IMAGE, False, False)] * self.image_tokens
+                    tokens += [(IMAGE, False, False)] * self.tokens_an_image
                 else:
                     tokens += [(self.spell(c), answer, False) for c in part["text"]]
             if answer:
@@ -51,6 +51,9 @@ class CharacterProcessor:
         nothing = torch.zeros(2, dtype=torch.bool)
         tensors = {"pixel_values": torch.zeros(1, 1)} if self.has_vision else {}
         return Encoded(torch.tensor([IMAGE, IMAGE]), nothing, nothing, images=int(self.has_vision), tensors=tensors)
+
+    def image_tokens(self, sample):
+        return sample.input_ids == IMAGE
 
     def join(self, samples):
         tensors = {"position_ids": torch.cat([torch.arange(len(s.input_ids)) for s in samples])}

@@ -203,6 +203,10 @@ def test_whatever_rows_they_stand_in_the_samples_keep_their_order(processor, pac
         ids = rows.inputs["input_ids"]
         assert ids.flatten()[rows.positions + 1].equal(batch.targets)
         assert seen(rows) == [1, 2, 3, 4]
+        # The colour of each image token's image, counted through the rows.
+        a = len(rows.image_tokens) // 4
+        colours = rows.inputs["pixel_values"].flatten().repeat_interleave(a)
+        assert colours[rows.image_tokens].tolist() == [1] * a + [2] * a + [3] * a + [4] * a
         assert ids.shape[1] == max(len(side.input_ids) for side in sides)
         assert (len(ids) < 4) == packs
         assert rows.tokens == int((ids != 0).sum())
@@ -222,7 +226,7 @@ def test_a_dummy_shares_a_row_with_the_samples(processor):
     for rows in (batch.student, batch.teacher):
         ids = rows.inputs["input_ids"]
         assert len(rows.inputs["pixel_values"]) == 1
-        assert len(rows.images) == 0
+        assert len(rows.images) == len(rows.image_tokens) == 0
         assert ids.flatten()[rows.positions + 1].equal(batch.targets)
     empty = collate([], student, teacher, packed=(True, True))
     assert empty.student.inputs["input_ids"].tolist() == [[3, 3]]

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from data.batch import ModelInputs
 from data.errors import UserError
 from data.workers import make_loader
 
@@ -31,12 +32,15 @@ def test_workers_take_one_thread_and_outlive_signals():
 
 
 class Numbers(torch.utils.data.Dataset):
+    """Items of so many tensors that DataLoader's own message of one does not fit into a pipe."""
+
     def __getitem__(self, index):
-        return torch.full((3,), index), os.getpid()
+        return [torch.full((3,), index) for _ in range(3000)], os.getpid()
 
 
+@pytest.mark.parametrize("wait", [0, 1], ids=["at_work", "ahead"])
 @pytest.mark.parametrize("others", [False, True], ids=["first", "after_another_loader"])
-def test_a_killed_worker_is_told_at_the_next_item_and_nowhere_else(monkeypatch, others):
+def test_a_killed_worker_is_told_at_the_next_item_and_nowhere_else(monkeypatch, others, wait):
     if others:
         # DataLoader leaves its handler, which raises wherever the process is, at the first use in a process.
         before = signal.getsignal(signal.SIGCHLD)
@@ -44,13 +48,51 @@ def test_a_killed_worker_is_told_at_the_next_item_and_nowhere_else(monkeypatch, 
         for _ in DataLoader(range(2), num_workers=1):
             pass
         assert signal.getsignal(signal.SIGCHLD) != before
-    loader = make_loader(Numbers(), 0, 100, workers=1, prefetch=1)
+    loader = make_loader(Numbers(), 0, 100, workers=1, prefetch=4)
     _, process = next(loader)
+    time.sleep(wait)
     os.kill(process, signal.SIGKILL)
     time.sleep(0.2)
     with pytest.raises(UserError, match=f"a worker that reads the data .process {process}. died of SIGKILL: "):
         for _ in loader:
             pass
+
+
+class Tensors(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        torch.manual_seed(index)
+        shared, wide = torch.randn(2, 3), torch.randn(4, 5, 6, 7)
+        return ModelInputs(
+            shared=shared,
+            again=[shared],
+            halves=wide.bfloat16(),
+            channels_last=wide.contiguous(memory_format=torch.channels_last),
+            part=wide[1:3, ::2],
+            turned=wide.transpose(0, 3),
+            one=torch.tensor(index),
+            none=torch.empty(0, 4, dtype=torch.int64),
+            flags=wide > 0,
+            words=("text", None, index),
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_item_arrives_as_it_was_made(workers):
+    for index, got in enumerate(make_loader(Tensors(), 0, 3, workers=workers)):
+        made = Tensors()[index]
+        assert type(got) is ModelInputs
+        assert list(got) == list(made)
+        assert got["again"][0] is got["shared"]
+        assert got["words"] == made["words"]
+        for name in set(made) - {"again", "words"}:
+            assert got[name].dtype == made[name].dtype
+            assert torch.equal(got[name], made[name]), name
+        assert got["channels_last"].is_contiguous(memory_format=torch.channels_last)
+        assert got["turned"].stride() == made["turned"].stride()
+        assert got["part"].is_contiguous()
+        got["none"].add_(1)
+        got["shared"].add_(1)  # nobody else's
+        assert torch.equal(got["flags"], made["flags"])
 
 
 def test_a_handler_of_somebody_else_stays(monkeypatch):

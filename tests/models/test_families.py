@@ -20,7 +20,9 @@ from data.collate import Collator, collate, encode_pair
 from data.errors import BadSample, UserError
 from data.token_cache import image_digest
 from vlm_distill.models import load_vlm
+from vlm_distill.models.features import SIGHT
 from vlm_distill.models.pretrained import Expanded
+from vlm_distill.models.vision_once import handed_on
 from vlm_distill.training.operations import Costs
 
 HERE = Path(__file__).parent
@@ -146,7 +148,11 @@ def test_features_stand_for_images(name, load, samples):
     with torch.no_grad():
         for images in ([own.blank()], *(images for _, images in samples(name))):
             for group in own.seen_together(images):
-                (seen[image_digest(group)],) = model.see([own.pictured(group)])
+                row = own.pictured(group)
+                (features,) = model.see([row])
+                # Where rows are packed, features are put in order by the images' tokens.
+                assert len(features) == own.image_tokens(row).sum()
+                seen[image_digest(group)] = features
     blind = own.with_features(lambda images: seen[image_digest(images)])
     rows, given = ([*(p.encode(*sample) for sample in samples(name)), p.dummy()] for p in (own, blind))
     assert not any(tensor.startswith("pixel_") for row in given for tensor in row.tensors)
@@ -158,6 +164,22 @@ def test_features_stand_for_images(name, load, samples):
         positions = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).flatten().nonzero().flatten()
         with torch.no_grad():
             close(model(others, positions).hidden, model(inputs, positions).hidden)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_what_the_teacher_saw_goes_to_its_place_among_packed_rows(name, load, samples):
+    model = load(name)
+    if name == "phi4_multimodal" or not model.keeps_samples_apart():
+        pytest.skip("takes no features" if name == "phi4_multimodal" else "is never packed")
+    own = model.processor
+    pairs = [encode_pair(*sample, own, own, 4096) for sample in samples(name)]
+    for packed in ((True, False), (False, True)):
+        batch = collate(pairs, own, own, packed=packed)
+        assert not batch.student.image_tokens.equal(batch.teacher.image_tokens)
+        with torch.no_grad():
+            seen = model(batch.teacher.inputs, batch.teacher.positions, [SIGHT]).features[SIGHT]
+            got = model(handed_on(batch, seen), batch.student.positions)
+            close(got.hidden, model(batch.student.inputs, batch.student.positions).hidden)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

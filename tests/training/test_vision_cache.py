@@ -15,7 +15,9 @@ from data.errors import UserError
 from data.feature_cache import FeatureCache
 from vlm_distill.config import RunConfig
 from vlm_distill.models import load_vlm
+from vlm_distill.planning import models as planned_models
 from vlm_distill.planning import plan
+from vlm_distill.training import trainer as module
 from vlm_distill.training.caches import fill
 from vlm_distill.training.trainer import Trainer
 
@@ -90,21 +92,22 @@ def family(folder):
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("same", [True, False])
-def test_models_of_transformers_too(folder, family, processes, same, cached):
-    """From the cache, or from the teacher where that is the same."""
+def test_models_of_transformers_too(folder, family, processes, monkeypatch, same, cached):
+    """From the cache, or from the teacher where that is the same, whose rows are packed in their own order."""
     teacher = family if same else folder / "llava"
     student = {"path": str(family), "train": ["decoder"]}
 
-    def run(name, cache=None, **changes):
-        given = {"student": student, "teacher__path": str(teacher), "data__max_length": 512, **changes}
+    def run(name, cache=None):
+        given = {"student": student, "teacher__path": str(teacher), "data__max_length": 512, "data__packing": same}
         return settings(folder, f"{name}_{same}_{cached}", cache, **given)
 
     cache = folder / f"family_cache_{same}" if cached else None
-    # Nobody knows the teacher's images to be the student's where rows are packed.
-    live = trained(run("live", data__packing=same), processes)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sees_as", lambda *_: False)
+        live = trained(run("live"), processes)
     if cached:
         fill(run("fill", cache), processes)
-    got = trained(run("got", cache, data__packing=cached and same), processes)
+    got = trained(run("got", cache), processes)
     assert live.calls == {"student": 12, "teacher": 12}
     # Once for a blank image, which tells in what form the model takes its features.
     assert got.calls == {"student": 1 if cached or same else 12, "teacher": 1 if cached and same else 12}
@@ -244,13 +247,15 @@ def test_the_plan_counts_one_encoder_once(folder, tmp_path):
     assert rows[0].teacher - rows[1].teacher == 4 * encoder > 0
 
 
-def test_the_plan_of_models_of_transformers(folder, family, tmp_path):
-    def planned(cache=None, **changes):
+def test_the_plan_of_models_of_transformers(folder, family, monkeypatch, tmp_path):
+    def planned(cache=None):
         student = {"path": str(family), "train": ["decoder"]}
-        changes = {"student": student, "teacher__path": str(family), "data__max_length": 512, **changes}
+        changes = {"student": student, "teacher__path": str(family), "data__max_length": 512}
         return plan(settings(folder, tmp_path / "run", cache, **changes), device="cpu", memory=1)
 
-    twice, once, never = planned(data__packing=True), planned(), planned(tmp_path / "cache")
+    once, never = planned(), planned(tmp_path / "cache")
+    monkeypatch.setattr(planned_models, "sees_as", lambda *_: False)
+    twice = planned()
     assert never.flops < once.flops < twice.flops
     # For each of an image's tokens three features of 32 numbers, two of them for deeper layers.
     processor = load_vlm(family).processor

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from data.batch import DistillationBatch, ModelInputs
 from data.errors import UserError
 
-from .composed import ComposedVLM
 from .interface import VisionLanguageModel
 from .lora import WithoutAdapters
 from .weightless import weightless
@@ -46,22 +45,18 @@ def share(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
             parameter.data = theirs.data
 
 
-def hands_on(teacher: VisionLanguageModel, packed: tuple[bool, bool]) -> bool:
-    """Whether what the teacher sees can stand in the student's rows, after :func:`sees_as` found it to be the same.
-
-    Where images have various numbers of features, these are handed on in the order of the rows, which packing changes.
-    """
-    return isinstance(_whole(teacher), ComposedVLM) or not any(packed)
-
-
 def _whole(model: VisionLanguageModel) -> VisionLanguageModel:
     return model.model if isinstance(model, WithoutAdapters) else model
 
 
 def handed_on(batch: DistillationBatch, seen: Tensor) -> ModelInputs:
     """The student's inputs with what the teacher saw, its feature ``sight``, in place of pixels."""
-    if batch.images and seen.dim() == 3:  # not the dummy row's, and an image each
-        assert batch.teacher is not None
-        seen = seen[batch.teacher.images][batch.student.images.argsort()]
+    if batch.images:  # not the dummy row's
+        ours, theirs = batch.student, batch.teacher
+        assert theirs is not None
+        # An image each, or what goes to the images' tokens, of which there are various numbers.
+        images = seen.dim() == 3
+        mine, other = (ours.images, theirs.images) if images else (ours.image_tokens, theirs.image_tokens)
+        seen = seen[other][mine.argsort()]
     kept = {name: t for name, t in batch.student.inputs.items() if not name.startswith("pixel_")}
     return ModelInputs(kept, vision_features=seen)

@@ -24,7 +24,7 @@ from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vision_once import hands_on, sees_as
+from vlm_distill.models.vision_once import sees_as
 from vlm_distill.training.build import (
     build_terms,
     check_evaluations,
@@ -103,7 +103,7 @@ class Models:
             and sees_as(self.student, guide)
         )
         features = config.student.vision_cache is not None
-        self.vision_once = self.same_encoder and not features and hands_on(self.student, self.packed)
+        self.vision_once = self.same_encoder and not features
         if self.vision_once or (self.same_encoder and features):
             runs = "does not run" if features else "runs once, for both"
             self.told += (f"the vision encoder is frozen and taken to be the teacher's: it {runs}",)

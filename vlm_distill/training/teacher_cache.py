@@ -140,9 +140,6 @@ class _Batch:
     batch: DistillationBatch
     samples: list[_Sample]
 
-    def pin_memory(self) -> _Batch:
-        return replace(self, batch=self.batch.pin_memory())
-
 
 class _Rows(Dataset[Step]):
     """Micro-batches of rows by number, the same on every rank.

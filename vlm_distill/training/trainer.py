@@ -28,7 +28,7 @@ from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
-from vlm_distill.models.vision_once import hands_on, sees_as, share
+from vlm_distill.models.vision_once import sees_as, share
 
 from .build import (
     build_terms,
@@ -126,9 +126,7 @@ class Trainer(Loop):
             student.to(processes.device)
         packing = plan_packing(data, student, guide)
         self.told = [*self.told, *packing.told]
-        self.vision_once = (
-            self.same_encoder and config.student.vision_cache is None and hands_on(student, packing.packed)
-        )
+        self.vision_once = self.same_encoder and config.student.vision_cache is None
         self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.vision_once else [])})
         self.load_image = image_loader(data)
         self.dataset = StepDataset(

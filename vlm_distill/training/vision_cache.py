@@ -93,9 +93,6 @@ class _Pictures:
 
     rows: dict[int, Encoded] = field(default_factory=dict)
 
-    def pin_memory(self) -> _Pictures:
-        return self
-
 
 class _Rows(Dataset[Step]):
     """The images of rows by number that are not in the cache yet, a micro-batch's worth of rows at a time."""
