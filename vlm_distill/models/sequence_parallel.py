@@ -114,9 +114,11 @@ def _changes_with_length(config: Any, longest: int) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     for settings in rope.values() if "rope_type" not in rope else [rope]:
         kind = settings.get("rope_type", "") if isinstance(settings, dict) else ""
-        limit = kind and (settings.get("original_max_position_embeddings") or config.max_position_embeddings)
         # Its frequencies go by the largest position in a row, which ranks with other parts of it do not know.
-        if (kind == "longrope" or "dynamic" in kind) and limit < longest:
+        if kind != "longrope" and "dynamic" not in kind:
+            continue
+        limit = settings.get("original_max_position_embeddings") or config.max_position_embeddings
+        if limit < longest:
             return f"its rotary positions ({kind}) change after {limit} tokens, and data.max_length is {longest}"
     return None
 
