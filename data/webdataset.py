@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .errors import BadSample, UserError
 from .labelled import is_image_name
 from .sources import Source
-from .tars import Index, Shards, members, opened, samples
+from .tars import Index, Shards, members, opened, samples, split_name
 
 _INDEX_VERSION = 1
 _RECORD, _CAPTION, _IMAGE = range(3)
@@ -106,15 +106,29 @@ def _captioned(caption: str, images: int) -> list[dict[str, Any]]:
 def _with_images(record: dict[str, Any], images: dict[str, bytes]) -> dict[str, Any]:
     """The record with the members as its images, whatever names it has for them. See :class:`WebDatasetSource`."""
     names = _names(record.pop("images", None)) + _names(record.pop("image", None))
-    for part in _image_parts(record):
-        own = [part.pop(key, None) for key in ("image", "bytes", "path", "url")]
-        names += _names(own)
+    videos = []
+    for part in _seen_parts(record):
+        own = [part.pop(key, None) for key in ("image", "bytes", "path", "url", "frames")]
+        found = _names(own)
+        if part["type"] == "video":
+            videos.append((part, range(len(names), len(names) + len(found))))
+        names += found
     if names and len(names) != len(images):
         raise BadSample("image count mismatch", f"the record names {len(names)}, the tar has {len(images)} for it")
     fields = {name.partition(".")[2]: name for name in images}
-    members = [name if name in images else fields.get(name) for name in names]
+    members = [_member(name, images, fields) for name in names]
     ordered = [images[member] for member in members if member is not None]
-    return record | {"images": ordered if len(ordered) == len(images) else list(images.values())}
+    given = ordered if len(ordered) == len(images) else list(images.values())
+    for part, places in videos:
+        part["frames"] = [given[place] for place in places]
+    shown = {place for _, places in videos for place in places}
+    return record | {"images": [image for place, image in enumerate(given) if place not in shown]}
+
+
+def _member(name: str, images: Mapping[str, bytes], fields: Mapping[str, str]) -> str | None:
+    """The member that a record calls by its field, or by its name in whatever folder; ``None``: none of them."""
+    whole = ".".join(split_name(name.rpartition("/")[2]))
+    return whole if whole in images else fields.get(name.lower())
 
 
 def _names(value: Any) -> list[str]:
@@ -126,15 +140,15 @@ def _names(value: Any) -> list[str]:
     return [value] if isinstance(value, str) and value else []
 
 
-def _image_parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Image parts of messages, at any depth."""
+def _seen_parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Image and video parts of messages, at any depth."""
     if isinstance(value, dict):
-        if value.get("type") == "image":
+        if value.get("type") in ("image", "video"):
             yield value
         value = list(value.values())
     if isinstance(value, list):
         for one in value:
-            yield from _image_parts(one)
+            yield from _seen_parts(one)
 
 
 def _index(shards: Shards) -> Index:

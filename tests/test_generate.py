@@ -89,6 +89,26 @@ def test_interrupted_and_resumed_equals_straight(config, monkeypatch, capsys):
     assert "there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changed", ["data", "template"])
+def test_answers_to_other_questions_are_not_gone_on_with(tmp_path, monkeypatch, changed):
+    data, teacher = tiny.write_data(tmp_path / "data", rows=9), tiny.write_teacher(tmp_path / "teacher")
+    config, name = tmp_path / "run.yaml", "out.jsonl"
+    config.write_text(yaml.safe_dump(tiny.config(tmp_path / "run", data, teacher)))
+    words = [str(config), *DRAWN, "--out"]
+    interrupt(monkeypatch, 4, *words, str(tmp_path / name))  # nine answers are whole, three of the second sample
+    if changed == "data":
+        rows = data.read_text().splitlines()[1:]
+        rows[0] = rows[0].replace("what color is it?", "what is it? color")
+        data.write_text("\n".join(rows) + "\n")
+    else:
+        said = load_vlm(teacher).processor.tokenizer.chat_template
+        (tmp_path / "other.jinja").write_text("no " + said)
+        words[1:1] = [f"teacher.chat_template={tmp_path / 'other.jinja'}"]
+    for out in (name, "straight.jsonl"):
+        assert generate.main([*words, str(tmp_path / out)]) == 0
+    assert (tmp_path / name).read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+
+
 def test_answers_are_the_models(config):
     out = config.with_name("elsewhere") / "greedy.jsonl"
     teacher = load_config(config).teacher.path

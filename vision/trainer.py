@@ -127,6 +127,7 @@ class Trainer(Loop):
 
     command, speed = "classify", "images_per_second"
     student: Classifier
+    dataset: ImageSteps
     terms: Sequence[AnyTerm]  # type: ignore[assignment]  # a term of a batch has what the loop reads
 
     def __init__(self, config: ClassifierConfig, processes: Processes) -> None:

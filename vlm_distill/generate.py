@@ -118,8 +118,11 @@ def _asks(
 ) -> tuple[str, Callable[[int], dict[str, Any]]]:
     """What tells the model from others, and how ``evaluate`` asks it for the so many-th sample of each question."""
     section, seed = config.teacher, config.training.seed
-    name = options.model or (section and section.path)
-    about = identity(name) if name else repr(section)
+    about = f"{identity(options.model)} {config.training.dtype}" if options.model is not None else ""
+    if options.model is None and section is not None:
+        # Where it runs decides no answer.
+        settings = section.model_dump(exclude={"placement", "server"})
+        about = f"{identity(section.path) if section.path else ''} {settings} {config.training.dtype}"
     if options.model is None and section is not None and section.server is not None:
         from vlm_distill.models.served import ServedAnswers
         from vlm_distill.training.build import open_served
@@ -212,14 +215,16 @@ class _Writer:
     Args:
         options: the command's.
         sources: the questions.
-        about: what else an answer depends on. What is left of another model's answers is not taken for this one's.
+        about: what else an answer depends on. What is left of another model's answers, or of those to questions of
+            other lengths or in another order, is not taken for these.
     """
 
     def __init__(self, options: argparse.Namespace, sources: Sequence[Source], about: str) -> None:
         self.out, self.sources, self.samples = options.out, sources, options.samples
         self.folder = self.out.with_name(f"{self.out.name}.unfinished")
         self.images = self.out.with_name(f"{self.out.stem}_images")
-        key = f"{about} {options.max_new_tokens} {options.temperature}"
+        sizes = [[source.size(row) for row in range(len(source))] for source in sources]
+        key = f"{about} {sizes} {options.max_new_tokens} {options.temperature}"
         self.key = hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def part(self, number: int, sample: int) -> Path:

@@ -102,6 +102,41 @@ def test_no_file_beside_the_tar_is_read(tmp_path, monkeypatch):
             source[i]
 
 
+@pytest.mark.parametrize(
+    ("members", "names"),
+    [
+        (("0.a.png", "0.b.png"), ("b.png", "a.png")),
+        (("0.a.PNG", "0.b.PNG"), ("b.PNG", "a.PNG")),
+        (("0.a.PNG", "0.b.PNG"), ("0.b.PNG", "0.a.PNG")),
+        (("train/0.a.png", "train/0.b.png"), ("train/0.b.png", "train/0.a.png")),
+    ],
+)
+def test_images_are_in_the_order_in_which_the_record_names_them(tmp_path, members, names):
+    record = asked("<image> or <image>?", images=list(names))
+    key = members[0].partition(".")[0]
+    path = tar(tmp_path / "a.tar", [(members[0], png(1)), (members[1], png(2)), (f"{key}.json", record)])
+    assert reds(open_source(path)[0]) == [2, 1]
+
+
+def test_frames_of_a_video_are_members(tmp_path, monkeypatch):
+    """A record's names for them are looked for in the tar alone, not from where the command was started."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / name).write_bytes(png(200))
+    content = [{"type": "image"}, {"type": "video", "frames": ["0.jpg", "1.jpg"]}, {"type": "text", "text": "What?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+    ]
+    record = {"messages": messages, "image": "a.jpg"}
+    images = [("s.0.jpg", png(1)), ("s.1.jpg", png(2)), ("s.a.jpg", png(3))]
+    path = tar(tmp_path / "a.tar", [*images, ("s.json", record), ("t.json", record)])
+    source = open_source(path)
+    assert reds(source[0]) == [3, 1, 2]
+    with pytest.raises(BadSample, match="image count mismatch"):
+        source[1]
+
+
 def test_broken_members_are_bad_samples(tmp_path):
     members = [("0.json", b"{"), ("1.json", b"\xff"), ("2.json", [1, 2]), ("3.json", asked()), ("4.txt", b"\xff")]
     source = open_source(tar(tmp_path / "a.tar", members))

@@ -2,9 +2,11 @@
 
 import pytest
 import tiny
+import torch
 import torch.distributed as dist
 from transformers import MistralConfig, MistralForCausalLM
 
+from data.batch import Encoded
 from data.errors import UserError
 from vlm_distill.config import RunConfig
 from vlm_distill.models import load_vlm
@@ -28,8 +30,49 @@ def test_decoders_that_cannot_be_divided(tmp_path, processes):
     MistralForCausalLM(config).save_pretrained(folder)
     ranks = SequenceParallel(dist.group.WORLD, 0, 1)
     with pytest.raises(UserError, match="the teacher's decoder cannot be divided: it has layers of sliding_attention"):
-        ranks.divide(load_vlm(folder), "teacher")
-    ranks.divide(model, "student")  # alone, it has all tokens
+        ranks.divide(load_vlm(folder), "teacher", 64)
+    ranks.divide(model, "student", 64)  # alone, it has all tokens
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC = {"rope_parameters": ROPE | {"rope_type": "dynamic"}, "max_position_embeddings": 32}
+FACTORS = {"short_factor": [1.0] * 2, "long_factor": [3.0] * 2, "original_max_position_embeddings": 16}
+LONG = {"rope_parameters": ROPE | FACTORS | {"rope_type": "longrope"}, "max_position_embeddings": 64, "head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest", "says"),
+    [
+        ({"sliding_window": 8}, 9, "sliding window of 8 tokens, and data.max_length is 9"),
+        ({"sliding_window": 8}, 8, None),
+        ({"sliding_window": None}, 64, None),
+        (DYNAMIC, 33, r"\(dynamic\) change after 32 tokens, and data.max_length is 33"),
+        (DYNAMIC, 32, None),
+        (LONG, 17, r"\(longrope\) change after 16 tokens, and data.max_length is 17"),
+        (LONG, 16, None),
+        ({"rope_parameters": ROPE | {"rope_type": "linear"}, "max_position_embeddings": 32}, 64, None),
+    ],
+)
+def test_what_only_long_sequences_would_show_is_known(tmp_path, processes, settings, longest, says):
+    """A trial with a short row tells nothing of a window or of frequencies that change with the length."""
+    folder = tiny.write_language_model(tmp_path / "model")
+    own = load_vlm(folder).decoder.config.to_dict()
+    kept = {name: value for name, value in own.items() if name not in ("model_type", "rope_parameters", "rope_scaling")}
+    torch.manual_seed(0)
+    MistralForCausalLM(MistralConfig(**(kept | settings))).save_pretrained(folder)
+    model, ranks = load_vlm(folder).eval(), SequenceParallel(dist.group.WORLD, 0, 1)
+    if says is not None:
+        with pytest.raises(UserError, match=f"the student's decoder cannot be divided: it.* {says}"):
+            ranks.divide(model, "student", longest)
+        return
+    ranks.divide(model, "student", longest)
+    ids, nothing = torch.arange(longest) % 7, torch.zeros(longest, dtype=torch.bool)
+    inputs = model.processor.collate([Encoded(ids, nothing, nothing)])
+    with torch.no_grad():
+        whole = model(inputs, torch.arange(longest)).hidden
+        with ranks.shared():
+            divided = model(inputs, torch.arange(longest)).hidden
+    assert torch.allclose(whole, divided, atol=1e-5)
 
 
 @pytest.mark.parametrize(

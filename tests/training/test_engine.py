@@ -11,7 +11,7 @@ from torch import nn
 from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config import RunConfig
-from vlm_distill.training.engine import Engine, Processes, _port_of_step
+from vlm_distill.training.engine import Engine, Processes, _first_host, _port_of_step
 from vlm_distill.training.trainer import Trainer
 
 
@@ -88,6 +88,20 @@ def test_a_taken_port_is_named(monkeypatch):
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError, match=f"port {port} of this machine is taken"):
             Processes("cpu")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("login,gpu[1-2]", "login"),
+        ("gpu[03-07,12]", "gpu03"),
+        ("gpu[03-07,12]-ib,login", "gpu03-ib"),
+        ("rack[1-2]n[04-08]", "rack1n04"),
+    ],
+)
+def test_ranks_of_slurm_meet_at_the_first_host(hosts, first):
+    assert _first_host(hosts) == first
 
 
 def test_steps_of_slurm_that_share_a_machine_meet_at_different_ports(monkeypatch):

@@ -44,6 +44,30 @@ def run(tmp_path, teacher, capsys):
     return start
 
 
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        (
+            ("step_4", {"data": "24 rows"}),
+            "/out: rank 0 finds no checkpoint there, rank 1 step_4; all machines",
+        ),
+        (
+            ("no checkpoint", {"data": "20 rows"}),
+            "data: data: rank 0 finds 24 rows, rank 1 20 rows; every machine",
+        ),
+    ],
+)
+def test_ranks_that_see_other_files_do_not_train_together(run, tmp_path, monkeypatch, others, says):
+    """As where the run's folder, or the data, are on each machine's own disk and one of these is behind."""
+    gather = Processes.gather
+    monkeypatch.setattr(
+        Processes, "gather", lambda self, item: [item, others] if isinstance(item, tuple) else gather(self, item)
+    )
+    code, line = run()
+    assert code == 2
+    assert says in line
+
+
 def steps_saved(folder):
     return sorted(path.name for path in (folder / "out" / "checkpoints").iterdir())
 

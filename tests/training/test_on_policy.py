@@ -8,9 +8,10 @@ import tiny
 import torch
 
 from data.errors import UserError
+from data.sources import open_source
 from vlm_distill.config import RunConfig
 from vlm_distill.models import build_vlm
-from vlm_distill.models.interface import Sampling, _Choice
+from vlm_distill.models.interface import Answer, Sampling, _Choice
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
@@ -201,6 +202,20 @@ def test_cut_and_different_tokenizers(folder):
         "no supervised token",
     }
     assert sum(line["samples"] for line in lines) > 24
+
+
+def test_an_answer_of_nothing_is_no_mistake_of_the_data(folder, monkeypatch):
+    """With data.bad_samples: fail a sample that is none ends the run, but not what the student says to one."""
+    tiny.write_data(folder / "whole")
+    student = {**tiny.settings(), "tokenizer": str(folder / "pieces" / "student")}
+    changes = {"student": student, "loss": [{"name": "uld"}], "on_policy": {"fraction": 1.0, "max_new_tokens": 3}}
+    run = trainer(folder, "nothing_said", teacher="pieces", data__bad_samples="fail", **changes)
+    run.dataset.mixture.sources[0] = open_source(folder / "whole" / "data.jsonl", name="data")
+    end = Answer("", sorted(run.student.end_tokens)[:1], [0.0])
+    monkeypatch.setattr(type(run.student), "answer", lambda self, rows, **settings: [end] * len(rows))
+    taken = run.take(run.dataset[0])
+    assert len(taken.problems) == 8
+    assert [batch.samples for batch in taken.batches] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,13 @@ class SequenceParallel:
         return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
 
     @torch.no_grad()
-    def divide(self, model: VisionLanguageModel, role: str) -> None:
+    def divide(self, model: VisionLanguageModel, role: str, longest: int) -> None:
         """Prepares a model's decoder. All ranks of the group call it.
+
+        Args:
+            model: of which the decoder is to be divided.
+            role: its name in messages.
+            longest: the most tokens that a row may have.
 
         Raises:
             UserError: its hidden states are not the same when it is divided; without weights, which tell nothing, they
@@ -72,6 +77,8 @@ class SequenceParallel:
             others = set(getattr(body.config, "layer_types", None) or ()) - {"full_attention"}
             if others:
                 raise ValueError(f"it has layers of {', '.join(sorted(others))}")
+            if reason := _changes_with_length(body.config, longest):
+                raise ValueError(reason)
             prepare(model)
             with self.shared():
                 divided = model(inputs, places).hidden
@@ -97,6 +104,23 @@ def prepare(model: VisionLanguageModel) -> None:
     if body.config._attn_implementation != NAME:  # as a teacher does that is its student's base
         body.register_forward_pre_hook(_own_tokens, with_kwargs=True)
         body.config._attn_implementation = NAME
+
+
+def _changes_with_length(config: Any, longest: int) -> str | None:
+    """What a decoder does to rows of so many tokens and not to the short one that it is tried with, in words."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < longest and not getattr(config, "layer_types", None):
+        return f"it has a sliding window of {window} tokens, and data.max_length is {longest}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for settings in rope.values() if "rope_type" not in rope else [rope]:
+        kind = settings.get("rope_type", "") if isinstance(settings, dict) else ""
+        # Its frequencies go by the largest position in a row, which ranks with other parts of it do not know.
+        if kind != "longrope" and "dynamic" not in kind:
+            continue
+        limit = settings.get("original_max_position_embeddings") or config.max_position_embeddings
+        if limit < longest:
+            return f"its rotary positions ({kind}) change after {limit} tokens, and data.max_length is {longest}"
+    return None
 
 
 _active: SequenceParallel | None = None

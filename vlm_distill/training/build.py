@@ -203,9 +203,9 @@ def divide_sequences(
     packed = text or ("data.packing" if config.data.packing else None)
     if packed is not None:
         raise UserError(f"training.sequence_parallel: {packed}: rows are packed, and a divided one has one sample")
-    ranks.divide(student, "student")
+    ranks.divide(student, "student", config.data.max_length)
     if teacher is not None:
-        ranks.divide(teacher, "teacher")
+        ranks.divide(teacher, "teacher", config.data.max_length)
 
 
 def image_loader(data: DataSection) -> Callable[[ImageSource], Image.Image]:

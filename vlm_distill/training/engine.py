@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -518,8 +519,5 @@ def _port_of_step() -> int:
 
 
 def _first_host(nodelist: str) -> str:
-    """The first host of SLURM's compressed list: ``gpu[03-07,12]`` gives ``gpu03``."""
-    head, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in head:
-        return nodelist.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+    """The first host of SLURM's compressed list: ``gpu[03-07,12]-ib`` gives ``gpu03-ib``."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodelist).split(",")[0]

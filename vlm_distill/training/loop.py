@@ -44,6 +44,7 @@ class Loop(ABC):
     Attributes:
         micro, accumulation: samples of a rank's micro-batch, and micro-batches of a step.
         engine, student, terms: what is trained; to be set by the subclass, as is all that follows.
+        dataset: of this rank's steps; its ``mixture`` has the sources.
         steps, epoch_steps: optimizer steps of the run and of an epoch, of which there may be a fraction.
         evaluate_every: steps between evaluations; ``None``: only at the end.
         parameters: their numbers, by ``student``, ``trained`` and, where there is one, ``teacher``.
@@ -62,6 +63,7 @@ class Loop(ABC):
     engine: Engine
     student: nn.Module
     terms: Sequence[Term | FeatureTerm]
+    dataset: Any
     steps: int
     epoch_steps: float
     parameters: dict[str, int]
@@ -383,6 +385,7 @@ class Loop(ABC):
     def _resume(self) -> tuple[int, float]:
         """Steps done and seconds spent by the latest checkpoint, which is loaded; zeros without one."""
         latest = checkpoint.to_read(self.folder / "checkpoints")
+        self._agree(latest)
         if self.processes.first:
             checkpoint.clear(self.folder / "checkpoints")  # the run may be too near to its end to save once more
         if latest is None:
@@ -395,6 +398,25 @@ class Loop(ABC):
         state = self.engine.load(latest)
         self.load_more(latest)
         return state["step"], state["seconds"]
+
+    def _agree(self, latest: Path | None) -> None:
+        """Ends a run whose ranks, on machines with disks of their own, see other checkpoints or other data; collective.
+
+        They would go on from other steps, or deal other rows to a step, and learn from both without a word.
+        """
+        checkpoints = "no checkpoint" if latest is None else latest.name
+        rows = {source.name: f"{len(source):,} rows" for source in self.dataset.mixture.sources}
+        for rank, (other, theirs) in enumerate(self.processes.gather((checkpoints, rows))):
+            if other != checkpoints:
+                raise UserError(
+                    f"output: {self.folder}: rank {self.processes.rank} finds {checkpoints} there, rank {rank} "
+                    f"{other}; all machines must see one and the same folder"
+                )
+            for name in (name for name in rows if rows[name] != theirs.get(name)):
+                raise UserError(
+                    f"data: {name}: rank {self.processes.rank} finds {rows[name]}, rank {rank} {theirs.get(name)}; "
+                    "every machine needs the same files"
+                )
 
     def _greet(self, tracker: Tracker, done: int) -> None:
         counts, config = self.parameters, self.settings

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -194,7 +195,7 @@ class OnPolicy:
                     pairs.append(self._pair(prompt, ids, answered))
                     conversations.append((answered, prompt.images))
                 except BadSample as bad:
-                    self._leave_out(step, prompt.place, bad)
+                    self._leave_out(step, prompt.place, bad, "skip")  # nobody could mend what the student said
             batch = self.dataset.collator.batch(pairs)
             batches.append(replace(batch, drawn=True, conversations=conversations))
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
@@ -307,6 +308,8 @@ class OnPolicy:
         self.kept += [entry for parts in zip(*ranks, strict=True) for part in parts for entry in part]
         del self.kept[: -self.settings.replay]
 
-    def _leave_out(self, step: Step, place: Place, bad: BadSample) -> None:
+    def _leave_out(
+        self, step: Step, place: Place, bad: BadSample, on_bad: Literal["skip", "fail"] | None = None
+    ) -> None:
         source, row = place
-        step.problems.append(problem_of(self.dataset.mixture.sources[source], row, bad, self.on_bad))
+        step.problems.append(problem_of(self.dataset.mixture.sources[source], row, bad, on_bad or self.on_bad))

@@ -82,6 +82,7 @@ class Trainer(Loop):
 
     command, speed = "train", "tokens_per_second"
     student: VisionLanguageModel
+    dataset: StepDataset
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:
         super().__init__(config, processes)
