@@ -121,7 +121,7 @@ def _asks(
     about = f"{identity(options.model)} {config.training.dtype}" if options.model is not None else ""
     if options.model is None and section is not None:
         # Where it runs decides no answer.
-        settings = section.model_dump(exclude={"placement", "server"})
+        settings = section.model_dump(exclude={"placement": True, "server": {"url", "workers", "timeout"}})
         about = f"{identity(section.path) if section.path else ''} {settings} {config.training.dtype}"
     if options.model is None and section is not None and section.server is not None:
         from vlm_distill.models.served import ServedAnswers
@@ -223,9 +223,10 @@ class _Writer:
         self.out, self.sources, self.samples = options.out, sources, options.samples
         self.folder = self.out.with_name(f"{self.out.name}.unfinished")
         self.images = self.out.with_name(f"{self.out.stem}_images")
-        sizes = [[source.size(row) for row in range(len(source))] for source in sources]
-        key = f"{about} {sizes} {options.max_new_tokens} {options.temperature}"
-        self.key = hashlib.sha256(key.encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{about} {options.max_new_tokens} {options.temperature}".encode())
+        for source in sources:
+            key.update(f" {len(source)} ".encode() + source.sizes().tobytes())
+        self.key = key.hexdigest()[:16]
 
     def part(self, number: int, sample: int) -> Path:
         return self.folder / f"{self.key}-{number}-{sample}.json"

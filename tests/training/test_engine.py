@@ -11,7 +11,7 @@ from torch import nn
 from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config import RunConfig
-from vlm_distill.training.engine import Engine, Processes, _first_host, _port_of_step
+from vlm_distill.training.engine import Engine, Processes, _first_host, _own_gpu, _port_of_step
 from vlm_distill.training.trainer import Trainer
 
 
@@ -102,6 +102,17 @@ def test_a_taken_port_is_named(monkeypatch):
 )
 def test_ranks_of_slurm_meet_at_the_first_host(hosts, first):
     assert _first_host(hosts) == first
+
+
+def test_a_rank_takes_its_own_gpu(monkeypatch):
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    assert [_own_gpu(local, 8) for local in (0, 7)] == [0, 7]
+    with pytest.raises(UserError, match="rank 1 of this machine sees 1 GPU; start no more ranks on a machine than"):
+        _own_gpu(1, 1)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert _own_gpu(3, 1) == 0  # srun --gpus-per-task=1
+    with pytest.raises(UserError, match="sees 2 GPUs"):
+        _own_gpu(3, 2)
 
 
 def test_steps_of_slurm_that_share_a_machine_meet_at_different_ports(monkeypatch):

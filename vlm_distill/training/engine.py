@@ -70,6 +70,9 @@ class Processes:
         self.world = int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", "0"))
         use_cuda = torch.cuda.is_available() and device != "cpu"
+        if use_cuda:
+            local = _own_gpu(local, torch.cuda.device_count())
+            os.environ["LOCAL_RANK"] = str(local)  # by which DeepSpeed chooses, too
         self.device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(self.device)
@@ -516,6 +519,18 @@ def _port_of_step() -> int:
     """
     job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 10_000 + (16 * job + step) % 19_000
+
+
+def _own_gpu(local: int, visible: int) -> int:
+    """Which of the GPUs that this process sees is its own: the one of its number on this machine."""
+    if local < visible:
+        return local
+    if visible == 1 and "SLURM_LOCALID" in os.environ:
+        return 0  # srun --gpus-per-task=1 shows each its own alone
+    raise UserError(
+        f"LOCAL_RANK: rank {local} of this machine sees {visible} GPU{'s'[: visible != 1]}; start no more ranks on a "
+        "machine than it has GPUs"
+    )
 
 
 def _first_host(nodelist: str) -> str:
