@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.batch import Encoded, Step
-from data.cache_folder import ABOUT, compare, fingerprint, make_folder, read_about
+from data.cache_folder import ABOUT, check_not_filling, compare, fingerprint, in_words, make_folder, read_about
 from data.conversation import Document
 from data.errors import BadSample, UserError
 from data.feature_cache import FeatureCache, FeatureWriter
@@ -50,6 +50,8 @@ def training_processors(
     if config.student.vision_cache is None:
         return (own, other), None
     folder, identity = Path(config.student.vision_cache), _identity(config, student)
+    # How many images there are to be, it does not tell.
+    check_not_filling(folder, "student.vision_cache")
     if not (folder / ABOUT).is_file():
         raise UserError(f"student.vision_cache: {folder} holds no cache; fill it: vlm-distill cache CONFIG")
     cache = FeatureCache(folder)
@@ -166,7 +168,7 @@ def fill(config: RunConfig, processes: Processes) -> None:
     processes.barrier()
     if processes.first:
         cache = FeatureCache(folder)
-        say(f"{folder}: {len(cache):,} images in {cache.nbytes / 1e9:.2f} GB")
+        say(f"{folder}: {len(cache):,} images in {in_words(cache.nbytes)}")
 
 
 @torch.no_grad()
