@@ -134,8 +134,8 @@ def check_room(folder: Path, what: str, needed: float, remedy: str) -> None:
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise UserError(
-            f"{folder}: {what} take {in_words(needed)} and {in_words(free)} are free; make room, choose another folder, "
-            f"or {remedy}"
+            f"{folder}: {what} take {in_words(needed)} and {in_words(free)} are free; make room, choose another "
+            f"folder, or {remedy}"
         )
 
 

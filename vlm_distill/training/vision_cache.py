@@ -204,19 +204,21 @@ def _run(
     writer, told, seen = FeatureWriter(cache), Told(processes, count), set[int]()
 
     def found() -> Iterator[tuple[int, dict[int, Encoded]]]:
-        if processes.first:
-            # Rows without an image have a blank one in training.
-            digest = image_digest([model.processor.blank()])
-            yield 0, {} if digest in cache else {digest: model.processor.dummy()}
+        # Rows without an image have a blank one in training.
+        digest = image_digest([model.processor.blank()])
+        yield 0, {} if digest in cache else {digest: model.processor.dummy()}
         for step in steps:
             yield step.index + 1, step.batches[0].rows
 
     try:
         for done, rows in found():
-            new = {digest: row for digest, row in rows.items() if digest not in seen}
-            for digest, features in zip(new, model.see(list(new.values())) if new else [], strict=True):
+            # Whoever comes upon an image first sees it for all; of several at once the lowest rank.
+            everyone = processes.gather([digest for digest in rows if digest not in seen])
+            seen.update(*everyone[: processes.rank])
+            own = [digest for digest in rows if digest not in seen]
+            for digest, features in zip(own, model.see([rows[d] for d in own]) if own else [], strict=True):
                 writer.write(digest, features)
-            seen.update(new)
+            seen.update(*everyone[processes.rank :])
             if done:
                 told(done)
     finally:
