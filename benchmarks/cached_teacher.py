@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cached_teacher.py [--steps 20] [--batch 32]
 
-For docs/teachers.md. The demo's student and teacher (configs/demo/taid.yaml) on one rank of one thread: steps of five
-runs in turn, in one process, as CPU seconds of that process, so that others on the machine hardly matter. The last two
-have a frozen vision encoder beside the cached teacher, whose features are made in each step or cached. Then, on
+For docs/teachers.md. The demo's student and teacher (configs/demo/taid.yaml) on one rank of one thread: steps of all
+runs in turn, in one process, as CPU seconds of that process, so that others on the machine hardly matter. Two
+have a frozen vision encoder beside the cached teacher, whose features are made in each step or cached. The same two of
+a family of Transformers' own with random weights (LLaVA, shapes in ``write_family``), projector frozen. Then, on
 random distributions over 32,768 tokens, KL(p‖q) from the 64 likeliest tokens and the tail, with log-probabilities in 16
 and in 32 bits, beside the whole KL. Writes benchmarks/results/cached_teacher.csv.
 """
@@ -20,6 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from vlm_distill import losses
 from vlm_distill.config_file import load_config
@@ -30,6 +40,12 @@ from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "cached_teacher.csv"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 # What is cached of the teacher, and more of the configuration; CACHE stands for a folder.
 FROZEN = "student.train=[projector, decoder]"
 WAYS: dict[str, tuple[list[str], list[str]]] = {
@@ -38,12 +54,34 @@ WAYS: dict[str, tuple[list[str], list[str]]] = {
     "topk": (["form: topk", "k: 8"], []),
     "hidden, frozen encoder": (["form: hidden"], [FROZEN]),
     "hidden, cached features": (["form: hidden"], [FROZEN, "student.vision_cache=CACHE/features"]),
+    "family, live features": (["form: hidden"], []),
+    "family, cached features": (["form: hidden"], ["student.vision_cache=CACHE/features"]),
 }
+
+
+def write_family(folder: Path, tokenizer: Path, layers: int) -> Path:
+    """LLaVA: CLIP of width 128 with 6 layers on 112 pixels (64 tokens), a Llama of width 128 with ``layers`` layers."""
+    torch.manual_seed(layers)
+    words = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    words.add_tokens(["<image>"], special_tokens=True)
+    words.image_token = "<image>"
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape, num_hidden_layers=6, image_size=112, patch_size=14),
+        text_config=LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=len(words)),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    side = {"height": 112, "width": 112}
+    images = CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=side)
+    LlavaProcessor(images, words, 14, "default", TEMPLATE, num_additional_image_tokens=1).save_pretrained(folder)
+    return folder
 
 
 def times(folder: Path, steps: int, batch: int) -> dict[str, list[tuple[float, float]]]:
     """CPU seconds of making a step's batches, and of learning from them, by way."""
     data = prepare(folder / "data")
+    student, teacher = (write_family(folder / f"llava{n}", data / "tokenizer", n) for n in (4, 8))
     processes = Processes("cpu")
     trainers: dict[str, Any] = {}
     for way, (cache, more) in WAYS.items():
@@ -58,6 +96,9 @@ def times(folder: Path, steps: int, batch: int) -> dict[str, list[tuple[float, f
             f"output={own / 'run'}",
             *(word.replace("CACHE", str(own)) for word in more),
         ]
+        if way.startswith("family"):
+            overrides += [f"student.{part}=null" for part in ("tokenizer", "vision_encoder", "projector", "decoder")]
+            overrides += [f"student.path={student}", "student.train=[decoder]", f"teacher.path={teacher}"]
         if cache:
             place = f"folder: {own / 'cache'}"
             overrides.append(f"teacher.cache={{{', '.join([place, *cache])}}}")
@@ -109,6 +150,9 @@ def main() -> None:
     live = [statistics.median(column) for column in zip(*found["live"][2:], strict=True)]
     for way, measured in found.items():
         data, learn = (statistics.median(column) for column in zip(*measured[2:], strict=True))
+        # A family's ratios are to its own live features: it is another model than the demo's.
+        if way == "family, live features":
+            live = [data, learn]
         rows += [
             {"what": f"{way}: making a batch, CPU s", "value": data, "ratio": live[0] / data},
             {"what": f"{way}: learning from it, CPU s", "value": learn, "ratio": live[1] / learn},

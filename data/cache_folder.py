@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 from uuid import uuid4
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .lock import Taken, hold, holder
 
 ABOUT = "cache.json"
 # Written out after so many bytes or seconds: what a kill costs.
@@ -60,6 +61,51 @@ def make_folder(folder: Path, what: str, about: Mapping[str, Any], fill: Callabl
         ) from None
 
 
+@contextmanager
+def filling(folder: Path, key: str) -> Iterator[None]:
+    """Around the filling of a cache by a command, of which one at a time may do that.
+
+    The file that it holds lies beside the folder, which may not be there yet. Where none can be held, as on file
+    systems without locks, everyone may fill.
+
+    Args:
+        folder: of the cache.
+        key: of the configuration, for messages.
+
+    Raises:
+        UserError: another command is filling it.
+    """
+    held: IO[str] | None = None
+    path = _lock_of(folder)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = hold(path)
+    except Taken as other:
+        raise UserError(
+            f"{key}: {folder}: {other} is filling it; wait for it, or stop it and run vlm-distill cache again, which "
+            "goes on with what is missing"
+        ) from None
+    except OSError:
+        pass  # what cannot be written is told by what writes the cache itself
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+def check_not_filling(folder: Path, key: str) -> None:
+    """Raises ``UserError`` where a command is filling a cache that a run is about to read."""
+    other = holder(_lock_of(folder))
+    if other is not None:
+        raise UserError(f"{key}: {folder}: {other} is filling it; start the run when that is done")
+
+
+def _lock_of(folder: Path) -> Path:
+    real = folder.resolve()
+    return real.with_name(f".{real.name}.lock")
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """What ``cache.json`` says. Raises ``UserError`` where it cannot be read."""
     path = folder / ABOUT
@@ -88,9 +134,17 @@ def check_room(folder: Path, what: str, needed: float, remedy: str) -> None:
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise UserError(
-            f"{folder}: {what} take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, choose another "
+            f"{folder}: {what} take {in_words(needed)} and {in_words(free)} are free; make room, choose another "
             f"folder, or {remedy}"
         )
+
+
+def in_words(size: float) -> str:
+    """Bytes, rounded in the largest unit of which they are one at least: ``1.18 MB``."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

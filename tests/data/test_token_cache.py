@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data.batch import Encoded, Origin
-from data.cache_folder import make_folder
+from data.cache_folder import in_words, make_folder
 from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
 from data.token_cache import CachedRows, TokenCache, TokenWriter, bytes_a_token, compact, digest_of
@@ -86,6 +86,22 @@ def test_it_takes_the_bytes_that_are_told(folder):
     assert bytes_a_token(FIELDS) == 2 * 6 + 4 * 2
     assert sorted(path.stat().st_size for path in folder.glob("*.data")) == [3 * 20 + 4 * 5, 4 * (20 + 12) + 5 * 5]
     assert {path.stat().st_size for path in folder.glob("*.index")} == {40}
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1340, "1.34 kB"),
+        (1.18e6, "1.18 MB"),
+        (39e9, "39.00 GB"),
+        (8e11, "800.00 GB"),
+        (2e12, "2.00 TB"),
+    ],
+)
+def test_bytes_in_words(size, words):
+    assert in_words(size) == words
 
 
 def test_only_what_is_asked_for_is_read(folder):

@@ -16,6 +16,7 @@ import scenarios
 import tiny
 import torch
 
+from data.feature_cache import FeatureCache
 from data.token_cache import TokenCache
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import leave
@@ -72,6 +73,9 @@ def main(folder: Path) -> None:
                 results[f"{name}_by_one"] = run(config(folder, out / f"{name}_other", dict(changes), cache), processes)
             results[f"{name}_cached"]["shards"] = len(list((out / f"{name}_cache").glob("*.index")))
             results[f"{name}_cached"]["tokens"] = TokenCache(out / f"{name}_cache").tokens
+            if cached.student.vision_cache is not None:
+                entries = FeatureCache(Path(cached.student.vision_cache))._shards.entries
+                results[f"{name}_cached"]["images"] = entries["images"].tolist()
         except Exception:
             results[f"{name}_error"] = {"error": traceback.format_exc()}
         if processes.first:
@@ -101,6 +105,9 @@ def config(folder: Path, out: Path, changes: dict, cache: dict | None = None) ->
     plain["teacher"] |= {"placement": placement}
     if cache is not None:
         plain["teacher"]["cache"] = cache
+    if "train" in plain["student"]:
+        # An odd number of micro-batches before the same rows again: each of two ranks comes upon all images.
+        plain["data"]["train"] = [{"path": str(data), "name": "some", "limit": 22}, {"path": str(data)}]
     if family == "language":
         text = {"path": str(data.with_name("text.jsonl")), "format": "text", "name": "text"}
         plain["data"] |= {"train": [*plain["data"]["train"], text], "answers": "last", "max_length": 12}

@@ -63,6 +63,13 @@ def test_a_cache_is_filled_and_read_on_any_number_of_ranks(results, name):
     assert results(1, f"{name}_cached")["tokens"] == results(2, f"{name}_cached")["tokens"] > 30
 
 
+def test_an_image_that_several_ranks_show_is_seen_by_one(results):
+    images = [results(world, "seen_cached")["images"] for world in (1, 2)]
+    # Four colours, and the blank one of rows without an image.
+    assert sorted(images[0]) == sorted(images[1])
+    assert len(set(images[1])) == len(images[1]) == 5
+
+
 def test_a_teacher_in_shards_fills_it(results):
     same(results(2, "shard"), results(2, "shard_cached"), 1e-5)
     # At another ZeRO stage, from the same teacher.

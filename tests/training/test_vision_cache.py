@@ -146,8 +146,9 @@ def test_what_is_there_is_not_run_again(filled, processes, monkeypatch, capsys):
     fill(filled, processes)
     assert not written
     told = capsys.readouterr().err
-    # Of width 16 in float32.
+    # Of width 16 in float32, four tokens each.
     assert "64 bytes a token of an image; 5 images are there" in told
+    assert "5 images in 1.28 kB" in told
     cache = FeatureCache(filled_folder(filled))
     (index,) = cache.folder.glob("*.index")
     index.write_bytes(index.read_bytes()[: 2 * 24 + 7])  # what a kill leaves

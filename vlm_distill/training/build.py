@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.cache_folder import ABOUT
+from data.cache_folder import ABOUT, check_not_filling
 from data.collate import Turns
 from data.conversation import ImageSource
 from data.errors import UserError
@@ -257,6 +257,7 @@ def open_cached(teacher: TeacherSection, section: CacheSection, processes: Proce
     """A teacher's cached outputs. Raises ``UserError`` where there are none."""
     folder = Path(section.folder)
     if not (folder / ABOUT).is_file():
+        check_not_filling(folder, "teacher.cache")
         raise UserError(f"teacher.cache: {folder} holds no cache; fill it: vlm-distill cache CONFIG")
     return CachedTeacher(folder, processes.device, trust_remote_code=teacher.trust_remote_code)
 

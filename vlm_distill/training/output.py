@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from data.errors import UserError
+from data.lock import Taken, hold
 
 from . import faults
 
@@ -20,34 +21,21 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def claim(folder: Path) -> IO[str]:
     """Makes the folder and takes it for this process, for as long as what is returned stays open.
 
-    The lock is the system's, so that it ends with the process, however that ends.
-
     Raises:
         UserError: it cannot be written, or another process has it.
     """
-    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-        file.truncate(0)
-        file.write(f"process {os.getpid()}\n")
-        file.flush()
+        return hold(folder / ".lock")
+    except Taken as other:
+        raise UserError(
+            f"output: {folder}: another run is writing there ({other}); wait for it or stop it, or choose another "
+            "folder"
+        ) from None
     except OSError as error:
         raise UserError(
             f"output: {cause_of(error, folder)}; choose another folder, or make this one writable"
         ) from None
-    if os.name == "posix":
-        import fcntl
-
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # A file system without locks is no reason not to train.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"output: {folder}: another run is writing there; wait for it or stop it, or choose another folder"
-                ) from None
-    return file
 
 
 def cause_of(error: BaseException, path: Path) -> str | None:

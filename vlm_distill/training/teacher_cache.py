@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.batch import DistillationBatch, Encoded, Problem, Step
-from data.cache_folder import ABOUT, check_room, compare, make_folder, read_about
+from data.cache_folder import ABOUT, check_not_filling, check_room, compare, in_words, make_folder, read_about
 from data.collate import Collator, Pair, Turns, encode_teacher
 from data.conversation import Document
 from data.errors import BadSample, UserError
@@ -107,6 +107,7 @@ def check_cache(config: RunConfig, sources: Sequence[Source | TextSource], teach
         remarks.append(f"the teacher's {', '.join(unknown)} cannot be compared with the cache's: no such files here")
     missing = len(cache.missing())
     if missing:
+        check_not_filling(cache.folder, "teacher.cache")
         raise UserError(
             f"teacher.cache: {cache.folder} holds {sum(cache.sources.values()) - missing:,} of "
             f"{sum(cache.sources.values()):,} rows; fill it: vlm-distill cache CONFIG"
@@ -248,10 +249,12 @@ def fill(config: RunConfig, processes: Processes) -> None:
     micro = config.training.micro_batch_size or max(1, config.training.batch_size // processes.world)
     rows = _micro_batches(cache, sources, micro)
     dataset = _Rows(config, sources, teacher.processor, rows)
+    missing = sum(map(len, rows))
     if processes.first:
-        _estimate(cache, dataset, sum(map(len, rows)))
-    # Nobody writes before every rank knows what is missing.
-    processes.barrier()
+        _estimate(cache, dataset, missing)
+    # Nobody writes before every rank knows what is missing. Where no file can be locked, another command may have.
+    if len(set(processes.gather(missing))) > 1:
+        raise UserError(f"{folder}: another command is filling it; wait for it or stop it, and run this again")
 
     turns_ = math.ceil(len(rows) / processes.world)
     own = [number * processes.world + processes.rank for number in range(turns_)]
@@ -342,7 +345,7 @@ def _estimate(cache: TokenCache, dataset: _Rows, count: int) -> None:
     tokens, size = (count * sum(column) / len(measured) for column in zip(*measured, strict=True))
     say(
         f"{cache.folder}: {bytes_a_token(cache.fields):,} bytes a token, {size / tokens:,.0f} with all that stands "
-        f"beside them; {count:,} rows of about {tokens / count:.0f} tokens: {size / 1e9:.2f} GB"
+        f"beside them; {count:,} rows of about {tokens / count:.0f} tokens: {in_words(size)}"
     )
     check_room(cache.folder, WHAT, size, "choose form topk")
 
@@ -377,6 +380,6 @@ def _report(folder: Path, problems: Sequence[Sequence[Problem]], processes: Proc
     cache, log = TokenCache(folder), ProblemLog()
     log.add(problem for part in problems for problem in part)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    say(f"{folder}: {cache.tokens:,} tokens in {size / 1e9:.2f} GB; {log.summary()}")
+    say(f"{folder}: {cache.tokens:,} tokens in {in_words(size)}; {log.summary()}")
     if cache.missing():
         raise UserError(f"{folder}: {len(cache.missing()):,} rows are still missing; run vlm-distill cache again")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.batch import Encoded, Step
-from data.cache_folder import ABOUT, compare, fingerprint, make_folder, read_about
+from data.cache_folder import ABOUT, check_not_filling, compare, fingerprint, in_words, make_folder, read_about
 from data.conversation import Document
 from data.errors import BadSample, UserError
 from data.feature_cache import FeatureCache, FeatureWriter
@@ -50,6 +50,8 @@ def training_processors(
     if config.student.vision_cache is None:
         return (own, other), None
     folder, identity = Path(config.student.vision_cache), _identity(config, student)
+    # How many images there are to be, it does not tell.
+    check_not_filling(folder, "student.vision_cache")
     if not (folder / ABOUT).is_file():
         raise UserError(f"student.vision_cache: {folder} holds no cache; fill it: vlm-distill cache CONFIG")
     cache = FeatureCache(folder)
@@ -163,7 +165,7 @@ def fill(config: RunConfig, processes: Processes) -> None:
     processes.barrier()
     if processes.first:
         cache = FeatureCache(folder)
-        say(f"{folder}: {len(cache):,} images in {cache.nbytes / 1e9:.2f} GB")
+        say(f"{folder}: {len(cache):,} images in {in_words(cache.nbytes)}")
 
 
 @torch.no_grad()
@@ -199,19 +201,21 @@ def _run(
     writer, told, seen = FeatureWriter(cache), Told(processes, count), set[int]()
 
     def found() -> Iterator[tuple[int, dict[int, Encoded]]]:
-        if processes.first:
-            # Rows without an image have a blank one in training.
-            digest = image_digest([model.processor.blank()])
-            yield 0, {} if digest in cache else {digest: model.processor.dummy()}
+        # Rows without an image have a blank one in training.
+        digest = image_digest([model.processor.blank()])
+        yield 0, {} if digest in cache else {digest: model.processor.dummy()}
         for step in steps:
             yield step.index + 1, step.batches[0].rows
 
     try:
         for done, rows in found():
-            new = {digest: row for digest, row in rows.items() if digest not in seen}
-            for digest, features in zip(new, model.see(list(new.values())) if new else [], strict=True):
+            # Whoever comes upon an image first sees it for all; of several at once the lowest rank.
+            everyone = processes.gather([digest for digest in rows if digest not in seen])
+            seen.update(*everyone[: processes.rank])
+            own = [digest for digest in rows if digest not in seen]
+            for digest, features in zip(own, model.see([rows[d] for d in own]) if own else [], strict=True):
                 writer.write(digest, features)
-            seen.update(new)
+            seen.update(*everyone[processes.rank :])
             if done:
                 told(done)
     finally:
