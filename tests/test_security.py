@@ -35,6 +35,7 @@ ALLOWED = {
     ("torch.load", "vlm_distill/training/engine.py"): "DeepSpeed's checkpoints, of the run's own folder alone",
     ("torch.load", "vlm_distill/training/shards.py"): "the same, read on other ranks than those that wrote them",
     ("pickle", "data/plain_pickle.py"): "CIFAR's files, read without calling what they name",
+    ("pickle", "data/workers.py"): "what a run's own processes send it, as DataLoader's queues do",
     ("pickle", "vision/weights.py"): "the name of an error",
 }
 
