@@ -38,7 +38,7 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
         prefetch: items each worker makes ahead.
 
     Yields:
-        The items, in pinned memory where there is a CUDA device.
+        The items, in pinned memory where there is a CUDA device. All tensors of one lie in one piece of memory.
 
     Raises:
         UserError: as the dataset raises it, when its item's turn comes; a worker was killed or has crashed.
