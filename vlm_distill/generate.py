@@ -120,8 +120,8 @@ def _asks(
     section, seed = config.teacher, config.training.seed
     about = f"{identity(options.model)} {config.training.dtype}" if options.model is not None else ""
     if options.model is None and section is not None:
-        # Where it runs decides no answer.
-        settings = section.model_dump(exclude={"placement": True, "server": {"url", "workers", "timeout"}})
+        # Where it runs decides no answer; what a server calls it is added below.
+        settings = section.model_dump(exclude={"placement", "server"})
         about = f"{identity(section.path) if section.path else ''} {settings} {config.training.dtype}"
     if options.model is None and section is not None and section.server is not None:
         from vlm_distill.models.served import ServedAnswers

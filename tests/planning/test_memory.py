@@ -30,7 +30,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
 
 
 # A Llama of 3.9 million parameters, fp32 or bf16; the peak of a rank's live tensors in bytes a parameter, as
-# `benchmarks/py` counts them, by ZeRO stage, ranks and micro-batches of a step. Its activations take 2.2.
+# `benchmarks/planning.py` counts them, by ZeRO stage, ranks and micro-batches of a step. Its activations take 2.2.
 MEASURED = {
     (0, "fp32", 1, 1): 17.10,
     (0, "fp32", 2, 1): 20.11,

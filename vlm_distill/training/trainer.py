@@ -118,6 +118,8 @@ class Trainer(Loop):
             and self.guide.model.dtype == DTYPES[config.training.dtype]
             and sees_as(student, self.guide.model)
         )
+        self.vision_once = self.same_encoder and config.student.vision_cache is None
+        self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.vision_once else [])})
         processors, self.seen = training_processors(config, student, self.guide, self.same_encoder)
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
@@ -127,8 +129,6 @@ class Trainer(Loop):
             student.to(processes.device)
         packing = plan_packing(data, student, guide)
         self.told = [*self.told, *packing.told]
-        self.vision_once = self.same_encoder and config.student.vision_cache is None
-        self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.vision_once else [])})
         self.load_image = image_loader(data)
         self.dataset = StepDataset(
             Mixture(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.batch import Encoded, Step
+from data.batch import Encoded
 from data.cache_folder import ABOUT, check_not_filling, compare, fingerprint, in_words, make_folder, read_about
 from data.conversation import Document
 from data.errors import BadSample, UserError
@@ -89,15 +89,11 @@ def _identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, str]:
     }
 
 
-@dataclass
-class _Pictures:
-    """Rows of images that are seen together, by the digests of these."""
+class _Rows(Dataset[dict[int, Encoded]]):
+    """Of a micro-batch's worth of rows by number, the images that are not in the cache yet.
 
-    rows: dict[int, Encoded] = field(default_factory=dict)
-
-
-class _Rows(Dataset[Step]):
-    """The images of rows by number that are not in the cache yet, a micro-batch's worth of rows at a time."""
+    Those that are seen together stand in one row, by their digest.
+    """
 
     def __init__(
         self,
@@ -110,7 +106,7 @@ class _Rows(Dataset[Step]):
         self.sources, self.rows, self.processor, self.cache = sources, rows, processor, cache
         self.load = image_loader(config.data)
 
-    def __getitem__(self, index: int) -> Step:
+    def __getitem__(self, index: int) -> dict[int, Encoded]:
         found: dict[int, Encoded] = {}
         for source, row in self.rows[index]:
             try:
@@ -122,7 +118,7 @@ class _Rows(Dataset[Step]):
                         found[digest] = self.processor.pictured(group)
             except BadSample:  # which the training counts
                 continue
-        return Step(index, [_Pictures(found)])
+        return found
 
 
 def fill(config: RunConfig, processes: Processes) -> None:
@@ -197,18 +193,14 @@ def _run(
     model: VisionLanguageModel, cache: FeatureCache, dataset: _Rows, config: RunConfig, processes: Processes
 ) -> None:
     workers, count = min(config.data.workers, cores()), len(dataset.rows)
-    steps = make_loader(dataset, 0, count, workers=workers, prefetch=config.data.prefetch)
+    pictures = make_loader(dataset, 0, count, workers=workers, prefetch=config.data.prefetch)
     writer, told, seen = FeatureWriter(cache), Told(processes, count), set[int]()
 
-    def found() -> Iterator[tuple[int, dict[int, Encoded]]]:
-        # Rows without an image have a blank one in training.
-        digest = image_digest([model.processor.blank()])
-        yield 0, {} if digest in cache else {digest: model.processor.dummy()}
-        for step in steps:
-            yield step.index + 1, step.batches[0].rows
-
+    # Rows without an image have a blank one in training.
+    digest = image_digest([model.processor.blank()])
+    blank = {} if digest in cache else {digest: model.processor.dummy()}
     try:
-        for done, rows in found():
+        for done, rows in enumerate(chain([blank], pictures)):
             # Whoever comes upon an image first sees it for all; of several at once the lowest rank.
             everyone = processes.gather([digest for digest in rows if digest not in seen])
             seen.update(*everyone[: processes.rank])
