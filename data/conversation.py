@@ -17,9 +17,12 @@ class Conversation:
     """Messages in the chat format of Transformers, and the images they mention.
 
     Attributes:
-        messages: ``{"role": "system" | "user" | "assistant", "content": [part, …]}`` with parts
-            ``{"type": "text", "text": str}`` and ``{"type": "image"}``. Content is always a list.
+        messages: ``{"role": "system" | "user" | "assistant" | "tool", "content": [part, …]}`` with parts
+            ``{"type": "text", "text": str}`` and ``{"type": "image"}``. Content is always a list. Optional keys are
+            ``reasoning_content`` (str), ``tool_calls`` (list), ``tool_call_id`` and ``name`` (str), which the chat
+            template renders, and ``supervised: False`` on an assistant message that is context only.
         images: the k-th belongs to the k-th image part, counted through all messages.
+        tools: JSON schemas of the tools that the template is given as ``tools``.
         source: the name of the data source, for reports.
         line: 1-based line (JSONL) or record (other formats) in that source, for reports.
         metadata: whatever else the record held that evaluation wants, such as ``question_type`` or ``answers``.
@@ -30,6 +33,7 @@ class Conversation:
     source: str = ""
     line: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def prompt(self) -> Conversation:
         """The conversation without an assistant message at its end, for a model to answer."""
