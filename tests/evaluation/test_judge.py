@@ -97,7 +97,7 @@ def test_nobody_there(tmp_path):
     judge = Judge("http://127.0.0.1:9/v1", "judge-1", tmp_path / "cache.jsonl", retries=0)
     with pytest.raises(UserError, match="did not answer in 1 tries"):
         judge.ask(["a"])
-    with pytest.raises(UserError, match="is no address"):
+    with pytest.raises(UserError, match="is not an address"):
         Judge("localhost:9", "judge-1", tmp_path / "cache.jsonl")
 
 

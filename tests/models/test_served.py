@@ -217,7 +217,7 @@ def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch)
     server.troubles = [503, 429]
     served(server, model)
     assert [body["key"] for body in server.bodies] == ["Bearer secret"] * 4
-    with pytest.raises(UserError, match="serves teacher-1, no teacher-2"):
+    with pytest.raises(UserError, match="serves teacher-1, not teacher-2"):
         served(server, model, "teacher-2")
     server.told = False
     with pytest.raises(UserError, match="tells no prompt_logprobs"):

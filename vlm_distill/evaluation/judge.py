@@ -17,6 +17,7 @@ from . import jsonl
 from .prompts import options
 
 KEY_VARIABLE = "JUDGE_API_KEY"
+_LARGEST_REPLY = 4 * 2**20
 
 
 class Judge:
@@ -29,7 +30,7 @@ class Judge:
         requests_per_minute: no more than so many are sent, retries included.
         workers: requests under way at once.
         retries: tries after the first, on time-outs, lost connections and the server's own troubles.
-        timeout: seconds for one request.
+        timeout: seconds for one request in total.
         wait: seconds before the first retry; each further one waits twice as long.
 
     The key, if the endpoint wants one, is read from the environment variable ``JUDGE_API_KEY``.
@@ -48,7 +49,14 @@ class Judge:
         wait: float = 1.0,
     ) -> None:
         self._endpoint = Endpoint(
-            "judge", url, KEY_VARIABLE, retries=retries, timeout=timeout, wait=wait, turn=self._take_turn
+            "judge",
+            url,
+            KEY_VARIABLE,
+            retries=retries,
+            timeout=timeout,
+            wait=wait,
+            largest=_LARGEST_REPLY,
+            turn=self._take_turn,
         )
         self.model, self.cache, self.workers = model, cache, workers
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0

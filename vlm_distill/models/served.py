@@ -75,10 +75,11 @@ class ServedModel:
         self.context: int | None = None
         if weightless():
             return  # nobody need be there yet
-        cards = endpoint.ask("models", None, lambda r: {str(card["id"]): card for card in r["data"]}, _ADVICE)
-        if name not in cards:
-            raise UserError(f"teacher.server.model: {endpoint.url} serves {', '.join(cards)}, no {name}")
-        self.context = cards[name].get("max_model_len")
+        contexts = endpoint.ask("models", None, _read_contexts, _ADVICE)
+        if name not in contexts:
+            served = ", ".join(contexts) or "nothing"
+            raise UserError(f"teacher.server.model: {endpoint.url} serves {served[:300]}, not {name}")
+        self.context = contexts[name]
         self.tells = self._compare_tokenizers()
 
     def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
@@ -116,12 +117,16 @@ class ServedModel:
         text = " ".join(["It is 12:30.", *(word for word in words if word.isalnum())])
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         body = {"model": self.name, "prompt": text, "add_special_tokens": False, "max_tokens": 1, "prompt_logprobs": 1}
-        told = self.endpoint.ask("completions", body, lambda r: r["choices"][0].get("prompt_logprobs"), _ADVICE)
-        if not told:
-            return False
-        if len(told) != len(ids) or any(str(own) not in entry for own, entry in zip(ids[1:], told[1:], strict=True)):
-            raise self.differs(ids[:4])
-        return True
+
+        def read(reply: Any) -> bool:
+            told = reply["choices"][0].get("prompt_logprobs")
+            if not told:
+                return False
+            if len(told) != len(ids) or any(str(own) not in seen for own, seen in zip(ids[1:], told[1:], strict=True)):
+                raise self.differs(ids[:4])
+            return True
+
+        return self.endpoint.ask("completions", body, read, _ADVICE)
 
 
 class ServedTeacher(Teacher):
@@ -351,6 +356,15 @@ class ServedAnswers:
     def _probe(self) -> None:
         path, body = self.served.text(sorted(self.served.end_tokens)[:1] or [0], max_tokens=1, temperature=0.0)
         self.served.endpoint.ask(path, body, lambda reply: reply["choices"][0], _ADVICE)
+
+
+def _read_contexts(reply: Any) -> dict[str, int | None]:
+    """Return the length of context of each model that a server lists; ``None`` where it does not say."""
+    contexts = {}
+    for card in reply["data"]:
+        length = card.get("max_model_len")
+        contexts[str(card["id"])] = None if length is None else int(length)
+    return contexts
 
 
 def _read_answer(reply: Any) -> Answer:
