@@ -119,13 +119,14 @@ def test_a_judge_decides_what_the_rules_cannot(tmp_path):
     assert "what?" in prompt
 
 
-@pytest.mark.parametrize(("reply", "score"), [("0.4", 40), ("I give 1.0", 100), ("none", 0), ("7 of 10", 0)])
-def test_mm_vets_judge_gives_a_grade(tmp_path, reply, score):
-    write(
-        tmp_path, "MMVet", ["index", "image", "question", "answer", "category"], [1, "x" * 70, "What?", "a<OR>b", "ocr"]
-    )
-    assert run("mmvet", tmp_path, {1: "b"}).scores.main == 100
-    assert run("mmvet", tmp_path, {1: "b"}, judge=Friend(reply)).scores.main == pytest.approx(score)
+def test_an_unreadable_reply_is_asked_for_once_more_and_counted(tmp_path):
+    choice(tmp_path)
+    friend = Friend("the first or the second")
+    result = run("mmstar", tmp_path, ["A", "B", "A", "B", "A", "B", "what?"], judge=friend)
+    assert result.scores.main == pytest.approx(100 * 6 / 7)
+    assert len(friend.prompts) == 2
+    summary = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert summary["fallbacks"] == {"an unreadable reply of the judge": 1}
 
 
 def test_an_unanswering_judge_loses_no_answer(tmp_path):

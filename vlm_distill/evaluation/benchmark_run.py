@@ -22,7 +22,7 @@ from vlm_distill.models.interface import Answer, Prompt
 
 from . import benchmarks
 from .benchmark import Benchmark, Format, Rules
-from .judge import Judge, ask_judge
+from .judge import UNREADABLE, Judge, ask_judge
 from .pictures import write_pictures
 from .prediction_files import prediction_file
 from .prediction_files import write_predictions as write_table
@@ -214,10 +214,9 @@ def judged(entry: Benchmark, rows: list[dict[str, Any]], rules: str, judge: Judg
     """The scores of answered rows; a judge sees those that the rules leave to it, whose column ``judge`` it fills."""
     scores = score(entry.scorer, rows, rules, **entry.scorer_options)
     if judge is not None and scores.judge:
-        replies = ask_judge(judge, entry.scorer, [rows[i] for i in scores.judge])
-        for i, reply in zip(scores.judge, replies, strict=True):
-            rows[i]["judge"] = reply
+        unreadable = ask_judge(judge, entry.scorer, rules, [rows[i] for i in scores.judge])
         scores = score(entry.scorer, rows, rules, **entry.scorer_options)
+        scores = replace(scores, fallbacks={**scores.fallbacks, UNREADABLE: unreadable})
     return scores
 
 

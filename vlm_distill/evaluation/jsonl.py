@@ -18,8 +18,8 @@ def append(path: Path, entry: Any) -> None:
 
 def entries(path: Path) -> Iterator[Any]:
     """What the lines hold; those that are empty or cut short are passed over."""
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8").split("\n"):  # texts hold other line breaks
         try:
             yield json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue

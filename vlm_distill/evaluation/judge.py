@@ -6,8 +6,9 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ from vlm_distill.endpoint import Endpoint
 
 from . import jsonl
 from .prompts import options
+from .scoring.base import Row
+from .scoring.mathvista import found_value
+from .scoring.mcq import closed
 
 KEY_VARIABLE = "JUDGE_API_KEY"
+#: What ``Scores.fallbacks`` calls the rows about which no reply of a judge could be read.
+UNREADABLE = "an unreadable reply of the judge"
 _LARGEST_REPLY = 4 * 2**20
+_LONGEST_VALUE = 200
 
 
 class Judge:
@@ -63,8 +70,10 @@ class Judge:
         self._next = 0.0
         self._lock = threading.Lock()
         kept = jsonl.entries(cache) if cache.is_file() else ()
-        whole = (entry for entry in kept if isinstance(entry, dict) and {"key", "reply"} <= entry.keys())
-        self._replies: dict[str, str] = {entry["key"]: entry["reply"] for entry in whole}
+        self._replies: dict[str, str] = {}
+        for entry in kept:
+            if isinstance(entry, dict) and isinstance(key := entry.get("key"), str):
+                self._replies[key] = str(entry.get("reply"))
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """The replies, in the order of the prompts; equal prompts are sent once.
@@ -108,67 +117,166 @@ class Judge:
 
 
 def _content(reply: Any) -> str:
-    content = reply["choices"][0]["message"]["content"]
+    """Return a reply's text; an empty one where it was cut, since a cut number looks like another one."""
+    choice = reply["choices"][0]
+    content = choice["message"]["content"]
+    if content is None or choice.get("finish_reason") == "length":
+        return ""
     if not isinstance(content, str):
-        raise TypeError("the reply has no text")
+        content = "".join(part["text"] for part in content)
     return content
 
 
-# What is asked for each kind of answer. The wording is this project's own: numbers of other judges and prompts differ.
+@dataclass(frozen=True)
+class _Task:
+    """What a judge is asked about an answer. The wording is this project's own.
 
-_LETTER = """A person answered a multiple-choice question. Which option does the answer mean?
+    Attributes:
+        prompt: a template with a row's columns.
+        form: completes "Reply with …".
+        read: takes the verdict out of a reply without its reasoning; ``None`` where the reply has another form.
+        unreadable: what the scorer gets where no reply could be read.
+    """
+
+    prompt: str
+    form: str
+    read: Callable[[str, Row], str | None]
+    unreadable: str = ""
+
+
+def _letter(reply: str, row: Row) -> str | None:
+    """Return the letter of a reply such as "B", "(b)" or "B. Paris"."""
+    found = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?(?:\s+(.+))?", reply)
+    if found is None:
+        return None
+    letter, text = found[1].upper(), found[2]
+    choices = options(row)
+    if letter not in choices and letter != "Z":
+        return None
+    return letter if text is None or _bare(text).lower() == _bare(choices.get(letter, "")).lower() else None
+
+
+def _value(reply: str, row: Row) -> str | None:
+    """Return a value of the type that a row of MathVista wants."""
+    if not reply or "\n" in reply or len(reply) > _LONGEST_VALUE:
+        return None
+    if row["question_type"] == "multi_choice":
+        return reply if found_value(row, reply) is not None else None
+    if row["answer_type"] not in ("integer", "float"):
+        return reply
+    try:
+        float(reply)
+    except ValueError:
+        return None
+    return reply
+
+
+def _grade(reply: str, row: Row) -> str | None:
+    return reply if re.fullmatch(r"0?\.[0-9]+|0|1(?:\.0+)?", reply) else None
+
+
+def _one_of(*words: str) -> Callable[[str, Row], str | None]:
+    """Read a reply that is one of a few words, in whatever capitals."""
+    return lambda reply, row: next((word for word in words if word.lower() == reply.lower()), None)
+
+
+_CHOOSE = _Task(
+    """A person answered a multiple-choice question. Which option does the answer mean?
 Question: {question}
 Options:
 {options}
 Answer: {prediction}
-Reply with the option's letter alone, or with Z if the answer means none of them."""
-_VALUE = """A person answered a question. Reply with nothing but the final value of the answer, as short as it can be: \
+Reply with the option's letter alone, or with Z if the answer means none of them.""",
+    "the option's letter",
+    _letter,
+)
+_EXTRACT = _Task(
+    """A person answered a question. Reply with nothing but the final value of the answer, as short as it can be: \
 a number, a word, a list, or the letter of a choice.
 Question: {question}
 Answer: {prediction}
-Final value:"""
-_GRADE = """Grade an answer to a question about a picture by comparing it with the right answer. <AND> joins parts \
+Final value:""",
+    "the final value: a number without its unit, a word, a list, or the letter of a choice",
+    _value,
+)
+_RATE = _Task(
+    """Grade an answer to a question about a picture by comparing it with the right answer. <AND> joins parts \
 that must all be there, <OR> parts of which one suffices. 0.0 is wrong, 1.0 right, in steps of 0.1.
 Question: {question}
 Right answer: {answer}
 Answer: {prediction}
-Reply with the number alone:"""
-_VERDICT = """Compare an answer to a yes-or-no question with the right one.
+Reply with the number alone:""",
+    "a number from 0.0 to 1.0",
+    _grade,
+    unreadable="0.0",
+)
+_COMPARE = _Task(
+    """Compare an answer to a yes-or-no question with the right one.
 Question: {question}
 Right answer: {right}
 Answer: {prediction}
-Reply with one figure: 1 if it means the same, 0 if it contradicts it, 2 if it says neither."""
+Reply with one figure: 1 if it means the same, 0 if it contradicts it, 2 if it says neither.""",
+    "one figure, 0, 1 or 2",
+    _one_of("0", "1", "2"),
+    unreadable="2",
+)
+_YES_OR_NO = _Task(
+    """A person answered a yes-or-no question. Does the answer mean yes or no?
+Question: {question}
+Answer: {prediction}
+Reply with one word: Yes, No, or Unknown if the answer means neither.""",
+    "one word: Yes, No or Unknown",
+    _one_of("Yes", "No", "Unknown"),
+    unreadable="Unknown",
+)
+_TASKS = {"mmvet": _RATE, "mathvista": _EXTRACT, "pope": _YES_OR_NO, "mme": _YES_OR_NO}
 
 
-def ask_judge(judge: Judge, scorer: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A judge's replies to rows of a benchmark, as the scorer takes them in the column ``judge``.
+def ask_judge(judge: Judge, scorer: str, rules: str, rows: Sequence[dict[str, Any]]) -> int:
+    """Fill the column ``judge`` of a benchmark's rows, as the scorer takes it.
+
+    A reply is read without the reasoning before it and must have the form that the prompt asks for. Where it has
+    another, the judge is asked once more, with a reminder of the form.
 
     Args:
         judge: see above.
-        scorer: the scorer's name.
+        scorer, rules: who left the rows to a judge.
         rows: with ``question``, ``prediction`` and what else the prompt names.
+
+    Returns:
+        The number of rows that have no readable reply.
     """
-    replies = judge.ask([_prompt(scorer, row) for row in rows])
-    if scorer == "mmvet":
-        return [_grade(reply) for reply in replies]
+    task = _TASKS.get(scorer, _CHOOSE)
     if scorer == "hallusionbench":
-        return [next((c for c in reply if c in "012"), "2") for reply in replies]
-    return [reply.strip() for reply in replies]
+        task = _YES_OR_NO if rules == "vlmevalkit" else _COMPARE
+    shown = [closed(row) if scorer == "mmmu" else row for row in rows]
+    prompts = [_prompt(task, row) for row in shown]
+    read = [_read(task, reply, row) for reply, row in zip(judge.ask(prompts), shown, strict=True)]
+    again = [i for i, verdict in enumerate(read) if verdict is None]
+    replies = judge.ask([f"{prompts[i]}\n\nReply with {task.form} and nothing else." for i in again])
+    for i, reply in zip(again, replies, strict=True):
+        read[i] = _read(task, reply, shown[i])
+    for row, verdict in zip(rows, read, strict=True):
+        row["judge"] = task.unreadable if verdict is None else verdict
+    return read.count(None)
 
 
-def _prompt(scorer: str, row: Mapping[str, Any]) -> str:
-    cells = {"answer": "", "right": row.get("gt_answer_details") or row.get("answer", ""), **row}
-    if scorer == "mmvet":
-        return _GRADE.format_map(cells)
-    if scorer == "mathvista":
-        return _VALUE.format_map(cells)
-    if scorer == "hallusionbench":
-        return _VERDICT.format_map(cells)
-    cells["options"] = "\n".join(f"{letter}. {text}" for letter, text in options(row).items())
-    return _LETTER.format_map(cells)
+def _prompt(task: _Task, row: Row) -> str:
+    choices = "\n".join(f"{letter}. {text}" for letter, text in options(row).items())
+    right = row.get("gt_answer_details") or row.get("answer", "")
+    return task.prompt.format_map({"answer": "", "right": right, **row, "options": choices})
 
 
-def _grade(reply: str) -> str:
-    """The first number in 0…1 of a reply; 0 where there is none."""
-    numbers = (float(found) for found in re.findall(r"\d*\.?\d+", reply))
-    return str(next((number for number in numbers if 0 <= number <= 1), 0.0))
+def _read(task: _Task, reply: str, row: Row) -> str | None:
+    return task.read(_bare(_without_thoughts(reply)), row)
+
+
+def _without_thoughts(reply: str) -> str:
+    """Return what follows the reasoning; nothing where the reasoning does not end."""
+    answer = reply.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer
+
+
+def _bare(text: str) -> str:
+    """Return a text without Markdown's marks, quotation marks and a full stop around it."""
+    return text.strip(" \t\r\n*_`\"'").removesuffix(".").strip(" \t\r\n*_`\"'")

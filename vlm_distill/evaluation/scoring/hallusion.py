@@ -37,7 +37,7 @@ def has_yes(answer: str) -> str:
 
 
 def _by_index(table: Table) -> Scores:
-    extracted, scores = read_by_index(table)
+    read = read_by_index(table)
     parts = [str(index).split("_") for index in column(table, "index")]
     if short := [row["index"] for row, found in zip(table, parts, strict=True) if len(found) < 6]:
         raise UserError(f"index {short[0]!r} of HallusionBench has no set, figure and question: six parts joined by _")
@@ -46,7 +46,7 @@ def _by_index(table: Table) -> Scores:
     questions = [(kind, found[3], found[5]) for kind, found in zip(fine, parts, strict=True)]
 
     def metrics(rows: Sequence[int]) -> dict[str, float]:
-        here = [scores[i] for i in rows]
+        here = [read.scores[i] for i in rows]
         by_figure = grouped((figures[i] for i in rows), here)
         by_question = grouped((questions[i] for i in rows), here)
         return {
@@ -60,8 +60,7 @@ def _by_index(table: Table) -> Scores:
     for name in ("category", "l2-category"):
         for value in dict.fromkeys(row[name] for row in table if not missing(row.get(name))):
             groups[str(value)] = metrics([i for i, row in enumerate(table) if row.get(name) == value])
-    unclear = sum(found == "Unknown" for found in extracted)
-    return Scores("mean", mean(overall.values()), overall, groups, scores, {"neither yes nor no": unclear})
+    return Scores("mean", mean(overall.values()), overall, groups, read.scores, read.fallbacks, read.judge)
 
 
 def _by_yes(table: Table) -> Scores:

@@ -113,11 +113,11 @@ def score_choice(
     right = _right_answers(table, meta)
     table = [_lower_columns(row) for row in table]
     if mmmu:
-        table = [_closed(row) for row in table]
+        table = [closed(row) for row in table]
         right = {index: answer if answer in set(string.ascii_uppercase) else "A" for index, answer in right.items()}
     found = [row_letter({**row, "prediction": prediction(row, "vlmevalkit").strip()}, verbose=verbose) for row in table]
     hits = [float(name == right[row["index"]]) for name, row in zip(found, table, strict=True)]
-    unresolved = [i for i, name in enumerate(found) if name is None]
+    unresolved = [i for i, name in enumerate(found) if name is None and missing(table[i].get("judge"))]
     return _report(table, hits, hits, unresolved, split)
 
 
@@ -142,10 +142,10 @@ def score_circular(
     for first in firsts:
         group = copies[int(table[first]["index"])]
         wrong = [i for i in group if found[i] is not None and found[i] != right[table[i]["index"]]]
-        open_ones = [i for i in group if found[i] is None]
-        hits.append(float(not wrong and not open_ones))
+        unnamed = [i for i in group if found[i] is None]
+        hits.append(float(not wrong and not unnamed))
         scores[first] = hits[-1]
-        unresolved += [] if wrong else open_ones
+        unresolved += [] if wrong else [i for i in unnamed if missing(table[i].get("judge"))]
     return _report([table[i] for i in firsts], hits, scores, sorted(unresolved), split)
 
 
@@ -162,7 +162,8 @@ def _lower_columns(row: Row) -> Row:
     return {name if name in string.ascii_uppercase else name.lower(): cell for name, cell in row.items()}
 
 
-def _closed(row: Row) -> Row:
+def closed(row: Row) -> Row:
+    """Return an open question of MMMU as VLMEvalKit scores it: a choice between the right answer, A, and others, B."""
     return {**row, "A": row["answer"], "B": "Other Answers"} if missing(row.get("A")) else row
 
 

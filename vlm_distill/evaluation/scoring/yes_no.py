@@ -7,6 +7,8 @@ Sources: POPE in Li et al. 2023, "Evaluating Object Hallucination in Large Visio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from data.errors import UserError
 
@@ -57,15 +59,44 @@ def yes_no_first_sentence(answer: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def read_by_index(table: Table) -> tuple[list[str], list[float]]:
-    """VLMEvalKit: each row's "Yes", "No" or "Unknown", and whether it is the reference, 1 or 0.
+@dataclass(frozen=True)
+class Extracted:
+    """What VLMEvalKit reads out of the answers of a table.
+
+    Attributes:
+        words: each row's "Yes", "No" or "Unknown", a judge's where the answer itself is unknown.
+        scores: whether it is the reference, 1 or 0.
+        judge: positions of the unknown ones that no judge has seen.
+    """
+
+    words: list[str]
+    scores: list[float]
+    judge: list[int]
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        return {"neither yes nor no": self.words.count("Unknown")}
+
+
+def read_by_index(table: Table) -> Extracted:
+    """VLMEvalKit: read each row's answer.
 
     It joins answers and questions by ``index``, so that the last of several answers counts for all of them.
     """
-    by_index = {row.get("index", i): yes_no(prediction(row, "vlmevalkit")) for i, row in enumerate(table)}
-    extracted = [by_index[row.get("index", i)] for i, row in enumerate(table)]
+    indices = [row.get("index", i) for i, row in enumerate(table)]
+    by_index: dict[Any, str] = {}
+    judged = set()
+    for index, row in zip(indices, table, strict=True):
+        found = yes_no(prediction(row, "vlmevalkit"))
+        if found == "Unknown" and not missing(row.get("judge")):
+            judged.add(index)
+            found = yes_no(str(row["judge"]))
+        by_index[index] = found
+    words = [by_index[index] for index in indices]
     right = column(table, "answer")
-    return extracted, [float(found == answer) for found, answer in zip(extracted, right, strict=True)]
+    scores = [float(found == answer) for found, answer in zip(words, right, strict=True)]
+    unseen = [i for i, index in enumerate(indices) if words[i] == "Unknown" and index not in judged]
+    return Extracted(words, scores, unseen)
 
 
 def reference(answer: object, *, periods: bool = False) -> str:
@@ -105,10 +136,10 @@ def score_pope(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
 
 def _pope_vlmevalkit(table: Table) -> Scores:
     categories = column(table, "category")
-    extracted, scores = read_by_index(table)
+    read = read_by_index(table)
     exploded = [
         (category, row["answer"] == "Yes", found == "Yes", score)
-        for cell, row, found, score in zip(categories, table, extracted, scores, strict=True)
+        for cell, row, found, score in zip(categories, table, read.words, read.scores, strict=True)
         for category in ([None] if missing(cell) else str(cell).split(","))
     ]
 
@@ -121,8 +152,7 @@ def _pope_vlmevalkit(table: Table) -> Scores:
     overall = metrics(exploded)
     names = dict.fromkeys(row[0] for row in exploded if row[0] is not None)
     groups = {name: metrics([row for row in exploded if row[0] == name]) for name in names}
-    unclear = sum(found == "Unknown" for found in extracted)
-    return Scores("Overall", overall["Overall"], overall, groups, scores, {"neither yes nor no": unclear})
+    return Scores("Overall", overall["Overall"], overall, groups, read.scores, read.fallbacks, read.judge)
 
 
 def _pope(table: Table, rules: Rules) -> Scores:
@@ -159,9 +189,9 @@ def score_mme(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
             number of questions but two, or a reference is neither yes nor no.
     """
     kit = rules == "vlmevalkit"
-    if kit:
-        scores = read_by_index(table)[1]
-    else:
+    read = read_by_index(table) if kit else Extracted([], [], [])
+    scores = read.scores
+    if not kit:
         scores = [
             float(yes_no_start(prediction(row, rules)) == reference(answer, periods=True))
             for row, answer in zip(table, column(table, "answer"), strict=True)
@@ -180,7 +210,8 @@ def score_mme(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
         both = 100 * mean(pair[0] * pair[1] for pair in pairs.values())
         groups[task] = {"score": accuracy + both, "acc": accuracy, "acc+": both}
     overall = _mme_kit_totals(groups) if kit else _mme_totals(groups)
-    return Scores("perception + reasoning", sum(overall.values()), overall, groups, scores)
+    fallbacks = read.fallbacks if kit else {}
+    return Scores("perception + reasoning", sum(overall.values()), overall, groups, scores, fallbacks, read.judge)
 
 
 def _mme_kit_totals(groups: dict[str, dict[str, float]]) -> dict[str, float]:
