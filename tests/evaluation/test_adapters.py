@@ -66,6 +66,13 @@ def test_vlmevalkit_finds_the_model_in_its_list(folder, tmp_path, monkeypatch):
     assert found == models.load_vlm(folder).generate(asked, max_new_tokens=3)[0].text
 
 
+@pytest.mark.parametrize(
+    ("dataset", "length"), [("POPE", 128), ("TextVQA_VAL", 16), ("MME", 16), ("X", 512), (None, 512)]
+)
+def test_answers_in_vlmevalkit_are_as_long_as_in_our_own_evaluation(dataset, length):
+    assert vlmevalkit.answer_length(dataset) == length
+
+
 def test_lmms_eval_asks_the_model(folder, tmp_path):
     pytest.importorskip("lmms_eval")
     rows = [

@@ -105,6 +105,27 @@ def test_scores_and_what_is_written(tmp_path):
     assert not (out / "unfinished").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "answers", "predictions", "hits"),
+    [
+        # Whole numbers become 7.0 in the file, in both columns: there the answers are right.
+        ("GQA_TestDev_Balanced", ["7", "12", "2.5"], ["7", "12", "2.5"], [1, 1, 1]),
+        ("GQA_TestDev_Balanced", ["yes", "None", "N/A"], ["yes", "nan", "None"], [1, 1, 1]),
+        ("OCRVQA_TEST", ["yes", "nan"], ["yes", "None"], [1, 1]),
+        ("DocVQA_VAL", ["['nan']", "['None']", "['']"], ["N/A", "None", ""], [1, 0.5, 0]),
+        ("MMStar", ["A", "B"], ["A\r\n", "Is it B\tor C"], [1, 0]),
+    ],
+)
+def test_vlmevalkits_rules_score_what_its_prediction_file_gives_back(tmp_path, name, answers, predictions, hits):
+    options = [["oak", "pine", "fir"]] * len(answers) if name == "MMStar" else [[]] * len(answers)
+    header = ["index", "image", "question", "answer", *"ABC"[: len(options[0])]]
+    rows = [[i, "x" * 70, "What?", answer, *options[i]] for i, answer in enumerate(answers)]
+    write(tmp_path, name, header, *rows)
+    result = run(name, tmp_path, predictions)
+    assert list(result.scores.rows) == hits
+    assert [p.answer for p in result.predictions] == predictions
+
+
 def test_a_judge_decides_what_the_rules_cannot(tmp_path):
     choice(tmp_path)
     answers = ["A", "B", "A", "B", "A", "B", "what?"]

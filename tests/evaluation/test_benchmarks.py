@@ -19,7 +19,7 @@ from vlm_distill.evaluation import benchmarks, files
 from vlm_distill.evaluation.benchmark import Benchmark, load
 from vlm_distill.evaluation.benchmarks import BENCHMARKS, find, get
 from vlm_distill.evaluation.files import Tsv
-from vlm_distill.evaluation.prompts import LETTER, SHORT, parts
+from vlm_distill.evaluation.prompts import LETTER, SHORT, ask, parts
 from vlm_distill.evaluation.runner import evaluate
 from vlm_distill.evaluation.scoring.registry import rules_of, score
 from vlm_distill.models.interface import Answer
@@ -189,6 +189,58 @@ def test_rules_put_one_file_differently(tmp_path):
 
 
 # Official JSON.
+
+
+@pytest.mark.filterwarnings("ignore:.*md5")
+@pytest.mark.parametrize(
+    ("name", "dataset", "rules"),
+    [
+        ("ai2d", "AI2D_TEST", "lmms-eval"),
+        ("scienceqa", "ScienceQA_TEST", "lmms-eval"),
+        ("mmmu", "MMMU_DEV_VAL", "lmms-eval"),
+        ("mmmu", "MMMU_DEV_VAL", "official"),
+        ("realworldqa", "RealWorldQA", "lmms-eval"),
+        ("mmbench", "MMBench_DEV_EN_V11", "lmms-eval"),
+    ],
+)
+@pytest.mark.parametrize("empty", ["", "None", "NA", "null"])
+def test_options_keep_their_letters_where_one_is_empty(name, dataset, rules, empty, tmp_path):
+    header = ["index", "image", "question", "A", "B", "C", "D", "answer", "split", "category"]
+    rows = [[0, b64(), "First?", empty, "x1", "y1", "z1", "D"], [1, b64(), "Last?", "w1", "x1", "y1", empty, "D"]]
+    write_tsv(tmp_path / f"{dataset}.tsv", header, *([*row, "validation", "Art"] for row in rows))
+    questions = find(name, tmp_path, rules=rules)
+    text = shown(questions[0])[-1]
+    assert all(f"{letter}. {option}" in text for letter, option in (("B", "x1"), ("C", "y1"), ("D", "z1")))
+    assert "A." not in text
+    for answer, hits in (("D", [1, 1]), ("C", [0, 0])):
+        table = [row | {"prediction": answer} for row in questions.rows()]
+        found = score(get(name).scorer, table, rules).rows
+        # A right answer that is no option can be named all the same, but not under MMMU's rules.
+        assert list(found)[: 1 if name == "mmmu" else 2] == hits[: 1 if name == "mmmu" else 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "length"),
+    [
+        ("chartqa", "lmms-eval", 16),
+        *((name, "lmms-eval", 32) for name in ("docvqa", "infovqa")),
+        *((name, "lmms-eval", 16) for name in ("ai2d", "scienceqa", "realworldqa", "mme", "gqa", "vqav2")),
+        *((name, "lmms-eval", 1024) for name in ("mmbench", "mmstar", "seedbench", "okvqa", "textvqa", "mmvet")),
+        *((name, "lmms-eval", 128) for name in ("mmmu", "ocrbench", "pope", "hallusionbench")),
+        ("mathvista", "lmms-eval", 16384),
+        *((name, "vlmevalkit", 128) for name in ("docvqa", "ai2d", "mmbench", "pope")),
+        ("textvqa", "official", 16),
+    ],
+)
+def test_answers_are_as_long_as_each_rule_set_allows(name, rules, length):
+    assert get(name).length_for(rules) == length
+
+
+def test_chartqa_asks_as_each_rule_set_does():
+    assert ask(get("chartqa").prompt_for("lmms-eval"), {"question": "How many?"}) == (
+        "How many?\nAnswer the question with a single word."
+    )
+    assert ask(get("chartqa").prompt_for("vlmevalkit"), {"question": "How many?"}) == f"How many?{SHORT}"
 
 
 def save_images(folder, *names):
@@ -504,6 +556,12 @@ def test_rows_of_official_files_can_be_scored(entry, rules, tmp_path):
 
 
 # A benchmark of one's own.
+
+
+def test_yaml_gives_a_length_for_each_rule_set(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("tsv: {name: X}\nscorer: choice\nmax_new_tokens: {vlmevalkit: 9, lmms-eval: 7}\n")
+    assert [load(own).length_for(rules) for rules in ("vlmevalkit", "lmms-eval", "official")] == [9, 7, 7]
 
 
 def test_yaml_adds_a_benchmark(tmp_path, monkeypatch):

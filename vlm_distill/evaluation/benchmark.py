@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -19,6 +19,7 @@ from .questions import BenchmarkQuestions
 from .scoring.base import Rules
 from .scoring.registry import rules_of
 
+T = TypeVar("T")
 Format = Literal["tsv", "huggingface", "official", "source"]
 
 
@@ -31,7 +32,7 @@ class Benchmark(Section):
         where: column → value or values of the rows that belong to it.
         prompt: a name or a template (``prompts.ask``), or one for each of the rules.
         interleave: the rules under which images stand at ``<image k>``.
-        max_new_tokens: a bound on answers.
+        max_new_tokens: the longest answer in tokens, or one for each of the rules.
         scorer: name in ``scoring.registry``; ``scorer_options`` go to it.
         metric: the main score, as people call it.
         out_of: the main score of a model that is always right.
@@ -49,7 +50,7 @@ class Benchmark(Section):
     where: dict[str, str | list[str]] = Field(default={})
     prompt: str | dict[Rules, str] = "question"
     interleave: tuple[Rules, ...] = ()
-    max_new_tokens: Positive = 128
+    max_new_tokens: Positive | dict[Rules, Positive] = 128
     scorer: str
     scorer_options: dict[str, Any] = Field(default={})
     metric: str = "accuracy"
@@ -90,13 +91,12 @@ class Benchmark(Section):
         return self.tsv.name if self.tsv else self.name
 
     def prompt_for(self, rules: Rules) -> str:
-        """The prompt under these rules. Official scorers mostly leave it open: lmms-eval's then, or any there is."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return next(
-            (self.prompt[name] for name in (rules, "lmms-eval", "vlmevalkit", "official") if name in self.prompt),
-            "question",
-        )
+        """Return the prompt under these rules."""
+        return _by_rules(self.prompt, rules, "question")
+
+    def length_for(self, rules: Rules) -> int:
+        """Return the longest answer under these rules, in tokens."""
+        return _by_rules(self.max_new_tokens, rules, 128)
 
     def questions(self, table: Table, layout: Layout, rules: Rules = "vlmevalkit") -> BenchmarkQuestions:
         """An open table as questions put by the rules."""
@@ -111,6 +111,14 @@ class Benchmark(Section):
             numbered=numbered and rules != "vlmevalkit",
             together=self.together,
         )
+
+
+def _by_rules(setting: T | dict[Rules, T], rules: Rules, default: T) -> T:
+    """Return a setting under some rules. Official scorers mostly leave it open: then lmms-eval's, or any there is."""
+    if not isinstance(setting, dict):
+        return setting
+    order: tuple[Rules, ...] = (rules, "lmms-eval", "vlmevalkit", "official")
+    return next((setting[name] for name in order if name in setting), default)
 
 
 def load(path: Path) -> Benchmark:

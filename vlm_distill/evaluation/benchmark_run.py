@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +23,7 @@ from . import benchmarks
 from .benchmark import Benchmark, Format, Rules
 from .judge import UNREADABLE, Judge, ask_judge
 from .pictures import write_pictures
-from .prediction_files import prediction_file
+from .prediction_files import default_format, prediction_file, read_back
 from .prediction_files import write_predictions as write_table
 from .prompts import options
 from .questions import BenchmarkQuestions
@@ -185,7 +184,7 @@ def run_benchmark(
         model,
         questions,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens or entry.max_new_tokens,
+        max_new_tokens=max_new_tokens or entry.length_for(rules),
         limit=limit,
         rank=rank,
         world=world,
@@ -211,7 +210,13 @@ def published(row: dict[str, Any]) -> bool:
 
 
 def judged(entry: Benchmark, rows: list[dict[str, Any]], rules: str, judge: Judge | None) -> Scores:
-    """The scores of answered rows; a judge sees those that the rules leave to it, whose column ``judge`` it fills."""
+    """Return the scores of answered rows; a judge fills the column ``judge`` of those that the rules leave to it.
+
+    VLMEvalKit scores what it reads back from its prediction file, where "7" may have become 7.0 and "N/A" empty: so do
+    its rules here.
+    """
+    if rules == "vlmevalkit":
+        rows = read_back(rows)
     scores = score(entry.scorer, rows, rules, **entry.scorer_options)
     if judge is not None and scores.judge:
         unreadable = ask_judge(judge, entry.scorer, rules, [rows[i] for i in scores.judge])
@@ -253,8 +258,7 @@ def _write(out: Path, result: Result, entry: Benchmark, rows: list[dict[str, Any
     write_lines(out / "predictions.jsonl", result.predictions)
     (out / "scores.json").write_text(json.dumps(summary(result), indent=2, ensure_ascii=False) + "\n", "utf-8")
     _write_csv(out / "scores.csv", [result])
-    # VLMEvalKit reads both formats; Excel's needs a package.
-    path = prediction_file(out, name, entry.dataset, "xlsx" if find_spec("openpyxl") else "tsv")
+    path = prediction_file(out, name, entry.dataset, default_format())
     answers = [row["prediction"] for row in rows]
     write_table(path, [{k: v for k, v in row.items() if k != "prediction"} for row in rows], answers)
 

@@ -107,6 +107,11 @@ _MMBENCH: dict[str, Any] = {"url": f"{_KIT_BENCHMARKS}MMBench/", "columns": {"L2
 _CHOICE: dict[Rules, str] = {"vlmevalkit": "options", "lmms-eval": "letter"}
 _CATEGORIES = ("category", "l2-category")
 _VQA: dict[str, Any] = {"prompt": "short", "max_new_tokens": 16}
+# The longest answers, in tokens. VLMEvalKit leaves them to each model class; those of lmms-eval are its tasks' own, and
+# 1,024, which most of its model classes take, where a task names none.
+_LETTER_LENGTH: dict[Rules, int] = {"vlmevalkit": 128, "lmms-eval": 16}
+_LONG_LETTER_LENGTH: dict[Rules, int] = {"vlmevalkit": 128, "lmms-eval": 1024}
+_WORD_LENGTH: dict[Rules, int] = {"vlmevalkit": 16, "lmms-eval": 1024, "official": 16}
 _MATHVISTA = {"index": "pid", "task": "{metadata[task]}", "skills": "{metadata[skills]}"}
 _COCO = "COCO_val2014_{image_id:012d}.jpg"
 
@@ -127,6 +132,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         aliases=("mmbench_v11_dev",),
         tsv=Tsv(name="MMBench_DEV_EN_V11", md5="30c05be8f2f347a50be25aa067248184", **_MMBENCH),
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
+        max_new_tokens=_LONG_LETTER_LENGTH,
         scorer="mmbench",
         groups=_CATEGORIES,
         together=("index",),
@@ -136,6 +142,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         aliases=("mmbench_v11_test",),
         tsv=Tsv(name="MMBench_V11", also=("MMBench_TEST_EN_V11",), md5="b9276414f57af1308dcc4d0cd9b42e7c", **_MMBENCH),
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
+        max_new_tokens=_LONG_LETTER_LENGTH,
         scorer="mmbench",
         groups=_CATEGORIES,
         together=("index",),
@@ -146,6 +153,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         huggingface=HuggingFace(paths=("Lin-Chen/MMStar",), split="val", columns={"l2-category": "l2_category"}),
         # lmms-eval's file has the options in the question, and its request no full stop.
         prompt={"vlmevalkit": "options", "lmms-eval": "{question}{options}" + prompts.LETTER.rstrip(".")},
+        max_new_tokens=_LONG_LETTER_LENGTH,
         scorer="mmstar",
         groups=_CATEGORIES,
     ),
@@ -183,7 +191,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             url="https://mathvista.github.io",
         ),
         prompt={"vlmevalkit": "question", "lmms-eval": "query"},
-        max_new_tokens=1024,
+        max_new_tokens={"vlmevalkit": 1024, "lmms-eval": 16384},
         scorer="mathvista",
         groups=("task", "question_type"),
     ),
@@ -204,6 +212,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         tsv=_kit("AI2D_TEST", "0f593e0d1c7df9a3d69bf1f947e71975"),
         huggingface=_lmms("ai2d", "test", index_answers=True),
         prompt=_CHOICE,
+        max_new_tokens=_LETTER_LENGTH,
         scorer="ai2d",
         groups=("category",),
     ),
@@ -212,6 +221,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         tsv=_kit("AI2D_TEST_NO_MASK", "fd8f463634d4fe9fbd23b876e8eea5be"),
         huggingface=HuggingFace(paths=("Efficient-Large-Model/ai2d-no-mask",), split="test", index_answers=True),
         prompt=_CHOICE,
+        max_new_tokens=_LETTER_LENGTH,
         scorer="ai2d",
         groups=("category",),
     ),
@@ -309,7 +319,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             "vlmevalkit": "short",
             "official": "short",
         },
-        max_new_tokens=16,
+        max_new_tokens=_WORD_LENGTH,
         scorer="vqa",
         metric="VQA accuracy",
         groups=("answer_type", "question_type"),
@@ -348,7 +358,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             url="https://textvqa.org/dataset",
         ),
         prompt={"vlmevalkit": "short", "lmms-eval": "short_capitalised", "official": "short"},
-        max_new_tokens=16,
+        max_new_tokens=_WORD_LENGTH,
         scorer="textvqa",
         metric="VQA accuracy",
     ),
@@ -357,6 +367,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         tsv=_kit("DocVQA_VAL", "d5ee77e1926ff10690d469c56b73eabf"),
         huggingface=_lmms("DocVQA", "validation", config="DocVQA", columns={"index": "questionId"}),
         prompt="short",
+        max_new_tokens={"vlmevalkit": 128, "lmms-eval": 32},
         scorer="anls",
         metric="ANLS",
     ),
@@ -365,6 +376,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         tsv=_kit("InfoVQA_VAL", "2342e9c225222f0ef4dec545ebb126fe"),
         huggingface=_lmms("DocVQA", "validation", config="InfographicVQA", columns={"index": "questionId"}),
         prompt="short",
+        max_new_tokens={"vlmevalkit": 128, "lmms-eval": 32},
         scorer="anls",
         metric="ANLS",
     ),
@@ -382,10 +394,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             columns={"split": "type"},
             values={"split": {"human_test": "test_human", "augmented_test": "test_augmented"}},
         ),
+        prompt={"vlmevalkit": "short", "lmms-eval": "{question}\nAnswer the question with a single word."},
+        max_new_tokens=16,
         scorer="chartqa",
         metric="relaxed accuracy",
         groups=("split",),
-        **_VQA,
     ),
     Benchmark(
         name="ocrvqa",
@@ -442,6 +455,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             url="https://scienceqa.github.io",
         ),
         prompt={"vlmevalkit": "options", "lmms-eval": "{context}{question}{options}" + prompts.LETTER},
+        max_new_tokens=_LETTER_LENGTH,
         scorer="scienceqa",
         groups=("category",),
     ),
@@ -468,6 +482,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         ),
         where={"data_type": "image"},
         prompt=_CHOICE,
+        max_new_tokens=_LONG_LETTER_LENGTH,
         scorer="seedbench",
         groups=("category",),
     ),
@@ -477,6 +492,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         huggingface=_lmms("RealWorldQA", "test"),
         # lmms-eval's file has options and request in the question.
         prompt={"vlmevalkit": "options", "lmms-eval": "{question}{options}"},
+        max_new_tokens=_LETTER_LENGTH,
         scorer="realworldqa",
     ),
     Benchmark(
@@ -485,6 +501,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         tsv=Tsv(name="MMBench_DEV_EN", md5="b6caf1133a01c6bb705cf753bb527ed8", **_MMBENCH),
         huggingface=_lmms("MMBench", "dev", config="en", columns={"l2-category": "L2-category"}),
         prompt={"vlmevalkit": "options", "lmms-eval": "several_options"},
+        max_new_tokens=_LONG_LETTER_LENGTH,
         scorer="mmbench",
         groups=_CATEGORIES,
         together=("index",),

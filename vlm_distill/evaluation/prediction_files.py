@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import math
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,21 @@ def read_prediction_file(path: Path) -> list[dict[str, Any]]:
         if row["prediction"] is None:
             row["prediction"] = math.nan
     return rows
+
+
+def read_back(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return answered rows as VLMEvalKit scores them: written to a prediction file of its format and read from it."""
+    if not rows:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = prediction_file(Path(folder), "model", "data", default_format())
+        write_predictions(path, rows, [row["prediction"] for row in rows])
+        return read_prediction_file(path)
+
+
+def default_format() -> str:
+    """Return VLMEvalKit's format, Excel's; ``tsv``, which it reads too, where openpyxl is not installed."""
+    return "xlsx" if find_spec("openpyxl") else "tsv"
 
 
 def _write_excel(path: Path, lines: Iterable[Sequence[Any]]) -> None:

@@ -70,8 +70,8 @@ class BenchmarkQuestions:
                 row.setdefault("answer_option", string.ascii_uppercase[choices.index(row["answer"])])
         if self._rules != "vlmevalkit":
             self._as_lists(row)
-        if self._numbered and row.get("answer") in options(row):
-            row["answer"] = list(options(row)).index(row["answer"])
+        if self._numbered and options(row) and (letter := _as_letter(row.get("answer"))):
+            row["answer"] = string.ascii_uppercase.index(letter)
         elif self._layout.index_answers and not self._numbered:
             row["answer"] = _letter(row) or row.get("answer")
         return row
@@ -80,9 +80,11 @@ class BenchmarkQuestions:
         """Columns as lmms-eval's and the official files have them, from VLMEvalKit's."""
         for column in self._layout.lists:
             row[column] = as_list(row.get(column)) or row.get(column)
-        texts = list(options(row).values())
+        texts = options(row)
         if texts and "choices" not in row and "options" not in row:
-            row["choices"] = row["options"] = texts
+            # The k-th place is the k-th letter's, also where an option is empty, be it the right one.
+            last = max(*texts, *_as_letter(row.get("answer")))
+            row["choices"] = row["options"] = [texts.get(name) for name in string.ascii_uppercase[: ord(last) - 64]]
             row.setdefault("question_type", "multiple-choice")
 
     def rows(self, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
@@ -140,9 +142,15 @@ def _group(row: dict[str, Any], column: str) -> str:
     return str(int(value) % 1_000_000) if column == "index" and value.isdecimal() else value
 
 
+def _as_letter(answer: Any) -> str:
+    """Return an answer that is a capital letter, and an empty text for any other."""
+    return answer if isinstance(answer, str) and len(answer) == 1 and answer in string.ascii_uppercase else ""
+
+
 def _letter(row: dict[str, Any]) -> str | None:
     """The letter of the option that ``answer`` numbers, or names already; ``None`` where it is no option."""
-    answer, letters = str(row.get("answer")), list(options(row))
-    if answer in letters:
+    answer, choices = str(row.get("answer")), options(row)
+    if answer in choices:
         return answer
-    return letters[int(answer)] if answer.isdecimal() and int(answer) < len(letters) else None
+    letter = string.ascii_uppercase[int(answer)] if answer.isdecimal() and int(answer) < 26 else ""
+    return letter if letter in choices else None

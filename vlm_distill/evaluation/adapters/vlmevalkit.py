@@ -1,4 +1,7 @@
-"""A model in VLMEvalKit's list, which its ``run.py`` then knows by name. (VLMEvalKit is not on a package index.)"""
+"""A model in VLMEvalKit's list, which its ``run.py`` then knows by name.
+
+PyPI has VLMEvalKit as ``ms-vlmeval`` and ``nvidia-vlmeval``; ``docs/evaluation.md`` shows how their run starts.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,20 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data.errors import UserError
+from vlm_distill.evaluation.benchmarks import get
 from vlm_distill.models import load_vlm
 
 from .conversations import answers, prompt
 
 
-def register(name: str, folder: str, max_new_tokens: int = 512) -> None:
-    """Adds a model to ``vlmeval.config.supported_VLM``.
+def register(name: str, folder: str, max_new_tokens: int | None = None) -> None:
+    """Add a model to ``vlmeval.config.supported_VLM``.
 
     Args:
         name: what ``--model`` calls it.
         folder: folder or name of the model.
-        max_new_tokens: a bound on answers.
+        max_new_tokens: the longest answer; by default the benchmark's, as ``vlm-distill eval`` has it, or 512.
     """
     from vlmeval.config import supported_VLM
     from vlmeval.vlm.base import BaseModel
@@ -35,6 +40,15 @@ def register(name: str, folder: str, max_new_tokens: int = 512) -> None:
 
         def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
             parts = [Image.open(part["value"]) if part["type"] == "image" else part["value"] for part in message]
-            return answers(self.model, [prompt(parts)], batch_size=1, max_new_tokens=max_new_tokens)[0]
+            length = max_new_tokens or answer_length(dataset)
+            return answers(self.model, [prompt(parts)], batch_size=1, max_new_tokens=length)[0]
 
     supported_VLM[name] = partial(VLMDistill, model_path=folder)
+
+
+def answer_length(dataset: str | None) -> int:
+    """Return the longest answer to one of VLMEvalKit's data sets, in tokens; 512 for those that we do not have."""
+    try:
+        return get(dataset or "").length_for("vlmevalkit")
+    except UserError:
+        return 512

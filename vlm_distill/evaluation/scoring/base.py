@@ -136,7 +136,12 @@ def reference_cell(row: Row) -> list[Any]:
         raise UserError("a row has neither 'answers' nor 'answer'")
     cell = row["answer"]
     value = literal(cell)
-    return list(value) if isinstance(value, list) else [str(cell)]
+    return list(value) if isinstance(value, list) else [cell_text(cell)]
+
+
+def cell_text(cell: Any) -> str:
+    """Return a cell as text; of an empty one "nan", since that is what pandas has there."""
+    return "nan" if missing(cell) else str(cell)
 
 
 def grouped(keys: Iterable[Hashable], values: Iterable[float]) -> dict[Any, list[float]]:

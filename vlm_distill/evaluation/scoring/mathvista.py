@@ -15,7 +15,7 @@ from typing import Any
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, literal, mean, missing, prediction
+from .base import Row, Rules, Scores, Table, cell_text, literal, mean, missing, prediction
 from .distance import levenshtein
 from .mcq import letter
 
@@ -54,9 +54,9 @@ def right_value(row: Row) -> Any:
         return row["answer_option"]
     kind = {"integer": int, "float": float}.get(row["answer_type"])
     try:
-        return str(row["answer"]) if kind is None else kind(row["answer"])
-    except ValueError:
-        return str(row["answer"])
+        return cell_text(row["answer"]) if kind is None else kind(row["answer"])
+    except (ValueError, TypeError):
+        return cell_text(row["answer"])
 
 
 def prefetched(row: Row, answer: Any) -> str | int | float | None:

@@ -153,4 +153,5 @@ def _options(row: Row) -> dict[str, str]:
     options = literal(row.get("options"))
     if missing(options) or not isinstance(options, list | tuple):
         raise UserError(f"the options of {row['id']} are not a list")
-    return {letter: str(option) for letter, option in zip(string.ascii_uppercase, options, strict=False)}
+    lettered = zip(string.ascii_uppercase, options, strict=False)
+    return {letter: str(option) for letter, option in lettered if not missing(option)}
