@@ -527,10 +527,14 @@ def _load_tsv(given: dict[str, Any]) -> Any:
     for number in range(len(table)):
         row, images = table[number], table.images(number)
         names = _image_names(row, len(images))
-        left = iter(names)
+        # An image of the prompt is known by its bytes, not by its place, which swapped images would share.
+        conversation = questions[number]
+        placed = iter(conversation.images)
         prompt = [
-            {"type": part["type"], "value": next(left) if part["type"] == "image" else part["text"]}
-            for part in questions[number].messages[0]["content"]
+            {"type": "image", "value": names[images.index(next(placed))]}
+            if part["type"] == "image"
+            else {"type": "text", "value": part["text"]}
+            for part in conversation.messages[0]["content"]
         ]
         shown: dict[str, Any] = row | {"prompt": prompt}
         if kind != "vqa":

@@ -76,3 +76,14 @@ def test_values_are_compared_strictly(checker, got, want, equal):
 def test_a_crash_is_no_refusal(checker):
     case = checker.Case("here", "vlmevalkit", "mme", {}, {"error": "KeyError"})
     assert "raised KeyError" in checker.fault(case)
+
+
+def test_swapped_images_are_seen(checker, tmp_path):
+    file = checker.GOLDEN / "data" / "GoldPublicMMMU.tsv"
+    swapped = file.read_text("utf-8").replace(
+        "<image 1> Compare it with <image 2>", "<image 2> Compare it with <image 1>"
+    )
+    (tmp_path / file.name).write_text(swapped, "utf-8")
+    given = {"file": str(tmp_path / file.name), "kind": "mmmu"}
+    prompt = checker.ADAPTERS["vlmevalkit", "load_tsv"](given)["rows"][0]["prompt"]
+    assert [part["value"] for part in prompt if part["type"] == "image"] == ["1_1.png", "1_0.png"]
