@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from .errors import BadSample, UserError
 from .image_arrays import is_cifar, is_idx, open_cifar, open_idx
+from .image_lists import ANNOTATIONS, open_list
 from .labelled import (
     IMAGE_SUFFIXES,
     LabelledImage,
@@ -140,7 +140,13 @@ def _format_of_folder(folder: Path, given: str) -> str:
     if len(kinds) > 1:
         raise UserError(f"{given} may be read as {' or '.join(kinds)}; set `format` to one of them")
     if not kinds and any(is_image_name(entry.name) for entry in os.scandir(folder)):
-        raise UserError(f"images of {given} are in no class folders; write a list of them with labels, and name it")
+        lists = sorted(
+            entry.name for entry in os.scandir(folder) if _SUFFIXES.get(entry.name.rpartition(".")[2]) == "list"
+        )
+        remedy = (
+            f"name the list, such as {folder / lists[0]}" if lists else "write a list of them with labels, and name it"
+        )
+        raise UserError(f"images of {given} are in no class folders; {remedy}")
     if not kinds:
         raise UserError(f"no images found in {given}; looked for {_known()}")
     return kinds[0]
@@ -200,6 +206,8 @@ def open_folder(folder: Path, name: str, *, split: str | None = None) -> PathIma
             raise UserError(f"{folder} has no folder {split!r}; leave `split` out if its folders are the classes")
         folder = folder / choose_split(str(folder), split, splits)
     classes = class_order(_folders(folder))
+    if classes == ("images",) and (folder / ANNOTATIONS).is_file():
+        return open_list(folder / ANNOTATIONS, name)
     paths: list[str] = []
     numbers = np.zeros(len(classes), np.int64)
     for number, one in enumerate(classes):
@@ -237,49 +245,6 @@ def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
                 if real in above:
                     raise UserError(f"{entry.path} is a link to a folder it is in; remove it")
                 yield from _files(entry.path, f"{prefix}{entry.name}/", (*above, real))
-
-
-# Lists.
-
-
-def open_list(path: Path, name: str) -> PathImages:
-    """A text file with an image and its label on each line, between them a tab, a comma or, if neither, blanks.
-
-    Paths start from the list's folder. A label is the number or the name of a class; a file ``classes.txt`` beside the
-    list names the classes in order. A first line that has neither an image's name nor a number is
-    a header. Blank lines do not count.
-
-    Raises:
-        UserError: the file is not UTF-8, has no rows, or a line has more than two columns.
-    """
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    first = next((number for number, line in enumerate(lines, 1) if line.strip()), 1)
-    delimiter = next((mark for mark in "\t," if mark in lines[first - 1]), None)
-    places: list[int] = []
-    images: list[str] = []
-    texts: list[str | None] = []
-    for number, line in enumerate(lines, 1):
-        # Line by line, so that a quotation mark that is never closed cannot swallow the lines that follow.
-        row = next(csv.reader([line], delimiter=delimiter)) if delimiter else line.rsplit(None, 1)
-        if not line.strip() or (number == first and _is_header(row)):
-            continue
-        if len(row) > 2:
-            raise UserError(f"{path}, line {number} has {len(row)} columns; a list has two: image and label")
-        places.append(number)
-        images.append(row[0].strip())
-        texts.append(row[1] if len(row) == 2 else None)
-    if not images:
-        raise UserError(f"{path} names no images; write `path label` on each line")
-    labels = labels_of(texts, read_classes(path.parent / "classes.txt"))
-    lines_of_rows = np.array(places, dtype=np.int64)
-    return PathImages(name, path.parent, Texts(images), labels, lines_of_rows)
-
-
-def _is_header(row: Sequence[str]) -> bool:
-    return len(row) == 2 and not is_image_name(row[0].strip()) and not row[1].strip().isdecimal()
 
 
 # Hugging Face data sets.

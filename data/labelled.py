@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = frozenset(
 _MOST_CLASSES = 1_000_000
 
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
+_SYNSET_AND_WORDS = re.compile(r"n[0-9]{8}\s")
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,13 @@ class Labels:
         )
 
 
-def labels_of(texts: Sequence[str | None], classes: Sequence[str] | None) -> Labels:
-    """Labels from texts that hold a class's name or its number; ``None`` and blank ones are missing.
+def labels_of(texts: Sequence[str | None], classes: Sequence[str] | None, *, first: int | None = None) -> Labels:
+    """Return labels from texts that hold a class's name or its number; ``None`` and blank ones are missing.
 
     Args:
         texts: one for each row.
+        first: the number of the first class. By default 1 where the numbers go from 1 to as many as there are classes,
+            else 0.
         classes: names in the order of numbers. Without them numbers make classes ``"0"`` up to the highest one. Where
             half of the different texts are no numbers, all are names, else those few are wrong.
     """
@@ -159,12 +162,16 @@ def labels_of(texts: Sequence[str | None], classes: Sequence[str] | None) -> Lab
         highest = max((number for number in numbers if number < _MOST_CLASSES), default=-1)
         numeric = 2 * len(numbers) > len(distinct)
         classes = [str(number) for number in range(highest + 1)] if numeric else class_order(distinct.values())
+    elif first is None:
+        numbers = [int(text) for text in distinct.values() if _NUMBER.fullmatch(text)]
+        first = int(bool(numbers) and min(numbers) >= 1 and max(numbers) == len(classes))
+    first = first or 0
     places = {name: number for number, name in enumerate(classes)}
     known = {}
     for text, stripped in distinct.items():
         number = places.get(stripped)
-        if number is None and _NUMBER.fullmatch(stripped) and 0 <= int(stripped) < len(classes):
-            number = int(stripped)
+        if number is None and _NUMBER.fullmatch(stripped) and 0 <= int(stripped) - first < len(classes):
+            number = int(stripped) - first
         if number is not None:
             known[text] = number
     numbers_of_rows = np.fromiter((known.get(text, -1) if text else -1 for text in texts), np.int64, len(texts))
@@ -173,7 +180,9 @@ def labels_of(texts: Sequence[str | None], classes: Sequence[str] | None) -> Lab
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
-    """Names of classes from a file with one a line, such as ``classes.txt``; ``None`` where there is no such file.
+    """Return names of classes from a file with one a line, such as ``classes.txt``; ``None`` if there is no such file.
+
+    Where every line is a synset and words for it, as in Caffe's ``synset_words.txt``, the synset is the name.
 
     Raises:
         UserError: it is not UTF-8, has no names, or has one twice.
@@ -184,6 +193,8 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
         names = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    if all(map(_SYNSET_AND_WORDS.match, names)):
+        names = [name.split()[0] for name in names]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if not names or twice is not None:
         problem = "names no class" if not names else f"names the class {twice!r} twice"

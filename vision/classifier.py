@@ -371,6 +371,14 @@ def _own_classes(model: Any, trained: int) -> tuple[str, ...] | None:
     return tuple(ImageNetInfo(subset).label_names()) if subset else None
 
 
+def _near(name: str) -> list[str]:
+    """Return the names of models that a person may have meant, the papers' own (``resnet8x4``, ``WRN-40-2``) first."""
+    plain = {re.sub("[^a-z0-9]", "", known): known for known in timm.list_models()}
+    wanted = re.sub("[^a-z0-9]", "", name.lower())
+    exact = [plain[other] for other in (wanted, f"cifar{wanted}") if other in plain]
+    return exact or difflib.get_close_matches(name, timm.list_models(), n=3)
+
+
 def _timm_model(
     name: str,
     pretrained: bool | str,
@@ -384,7 +392,7 @@ def _timm_model(
     if isinstance(pretrained, str):
         name, pretrained = f"{name.split('.')[0]}.{pretrained}", True
     if not folder and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        near = _near(name)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
         raise UserError(f"classifier: '{name}' is neither a folder nor a model of timm; {hint}")
     if not weights and not folder and not pretrained:

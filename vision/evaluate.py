@@ -64,7 +64,11 @@ def run(options: argparse.Namespace) -> None:
     for name in ("limit", "batch_size", "num_classes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 1")
-    parts = _open(options)  # mistakes are told before a model is loaded
+    # Mistakes are reported before a model is loaded.
+    if options.out and options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out: {options.out} is a file; give a folder")
+    _check_trained(options)
+    parts = _open(options)
     processes = Processes()
     try:
         device = torch.device(options.device) if options.device else processes.device
@@ -103,6 +107,23 @@ def _open(options: argparse.Namespace) -> list[_Part]:
         folders = imagenet.corruption_folders(options.data)
         return [(imagenet.open_variant("c", opened(path)), (name, severity)) for name, severity, path in folders]
     return [(imagenet.open_variant(options.set, opened(options.data)), None)]
+
+
+def _check_trained(options: argparse.Namespace) -> None:
+    """Raise ``UserError`` for the name of an architecture without weights: its scores would be of random numbers."""
+    import timm
+
+    models = [
+        (options.model, options.weights, "--weights"),
+        (options.teacher, options.teacher_weights, "--teacher-weights"),
+    ]
+    for name, weights, option in models:
+        if name is None or weights or options.pretrained or Path(name.removeprefix("local-dir:")).is_dir():
+            continue
+        if timm.is_model(name) or name.startswith(("hf-hub:", "hf_hub:")) or options.source == "open_clip":
+            raise UserError(
+                f"{name}: is a network without trained weights; give {option} FILE, or --pretrained for published ones"
+            )
 
 
 def _models(options: argparse.Namespace, device: torch.device) -> dict[str, Classifier]:

@@ -135,6 +135,8 @@ def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
         raise UserError(f"{run}: neither a run with a finished student nor a classifier's folder")
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder}: is where the classifier comes from; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; an export is a folder")
     return export(load_classifier(str(source)), folder, _about(run), onnx)
 
 

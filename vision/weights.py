@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,19 @@ from vlm_distill.models.common import first_line
 
 #: Where checkpoints keep the model among other things, averaged weights first.
 _WHOLE = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
+_DEEPEST = 3
 #: Classification layers, by the usual names.
 _HEADS = ("fc", "classifier", "head", "head.fc", "heads.head", "classifier.6", "linear")
-#: NumPy's numbers beside the tensors (a best accuracy): data, not code. NumPy 1 has the function elsewhere.
+#: What stands beside the tensors and is data, not code: NumPy's numbers (a best accuracy; NumPy 1 has the function
+#: elsewhere), and a training's command line with its paths, as timm's own checkpoints have it.
 _SCALAR = np.float64(0).__reduce__()[0]
-_NUMBERS: list[Any] = [
+_BESIDE: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32")),
+    argparse.Namespace,
+    PosixPath,
 ]
 
 
@@ -60,17 +65,15 @@ def read(path: str | Path) -> Weights:
         if path.suffix == ".safetensors":
             found: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals(_NUMBERS):
+            with torch.serialization.safe_globals(_BESIDE):
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise UserError(
             f"weights: {path} is neither a safetensors file nor tensors that torch saved: {first_line(error)}"
         ) from error
-    while isinstance(found, Mapping):
-        inner = next((found[k] for k in _WHOLE if isinstance(found.get(k), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
+    for _ in range(_DEEPEST):
+        if isinstance(found, Mapping):
+            found = next((found[k] for k in _WHOLE if isinstance(found.get(k), Mapping)), found)
     state = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
     if not state:
         raise UserError(f"weights: {path} holds no state dict (looked for tensors, then {', '.join(_WHOLE)})")

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -162,6 +163,61 @@ def test_list_lines_and_names_of_classes(folder):
     assert rows(open_images(folder / "val.txt")) == [(1, "tabby cat"), (2, "dog"), (3, "tabby cat")]
 
 
+@pytest.mark.parametrize(
+    ("where", "content"),
+    [
+        ("val_annotations.txt", "01.png\tn01\t0\t32\t44\t62\n02.png\tn02\t1\t1\t9\t9\n"),
+        ("LOC_val_solution.csv", "ImageId,PredictionString\n03,n01 85 1 499 272 \n04,n02 1 1 2 2 n02 3 3 4 4\n"),
+        ("swapped.csv", "label,image\nn01,01.png\nn02,02.png\n"),
+    ],
+)
+def test_lists_as_other_sets_have_them(tmp_path, where, content):
+    grow(tmp_path, {f"images/{n:02d}.png": png(n) for n in (1, 2)})
+    grow(tmp_path, {f"ILSVRC/Data/CLS-LOC/val/{n:02d}.JPEG": png(n - 2) for n in (3, 4)})
+    (tmp_path / where).write_text(content)
+    assert rows(open_images(tmp_path / where)) == [(1, "n01"), (2, "n02")]
+
+
+def test_a_folder_of_tiny_imagenets_validation_images_is_not_one_class(tmp_path):
+    grow(tmp_path, {f"images/val_{n}.JPEG": png(n) for n in (1, 2)})
+    (tmp_path / "val_annotations.txt").write_text("val_1.JPEG\tn01\t0\t1\t2\t3\nval_2.JPEG\tn02\t0\t1\t2\t3\n")
+    assert rows(open_images(tmp_path)) == [(1, "n01"), (2, "n02")]
+
+
+MAPPED = b"n02 2 dog\nn01 1 cat\nn03 3 owl\n"
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"classes.txt": b"n01\nn02\nn03\n"}, {"map_clsloc.txt": MAPPED}, {"classes.txt": b"n00000001 a\nn00000002 b\n"}],
+)
+def test_a_devkits_ground_truth_counts_from_one_in_the_order_of_names(tmp_path, beside):
+    grow(tmp_path, {"val_2.JPEG": png(2), "val_1.JPEG": png(1), **beside})
+    (tmp_path / "ground_truth.txt").write_text("2\r\n1\r\n")
+    found = rows(open_images(tmp_path / "ground_truth.txt"))
+    assert [(red, name[-1]) for red, name in found] == [(1, "2"), (2, "1")]
+
+
+def test_a_devkits_own_file_of_classes_is_read(tmp_path):
+    io = pytest.importorskip("scipy.io")
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
+    synsets = np.array([(2, "n02", 0), (1, "n01", 0), (1001, "n09", 2)], dtype=kinds)
+    grow(tmp_path, {"val_1.JPEG": png(1), "val_2.JPEG": png(2)})
+    io.savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    (tmp_path / "ground_truth.txt").write_text("2\n1\n")
+    assert rows(open_images(tmp_path / "ground_truth.txt")) == [(1, "n02"), (2, "n01")]
+    (tmp_path / "meta.mat").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="not the devkit's file"):
+        open_images(tmp_path / "ground_truth.txt")
+
+
+def test_numbers_of_named_classes_may_count_from_one(folder):
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    for numbers, names in (("12", ["cat", "dog"]), ("01", ["cat", "dog"]), ("11", ["dog", "dog"])):
+        (folder / "val.txt").write_text(f"class1/01.png {numbers[0]}\nclass2/02.png {numbers[1]}\n")
+        assert [name for _, name in rows(open_images(folder / "val.txt"))] == names
+
+
 def test_an_open_quotation_mark_ends_with_its_line(folder):
     (folder / "val.csv").write_text('"class0/00.png,1\nclass1/01.png,1\n')
     source = open_images(folder / "val.csv")
@@ -260,6 +316,10 @@ def test_hugging_face_labels_without_names(datasets, tmp_path, labels, kind, cla
         ("set", {"format": "list"}, "Is a directory; check the path"),
         ("set/class0", {"format": "folder"}, "it has no folders"),
         ("set/class0", {}, "in no class folders; write a list"),
+        ("flat", {}, "in no class folders; name the list, such as .*flat/val.txt"),
+        ("flat/val.txt", {}, "Put classes.txt beside it: .* 1,000 synsets"),
+        ("uneven/val.txt", {}, "has 2 labels, but .*uneven 1 images"),
+        ("alone/val.txt", {}, "copy it into the folder of its images"),
         ("list.txt", {"format": "folder"}, "Not a directory; check the path"),
         ("list.txt", {"format": "idx"}, "Not a directory; check the path"),
         ("list.txt", {"format": "tar"}, "is truncated, broken or compressed"),
@@ -288,6 +348,13 @@ def test_mistakes_are_one_line(folder, tmp_path, path, options, message):
             "latin.txt": b"\xff.png 1",
             "both/cat/a.png": b"",
             "both/a.tar": b"",
+            "flat/a.png": b"",
+            "flat/val.txt": b"490\n",
+            "uneven/a.png": b"",
+            "uneven/val.txt": b"1\n2\n",
+            "uneven/classes.txt": b"a\nb\n",
+            "alone/val.txt": b"1\n",
+            "alone/classes.txt": b"a\n",
             "twice/list.txt": b"a.png 1",
             "twice/classes.txt": b"a\na\n",
         },

@@ -254,3 +254,17 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 3}))
     with pytest.raises(UserError, match="no weights of"):
         load_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("resnet8x4", "cifar_resnet8x4"),
+        ("WRN-40-2", "cifar_wrn_40_2"),
+        ("vgg8", "cifar_vgg8"),
+        ("resnet-18", "resnet18"),
+    ],
+)
+def test_the_papers_names_are_understood(name, meant):
+    with pytest.raises(UserError, match=f"neither a folder nor a model of timm; did you mean {meant}\\?"):
+        load_classifier(name)

@@ -113,3 +113,17 @@ def test_mistakes_are_one_line(command, capsys, arguments, said):
     told = capsys.readouterr().err.strip()
     assert said in told
     assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet18"], "resnet18: is a network without trained weights; give --weights FILE, or --pretrained"),
+        (["m", "--teacher", "resnet34"], "resnet34: is a network without trained weights; give --teacher-weights"),
+        (["ViT-B-32", "--source", "open_clip"], "ViT-B-32: is a network without trained weights"),
+        (["m", "--out", __file__], "is a file; give a folder"),
+    ],
+)
+def test_random_numbers_are_not_scored_and_files_not_overwritten(command, capsys, arguments, message):
+    assert command({"images": broken()}, {"m": Tiny()})(*arguments, "--data", "images") == 2
+    assert message in capsys.readouterr().err

@@ -102,3 +102,11 @@ def test_mistakes(student, tmp_path, capsys):
     with pytest.raises(UserError, match="choose another folder"):
         export_run(tmp_path, tmp_path)
     assert main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+
+
+def test_an_export_goes_into_a_folder(student, tmp_path, capsys):
+    student.save_pretrained(tmp_path / "student")
+    (tmp_path / "file").write_text("mine")
+    assert main([str(tmp_path / "student"), str(tmp_path / "file")]) == 2
+    assert "file: is a file; an export is a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

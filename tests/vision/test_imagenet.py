@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from listed_images import Item, Says, numbered
+from listed_images import Item, Listed, Says, numbered
 from timm.data import ImageNetInfo
 from timm.data.real_labels import RealLabelsImagenet
 
@@ -128,3 +128,34 @@ def test_mean_corruption_error():
         alike = {(name, s): of(1 - factor * e) for name, e in imagenet._ALEXNET.items() for s in range(1, 6)}
         assert imagenet.corruption_scores(alike)["mce"] == pytest.approx(100 * factor)
     assert len(imagenet._ALEXNET) == 15
+
+
+def validation(shift=0, first=0):
+    """The first 60 validation images with one of ReaL's labels each, as numbers that are off by ``shift``."""
+    right = [(row, found[0]) for row, found in enumerate(imagenet.real_labels()[:60]) if found]
+    items = [Item(f"ILSVRC2012_val_{row + 1:08d}.JPEG", (label + shift) % 1000) for row, label in right]
+    return Listed(items, map(str, range(first, first + 1000))), [label for _, label in right]
+
+
+@pytest.mark.parametrize("name", ["val", "real"])
+def test_numbers_of_validation_images_are_the_usual_order(name):
+    source, right = validation()
+    opened = imagenet.open_variant(name, source).source
+    assert opened.classes == tuple(SYNSETS)
+    assert [opened[row].label for row in range(len(right))] == right
+
+
+@pytest.mark.parametrize(
+    ("shift", "first", "message"),
+    [
+        (
+            1,
+            0,
+            "not ImageNet's classes in the usual order .*put classes.txt beside the list: the synset",
+        ),
+        (0, 1, "class 1000 is none of ImageNet; put classes.txt beside the list: the synset of each of its numbers"),
+    ],
+)
+def test_numbers_in_another_order_ask_for_the_classes(shift, first, message):
+    with pytest.raises(UserError, match=message):
+        imagenet.open_variant("val", validation(shift, first)[0])

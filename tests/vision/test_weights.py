@@ -1,5 +1,6 @@
 """Published weights by the names that their files have; real ImageNet weights where they are installed."""
 
+import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +36,15 @@ def same_logits(name, path, expected, size=32, **options):
     return classifier
 
 
+ARGUMENTS = argparse.Namespace(model="resnet8", lr=0.1, data_dir=Path("/data"), mean=None, opt_betas=[0.9, 0.99])
 WRAPPINGS = {
+    "timm": lambda state: {"epoch": 3, "arch": "x", "state_dict": state, "args": ARGUMENTS, "metric": 75.6},
+    "timm's average": lambda state: {
+        "state_dict": {"fc.weight": torch.zeros(1)},
+        "state_dict_ema": {f"module.{k}": v for k, v in state.items()},
+        "args": ARGUMENTS,
+        "amp_scaler": {"scale": 1.0},
+    },
     "bare": lambda state: state,
     "papers": lambda state: {"epoch": 240, "model": state, "best_acc": np.float64(75.6), "optimizer": {"state": {}}},
     "tensor beside": lambda state: {"model": state, "best_acc": torch.tensor(75.6)},

@@ -1,0 +1,153 @@
+"""Lists of labelled images: our own two columns, and those that ImageNet's validation images come with."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+from .labelled import PathImages, Texts, is_image_name, labels_of, read_classes
+
+#: Of Tiny ImageNet, which stands beside a folder ``images``.
+ANNOTATIONS = "val_annotations.txt"
+
+_KAGGLE = ["ImageId", "PredictionString"]
+# Where the images of such lists are, from the list's folder.
+_FOLDERS = ("", "images", "val", "ILSVRC/Data/CLS-LOC/val")
+_BOX = 4
+
+
+def open_list(path: Path, name: str) -> PathImages:
+    """Open a text file with an image and its label on each line, between them a tab, a comma or, if neither, blanks.
+
+    Paths start from the list's folder, or from ``images`` or ``val`` in it. A label is the number or the name of a
+    class; a file ``classes.txt`` beside the list names the classes in order. A first line that has neither an image's
+    name nor a number is a header. Blank lines do not count. Also read are
+
+    - image, label and a box of four whole numbers, as in Tiny ImageNet's ``val_annotations.txt``;
+    - ``ImageId,PredictionString``, as in Kaggle's ``LOC_val_solution.csv``;
+    - numbers alone, as in the ImageNet devkit's ``ILSVRC2012_validation_ground_truth.txt``: the classes of the images
+      beside the list, in the order of their names.
+
+    Raises:
+        UserError: the file is not UTF-8, has no rows, a line has more columns, or classes are numbered in an order that
+            no file beside the list tells.
+    """
+    rows = _rows(path)
+    kaggle = bool(rows) and rows[0][1] == _KAGGLE
+    if len(rows) == int(kaggle):
+        raise UserError(f"{path} names no images; write `path label` on each line")
+    if all(len(cells) == 1 and cells[0].isdecimal() for _, cells in rows):
+        return _ground_truth(path, name, [cells[0] for _, cells in rows])
+    if kaggle:
+        pairs = [(number, *_kaggle(cells)) for number, cells in rows[1:]]
+    else:
+        pairs = [(number, *_pair(path, number, cells)) for number, cells in rows]
+    labels = labels_of([label for _, _, label in pairs], read_classes(path.parent / "classes.txt"))
+    images = [image for _, image, _ in pairs]
+    lines = np.array([number for number, _, _ in pairs], dtype=np.int64)
+    return PathImages(name, _folder(path.parent, images[0]), Texts(images), labels, lines)
+
+
+def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Return the number and the cells of each line, without blank lines and a header of two columns."""
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    rows: list[tuple[int, list[str]]] = []
+    delimiter = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not rows:
+            delimiter = next((mark for mark in "\t," if mark in line), None)
+        # Line by line, so that a quotation mark that is never closed cannot swallow the lines that follow.
+        cells = next(csv.reader([line], delimiter=delimiter)) if delimiter else line.rsplit(None, 1)
+        rows.append((number, [cell.strip() for cell in cells]))
+    if rows and _is_header(rows[0][1]):
+        del rows[0]
+    return rows
+
+
+def _is_header(cells: Sequence[str]) -> bool:
+    names_an_image = any(map(is_image_name, cells))
+    return len(cells) == 2 and list(cells) != _KAGGLE and not names_an_image and not cells[1].isdecimal()
+
+
+def _pair(path: Path, number: int, cells: Sequence[str]) -> tuple[str, str | None]:
+    """Return image and label, whichever of them comes first."""
+    if len(cells) == 2 + _BOX and all(cell.isdecimal() for cell in cells[2:]):
+        cells = cells[:2]
+    if len(cells) > 2:
+        raise UserError(f"{path}, line {number} has {len(cells)} columns; a list has two: image and label")
+    if len(cells) == 1:
+        return cells[0], None
+    image, label = cells
+    return (label, image) if is_image_name(label) and not is_image_name(image) else (image, label)
+
+
+def _kaggle(cells: Sequence[str]) -> tuple[str, str | None]:
+    """Return the image's file and the first label of "n03995372 85 1 499 272 …": all boxes have one class."""
+    words = cells[1].split() if len(cells) > 1 else []
+    return f"{cells[0]}.JPEG", words[0] if words else None
+
+
+def _folder(folder: Path, image: str) -> Path:
+    """Return the folder that the paths of a list start from."""
+    return next((folder / inside for inside in _FOLDERS if (folder / inside / image).exists()), folder)
+
+
+def _ground_truth(path: Path, name: str, numbers: Sequence[str]) -> PathImages:
+    classes = _numbered_classes(path)
+    labels = labels_of(numbers, classes, first=1)
+    for inside in _FOLDERS:
+        folder = path.parent / inside
+        images = sorted(filter(is_image_name, os.listdir(folder))) if folder.is_dir() else []
+        if images and len(images) != len(numbers):
+            raise UserError(f"{path} has {len(numbers):,} labels, but {folder} {len(images):,} images; each needs one")
+        if images:
+            return PathImages(name, folder, Texts(images), labels)
+    raise UserError(f"{path} has labels alone, and no images are beside it; copy it into the folder of its images")
+
+
+def _numbered_classes(path: Path) -> Sequence[str]:
+    """Return the classes that a list of numbers means, from number 1, out of a file beside it."""
+    if (classes := read_classes(path.parent / "classes.txt")) is not None:
+        return classes
+    if (path.parent / "map_clsloc.txt").is_file():  # of later devkits: "n02119789 1 kit_fox"
+        return _mapped(path.parent / "map_clsloc.txt")
+    if (path.parent / "meta.mat").is_file():
+        return _meta(path.parent / "meta.mat")
+    raise UserError(
+        f"{path} numbers its classes from 1 in an order of its own. Put classes.txt beside it: one class a line, that "
+        "of number 1 first (for ImageNet the 1,000 synsets by ILSVRC2012_ID); the devkit's meta.mat or map_clsloc.txt "
+        "beside it will do as well"
+    )
+
+
+def _mapped(path: Path) -> list[str]:
+    lines = [line.split() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    if not all(len(words) > 1 and words[1].isdecimal() for words in lines):
+        raise UserError(f"{path} has another form than `n02119789 1 kit_fox`; write classes.txt instead")
+    return [words[0] for words in sorted(lines, key=lambda words: int(words[1]))]
+
+
+def _meta(path: Path) -> list[str]:
+    """Return the synsets of ImageNet's devkit by ILSVRC2012_ID: those without children, of which there are 1,000."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{path} is read with scipy; pip install scipy, or write classes.txt") from None
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        leaves = [(int(one["ILSVRC2012_ID"]), str(one["WNID"])) for one in synsets if not int(one["num_children"])]
+    except Exception as error:  # of a file that is no MATLAB file, or another one
+        raise UserError(
+            f"{path} is not the devkit's file ({type(error).__name__}); write classes.txt instead"
+        ) from None
+    return [synset for _, synset in sorted(leaves)]
