@@ -23,9 +23,10 @@ class Encoded:
         ends: bool ``[L]``; true at the end tokens among the supervised ones.
         images: number of images in the sample (a processor may expand one into several tiles).
         tensors: everything else the model's collation needs, such as ``pixel_values``.
-        places: int64 ``[n, 3]`` for the n supervised tokens in order: the answer's number, and where in that answer's
-            text the token begins and ends, in characters. What the template adds lies below 0 or beyond the text's end.
-            Needed where teacher and student have different tokenizers; ``None`` where it is not known.
+        places: int64 ``[n, 3]`` for the n supervised tokens in order: the number of a piece of text
+            (:func:`~data.conversation.answer_pieces`), and where in it the token begins and ends, in characters. Blanks
+            and end tokens that the template adds lie below 0 or beyond the piece's end. Other text of the template has
+            −1 − number of a piece next to it. Needed where there are two models; ``None`` where it is not known.
     """
 
     input_ids: Tensor

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .alignment import group_tokens
+from .alignment import difference_of, group_tokens, match_tokens
 from .batch import DistillationBatch, Encoded, Groups, Origin, Processor, Rows
-from .conversation import Conversation, Document, message_text
+from .conversation import Conversation, Document, answer_pieces, count_images, is_answer
 from .errors import BadSample
 from .token_cache import CachedRows, compact
 
@@ -22,16 +22,39 @@ class Turns:
     """What of a conversation is learnt, and how long it may be besides its whole length.
 
     Attributes:
-        last_only: only the last answer is supervised; earlier ones are context.
+        last_only: only the last supervised answer is; earlier ones are context.
+        split: each supervised answer is a sample of its own, with what came before as its context.
         max_prompt: the most tokens before the last answer, in either model; ``None``: any number.
         max_response: the most tokens of the last answer, its end tokens counted.
         ends: whether end tokens are learnt; not those that a template writes after an answer that was cut.
     """
 
     last_only: bool = False
+    split: bool = False
     max_prompt: int | None = None
     max_response: int | None = None
     ends: bool = True
+
+    def parts(
+        self, conversation: Conversation, images: Sequence[Image.Image]
+    ) -> list[tuple[Conversation, Sequence[Image.Image]]]:
+        """Return the conversation as it is encoded: once, or with ``split`` up to each supervised answer.
+
+        Raises:
+            BadSample: with ``split``, no answer is supervised.
+        """
+        if not self.split:
+            return [(conversation, images)]
+        answers = [k for k, message in enumerate(conversation.messages) if is_answer(message)]
+        if not answers:
+            raise BadSample("no supervised token", "every answer is masked")
+        found = []
+        for k in answers[-1:] if self.last_only else answers:
+            messages = conversation.messages[: k + 1]
+            count = count_images(messages)
+            part = replace(conversation, messages=messages, images=conversation.images[:count])
+            found.append((part, images[:count]))
+        return found
 
 
 EVERY_ANSWER = Turns()
@@ -90,7 +113,8 @@ class Collator:
         images: Sequence[Image.Image] = (),
         place: tuple[int, int] | None = None,
     ) -> list[Pair]:
-        """One pair of a conversation, one or more of a document. Raises ``BadSample`` as these do.
+        """Return a sample's pairs: one of a conversation, or one for each answer that is a sample of its own; one or
+        more of a document. Raises ``BadSample`` as these do.
 
         With its ``place`` (source and row), which a cached teacher needs, the pairs have origins.
         """
@@ -99,7 +123,10 @@ class Collator:
         if isinstance(sample, Document):
             pairs = encode_document(sample, *models)
         else:
-            pairs = [encode_pair(sample, images, *models, turns=self.turns, grouped=self.grouped)]
+            pairs = []
+            for part, shown in self.turns.parts(sample, images):
+                pair = encode_pair(part, shown, *models, turns=self.turns, grouped=self.grouped)
+                pairs.append(replace(pair, samples=int(not pairs)))
         return pairs if place is None else self.placed(pairs, *place)
 
     def placed(self, pairs: Sequence[Pair], source: int, row: int) -> list[Pair]:
@@ -125,9 +152,9 @@ def encode_pair(
 ) -> Pair:
     """A conversation encoded for both models, its supervised tokens aligned.
 
-    The answers' tokens must have the same ids in both. The end tokens after an answer are compared in order: where
-    they differ, or the teacher has fewer, the student's token stays supervised and is not distilled; end tokens that
-    only the teacher has are left out. With different tokenizers, runs of tokens that spell the same text are grouped.
+    The answers' own tokens must have the same ids in both (:func:`~data.alignment.match_tokens`). Where end tokens or
+    what the templates write differ, the student's token stays supervised and is not distilled; what only the teacher
+    has is left out. With different tokenizers, runs of tokens that spell the same text are grouped.
 
     Args:
         conversation: the sample.
@@ -147,10 +174,10 @@ def encode_pair(
         tokens = student_row.supervised.nonzero().flatten()
         return Pair(student_row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
     teacher_row = _encode("teacher", teacher, conversation, images, max_length, turns)
+    pieces = answer_pieces(conversation.messages)
     if grouped:
-        answers = [message_text(m) for m in conversation.messages if m["role"] == "assistant"]
-        return _grouped(student_row, teacher_row, answers[-1:] if turns.last_only else answers)
-    return Pair(student_row, teacher_row, *_align(student_row, teacher_row))
+        return _grouped(student_row, teacher_row, pieces)
+    return Pair(student_row, teacher_row, *match_tokens(student_row, teacher_row, pieces))
 
 
 def _encode(
@@ -176,7 +203,7 @@ def _encode(
     ):
         if limit is not None and length > limit:
             raise BadSample("too long", f"{length} tokens {part} for the {role}, limit {limit}")
-    row = _from(row, response[0]) if turns.last_only else row
+    row = _from(row, response[0]) if turns.last_only or turns.split else row
     return row if turns.ends else _without_ends(row)
 
 
@@ -186,7 +213,6 @@ def _from(row: Encoded, start: int) -> Encoded:
     places = row.places
     if places is not None:
         places = places[row.supervised.nonzero().flatten() >= start]
-        places = places - torch.tensor([int(places[0, 0]), 0, 0])
     return replace(row, supervised=row.supervised & later, ends=row.ends & later, places=places)
 
 
@@ -212,7 +238,7 @@ def encode_document(document: Document, student: Processor, teacher: Processor |
     if teacher is not None:
         others = teacher.encode_document(document).input_ids.tolist()
         if ids != others:
-            raise BadSample("misaligned", _difference(ids, others))
+            raise BadSample("misaligned", difference_of(ids, others))
     pairs: list[Pair] = []
     for encoded in _pieces(row, max_length):
         tokens = encoded.supervised.nonzero().flatten()
@@ -256,8 +282,8 @@ def encode_teacher(
     return [pair], compact(row)
 
 
-def _grouped(student: Encoded, teacher: Encoded, answers: Sequence[str]) -> Pair:
-    ours, theirs = group_tokens(student, teacher, answers)
+def _grouped(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> Pair:
+    ours, theirs = group_tokens(student, teacher, pieces)
     tokens = student.supervised.nonzero().flatten()
     distilled = torch.zeros(len(tokens), dtype=torch.bool)
     for first, stop in ours.tolist():
@@ -284,42 +310,6 @@ def _runs(row: Encoded) -> list[_Run]:
         (runs[-1].ends if ends[i] else runs[-1].answer).append(i)
         previous = i
     return runs
-
-
-def _align(student: Encoded, teacher: Encoded) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of the student's supervised tokens, the teacher's places beside them, and which are distilled: ``[n]``."""
-    student_runs, teacher_runs = _runs(student), _runs(teacher)
-    if len(student_runs) != len(teacher_runs):
-        raise BadSample(
-            "misaligned", f"{len(student_runs)} answers for the student, {len(teacher_runs)} for the teacher"
-        )
-    student_ids, teacher_ids = student.input_ids.tolist(), teacher.input_ids.tolist()
-    ours: list[int] = []
-    theirs: list[int] = []
-    distilled: list[bool] = []
-    for number, (mine, other) in enumerate(zip(student_runs, teacher_runs, strict=True), 1):
-        my_answer = [student_ids[i] for i in mine.answer]
-        other_answer = [teacher_ids[i] for i in other.answer]
-        if my_answer != other_answer:
-            raise BadSample("misaligned", f"answer {number}: {_difference(my_answer, other_answer)}")
-        # Where the teacher has no token left, its last place stands in; it is not distilled.
-        last = (other.answer + other.ends)[-1]
-        ends = [other.ends[k] if k < len(other.ends) else last for k in range(len(mine.ends))]
-        ours += mine.answer + mine.ends
-        theirs += other.answer + ends
-        distilled += [True] * len(mine.answer)
-        distilled += [
-            k < len(other.ends) and student_ids[i] == teacher_ids[j]
-            for k, (i, j) in enumerate(zip(mine.ends, ends, strict=True))
-        ]
-    return torch.tensor(ours), torch.tensor(theirs), torch.tensor(distilled)
-
-
-def _difference(student: list[int], teacher: list[int]) -> str:
-    for k, (mine, other) in enumerate(zip(student, teacher, strict=False), 1):
-        if mine != other:
-            return f"token {k} is {mine} for the student, {other} for the teacher"
-    return f"{len(student)} tokens for the student, {len(teacher)} for the teacher"
 
 
 def collate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,3 +82,35 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 def count_images(messages: tuple[dict[str, Any], ...]) -> int:
     return sum(part["type"] == "image" for m in messages for part in m["content"])
+
+
+#: An answer's content with its thought: what opens it, the thought, what closes it, the text.
+_THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*)(</think>)(.*)", re.DOTALL)
+
+
+def thought_parts(message: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Cut a content into what opens its thought, the thought, what closes it, and the text, blanks kept.
+
+    Without a thought before ``</think>``, or without a text after it, all of it is text.
+    """
+    content = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    match = _THOUGHT.fullmatch(content)
+    if match is None or not match[2].strip() or not match[4].strip() or message.get("reasoning_content"):
+        return "", "", "", content
+    return match[1], match[2], match[3], match[4]
+
+
+def split_thought(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Return an answer's thought, from ``reasoning_content`` or ``<think>…</think>``, and its text, both stripped."""
+    _, thought, _, text = thought_parts(message)
+    return (message.get("reasoning_content") or thought).strip(), text.strip()
+
+
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Whether a message is an assistant's and is supervised."""
+    return message["role"] == "assistant" and message.get("supervised", True)
+
+
+def answer_pieces(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the texts that tokens' places refer to: each assistant message's thought and text, in turn."""
+    return [piece for message in messages if message["role"] == "assistant" for piece in split_thought(message)]

@@ -27,6 +27,7 @@ class CharacterProcessor:
         if images and not self.has_vision:
             raise BadSample("images for a text model")
         tokens = [(9, False, False)] * self.system
+        places = []
         for message in conversation.messages:
             answer = message["role"] == "assistant"
             tokens.append((ASSISTANT if answer else USER, False, False))
@@ -37,6 +38,9 @@ class CharacterProcessor:
                     tokens += [(self.spell(c), answer, False) for c in part["text"]]
             if answer:
                 tokens += [(end, True, True) for end in self.ends]
+                number = 2 * sum(place[1] == 0 for place in places) + 1
+                length = sum(len(part["text"]) for part in message["content"]) + len(self.ends)
+                places += [(number, i, i + 1) for i in range(length)]
         ids, supervised, ends = zip(*tokens, strict=True)
         pixels = [torch.tensor([float(sum(image.getpixel((0, 0))))]) for image in images]
         return Encoded(
@@ -45,6 +49,7 @@ class CharacterProcessor:
             torch.tensor(ends),
             images=len(images),
             tensors={"pixel_values": torch.stack(pixels)} if pixels else {},
+            places=torch.tensor(places).reshape(-1, 3),
         )
 
     def dummy(self):

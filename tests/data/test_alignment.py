@@ -9,7 +9,7 @@ from data.errors import BadSample
 
 
 def encoded(*tokens):
-    """Supervised tokens as (answer, begin, end), end tokens with a fourth entry."""
+    """Supervised tokens as (piece, begin, end), end tokens with a fourth entry."""
     ends = torch.tensor([len(token) > 3 for token in tokens])
     places = torch.tensor([token[:3] for token in tokens])
     return Encoded(torch.arange(len(tokens)), torch.ones(len(tokens), dtype=torch.bool), ends, places=places)
@@ -18,10 +18,12 @@ def encoded(*tokens):
 def groups(text, student, teacher):
     """Groups of one answer as numbers of tokens, from the tokens' (begin, end) and with an end token on each side."""
     sides = [
-        encoded(*[(0, *token) for token in tokens], (0, tokens[-1][1], tokens[-1][1] + 4, "end"))
+        encoded(*[(1, *token) for token in tokens], (1, tokens[-1][1], tokens[-1][1] + 4, "end"))
         for tokens in (student, teacher)
     ]
-    return [(range(*a), range(*b)) for a, b in zip(*(g.tolist() for g in group_tokens(*sides, [text])), strict=True)]
+    return [
+        (range(*a), range(*b)) for a, b in zip(*(g.tolist() for g in group_tokens(*sides, ["", text])), strict=True)
+    ]
 
 
 def sizes(*arguments):
@@ -81,16 +83,16 @@ def test_a_beginning_that_only_one_model_supervises_is_left_out():
 
 
 def test_further_end_tokens_are_in_no_group():
-    student = encoded((0, 0, 1), (0, 1, 2, "end"), (0, 2, 3, "end"), (1, 0, 1), (1, 1, 2, "end"))
-    teacher = encoded((0, 0, 1), (0, 1, 2, "end"), (1, 0, 1))
-    ours, theirs = group_tokens(student, teacher, ["a", "b"])
+    student = encoded((1, 0, 1), (1, 1, 2, "end"), (1, 2, 3, "end"), (3, 0, 1), (3, 1, 2, "end"))
+    teacher = encoded((1, 0, 1), (1, 1, 2, "end"), (3, 0, 1))
+    ours, theirs = group_tokens(student, teacher, ["", "a", "", "b"])
     assert ours.tolist() == [[0, 1], [1, 2], [3, 4]]
     assert theirs.tolist() == [[0, 1], [1, 2], [2, 3]]
 
 
 def test_an_answer_without_a_token_is_refused():
-    both, one = encoded((0, 0, 1), (1, 0, 1)), encoded((0, 0, 1), (1, 1, 2, "end"))
+    both, one = encoded((1, 0, 1), (3, 0, 1)), encoded((1, 0, 1), (3, 1, 2, "end"))
     with pytest.raises(BadSample, match="misaligned: answer 2: no token for the teacher"):
-        group_tokens(both, one, ["a", "b"])
+        group_tokens(both, one, ["", "a", "", "b"])
     with pytest.raises(BadSample, match="misaligned: answer 2: no token for the student"):
-        group_tokens(one, both, ["a", "b"])
+        group_tokens(one, both, ["", "a", "", "b"])

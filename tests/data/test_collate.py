@@ -21,14 +21,16 @@ def pair_of(student, teacher, *texts, max_length=100):
 
 
 def aligned(pair):
-    """(student's id, teacher's id, distilled) of each supervised token, letters as letters."""
+    """(student's id, teacher's id or None, distilled) of each supervised token, letters as letters."""
 
     def name(token):
         return chr(token) if token > 20 else int(token)
 
     student = pair.student.input_ids[pair.student_tokens].tolist()
     teacher = pair.teacher.input_ids[pair.teacher_tokens].tolist()
-    return [(name(s), name(t), d) for s, t, d in zip(student, teacher, pair.distilled.tolist(), strict=True)]
+    return [
+        (name(s), name(t) if d else None, d) for s, t, d in zip(student, teacher, pair.distilled.tolist(), strict=True)
+    ]
 
 
 def test_without_a_teacher(processor):
@@ -47,12 +49,12 @@ def test_different_templates_and_the_same_answers(processor):
 @pytest.mark.parametrize(
     ("student", "teacher", "expected"),
     [
-        ([END], [OTHER_END], [(4, 5, False)]),
-        ([END, NEWLINE], [END], [(4, 4, True), (10, 4, False)]),
-        ([END, NEWLINE], [OTHER_END, NEWLINE], [(4, 5, False), (10, 10, True)]),
-        ([END, END], [END], [(4, 4, True), (4, 4, False)]),
+        ([END], [OTHER_END], [(4, None, False)]),
+        ([END, NEWLINE], [END], [(4, 4, True), (10, None, False)]),
+        ([END, NEWLINE], [OTHER_END, NEWLINE], [(4, None, False), (10, 10, True)]),
+        ([END, END], [END], [(4, 4, True), (4, None, False)]),
         ([END], [END, NEWLINE], [(4, 4, True)]),
-        ([END], [], [(4, "a", False)]),
+        ([END], [], [(4, None, False)]),
         ([], [END], []),
         ([], [], []),
     ],
@@ -71,7 +73,7 @@ def test_answers_that_follow_each_other_without_a_token_between(processor):
             return row
 
     pair = pair_of(Adjacent(), processor(ends=[OTHER_END]), "q", "a", "q", "b")
-    assert aligned(pair) == [("a", "a", True), (4, 5, False), ("b", "b", True), (4, 5, False)]
+    assert aligned(pair) == [("a", "a", True), (4, None, False), ("b", "b", True), (4, None, False)]
 
 
 def test_misaligned_answers_are_refused(processor):
@@ -84,7 +86,7 @@ def test_misaligned_answers_are_refused(processor):
     class Longer(processor):
         def encode(self, conversation, images):
             row = super().encode(conversation, images)
-            for name, value in (("input_ids", 98), ("supervised", True), ("ends", False)):
+            for name, value in (("input_ids", 98), ("supervised", True), ("ends", False), ("places", [1, 0, 1])):
                 tensor = getattr(row, name)
                 setattr(row, name, torch.cat([tensor[:-1], torch.tensor([value]), tensor[-1:]]))
             return row
@@ -96,9 +98,10 @@ def test_misaligned_answers_are_refused(processor):
         def encode(self, conversation, images):
             row = super().encode(conversation, images)
             row.supervised[: len(row.supervised) - 2] = False
+            row.places = row.places[2:]
             return row
 
-    with pytest.raises(BadSample, match="2 answers for the student, 1 for the teacher"):
+    with pytest.raises(BadSample, match="misaligned: answer 1: no token for the teacher"):
         pair_of(processor(), LastOnly(), "q", "a", "q", "b")
 
 

@@ -1,60 +1,71 @@
 """Supervised tokens are exactly the answers and their end tokens, whatever the chat template."""
 
+from dataclasses import replace
+
 import pytest
+from chat_templates import JINJA, PYTHON, conversation, processor
 
 from data.errors import BadSample
 from vlm_distill.models.composed import ComposedProcessor
+from vlm_distill.models.vision_encoders import ImageTransform
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CHATML_MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-VICUNA = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
-    "{% elif m['role'] == 'system' %}{{ m['content'] }} {% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-NO_END = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-STRIPS = CHATML.replace("m['content'] }}<", "m['content'] | trim }}<")
-# Opens the answer with an empty thought for generation and keeps it out of the history (Qwen3 without thinking).
-THINKS_FIRST = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
-# Earlier answers lose what comes before "</think>", the last one keeps it (Qwen3, DeepSeek-R1).
-DROPS_THOUGHT = CHATML.replace(
-    "{{ m['content'] }}",
-    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
-    "{% else %}{{ m['content'] }}{% endif %}",
-)
-SHOUTS = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
+THINKING = ("block", "unthinking", "opened", "channels")
+ASK, MORE = ("user", "What colour?"), ("user", "How many?")
+TALKS = {
+    "plain": [ASK, ("assistant", "It is red.")],
+    "two turns": [ASK, ("assistant", "red"), MORE, ("assistant", "three")],
+    "system": [("system", "Be brief."), ASK, ("assistant", "red")],
+    "thought": [ASK, ("assistant", "Red.", "hm, red")],
+    "thoughts": [ASK, ("assistant", "Red.", "hm"), MORE, ("assistant", "Three.", "one two")],
+    "a thought, then none": [ASK, ("assistant", "Red.", "hm"), MORE, ("assistant", "three")],
+    "no thought, then one": [ASK, ("assistant", "Red."), MORE, ("assistant", "three", "hm")],
+    "repeated": [("user", "red"), ("assistant", "red"), ("user", "red"), ("assistant", "red")],
+    "bytes": [ASK, ("assistant", "Grün 🙂 是")],
+    "question": [("user", "Is it <b>?"), ("assistant", "<b>")],
+} | {
+    repr(answer): [ASK, ("assistant", answer)]
+    for answer in (
+        "A",
+        "n",
+        "is",
+        "assistant",
+        "bot",
+        "model",
+        "user",
+        "ASSISTANT",
+        "think",
+        " Red.",
+        "Red. \n",
+        "\n\nRed.",
+    )
+}
 
 
-@pytest.fixture
-def encode(make_tokenizer):
-    def encode(template, conversation, eos="<|im_end|>"):
-        processor = ComposedProcessor(make_tokenizer(template, eos=eos, extra=("<|im_start|>",)))
-        return processor, processor.encode(conversation, [])
-
-    return encode
+@pytest.fixture(scope="module")
+def processors():
+    made = {}
+    return lambda name: made.setdefault(name, processor(name))
 
 
-def runs(processor, sample):
+def expected(processor, parts, learn):
+    """Ids, and which are supervised and ends, of a text in parts: tokens of the prompt may only lend blanks."""
+    text, marks = "", ""
+    for part, kind in parts:
+        text += part
+        marks += {"prompt": ".", "block": "a" if learn else ".", "answer": "a", "end": "e"}[kind] * len(part)
+    coded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = [(text[a:b], marks[a:b]) for a, b in coded["offset_mapping"]]
+    supervised = [
+        not all(m == "." for m in mark) and not any(m == "." and c.strip() for c, m in zip(part, mark, strict=True))
+        for part, mark in spans
+    ]
+    return coded["input_ids"], supervised, [set(mark) == {"e"} for _, mark in spans]
+
+
+def stretches(processor, row):
     """Each run of supervised tokens as text."""
     texts, run = [], []
-    for token, on in zip([*sample.input_ids.tolist(), 0], [*sample.supervised.tolist(), False], strict=True):
+    for token, on in zip([*row.input_ids.tolist(), 0], [*row.supervised.tolist(), False], strict=True):
         if on:
             run.append(token)
         elif run:
@@ -63,69 +74,117 @@ def runs(processor, sample):
     return texts
 
 
-@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, STRIPS, THINKS_FIRST])
-def test_chatml_answers_end_with_their_end_token(encode, talk, template):
-    talked = talk("What colour?", "It is red.", "How many?", "three", system="Be brief.")
-    processor, sample = encode(template, talked)
-    assert runs(processor, sample) == ["It is red.<|im_end|>", "three<|im_end|>"]
-    assert processor.tokenizer.decode(sample.input_ids[sample.ends]) == "<|im_end|><|im_end|>"
+@pytest.mark.parametrize("learn", [False, True], ids=["prompt", "learn"])
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", JINJA)
+def test_supervised_is_what_an_independent_rendering_says(processors, name, talk, learn):
+    made = processors(name)
+    made.learn_block = learn
+    row = made.encode(conversation(TALKS[talk]), [])
+    ids, supervised, ends = expected(made, PYTHON[name](TALKS[talk]), learn)
+    assert made.tokenizer.decode(row.input_ids) == made.tokenizer.decode(ids)
+    wanted = [made.tokenizer.decode(i) for i, on in zip(ids, supervised, strict=True) if on]
+    assert [made.tokenizer.decode(i) for i in row.input_ids[row.supervised]] == wanted
+    assert row.input_ids.tolist() == ids
+    assert row.supervised.tolist() == supervised
+    assert row.ends.tolist() == ends
 
 
-def test_llama2_blank_before_the_end_token_is_supervised(encode, talk):
-    processor, sample = encode(LLAMA2, talk("What colour?", "red", "Sure?", "yes", system="Be brief."), eos="</s>")
-    assert runs(processor, sample) == [" red </s>", " yes </s>"]
-    assert sample.ends.sum() == 2
+@pytest.mark.parametrize("name", [*THINKING, "hides"])
+def test_reasoning_content_is_learnt_as_a_thought_in_the_text_is(processors, name):
+    made = processors(name)
+    made.learn_block = False
+    for talk in ("thought", "no thought, then one"):
+        keyed, literal = (made.encode(conversation(TALKS[talk], key), []) for key in (True, False))
+        assert keyed.input_ids.tolist() == literal.input_ids.tolist()
+        assert keyed.supervised.tolist() == literal.supervised.tolist()
+        assert keyed.places.tolist() == literal.places.tolist()
 
 
-def test_vicuna(encode, talk):
-    processor, sample = encode(VICUNA, talk("What colour?", "red", "Sure?", "yes"), eos="</s>")
-    assert runs(processor, sample) == [" red</s>", " yes</s>"]
+def test_thoughts_that_a_template_ignores_are_refused_by_name(processors):
+    with pytest.raises(BadSample, match="chat template ignores reasoning_content: give a chat_template"):
+        processors("headers").encode(conversation(TALKS["thought"], key=True), [])
 
 
-def test_default_template(encode, talk):
-    processor, sample = encode(None, talk("What colour?", "red", "Sure?", "yes", system="Be brief."), eos="</s>")
-    assert runs(processor, sample) == [" red</s>", " yes</s>"]
-    assert "Be brief." in processor.tokenizer.decode(sample.input_ids)
+TOOLS = {
+    "name": "look",
+    "description": "Look closer.",
+    "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+}
+CALLS = JINJA["block"].replace(
+    "{{ c }}<|im_end|>\n",
+    "{{ c }}{% for call in m['tool_calls'] or [] %}{{ '\\n<call>' }}{{ call['function'] | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n",
+)
+CALLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CALLS
 
 
-def test_without_an_end_token_only_the_text_is_supervised(encode, talk):
-    processor, sample = encode(NO_END, talk("What colour?", "red", "Sure?", "yes"))
-    assert [r.strip() for r in runs(processor, sample)] == ["red", "yes"]
-    assert not sample.ends.any()
+def with_call(arguments, content=""):
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    talked = conversation([ASK, ("assistant", content), ("tool", "it is red"), ("assistant", "red", "I see")])
+    messages = list(talked.messages)
+    messages[1] = {**messages[1], "tool_calls": [call]}
+    return replace(talked, messages=tuple(messages), tools=(TOOLS,))
 
 
-def test_an_answer_that_repeats_the_question_is_found_in_its_own_place(encode, talk):
-    processor, sample = encode(CHATML, talk("red", "red", "red", "red"))
-    assert runs(processor, sample) == ["red<|im_end|>"] * 2
-    assert processor.tokenizer.decode(sample.input_ids[~sample.supervised]).count("red") == 2
+@pytest.mark.parametrize("arguments", [{"place": "left"}, '{"place": "left"}'], ids=["object", "JSON"])
+@pytest.mark.parametrize("content", ["", "Let me look."])
+def test_a_tool_call_is_an_answer_and_its_reply_is_context(processors, arguments, content):
+    made = processors(CALLS)
+    row = made.encode(with_call(arguments, content), [])
+    call = '<call>{"name": "look", "arguments": {"place": "left"}}</call><|im_end|>'
+    assert stretches(made, row) == [
+        f"{content}\n{call}" if content else f"\n{call}",
+        "<think>\nI see\n</think>\n\nred<|im_end|>",
+    ]
+    assert '"description": "Look closer."' in made.tokenizer.decode(row.input_ids)
+    assert "<|im_start|>tool\nit is red<|im_end|>" in made.tokenizer.decode(row.input_ids[~row.supervised])
 
 
-def test_every_byte_of_an_answer_is_supervised(encode, talk):
-    processor, sample = encode(CHATML, talk("?", "Grün 🙂 是"))
-    assert runs(processor, sample) == ["Grün 🙂 是<|im_end|>"]
+def test_a_masked_answer_is_context(processors):
+    made = processors("block")
+    talked = conversation(TALKS["two turns"])
+    for masked, left in ((1, "three<|im_end|>"), (3, "red<|im_end|>")):
+        messages = [{**m, "supervised": False} if k == masked else m for k, m in enumerate(talked.messages)]
+        row = made.encode(replace(talked, messages=tuple(messages)), [])
+        assert stretches(made, row) == [left]
+        assert row.input_ids.tolist() == made.encode(talked, []).input_ids.tolist()
+
+
+def test_an_image_in_an_answer_is_refused_and_one_in_context_is_not(talk, picture):
+    transform = ImageTransform((16, 16), (0.5,) * 3, (0.5,) * 3)
+    made = ComposedProcessor(processor("chatml").tokenizer, transform, tokens=4)
+    talked = talk("Where?", ["zoom in", None], "And now?", "red")
+    with pytest.raises(BadSample, match="image in an answer"):
+        made.encode(talked, [picture()])
+    messages = [{**m, "supervised": False} if k == 1 else m for k, m in enumerate(talked.messages)]
+    assert stretches(made, made.encode(replace(talked, messages=tuple(messages)), [picture()])) == ["red<|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    ("template", "answers", "reason"),
+    ("template", "answer", "reason"),
     [
-        (DROPS_THOUGHT, ("<think>hm</think>red", "yes"), "rewrites the answer|changes earlier turns"),
-        (SHOUTS, ("red", "yes"), "rewrites the answer"),
-        ("{{ raise_exception('no system prompts') }}", ("red", "yes"), "refuses.*no system prompts"),
-        ("{% if messages | length > 2 %}again {% endif %}" + CHATML, ("red", "yes"), "changes earlier turns"),
+        (JINJA["chatml"].replace("m['content'] }}", "m['content'][1:] }}"), "red", "rewrites the answer"),
+        (JINJA["chatml"].replace("m['content'] }}", "m['content'] * 2 }}"), "red", "repeats an answer"),
+        ("{% for m in messages %}{{ m['role'] }}\n{% endfor %}", "red", "drops an answer: 'red'"),
+        (JINJA["block"].replace("{{ t }}", ""), "<think>hm</think>red", "drops the thought"),
+        ("{{ raise_exception('no system prompts') }}", "red", "refuses.*no system prompts"),
     ],
 )
-def test_templates_that_change_what_was_said_are_refused_by_name(encode, talk, template, answers, reason):
+def test_templates_that_do_not_show_an_answer_are_refused_by_name(processors, template, answer, reason):
     with pytest.raises(BadSample, match=reason):
-        encode(template, talk("What colour?", answers[0], "Sure?", answers[1]))
+        processors(template).encode(conversation([ASK, ("assistant", answer)]), [])
 
 
-def test_a_dropped_thought_does_no_harm_in_the_last_answer(encode, talk):
-    processor, sample = encode(DROPS_THOUGHT, talk("What colour?", "<think>hm</think>red"))
-    assert runs(processor, sample) == ["<think>hm</think>red<|im_end|>"]
+def test_what_a_template_makes_of_an_answer_is_learnt(processors):
+    made = processors(
+        JINJA["chatml"].replace("m['content'] }}<|im_end|>\n{% else", "m['content'] | upper }}<|im_end|>\n{% else")
+    )
+    assert stretches(made, made.encode(conversation(TALKS["two turns"]), [])) == ["RED<|im_end|>", "THREE<|im_end|>"]
 
 
-def test_generation_ends_with_the_opening_of_the_answer(encode, talk):
-    processor, _ = encode(CHATML, talk("a", "b"))
-    sample = processor.encode(talk("What colour?"), [], generation=True)
-    assert processor.tokenizer.decode(sample.input_ids).endswith("What colour?<|im_end|>\n<|im_start|>assistant\n")
-    assert not sample.supervised.any()
+def test_generation_ends_with_the_opening_of_the_answer(processors):
+    made = processors("opened")
+    row = made.encode(conversation([ASK]), [], generation=True)
+    assert made.tokenizer.decode(row.input_ids).endswith("What colour?<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert not row.supervised.any()

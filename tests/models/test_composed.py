@@ -12,7 +12,7 @@ from data.batch import Rows
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
-from vlm_distill.models.composed import SENTINEL
+from vlm_distill.models.chat import IMAGE
 from vlm_distill.training.operations import Costs
 
 PROJECTORS = {
@@ -380,7 +380,7 @@ def test_bad_samples_are_named(model, talk, picture):
     with pytest.raises(BadSample, match="differ in number"):
         model.processor.encode(talk([None, "?"], "red"), [])
     with pytest.raises(BadSample, match="private-use"):
-        model.processor.encode(talk(f"{SENTINEL}?", "red"), [])
+        model.processor.encode(talk(f"{IMAGE}?", "red"), [])
     model.processor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'][1:] }}{% endfor %}"
     with pytest.raises(BadSample, match="drops or repeats images"):
         model.processor.encode(talk([None, "?"]), [picture()], generation=True)

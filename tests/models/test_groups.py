@@ -207,8 +207,8 @@ def test_places_survive_the_expansion_of_images(talk, picture, tmp_path):
     assert len(row.places) == int(row.supervised.sum()) > 3
     ids, ends = row.input_ids[row.supervised].tolist(), row.ends[row.supervised].tolist()
     spelt = [
-        (answer, answers[answer][start:stop], end)
-        for (answer, start, stop), end in zip(row.places.tolist(), ends, strict=True)
+        (piece // 2, answers[piece // 2][start:stop], end)
+        for (piece, start, stop), end in zip(row.places.tolist(), ends, strict=True)
     ]
     assert spelt == [(0, "red", False), (0, "no", False), (0, "", True), (1, "blue", False), (1, "", True)]
     assert [processor.tokenizer.decode([i]) for i in ids] == ["red", "no", "<eos>", "blue", "<eos>"]

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,24 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation, message_text
+from data.conversation import Conversation, count_images
 from data.errors import BadSample, UserError
 
 from .adapters import plain_state
 from .chat import (
+    BREAK,
     DEFAULT_TEMPLATE,
+    IMAGE,
+    PRIVATE,
     Span,
-    control_tokens,
     find_answers,
     held,
     mark_tokens,
+    plain_messages,
     rendered,
     special_ids,
     token_places,
+    written_texts,
 )
 from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
 from .features import IMAGES, SIGHT, decoder_features, decoder_width, wanted_states
@@ -49,13 +54,7 @@ CONFIG_NAME = "vlm_distill.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = 1
 
-#: Stands for an image in the rendered text: a private-use character that no tokenizer ever sees.
-SENTINEL = "\U0010fffd"
-
-#: Stands inside a user's text where a control token is written out, so that it is tokenized as two pieces of text.
-BREAK = "\U0010fffc"
-
-_MARKS = re.compile(f"([{SENTINEL}{BREAK}])")
+_MARKS = re.compile(f"([{IMAGE}{BREAK}])")
 
 
 class ComposedProcessor(Processor):
@@ -82,53 +81,52 @@ class ComposedProcessor(Processor):
         self.tokens = tokens
         self.has_vision = transform is not None
         self._special = special_ids(tokenizer)
-        self._template: Any = None
-        self._control: tuple[str, ...] = ()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = 0 if pad is None else pad
 
-    def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
-        flat = [{"role": m["role"], "content": self._flat_content(m)} for m in messages]
-        return self.tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=generation)
+    @property
+    def chat_template(self) -> Any:
+        return self.tokenizer.chat_template
+
+    def set_chat_template(self, template: Any) -> None:
+        self.tokenizer = copy.deepcopy(self.tokenizer)  # a student's may be its teacher's
+        self.tokenizer.chat_template = template
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        flat = [{**m, "content": self._flat_content(m)} for m in messages]
+        return self.tokenizer.apply_chat_template(
+            flat, tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+        )
 
     def _flat_content(self, message: Mapping[str, Any]) -> str:
         parts = message["content"]
-        text = "".join(part["text"] if part["type"] == "text" else SENTINEL for part in parts)
-        for token in self._control if message["role"] != "assistant" else ():
+        text = "".join(part["text"] if part["type"] == "text" else IMAGE for part in parts)
+        for token in self._frame.control if self._frame and message["role"] != "assistant" else ():
             text = text.replace(token, token[:1] + BREAK + token[1:])
         return text
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
-        messages = conversation.messages
-        parts = [part for m in messages for part in m["content"]]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        if held((SENTINEL, BREAK), texts):
-            raise BadSample("text holds a private-use character that marks images", "U+10FFFC or U+10FFFD")
-        if self._template != self.tokenizer.chat_template:
-            self._template, self._control = self.tokenizer.chat_template, ()
-            self._control = control_tokens(self.tokenizer, self._render)
-        if token := held(self._control, [message_text(m) for m in messages if m["role"] == "assistant"]):
-            raise BadSample("answer holds a control token", token)
-        if images and not self.has_vision:
-            raise BadSample("model takes no images", f"{len(images)} given")
-        if sum(part["type"] == "image" for part in parts) != len(images):
-            raise BadSample("images and image parts differ in number", f"{len(images)} images")
+        messages, frame = conversation.messages, self.frame
+        self._check(conversation, images)
+        render = partial(self._render, tools=conversation.tools)
         spans: list[Span] = []
         if generation:
-            text = rendered(self._render, messages, True)
+            text = rendered(render, plain_messages(messages), True)
         else:
-            text, spans = find_answers(self._render, messages)
-        if text.count(SENTINEL) != len(images):
-            raise BadSample("chat template drops or repeats images", f"{text.count(SENTINEL)} of {len(images)}")
+            text, spans = find_answers(render, messages, frame, self.learn_block)
+        if text.count(IMAGE) != len(images):
+            raise BadSample("chat template drops or repeats images", f"{text.count(IMAGE)} of {len(images)}")
 
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
         for piece in _MARKS.split(text):
-            if piece == SENTINEL:
+            if piece == IMAGE:
                 ids += [-1] * self.tokens
                 offsets += [(at, at + 1)] * self.tokens
-            if piece in (SENTINEL, BREAK):
+            if piece in (IMAGE, BREAK):
                 at += 1
                 continue
             coded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
@@ -137,8 +135,23 @@ class ComposedProcessor(Processor):
             at += len(piece)
         supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
         encoded = self._encoded(ids, supervised, ends, images)
-        encoded.places = token_places(offsets, supervised, spans)
+        encoded.places = token_places(text, offsets, supervised, ends, spans)
         return encoded
+
+    def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:
+        texts = [text for message in conversation.messages for text in written_texts(message)]
+        if held(PRIVATE, texts):
+            raise BadSample("text holds a private-use character that marks images", "U+10FFF0 to U+10FFFD")
+        # What is not escaped: an answer, and what a template writes as JSON.
+        texts = [text for m in conversation.messages if m["role"] == "assistant" for text in written_texts(m)]
+        if token := held(self.frame.control, texts):
+            raise BadSample("answer holds a control token", token)
+        if token := held(self.frame.control, [json.dumps(conversation.tools, ensure_ascii=False)]):
+            raise BadSample("text holds a control token", f"{token} among the tools")
+        if images and not self.has_vision:
+            raise BadSample("model takes no images", f"{len(images)} given")
+        if count_images(conversation.messages) != len(images):
+            raise BadSample("images and image parts differ in number", f"{len(images)} images")
 
     def _encoded(
         self, ids: list[int], supervised: list[bool], ends: list[bool], images: Sequence[Image.Image]
@@ -340,7 +353,9 @@ class ComposedVLM(VisionLanguageModel):
         for settings in (self.decoder.config.get_text_config(), self.decoder.generation_config):
             settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
             settings.eos_token_id = sorted(ends)
+        learn_block = self.processor.learn_block
         self.processor = ComposedProcessor(tokenizer, self.processor.transform, self.processor.tokens)
+        self.processor.learn_block = learn_block
         self.processor.one_row = wants_one_row(self.decoder.base_model.config)
         self.head = lm_head(self.decoder)
         self._ends = template_ends(self.processor)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation, message_text
+from data.conversation import Conversation, is_answer, message_text
 from data.errors import BadSample, UserError
 
 from .pretrained import PretrainedProcessor, PretrainedVLM
@@ -24,12 +24,17 @@ class PaliGemmaProcessor(PretrainedProcessor):
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
         messages = conversation.messages
-        self._check(messages, images)
+        self._check(conversation, images)
         prompt = messages if generation else messages[:-1]
         if any(message["role"] == "assistant" for message in prompt):
             raise BadSample("PaliGemma takes one question and its answer", f"{len(messages)} messages")
+        meant = [key for message in messages for key in ("reasoning_content", "tool_calls") if message.get(key)]
+        if meant or conversation.tools:
+            raise BadSample("PaliGemma takes one question and its answer", f"no {(meant or ['tools'])[0]}")
         if not images:
             raise BadSample("PaliGemma needs an image", "there is none")
+        if not generation and not is_answer(messages[-1]):
+            raise BadSample("no supervised token", "the only answer is masked")
         text = self.placeholder * len(images) + "\n".join(message_text(message) for message in prompt)
         return self._suffixed(text, None if generation else message_text(messages[-1]), images)
 
@@ -48,7 +53,8 @@ class PaliGemmaProcessor(PretrainedProcessor):
         supervised = tensors["token_type_ids"][0] == 1
         # The last token is the end token that the processor puts behind an answer.
         ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)
-        places = torch.nn.functional.pad(offsets[supervised], (1, 0))
+        # Of the first answer's text; see `data.conversation.answer_pieces`.
+        places = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
         return Encoded(input_ids, supervised, ends, len(images), tensors, places)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from data.conversation import Conversation, Document, count_images
 from data.errors import BadSample
 
 from .adapters import with_adapters
-from .chat import special_ids
+from .chat import Frame, probe_frame, special_ids, with_arguments
 from .packing import join, keeps_apart
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
@@ -155,6 +155,38 @@ class Processor(ABC):
     features: Callable[[Sequence[Image.Image]], Tensor] | None = None
     #: Whether the model wants all samples that share a row in one; the model sets it.
     one_row: bool = False
+    #: Whether what the chat template writes before a plain answer is supervised (``data.template_text: learn``).
+    learn_block: bool = False
+    _frame: Frame | None = None
+    _framed: Any = None
+
+    @property
+    @abstractmethod
+    def chat_template(self) -> Any:
+        """The Jinja template of conversations; ``None`` where there is no chat."""
+
+    @abstractmethod
+    def set_chat_template(self, template: Any) -> None:
+        """Take another template, in this processor alone."""
+
+    @abstractmethod
+    def _render(
+        self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """Return a conversation as text; the only place where a chat template is run."""
+
+    def set_template_arguments(self, arguments: Mapping[str, Any], where: str) -> None:
+        """Give the chat template these arguments from now on; raises as :func:`~.chat.with_arguments`."""
+        if arguments:
+            self.set_chat_template(with_arguments(self.chat_template, arguments, where))
+
+    @property
+    def frame(self) -> Frame:
+        """What the chat template writes around messages. It is probed once, and again when the template changes."""
+        if self._frame is None or self._framed != self.chat_template:
+            self._framed, self._frame = self.chat_template, None
+            self._frame = probe_frame(self.tokenizer, self._render)
+        return self._frame
 
     @abstractmethod
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +19,22 @@ from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation
+from data.conversation import Conversation, count_images
 from data.errors import BadSample, UserError
 
 from .adapters import plain_state
-from .chat import Span, control_tokens, find_answers, held, mark_tokens, rendered, special_ids, token_places
+from .chat import (
+    PRIVATE,
+    Span,
+    find_answers,
+    held,
+    mark_tokens,
+    plain_messages,
+    rendered,
+    special_ids,
+    token_places,
+    written_texts,
+)
 from .common import checkpoint_layers, first_line
 from .features import IMAGES, SIGHT, decoder_features, decoder_width, wanted_states
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
@@ -100,8 +113,7 @@ class Expanded:
 
     def span(self, span: Span) -> Span:
         """An answer's place afterwards; no image stands in an answer."""
-        shift = sum(len(new) - (stop - start) for start, stop, new in self._replaced if stop <= span.start)
-        return Span(span.start + shift, span.text + shift, span.stop + shift)
+        return span.moved(sum(len(new) - (stop - start) for start, stop, new in self._replaced if stop <= span.start))
 
 
 class PretrainedProcessor(Processor):
@@ -124,48 +136,58 @@ class PretrainedProcessor(Processor):
         names = [processor.video_token] if getattr(processor, "video_token", None) else []
         self._reserved = [self.placeholder, self.tokenizer.convert_ids_to_tokens(image_token_id), *names]
         self._special = special_ids(self.tokenizer)
-        self._template: Any = None
-        self._control: tuple[str, ...] = ()
         self._dummy: Encoded | None = None
         self._rope = _rope_index(model)
 
-    def _render(self, messages: Sequence[dict[str, Any]], generation: bool) -> str:
-        return self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+    @property
+    def chat_template(self) -> Any:
+        return self.processor.chat_template
+
+    def set_chat_template(self, template: Any) -> None:
+        self.processor = copy.copy(self.processor)
+        self.processor.chat_template = template
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        return self.processor.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+        )
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
         messages = conversation.messages
-        self._check(messages, images)
+        self._check(conversation, images)
+        render = partial(self._render, tools=conversation.tools)
         spans: list[Span] = []
         if generation:
-            text = rendered(self._render, messages, True)
+            text = rendered(render, plain_messages(messages), True)
         else:
-            text, spans = find_answers(self._render, messages)
+            text, spans = find_answers(render, messages, self.frame, self.learn_block)
         if text.count(self.placeholder) != len(images):
             raise BadSample("images and placeholders differ in number", f"{text.count(self.placeholder)} placeholders")
         return self._encoded(text, spans, images, add_special_tokens=self._lacks_start(text))
 
-    def adds_special_tokens(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Whether the tokenizer puts its own tokens around these messages, beside those of the template."""
-        return self._lacks_start(rendered(self._render, messages, False))
+    def adds_special_tokens(self, conversation: Conversation) -> bool:
+        """Whether the tokenizer puts its own tokens around this conversation, beside those of the template."""
+        render = partial(self._render, tools=conversation.tools)
+        return self._lacks_start(rendered(render, plain_messages(conversation.messages), False))
 
     def _lacks_start(self, text: str) -> bool:
         # As Transformers does after its own templates: no second start token.
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
-    def _check(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> None:
-        parts = [part for message in messages for part in message["content"]]
-        # Joined: what is cut into several parts is put together again by the template.
-        texts = ["".join(p["text"] for p in m["content"] if p["type"] == "text") for m in messages]
+    def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:
+        texts = [text for message in conversation.messages for text in written_texts(message)]
+        texts.append(json.dumps(conversation.tools, ensure_ascii=False))
+        if held(PRIVATE, texts):
+            raise BadSample("text holds a private-use character that marks images", "U+10FFF0 to U+10FFFD")
         if token := held(self._reserved, texts):
             raise BadSample("text holds one of the model's placeholders", token)
-        if self._template != self.processor.chat_template:
-            self._template = self.processor.chat_template
-            self._control = control_tokens(self.tokenizer, self._render)
         # The processor tokenizes the rendered text as a whole, and makes of this what it makes of the template's own.
-        if token := held(self._control, texts):
+        if token := held(self.frame.control, texts):
             raise BadSample("text holds a control token", token)
-        if sum(part["type"] == "image" for part in parts) != len(images):
+        if count_images(conversation.messages) != len(images):
             raise BadSample("images and image parts differ in number", f"{len(images)} images")
 
     def _encoded(self, text: str, spans: Sequence[Span], images: Sequence[Image.Image], **options: Any) -> Encoded:
@@ -176,7 +198,7 @@ class PretrainedProcessor(Processor):
         offsets = tensors.pop("offset_mapping")[0].tolist()
         input_ids = tensors.pop("input_ids")[0]
         supervised, ends = mark_tokens(expanded.text, offsets, input_ids.tolist(), moved, self._special)
-        places = token_places(offsets, supervised, moved)
+        places = token_places(expanded.text, offsets, supervised, ends, moved)
         return Encoded(input_ids, torch.tensor(supervised), torch.tensor(ends), len(images), tensors, places)
 
     def _process(
