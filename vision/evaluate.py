@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.console import plain_console
 from vlm_distill.launch import cores, guarded, leave
 
 from . import imagenet
@@ -133,15 +134,16 @@ def _score(
     models: Mapping[str, Classifier],
     settings: Mapping[str, Any],
 ) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     first = settings["rank"] == 0
     name = parts[0][0].source.name
     found: dict[str, dict[Any, dict[str, Any]]] = {who: {} for who in models}
     skipped: list[Problem] = []
     began = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True, disable=not first) as bar:
+    name_column = TextColumn("{task.description}", markup=False)
+    columns = (name_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=plain_console(stderr=True), transient=True, disable=not first) as bar:
         for variant, corruption in parts:
             logits: dict[int, Tensor] = {}
             for who, model in models.items():
@@ -204,7 +206,6 @@ def _label_map(source: LabelledImages, classifier: Classifier, variant: str | No
 
 
 def _show(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     def share(value: float | None) -> str:
@@ -218,13 +219,13 @@ def _show(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
         numbers = [share(scores["exact"]), share(scores["top5"]), plain(scores["nll"]), plain(scores["ece"])]
         compared = [share(scores.get("agreement")), plain(scores.get("kl"))]
         table.add_row(who, f"{scores['n']:,}", *numbers, *compared)
-    Console().print(table)
+    plain_console().print(table)
     if "corruptions" in results["student"]:
         table = Table("corruption", *map(str, range(1, 6)), "mean", title="top-1 by severity")
         for corruption, found in results["student"]["corruptions"].items():
             mean = results["student"]["by_type"][corruption]["exact"]
             table.add_row(corruption, *(share(found.get(str(s))) for s in range(1, 6)), share(mean))
-        Console().print(table)
+        plain_console().print(table)
         mce = results["student"]["mce"]
         print("mCE needs all 15 corruptions at five severities" if mce is None else f"mCE {mce:.1f} (AlexNet: 100)")
 

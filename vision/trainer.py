@@ -22,6 +22,7 @@ from data.teacher_cache import TeacherCache
 from data.workers import make_loader
 from vlm_distill.launch import cores
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
+from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine, Processes
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.tracking import Tracker
@@ -198,6 +199,11 @@ class Trainer(Loop):
         )
         self.epoch_steps = self.dataset.steps_per_epoch
         self.steps = training.steps or math.ceil((training.epochs or 0) * self.epoch_steps)
+        epochs = self.steps / self.epoch_steps
+        warmups = {"optimizer.warmup_epochs": config.optimizer.warmup_epochs}
+        warmups |= {f"loss.{i}.warmup_epochs": section.warmup_epochs for i, section in enumerate(config.loss)}
+        for key, length in warmups.items():
+            self.told = [*self.told, *late_warmup(key, length, epochs, "epochs")]
         every = settings.every_epochs
         self.evaluate_every = None if every is None else max(1, round(every * self.epoch_steps))
 
@@ -205,6 +211,8 @@ class Trainer(Loop):
             "student": sum(p.numel() for p in student.parameters()),
             "trained": sum(p.numel() for p in student.parameters() if p.requires_grad),
         }
+        if not self.parameters["trained"]:
+            raise UserError("student.train: nothing is left to train")
         student.to(device)
         self.dtype = torch.bfloat16 if training.dtype == "bf16" else None
         self.teacher: Teacher | None = None
@@ -407,7 +415,7 @@ class Trainer(Loop):
                 theirs = kept if who == "teacher" else theirs
                 if who == "student" and scores["n"]:
                     plain = {k: v for k, v in scores.items() if isinstance(v, int | float)}
-                    tracker.log("eval", done, {"data": source.name, **plain, "seconds": time.time() - self.began})
+                    tracker.log("eval", done, {"data": source.name, **plain, "seconds": time.monotonic() - self.began})
                     if source.name == settings.best:
                         chosen = scores["exact"]
                 where = f"step {done}" if who == "student" else who

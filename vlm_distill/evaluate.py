@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.console import plain_console
 from vlm_distill.evaluation.scoring.base import Rules
 from vlm_distill.launch import guarded, leave
 
@@ -113,7 +114,6 @@ def _sources(options: argparse.Namespace) -> list[Any]:
 def _score_sources(
     options: argparse.Namespace, sources: Sequence[Any], model: Any, settings: Mapping[str, Any]
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from data.collate import Collator
@@ -160,7 +160,7 @@ def _score_sources(
             table = Table("questions", "n", "exact match", "VQA accuracy")
             for name, row in scores["by_type"].items():
                 table.add_row(name, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
-            Console().print(table)
+            plain_console().print(table)
         _tell_skipped(skipped)
         print(options.out / source.name)
     if empty:
@@ -219,7 +219,6 @@ def _score_benchmarks(
 
 
 def _show(results: Sequence[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from vlm_distill.evaluation.benchmark_run import average
@@ -238,7 +237,7 @@ def _show(results: Sequence[Any]) -> None:
         table.add_row(
             result.benchmark, result.rules, str(len(result.predictions)), result.metric, main, "; ".join(notes)
         )
-    Console().print(table)
+    plain_console().print(table)
     mean = average(results)
     if mean is not None:
         print(f"average of the eight, as the Open VLM Leaderboard has it: {mean}")

@@ -103,6 +103,7 @@ def test_a_step_of_bad_samples_alone_says_nothing_to_the_losses(tmp_path, teache
     """TAID's t, which goes by how the loss changes, takes no step without a sample for one without a loss."""
     data = tiny.write_data(tmp_path / "data", broken=tuple(range(12)))
     changes = {"training__batch_size": 1, "training__micro_batch_size": 1, "training__steps": 12}
+    changes["data__max_bad"] = 0.9
     processes = Processes("cpu")
     trainer = Trainer(RunConfig.model_validate(tiny.config(tmp_path / "out", data, teacher, **changes)), processes)
     trainer.run()

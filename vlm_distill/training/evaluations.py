@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.markup import escape
-
 from data.batch import Problem
 from data.collate import Collator
 from data.conversation import Conversation
@@ -154,7 +152,7 @@ class Evaluations:
 
         Args:
             done: optimizer steps finished.
-            began: when the run did, in seconds of the clock.
+            began: when the run did, by ``time.monotonic``.
 
         Returns:
             On the first rank the score by which the best student is chosen, of the same questions each time, and the
@@ -169,8 +167,8 @@ class Evaluations:
 
         def tell(who: str, name: str, values: dict[str, Any], words: str) -> None:
             if who == "student" and values["n"]:
-                tracker.log("eval", done, {"data": name, **values, "seconds": time.time() - began})
-            tracker.say(f"{f'step {done}' if who == 'student' else who}: {escape(name)}: {words}")
+                tracker.log("eval", done, {"data": name, **values, "seconds": time.monotonic() - began})
+            tracker.say(f"{f'step {done}' if who == 'student' else who}: {name}: {words}")
 
         for source in self.sources:
             for who, model in models.items():
@@ -248,7 +246,7 @@ class Evaluations:
     def _ask_source(
         self, model: VisionLanguageModel, source: Source, who: str, end: str | None, problems: list[Problem]
     ) -> tuple[dict[str, Any], list[Prediction]]:
-        began = time.time()
+        began = time.monotonic()
         wanted = turns(self.config.data)
         limited = wanted.max_prompt is not None or wanted.max_response is not None
         predictions = evaluate(
@@ -260,7 +258,7 @@ class Evaluations:
             **self._common(source.name, who, end),
         )
         overall = summarise(predictions)
-        rate = len(predictions) / max(1e-9, time.time() - began)
+        rate = len(predictions) / max(1e-9, time.monotonic() - began)
         values = {"n": overall["n"], "answers_per_second": rate}
         if "exact" in self.settings.measures:
             values |= {"exact": overall["exact"], "soft": overall["soft"]}
@@ -303,7 +301,7 @@ class Evaluations:
         problems: list[Problem],
     ) -> tuple[list[Prediction], dict[str, Any], str] | None:
         """Predictions, values and words, on the first rank."""
-        began = time.time()
+        began = time.monotonic()
         try:
             result = run_benchmark(
                 model,
@@ -316,12 +314,12 @@ class Evaluations:
                 **self._common(entry.name, who, end),
             )
         except CannotScore as error:  # no reason to lose a run
-            return [], {"n": 0}, f"[bold red]not scored:[/] {escape(str(error).removeprefix(f'{entry.name}: '))}"
+            return [], {"n": 0}, f"not scored: {str(error).removeprefix(f'{entry.name}: ')}"
         if result is None:
             return None
         problems += result.skipped
         n = len(result.predictions)
-        values: dict[str, Any] = {"n": n, "answers_per_second": n / max(1e-9, time.time() - began)}
+        values: dict[str, Any] = {"n": n, "answers_per_second": n / max(1e-9, time.monotonic() - began)}
         if result.scores is None:
             return result.predictions, values, f"{n:,} answers; the right ones are not published"
         if not math.isfinite(result.scores.main):
