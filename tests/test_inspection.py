@@ -74,7 +74,7 @@ def test_what_is_too_long_is_a_problem(inspected):
 def test_a_long_document_has_a_line_for_each_piece(inspected):
     entries = inspected("text", data__max_length=5)
     assert [entry["line"] for entry in entries] == [1, 1, 2, 2, 2]
-    assert [entry["student"]["text"] for entry in entries][0].startswith("it is")
+    assert entries[0]["student"]["text"].startswith("it is")
     assert [len(entry["teacher"]["supervised"]) for entry in entries] == [1] * 5
 
 

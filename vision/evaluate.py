@@ -19,6 +19,7 @@ from torch import Tensor
 from data.batch import Problem
 from data.errors import UserError
 from vlm_distill.console import plain_console
+from vlm_distill.evaluate import too_much_left_out
 from vlm_distill.launch import cores, guarded, leave
 
 from . import imagenet
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-weights", help="file of weights for the teacher")
     parser.add_argument("--out", type=Path, help="folder for scores and predictions, such as RUN/evaluation")
     parser.add_argument("--limit", type=int, help="this many images, evenly spaced (of ImageNet-C: of each folder)")
+    parser.add_argument("--max-bad", type=float, default=0.5, help="most of the images to leave out, 0 to 1")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, help="processes that decode, of each rank; default: by cores, at most 8")
     parser.add_argument("--device", help="default: a GPU where there is one")
@@ -189,6 +191,9 @@ def _score(
         print(f"{len(skipped)} left out, the first: {_told(skipped[0])}")
     if options.out:
         print(options.out / name)
+    mistakes = too_much_left_out(name, results["student"]["n"], skipped, options.max_bad, "images")
+    if mistakes:
+        raise UserError(mistakes[0])
 
 
 def _told(problem: Problem) -> str:

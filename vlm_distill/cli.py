@@ -211,6 +211,7 @@ def evaluate(
     images: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     root: Annotated[list[Path] | None, typer.Option(help="Read no image outside this folder; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for predictions and scores.")] = Path("runs/eval"),
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Most of the questions to leave out, 0 to 1.")] = 0.5,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask this many questions, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the benchmark's, or 32.")] = None,
@@ -223,7 +224,7 @@ def evaluate(
     Data are scored by exact match and VQA accuracy, by question type, or by other measures.
     """
     words = ["--model", model, "--out", str(out), "--batch-size", str(batch_size), "--rules", rules, "--score", score]
-    words += ["--judge-model", judge_model, "--measures", measures]
+    words += ["--judge-model", judge_model, "--measures", measures, "--max-bad", str(max_bad)]
     for flag, values in (("--benchmarks", benchmarks), ("--data", data), ("--root", root)):
         for value in values or []:
             words += [flag, str(value)]

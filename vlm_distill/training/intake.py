@@ -49,13 +49,13 @@ class FirstRows:
         """Return why the run cannot begin, with a remedy; ``None`` where at least one row can be used."""
         if not self.tried or self.usable:
             return None
-        return f"data.train: none of the first {self.tried} rows can be used: {reasons(self.problems)}"
+        return f"data.train: none of the first {self.tried} rows can be used: {with_remedy(self.problems)}"
 
     def warning(self) -> str | None:
         """Return what to say where many rows cannot be used."""
         if len(self.problems) <= _MANY * self.tried:
             return None
-        return f"{len(self.problems)} of the first {self.tried} rows are left out: {reasons(self.problems)}"
+        return f"{len(self.problems)} of the first {self.tried} rows are left out: {with_remedy(self.problems)}"
 
 
 @dataclass
@@ -91,21 +91,26 @@ class Tally:
         return text + (f", {self.empty_steps:,} steps without a usable sample" if self.empty_steps else "")
 
 
+def commonest(problems: Sequence[Problem]) -> str:
+    """Return the reason that most of these have."""
+    return Counter(problem.reason for problem in problems).most_common(1)[0][0]
+
+
 def reasons(problems: Sequence[Problem]) -> str:
-    """Return the reasons, commonest first, with an example of the commonest and what to do about it; one line."""
+    """Return the reasons in one line, the commonest first, with an example of that one."""
     counts = Counter(problem.reason for problem in problems).most_common()
     listed = ", ".join(f"{reason} ({count})" for reason, count in counts[:3])
     more = f" and {len(counts) - 3} more reasons" if len(counts) > 3 else ""
-    reason = counts[0][0]
-    example = next(problem for problem in problems if problem.reason == reason)
+    example = next(problem for problem in problems if problem.reason == counts[0][0])
     detail = f": {example.detail}" if example.detail else ""
-    return f"{listed}{more}, as in {example.source}, line {example.line}{detail}; {remedy(reason)}"
+    return f"{listed}{more}, as in {example.source}, line {example.line}{detail}"
 
 
-def remedy(reason: str) -> str:
-    """Return what a person can do about a reason for leaving samples out."""
-    known = next((text for start, text in _REMEDIES.items() if reason.startswith(start)), "mend the data")
-    return f"{known} (`vlm-distill inspect` shows every sample)"
+def with_remedy(problems: Sequence[Problem]) -> str:
+    """Return the reasons, and what to do about the commonest."""
+    reason = commonest(problems)
+    remedy = next((text for start, text in _REMEDIES.items() if reason.startswith(start)), "mend the data")
+    return f"{reasons(problems)}; {remedy} (`vlm-distill inspect` shows every sample)"
 
 
 def too_many_left_out(tally: Tally, limit: float, summary: str) -> UserError:

@@ -150,6 +150,10 @@ class Loop(ABC):
         """Return why nothing can be learnt from rows that can be used; on the first rank."""
         return None
 
+    def evaluation_mistake(self) -> str | None:
+        """Return what the run could not be evaluated on, since nothing of it can be used; on the first rank."""
+        return None
+
     def remarks_on(self, found: FirstRows) -> list[str]:
         """Return what to say about the first rows beside those that are left out; on the first rank."""
         return []
@@ -491,7 +495,10 @@ class Loop(ABC):
             return
         self.processes.watch.phase("trying the first rows", limited=False)
         found = self._try_rows(done) if self.processes.first else FirstRows()
-        mistake = self.processes.gather(found.mistake() or self.mistake_in(found))[0]
+        mistake = found.mistake() or self.mistake_in(found)
+        if self.processes.first and mistake is None:
+            mistake = self.evaluation_mistake()
+        mistake = self.processes.gather(mistake)[0]
         if mistake is not None:
             raise UserError(mistake)
         if self.processes.first:

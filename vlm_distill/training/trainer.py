@@ -286,6 +286,9 @@ class Trainer(Loop):
             "rows has an image, so that nothing would be learnt; train the decoder too, or use data with images"
         )
 
+    def evaluation_mistake(self) -> str | None:
+        return self.evaluations.mistake()
+
     def remarks_on(self, found: FirstRows) -> list[str]:
         if found.images or not self.student.processor.has_vision:
             return []
