@@ -213,6 +213,7 @@ class Step:
         index: the optimizer step, counted from 0 through all epochs.
         batches: this rank's micro-batches, the same number on every rank; each has ``to``.
         problems: samples of this rank that were left out of this step.
+        rows: rows of the data that this rank's share was made of, those left out included.
         tokens: (of text) student tokens of this rank, padding not counted.
         samples: the conversations behind ``batches``, micro-batch by micro-batch (only where asked for).
     """
@@ -220,6 +221,7 @@ class Step:
     index: int
     batches: list[Any]
     problems: list[Problem] = field(default_factory=list)
+    rows: int = 0
     tokens: int = 0
     samples: list[list[Any]] = field(default_factory=list)
 

@@ -94,6 +94,7 @@ class StepDataset(Dataset[Step]):
     def __getitem__(self, index: int) -> Step:
         step = Step(index, [])
         for rows in self.deal(self.mixture.rows(index)):
+            step.rows += len(rows)
             pairs: list[Pair] = []
             samples = []
             for source, row in rows:
@@ -116,6 +117,11 @@ class StepDataset(Dataset[Step]):
         """This rank's micro-batches of what a step has in order."""
         starts = [(a * self.world + self.rank) * self.micro_batch_size for a in range(self.accumulation)]
         return [rows[start : start + self.micro_batch_size] for start in starts]
+
+    def try_row(self, source: int, row: int) -> int:
+        """Encode a row for both models and return its number of images. Raise ``BadSample`` as training would."""
+        _, images, _ = self._read(source, row)
+        return len(images)
 
     def _read(self, source: int, row: int) -> tuple[Conversation | Document, list[Image.Image], list[Pair]]:
         sample = self.mixture.sources[source][row]

@@ -161,7 +161,7 @@ def test_evaluate(material, capsys, tmp_path):
     assert evaluate.main([*words, "--root", str(tmp_path)]) == 2
     told = capsys.readouterr()
     assert "24 left out" in told.out
-    assert "no question could be read" in told.err
+    assert "data: 24 of 24 questions left out, no questions could be used: image outside the roots (24)" in told.err
 
 
 @pytest.mark.parametrize(

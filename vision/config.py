@@ -15,6 +15,7 @@ from vlm_distill.config import (
     Positive,
     Section,
     TrainingSection,
+    check_weights,
 )
 
 from .transforms import Augmentation, Erasing, Mixing
@@ -70,7 +71,10 @@ class ImagesSection(Section):
 
 
 class DataSection(Section):
-    """``views`` are what training sees of an image: one, or a weak and a strong one where a loss compares them."""
+    """``views`` are what training sees of an image: one, or a weak and a strong one where a loss compares them.
+
+    A run that leaves out more than the share ``max_bad`` of its images ends.
+    """
 
     train: list[ImagesSection] = Field(min_length=1)
     eval: list[ImagesSection] = []
@@ -82,6 +86,7 @@ class DataSection(Section):
     roots: list[str] = []
     max_pixels: Positive = 89_478_485
     bad_samples: Literal["skip", "fail"] = "skip"
+    max_bad: Fraction = 0.5
     workers: NotNegative = 4
     prefetch: Positive = 2
 
@@ -164,6 +169,11 @@ class ClassifierConfig(Section):
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> ClassifierConfig:
+        check_weights(self.loss)
+        if self.evaluation.every_epochs is not None and not self.data.eval:
+            raise ValueError(
+                "evaluation.every_epochs: there is nothing to evaluate; name data.eval, or leave every_epochs out"
+            )
         if self.training.ema is not None and self.deepspeed.stage == 3:
             raise ValueError("training.ema: an average of the weights needs them whole; use deepspeed.stage 0, 1 or 2")
         if self.teacher is not None and self.teacher.cache is not None:

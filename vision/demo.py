@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data.errors import UserError
-from vlm_distill.launch import cores, guarded
+from vlm_distill.console import plain_console
+from vlm_distill.launch import Stopped, cores, guarded
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 METHODS = {"alone": "alone", "kd": "KD", "dkd": "DKD", "taid": "TAID"}
@@ -59,9 +60,9 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
     """
     from vlm_distill.reporting.report import write_report
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     data, title = prepare(out / "data")
-    console.print(f"{title}: a teacher, and a student in {len(METHODS)} ways with {len(seeds)} seeds", highlight=False)
+    console.print(f"{title}: a teacher, and a student in {len(METHODS)} ways with {len(seeds)} seeds")
     given = [f"data.train.0.path={data}", f"data.eval.0.path={data}", *overrides]
 
     def job(name: str, folder: Path, *more: str) -> Job:
@@ -89,7 +90,7 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
         for done in as_completed([first, *waiting]):
             folder = done.result()
             _, exact, seconds = _read(folder)
-            console.print(f"{folder.relative_to(out)}: top-1 {exact:.2%}, {seconds:.0f} s", highlight=False)
+            console.print(f"{folder.relative_to(out)}: top-1 {exact:.2%}, {seconds:.0f} s")
             bar()
     # The first run is the one that a report compares with the others.
     runs = {f"{name}/{one.folder.name}": one.folder for name in reversed(METHODS) for one in students[name]}
@@ -99,7 +100,7 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
         title=f"{title}: a student alone and by KD, DKD and TAID",
     )
     console.print(_table(title, {"teacher": [teacher], **{METHODS[name]: jobs for name, jobs in students.items()}}))
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", soft_wrap=True)
     return page
 
 
@@ -187,6 +188,11 @@ def processes(count: int, log: Path) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (log, threads))
     try:
         yield pool
+    except Stopped:
+        # Signalled by its number alone, this process is the only one that knows.
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

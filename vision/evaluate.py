@@ -18,6 +18,8 @@ from torch import Tensor
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.console import plain_console
+from vlm_distill.evaluate import too_much_left_out
 from vlm_distill.launch import cores, guarded, leave
 
 from . import imagenet
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-weights", help="file of weights for the teacher")
     parser.add_argument("--out", type=Path, help="folder for scores and predictions, such as RUN/evaluation")
     parser.add_argument("--limit", type=int, help="this many images, evenly spaced (of ImageNet-C: of each folder)")
+    parser.add_argument("--max-bad", type=float, default=0.5, help="most of the images to leave out, 0 to 1")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, help="processes that decode, of each rank; default: by cores, at most 8")
     parser.add_argument("--device", help="default: a GPU where there is one")
@@ -154,15 +157,16 @@ def _score(
     models: Mapping[str, Classifier],
     settings: Mapping[str, Any],
 ) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     first = settings["rank"] == 0
     name = parts[0][0].source.name
     found: dict[str, dict[Any, dict[str, Any]]] = {who: {} for who in models}
     skipped: list[Problem] = []
     began = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True, disable=not first) as bar:
+    name_column = TextColumn("{task.description}", markup=False)
+    columns = (name_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=plain_console(stderr=True), transient=True, disable=not first) as bar:
         for variant, corruption in parts:
             logits: dict[int, Tensor] = {}
             for who, model in models.items():
@@ -208,6 +212,9 @@ def _score(
         print(f"{len(skipped)} left out, the first: {_told(skipped[0])}")
     if options.out:
         print(options.out / name)
+    mistakes = too_much_left_out(name, results["student"]["n"], skipped, options.max_bad, "images")
+    if mistakes:
+        raise UserError(mistakes[0])
 
 
 def _told(problem: Problem) -> str:
@@ -225,7 +232,6 @@ def _label_map(source: LabelledImages, classifier: Classifier, variant: str | No
 
 
 def _show(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     def share(value: float | None) -> str:
@@ -239,13 +245,13 @@ def _show(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
         numbers = [share(scores["exact"]), share(scores["top5"]), plain(scores["nll"]), plain(scores["ece"])]
         compared = [share(scores.get("agreement")), plain(scores.get("kl"))]
         table.add_row(who, f"{scores['n']:,}", *numbers, *compared)
-    Console().print(table)
+    plain_console().print(table)
     if "corruptions" in results["student"]:
         table = Table("corruption", *map(str, range(1, 6)), "mean", title="top-1 by severity")
         for corruption, found in results["student"]["corruptions"].items():
             mean = results["student"]["by_type"][corruption]["exact"]
             table.add_row(corruption, *(share(found.get(str(s))) for s in range(1, 6)), share(mean))
-        Console().print(table)
+        plain_console().print(table)
         mce = results["student"]["mce"]
         print("mCE needs all 15 corruptions at five severities" if mce is None else f"mCE {mce:.1f} (AlexNet: 100)")
 

@@ -153,7 +153,8 @@ class ImageSteps(Dataset[Step]):
         numbers = range(self.rank, self.accumulation * self.world, self.world)
         with kept_randomness():
             batches: list[Any] = [self._batch(index, rows, number, problems) for number in numbers]
-        return Step(index, batches, problems)
+        readable = sum(batch.samples for batch in batches)
+        return Step(index, batches, problems, rows=readable + len(problems))
 
     def places(self, index: int, number: int) -> str:
         """Where the images of this rank's micro-batch ``number`` of a step stand."""
@@ -164,6 +165,12 @@ class ImageSteps(Dataset[Step]):
         """The first ``count`` images of the training's first micro-batch, as far as they are readable."""
         with kept_randomness():
             return self._batch(0, self._rows(0)[:count], 0, [])
+
+    def try_row(self, source: int, row: int) -> int:
+        """Make a row's views and return 1, its number of images. Raise ``BadSample`` as training would."""
+        with kept_randomness():
+            self._read(0, 0, source, row)
+        return 1
 
     def turn(self, step: int) -> int:
         """Which of the fixed views the images of a step are seen in, from 0."""

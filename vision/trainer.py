@@ -15,14 +15,18 @@ from torch import Tensor
 from data.batch import Problem, Step
 from data.cache_folder import fingerprint
 from data.classification import LabelledImages, open_images
-from data.errors import UserError
+from data.errors import BadSample, UserError
 from data.images import load_image
+from data.loader import problem_of
 from data.mixture import Mixture
 from data.teacher_cache import TeacherCache
 from data.workers import make_loader
+from vlm_distill.evaluation.runner import evenly_spaced
 from vlm_distill.launch import cores
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
+from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine, Processes
+from vlm_distill.training.intake import FIRST_ROWS, reasons
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.tracking import Tracker
 
@@ -136,6 +140,8 @@ class Trainer(Loop):
         terms = build_terms(config)
         sources = open_sources(config.data.train)
         self.held_out = open_sources(config.data.eval)
+        roots = [Path(root) for root in config.data.roots]
+        self.load_image = partial(load_image, roots=roots, max_pixels=config.data.max_pixels)
         settings, training = config.evaluation, config.training
         names = [source.name for source in self.held_out]
         if settings.best is not None:
@@ -189,7 +195,7 @@ class Trainer(Loop):
             world=processes.world,
             micro_batch_size=self.micro,
             accumulation=self.accumulation,
-            roots=[Path(root) for root in config.data.roots],
+            roots=roots,
             max_pixels=config.data.max_pixels,
             on_bad=config.data.bad_samples,
             fixed_views=config.data.fixed_views,
@@ -198,6 +204,11 @@ class Trainer(Loop):
         )
         self.epoch_steps = self.dataset.steps_per_epoch
         self.steps = training.steps or math.ceil((training.epochs or 0) * self.epoch_steps)
+        epochs = self.steps / self.epoch_steps
+        warmups = {"optimizer.warmup_epochs": config.optimizer.warmup_epochs}
+        warmups |= {f"loss.{i}.warmup_epochs": section.warmup_epochs for i, section in enumerate(config.loss)}
+        for key, length in warmups.items():
+            self.told = [*self.told, *late_warmup(key, length, epochs, "epochs")]
         every = settings.every_epochs
         self.evaluate_every = None if every is None else max(1, round(every * self.epoch_steps))
 
@@ -205,6 +216,8 @@ class Trainer(Loop):
             "student": sum(p.numel() for p in student.parameters()),
             "trained": sum(p.numel() for p in student.parameters() if p.requires_grad),
         }
+        if not self.parameters["trained"]:
+            raise UserError("student.train: nothing is left to train")
         student.to(device)
         self.dtype = torch.bfloat16 if training.dtype == "bf16" else None
         self.teacher: Teacher | None = None
@@ -367,6 +380,19 @@ class Trainer(Loop):
         answers = teacher.outputs(seen).logits.argmax(-1)
         return int((answers == batch.labels).sum()), batch.samples
 
+    def evaluation_mistake(self) -> str | None:
+        for source in self.held_out:
+            problems = []
+            for row in evenly_spaced(len(source), FIRST_ROWS):
+                try:
+                    self.load_image(source[row].image)
+                    break
+                except BadSample as bad:
+                    problems.append(problem_of(source, row, bad, "skip"))
+            else:
+                return f"data.eval: no image of {source.name} can be read: {reasons(problems)}"
+        return None
+
     def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
         settings, processes = self.config.evaluation, self.processes
         chosen: float | None = None
@@ -375,9 +401,6 @@ class Trainer(Loop):
         models: dict[str, Classifier] = {"student": student}
         if final and self.teacher is not None and settings.teacher:
             models = {"teacher": self.teacher.classifier, "student": student}
-        load_safely = partial(
-            load_image, roots=[Path(root) for root in self.config.data.roots], max_pixels=self.config.data.max_pixels
-        )
         for source in self.held_out:
             theirs: dict[int, Tensor] | None = None
             for who, model in models.items():
@@ -401,13 +424,13 @@ class Trainer(Loop):
                     label_map=None if mapped.labels is None else mapped.labels.tolist(),
                     logits=kept,
                     teacher=theirs,
-                    load=load_safely,
+                    load=self.load_image,
                     skipped=problems if who == "student" else None,
                 )
                 theirs = kept if who == "teacher" else theirs
                 if who == "student" and scores["n"]:
                     plain = {k: v for k, v in scores.items() if isinstance(v, int | float)}
-                    tracker.log("eval", done, {"data": source.name, **plain, "seconds": time.time() - self.began})
+                    tracker.log("eval", done, {"data": source.name, **plain, "seconds": time.monotonic() - self.began})
                     if source.name == settings.best:
                         chosen = scores["exact"]
                 where = f"step {done}" if who == "student" else who

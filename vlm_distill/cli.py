@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from data.errors import UserError
 from vlm_distill import __version__
+from vlm_distill.console import plain_console
 from vlm_distill.launch import guarded, launch, launch_training
 
 app = typer.Typer(
@@ -105,19 +105,33 @@ def classify(config: Config, overrides: Overrides = None, nproc: Processes = 1) 
 def inspect(
     config: Config,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples.")] = 4,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="How many samples; default: 4, with --json all of them.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with the images.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write what training would learn, a line a sample; - is standard output.")
+    ] = None,
 ) -> None:
     """Shows samples as each model receives them, supervised tokens highlighted."""
     from vlm_distill.config_file import load_config
-    from vlm_distill.inspection import inspect_samples
-    from vlm_distill.reporting.inspect import render_html, render_terminal
+    from vlm_distill.inspection import Inspection
+    from vlm_distill.reporting.inspect import render_html, render_terminal, write_lines
 
-    shown = inspect_samples(load_config(config, overrides or ()), samples)
-    render_terminal(shown, Console())
-    if html is not None:
-        render_html(shown, html)
-        print(html)
+    inspection = Inspection(load_config(config, overrides or ()))
+    out = sys.stdout
+    if json is not None:
+        # Standard output has nothing but the lines.
+        out = sys.stderr if json == Path("-") else out
+        write_lines(inspection.lines(samples), json)
+        print(inspection.summary(), file=out)
+    if html is not None or json is None:
+        shown = inspection.shown(samples or 4)
+        if json is None:
+            render_terminal(shown, plain_console())
+            print(inspection.summary())
+        if html is not None:
+            print(render_html(shown, html), file=out)
 
 
 @app.command()
@@ -143,7 +157,7 @@ def plan(
     from vlm_distill.reporting.plan_tables import render, write_plan
 
     found = make_plan(settings, gpus=gpus, memory=memory, device=device)
-    render(found, Console())
+    render(found, plain_console())
     print(write_plan(found, json or Path(settings.output) / "plan.json"))
 
 
@@ -197,6 +211,7 @@ def evaluate(
     images: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     root: Annotated[list[Path] | None, typer.Option(help="Read no image outside this folder; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for predictions and scores.")] = Path("runs/eval"),
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Most of the questions to leave out, 0 to 1.")] = 0.5,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask this many questions, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the benchmark's, or 32.")] = None,
@@ -209,7 +224,7 @@ def evaluate(
     Data are scored by exact match and VQA accuracy, by question type, or by other measures.
     """
     words = ["--model", model, "--out", str(out), "--batch-size", str(batch_size), "--rules", rules, "--score", score]
-    words += ["--judge-model", judge_model, "--measures", measures]
+    words += ["--judge-model", judge_model, "--measures", measures, "--max-bad", str(max_bad)]
     for flag, values in (("--benchmarks", benchmarks), ("--data", data), ("--root", root)):
         for value in values or []:
             words += [flag, str(value)]
@@ -378,7 +393,7 @@ def _table(title: str, entries: dict[str, str]) -> None:
     table = Table("name", "what it is", title=title, title_justify="left")
     for name, what in entries.items():
         table.add_row(name, what)
-    Console().print(table)
+    plain_console().print(table)
 
 
 if __name__ == "__main__":

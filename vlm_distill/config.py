@@ -210,7 +210,10 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
-    """``answers: last``, ``max_prompt`` and ``max_response`` are about conversations' last answers (``data.Turns``)."""
+    """``answers: last``, ``max_prompt`` and ``max_response`` are about conversations' last answers (``data.Turns``).
+
+    A run that leaves out more than the share ``max_bad`` of its samples ends.
+    """
 
     train: list[SourceSection] = Field(min_length=1)
     eval: list[SourceSection] = []
@@ -221,6 +224,7 @@ class DataSection(Section):
     answers: Literal["all", "last"] = "all"
     max_pixels: Positive = 89_478_485
     bad_samples: Literal["skip", "fail"] = "skip"
+    max_bad: Fraction = 0.5
     length_window: NotNegative = 0
     packing: bool = False
     workers: NotNegative = 2
@@ -241,9 +245,21 @@ class OptimizerSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
 
+class WandbSection(Section):
+    """Where Weights & Biases shows a run. ``mode: offline`` keeps it on disk, to be sent by ``wandb sync``."""
+
+    project: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = []
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] | None = None
+
+
 class TrainingSection(Section):
     """``timeout`` is in minutes: so long a rank waits for the others. ``on_oom: halve`` starts again with half the
-    micro-batch where memory ran out, under this suite's own commands.
+    micro-batch where memory ran out, under this suite's own commands. A run that was told to stop ends with
+    ``stopped_exit_code``; left out, it is 130 after SIGINT and 143 after SIGTERM.
     """
 
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -259,7 +275,8 @@ class TrainingSection(Section):
     resume: bool = True
     timeout: Annotated[float, Field(gt=0)] = 30
     on_oom: Literal["fail", "halve"] = "fail"
-    wandb: bool = False
+    stopped_exit_code: Annotated[int, Field(ge=0, le=255)] | None = None
+    wandb: bool | WandbSection = False
 
     @model_validator(mode="after")
     def _length(self) -> TrainingSection:
@@ -375,6 +392,16 @@ class RunConfig(Section):
         return plain
 
     @model_validator(mode="after")
+    def _does_something(self) -> RunConfig:
+        check_weights(self.loss)
+        if self.evaluation.every is not None and not (self.data.eval or self.evaluation.benchmarks):
+            raise ValueError(
+                "evaluation.every: there is nothing to evaluate; name data.eval or evaluation.benchmarks, or leave "
+                "every out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _on_policy(self) -> RunConfig:
         section = self.on_policy
         if section is not None:
@@ -441,11 +468,19 @@ class RunConfig(Section):
         return self
 
 
+def check_weights(losses: Sequence[LossSection]) -> None:
+    """Raises ``ValueError`` where all losses have weight 0, so that nothing would be learnt."""
+    if all(section.weight == 0 for section in losses):
+        raise ValueError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
+
+
 class AnyRun(Protocol):
     """What the two paths' configurations have in common."""
 
     @property
     def loss(self) -> Sequence[LossSection]: ...
+    @property
+    def data(self) -> AnyData: ...
     @property
     def optimizer(self) -> AnyOptimizer: ...
     @property
@@ -455,6 +490,11 @@ class AnyRun(Protocol):
     @property
     def output(self) -> str: ...
     def model_dump(self, *, exclude_none: bool = ...) -> dict[str, Any]: ...
+
+
+class AnyData(Protocol):
+    @property
+    def max_bad(self) -> float: ...
 
 
 class AnyOptimizer(Protocol):

@@ -14,13 +14,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
 from data.sources import open_source
+from vlm_distill.console import plain_console
 from vlm_distill.launch import launch
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
@@ -51,13 +51,13 @@ def run(out: Path, nproc: int) -> None:
     from vlm_distill.export import export_student
     from vlm_distill.reporting.report import write_report
 
-    console = Console(stderr=True)
-    console.print("[bold]1/4[/] easy-VQA: 5,000 pictures, 48,248 questions")
+    console = plain_console(stderr=True)
+    console.print("1/4 easy-VQA: 5,000 pictures, 48,248 questions")
     data = prepare(out / "data")
     configs = configs_folder() / "demo"
     test = data / "test.jsonl"
     for number, (label, name) in enumerate(_RUNS.items(), start=2):
-        console.print(f"[bold]{number}/4[/] the student by {label}: {nproc} rank(s) under DeepSpeed's launcher")
+        console.print(f"{number}/4 the student by {label}: {nproc} rank(s) under DeepSpeed's launcher")
         overrides = [
             f"student.tokenizer={configs / 'teacher'}",
             f"data.train.0.path={data / ('unlabelled.jsonl' if name == 'taid' else 'train.jsonl')}",
@@ -70,7 +70,7 @@ def run(out: Path, nproc: int) -> None:
         if code:
             raise SystemExit(code)
 
-    console.print("[bold]4/4[/] scores, export, report")
+    console.print("4/4 scores, export, report")
     baseline = question_only_baseline(open_source(str(data / "train.jsonl")), open_source(str(test)))
     evaluated = {label: out / name / "evaluation" / "test" for label, name in _RUNS.items()}
     answers = {label: read_predictions(folder / "student" / "predictions.jsonl") for label, folder in evaluated.items()}

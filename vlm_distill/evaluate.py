@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.console import plain_console
 from vlm_distill.evaluation.scoring.base import Rules
 from vlm_distill.launch import guarded, leave
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, help="folder that image paths are relative to")
     parser.add_argument("--root", type=Path, action="append", default=[], help="read no image outside; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="folder for predictions and scores")
+    parser.add_argument("--max-bad", type=float, default=0.5, help="most of the questions to leave out, 0 to 1")
     parser.add_argument("--limit", type=int, help="ask this many questions, evenly spaced")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own, or 32")
@@ -113,7 +115,6 @@ def _sources(options: argparse.Namespace) -> list[Any]:
 def _score_sources(
     options: argparse.Namespace, sources: Sequence[Any], model: Any, settings: Mapping[str, Any]
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from data.collate import Collator
@@ -122,7 +123,8 @@ def _score_sources(
     from vlm_distill.evaluation.rouge import mean_rouge_l
     from vlm_distill.evaluation.runner import evaluate, summarise
 
-    empty, measures, teacher = [], options.measures.split(","), options.teacher
+    mistakes: list[str] = []
+    measures, teacher = options.measures.split(","), options.teacher
     load = partial(load_image, roots=options.root)
     collator = Collator(model.processor, teacher and teacher.processor, options.max_length)
     for source in sources:
@@ -149,8 +151,7 @@ def _score_sources(
             ranks = {key: settings[key] for key in ("limit", "rank", "world", "all_gather")}
             found = measure(model, teacher, source, collator, load=load, skipped=skipped, **ranks)
             values |= {"n": found.n, **found.values(measures)}
-        if not values["n"]:
-            empty.append(source.name)
+        mistakes += too_much_left_out(source.name, values["n"], skipped, options.max_bad)
         if settings["rank"]:
             continue
         if measures != ["exact"]:
@@ -160,11 +161,11 @@ def _score_sources(
             table = Table("questions", "n", "exact match", "VQA accuracy")
             for name, row in scores["by_type"].items():
                 table.add_row(name, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
-            Console().print(table)
+            plain_console().print(table)
         _tell_skipped(skipped)
         print(options.out / source.name)
-    if empty:
-        raise UserError(f"{', '.join(empty)}: no question could be read")
+    if mistakes:
+        raise UserError("; ".join(mistakes))
 
 
 def _benchmarks(options: argparse.Namespace) -> list[Any]:
@@ -193,7 +194,7 @@ def _score_benchmarks(
     if options.judge is not None:
         cache = options.out / "judge.jsonl"
         judge = Judge(options.judge, options.judge_model, cache, requests_per_minute=options.judge_rate)
-    results = []
+    results, mistakes = [], list[str]()
     for entry, questions in opened:
         result = run_benchmark(
             model,
@@ -212,14 +213,16 @@ def _score_benchmarks(
         if result is not None:
             results.append(result)
             _tell_skipped(result.skipped)
+            mistakes += too_much_left_out(entry.name, len(result.predictions), result.skipped, options.max_bad)
     if results:
         write_summary(options.out, results)
         _show(results)
         print(options.out / "scores.csv")
+    if mistakes:
+        raise UserError("; ".join(mistakes))
 
 
 def _show(results: Sequence[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from vlm_distill.evaluation.benchmark_run import average
@@ -232,16 +235,44 @@ def _show(results: Sequence[Any]) -> None:
         )
         if scores is not None and scores.judge:
             notes.append(f"{len(scores.judge)} answers need a judge (--judge)")
-        if scores is None:
+        if not result.predictions:
+            notes.append("no question could be used")
+        elif scores is None:
             notes.append("right answers are not published: predictions only")
         main = "" if scores is None else f"{scores.main:.2f}"
         table.add_row(
             result.benchmark, result.rules, str(len(result.predictions)), result.metric, main, "; ".join(notes)
         )
-    Console().print(table)
+    plain_console().print(table)
     mean = average(results)
     if mean is not None:
         print(f"average of the eight, as the Open VLM Leaderboard has it: {mean}")
+
+
+def too_much_left_out(
+    name: str, answered: int, skipped: Sequence[Problem], limit: float, what: str = "questions"
+) -> list[str]:
+    """Return why scores cannot stand: nothing was asked, or more was left out than ``--max-bad`` allows.
+
+    Args:
+        name: of the data or benchmark.
+        answered: how many questions have an answer.
+        skipped: those that were left out, perhaps twice, where several things were measured.
+        limit: the share that may be left out.
+        what: what is asked about.
+    """
+    from vlm_distill.training.intake import commonest, reasons
+
+    left_out = len({(problem.source, problem.line) for problem in skipped})
+    whole = answered + left_out
+    if answered and left_out <= limit * whole:
+        return []
+    if not left_out:
+        return [f"{name}: there are no {what}"]
+    said = f"no {what} could be used" if not answered else f"more than --max-bad {limit:g} allows"
+    remedies = {"image not found": "name their folder by --images", "image outside the roots": "allow it by --root"}
+    remedy = remedies.get(commonest(skipped), "mend the data")
+    return [f"{name}: {left_out:,} of {whole:,} {what} left out, {said}: {reasons(skipped)}; {remedy}"]
 
 
 def _tell_skipped(skipped: Sequence[Problem]) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
 
-from data.batch import Encoded
+import torch
+from PIL import Image
+
+from data.batch import Encoded, Problem
 from data.collate import Collator, Pair
-from data.conversation import Document
+from data.conversation import Conversation, Document
 from data.errors import BadSample
+from data.loader import ProblemLog, problem_of
 from data.mixture import Mixture
 from vlm_distill.config import RunConfig
 from vlm_distill.models.interface import Processor
+from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspect import InspectedModel, InspectedSample
 from vlm_distill.training.build import (
     build_terms,
@@ -21,73 +31,179 @@ from vlm_distill.training.build import (
     pair_vocabularies,
     turns,
 )
-from vlm_distill.training.engine import Processes
 
 
-def inspect_samples(config: RunConfig, count: int) -> list[InspectedSample]:
-    """The first ``count`` samples in the order in which training meets them, bad ones with what is wrong."""
-    torch.manual_seed(config.training.seed)
-    processes = Processes("cpu")
-    sources = open_sources(config.data.train, config.data.max_length)
-    if config.teacher is not None:  # what the teacher receives is shown of itself
-        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"cache": None})})
-    student, teacher = load_models(config, processes)
-    processors, grouped = {"student": student.processor}, False
-    if isinstance(teacher, ModelTeacher):
-        processors["teacher"] = teacher.processor
-        if isinstance(teacher, ModelTeacher):
-            grouped = pair_vocabularies(config, student, teacher.model, build_terms(config))
-    processes.close()
-    mixture = Mixture(
-        sources,
-        [section.weight for section in config.data.train],
-        seed=config.training.seed,
-        batch_size=count,
-        window=0,
-    )
-    both = processors["student"], processors.get("teacher")
-    collator = Collator(*both, config.data.max_length, turns(config.data), grouped)
-    load, shown = image_loader(config.data), []
-    for source, row in mixture.rows(0):
-        title, images = f"{sources[source].name}, row {row + 1}", []
-        models: dict[str, InspectedModel] = {}
-        groups: list[tuple[str, str]] = []
-        problem = None
-        try:
-            sample = sources[source][row]
-            title = f"{sample.source}, line {sample.line}"
-            if isinstance(sample, Document):
-                models = {name: _inspected(p, p.encode_document(sample)) for name, p in processors.items()}
+@dataclass
+class _Read:
+    """A row of the data: its sample, if it could be read, and what training would learn from it or why it would not.
+
+    Attributes:
+        source: the name of its source.
+        line: where it stands there.
+        pairs: both models' rows; of a long document one for each piece.
+        problem: in place of pairs.
+    """
+
+    source: str
+    line: int
+    sample: Conversation | Document | None
+    images: list[Image.Image]
+    pairs: list[Pair]
+    problem: Problem | None = None
+
+
+class Inspection:
+    """The training data of a run and its models' processors; no weight is loaded, and no server asked.
+
+    Args:
+        config: the run. Of a teacher whose outputs are cached or served, what it receives is shown all the same.
+
+    Attributes:
+        processors: by ``student`` and, where a loss learns from it, ``teacher``.
+        log: the samples that were left out, of those last looked at.
+        samples: how many these were.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.log, self.samples = ProblemLog(), 0
+        self.sources = open_sources(config.data.train, config.data.max_length)
+        self.load_image = image_loader(config.data)
+        if config.teacher is not None:
+            plain = config.teacher.model_copy(update={"cache": None, "placement": "replicate", "quantize": None})
+            config = config.model_copy(update={"teacher": plain})
+        terms = build_terms(config)
+        here: Any = SimpleNamespace(device=torch.device("cpu"))
+        with Weightless():
+            student, teacher = load_models(config, here)
+            if isinstance(teacher, ModelTeacher):
+                grouped = pair_vocabularies(config, student, teacher.model, terms)
             else:
-                images = [load(image) for image in sample.images]
-                models = {name: _inspected(p, p.encode(sample, images)) for name, p in processors.items()}
-            pairs = collator.encode(sample, images)
-            if config.data.answers == "last":  # as it is learnt
-                learnt = {"student": pairs[0].student, "teacher": pairs[0].teacher}
-                models |= {name: _inspected(processors[name], row) for name, row in learnt.items() if row is not None}
-            groups = _groups(pairs[0], processors)
+                grouped = False
+                if isinstance(teacher, ServedTeacher):
+                    teacher.align(student)
+        self.processors: dict[str, Processor] = {"student": student.processor}
+        if isinstance(teacher, ModelTeacher | ServedTeacher) and any("teacher" in term.loss.needs for term in terms):
+            self.processors["teacher"] = teacher.processor
+        both = self.processors["student"], self.processors.get("teacher")
+        self.collator = Collator(*both, config.data.max_length, turns(config.data), grouped)
+
+    def shown(self, count: int) -> list[InspectedSample]:
+        """Return the first ``count`` samples in the order in which training meets them, for people to look at."""
+        return [shown for read in self._first(count) for shown in self._for_people(read)]
+
+    def lines(self, count: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield what training would learn, as plain data.
+
+        Each has ``source`` and ``line``, and either ``problem`` or what each model receives: ``text`` (the decoded
+        row), ``supervised`` (its supervised stretches, end tokens included), ``ends`` (the end tokens) and ``images``
+        (how many). Of a long document there is one for each piece.
+
+        Args:
+            count: only the samples that :meth:`shown` shows; ``None``: every sample of every source, in their order.
+        """
+        for read in self._every() if count is None else self._first(count):
+            place = {"source": read.source, "line": read.line}
+            if read.problem is not None:
+                detail = read.problem.detail
+                yield place | {"problem": read.problem.reason + (f": {detail}" if detail else "")}
+            for pair in read.pairs:
+                yield place | {name: _as_learnt(p, row) for name, p, row in self._rows(pair)}
+
+    def summary(self) -> str:
+        """Return how many samples can be used, and why the others cannot, in one line."""
+        usable = self.samples - self.log.counts.total()
+        return f"{usable:,} of {self.samples:,} samples can be used; {self.log.summary()}"
+
+    def _first(self, count: int) -> Iterator[_Read]:
+        self.log, self.samples = ProblemLog(), 0
+        weights = [section.weight for section in self.config.data.train]
+        mixture = Mixture(self.sources, weights, seed=self.config.training.seed, batch_size=count, window=0)
+        return (self._read(source, row) for source, row in mixture.rows(0))
+
+    def _every(self) -> Iterator[_Read]:
+        self.log, self.samples = ProblemLog(), 0
+        return (self._read(number, row) for number, source in enumerate(self.sources) for row in range(len(source)))
+
+    def _read(self, number: int, row: int) -> _Read:
+        source = self.sources[number]
+        read = _Read(source.name, source.line(row), None, [], [])
+        self.samples += 1
+        try:
+            read.sample = source[row]
+            read.line = read.sample.line or read.line
+            if isinstance(read.sample, Conversation):
+                read.images = [self.load_image(image) for image in read.sample.images]
+            read.pairs = self.collator.encode(read.sample, read.images)
         except BadSample as bad:
-            problem = str(bad)
-        shown.append(InspectedSample(title=title, images=images, models=models, problem=problem, groups=groups))
-    return shown
+            read.problem = problem_of(source, row, bad, "skip")
+            self.log.add([read.problem])
+        return read
+
+    def _rows(self, pair: Pair) -> list[tuple[str, Processor, Encoded]]:
+        """Both models' rows with their names and processors."""
+        rows = {"student": pair.student, "teacher": pair.teacher}
+        return [(name, p, row) for name, p in self.processors.items() if (row := rows[name]) is not None]
+
+    def _for_people(self, read: _Read) -> list[InspectedSample]:
+        title = f"{read.source}, line {read.line}"
+        if read.problem is not None:
+            reason, detail = read.problem.reason, read.problem.detail
+            problem = f"{reason}: {detail}" if detail else reason
+            return [InspectedSample(title, read.images, self._whole(read), problem)]
+        if isinstance(read.sample, Document):
+            return [InspectedSample(title, [], self._whole(read))]
+        shown = []
+        for number, pair in enumerate(read.pairs, start=1):
+            part = f", part {number} of {len(read.pairs)}" if len(read.pairs) > 1 else ""
+            models = {name: _by_token(p, row) for name, p, row in self._rows(pair)}
+            shown.append(InspectedSample(title + part, read.images, models, groups=self._groups(pair)))
+        return shown
+
+    def _whole(self, read: _Read) -> dict[str, InspectedModel]:
+        """A sample as far as the models can take it, whatever training would leave out of it."""
+        models: dict[str, InspectedModel] = {}
+        try:
+            for name, processor in self.processors.items():
+                if isinstance(read.sample, Document):
+                    models[name] = _by_token(processor, processor.encode_document(read.sample))
+                elif read.sample is not None:
+                    models[name] = _by_token(processor, processor.encode(read.sample, read.images))
+        except BadSample:
+            pass  # it is the problem that is shown
+        return models
+
+    def _groups(self, pair: Pair) -> list[tuple[str, str]]:
+        """The tokens of each group in both models, joined by dots."""
+        if pair.groups is None:
+            return []
+        texts = []
+        for (_, processor, row), spans in zip(self._rows(pair), pair.groups, strict=True):
+            pieces = [processor.tokenizer.decode([token]) for token in row.input_ids[row.supervised].tolist()]
+            texts.append(["·".join(pieces[first:stop]) for first, stop in spans.tolist()])
+        return list(zip(*texts, strict=True))
 
 
-def _groups(pair: Pair, processors: dict[str, Processor]) -> list[tuple[str, str]]:
-    """The tokens of each group in both models, joined by dots."""
-    if pair.groups is None or pair.teacher is None:
-        return []
-    texts = []
-    for name, row, spans in zip(("student", "teacher"), (pair.student, pair.teacher), pair.groups, strict=True):
-        decode = processors[name].tokenizer.decode
-        pieces = [decode([token]) for token in row.input_ids[row.supervised].tolist()]
-        texts.append(["·".join(pieces[first:stop]) for first, stop in spans.tolist()])
-    return list(zip(*texts, strict=True))
-
-
-def _inspected(processor: Processor, sample: Encoded) -> InspectedModel:
+def _by_token(processor: Processor, row: Encoded) -> InspectedModel:
     return InspectedModel(
-        pieces=[processor.tokenizer.decode([token]) for token in sample.input_ids.tolist()],
-        supervised=sample.supervised.tolist(),
-        ends=sample.ends.tolist(),
-        image=processor.image_tokens(sample).tolist(),
+        pieces=[processor.tokenizer.decode([token]) for token in row.input_ids.tolist()],
+        supervised=row.supervised.tolist(),
+        ends=row.ends.tolist(),
+        image=processor.image_tokens(row).tolist(),
     )
+
+
+def _as_learnt(processor: Processor, row: Encoded) -> dict[str, Any]:
+    ids = row.input_ids.tolist()
+    stretches = groupby(range(len(ids)), key=row.supervised.tolist().__getitem__)
+    return {
+        "text": _decoded(processor, ids),
+        "supervised": [_decoded(processor, [ids[i] for i in places]) for learnt, places in stretches if learnt],
+        "ends": [_decoded(processor, [ids[i]]) for i in row.ends.nonzero().flatten().tolist()],
+        "images": row.images,
+    }
+
+
+def _decoded(processor: Processor, ids: list[int]) -> str:
+    """The text of tokens as the model gets them, special ones and blanks included."""
+    return processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -10,11 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data.errors import UserError
 
@@ -24,12 +26,16 @@ OUT_OF_MEMORY = 3
 WAITED = 4
 #: Names the file in which a rank that ran out of memory leaves the overrides to start again with.
 RESTART = "VLM_DISTILL_RESTART"
+# Holds the id of the process that has started this one as a rank.
+_LAUNCHER = "VLM_DISTILL_LAUNCHER"
+_PR_SET_PDEATHSIG = 1
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES)
 # Seconds after a rank has failed: the others may end by themselves, then they are asked to, then they are killed.
 _BY_THEMSELVES = 2.0
 _OTHERS_ARE_STOPPED = 4.0
 _PATIENCE = 10.0
 _LOOK_AGAIN = 0.1
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -46,6 +52,14 @@ class Failure(Exception):
         super().__init__(message)
         self.code = code
         self.again = tuple(again)
+
+
+class Stopped(SystemExit):
+    """Ends a command that was told to stop, with this exit code. Whatever is worth keeping has been saved."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 def launch_training(module: str, arguments: Sequence[str], nproc: int) -> int:
@@ -76,6 +90,7 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     """
     settle_accelerator()
     environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment[_LAUNCHER] = str(os.getpid())
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     command = [sys.executable, "-m", module, *arguments]
     if nproc == 1:
@@ -117,6 +132,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
                 _tell_signal(rank, process.pid, -code)
         running = {rank: process for rank, process in running.items() if process.returncode is None}
         waited = time.monotonic() - since
+        # Ranks that were told to stop end together, and the first may still have to send away its metrics.
+        waited -= _PATIENCE if code in _STOPPED else 0.0
         for process in running.values() if code else ():
             if code < 0 or waited > _PATIENCE:
                 process.kill()
@@ -154,9 +171,15 @@ def settle_accelerator() -> None:
 
 
 def guarded(command: Callable[[], object]) -> int:
-    """Runs a command; a person's mistake becomes one line on standard error and exit code 2, without a traceback."""
+    """Runs a command and returns its exit code.
+
+    A person's mistake becomes one line on standard error and exit code 2, without a traceback; SIGINT and SIGTERM
+    become one line and 128 + their number. A rank ends with the process that has started it, however that ends.
+    """
+    _end_with_launcher()
     try:
-        _with_paths_told(command)
+        with _ended_by_signals():
+            _with_paths_told(command)
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
@@ -168,7 +191,50 @@ def guarded(command: Callable[[], object]) -> int:
     except Failure as failure:
         print(f"vlm-distill: {failure}", file=sys.stderr, flush=True)
         return failure.code
+    except Stopped as stopped:
+        return stopped.exit_code
     return 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """While it is open, SIGINT and SIGTERM end this process by :class:`Stopped`, which leaves every ``with`` in order.
+
+    One of several ranks ends at once instead: to leave in order, it would wait for the others.
+    """
+
+    def end(number: int, _: object) -> None:
+        for again in before:
+            signal.signal(again, signal.SIG_IGN)
+        code = 128 + number
+        if os.environ.get("RANK", "0") == "0":
+            said = "stopped; start the command again to go on from what is saved"
+            print(f"vlm-distill: {said}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave(code)
+        raise Stopped(code)
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A job in the background of a shell is not to be interrupted.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_launcher() -> None:
+    """Has the system kill this rank when the process that has started it is gone, killed by SIGKILL for example."""
+    launcher = os.environ.pop(_LAUNCHER, None)  # what this process starts has another
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # it was gone before the system was asked
+        leave(128 + signal.SIGKILL)
 
 
 def _with_paths_told(command: Callable[[], object]) -> None:
@@ -184,7 +250,8 @@ def _with_paths_told(command: Callable[[], object]) -> None:
 def mistake_of(error: Exception) -> str | None:
     """A path that no file can have or that may not be read, or a full disk, in one line; ``None``: something else."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return f"{error.filename or 'output'}: {os.strerror(error.errno).lower()}"
+        # Of a copy the second name is that of the file that was written.
+        return f"{error.filename2 or error.filename or 'output'}: {os.strerror(error.errno).lower()}"
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
         return f"{str(error.filename)[:200]}: {error.strerror}; check the path"
     # Of `Path.resolve`, before Python 3.13.

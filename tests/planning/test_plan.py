@@ -287,7 +287,12 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
         ("llama", "llama", {"data__eval": [{"path": "gone.jsonl"}]}, "gone.jsonl"),
         ("llama", "llama", {"data__eval": [{"path": "empty.jsonl"}]}, "empty.jsonl has no rows"),
         ("llama", "llama", {"evaluation": {"benchmarks": ["mme"], "benchmark_data": "."}}, "mme: no data in"),
-        ("llama", "llama", {"evaluation": {"every": 1, "best": "mme"}}, "evaluation.best: mme is not evaluated on"),
+        (
+            "llama",
+            "llama",
+            {"data__eval": [{"path": "talks/data.jsonl"}], "evaluation": {"every": 1, "best": "mme"}},
+            "evaluation.best: mme is not evaluated on; there is data",
+        ),
         ("llama", "llama", {"optimizer": {"part_lr": {"vision_encoder": 1e-3}}}, "this student has no vision_encoder"),
         (
             (None, tiny.settings() | {"tokenizer": "pieces/student"}),

@@ -118,7 +118,8 @@ def watch(asked, children, told):
             if due is not None and time.monotonic() >= due:
                 sent = True
                 signals(children, codes, getattr(signal, asked["number"]), asked["to"])
-        if any(codes.values()) or time.monotonic() - began > 300:
+        # Ranks that were told to stop end by themselves, one after the other.
+        if any(code not in (0, 130, 143) for code in codes.values()) or time.monotonic() - began > 300:
             signals(children, codes, signal.SIGKILL, range(len(children)))
         time.sleep(0.01)
     return [codes[child] for child in children]

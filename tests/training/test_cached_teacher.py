@@ -17,7 +17,7 @@ from data.errors import UserError
 from data.token_cache import TokenCache, TokenWriter
 from vlm_distill.config import RunConfig
 from vlm_distill.config_file import load_config
-from vlm_distill.inspection import inspect_samples
+from vlm_distill.inspection import Inspection
 from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.training import build, caches, teacher_cache
@@ -354,7 +354,7 @@ def test_likeliest_tokens_among_others_are_refused(own, processes):
 
 
 def test_inspection_shows_what_the_teacher_itself_receives(own):
-    shown = inspect_samples(own[1](), 2)
+    shown = Inspection(own[1]()).shown(2)
     assert all({"student", "teacher"} == set(sample.models) for sample in shown if sample.problem is None)
 
 

@@ -11,7 +11,7 @@ from data.workers import make_loader
 from vlm_distill import models
 from vlm_distill.config import RunConfig
 from vlm_distill.demo import make_tokenizer
-from vlm_distill.inspection import inspect_samples
+from vlm_distill.inspection import Inspection
 from vlm_distill.training.build import build_terms, pair_vocabularies
 
 
@@ -94,7 +94,7 @@ def test_a_step_counts_groups_and_tokens(material):
 
 
 def test_inspection_shows_the_groups(material):
-    samples = inspect_samples(configure(material, "uld"), 24)
+    samples = Inspection(configure(material, "uld")).shown(24)
     assert [sample.problem for sample in samples] == [None] * 24
     shown = {sample.groups[0] for sample in samples}
     assert shown == {("re·d", "r·ed"), ("gr·een", "gree·n"), ("bl·ue", "blue"), ("black", "bl·ack")}

@@ -140,7 +140,8 @@ def test_what_a_run_will_find_again_is_not_known(material, processes, monkeypatc
 
 
 def test_a_source_may_choose(material, processes):
-    plain = settings(material, "source", best="questions", benchmarks=[], teacher=False).model_dump(exclude_none=True)
+    plain = settings(material, "source", best="questions", teacher=False).model_dump(exclude_none=True)
+    plain["evaluation"]["benchmarks"] = []
     plain["data"]["eval"] = [{"path": str(material[1]), "name": "questions"}]
     folder = train(RunConfig.model_validate(plain), processes)
     about = json.loads((folder / "best" / "best.json").read_text())

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def test_a_step_of_bad_samples_alone_says_nothing_to_the_losses(tmp_path, teache
     """TAID's t, which goes by how the loss changes, takes no step without a sample for one without a loss."""
     data = tiny.write_data(tmp_path / "data", broken=tuple(range(12)))
     changes = {"training__batch_size": 1, "training__micro_batch_size": 1, "training__steps": 12}
+    changes["data__max_bad"] = 0.9
     processes = Processes("cpu")
     trainer = Trainer(RunConfig.model_validate(tiny.config(tmp_path / "out", data, teacher, **changes)), processes)
     trainer.run()
@@ -170,6 +172,18 @@ def test_a_killed_worker_is_told_in_one_line(run, monkeypatch):
     assert code == 2
     assert "a worker that reads the data (process " in line
     assert "fewer data.workers" in line
+
+
+def test_a_clock_set_back_turns_no_duration_negative(run, tmp_path, monkeypatch):
+    hours = iter(range(100_000, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
+    data = [{"path": str(tmp_path / "data" / "data.jsonl"), "name": "questions", "limit": 4}]
+    code, line = run(data__eval=data, evaluation__every=2)
+    assert code == 0, line
+    for line in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()):
+        assert all(0 <= value < 300 for key, value in line.items() if key in ("seconds", "waiting"))
+        assert all(value >= 0 for key, value in line.items() if key.endswith("_per_second"))
+    assert 0 < json.loads((tmp_path / "out" / "summary.json").read_text())["seconds"] < 300
 
 
 class Full:

@@ -11,7 +11,7 @@ from data.errors import UserError
 from vlm_distill import evaluate
 from vlm_distill.config import RunConfig
 from vlm_distill.demo import make_tokenizer
-from vlm_distill.inspection import inspect_samples
+from vlm_distill.inspection import Inspection
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.training.trainer import Trainer, train
 
@@ -202,7 +202,7 @@ def test_a_student_takes_its_teachers_tokenizer(material, processes):
 
 
 def test_text_is_shown_before_training(material):
-    shown = inspect_samples(settings(material, "shown", "text"), 3)
+    shown = Inspection(settings(material, "shown", "text")).shown(3)
     assert all(sample.problem is None for sample in shown)
     assert {sum(not s for s in sample.models["student"].supervised) for sample in shown} == {1}
 

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from data.errors import UserError
+from vlm_distill.launch import mistake_of
 from vlm_distill.training.output import cause_of, claim, put_in_place
 
 
@@ -49,6 +50,10 @@ def test_one_run_at_a_time(tmp_path):
 def test_a_full_disk_says_how_much_is_free(tmp_path):
     error = OSError(errno.ENOSPC, "whatever", str(tmp_path / "file"))
     assert str(cause_of(error, tmp_path)).startswith(f"{tmp_path / 'file'}: no space left on device, ")
+    # DeepSpeed copies a script of its own into each checkpoint.
+    copied = OSError(errno.ENOSPC, "whatever", "/site-packages/deepspeed/zero_to_fp32.py", None, str(tmp_path / "copy"))
+    for said in (cause_of(copied, tmp_path), mistake_of(copied)):
+        assert str(said).startswith(f"{tmp_path / 'copy'}: no space left on device")
     in_consequence = RuntimeError("unexpected pos 64 vs 0")
     in_consequence.__context__ = error  # as PyTorch does
     assert "no space left" in str(cause_of(in_consequence, tmp_path))

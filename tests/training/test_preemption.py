@@ -1,4 +1,4 @@
-"""SIGTERM to what started the ranks: ``vlm-distill train`` ends with 0, DeepSpeed's launcher leaves a checkpoint."""
+"""Signals to what started the ranks: ``vlm-distill train`` says by its exit code that the run was stopped."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -50,11 +51,40 @@ def assert_stopped(out, folder):
     assert "Traceback" not in told
 
 
-def test_our_launcher_ends_with_zero(tmp_path):
+def test_our_launcher_tells_the_signal(tmp_path):
     process, out = start(tmp_path, OURS, ["--nproc", "2"])
     process.terminate()  # the command alone, which passes it on
-    assert process.wait(60) == 0, (tmp_path / "told").read_text()[-3000:]
+    assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "told").read_text()[-3000:]
     assert_stopped(out, tmp_path)
+
+
+def test_ranks_die_with_their_launcher(tmp_path):
+    process, _ = start(tmp_path, OURS, ["--nproc", "1", f"training.steps={10**6}"])
+    ranks = children(process.pid)
+    assert ranks
+    process.kill()
+    process.wait(10)
+    wait_until(lambda: not any(map(running, ranks)))
+
+
+def children(parent):
+    """Ids of a process's children."""
+    tasks = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(word) for word in tasks.read_text().split()]
+
+
+def running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true, seconds=10):
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

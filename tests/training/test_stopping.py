@@ -35,17 +35,20 @@ def test_noted_and_told_once(capsys):
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_ends_at_once_where_the_checkpoint_is_written(early, capsys):
+@pytest.mark.parametrize(
+    ("number", "setting", "code"), [(signal.SIGTERM, None, 143), (signal.SIGINT, None, 130), (signal.SIGTERM, 0, 0)]
+)
+def test_ends_at_once_where_the_checkpoint_is_written(early, number, setting, code, capsys):
     def told_to_stop(stop):
         if early:
-            send(signal.SIGTERM)
+            send(number)
         with stop.at_once():
-            send(signal.SIGTERM)
+            send(number)
             pytest.fail("went on")
 
-    with Stopping(Watch(0, 1, 60.0)) as stop, pytest.raises(SystemExit) as left:
+    with Stopping(Watch(0, 1, 60.0), setting) as stop, pytest.raises(SystemExit) as left:
         told_to_stop(stop)
-    assert left.value.code == 0
+    assert left.value.code == code
     assert "start the run again" in capsys.readouterr().err
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -168,3 +169,16 @@ def render_html(samples: Sequence[InspectedSample], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, "utf-8")
     return path
+
+
+def write_lines(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes a JSON object a line; a path ``-`` is standard output."""
+    if path == Path("-"):
+        for entry in entries:
+            print(json.dumps(entry))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Half an emoji of somebody's text has no other form in UTF-8 than its escape.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for entry in entries:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -364,6 +364,11 @@ def _facts(runs: list[Run]) -> list[tuple[str, list[str]]]:
         ("FLOPs per second (median)", texts(lambda r: median(r, "flops_per_second", "{:.3g}".format))),
         ("MFU (median)", texts(lambda r: median(r, "mfu", plots.percent))),
         ("Waiting for data (median)", texts(lambda r: median(r, "waiting", plots.percent))),
+        ("Rows left out", texts(lambda r: found(r, "{:.1%}".format, "left_out"))),
+        (
+            "Empty steps",
+            texts(lambda r: found(r, "{:,}".format, "empty_steps") if r.summary.get("empty_steps") else ""),
+        ),
         ("Peak memory of a rank", texts(lambda r: found(r, plots.size_in_bytes, "memory", "peak_bytes"))),
         ("Parameters, student", texts(lambda r: found(r, "{:,}".format, "parameters", "student"))),
         ("Parameters, trained", texts(lambda r: found(r, "{:,}".format, "parameters", "trained"))),

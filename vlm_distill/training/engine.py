@@ -237,8 +237,7 @@ class Engine:
         """Ends a micro-batch; at the last of an optimizer step, updates with this learning rate.
 
         Returns:
-            The gradient's norm before clipping, after the last micro-batch (else that of the step before); ``None``
-            where DeepSpeed does not tell it, as at stage 0.
+            The gradient's norm before clipping, after the last micro-batch (else that of the step before, or ``None``).
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -247,22 +246,24 @@ class Engine:
             for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+        norm = self._own_norm()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def _own_norm(self) -> Tensor | None:
+        """The gradient's norm at stage 0, where DeepSpeed 0.19 clips by it and does not say it.
+
+        All ranks have the whole gradient there, once the last micro-batch's backward has added it up.
+        """
+        if self.stage > 0 or not self._engine.is_gradient_accumulation_boundary():
+            return None
+        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients) if gradients else None
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
-
-    def finite(self) -> bool:
-        """Whether all weights that are trained are numbers, as far as DeepSpeed does not tell gradients' norms.
-
-        At stage 0 all ranks have the same weights; at the others the norm of :meth:`step` says it.
-        """
-        if self.stage > 0:
-            return True
-        trained = [p for p in self.task.parameters() if p.requires_grad]
-        return bool(torch.stack([p.detach().isfinite().all() for p in trained]).all())
 
     def share_statistics(self, module: nn.Module) -> None:
         """Averages batch norm's running statistics over ranks, each of which normalises by its own micro-batches.

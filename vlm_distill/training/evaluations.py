@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.markup import escape
+from PIL import Image
 
 from data.batch import Problem
 from data.collate import Collator
-from data.conversation import Conversation
+from data.conversation import Conversation, Document, ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
+from data.loader import problem_of
 from data.sources import Source, TextSource
 from vlm_distill.config import Measure, RunConfig, split_batch
 from vlm_distill.evaluation.benchmark import Benchmark
@@ -32,12 +33,13 @@ from vlm_distill.evaluation.benchmarks import data_folder
 from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
 from vlm_distill.evaluation.questions import BenchmarkQuestions
 from vlm_distill.evaluation.rouge import mean_rouge_l
-from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, share, summarise
+from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, evenly_spaced, share, summarise
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 
 from .build import check_evaluations, image_loader, open_sources, turns
 from .engine import Processes
+from .intake import FIRST_ROWS, reasons
 from .tracking import Tracker
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}
@@ -104,8 +106,7 @@ class Evaluations:
         elif wanted != "exact":
             best = self.settings.best
         if best is not None and best not in names:
-            known = ", ".join(names) or "nothing is evaluated: name benchmarks, or data.eval"
-            raise UserError(f"evaluation.best: {best} is not evaluated on; there is {known}")
+            raise UserError(f"evaluation.best: {best} is not evaluated on; there is {', '.join(names)}")
         for entry, questions in self.benchmarks:
             if entry.name == best and not any(published(questions.row(i)) for i in range(len(questions))):
                 raise UserError(f"evaluation.best: the right answers of {best} are not published; choose another")
@@ -129,6 +130,36 @@ class Evaluations:
         self.collators = {"student": collator(student, self.guide)}
         if teacher is not None:
             self.collators["teacher"] = collator(teacher.model, None)
+
+    def mistake(self) -> str | None:
+        """Return which source or benchmark has no question that the student can be asked; ``None``: each has one.
+
+        It looks at the first rows of each, and seldom further than at one.
+        """
+        sources = [("data.eval", source, self.load_image) for source in self.sources]
+        sources += [("evaluation.benchmarks", questions, self.load_benchmark_image) for _, questions in self.benchmarks]
+        for key, source, load in sources:
+            problems = self._unusable(source, load)
+            if problems:
+                return f"{key}: nothing of {source.name} can be asked: {reasons(problems)}"
+        return None
+
+    def _unusable(self, source: Any, load: Callable[[ImageSource], Image.Image]) -> list[Problem]:
+        """What is wrong with some rows of a source; empty where one of them can be used."""
+        problems = []
+        for index in evenly_spaced(len(source), FIRST_ROWS):
+            try:
+                sample = source[index]
+                if isinstance(sample, Document):
+                    self.collators["student"].encode(sample)
+                else:
+                    prompt = sample.prompt()
+                    images = [load(image) for image in prompt.images]
+                    self.student.processor.encode(prompt, images, generation=True)
+                return []
+            except BadSample as bad:
+                problems.append(problem_of(source, index, bad, "skip"))
+        return problems
 
     @property
     def compared_by(self) -> dict[str, Any]:
@@ -154,7 +185,7 @@ class Evaluations:
 
         Args:
             done: optimizer steps finished.
-            began: when the run did, in seconds of the clock.
+            began: when the run did, by ``time.monotonic``.
 
         Returns:
             On the first rank the score by which the best student is chosen, of the same questions each time, and the
@@ -169,8 +200,8 @@ class Evaluations:
 
         def tell(who: str, name: str, values: dict[str, Any], words: str) -> None:
             if who == "student" and values["n"]:
-                tracker.log("eval", done, {"data": name, **values, "seconds": time.time() - began})
-            tracker.say(f"{f'step {done}' if who == 'student' else who}: {escape(name)}: {words}")
+                tracker.log("eval", done, {"data": name, **values, "seconds": time.monotonic() - began})
+            tracker.say(f"{f'step {done}' if who == 'student' else who}: {name}: {words}")
 
         for source in self.sources:
             for who, model in models.items():
@@ -248,7 +279,7 @@ class Evaluations:
     def _ask_source(
         self, model: VisionLanguageModel, source: Source, who: str, end: str | None, problems: list[Problem]
     ) -> tuple[dict[str, Any], list[Prediction]]:
-        began = time.time()
+        began = time.monotonic()
         wanted = turns(self.config.data)
         limited = wanted.max_prompt is not None or wanted.max_response is not None
         predictions = evaluate(
@@ -260,7 +291,7 @@ class Evaluations:
             **self._common(source.name, who, end),
         )
         overall = summarise(predictions)
-        rate = len(predictions) / max(1e-9, time.time() - began)
+        rate = len(predictions) / max(1e-9, time.monotonic() - began)
         values = {"n": overall["n"], "answers_per_second": rate}
         if "exact" in self.settings.measures:
             values |= {"exact": overall["exact"], "soft": overall["soft"]}
@@ -303,7 +334,7 @@ class Evaluations:
         problems: list[Problem],
     ) -> tuple[list[Prediction], dict[str, Any], str] | None:
         """Predictions, values and words, on the first rank."""
-        began = time.time()
+        began = time.monotonic()
         try:
             result = run_benchmark(
                 model,
@@ -316,12 +347,12 @@ class Evaluations:
                 **self._common(entry.name, who, end),
             )
         except CannotScore as error:  # no reason to lose a run
-            return [], {"n": 0}, f"[bold red]not scored:[/] {escape(str(error).removeprefix(f'{entry.name}: '))}"
+            return [], {"n": 0}, f"not scored: {str(error).removeprefix(f'{entry.name}: ')}"
         if result is None:
             return None
         problems += result.skipped
         n = len(result.predictions)
-        values: dict[str, Any] = {"n": n, "answers_per_second": n / max(1e-9, time.time() - began)}
+        values: dict[str, Any] = {"n": n, "answers_per_second": n / max(1e-9, time.monotonic() - began)}
         if result.scores is None:
             return result.predictions, values, f"{n:,} answers; the right ones are not published"
         if not math.isfinite(result.scores.main):

@@ -10,8 +10,10 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,16 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Problem, Step
-from data.errors import UserError
-from data.loader import ProblemLog
+from data.errors import BadSample, UserError
+from data.loader import ProblemLog, problem_of
 from vlm_distill.config import AnyRun, split_batch
 from vlm_distill.config_file import save_config
-from vlm_distill.launch import cores
+from vlm_distill.launch import Stopped, cores
 from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 
 from . import checkpoint, faults
+from .effects import idle_settings
 from .engine import Engine, Processes
 from .failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
+from .intake import FIRST_ROWS, FirstRows, Tally, too_many_left_out
 from .output import cause_of, claim, put_in_place
 from .stopping import Stopping
 from .tracking import Tracker
@@ -51,6 +55,7 @@ class Loop(ABC):
         compared_by: what makes two scores of the student comparable; ``None`` to keep no best student.
         lower_is_better: whether the best student has the lowest of these scores, not the highest.
         told: remarks on what was found while building.
+        tally: rows left out, and steps without anything to learn from, of the whole run.
 
     Raises:
         UserError: the configuration asks for what cannot be.
@@ -79,9 +84,10 @@ class Loop(ABC):
         self.micro, self.accumulation = split_batch(config, processes.world)
         self._claim = claim(self.folder) if processes.first else None
         self._failure: str | None = None
-        self.stopping = Stopping(processes.watch)
+        self.stopping = Stopping(processes.watch, config.training.stopped_exit_code)
         self.problems: ProblemLog | None = None
-        self.began = time.time()
+        self.tally = Tally()
+        self.began = time.monotonic()
         if config.training.wandb and find_spec("wandb") is None:
             raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
 
@@ -140,8 +146,20 @@ class Loop(ABC):
     def introduce(self, tracker: Tracker, done: int) -> None:
         """Says more about the run before its first step."""
 
+    def mistake_in(self, found: FirstRows) -> str | None:
+        """Return why nothing can be learnt from rows that can be used; on the first rank."""
+        return None
+
+    def evaluation_mistake(self) -> str | None:
+        """Return what the run could not be evaluated on, since nothing of it can be used; on the first rank."""
+        return None
+
+    def remarks_on(self, found: FirstRows) -> list[str]:
+        """Return what to say about the first rows beside those that are left out; on the first rank."""
+        return []
+
     def stepped(self, step: int) -> None:
-        """Called after optimizer step ``step``, counted from 0."""
+        """Called after an update of the weights, in optimizer step ``step``, counted from 0."""
 
     def share_statistics(self) -> None:
         """Makes the ranks' batch-norm statistics one, before they are saved or used."""
@@ -166,6 +184,10 @@ class Loop(ABC):
 
         Args:
             until: stop (with a checkpoint) after this many optimizer steps of the whole schedule.
+
+        Raises:
+            Stopped: the run was told to stop and has written a checkpoint.
+            UserError: no sample can be used, or more are left out than ``data.max_bad`` allows.
         """
         config, first = self.settings, self.processes.first
         done, elapsed = self._resume()
@@ -174,19 +196,22 @@ class Loop(ABC):
             save_config(config, self.folder / "config.yaml")
         if first:
             self.problems = ProblemLog(self.folder / "problems.jsonl")
-        self.began = time.time() - elapsed
+        self.began = time.monotonic() - elapsed
         self.best = checkpoint.best_score(self.folder / "best", self.compared_by or {}, done)
         settings = config.model_dump(exclude_none=True)
         tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
+        stopped = 0
         with tracker, self.stopping:
             self._greet(tracker, done)
+            self._check_first_rows(tracker, done)
+            self.introduce(tracker, done)
             if self._evaluates_after(done):
                 self._evaluate(done, tracker)
             self.engine.train()
             self._enter("reading data", done)
-            asked = time.time()
+            asked = time.monotonic()
             for step in self.batches(done, last):
-                waited = time.time() - asked
+                waited = time.monotonic() - asked
                 values, stop = self._step(step, waited)
                 done = step.index + 1
                 tracker.log("train", done, values)
@@ -198,39 +223,95 @@ class Loop(ABC):
                     self._save(done)
                 if stop and done < self.steps:
                     tracker.say(f"stopped after step {done} with a checkpoint; start the run again to go on")
+                    stopped = stop
                     break
                 if evaluates:
                     self._evaluate(done, tracker)
                     self.engine.train()
                 self._enter("reading data", done)
                 self._failure = self._failure or tracker.failure
-                asked = time.time()
+                asked = time.monotonic()
             if done == self.steps:
                 self._finish(done, tracker)
         if self._claim is not None:
             self._claim.close()
+        if stopped:
+            raise Stopped(self.stopping.exit_code(stopped))
         return self.folder
 
     def _evaluates_after(self, done: int) -> bool:
         return bool(self.evaluate_every and done and done % self.evaluate_every == 0 and done < self.steps)
 
-    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], bool]:
-        """One optimizer step over all ranks: what it gave, and whether some rank was told to stop before it."""
-        config, world, began = self.settings, self.processes.world, time.time()
+    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
+        """One optimizer step over all ranks: its metrics, and the signal that some rank got before it (0: none)."""
+        world, began = self.processes.world, time.monotonic()
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
-        self.processes.seed(hash((config.training.seed, step.index, self.processes.rank)) % 2**63)
+        self.processes.seed(hash((self.settings.training.seed, step.index, self.processes.rank)) % 2**63)
+
+        # Count the step over all ranks. What of the data was left out is known before anything is drawn on policy.
+        left_out = len(step.problems)
         step = self.take(step)
         counts = self.counts(step) | {"problems": len(step.problems), "waited": waited}
-        counts |= {"stop": self.stopping.asked, "failed": self._failure is not None}
+        counts |= {"rows": step.rows, "left_out": left_out}
+        counts |= self.stopping.counts() | {"failed": self._failure is not None}
         totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
         if totals["failed"]:
             self._end_if_failed()
         if totals["problems"]:
             self._record(step)
         rows = {term.name: self.rows(term, totals) for term in self.terms}
-        ramps = {term.name: self.ramp(term, step.index) for term in self.terms}
-        scales = {name: ramps[name] * world / count if count else 0.0 for name, count in rows.items()}
-        lr = self.lr(step.index)
+        self._count(step, totals, empty=not any(rows.values()))
+
+        # Learn. A step in which no rank has anything to learn from is passed over: the optimizer would move the weights
+        # by decay and momentum alone.
+        lr, values = self.lr(step.index), dict[str, Any]()
+        means: dict[str, dict[str, float]] = {}
+        if any(rows.values()):
+            means, norm = self._update(step, rows, lr)
+            values["loss"] = sum(t.weight * self.ramp(t, step.index) * means[t.name]["loss"] for t in self.terms)
+        epochs = self.steps / self.epoch_steps
+        for term in self.terms:
+            progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
+            # Of no rows there are no means: zeros would pass for a perfect student.
+            known = means[term.name] if rows[term.name] else {}
+            term.loss.update({k: v for k, v in known.items() if k != "loss"}, progress)
+
+        for term in (term for term in self.terms if rows[term.name]):
+            values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
+        if means and norm is not None:
+            values["grad_norm"] = norm
+        seconds = waited + time.monotonic() - began
+        values = (
+            values
+            | {"lr": lr, "epoch": (step.index + 1) / self.epoch_steps, "samples": int(totals["samples"])}
+            | {"left_out": self.tally.share, "empty_steps": self.tally.empty_steps}
+            | self.values(totals, seconds)
+            | {"peak_bytes": self._peak()}
+            | {"waiting": totals["waited"] / world / seconds, "seconds": time.monotonic() - self.began}
+        )
+        return values, self.stopping.signal_of(totals)
+
+    def _count(self, step: Step, totals: Mapping[str, float], *, empty: bool) -> None:
+        """Adds a step to the tally. Raises ``UserError`` on all ranks where too much of the data was left out."""
+        # Ranks that share sequences have the same rows.
+        shared = getattr(self.settings.training, "sequence_parallel", 1)
+        self.tally.rows += round(totals["rows"] / shared)
+        self.tally.left_out += round(totals["left_out"] / shared)
+        self.tally.empty_steps += empty
+        limit, last = self.settings.data.max_bad, step.index + 1 == self.steps
+        if self.tally.exceeds(limit, self.dataset.mixture.epoch_rows, last=last):
+            summary = self.processes.gather(self.problems and self.problems.summary())[0]
+            raise too_many_left_out(self.tally, limit, summary)
+
+    def _update(
+        self, step: Step, rows: Mapping[str, float], lr: float
+    ) -> tuple[dict[str, dict[str, float]], float | None]:
+        """Forward, backward and update of a step that has rows; means of its terms, and the gradient's norm."""
+        # Each term's gradient becomes a mean over all its rows on all ranks.
+        scales = {}
+        for term in self.terms:
+            count = rows[term.name]
+            scales[term.name] = self.ramp(term, step.index) * self.processes.world / count if count else 0.0
 
         sums: list[dict[str, TermSums]] = []
         norm: float | None = None
@@ -241,27 +322,7 @@ class Loop(ABC):
         self._enter("adding up the ranks' losses", step.index)
         means = self._means(sums)
         self._check_finite(step, sums, means, norm)
-        epochs = self.steps / self.epoch_steps
-        for term in self.terms:
-            progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
-            # Of no rows there are no means: zeros would pass for a perfect student.
-            known = means[term.name].items() if rows[term.name] else ()
-            term.loss.update({k: v for k, v in known if k != "loss"}, progress)
-
-        values: dict[str, Any] = {"loss": sum(t.weight * ramps[t.name] * means[t.name]["loss"] for t in self.terms)}
-        for term in (term for term in self.terms if rows[term.name]):
-            values |= {f"{term.name}/{k}": v for k, v in (means[term.name] | term.loss.metrics()).items()}
-        if norm is not None:
-            values["grad_norm"] = norm
-        seconds = waited + time.time() - began
-        values = (
-            values
-            | {"lr": lr, "epoch": (step.index + 1) / self.epoch_steps, "samples": int(totals["samples"])}
-            | self.values(totals, seconds)
-            | {"peak_bytes": self._peak()}
-            | {"waiting": totals["waited"] / world / seconds, "seconds": time.time() - self.began}
-        )
-        return values, bool(totals["stop"])
+        return means, norm
 
     def _end_if_failed(self) -> None:
         """Ends all ranks where the first could not write what it tells; collective."""
@@ -326,11 +387,6 @@ class Loop(ABC):
         found = [text for part in self.processes.gather(mine) for text in part]
         raise not_finite(step.index + 1, terms, found, gradient=not terms)
 
-    def _check_weights(self, done: int) -> None:
-        """Ends a run whose weights are not all numbers; each loss was before the update that made them so."""
-        if not self.engine.finite():
-            raise not_finite(done, [], [], gradient=True)
-
     def _peak(self) -> int:
         """This rank's peak memory since the last step, in bytes; what the CPU's processes held is never forgotten."""
         device = self.processes.device
@@ -363,11 +419,10 @@ class Loop(ABC):
         self._note_problems(problem for part in gathered for problem in part)
 
     def _save(self, done: int) -> None:
-        self._check_weights(done)
         self.processes.watch.phase(f"writing the checkpoint of step {done}", limited=False)
         self.share_statistics()
         # The losses' own state is in the task's state dict, so that it needs no word here.
-        state = {"step": done, "seconds": time.time() - self.began}
+        state = {"step": done, "seconds": time.monotonic() - self.began, "tally": asdict(self.tally)}
 
         def write(folder: Path) -> None:
             self.engine.save(folder, state)
@@ -397,6 +452,7 @@ class Loop(ABC):
             )
         state = self.engine.load(latest)
         self.load_more(latest)
+        self.tally = Tally(**state.get("tally", {}))
         return state["step"], state["seconds"]
 
     def _agree(self, latest: Path | None) -> None:
@@ -426,24 +482,58 @@ class Loop(ABC):
             f"{self.steps:,} steps of {config.training.batch_size} on {self.processes.world} rank(s), "
             f"ZeRO {config.deepspeed.stage}, {config.training.dtype}"
         )
-        for remark in self.told:
+        if counts["student"] > counts.get("teacher", counts["student"]):
+            tracker.warn("the student is larger than its teacher")
+        for remark in [*self.told, *idle_settings(config)]:
             tracker.warn(remark)
         if done:
             tracker.say(f"resumed after step {done}")
-        self.introduce(tracker, done)
+
+    def _check_first_rows(self, tracker: Tracker, done: int) -> None:
+        """Tries the next rows. Raises ``UserError`` on all ranks where none of them can be used; collective."""
+        if done >= self.steps:
+            return
+        self.processes.watch.phase("trying the first rows", limited=False)
+        found = self._try_rows(done) if self.processes.first else FirstRows()
+        mistake = found.mistake() or self.mistake_in(found)
+        if self.processes.first and mistake is None:
+            mistake = self.evaluation_mistake()
+        mistake = self.processes.gather(mistake)[0]
+        if mistake is not None:
+            raise UserError(mistake)
+        if self.processes.first:
+            warning = found.warning()
+            for remark in [*([] if warning is None else [warning]), *self.remarks_on(found)]:
+                tracker.warn(remark)
+
+    def _try_rows(self, done: int) -> FirstRows:
+        """The first rows after step ``done``, made ready for the models and thrown away."""
+        found, mixture = FirstRows(), self.dataset.mixture
+        rows = chain.from_iterable(mixture.rows(step) for step in range(done, self.steps))
+        for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_rows)):
+            found.tried += 1
+            try:
+                found.images += self.dataset.try_row(source, row)
+            except BadSample as bad:
+                found.problems.append(problem_of(mixture.sources[source], row, bad, "skip"))
+        return found
 
     def _headline(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """What the bar shows: the loss, the state of its terms, the speed and the share of time waiting for data."""
-        shown = {"loss": values["loss"]}
+        """What the bar shows: the loss, the state of its terms, the speed, time waiting for data, and data left out."""
+        shown = {"loss": values["loss"]} if "loss" in values else {}
         shown |= {name.split("/")[1]: v for name, v in values.items() if name.endswith("/t")}
-        return shown | {
+        shown |= {
             self.speed.replace("_per_second", "/s"): values[self.speed],
             "waiting %": 100 * values["waiting"],
         }
+        if self.tally.left_out:
+            shown["left out %"] = 100 * self.tally.share
+        if self.tally.empty_steps:
+            shown["empty steps"] = self.tally.empty_steps
+        return shown
 
     def _evaluate(self, done: int, tracker: Tracker, *, final: bool = False) -> None:
         """Evaluates the student, at the end of the run with its teacher, and keeps it if it is the best so far."""
-        self._check_weights(done)
         self.processes.watch.phase(f"the evaluation after step {done}", limited=False)
         with self.stopping.at_once():
             self.share_statistics()
@@ -470,7 +560,12 @@ class Loop(ABC):
             tracker.say(f"step {done}: the best so far, written to {self.folder / 'best'}")
 
     def _finish(self, done: int, tracker: Tracker) -> None:
-        trained = time.time()
+        if self.tally.empty_steps == self.steps:
+            raise UserError(
+                f"no step had a usable sample, so that nothing was learnt and no student is written: "
+                f"{self.processes.gather(self.problems and self.problems.summary())[0]}; mend the data"
+            )
+        trained = time.monotonic()
         self._evaluate(done, tracker, final=True)
         tracker.flush()
         self._failure = self._failure or tracker.failure
@@ -481,7 +576,7 @@ class Loop(ABC):
             self._summarise(trained)
             tracker.say(f"student written to {self.folder / 'student'}")
             if self.problems is not None and self.problems.counts:
-                tracker.say(self.problems.summary())
+                tracker.say(f"{self.problems.summary()}; {self.tally.in_words()} over all steps")
         self.processes.barrier()
 
     def _summarise(self, trained: float) -> None:
@@ -489,11 +584,12 @@ class Loop(ABC):
         counts = self.problems.counts if self.problems is not None else {}
         problems = {f"{source}: {reason}": number for (source, reason), number in counts.items()}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores()} cores"
+        finished = datetime.datetime.now()
         words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
         summary = {
             "command": shlex.join(["vlm-distill", self.command, *words, "--nproc", str(self.processes.world)]),
-            "started": datetime.datetime.fromtimestamp(self.began).isoformat(timespec="seconds"),
-            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+            "started": (finished - datetime.timedelta(seconds=time.monotonic() - self.began)).isoformat("T", "seconds"),
+            "finished": finished.isoformat("T", "seconds"),
             "seconds": trained - self.began,
             "steps": self.steps,
             "device": f"{device.type}: {name}",
@@ -502,6 +598,9 @@ class Loop(ABC):
             "parameters": self.parameters,
             "memory": {"peak_bytes": max(self.peak_bytes, peak_memory(device))},
             "problems": problems,
+            "rows": self.tally.rows,
+            "left_out": self.tally.share,
+            "empty_steps": self.tally.empty_steps,
         }
         planned = self.folder / "plan.json"  # where `vlm-distill plan` leaves it
         if planned.is_file():

@@ -115,7 +115,7 @@ class OnPolicy:
 
     def take(self, step: Step) -> Step:
         """The step as it is learnt: as the data have it, or with answers of the student; every rank calls this."""
-        began, kind = time.time(), self._kind(step.index)
+        began, kind = time.monotonic(), self._kind(step.index)
         taken, answers = step, list[list[int]]()
         if kind == "draw":
             found = self._drawn(step)
@@ -130,7 +130,7 @@ class OnPolicy:
             "replayed": float(kind == "replay"),
             "answers": len(answers),
             "answer_tokens": sum(map(len, answers)),
-            "answering": time.time() - began if kind != "data" else 0.0,
+            "answering": time.monotonic() - began if kind != "data" else 0.0,
         }
         return taken
 

@@ -53,7 +53,9 @@ def cause_of(error: BaseException, path: Path) -> str | None:
     number = seen.errno if seen is not None else int(quoted[1]) if quoted else None
     if number is None:
         return None
-    what = f"{(seen and seen.filename) or path}: {os.strerror(number).lower()}"
+    # Of a copy, such as DeepSpeed makes of a script of its own, the second name is that of the file that was written.
+    named = (seen.filename2 or seen.filename) if seen is not None else None
+    what = f"{named or path}: {os.strerror(number).lower()}"
     if number not in _FULL:
         return what
     return f"{what}, {_free(path):,} bytes are free there"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +24,7 @@ from data.sources import Source, TextSource
 from data.token_cache import TokenCache, TokenWriter, bytes_a_token, digest_of
 from data.workers import make_loader
 from vlm_distill.config import CacheSection, RunConfig, TeacherSection
+from vlm_distill.console import plain_console
 from vlm_distill.launch import cores
 from vlm_distill.losses import HiddenTargets
 from vlm_distill.models.common import DTYPES
@@ -199,8 +199,8 @@ class Told:
 
     processes: Processes
     total: int
-    began: float = field(default_factory=time.time)
-    last: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
 
     def __call__(self, done: int) -> None:
         said = f"writing micro-batch {done} of {self.total} into the cache"
@@ -208,7 +208,7 @@ class Told:
         # Hours apart at its end, the first rank would wait for the last one longer than any is waited for.
         if done % _TOGETHER == 0:
             self.processes.barrier()
-        now = time.time()
+        now = time.monotonic()
         if self.processes.first and now - self.last > _TOLD_EVERY:
             self.last = now
             left = (now - self.began) / done * (self.total - done)
@@ -216,7 +216,7 @@ class Told:
 
 
 def say(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    plain_console(stderr=True).print(text, soft_wrap=True)
 
 
 def fill(config: RunConfig, processes: Processes) -> None:

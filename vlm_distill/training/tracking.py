@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+
+from data.errors import UserError
+from vlm_distill.config import WandbSection
+from vlm_distill.console import plain_console
 
 from . import faults
 from .output import cause_of
 
 _PLAIN_LINES = 20
+_WANDB_ID = "wandb_id"
 
 
 class Tracker:
@@ -29,7 +34,7 @@ class Tracker:
         steps: optimizer steps of the whole run.
         start: steps that a checkpoint has already done; later lines of ``metrics.jsonl`` are cut off.
         first: whether this is the rank that writes.
-        wandb: also log to Weights & Biases.
+        wandb: also log to Weights & Biases; a run that is resumed goes on there as the same one.
         settings: the resolved configuration, for W&B.
 
     Attributes:
@@ -39,13 +44,13 @@ class Tracker:
     failure: str | None = None
 
     def __init__(
-        self, run: Path, steps: int, start: int, *, first: bool, wandb: bool, settings: Mapping[str, Any]
+        self, run: Path, steps: int, start: int, *, first: bool, wandb: bool | WandbSection, settings: Mapping[str, Any]
     ) -> None:
         self.first = first
         self.steps = steps
         if not first:
             return
-        self.console = Console(stderr=True)
+        self.console = plain_console(stderr=True)
         path = run / "metrics.jsonl"
         _cut_back(path, start)
         self._path = path
@@ -53,14 +58,12 @@ class Tracker:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
         self._wandb: Any = None
         if wandb:
-            import wandb as client
-
-            self._wandb = client.init(dir=str(run), name=run.name, config=dict(settings), resume="allow")
+            self._wandb = _open_wandb(run, WandbSection() if wandb is True else wandb, settings)
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("·"),
             TimeRemainingColumn(),
@@ -130,16 +133,38 @@ class Tracker:
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._bar.update(self._task, completed=step, values=text)
         if self._bar.disable and (step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps):
-            self.console.print(f"step {step}/{self.steps}  {text}", highlight=False)
+            self.console.print(f"step {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
-        """A remark for the person who watches."""
+        """Prints a remark for the person who watches."""
         if self.first:
-            self.console.print(text, highlight=False)
+            self.console.print(text)
 
     def warn(self, text: str) -> None:
-        """A remark that a person should not overlook."""
-        self.say(f"[bold red]warning:[/] {escape(text)}")
+        """Prints a remark that a person should not overlook."""
+        if self.first:
+            self.console.print(Text.assemble(("warning:", "bold red"), " ", text))
+
+
+def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -> Any:
+    """Returns W&B's run of this folder, whose id is kept there.
+
+    Raises:
+        UserError: W&B cannot begin, without a key or a network for example.
+    """
+    import wandb as client
+
+    path = run / _WANDB_ID
+    if not path.is_file():
+        path.write_text(secrets.token_hex(8))
+    given = {"name": run.name} | section.model_dump(exclude_none=True)
+    try:
+        return client.init(dir=str(run), id=path.read_text(), resume="allow", config=dict(settings), **given)
+    except Exception as error:  # its own classes of errors, the network's, and the service's
+        raise UserError(
+            f"training.wandb: {' '.join(str(error).split())[:300]}; log in (wandb login), or set "
+            "training.wandb.mode=offline"
+        ) from error
 
 
 def _cut_back(path: Path, start: int) -> None:

@@ -43,8 +43,10 @@ from .build import (
     turns,
     write_student,
 )
+from .effects import late_warmup
 from .engine import Engine, Processes, gather_parameters
 from .evaluations import Evaluations
+from .intake import FirstRows
 from .loop import Loop
 from .on_policy import OnPolicy, check_on_policy, learns_from_drawn
 from .operations import Operations
@@ -155,6 +157,8 @@ class Trainer(Loop):
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
+        warmup = config.optimizer.warmup  # below 1 a share of the run
+        self.told = [*self.told, *late_warmup("optimizer.warmup", warmup, max(1, self.steps), "steps")]
 
         self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
         if isinstance(self.teacher, CachedTeacher):
@@ -271,6 +275,24 @@ class Trainer(Loop):
             **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),
             self.speed: totals["tokens"] / seconds,
         }
+
+    def mistake_in(self, found: FirstRows) -> str | None:
+        section = self.config.student
+        trained = {*section.trained_whole, *([] if section.lora is None else section.lora.parts)}
+        if found.images or "decoder" in trained or not self.student.processor.has_vision:
+            return None
+        return (
+            f"student.train: only {' and '.join(sorted(trained))} would train, and none of the first {found.tried} "
+            "rows has an image, so that nothing would be learnt; train the decoder too, or use data with images"
+        )
+
+    def evaluation_mistake(self) -> str | None:
+        return self.evaluations.mistake()
+
+    def remarks_on(self, found: FirstRows) -> list[str]:
+        if found.images or not self.student.processor.has_vision:
+            return []
+        return [f"the student has a vision encoder, and none of the first {found.tried} rows has an image"]
 
     def introduce(self, tracker: Tracker, done: int) -> None:
         if self.vision_once:

@@ -1,0 +1,77 @@
+"""Settings that are given and do nothing in this run: each is named when the run begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_distill.config import AnyRun, Section
+
+
+def idle_settings(config: AnyRun) -> list[str]:
+    """Return a remark on every setting that was given and has no effect, beside those that are refused."""
+    return [*_of_evaluation(config), *_of_data(config), *_of_the_optimizer(config), *_of_the_teacher(config)]
+
+
+def late_warmup(key: str, warmup: float, run: float, unit: str) -> list[str]:
+    """Return a remark on a warm-up that the run ends in.
+
+    Args:
+        key: the setting.
+        warmup, run: how long both are.
+        unit: in what.
+    """
+    if warmup <= run:
+        return []
+    return [f"{key}: warms up for {warmup:g} {unit}, and the run has {run:g}: its full value is never reached"]
+
+
+def _given(section: Section, *names: str) -> list[str]:
+    """Which of these settings were given another value than their default."""
+    fields = type(section).model_fields
+    return [name for name in names if name in fields and getattr(section, name) != fields[name].default]
+
+
+def _of_evaluation(config: Any) -> list[str]:
+    section, said = config.evaluation, []
+    period = "every" if hasattr(section, "every") else "every_epochs"
+    if _given(section, "limit") and getattr(section, period) is None:
+        said.append(f"evaluation.limit: is for evaluations during training; set evaluation.{period}, or leave it out")
+    if not getattr(section, "benchmarks", []):
+        for name in _given(section, "benchmark_data", "rules"):
+            said.append(f"evaluation.{name}: is for benchmarks, and none is named; leave it out")
+    for number, source in enumerate(config.data.eval):
+        for name in _given(source, "weight", "labelled"):
+            said.append(f"data.eval.{number}.{name}: is for training data; leave it out")
+    return said
+
+
+def _of_data(config: Any) -> list[str]:
+    data, said = config.data, []
+    if len(data.train) == 1 and config.training.steps is not None and _given(data.train[0], "weight"):
+        said.append("data.train.0.weight: of one source alone it changes nothing but the length of an epoch")
+    if data.workers == 0 and _given(data, "prefetch"):
+        said.append("data.prefetch: nothing is read ahead with data.workers=0")
+    return said
+
+
+def _of_the_optimizer(config: Any) -> list[str]:
+    section = config.optimizer
+    needed = {
+        "min_lr_ratio": ("cosine", "linear"),
+        "min_lr": ("cosine",),
+        "decay_epochs": ("step",),
+        "decay_rate": ("step", "multistep"),
+    }
+    return [
+        f"optimizer.{name}: has no effect with schedule: {section.schedule}"
+        for name in _given(section, *needed)
+        if section.schedule not in needed[name]
+    ]
+
+
+def _of_the_teacher(config: Any) -> list[str]:
+    said = []
+    policy = getattr(config, "on_policy", None)
+    if policy is not None and policy.fraction == 0 and policy.adaptive is None:
+        said.append("on_policy: with fraction 0 no step is on-policy; raise it, or leave the section out")
+    return said
