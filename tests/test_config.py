@@ -4,29 +4,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from run_files import CLASSIFIER, GOOD, write
 
 from data.errors import UserError
-from vlm_distill.config import split_batch
-from vlm_distill.config_file import load_config, save_config
+from vision.config import ClassifierConfig
+from vlm_distill.config import RunConfig, split_batch
+from vlm_distill.config_file import load_config, read_saved, save_config
 from vlm_distill.losses import Standardised
 from vlm_distill.training.build import build_terms
 from vlm_distill.training.on_policy import check_on_policy
-
-GOOD = {
-    "student": {"path": "student"},
-    "teacher": {"path": "teacher"},
-    "loss": [{"name": "taid", "t_start": 0.2}],
-    "data": {"train": [{"path": "train.jsonl"}]},
-    "training": {"steps": 10, "batch_size": 64},
-    "output": "runs/x",
-}
-
-
-def write(folder, changes=None, drop=()):
-    plain = {k: v for k, v in GOOD.items() if k not in drop} | (changes or {})
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(plain))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -35,6 +21,8 @@ def write(folder, changes=None, drop=()):
         ({"optimiser": {"lr": 1}}, [], ["optimiser", "did you mean 'optimizer'"]),
         ({"training": {"steps": 10, "batchsize": 3}}, [], ["training.batchsize", "did you mean 'batch_size'"]),
         ({"data": {"train": [{"path": "x", "wieght": 2}]}}, [], ["data.train.0.wieght", "did you mean 'weight'"]),
+        ({"deepspeed": 3}, [], ["deepspeed: give a mapping with keys such as stage (found 3)"]),
+        ({"loss": ["taid"]}, [], ["loss.0: give a mapping with keys such as name, weight (found 'taid')"]),
         ({"training": {"steps": "many"}}, [], ["training.steps", "'many'"]),
         ({"training": {"steps": 10, "epochs": 1}}, [], ["epochs or steps"]),
         ({"training": {"batch_size": 4}}, [], ["epochs or steps"]),
@@ -46,12 +34,29 @@ def write(folder, changes=None, drop=()):
             [],
             ["no student can be cut from a sharded teacher"],
         ),
-        ({"student": {"name": "resnet20"}}, [], ["an image classifier (student.name), which vlm-distill classify"]),
+        (
+            {"student": {"name": "resnet20"}},
+            [],
+            ["this file configures an image classifier"],
+        ),
         ({"evaluation": {"measures": ["kl"]}, "teacher": None}, [], ["kl is that from a teacher, and there is none"]),
         ({"deepspeed": {"stage": 4}}, [], ["deepspeed.stage", "4"]),
         ({"deepspeed": {"stage": 2, "zero_optimization": {"stage": 3}}}, [], ["is another one than stage"]),
         ({}, ["training.steps"], ["section.key=value"]),
-        ({}, ["loss.7.weight=1"], ["loss.7.weight=1"]),
+        ({}, ["loss.7.weight=1"], ["loss has 1 entry, numbered 0"]),
+        ({"loss": [{"name": "kd"}] * 3}, ["loss[3].weight=1"], ["loss has 3 entries, numbered 0 to 2"]),
+        ({}, ["loss.weight=1"], ["loss has 1 entry, numbered 0"]),
+        ({}, ["loss.-1.weight=1"], ["loss has 1 entry, numbered 0"]),
+        ({}, ["data.eval.0.path=x"], ["data.eval has no entries; give it as a list"]),
+        ({"data": {"train": [{"path": "x"}], "eval": []}}, ["data.eval.0.path=x"], ["data.eval has no entries"]),
+        ({}, ["training.steps.more=1"], ["training.steps is 10, not a section"]),
+        ({}, ["output="], ["output: is empty; give a value"]),
+        ({}, ["output=' '"], ["output: is empty"]),
+        ({"student": {"path": ""}}, [], ["student.path: is empty"]),
+        ({"data": {"train": [{"path": ""}]}}, [], ["data.train.0.path: is empty"]),
+        ({"data": {"train": [{"path": "x"}], "roots": [""]}}, [], ["data.roots: is empty"]),
+        ({"teacher": {"path": "x", "cache": {"folder": ""}}}, [], ["teacher.cache.folder: is empty"]),
+        ({"evaluation": {"benchmarks": [""]}}, [], ["evaluation.benchmarks: is empty"]),
         ({}, ["training.seed=-1"], ["training.seed"]),
     ],
 )
@@ -114,6 +119,140 @@ def test_bases_are_merged_in_their_order(tmp_path):
     child.write_text("base: [../run.yaml, ../nowhere.yaml]\n")
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration"):
         load_config(child)
+
+
+SHARDED = {"path": "p", "placement": "shard"}
+COMPOSED = {"decoder": {"config": {"model_type": "llama"}}, "vision_encoder": {"name": "v"}, "projector": {"depth": 2}}
+
+
+@pytest.mark.parametrize(
+    ("good", "section", "lower", "upper", "left"),
+    [
+        (GOOD, "training", {"epochs": 3}, {"steps": 5}, {"steps": 5}),
+        (GOOD, "training", {"steps": 3}, {"epochs": 5}, {"epochs": 5}),
+        (GOOD, "training", {"steps": 3}, {"epochs": None}, {"steps": 3}),
+        (GOOD, "student", COMPOSED, {"path": "p"}, {"path": "p"}),
+        (GOOD, "student", {"from_teacher": {"layers": 2}}, {"path": "p"}, {"path": "p"}),
+        (GOOD, "student", {"path": "p"}, COMPOSED, COMPOSED),
+        (GOOD, "student", COMPOSED, {"decoder": {"name": "d"}}, {**COMPOSED, "decoder": {"name": "d"}}),
+        (GOOD, "student", COMPOSED, {"from_teacher": {"layers": 2}}, {"from_teacher": {"layers": 2}}),
+        (GOOD, "teacher", COMPOSED, {"path": "p"}, {"path": "p"}),
+        (GOOD, "teacher", {"path": "p", "placement": "shard"}, {"quantize": "nf4"}, {"path": "p", "quantize": "nf4"}),
+        (
+            GOOD,
+            "teacher",
+            {"path": "p", "quantize": "nf4"},
+            {"placement": "shard"},
+            {"path": "p", "placement": "shard"},
+        ),
+        (
+            GOOD,
+            "teacher",
+            {"path": "p", "quantize": "nf4", "cache": {"folder": "f"}, "dtype": "bf16"},
+            {"server": {"url": "http://h/v1"}},
+            {"path": "p", "server": {"url": "http://h/v1"}},
+        ),
+        (
+            GOOD,
+            "teacher",
+            {"path": "p", "server": {"url": "http://h/v1"}},
+            {"cache": {"folder": "f"}},
+            {"path": "p", "cache": {"folder": "f"}},
+        ),
+        (GOOD, "deepspeed", {"stage": 3}, {"zero_optimization": {"stage": 1}}, {"stage": 1}),
+        (GOOD, "deepspeed", {"zero_optimization": {"stage": 3}}, {"stage": 0}, {"stage": 0}),
+        (CLASSIFIER, "teacher", {"name": "a", "pretrained": True}, {"weights": "w"}, {"name": "a", "weights": "w"}),
+        (CLASSIFIER, "student", {"name": "a", "weights": "w"}, {"pretrained": True}, {"name": "a", "pretrained": True}),
+        (
+            CLASSIFIER,
+            "optimizer",
+            {"schedule": "multistep", "milestones": [3]},
+            {"schedule": "cosine"},
+            {"schedule": "cosine"},
+        ),
+        (
+            CLASSIFIER,
+            "optimizer",
+            {"schedule": "multistep", "milestones": [3]},
+            {"milestones": [5]},
+            {"schedule": "multistep", "milestones": [5]},
+        ),
+    ],
+)
+def test_a_later_layer_replaces_an_earlier_choice(tmp_path, good, section, lower, upper, left):
+    kind = RunConfig if good is GOOD else ClassifierConfig
+    expected = kind.model_validate(good | {section: left})
+    base = write(tmp_path, {section: lower}, good=good)
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"base": "run.yaml", section: upper}))
+    flat = [f"{section}.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in upper.items()]
+    overrides = [text.removesuffix("\n").removesuffix("\n...") for text in flat]
+    for config in (load_config(child, (), kind), load_config(base, overrides, kind)):
+        assert config.model_dump(exclude_defaults=True) == expected.model_dump(exclude_defaults=True)
+
+
+def test_alternatives_of_one_layer_are_refused(tmp_path):
+    path = write(tmp_path, {"training": {"epochs": 3}})
+    for words in (["training.steps=5", "training.epochs=1"], ["training={steps: 5, epochs: 1}"]):
+        with pytest.raises(UserError, match="epochs or steps"):
+            load_config(path, words)
+
+
+def test_a_base_named_many_times_is_read_once(tmp_path):
+    write(tmp_path, name="0.yaml")
+    for level in range(1, 40):
+        (tmp_path / f"{level}.yaml").write_text(f"base: [{level - 1}.yaml, {level - 1}.yaml]\n")
+    assert load_config(tmp_path / "39.yaml").training.steps == 10
+
+
+@pytest.mark.parametrize(
+    "text", ["${x}", "a\\${x}", "${", "\\\\${x} ${oc.env:HOME} C:\\dir", "$", "$$ {", "%{x}", "\\"]
+)
+def test_values_like_interpolations_survive_saving(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("ODD_NAME", text)
+    config = load_config(write(tmp_path), ["output=${oc.env:ODD_NAME}"])
+    assert config.output == text
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert read_saved(tmp_path / "saved.yaml")["output"] == text
+
+
+BOMBS = {
+    "doubling": "a0: xxxxxxxxxx\n" + "".join(f"a{i}: ${{a{i - 1}}}${{a{i - 1}}}\n" for i in range(1, 60)),
+    "sections": "a0: {x: 1}\n" + "".join(f"a{i}: {{x: '${{a{i - 1}}}', y: '${{a{i - 1}}}'}}\n" for i in range(1, 60)),
+    "chain": "a0: x\n" + "".join(f"a{i}: ${{a{i - 1}}}\n" for i in range(1, 3000)),
+    "relative": "s:\n  a0: xxxxxxxx\n" + "".join(f"  a{i}: '${{.a{i - 1}}}${{.a{i - 1}}}'\n" for i in range(1, 60)),
+    "indirect": "n: {a0: x}\na0: xxxx\n"
+    + "".join(f"k{i}: a{i - 1}\na{i}: '${{${{k{i}}}}}${{${{k{i}}}}}'\n" for i in range(1, 40)),
+    "selected": "a0: xxxx\n"
+    + "".join(f"a{i}: '${{oc.select:a{i - 1}}}${{oc.select:a{i - 1}}}'\n" for i in range(1, 60)),
+    "circle": "a: ${b}${b}\nb: ${a}${a}\n",
+    "aliases": "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+    "merges": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_configurations_that_would_grow_without_bounds_are_refused(tmp_path, name):
+    path = tmp_path / "bomb.yaml"
+    path.write_text(BOMBS[name])
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["root:*:19000:0:99999:7:::\ndaemon:*:1:\n", "top secret\nmore: secret: x", "'secret", "a: *secret", "!secret x"],
+)
+def test_a_base_that_is_no_configuration_is_not_quoted(tmp_path, text):
+    (tmp_path / "shadow").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, {"base": "shadow"}))
+    message = str(caught.value).replace(str(tmp_path), "")
+    assert "secret" not in message
+    assert "root" not in message
 
 
 def test_base_in_a_circle(tmp_path):

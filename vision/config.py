@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from vlm_distill import deepspeed_keys
 from vlm_distill.config import (
     DeepSpeedSection,
     DType,
@@ -26,6 +27,8 @@ AboveZero = Annotated[float, Field(gt=0)]
 
 class ClassifierSection(Section):
     """A classifier, by the arguments of ``vision.classifier.load_classifier``."""
+
+    replaces = {"weights": ("pretrained",), "pretrained": ("weights",)}
 
     name: str
     source: Literal["timm", "open_clip"] = "timm"
@@ -104,6 +107,9 @@ class OptimizerSection(Section):
         options: further arguments of the optimizer.
     """
 
+    # Milestones belong to the schedule ``multistep``, which this does not count for.
+    replaces = {"schedule": ("milestones",)}
+
     name: str = "sgd"
     lr: AboveZero = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -154,8 +160,14 @@ class EvaluationSection(Section):
         return self
 
 
+class ClassifierDeepSpeedSection(DeepSpeedSection):
+    """Without ZeRO unless a stage is given: classifiers are small."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+
+
 class ClassifierConfig(Section):
-    """A run. ``teacher`` may be absent: then only losses that need none are allowed."""
+    """A run. ``teacher`` is optional: without one, only losses that need none are allowed."""
 
     student: StudentSection
     teacher: TeacherSection | None = None
@@ -163,9 +175,14 @@ class ClassifierConfig(Section):
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     training: ClassifierTrainingSection
-    deepspeed: DeepSpeedSection = DeepSpeedSection(stage=0)
+    deepspeed: ClassifierDeepSpeedSection = ClassifierDeepSpeedSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: str
+
+    @model_validator(mode="after")
+    def _one_voice(self) -> ClassifierConfig:
+        deepspeed_keys.check_equal(self.deepspeed.extra, deepspeed_keys.set_by_run(self, autocast=True))
+        return self
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> ClassifierConfig:

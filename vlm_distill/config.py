@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data.errors import UserError
 
+from . import deepspeed_keys
 from .evaluation.scoring.base import Rules
 
 DType = Literal["fp32", "bf16"]
@@ -23,7 +24,21 @@ Part = Literal["vision_encoder", "projector", "decoder"]
 
 
 class Section(BaseModel):
+    """A section of a configuration, or all of it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Keys, and those that each replaces when a later layer (an override, a file that builds on another) sets it:
+    #: alternatives of which a configuration has one. Set in one layer, they are refused.
+    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.strip():
+                raise ValueError("is empty; give a value, or leave the key out")
+        return value
 
 
 class ModelSection(Section):
@@ -42,6 +57,13 @@ class ModelSection(Section):
 
     #: Keys of which one says where the model comes from.
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_teacher")
+    replaces = {
+        "path": ("decoder", "vision_encoder", "projector", "from_teacher"),
+        "decoder": ("path", "from_teacher"),
+        "decoder.name": ("decoder.config",),
+        "decoder.config": ("decoder.name",),
+        "from_teacher": ("path", "decoder", "vision_encoder", "projector"),
+    }
 
     @model_validator(mode="after")
     def _one_way(self) -> ModelSection:
@@ -150,6 +172,17 @@ class TeacherSection(ModelSection):
     """
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
+    replaces = {
+        "path": ("decoder", "vision_encoder", "projector", "from_student"),
+        "decoder": ("path", "from_student", "server"),
+        "decoder.name": ("decoder.config",),
+        "decoder.config": ("decoder.name",),
+        "from_student": (*ModelSection.model_fields, "server", "placement", "quantize", "cache"),
+        "server": ("dtype", "attn_implementation", "placement", "quantize", "cache", "from_student"),
+        "cache": ("server",),
+        "placement": ("server", "quantize"),
+        "quantize": ("server", "placement"),
+    }
     server: ServerSection | None = None
     from_student: bool = False
     placement: Literal["replicate", "shard", "offload"] = "replicate"
@@ -262,6 +295,8 @@ class TrainingSection(Section):
     ``stopped_exit_code``; left out, it is 130 after SIGINT and 143 after SIGTERM.
     """
 
+    replaces = {"epochs": ("steps",), "steps": ("epochs",)}
+
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: Positive | None = None
     batch_size: Positive = 64
@@ -296,18 +331,35 @@ class LanguageTrainingSection(TrainingSection):
 
 
 class DeepSpeedSection(Section):
-    """``stage`` and whatever else DeepSpeed's own configuration knows; it is passed through."""
+    """``stage`` of ZeRO, and what else DeepSpeed's own configuration knows, which is passed on.
+
+    What the run sets itself (``deepspeed_keys.set_by_run``) may be repeated here, with the run's value or as ``auto``.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
+    replaces = {"stage": ("zero_optimization.stage",), "zero_optimization.stage": ("stage",)}
+
     stage: Literal[0, 1, 2, 3] = 2
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_files_of_deepspeed(cls, section: Any) -> Any:
+        """Leave ``auto`` out, and read the stage where DeepSpeed has it."""
+        if not isinstance(section, Mapping):
+            return section
+        section = deepspeed_keys.without_auto(section)
+        zero = section.get("zero_optimization")
+        if isinstance(zero, dict) and "stage" in zero:
+            if section.setdefault("stage", zero["stage"]) != zero["stage"]:
+                raise ValueError("zero_optimization.stage is another one than stage; leave one of them out")
+            del zero["stage"]
+            section = deepspeed_keys.without_auto(section)
+        return section
+
     @model_validator(mode="after")
-    def _what_the_run_says(self) -> DeepSpeedSection:
-        if "fp16" in self.extra:
-            raise ValueError("fp16 training is not supported; set training.dtype to bf16 or fp32")
-        if self.zero.get("stage", self.stage) != self.stage:
-            raise ValueError("zero_optimization.stage is another one than stage; leave it out")
+    def _known_keys(self) -> DeepSpeedSection:
+        deepspeed_keys.check_keys(self.extra)
         return self
 
     @property
@@ -388,7 +440,9 @@ class RunConfig(Section):
     def _of_a_classifier(cls, plain: Any) -> Any:
         student = plain.get("student") if isinstance(plain, dict) else None
         if isinstance(student, dict) and "name" in student and not {"path", "decoder", "from_teacher"} & student.keys():
-            raise ValueError("configures an image classifier (student.name), which vlm-distill classify alone takes")
+            raise ValueError(
+                "this file configures an image classifier (student.name), which only vlm-distill classify takes"
+            )
         return plain
 
     @model_validator(mode="after")
@@ -399,6 +453,12 @@ class RunConfig(Section):
                 "evaluation.every: there is nothing to evaluate; name data.eval or evaluation.benchmarks, or leave "
                 "every out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_voice(self) -> RunConfig:
+        values = deepspeed_keys.set_by_run(self, autocast=self.deepspeed.stage == 0)
+        deepspeed_keys.check_equal(self.deepspeed.extra, values)
         return self
 
     @model_validator(mode="after")
@@ -503,12 +563,12 @@ class AnyOptimizer(Protocol):
 
 
 def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
-    """Micro-batch of a rank, and micro-batches of a step, whose product over ranks is the batch size.
+    """Return a rank's micro-batch and the micro-batches of a step; their product over ranks is the batch size.
 
     Ranks that share their samples count as one.
 
     Raises:
-        UserError: it does not come out even.
+        UserError: the batch size is no multiple of them, or the ``deepspeed`` section says something else.
     """
     shared = getattr(config.training, "sequence_parallel", 1)
     if world % shared:
@@ -523,7 +583,16 @@ def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
             f"training.batch_size: {batch} is not divisible by micro_batch_size {micro} × {world} rank(s); "
             f"nearest that are: {', '.join(map(str, near))}"
         )
-    return micro, batch // (micro * world)
+    accumulation = batch // (micro * world)
+    source = f"training.batch_size and micro_batch_size on {world} rank(s)"
+    values = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
+    try:
+        deepspeed_keys.check_equal(
+            config.deepspeed.extra, {key: deepspeed_keys.Set(value, source) for key, value in values.items()}
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return micro, accumulation
 
 
 def halved(config: AnyRun, world: int) -> int | None:

@@ -1,25 +1,30 @@
-"""A configuration's file: YAML with its bases and ``key=value`` overrides, every mistake told in one line."""
+"""A configuration's file: YAML with its bases and ``key=value`` overrides; every mistake is reported in one line."""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from data.errors import UserError
 
 from .confidential import secret_in
-from .config import AnyRun, RunConfig
+from .config import AnyRun, RunConfig, Section
+from .interpolations import check_expansion, escaped
 
 T = TypeVar("T", bound=BaseModel)
 #: In a configuration with its aliases written out.
 _MOST_NODES = 100_000
+_MOST_BYTES = 10_000_000
 
 
 @overload
@@ -27,35 +32,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: .
 @overload
 def load_config(path: str | Path, overrides: Sequence[str], kind: type[T]) -> T: ...
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[BaseModel] = RunConfig) -> Any:
-    """Reads, merges and validates a run's configuration.
+    """Read, merge and validate a run's configuration.
+
+    Each file, and the overrides together, are a layer. What a layer sets replaces what those below it set, and of keys
+    that exclude each other (``Section.replaces``) it replaces the others as well.
 
     Args:
         path: a YAML file. A key ``base`` names another file, relative to this one, that this one is merged onto, or a
-            list of files, each merged onto those before it.
+            list of files, each merged onto those before it. ``deepspeed`` may name a JSON file, relative to this one
+            (in an override to the working directory), in place of what is below.
         overrides: ``section.key=value``; list items by number, as in ``loss.0.weight=0.5``.
         kind: what the file configures.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
     """
-    merged = _read(Path(path), ())
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise UserError(f"override {text!r}: write it as section.key=value")
-        _check(f"override {key}", text)
-        try:
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value)
-        except Exception as error:  # of odd keys and values the library makes almost anything
-            raise UserError(f"override {text[:200]!r}: {_first_line(error)}") from None
-    for resolve in (False, True):
-        try:
-            plain = OmegaConf.to_container(merged, resolve=resolve)
-            leaves = list(_leaves(plain))
-        except Exception as error:  # interpolations in a circle, too deep, to a function that fails
-            raise UserError(f"{path}: {_first_line(error)}") from None
-        for name, leaf in leaves:
-            _check(f"{path}: {name}", leaf)
+    layers = _Layers(kind)
+    merged = layers.read(Path(path))
+    layers.override(merged, overrides)
+    plain = _resolved(merged, str(path))
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
@@ -63,40 +58,263 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Base
 
 
 def save_config(config: AnyRun, path: Path) -> None:
-    """Writes the resolved configuration; running it again repeats the run."""
-    path.write_text(yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
+    """Write the resolved configuration; running it again repeats the run."""
+    plain = escaped(config.model_dump(exclude_none=True))
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> Any:
+def read_saved(path: Path) -> Any:
+    """Return what :func:`save_config` wrote, as plain values, not validated. Raises ``UserError`` for anything else."""
+    return _resolved(read_yaml(path), str(path))
+
+
+# Layers: files and overrides
+
+
+class _Layers:
+    """Files and overrides of one kind of configuration, laid one over the other; interpolations are not resolved."""
+
+    def __init__(self, kind: type[BaseModel]) -> None:
+        self.sections = sorted(kind.model_fields)
+        self.replaces = _replaces(kind)
+        # A file that many build on is read once: else files that each name the one before twice would take for ever.
+        self.known: dict[Path, dict[Any, Any]] = {}
+
+    def read(self, path: Path, above: tuple[Path, ...] = ()) -> dict[Any, Any]:
+        """Return a file merged onto its bases; ``above`` has the files that build on it."""
+        if not _is_file(path):
+            raise UserError(f"{str(path)[:200]}: no such configuration file; the ones that ship are under configs/")
+        resolved = path.resolve()
+        if resolved in above:
+            raise UserError(f"{path}: base files name each other in a circle")
+        if resolved not in self.known:
+            self.known[resolved] = self._read(path, (*above, resolved))
+        return copy.deepcopy(self.known[resolved])
+
+    def _read(self, path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
+        layer = read_yaml(path)
+        if not isinstance(layer, dict):
+            raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
+        if len(above) > 1 and layer and not layer.keys() & {"base", *self.sections}:
+            # Its keys are not shown: a base may be any file, also one that its reader should not see.
+            raise UserError(f"{path}: base: has none of a configuration's sections, {', '.join(self.sections)}")
+        merged: dict[Any, Any] = {}
+        for base in _bases(layer, path):
+            self._lay(merged, self.read(path.parent / base, above))
+        layer.pop("base", None)
+        if isinstance(layer.get("deepspeed"), str):
+            named = _evaluated(layer, "deepspeed", path)
+            layer["deepspeed"] = _read_deepspeed(path.parent / str(named), f"{path}: deepspeed")
+            merged.pop("deepspeed", None)
+        self._lay(merged, layer)
+        return merged
+
+    def _lay(self, lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
+        self._make_room(lower, _settings(upper))
+        _merge(lower, upper)
+
+    def override(self, merged: dict[Any, Any], overrides: Sequence[str]) -> None:
+        """Lay the overrides, which are one layer, over the files, in place."""
+        values = [_parsed(text) for text in overrides]
+        self._make_room(merged, [pair for key, value in values for pair in _settings(_tree(key, value))])
+        for text, (key, value) in zip(overrides, values, strict=True):
+            if key == "deepspeed" and isinstance(value, str):
+                merged.pop(key, None)
+                value = _read_deepspeed(Path(value), f"override {text[:200]!r}")
+            try:
+                _put(merged, key.split("."), value)
+            except LookupError as error:
+                raise UserError(f"override {text[:200]!r}: {error.args[0]}") from None
+
+    def _make_room(self, lower: dict[Any, Any], settings: Iterable[tuple[str, Any]]) -> None:
+        """Remove what a layer's settings replace; what excludes each other within the layer stays, to be refused."""
+        chosen = {key for key, value in settings if not _neutral(value)}
+        for key in chosen:
+            for other in self.replaces.get(key, ()):
+                if other not in chosen:
+                    _drop(lower, other)
+
+
+def _bases(layer: dict[Any, Any], path: Path) -> list[str]:
+    named = _evaluated(layer, "base", path) if "base" in layer else None
+    names = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{path}: base: give a file's name, or a list of names")
+    return names
+
+
+def _evaluated(layer: dict[Any, Any], key: str, path: Path) -> Any:
+    """One value of a layer, its interpolations resolved within it."""
+    check_expansion(layer, str(path))
+    try:
+        value = OmegaConf.create(layer)[key]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except Exception as error:
+        raise UserError(f"{path}: {key}: {_first_line(error)}") from None
+
+
+def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
+    """The section ``deepspeed`` from a file as DeepSpeed and Hugging Face's Trainer have it."""
     if not _is_file(path):
-        raise UserError(f"{str(path)[:200]}: no such configuration file; the ones that ship are under configs/")
-    if path.resolve() in seen:
-        raise UserError(f"{path}: base files name each other in a circle")
-    loaded = read_yaml(path)
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
+        raise UserError(f"{where}: {str(path)[:200]}: no such file of DeepSpeed's configuration")
     try:
-        named = loaded.pop("base", None)
-        bases = [str(base) for base in (named if isinstance(named, ListConfig) else [] if named is None else [named])]
-    except Exception as error:
-        raise UserError(f"{path}: base: {_first_line(error)}") from None
-    found = [_read(path.parent / base, (*seen, path.resolve())) for base in bases]
+        section = json.loads(_text_of(path))
+    except ValueError as error:
+        raise UserError(f"{where}: {path}: not readable as JSON: {_first_line(error)}") from None
+    if not isinstance(section, dict):
+        raise UserError(f"{where}: {path}: DeepSpeed's configuration is a mapping of keys such as zero_optimization")
+    return escaped(section)
+
+
+def _merge(lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
+    """Sections are merged key by key; lists and values are replaced."""
+    for key, value in upper.items():
+        if isinstance(value, dict) and isinstance(lower.get(key), dict):
+            _merge(lower[key], value)
+        else:
+            lower[key] = value
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    """An override's dotted key and its value, which is read as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {text[:200]!r}: write it as section.key=value")
+    key = re.sub(r"\[(\w+)\]", r".\1", key)
+    if not all(key.split(".")):
+        raise UserError(f"override {text[:200]!r}: {key!r} is no key such as training.steps")
+    _check(f"override {key}", text)
     try:
-        return OmegaConf.merge(*found, loaded)
-    except Exception as error:
-        raise UserError(f"{path}: does not go together with its base: {_first_line(error)}") from None
+        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        return key, plain["value"]  # type: ignore[index, call-overload]
+    except Exception as error:  # of odd values the library makes almost anything
+        raise UserError(f"override {text[:200]!r}: {_first_line(error)}") from None
+
+
+def _put(tree: Any, keys: Sequence[str], value: Any) -> None:
+    """Set a value by its dotted key. Raises ``LookupError``, with a sentence, where there is no such place."""
+    for depth, key in enumerate(keys):
+        name = ".".join(keys[:depth])
+        index: Any = key
+        if isinstance(tree, list):
+            if not key.isdigit() or int(key) >= len(tree):
+                raise LookupError(f"{name} {_numbered(tree)}")
+            index = int(key)
+        elif not isinstance(tree, dict):
+            raise LookupError(f"{name} is {_shown(tree)}, not a section")
+        if depth == len(keys) - 1:
+            both = isinstance(value, dict) and isinstance(tree, dict) and isinstance(tree.get(index), dict)
+            if both:
+                _merge(tree[index], value)
+            else:
+                tree[index] = value
+        elif isinstance(tree, dict) and tree.get(index) is None:
+            if keys[depth + 1].isdigit():
+                raise LookupError(f"{'.'.join(keys[: depth + 1])} has no entries; give it as a list, [{{…}}]")
+            tree[index] = {}
+        tree = tree[index]
+
+
+def _numbered(entries: Sequence[Any]) -> str:
+    count = len(entries)
+    if count == 0:
+        return "has no entries; give it as a list, [{…}]"
+    return f"has {count} {'entry, numbered 0' if count == 1 else f'entries, numbered 0 to {count - 1}'}"
+
+
+def _tree(key: str, value: Any) -> Any:
+    """A value under its dotted key."""
+    for step in reversed(key.split(".")):
+        value = {step: value}
+    return value
+
+
+def _settings(tree: Mapping[Any, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section and value with its dotted key; what is inside lists is left out."""
+    for key, value in tree.items():
+        yield f"{at}{key}", value
+        if isinstance(value, dict):
+            yield from _settings(value, f"{at}{key}.")
+
+
+def _neutral(value: Any) -> bool:
+    """Whether a value chooses nothing, so that what a layer below has chosen stays."""
+    return value is None or value is False or value in ("auto", "replicate", "multistep")
+
+
+def _drop(tree: Any, key: str) -> None:
+    *way, last = key.split(".")
+    for step in way:
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    if isinstance(tree, dict):
+        tree.pop(last, None)
+
+
+def _replaces(kind: type[BaseModel], at: str = "") -> dict[str, list[str]]:
+    """``Section.replaces`` of all sections of a configuration, with whole dotted keys."""
+    found = {}
+    if issubclass(kind, Section):
+        found = {f"{at}{key}": [f"{at}{other}" for other in others] for key, others in kind.replaces.items()}
+    for name, field in kind.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            found |= _replaces(inner, f"{at}{name}.")
+    return found
+
+
+# Values
+
+
+def _resolved(tree: Any, where: str) -> Any:
+    """A configuration with its interpolations resolved, every value checked before and after."""
+    _check_leaves(tree, where)
+    check_expansion(tree, where)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except Exception as error:  # interpolations in a circle, to a function that fails
+        raise UserError(f"{where}: {_first_line(error)}") from None
+    _check_leaves(plain, where)
+    return plain
+
+
+def _check_leaves(tree: Any, where: str) -> None:
+    try:
+        leaves = list(_leaves(tree))
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply") from None
+    for name, leaf in leaves:
+        _check(f"{where}: {name}", leaf)
+
+
+# Files
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file as OmegaConf has it, interpolations not resolved. Raises ``UserError`` for what is none."""
+    """Return a YAML file as plain values, interpolations not resolved. Raises ``UserError`` for anything else."""
     try:
-        text = path.read_text("utf-8-sig")
+        text = _text_of(path)
         # In Python, whose stack ends in an error: OmegaConf's parser is C, and a file nested deeply would be the end.
         if _nodes(yaml.compose(text, Loader=yaml.SafeLoader), {}) > _MOST_NODES:
             raise ValueError(f"its aliases make more than {_MOST_NODES:,} values of it, or name each other in a circle")
-        return OmegaConf.load(path)
+        loaded = OmegaConf.load(path)
+        return OmegaConf.to_container(loaded) if OmegaConf.is_config(loaded) else loaded
+    except yaml.MarkedYAMLError as error:
+        # Without the text around it, which the library quotes: a base may be any file, and not one to be shown.
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise UserError(f"{path}{place}: not readable as YAML: {_without_quotes(error)}") from None
     except Exception as error:  # of dates that are none, tags, bytes that are no text, anything
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+
+
+def _text_of(path: Path) -> str:
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes, which no configuration has")
+    return path.read_text("utf-8-sig")
+
+
+def _without_quotes(error: yaml.MarkedYAMLError) -> str:
+    """What a parser of YAML found wrong, without the names that it quotes."""
+    return re.sub(r"'[^']{2,}'", "'…'", error.problem or "") or type(error).__name__
 
 
 def _is_file(path: Path) -> bool:
@@ -143,6 +361,9 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+# Errors
+
+
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first few errors of validating ``root``, each as ``key: what is wrong``, in one line."""
     parts = []
@@ -157,8 +378,12 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             parts.append(f"{where}: missing; it has no default")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(item["input"], dict | list) else f" (found {_shown(item['input'])})"
-            parts.append(f"{where or 'the file'}: {message}{found}")
+            if item["input"] is None:
+                message = "is empty; give a value, or leave the key out"
+            elif item["type"] == "model_type":
+                message = f"give a mapping with keys such as {', '.join(_fields_at(root, item['loc'])[:3])}"
+            found = "" if isinstance(item["input"], dict | list | None) else f" (found {_shown(item['input'])})"
+            parts.append(f"{where}: {message}{found}" if where else f"{message}{found}")
     more = len(error.errors()) - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 

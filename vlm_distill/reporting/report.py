@@ -12,13 +12,12 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from omegaconf import OmegaConf
 from PIL import Image
 
 from data.errors import BadSample, UserError
 from data.images import load_image
 from vlm_distill import __version__
-from vlm_distill.config_file import read_yaml
+from vlm_distill.config_file import read_saved
 from vlm_distill.evaluation.runner import read_predictions
 
 from . import plots, seeds
@@ -153,7 +152,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The configuration as flat ``section.key`` to value."""
-    return dict(_flat(OmegaConf.to_container(read_yaml(path))))
+    return dict(_flat(read_saved(path)))
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

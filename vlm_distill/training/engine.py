@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -212,7 +213,7 @@ class Engine:
         settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
         named = {id(parameter): name for name, parameter in task.named_parameters()}
         self._names = [[named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        self._engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
+        self._engine = _initialize(task, optimizer, settings)
         # At stage 0 DeepSpeed 0.19 copies all gradients into a buffer and back, also where no other rank is.
         self._alone = self.stage == 0 and processes.world == 1
         if self._alone:
@@ -427,28 +428,52 @@ def _cpu_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters: int, autocast: bool) -> dict[str, Any]:
-    """The engine's settings: what the run's own sections say, then whatever the ``deepspeed`` section adds."""
-    extra = dict(config.deepspeed.extra)
+    """The engine's settings: what the ``deepspeed`` section adds, then what the run itself sets."""
     # DeepSpeed allocates its buckets whole: two gigabytes each, were a small model not to need less.
     # It asks for an even number.
     bucket = min(DEFAULT_BUCKET, parameters + parameters % 2)
-    buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     settings: dict[str, Any] = {
+        "zero_optimization": {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
+        # DeepSpeed's own lines about its progress go to a log that nobody sees.
+        "steps_per_print": 2**31,
+    }
+    not_passed_on = ("train_batch_size", "optimizer", "scheduler", "fp16")
+    settings = _merged(settings, {key: v for key, v in config.deepspeed.extra.items() if key not in not_passed_on})
+    bf16 = config.training.dtype == "bf16"
+    autocast = autocast or config.deepspeed.stage == 0
+    own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
-        "zero_optimization": buckets | {"stage": config.deepspeed.stage} | extra.pop("zero_optimization", {}),
-        "steps_per_print": 2**31,
+        "zero_optimization": {"stage": config.deepspeed.stage},
         "zero_allow_untested_optimizer": True,
         # torch's fused AdamW runs on the CPU as well as DeepSpeed's own, which would need a compiler on every machine.
         "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16 and not autocast},
+        "torch_autocast": {"enabled": bf16 and autocast, "dtype": "bfloat16"},
     }
-    if config.training.dtype == "bf16":
-        if autocast or config.deepspeed.stage == 0:
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        else:
-            settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return settings | extra
+    if bf16 and not autocast:
+        own["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(settings, own)
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings key by key; where both have a value, the upper one's."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _initialize(task: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """DeepSpeed's engine. Raises ``UserError`` for settings that DeepSpeed refuses by themselves."""
+    try:
+        DeepSpeedConfig(settings)
+    except Exception as error:  # assertions, errors of pydantic and of its own
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"deepspeed: DeepSpeed refuses this section: {reason}") from None
+    return deepspeed.initialize(model=task, optimizer=optimizer, config=settings)[0]
 
 
 class ShardedModel:
