@@ -25,6 +25,7 @@ from data.errors import UserError
 from vlm_distill.config import AnyRun, split_batch
 from vlm_distill.launch import cores
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.loading import not_finite
 from vlm_distill.models.sequence_parallel import SequenceParallel
 
 from . import faults
@@ -478,6 +479,12 @@ def load_sharded(
     settings = _inference_config(dtype, offload)
     with loading_in_shards(settings):
         model = load()
+    # Each rank sees its own share: all must end where one finds such a number.
+    wrong = sorted({name for names in processes.gather(not_finite(model)) for name in names})
+    if wrong:
+        raise UserError(
+            f"model: NaN or infinite numbers in {len(wrong):,} weights, first {wrong[0]}; is the copy damaged?"
+        )
     model.requires_grad_(False)
     model.synced = processes.world > 1
     model.head.gather = gather_parameters
