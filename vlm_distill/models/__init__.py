@@ -29,6 +29,7 @@ from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
 from .loading import from_pretrained, read_config
 from .lora import merge_adapter
 from .pretrained import PretrainedVLM
+from .templates import limit_templates
 from .weightless import weightless
 
 __all__ = [
@@ -43,6 +44,9 @@ __all__ = [
     "load_processor",
     "load_vlm",
 ]
+
+# Templates come with a model's files: whatever renders one in this process does so under limits.
+limit_templates()
 
 
 def build_vlm(settings: Mapping[str, Any], tokenizer: Any = None) -> VisionLanguageModel:
