@@ -222,11 +222,11 @@ def merge(content, change):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RuntimeError("Error(s) in loading A:\n\tsize mismatch for b: c"), "Error(s) in loading A: size mismatch for b: c"),
+        (RuntimeError("Error(s) in A:\n\tsize mismatch for b: c"), "Error(s) in A: size mismatch for b: c"),
         (ValueError("plain\nmore"), "plain"),
         (KeyError("model_type"), "KeyError: 'model_type'"),
         (RecursionError(), "RecursionError"),
     ],
-)  # fmt: skip
+)
 def test_the_cause_of_an_error_is_shown(error, told):
     assert first_line(error) == told

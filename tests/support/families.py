@@ -78,7 +78,7 @@ class Maker:
 
     def build(self, name: str, *, seed: int = 0, sharp: float = 4.0) -> tuple[Any, Any]:
         """A model in evaluation mode, its matrices ``sharp`` times what they were drawn as, and its processor."""
-        image, style = FAMILIES[name]
+        image, style = FAMILIES[name.removesuffix("_wide")]
         torch.manual_seed(seed)
         tokenizer = self.tokenizer(image)
         with num2words():
@@ -277,7 +277,11 @@ EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok":
 def _qwen3_vl_moe(tokenizer: Any, chat: str, **more: Any) -> tuple[Any, Any]:
     vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]}
     vision |= {"num_position_embeddings": 16}
-    return _qwen("Qwen3VLMoe", tokenizer, chat, vision, patch=16, **EXPERTS, **more)
+    return _qwen("Qwen3VLMoe", tokenizer, chat, vision, patch=16, **EXPERTS | more)
+
+
+def _qwen3_vl_moe_wide(tokenizer: Any, chat: str) -> tuple[Any, Any]:
+    return _qwen3_vl_moe(tokenizer, chat, moe_intermediate_size=24)
 
 
 def _qwen3_5(tokenizer: Any, chat: str, name: str = "Qwen3_5", **more: Any) -> tuple[Any, Any]:

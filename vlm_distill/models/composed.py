@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from .packing import row_positions, wants_one_row
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
 from .sequence_parallel import at_positions
-from .vision_encoders import ImageTransform, VisionEncoder, build_vision_encoder
+from .vision_encoders import ImageTransform, VisionEncoder, VisionEncoderSettings, build_vision_encoder
 from .weightless import weightless
 
 #: The file that makes a folder one of ours.
@@ -531,7 +531,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
     """A pretrained tokenizer, made with further ``options``; ``UserError`` where there is none."""
     check_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        tokenizer("a")  # some settings of the wrong type are only met here
+        return tokenizer
     except Exception as error:
         raise UserError(
             f"tokenizer: '{name}' cannot be loaded: {first_line(error)}; check the name or folder"
@@ -612,6 +614,7 @@ def _read_composed(path: Path) -> dict[str, Any]:
     if not all(isinstance(token, int) for token in config["end_tokens"]):
         raise UserError(f"model: {path}: end_tokens must be token ids")
     where = f"model: {path}: vision_encoder"
+    check_keys(where, config["vision_encoder"], [field.name for field in fields(VisionEncoderSettings)])
     encoder = config["vision_encoder"] = config["vision_encoder"] | {"pretrained": False}
     source, own = encoder.get("source"), encoder.get("config")
     if source == "timm":

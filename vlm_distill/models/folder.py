@@ -210,6 +210,31 @@ def check_open_clip_config(config: Any, where: str) -> None:
         raise UserError(f"{where}: vision_cfg would load weights from elsewhere; they come from the folder alone")
 
 
+def check_open_clip_folder(folder: Path) -> None:
+    """Check the ``open_clip_config.json`` of a folder, if there is one.
+
+    Its text tower and tokenizer may be names on the hub, as those of published SigLIPs are.
+
+    Raises:
+        UserError: weights that timm would fetch, or a place on this machine or the network.
+    """
+    path = folder / "open_clip_config.json"
+    if not path.is_file():
+        return
+    config = read_object(path)
+    model = config.get("model_cfg")
+    if not isinstance(model, dict):
+        raise UserError(f"model: {path}: model_cfg is missing or no JSON object; is the copy complete?")
+    tower = {key: model[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in model}
+    check_open_clip_config(tower, f"model: {path}: model_cfg")
+    check_settings(model, f"model: {path}: model_cfg")
+    text = model.get("text_cfg")
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        name = text.get(key) if isinstance(text, dict) else None
+        if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)):
+            raise UserError(f"model: {path}: text_cfg.{key} is {name!r}; it must be a name on the hub")
+
+
 def is_place(name: str) -> bool:
     """Return whether a name of a model is a path, an address, or another library's scheme for one."""
     return ":" in name or "\\" in name or "/" in name or ".." in PurePosixPath(name).parts

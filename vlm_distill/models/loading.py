@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import dynamic_module_utils
 
 from data.errors import UserError
 
 from .common import built_whole
 from .folder import ADAPTER_CONFIG, check_folder
 from .weightless import weightless
+
+# Where a library leaves trust_remote_code out, Transformers would ask on the terminal, and take a `y` from a pipe.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 #: How many names of weights a message shows.
 SHOWN = 3
@@ -95,27 +99,29 @@ def with_report(
             f"model: '{name}' is an adapter; name it as a whole model (path), or merge it into its base first"
         )
     config = config or read_config(name, trust_remote_code)
-    options |= {"config": config, "trust_remote_code": trust_remote_code}
     if weightless():
-        return _without_weights(kind, options), Report()
-    loads = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        return _without_weights(kind, config, options, trust_remote_code), Report()
+    quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _reasons() as reasons:
         try:
             report = Report()
-            if not _is_quantised(options):
+            if not quantised:
                 # On the meta device: names and shapes of all weights, numbers of none.
                 with built_whole():
-                    empty, found = kind.from_pretrained(name, device_map={"": "meta"}, **options, **loads)
+                    empty, found = kind.from_pretrained(
+                        name, device_map={"": "meta"}, trust_remote_code=trust_remote_code, **options
+                    )
                 report = _report(found)
                 check_shapes(name, report)
                 check_size(name, empty, options.get("dtype"))
                 del empty
             with _shapes_before_sharding():
-                model, found = kind.from_pretrained(name, **options, **loads)
+                model, found = kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
         except RuntimeError as error:
             # Transformers' message refers to what it has logged.
             raise (RuntimeError(reasons[-1]) if reasons else error) from error
-    if _is_quantised(options):
+    if quantised:
         report = _report(found)
         check_shapes(name, report)
     if not is_deepspeed_zero3_enabled():
@@ -242,17 +248,11 @@ def _report(found: Mapping[str, Collection[Any]]) -> Report:
     return Report(missing, frozenset(found["unexpected_keys"]), mismatched)
 
 
-def _without_weights(kind: Any, options: dict[str, Any]) -> Any:
-    config = options.pop("config")
+def _without_weights(kind: Any, config: Any, options: dict[str, Any], trust_remote_code: bool) -> Any:
     options.pop("quantization_config", None)
     if options.get("dtype") == "auto":
         options["dtype"] = getattr(config, "dtype", None) or torch.float32
-    return kind.from_config(config, **options)
-
-
-def _is_quantised(options: Mapping[str, Any]) -> bool:
-    own = getattr(options["config"], "quantization_config", None)
-    return options.get("quantization_config") is not None or own is not None
+    return kind.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def _share_of_this_machine() -> float:

@@ -20,9 +20,10 @@ class Operations:
 
     A position is one that the weight's part computes at: a patch in the vision encoder, what becomes of patches that
     were joined in the projector, a token in the decoder. Attention's products are counted whole, as if no mask were
-    there, and not at all in layers of linear attention; of experts those that a token is sent to. What activation checkpointing computes again is not counted, as is
-    usual for MFU; nor is attention inside the vision encoder and the projector. The operations of an encoder whose
-    layers differ in their positions, as a convolutional one's do, are not known, and left out.
+    there, and not at all in layers of linear attention; of experts those that a token is sent to. What activation
+    checkpointing computes again is not counted, as is usual for MFU; nor is attention inside the vision encoder and the
+    projector. The operations of an encoder whose layers differ in their positions, as a convolutional one's do, are not
+    known, and left out.
 
     Args:
         student: with what trains of it marked, before any sharding.
