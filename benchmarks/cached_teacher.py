@@ -62,7 +62,7 @@ WAYS: dict[str, tuple[list[str], list[str]]] = {
 def write_family(folder: Path, tokenizer: Path, layers: int) -> Path:
     """LLaVA: CLIP of width 128 with 6 layers on 112 pixels (64 tokens), a Llama of width 128 with ``layers`` layers."""
     torch.manual_seed(layers)
-    words = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    words = PreTrainedTokenizerFast.from_pretrained(tokenizer, trust_remote_code=False)
     words.add_tokens(["<image>"], special_tokens=True)
     words.image_token = "<image>"
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}

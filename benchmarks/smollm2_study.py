@@ -50,10 +50,14 @@ def write_teacher(folder: Path) -> None:
 
     place = Path(package.origin).parent
     file = next(place.glob("*.gguf")).name
-    AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(folder)
-    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(place, gguf_file=file, trust_remote_code=False).save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32, trust_remote_code=False)
     # Transformers refuses to save what it read from a GGUF, even dequantised: the weights move to a model of their own.
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place, gguf_file=file), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(place, gguf_file=file, trust_remote_code=False),
+        dtype=torch.float32,
+        trust_remote_code=False,
+    )
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
 

@@ -265,12 +265,16 @@ def theirs(folder: Path, data: Path, device: str, dtype: str) -> Side:
             teacher_model=teacher,
             args=settings,
             train_dataset=table.select(range(samples)),
-            processing_class=AutoProcessor.from_pretrained(folder / "student"),
+            processing_class=AutoProcessor.from_pretrained(folder / "student", trust_remote_code=False),
             callbacks=[Keep()],
         )
 
-    student = AutoModelForImageTextToText.from_pretrained(folder / "student", dtype=torch.float32).to(device)
-    teacher = AutoModelForImageTextToText.from_pretrained(folder / "teacher", dtype=kind).to(device)
+    student = AutoModelForImageTextToText.from_pretrained(
+        folder / "student", dtype=torch.float32, trust_remote_code=False
+    ).to(device)
+    teacher = AutoModelForImageTextToText.from_pretrained(folder / "teacher", dtype=kind, trust_remote_code=False).to(
+        device
+    )
     whole = trainer(len(rows))
 
     def epoch() -> float:

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import pickle
+import re
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,14 +17,17 @@ from PIL import Image
 
 from data.errors import UserError
 from data.sources import open_source
+from vision.classifier import load_classifier
 from vision.weights import read as read_weights
 from vlm_distill import train
 from vlm_distill.confidential import secret_in
 from vlm_distill.config_file import load_config, save_config
+from vlm_distill.demo import make_tokenizer
 from vlm_distill.evaluation.judge import Judge
 from vlm_distill.evaluation.runner import Prediction, write_predictions
 from vlm_distill.export import export_student
-from vlm_distill.models import load_vlm
+from vlm_distill.models import build_vlm, load_processor, load_vlm
+from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.reporting.card import run_card
 from vlm_distill.reporting.inspect import InspectedModel, InspectedSample, render_html
 from vlm_distill.reporting.report import write_report
@@ -65,6 +70,9 @@ def code_that_may_run_code(tree):
             yield "trust_remote_code", node.lineno
         if keys.get("shell") == "True":
             yield "shell", node.lineno
+        # Transformers asks on the terminal where it is left out, and takes a `y` from a pipe.
+        if called.endswith((".from_pretrained", ".from_config")) and "trust_remote_code" not in keys:
+            yield "trust_remote_code left out", node.lineno
 
 
 def test_nothing_runs_what_it_reads():
@@ -83,6 +91,7 @@ def test_nothing_runs_what_it_reads():
         *("torch.load(f)", "torch.load(f, weights_only=False)", "pickle.loads(x)", "import pickle", "eval(x)"),
         *("from pickle import loads", "np.load(f)", "np.load(f, allow_pickle=True)", "yaml.load(f, Loader=L)"),
         *("load(x, trust_remote_code=True)", "run(x, shell=True)", "yaml.unsafe_load(f)"),
+        *("AutoModel.from_pretrained(x)", "AutoModel.from_config(x, dtype=y)", "kind.from_pretrained(x, **options)"),
     ],
 )
 def test_the_search_finds_what_it_seeks(line):
@@ -118,22 +127,190 @@ def test_weights_that_are_pickles_run_nothing(tmp_path):
     assert mark.exists()  # it does bite
 
 
-def test_code_that_comes_with_data_or_models_is_not_run(tmp_path):
+def test_code_that_comes_with_data_is_not_run(tmp_path):
     mark = tmp_path / "ran"
-    code = f"import os\nos.mkdir({str(mark)!r})\n"
-    data, model = tmp_path / "data", tiny.write_language_model(tmp_path / "model")
-    data.mkdir()
-    (data / "data.py").write_text(code)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "data.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     with pytest.raises(UserError):
-        open_source(data)
-    config = json.loads((model / "config.json").read_text())
-    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
-    (model / "own.py").write_text(code)
-    with pytest.raises(UserError) as caught:
-        load_vlm(model)
-    assert "\n" not in str(caught.value)
+        open_source(tmp_path / "data")
     assert not mark.exists()
+
+
+def as_encoder(folder):
+    encoder = {"source": "transformers", "name": str(folder), "pretrained": True}
+    return build_vlm({"vision_encoder": encoder, "decoder": tiny.settings()["decoder"]}, make_tokenizer(tiny.WORDS))
+
+
+def as_new_encoder(folder):
+    encoder = {"source": "transformers", "name": str(folder), "image_size": 16}
+    return build_vlm({"vision_encoder": encoder, "decoder": tiny.settings()["decoder"]}, make_tokenizer(tiny.WORDS))
+
+
+def as_zero_shot(folder):
+    about = {"vision_cfg": {"layers": 1, "width": 8, "image_size": 8, "patch_size": 4}, "embed_dim": 8}
+    about |= {"text_cfg": {"hf_tokenizer_name": "me/tokens", "layers": 1, "width": 8, "heads": 1}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": about}))
+    return load_classifier(str(folder), source="open_clip", classes=["a", "b"])
+
+
+#: How a foreign folder is used: what reads its code if it may.
+USES = {
+    "a whole model": load_vlm,
+    "a decoder": lambda folder: build_vlm({"decoder": str(folder)}),
+    "a vision encoder": as_encoder,
+    "a vision encoder with new weights": as_new_encoder,
+    "a tokenizer": lambda folder: load_tokenizer(str(folder)),
+    "a processor": lambda folder: load_processor(str(folder)),
+    "a classifier": as_zero_shot,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_code_that_comes_with_a_model_is_not_run_whatever_is_answered(tmp_path, monkeypatch, use):
+    """A folder of a model type of its own, with code for every part, and `yes |` before the command."""
+    mark, folder = tmp_path / "ran", tiny.write_llava(tmp_path / "model", layers=1)
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    parts = ("Config", "Model", "ModelForCausalLM", "ModelForImageTextToText", "Processor", "ImageProcessor")
+    names = {f"Auto{part}": f"own.{part}" for part in parts} | {"AutoTokenizer": ["own.Tokens", "own.Tokens"]}
+    for file in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+        for key in ("tokenizer_class", "processor_class", "image_processor_type"):
+            content.pop(key, None)
+        (folder / file).write_text(json.dumps(content | {"model_type": "own", "auto_map": names}))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    with pytest.raises(UserError) as caught:
+        USES[use](folder)
+    assert "\n" not in str(caught.value)
+    assert not asked
+    assert not mark.exists()
+
+
+#: What a foreign folder of an assembled model says to have weights fetched, or a file elsewhere opened.
+FOREIGN = {
+    "weights of the library": ({"vision_encoder": {"pretrained": True}}, None),
+    "an address": (
+        {"vision_encoder": {"config": {"pretrained_cfg": {"url": "http://127.0.0.1:9/x"}}}},
+        "pretrained_cfg",
+    ),
+    "an overlay": (
+        {"vision_encoder": {"config": {"pretrained_cfg_overlay": {"file": "/x"}}}},
+        "pretrained_cfg_overlay",
+    ),
+    "a checkpoint": ({"vision_encoder": {"config": {"checkpoint_path": "/etc/passwd"}}}, "checkpoint_path"),
+    "a cache": ({"vision_encoder": {"config": {"cache_dir": "/x"}}}, "cache_dir"),
+    "a value that is a place": ({"vision_encoder": {"config": {"norm_layer": "/etc/passwd"}}}, "norm_layer"),
+    "a folder": ({"vision_encoder": {"name": "local-dir:/etc"}}, "must be an architecture of timm"),
+    "the hub": ({"vision_encoder": {"name": "hf-hub:me/model"}}, "must be an architecture of timm"),
+    "a path": ({"vision_encoder": {"name": "../other"}}, "must be an architecture of timm"),
+    "an unknown key": ({"vision_encoder": {"weights": "/x"}}, "unknown key 'weights'"),
+    "an unknown part": ({"adapter": {}}, "unknown key 'adapter'"),
+    "a tower of timm": (
+        {"vision_encoder": {"source": "open_clip", "config": {"vision_cfg": {"timm_model_pretrained": True}}}},
+        "would load weights from elsewhere",
+    ),
+    "a key open_clip lacks": (
+        {"vision_encoder": {"source": "open_clip", "config": {"vision_cfg": {"url": "x"}}}},
+        "unknown key 'url'",
+    ),
+    "Transformers without a configuration": (
+        {"vision_encoder": {"source": "transformers", "name": "/etc", "config": None}},
+        "config is missing",
+    ),
+    "timm under Transformers": (
+        {
+            "vision_encoder": {
+                "source": "transformers",
+                "config": {"model_type": "timm_wrapper", "architecture": "local-dir:/etc"},
+            }
+        },
+        "may not name places outside",
+    ),
+    "a kernel": ({"decoder": {"attn_implementation": "me/kernel"}}, "code on the hub"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_model_is_built_of_its_own_folder_alone(tmp_path, monkeypatch, kind):
+    folder = tiny.write_teacher(tmp_path / "model")
+    change, expected = FOREIGN[kind]
+    settings = json.loads((folder / "vlm_distill.json").read_text())
+    for part, keys in change.items():
+        own = settings.setdefault(part, {})
+        inner = {
+            k: {**(own.get(k) or {}), **v} if isinstance(v, dict) and k == "config" else v for k, v in keys.items()
+        }
+        if keys.get("source", "timm") != "timm":
+            inner["config"] = keys["config"]
+        own |= inner
+    (folder / "vlm_distill.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("connected"))
+    if expected is None:  # it means nothing there: weights are the folder's
+        load_vlm(folder)
+        return
+    with pytest.raises(UserError, match=expected) as caught:
+        load_vlm(folder)
+    assert "vlm_distill.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"pretrained_cfg": {"url": "http://127.0.0.1:9/x"}}, "pretrained_cfg.url names weights elsewhere"),
+        ({"pretrained_cfg": {"file": "/etc/passwd"}}, "pretrained_cfg.file"),
+        ({"pretrained_cfg": {"hf_hub_id": "me/model"}}, "pretrained_cfg.hf_hub_id"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
+        ({"architecture": "hf-hub:me/model"}, "may not name places"),
+        ({"pretrained_cfg": []}, "a list where a JSON object"),
+    ],
+)
+def test_a_foreign_classifier_is_built_of_its_own_folder_alone(tmp_path, change, expected):
+    load_classifier("test_resnet").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for key, value in change.items():
+        settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=expected):
+        load_classifier(str(tmp_path))
+
+
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json")
+FILES += ("processor_config.json", "adapter_config.json", "vlm_distill.json", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5", '"x"', '{"a": ', "", "[" * 100_000, "\udcff", '{"a": "\\ud800'])
+@pytest.mark.parametrize("file", FILES)
+def test_files_of_another_shape_are_named(tmp_path, file, content):
+    (tmp_path / file).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=re.escape(file)) as caught:
+        load_vlm(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"hidden_size": "wide"}),
+        ("config.json", {"num_hidden_layers": None}),
+        ("config.json", {"architectures": 5, "model_type": ["llama"]}),
+        ("config.json", {"transformers_weights": "../other.safetensors"}),
+        ("generation_config.json", {"eos_token_id": "end"}),
+        ("generation_config.json", {"eos_token_id": [[1]]}),
+        ("tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../../x.safetensors"}}),
+        ("model.safetensors.index.json", {"weight_map": ["a"]}),
+        ("model.safetensors.index.json", {}),
+    ],
+)
+def test_values_of_another_type_end_in_one_line(tmp_path, file, change):
+    folder = tiny.write_language_model(tmp_path / "model")
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps(content | change))
+    with pytest.raises(UserError) as caught:
+        load_vlm(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("linked", ["checkpoints", "step_2", "file"])

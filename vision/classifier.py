@@ -18,7 +18,9 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from data.errors import UserError
-from vlm_distill.models.common import choose, first_line
+from vlm_distill.models.common import choose
+from vlm_distill.models.folder import check_open_clip_config, check_open_clip_folder, check_timm_folder, read_object
+from vlm_distill.models.loading import check_finite
 
 from . import cifar
 from . import weights as files
@@ -274,6 +276,7 @@ def load_classifier(
     if weights and pretrained:
         raise UserError("classifier: give 'pretrained' or 'weights', not both")
     folder = Path(name_or_folder.removeprefix("local-dir:"))
+    check_open_clip_folder(folder)
     if (folder / "open_clip_config.json").is_file():
         source, name_or_folder = "open_clip", f"local-dir:{folder}"
     saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name_or_folder))
@@ -310,6 +313,7 @@ def load_classifier(
             known["crop_pct"],
         )
         classifier = Classifier(model, _inputs(own, image_size, mean, std), named, notes=notes)
+    check_finite(name_or_folder, classifier)
     return classifier.freeze_all_but_head() if train == "head" else classifier
 
 
@@ -345,10 +349,12 @@ def _saved_settings(folder: Path, a_name: bool) -> dict[str, Any]:
     """``config.json`` of a classifier's folder; nothing where ``folder`` is not one but a library's name of a model."""
     path = folder / "config.json"
     if path.is_file():
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {first_line(error)}") from error
+        saved = read_object(path)
+        if saved.get("source") == "open_clip":
+            check_open_clip_config(saved.get("config"), f"{path}: config")
+        else:
+            check_timm_folder(saved, str(path))
+        return saved
     if folder.is_dir() and not a_name:
         raise UserError(f"{folder}: not a classifier's folder (it has no config.json)")
     return {}

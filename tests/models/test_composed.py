@@ -230,7 +230,7 @@ def test_weights_of_another_model_are_refused(model, tmp_path, settings, tokeniz
     settings["projector"] = {"type": "mlp", "depth": 3}
     build_vlm(settings, tokenizer).save_pretrained(tmp_path / "other")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"do not fit.*projector"):
+    with pytest.raises(UserError, match=r"has no place for .*projector"):
         load_vlm(tmp_path)
 
 

@@ -109,6 +109,9 @@ def test_logits_are_the_models_own(name, load, samples):
 TOLERANCE = {
     ("pixtral", "vision_encoder"): (0.75, 1.0),  # what pads an image does go through the patch embedding
     ("mistral3", "vision_encoder"): (0.75, 1.0),
+    # Linear attention pads a sequence to whole chunks of 64 tokens, and its state's products are not counted.
+    ("qwen3_5", "decoder"): (0.75, 1.07),
+    ("qwen3_5_moe", "decoder"): (0.75, 1.07),
     ("phi4_multimodal", "vision_encoder"): (1.0, 1.2),  # its pooling head computes at one position, not at all
 }
 
@@ -372,7 +375,7 @@ def test_inputs_that_would_be_missed_in_silence_are_asked_for(name, key, load, s
 
 
 #: In one row these would see each other's prefixes, or mistake places in the row for places in the sample.
-NOT_PACKED = {*PALIGEMMA, "gemma3"}
+NOT_PACKED = {*PALIGEMMA, "gemma3", "qwen3_5", "qwen3_5_moe"}
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

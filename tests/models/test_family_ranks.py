@@ -17,7 +17,7 @@ RUNS = [f"{name}_zero{stage}" for name, stage in itertools.product(family_ranks.
 def results(tmp_path_factory, make_tokenizer):
     folder = tmp_path_factory.mktemp("family_ranks")
     maker = families.Maker(make_tokenizer)
-    for seed, name in enumerate(family_ranks.FAMILIES):
+    for seed, name in enumerate([*family_ranks.FAMILIES, *family_ranks.SHARDED]):
         maker.write(name, folder / name, seed=seed)
     # One rank's micro-batch has no picture where another's has, and one holds nothing at all.
     tiny.write_data(folder / "data", text_only=(0, 1, 2, 3, 8, 9), broken=(4, 5, 6, 7))
@@ -39,6 +39,20 @@ def test_two_ranks_equal_one(results, name):
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_stage_equals_none(results, world, name):
     same_weights(results(world, f"{name[:-1]}0"), results(world, name))
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_stage_writes_tied_weights_once(results, world, name):
+    assert results(world, name)["saved"] == results(world, f"{name[:-1]}0")["saved"]
+    if name.startswith("qwen2_5_vl"):
+        assert "lm_head.weight" not in results(world, name)["saved"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", family_ranks.SHARDED)
+def test_experts_in_shards_are_those_of_the_whole_model(results, world, name):
+    assert results(world, "sharded")[name] < 1e-5
 
 
 def same_weights(a, b):

@@ -78,7 +78,7 @@ class Maker:
 
     def build(self, name: str, *, seed: int = 0, sharp: float = 4.0) -> tuple[Any, Any]:
         """A model in evaluation mode, its matrices ``sharp`` times what they were drawn as, and its processor."""
-        image, style = FAMILIES[name]
+        image, style = FAMILIES[name.removesuffix("_wide")]
         torch.manual_seed(seed)
         tokenizer = self.tokenizer(image)
         with num2words():
@@ -92,8 +92,9 @@ class Maker:
 
 def _written(name: str, image: str) -> str:
     """What stands for an image in a family's chat template."""
-    around = {"qwen2_vl": "<|vision_start|>{}<|vision_end|>", "internvl": "{}\n", "gemma3": "<start_of_image>"}
-    around |= {"qwen2_5_vl": around["qwen2_vl"], "qwen3_vl": around["qwen2_vl"], "aya_vision": "<image>"}
+    if name.startswith("qwen"):
+        return f"<|vision_start|>{image}<|vision_end|>"
+    around = {"internvl": "{}\n", "gemma3": "<start_of_image>", "aya_vision": "<image>"}
     return around.get(name, "{}").format(image)
 
 
@@ -120,6 +121,9 @@ FAMILIES = {
     "qwen2_vl": ("<|image_pad|>", "chatml"),
     "qwen2_5_vl": ("<|image_pad|>", "chatml"),
     "qwen3_vl": ("<|image_pad|>", "chatml"),
+    "qwen3_vl_moe": ("<|image_pad|>", "chatml"),
+    "qwen3_5": ("<|image_pad|>", "chatml"),
+    "qwen3_5_moe": ("<|image_pad|>", "chatml"),
     "smolvlm": ("<image>", "colon"),
     "idefics3": ("<image>", "colon"),
     "paligemma": ("<image>", "chatml"),
@@ -229,10 +233,14 @@ def _internvl(tokenizer: Any, chat: str) -> tuple[Any, Any]:
     return hf.InternVLForConditionalGeneration(config), processor
 
 
-def _qwen(name: str, tokenizer: Any, chat: str, vision: dict[str, Any], patch: int = 14) -> tuple[Any, Any]:
-    kinds = {k: getattr(hf, f"{name}{k}") for k in ("Config", "Processor", "ForConditionalGeneration")}
-    videos = hf.Qwen3VLVideoProcessor if name == "Qwen3VL" else hf.Qwen2VLVideoProcessor
-    text = TEXT | {"vocab_size": len(tokenizer), "head_dim": 8, "tie_word_embeddings": name != "Qwen2VL"}
+def _qwen(
+    name: str, tokenizer: Any, chat: str, vision: dict[str, Any], patch: int = 14, **more: Any
+) -> tuple[Any, Any]:
+    kinds = {k: getattr(hf, f"{name}{k}") for k in ("Config", "ForConditionalGeneration")}
+    newer = name.startswith("Qwen3")
+    videos = hf.Qwen3VLVideoProcessor if newer else hf.Qwen2VLVideoProcessor
+    made = hf.Qwen3VLProcessor if newer else getattr(hf, f"{name}Processor")
+    text = TEXT | {"vocab_size": len(tokenizer), "head_dim": 8, "tie_word_embeddings": name != "Qwen2VL"} | more
     config = kinds["Config"](
         vision_config={"depth": 2, "num_heads": 2, "patch_size": patch, "spatial_merge_size": 2} | vision,
         text_config=text | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}},
@@ -244,7 +252,7 @@ def _qwen(name: str, tokenizer: Any, chat: str, vision: dict[str, Any], patch: i
     )
     pixels = {"shortest_edge": (2 * patch) ** 2, "longest_edge": 6 * (2 * patch) ** 2}
     images = hf.Qwen2VLImageProcessor(size=pixels, patch_size=patch)
-    processor = kinds["Processor"](images, tokenizer, videos(size=pixels, patch_size=patch), chat)
+    processor = made(images, tokenizer, videos(size=pixels, patch_size=patch), chat)
     return kinds["ForConditionalGeneration"](config), processor
 
 
@@ -260,6 +268,31 @@ def _qwen2_5_vl(tokenizer: Any, chat: str) -> tuple[Any, Any]:
 def _qwen3_vl(tokenizer: Any, chat: str) -> tuple[Any, Any]:
     vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]}
     return _qwen("Qwen3VL", tokenizer, chat, vision | {"num_position_embeddings": 16}, patch=16)
+
+
+#: Experts whose matrices are square (`down_proj` of 32 × 32), so that a turned one would be loaded in silence.
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def _qwen3_vl_moe(tokenizer: Any, chat: str, **more: Any) -> tuple[Any, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]}
+    vision |= {"num_position_embeddings": 16}
+    return _qwen("Qwen3VLMoe", tokenizer, chat, vision, patch=16, **EXPERTS | more)
+
+
+def _qwen3_vl_moe_wide(tokenizer: Any, chat: str) -> tuple[Any, Any]:
+    return _qwen3_vl_moe(tokenizer, chat, moe_intermediate_size=24)
+
+
+def _qwen3_5(tokenizer: Any, chat: str, name: str = "Qwen3_5", **more: Any) -> tuple[Any, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    linear |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "head_dim": 32}
+    return _qwen(name, tokenizer, chat, vision, patch=16, **linear, **more)
+
+
+def _qwen3_5_moe(tokenizer: Any, chat: str) -> tuple[Any, Any]:
+    return _qwen3_5(tokenizer, chat, "Qwen3_5Moe", shared_expert_intermediate_size=24, **EXPERTS)
 
 
 def _smol(name: str, tokenizer: Any, chat: str) -> tuple[Any, Any]:

@@ -1,11 +1,13 @@
 """Two steps of unlike families, whole and in shards; tests compare one rank and two.
 
 Four are taught by the next one each. The last is its own teacher and sees with frozen parts: what it sees is seen once.
+Then models with experts are loaded whole and in shards, and compared.
 
     python tests/support/family_ranks.py FOLDER                                       one
     deepspeed --num_gpus 2 tests/support/family_ranks.py FOLDER                       two ranks
 
-In FOLDER: each family's model under its name, and ``data``. Writes FOLDER/ranks{world}/{family}_zero{stage}.json.
+In FOLDER: each family's model under its name, and ``data``. Writes FOLDER/ranks{world}/{family}_zero{stage}.json,
+and FOLDER/ranks{world}/sharded.json.
 """
 
 import itertools
@@ -16,14 +18,19 @@ from pathlib import Path
 
 import families
 import tiny
+import torch
+from safetensors.torch import load_file
 
 from vlm_distill.config import RunConfig
 from vlm_distill.launch import leave
-from vlm_distill.training.engine import Processes
+from vlm_distill.models import load_vlm
+from vlm_distill.training.engine import Processes, load_sharded
 from vlm_distill.training.trainer import Trainer
 
 FAMILIES = ("qwen2_5_vl", "gemma3", "smolvlm", "internvl", "qwen3_vl")
 STAGES = (0, 2, 3)
+#: Teachers of which each rank loads its share; `_wide` has expert matrices that are not square.
+SHARDED = ("qwen3_vl_moe", "qwen3_vl_moe_wide", "qwen3_5_moe")
 
 
 def main(folder: Path) -> None:
@@ -57,9 +64,24 @@ def main(folder: Path) -> None:
             result = {
                 "lines": [line for line in lines if line["kind"] == "train"],
                 "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in state.items()},
+                "saved": sorted(load_file(out / "student" / "model.safetensors")),
             }
             out.with_suffix(".json").write_text(json.dumps(result))
+    differences = {name: sharded_difference(folder / name, processes) for name in SHARDED}
+    if processes.first:
+        (folder / f"ranks{processes.world}" / "sharded.json").write_text(json.dumps(differences))
     processes.close()
+
+
+def sharded_difference(folder: Path, processes: Processes) -> float:
+    """The largest difference of hidden states between a model loaded whole and in shards, over their largest."""
+    whole = load_vlm(folder, dtype="fp32").eval()
+    _, forward = load_sharded(lambda: load_vlm(folder, dtype="fp32"), torch.float32, processes)
+    inputs = whole.processor.collate([whole.processor.dummy()])
+    positions = torch.arange(inputs["input_ids"].numel())
+    with torch.no_grad():
+        expected, got = whole(inputs, positions).hidden, forward(inputs, positions).hidden
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from vlm_distill.models.interface import VisionLanguageModel
 def multiplied(model: VisionLanguageModel, inputs: ModelInputs) -> dict[str, int]:
     """Operations of a forward by the model's parts, but for the output layer and for fused attention.
 
-    PyTorch's counter does not know ``scaled_dot_product_attention`` on a CPU.
+    PyTorch's counter does not know ``scaled_dot_product_attention`` on a CPU, and products of experts nowhere.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    experts = {torch.ops.aten._grouped_mm: lambda rows, experts, *_, **__: 2 * rows[0] * rows[1] * experts[-1]}
+    with FlopCounterMode(display=False, custom_mapping=experts) as counter, torch.no_grad():
         model(inputs, torch.arange(0))
     counts = counter.get_flop_counts()
     names = {id(module): f"{type(model).__name__}.{name}" for name, module in model.named_modules()}

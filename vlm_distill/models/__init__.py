@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,13 @@ from .composed import (
     read_template,
 )
 from .families import CAUSAL, WITHOUT_CHAT, adapted, adapted_processor
+from .folder import ADAPTER_CONFIG, adapter_base, check_folder
 from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
-from .lora import ADAPTER_CONFIG, merge_adapter
+from .loading import from_pretrained, read_config
+from .lora import merge_adapter
 from .pretrained import PretrainedVLM
-from .weightless import from_pretrained, weightless
+from .templates import limit_templates
+from .weightless import weightless
 
 __all__ = [
     "Answer",
@@ -42,6 +44,9 @@ __all__ = [
     "load_processor",
     "load_vlm",
 ]
+
+# Templates come with a model's files: whatever renders one in this process does so under limits.
+limit_templates()
 
 
 def build_vlm(settings: Mapping[str, Any], tokenizer: Any = None) -> VisionLanguageModel:
@@ -79,18 +84,13 @@ def load_vlm(
         quantize: a ``quantization_config`` of Transformers, for a model of its own.
 
     Raises:
-        UserError: no such model, or one that is neither of these kinds.
+        UserError: no such model, one that is neither of these kinds, one larger than this machine, or weights that are
+            missing, left over, of other shapes, NaN or infinite.
     """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        PreTrainedConfig,
-    )
-
     name = str(name_or_folder)
     template = None if chat_template is None else read_template(chat_template)
     check_attention(attn_implementation)
+    check_folder(name)
     if (Path(name) / ADAPTER_CONFIG).is_file():
         return _load_adapted(Path(name), dtype, tokenizer, template, attn_implementation, trust_remote_code)
     if (Path(name) / CONFIG_NAME).is_file():
@@ -101,51 +101,61 @@ def load_vlm(
         return load_composed(name, dtype=dtype, attn_implementation=attn_implementation, tokenizer=tokenizer)
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"quantization_config": quantize} if quantize is not None else {}
-    wanted = as_dtype(dtype) or "auto"
+    model = _load_transformers(name, as_dtype(dtype) or "auto", options, trust_remote_code, tokenizer, template)
+    cast_parameters(model, as_dtype(dtype))
+    return model
+
+
+def _load_transformers(
+    name: str, dtype: Any, options: Mapping[str, Any], trust_remote_code: bool, tokenizer: Any, template: str | None
+) -> VisionLanguageModel:
+    """A model of Transformers' own, whichever kind its configuration says it is."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
+
     try:
         plain, _ = PreTrainedConfig.get_config_dict(name)
         foreign = plain.get("model_type") == internvl_chat.MODEL_TYPE
-        config = None if foreign else AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = None if foreign else read_config(name, trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model: no model at '{name}': {first_line(error)}; check the name, or download it") from error
-    remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
-    model: VisionLanguageModel
     if config is None:
-        if quantize is not None:
+        if "quantization_config" in options:
             raise UserError(f"quantize: '{name}' is converted as it loads; save it as it is here, and name that")
-        own, processor = internvl_chat.load_internvl_chat(name, plain, wanted, options)
-        model = _with_processor(name, own, processor, tokenizer, template)
-    elif (
+        own, processor = internvl_chat.load_internvl_chat(name, plain, dtype, options)
+        return _with_processor(name, own, processor, tokenizer, template)
+    remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
+    if (
         type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         or config.model_type in CAUSAL
         or "AutoModelForImageTextToText" in remote
     ):
-        model = _load_image_text(name, wanted, options, trust_remote_code, tokenizer, template)
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
+        return _load_image_text(name, config, dtype, options, trust_remote_code, tokenizer, template)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
         tokenizer = tokenizer or load_tokenizer(name, trust_remote_code)
         tokenizer.chat_template = template or tokenizer.chat_template
-        decoder = load_decoder(name, wanted, trust_remote_code, options)
-        model = ComposedVLM(decoder, ComposedProcessor(tokenizer))
-    else:
-        raise UserError(
-            f"model: '{name}' is a {config.model_type} model, neither a vision-language model nor a causal LM that "
-            "Transformers knows; choose another or set trust_remote_code"
-        )
-    cast_parameters(model, as_dtype(dtype))
-    return model
+        decoder = load_decoder(name, dtype, trust_remote_code, options)
+        return ComposedVLM(decoder, ComposedProcessor(tokenizer))
+    raise UserError(
+        f"model: '{name}' is a {config.model_type} model, neither a vision-language model nor a causal LM that "
+        "Transformers knows; choose another or set trust_remote_code"
+    )
 
 
 def load_processor(
     name: str, *, trust_remote_code: bool = False, tokenizer: Any = None, chat_template: str | None = None
 ) -> Processor:
     """The processor of a model of Transformers, without its weights; the arguments are those of :func:`load_vlm`."""
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoProcessor
 
     template = None if chat_template is None else read_template(chat_template)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = read_config(name, trust_remote_code)
         sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.model_type in CAUSAL
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code) if sees else None
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model: no processor at '{name}': {first_line(error)}; check the name or folder") from error
     if processor is not None:
@@ -159,12 +169,7 @@ def _load_adapted(
     folder: Path, dtype: Any, tokenizer: Any, template: str | None, attention: str | None, trust_remote_code: bool
 ) -> VisionLanguageModel:
     """The base of an adapter with the adapter merged; tokenizer and template are those beside the adapter, if any."""
-    try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
-    except (ValueError, OSError) as error:
-        raise UserError(f"model: '{folder / ADAPTER_CONFIG}' cannot be read: {first_line(error)}") from None
-    if not base:
-        raise UserError(f"model: '{folder / ADAPTER_CONFIG}' names no base; set base_model_name_or_path in it")
+    base = adapter_base(folder)
     if tokenizer is None and (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(folder), trust_remote_code)
     if template is None and (folder / "chat_template.jinja").is_file():
@@ -183,15 +188,22 @@ def _load_adapted(
 
 
 def _load_image_text(
-    name: str, dtype: Any, options: Mapping[str, Any], trust_remote_code: bool, tokenizer: Any, template: str | None
+    name: str,
+    config: Any,
+    dtype: Any,
+    options: Mapping[str, Any],
+    trust_remote_code: bool,
+    tokenizer: Any,
+    template: str | None,
 ) -> PretrainedVLM:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+    kind = AutoModelForCausalLM if config.model_type in CAUSAL else AutoModelForImageTextToText
     try:
-        model_type = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).model_type
-        kind = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForImageTextToText
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = from_pretrained(kind, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
     return _with_processor(name, model, processor, tokenizer, template)

@@ -100,6 +100,16 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for one-line reports."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    """Return an error's message in one line: its first, and the next where that only announces the cause (``…:``)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    told = lines[0]
+    for line in lines[1:]:
+        if not told.endswith(":"):
+            break
+        told = f"{told} {line}"
+    # A message that is a key alone ("'model_type'") says nothing without the kind of the error.
+    if isinstance(error, KeyError):
+        told = f"KeyError: {told}"
+    return told[:300]

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,17 @@ from .chat import (
     token_places,
     written_texts,
 )
-from .common import as_dtype, built_whole, check_attention, checkpoint_layers, first_line, read_settings
+from .common import as_dtype, built_whole, check_attention, check_keys, checkpoint_layers, first_line, read_settings
 from .features import IMAGES, SIGHT, decoder_features, decoder_width, wanted_states
+from .folder import check_folder, check_open_clip_config, check_settings, check_timm_options, is_place, read_object
 from .interface import Outputs, Processor, VisionLanguageModel
+from .loading import Report, check_finite, check_report, check_shapes, check_size, from_pretrained
 from .packing import row_positions, wants_one_row
 from .pretrained import generation_ends, lm_head, template_ends
 from .projectors import Projector, build_projector
 from .sequence_parallel import at_positions
-from .vision_encoders import ImageTransform, VisionEncoder, build_vision_encoder
-from .weightless import from_pretrained, weightless
+from .vision_encoders import ImageTransform, VisionEncoder, VisionEncoderSettings, build_vision_encoder
+from .weightless import weightless
 
 #: The file that makes a folder one of ours.
 CONFIG_NAME = "vlm_distill.json"
@@ -517,8 +519,15 @@ def _new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
+        check_settings(options, "decoder.config")
         config = AutoConfig.for_model(model_type, **(defaults | options))
-        return AutoModelForCausalLM.from_config(config, **attention)
+        if not weightless():
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **attention)
+            check_size("decoder.config", empty)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **attention)
+    except UserError:
+        raise
     except Exception as error:  # the configuration classes' own checks, of many kinds
         raise UserError(f"decoder.config: {model_type} cannot be built: {first_line(error)}") from error
 
@@ -527,14 +536,19 @@ def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, o
     """A pretrained causal LM; ``options`` are more of ``from_pretrained``. ``UserError`` where there is none."""
     try:
         return from_pretrained(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"decoder: '{name}' cannot be loaded: {first_line(error)}; check the name or folder") from error
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """A pretrained tokenizer, made with further ``options``; ``UserError`` where there is none."""
+    check_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        tokenizer("a")  # some settings of the wrong type are only met here
+        return tokenizer
     except Exception as error:
         raise UserError(
             f"tokenizer: '{name}' cannot be loaded: {first_line(error)}; check the name or folder"
@@ -567,26 +581,82 @@ def load_composed(
         tokenizer: instead of the saved one.
 
     Raises:
-        UserError: a newer format, or weights that are not this model's.
+        UserError: another format, settings that would fetch or open anything else, weights that are not this model's.
     """
     folder = Path(folder)
     check_attention(attn_implementation)
+    config = _read_composed(folder / CONFIG_NAME)
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         weights = {} if weightless() else load_file(folder / WEIGHTS_NAME)
     except Exception as error:
         raise UserError(f"model: '{folder}' cannot be read: {first_line(error)}; is the copy complete?") from error
-    if config.get("format") != FORMAT:
-        raise UserError(f"model: '{folder}' has format {config.get('format')}, this version reads {FORMAT}; upgrade")
     tokenizer = load_tokenizer(str(folder)) if tokenizer is None else tokenizer
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     decoder = _new_decoder(config["decoder"], tokenizer, attention)
     decoder.generation_config.eos_token_id = config["end_tokens"]
     model = _assemble(decoder, tokenizer, config["vision_encoder"], config["projector"], attn_implementation)
     cast_parameters(model, as_dtype(config["dtype"]))
-    wrong = model.load_state_dict(weights, strict=False)
-    bad = sorted(set(wrong.missing_keys) - tied_names(model)) + wrong.unexpected_keys
-    if bad and not weightless():
-        raise UserError(f"model: weights in '{folder}' do not fit its configuration, first at '{bad[0]}'")
+    if not weightless():
+        _fill(model, weights, str(folder))
     cast_parameters(model, as_dtype(dtype))
     return model
+
+
+#: The keys of ``vlm_distill.json`` and the types of their values.
+_KEYS: dict[str, type] = {
+    "format": int,
+    "dtype": str,
+    "vision_encoder": dict,
+    "projector": dict,
+    "decoder": dict,
+    "end_tokens": list,
+}
+
+
+def _read_composed(path: Path) -> dict[str, Any]:
+    """Return a saved model's settings, of which none names a place outside its folder.
+
+    Raises:
+        UserError: another format, a key or value of another kind, or weights that would come from elsewhere.
+    """
+    config = read_object(path)
+    if config.get("format") != FORMAT:
+        raise UserError(f"model: {path} has format {config.get('format')}, this version reads {FORMAT}; upgrade")
+    check_keys(f"model: {path}", config, _KEYS)
+    for key, kind in _KEYS.items():
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"model: {path}: {key} is missing or no {kind.__name__}; is the copy complete?")
+    if not all(isinstance(token, int) for token in config["end_tokens"]):
+        raise UserError(f"model: {path}: end_tokens must be token ids")
+    where = f"model: {path}: vision_encoder"
+    check_keys(where, config["vision_encoder"], [field.name for field in fields(VisionEncoderSettings)])
+    encoder = config["vision_encoder"] = config["vision_encoder"] | {"pretrained": False}
+    source, own = encoder.get("source"), encoder.get("config")
+    if source == "timm":
+        if not isinstance(encoder.get("name"), str) or is_place(encoder["name"]):
+            raise UserError(f"{where}.name is {encoder.get('name')!r}; it must be an architecture of timm")
+        check_timm_options(own or {}, f"{where}.config")
+    elif source == "open_clip":
+        check_open_clip_config(own, f"{where}.config")
+    elif not isinstance(own, dict):
+        raise UserError(f"{where}.config is missing or no object; is the copy complete?")
+    else:
+        check_settings(own, f"{where}.config")
+    check_settings(config["decoder"], f"model: {path}: decoder")
+    return config
+
+
+def _fill(model: ComposedVLM, weights: dict[str, Tensor], name: str) -> None:
+    """Put a file's weights into the model, all of them and no others."""
+    wanted = model.state_dict()
+    mismatched = tuple(
+        (key, tuple(weights[key].shape), tuple(wanted[key].shape))
+        for key in sorted(weights.keys() & wanted.keys())
+        if weights[key].shape != wanted[key].shape
+    )
+    missing = frozenset(wanted.keys() - weights.keys() - tied_names(model))
+    report = Report(missing, frozenset(weights.keys() - wanted.keys()), mismatched)
+    check_report(name, report)
+    check_shapes(name, report)
+    model.load_state_dict(weights, strict=False)
+    check_finite(name, model)

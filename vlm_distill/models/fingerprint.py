@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 
-from .lora import ADAPTER_CONFIG
+from .folder import ADAPTER_CONFIG, adapter_base
 
 # Of all weights together so many blocks are read, evenly spaced, and of each file at least so many; small files whole.
 _BLOCK, _BLOCKS, _LEAST = 2**12, 2**13, 2**8
@@ -101,5 +100,4 @@ def _digest(paths: list[Path], *, sampled: bool) -> str:
 
 def _base(folder: Path) -> str | None:
     """What a folder with an adapter names as its base."""
-    path = folder / ADAPTER_CONFIG
-    return json.loads(path.read_text("utf-8")).get("base_model_name_or_path") if path.is_file() else None
+    return adapter_base(folder) if (folder / ADAPTER_CONFIG).is_file() else None

@@ -20,6 +20,7 @@ from data.errors import UserError
 
 from .common import built_whole, first_line
 from .composed import load_tokenizer
+from .loading import check_finite
 from .sentencepiece import load_sentencepiece
 from .weightless import weightless
 
@@ -108,18 +109,21 @@ def load_internvl_chat(
     native = _config(name, config, tokenizer)
     if weightless():
         wanted = native.dtype if dtype == "auto" else dtype
-        model = AutoModelForImageTextToText.from_config(native, dtype=wanted or torch.float32, **attention)
+        model = AutoModelForImageTextToText.from_config(
+            native, dtype=wanted or torch.float32, trust_remote_code=False, **attention
+        )
         return model.eval(), _processor(config, native, tokenizer)
     files = _weight_files(folder)
     if dtype == "auto":
         with safe_open(files[0], framework="pt") as file:
             dtype = file.get_tensor(next(iter(file.keys()))).dtype
     with built_whole(), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(native, dtype=dtype, **attention)
+        model = AutoModelForImageTextToText.from_config(native, dtype=dtype, trust_remote_code=False, **attention)
     model.tie_weights()
     _fill(name, model, files)
+    check_finite(name, model)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     return model.eval(), _processor(config, native, tokenizer)
 
 

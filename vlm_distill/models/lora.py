@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,11 +20,13 @@ from data.errors import UserError
 from .adapters import ADAPTER, adapted_layers
 from .common import first_line
 from .composed import ComposedVLM
+from .folder import ADAPTER_CONFIG, read_object
 from .interface import Answer, LMHead, Outputs, Prompt, Sampling, VisionLanguageModel
+from .loading import Report
 from .pretrained import PretrainedVLM
 
-#: peft's own names for an adapter's files.
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: peft's own name for an adapter's weights.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add_lora(
@@ -127,15 +129,81 @@ def merge_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
     """Adds a saved adapter to the weights of its base.
 
     Raises:
-        UserError: peft is missing, or the adapter does not fit.
+        UserError: peft is missing, or the adapter does not fit: it is not LoRA, its layers are not in this base, or its
+            weights are missing, left over, of other shapes, NaN or infinite.
     """
     peft = _peft(str(folder))
     _, root, transformer = _modules(model)
+    file = Path(folder) / ADAPTER_WEIGHTS
     try:
-        peft.PeftModel.from_pretrained(root, str(folder)).merge_and_unload()
-    except Exception as error:  # files, shapes and kinds of layers, each with an error of its own
+        weights = load_file(file)
+    except Exception as error:  # no such file, or not safetensors
+        raise UserError(f"model: {file} cannot be read: {first_line(error)}; is the copy complete?") from error
+    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"model: {file} has NaN or infinite numbers in {len(bad):,} weights, first {bad[0]}")
+    settings = _lora_settings(Path(folder) / ADAPTER_CONFIG)
+    try:
+        adapted = peft.PeftModel(root, peft.LoraConfig(**settings, inference_mode=True))
+        wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        missing, unexpected = frozenset(wanted) - frozenset(weights), frozenset(weights) - frozenset(wanted)
+        shapes = ((key, weights[key].shape, wanted[key].shape) for key in sorted(weights.keys() & wanted.keys()))
+        report = Report(missing, unexpected, tuple(item for item in shapes if item[1] != item[2]))
+        _check_fit(folder, report)
+        peft.set_peft_model_state_dict(adapted, weights)
+        adapted.merge_and_unload()
+    except UserError:
+        raise
+    except Exception as error:  # peft's own, of layers that are not there or cannot have an adapter
         raise UserError(f"model: the adapter in '{folder}' does not fit its base: {first_line(error)}") from error
     model.head.rebind(transformer.get_output_embeddings())
+
+
+#: What an adapter's configuration may set: LoRA on linear layers, and parts that were trained in full.
+_LORA_KEYS = (
+    *("r", "lora_alpha", "lora_bias", "bias", "target_modules", "exclude_modules", "modules_to_save"),
+    *("fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern"),
+)
+#: Keys that change what is loaded or how it computes, and are refused when they say anything.
+_OTHER_KINDS = (
+    *(
+        "megatron_config",
+        "layer_replication",
+        "trainable_token_indices",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ),
+    *("arrow_config", "use_qalora", "use_bdlora", "velora_config"),
+)
+
+
+def _lora_settings(path: Path) -> dict[str, Any]:
+    """Return what an adapter's configuration says of its layers. ``UserError`` where it is not plain LoRA."""
+    content = read_object(path)
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"model: {path}: peft_type is {kind!r}; only LORA is read, merge other adapters by peft first")
+    other = next((key for key in _OTHER_KINDS if content.get(key)), None)
+    if other is not None:
+        raise UserError(f"model: {path}: {other} is not supported; merge this adapter by peft first")
+    return {key: content[key] for key in _LORA_KEYS if content.get(key) is not None}
+
+
+def _check_fit(folder: str | Path, report: Report) -> None:
+    """Raise ``UserError`` where an adapter and its base have other layers, or layers of other shapes."""
+    where, base = (
+        f"model: the adapter in '{folder}' does not fit its base:",
+        "is base_model_name_or_path the right one?",
+    )
+    if report.missing:
+        raise UserError(f"{where} it lacks {len(report.missing):,} weights, first {min(report.missing)}; {base}")
+    if report.unexpected:
+        told = f"{len(report.unexpected):,} of its weights have no place there, first {min(report.unexpected)}"
+        raise UserError(f"{where} {told}; {base}")
+    if report.mismatched:
+        name, there, wanted = report.mismatched[0]
+        raise UserError(f"{where} {name} has shape {list(there)}, the base takes {list(wanted)}; {base}")
 
 
 class WithoutAdapters(VisionLanguageModel):

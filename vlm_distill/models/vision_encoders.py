@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from data.errors import UserError
 
 from .common import built_whole, check_attention, checkpoint_layers, choose, first_line, read_settings
-from .weightless import from_pretrained, weightless
+from .folder import check_settings, timm_loader_options
+from .loading import Report, check_finite, check_report, read_config, with_report
+from .weightless import weightless
 
 INTERPOLATION = {
     "nearest": Image.Resampling.NEAREST,
@@ -61,6 +63,9 @@ class VisionEncoderSettings:
     std: Sequence[float] | None = None
     interpolation: str | None = None
 
+
+#: The most pixels a side that an encoder is built for.
+MOST_PIXELS = 16_384
 
 # Pixels. The square around a longer image would take gigabytes, so that it is made smaller first.
 _LONGEST_PADDED = 8192
@@ -177,6 +182,11 @@ class VisionEncoder(nn.Module):
         self._idle = idle
         self.requires_grad_(True)
 
+    @property
+    def seeing(self) -> set[str]:
+        """Names of the tower's weights that reach the features, in its state dict."""
+        return set(self.tower.state_dict()) - self._idle
+
     def _flatten(self, output: Tensor) -> Tensor:
         if output.dim() == 4:
             output = output.flatten(1, 2) if self._channels_last else output.flatten(2).transpose(1, 2)
@@ -233,6 +243,7 @@ class _Tower:
     interpolation: str
     patch: tuple[int, int] | None
     channels_last: bool = False
+    missing: frozenset[str] = frozenset()  # names of weights that the files lack
 
 
 @built_whole()
@@ -256,10 +267,19 @@ def build_vision_encoder(settings: Mapping[str, Any], attn_implementation: str |
         raise UserError("vision_encoder: give 'name', 'config' or both")
     if s.pretrained and s.name is None:
         raise UserError("vision_encoder: 'pretrained' needs a 'name'")
+    if s.image_size is not None and max(_pair(s.image_size)) > MOST_PIXELS:
+        raise UserError(f"vision_encoder.image_size: {s.image_size} is more than {MOST_PIXELS} pixels a side")
     check_attention(attn_implementation)
     try:
+        if s.config is not None:
+            check_settings(s.config, "vision_encoder.config")
         tower = BUILDERS[s.source](s, attn_implementation)
-        return VisionEncoder(tower, s)
+        encoder = VisionEncoder(tower, s)
+        if s.pretrained and not weightless():
+            name = s.name or "vision_encoder"
+            check_report(name, Report(tower.missing & encoder.seeing))
+            check_finite(name, encoder)
+        return encoder
     except UserError:
         raise
     except Exception as error:  # whatever the library raises for names, options and files it does not know
@@ -327,7 +347,8 @@ def _timm_tower(
         module=module,
         extract=_call,
         checkpoint=_set_grad_checkpointing,
-        config=config,
+        # What told timm where to find weights is no part of what builds the tower again.
+        config={key: value for key, value in config.items() if key not in timm_loader_options()},
         size=size or (tuple(built) if built else tuple(data["input_size"][1:])),
         mean=tuple(s.mean or data["mean"]),
         std=tuple(s.std or data["std"]),
@@ -412,6 +433,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     processor: Any = None
+    report = Report()
     name = s.name or ""
     if s.config is not None:
         options = dict(s.config)
@@ -419,14 +441,16 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
             raise UserError("vision_encoder.config: 'model_type' is missing (clip_vision_model, siglip_vision_model …)")
         config = AutoConfig.for_model(options.pop("model_type"), **options)
     else:
-        config = AutoConfig.from_pretrained(name)
+        config = read_config(name)
         config = getattr(config, "vision_config", config)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if s.pretrained:
-        processor = AutoImageProcessor.from_pretrained(name)
-        module = from_pretrained(AutoModel, name, config=config, dtype=torch.float32, **extra)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        # The tower may be a part of what is there, and have a pooler that is not: what is missing is asked once it is
+        # known which weights reach the features.
+        module, report = with_report(AutoModel, name, config=config, dtype=torch.float32, **extra)
     else:
-        module = AutoModel.from_config(config, dtype=torch.float32, **extra)
+        module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **extra)
     own = getattr(config, "image_size", None)
     wanted = s.image_size if s.image_size is not None else own
     if wanted is None:
@@ -454,6 +478,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
         std=tuple(s.std or std),
         interpolation=s.interpolation or interpolation,
         patch=None if patch is None else _pair(patch),
+        missing=report.missing,
     )
 
 

@@ -23,26 +23,6 @@ def weightless() -> bool:
     return _on.get()
 
 
-def from_pretrained(kind: Any, name: str, *, config: Any = None, **options: Any) -> Any:
-    """``kind.from_pretrained``, of whose files only the configuration is read where no weights are wanted.
-
-    Args:
-        kind: an auto class of Transformers.
-        name: a name or folder.
-        config: instead of the model's own.
-        options: of ``from_pretrained``.
-    """
-    if not weightless():
-        return kind.from_pretrained(name, **({} if config is None else {"config": config}), **options)
-    from transformers import AutoConfig
-
-    trust = {"trust_remote_code": options["trust_remote_code"]} if "trust_remote_code" in options else {}
-    config = config or AutoConfig.from_pretrained(name, **trust)
-    if options.get("dtype") == "auto":
-        options["dtype"] = getattr(config, "dtype", None) or torch.float32
-    return kind.from_config(config, **{k: v for k, v in options.items() if k != "quantization_config"})
-
-
 class _Fake(FakeTensorMode):
     """PyTorch's own, which looks for a GPU's driver at every operation, as long as it finds none."""
 

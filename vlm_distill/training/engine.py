@@ -26,6 +26,7 @@ from data.errors import UserError
 from vlm_distill.config import AnyRun, split_batch
 from vlm_distill.launch import cores
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.loading import not_finite
 from vlm_distill.models.sequence_parallel import SequenceParallel
 
 from . import faults
@@ -375,13 +376,16 @@ class Engine:
 
         Collective under ZeRO-3: every rank must call it.
         """
-        if self.stage < 3:
-            return _cpu_state(module) if self.processes.first else {}
+        # Tied weights stay one tensor under two names: who writes them leaves one out by that.
+        copies: dict[int, Tensor] = {}
         state: dict[str, Tensor] = {}
         for name, tensor in module.state_dict(keep_vars=True).items():
-            with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
-                if self.processes.first:
-                    state[name] = tensor.detach().cpu().clone()
+            if id(tensor) not in copies:
+                with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                    if self.processes.first:
+                        copies[id(tensor)] = _on_cpu(tensor)
+            if self.processes.first:
+                state[name] = copies[id(tensor)]
         return state
 
 
@@ -423,8 +427,10 @@ def checkpoint_weights(folder: Path, stage: int) -> dict[str, Tensor]:
     return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=SAVED_BY)
 
 
-def _cpu_state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU; a copy of one that ZeRO-3 has gathered, since it is taken apart again."""
+    plain = tensor.detach().cpu()
+    return plain.clone() if hasattr(tensor, "ds_id") else plain
 
 
 def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters: int, autocast: bool) -> dict[str, Any]:
@@ -504,6 +510,12 @@ def load_sharded(
     settings = _inference_config(dtype, offload)
     with loading_in_shards(settings):
         model = load()
+    # Each rank sees its own share: all must end where one finds such a number.
+    wrong = sorted({name for names in processes.gather(not_finite(model)) for name in names})
+    if wrong:
+        raise UserError(
+            f"model: NaN or infinite numbers in {len(wrong):,} weights, first {wrong[0]}; is the copy damaged?"
+        )
     model.requires_grad_(False)
     model.synced = processes.world > 1
     model.head.gather = gather_parameters

@@ -20,9 +20,10 @@ class Operations:
 
     A position is one that the weight's part computes at: a patch in the vision encoder, what becomes of patches that
     were joined in the projector, a token in the decoder. Attention's products are counted whole, as if no mask were
-    there; of experts those that a token is sent to. What activation checkpointing computes again is not counted, as is
-    usual for MFU; nor is attention inside the vision encoder and the projector. The operations of an encoder whose
-    layers differ in their positions, as a convolutional one's do, are not known, and left out.
+    there, and not at all in layers of linear attention; of experts those that a token is sent to. What activation
+    checkpointing computes again is not counted, as is usual for MFU; nor is attention inside the vision encoder and the
+    projector. The operations of an encoder whose layers differ in their positions, as a convolutional one's do, are not
+    known, and left out.
 
     Args:
         student: with what trains of it marked, before any sharding.
@@ -93,7 +94,10 @@ class Costs:
                 config = module.config.get_text_config()
                 heads = config.num_attention_heads
                 width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-                self.pair = 4 * (3 if flows else 1) * config.num_hidden_layers * width
+                kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+                # Linear attention keeps a state: no token is multiplied by every other.
+                layers = sum(kind != "linear_attention" for kind in kinds)
+                self.pair = 4 * (3 if flows else 1) * layers * width
         parameters = model.head.parameters
         self.head = 2 * _size(parameters[:1]) * ((2 + parameters[0].requires_grad) if trains else 1)
 
