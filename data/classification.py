@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from .datasets_library import open_dataset
 from .errors import BadSample, UserError
 from .image_arrays import is_cifar, is_idx, open_cifar, open_idx
 from .image_lists import ANNOTATIONS, open_list
+from .image_values import images_of
 from .labelled import (
     IMAGE_SUFFIXES,
     LabelledImage,
@@ -26,9 +28,8 @@ from .labelled import (
     labels_of,
     read_classes,
 )
-from .layouts import images_of
 from .places import SPLITS, check_regular, choose_split
-from .sources import open_dataset, without_media
+from .sources import without_media
 from .tar_images import TarImages
 from .tars import find_shards, is_shard_pattern
 

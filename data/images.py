@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +32,13 @@ FORMATS = tuple(f for f in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", 
 Image.MAX_IMAGE_PIXELS = None
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+#: First bytes of the formats, at the places where they stand.
+_MAGIC = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftypavi[fs]",
+    re.DOTALL,
+)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{16,}={0,2}\s*")
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,6 +54,47 @@ _UPRIGHT = {
 def is_url(text: str) -> bool:
     """Whether a string names a place outside the file system (``http://…``, ``file://…``, ``data:…``)."""
     return _URL.match(text) is not None
+
+
+def named_image(text: str, folder: Path) -> ImageSource:
+    """Return the image that a text names: a path below ``folder``, a ``file://`` URL, a ``data:`` URL, or base64.
+
+    Other URLs are returned as they are; :func:`load_image` refuses them.
+
+    Raises:
+        BadSample: a ``data:`` URL or base64 is broken, or a ``file://`` URL names another computer.
+    """
+    if text[:5].lower() == "data:":
+        return _bytes_of_data_url(text)
+    if text[:7].lower() == "file://":
+        return _path_of_file_url(text)
+    if is_url(text):
+        return text
+    # The first 32 characters tell; no file has such a name.
+    if _BASE64.fullmatch(text[:400]) and _MAGIC.match(base64.b64decode("".join(text[:64].split())[:32] + "==")):
+        return _bytes_of_base64(text)
+    return str(folder / text)
+
+
+def _bytes_of_data_url(url: str) -> bytes:
+    head, comma, content = url[5:].partition(",")
+    if not comma:
+        raise BadSample("image is not base64", f"{url[:40]}… has no comma")
+    return _bytes_of_base64(content) if head.lower().endswith(";base64") else unquote_to_bytes(content)
+
+
+def _bytes_of_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadSample("image is not base64", str(error)) from None
+
+
+def _path_of_file_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise BadSample("image is a URL, only local files are read", f"{url[:200]}; write file:///… with three slashes")
+    return unquote_to_bytes(parts.path).decode(errors="surrogateescape")
 
 
 def load_image(

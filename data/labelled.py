@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .conversation import ImageSource
 from .errors import BadSample, UserError
-from .images import is_url
+from .images import named_image
 
 #: Names of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(
@@ -245,7 +245,7 @@ class PathImages(LabelledImages):
     def __getitem__(self, row: int) -> LabelledImage:
         row = range(len(self))[row]
         path = self._paths[row]
-        return LabelledImage(path if is_url(path) else os.path.join(self._folder, path), self._labels[row])
+        return LabelledImage(named_image(path, self._folder), self._labels[row])
 
     def line(self, row: int) -> int:
         return row + 1 if self._lines is None else int(self._lines[row])

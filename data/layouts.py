@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .conversation import Conversation, ImageSource, message_text
 from .errors import BadSample
-from .images import is_url
+from .image_values import images_of
+from .keys import MASKS, check_keys, is_empty, learnt
+from .messages import (
+    RawMessage,
+    check_grounding,
+    cut_into_parts,
+    has_image_parts,
+    place_images,
+    read_message,
+    read_tools,
+)
 
-PLACEHOLDER = "<image>"
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _METADATA = ("id", "question_id", "question_type", "answer_type", "category")
-_NO_IMAGE = ("", "none", "null", "nan")
-
-#: A message before it is a conversation's: role and raw content.
-_Turn = tuple[str, Any]
+#: Keys that a record of any layout may have.
+_COMMON = ("images", "image", "system", "tools", "functions", "metadata", "objects", *_METADATA, *MASKS)
 
 
 @dataclass(frozen=True)
@@ -32,56 +35,120 @@ class Layout:
     Attributes:
         column: what a record of this layout has under this key, beside its images.
         whose: data sets that come in it.
-        turns: the record's messages as pairs of role and raw content.
+        read: gives a record's messages with their raw content.
+        more: other keys that ``read`` looks at.
         leading: images without a placeholder of their own precede all others, at the front of the first user message;
             elsewhere placeholders and images that differ in number are a bad sample, unless there are no placeholders.
+        asks: the record is a question with its answer, not a list of messages.
+        describes: the column describes an image, without which the record has no layout.
     """
 
     column: str
     whose: str
-    turns: Callable[[Mapping[str, Any], str], list[_Turn]]
+    read: Callable[[Mapping[str, Any], Counter[str]], list[RawMessage]]
+    more: tuple[str, ...] = ()
     leading: bool = False
+    asks: bool = True
+    describes: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of a record that are read."""
+        return (self.column, *self.more, *_COMMON)
 
 
-def _listed(record: Mapping[str, Any], column: str) -> list[_Turn]:
-    """A list of messages, each with ``role`` and ``content`` or ``from`` and ``value``."""
-    return [_turn(turn) for turn in _objects(record, column)]
+def _messages(column: str) -> Callable[[Mapping[str, Any], Counter[str]], list[RawMessage]]:
+    """Read a list of messages, each with ``role`` and ``content`` or ``from`` and ``value``."""
+    return lambda record, unread: [read_message(turn, unread) for turn in _objects(record[column], column)]
 
 
-def _paired(record: Mapping[str, Any], column: str) -> list[_Turn]:
-    """A list of exchanges, each with what ``user`` and ``assistant`` say."""
-    return [(role, turn.get(role)) for turn in _objects(record, column) for role in ("user", "assistant")]
+def _exchanges(record: Mapping[str, Any], unread: Counter[str]) -> list[RawMessage]:
+    """Read a list of exchanges, each with what ``user`` and ``assistant`` say."""
+    messages = []
+    for turn in _objects(record["texts"], "texts"):
+        check_keys(turn, ("user", "assistant"), unread, "texts[].")
+        messages += [_message(role, turn.get(role)) for role in ("user", "assistant")]
+    return messages
 
 
-def _asked(record: Mapping[str, Any], column: str) -> list[_Turn]:
-    """One question with its answer or answers."""
-    answer = _answer(record)
-    return [("user", record[column])] + ([] if answer is None else [("assistant", answer)])
+def _prompted(record: Mapping[str, Any], unread: Counter[str]) -> list[RawMessage]:
+    """Read a prompt and a completion, each a text or a list of messages."""
+    messages = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record.get(column)
+        if isinstance(value, list):
+            messages += [read_message(turn, unread) for turn in _objects(value, column)]
+        elif value is not None:
+            messages.append(_message(role, value))
+    if isinstance(record.get("label"), bool):
+        raise BadSample("preference data is not supported", "key 'label'; keep the rows with true, without it")
+    return messages
 
 
-def _objects(record: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
-    turns = record[column]
+def _asked(question: str, answer: str) -> Callable[[Mapping[str, Any], Counter[str]], list[RawMessage]]:
+    """Read a question and its answer, with the exchanges before them under ``history``."""
+
+    def read(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
+        asked = _message("user", record[question])
+        return [*_history(record), asked, *_answered(record.get(answer))]
+
+    return read
+
+
+def _instructed(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
+    """Read an instruction, the input that it is about on the line after it, and the output."""
+    parts = [record.get(key) for key in ("instruction", "input") if not is_empty(record.get(key))]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
+        raise BadSample("message without text", repr(parts)[:80])
+    return [*_history(record), _message("user", "\n".join(texts)), *_answered(record.get("output"))]
+
+
+def _questioned(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
+    """Read one question with its answer or answers."""
+    lettered = [key for key in ("A", "B") if not is_empty(record.get(key))]
+    if len(lettered) == 2:  # the columns of VLMEvalKit's tables
+        raise BadSample("multiple-choice rows are not supported", "keys A and B; write them as a conversation")
+    return [_message("user", record["question"]), *_answered(_commonest_answer(record))]
+
+
+def _described(column: str) -> Callable[[Mapping[str, Any], Counter[str]], list[RawMessage]]:
+    """Read a text about an image: the answer to the image alone."""
+    return lambda record, _: [_message("user", ""), *_answered(record[column])]
+
+
+def _message(role: str, content: Any) -> RawMessage:
+    return {"role": role, "content": content}
+
+
+def _answered(answer: Any) -> list[RawMessage]:
+    return [] if is_empty(answer) and answer != "" else [_message("assistant", answer)]
+
+
+def _history(record: Mapping[str, Any]) -> list[RawMessage]:
+    """Earlier exchanges: pairs of a question and its answer."""
+    history = record.get("history")
+    if is_empty(history):
+        return []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadSample("history is not a list of pairs", repr(history)[:80])
+    return [_message(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def _objects(turns: Any, column: str) -> Sequence[Mapping[str, Any]]:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise BadSample("messages are not a list of objects", f"key {column!r}")
     return turns
 
 
-def _turn(turn: Mapping[str, Any]) -> _Turn:
-    name = turn.get("role") or turn.get("from")
-    role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise BadSample("unknown role", repr(name)[:80])
-    if turn.get("loss") is False:  # to learn what its author kept out of the loss would be a silent mistake
-        raise BadSample("messages kept out of the loss are not supported", f"a message of the {role} has loss: false")
-    content = turn.get("content")
-    return role, turn.get("value") if content is None else content
+def _commonest_answer(record: Mapping[str, Any]) -> str | None:
+    """What the assistant says in a question row.
 
-
-def _answer(record: Mapping[str, Any]) -> str | None:
-    """What the assistant says in a question row: ``answer``, else the commonest of ``answers``, the first in a tie."""
-    if record.get("choices") or record.get("options"):  # the answer may be a number or a letter of a choice
-        raise BadSample("multiple-choice rows are not supported", "write question and choices as a conversation")
+    That is ``answer``, else ``multiple_choice_answer``, else the commonest of ``answers``, the first in a tie.
+    """
     answer = record.get("answer")
+    if answer is None:
+        answer = record.get("multiple_choice_answer")
     if answer is None:
         texts = [str(a.get("answer") if isinstance(a, Mapping) else a) for a in _answers(record)]
         return Counter(texts).most_common(1)[0][0] if texts else None
@@ -100,34 +167,53 @@ def _answers(record: Mapping[str, Any]) -> list[Any]:
 
 #: The first whose column is there.
 LAYOUTS = (
-    Layout("messages", "Transformers, TRL, ms-swift, UltraChat", _listed),
-    Layout("conversations", "LLaVA-665k, LLaVA-OneVision, Cambrian", _listed),
-    Layout("conversation", "Mantis-Instruct", _listed, leading=True),
-    Layout("texts", "The Cauldron", _paired),
-    Layout("question", "questions with answers", _asked),
+    Layout("messages", "Transformers, TRL, ms-swift, OpenAI", _messages("messages"), asks=False),
+    Layout("conversations", "LLaVA-665k, LLaVA-OneVision, ShareGPT", _messages("conversations"), asks=False),
+    Layout("conversation", "Mantis-Instruct", _messages("conversation"), leading=True, asks=False),
+    Layout("texts", "The Cauldron", _exchanges, asks=False),
+    Layout("question", "questions", _questioned, ("answer", "answers", "multiple_choice_answer")),
+    Layout("prompt", "TRL", _prompted, ("completion", "label")),
+    Layout("query", "ms-swift", _asked("query", "response"), ("response", "history")),
+    Layout("instruction", "Alpaca", _instructed, ("input", "output", "history")),
+    Layout("input", "Alpaca without instructions", _instructed, ("output", "history")),
+    Layout("prefix", "PaliGemma", _asked("prefix", "suffix"), ("suffix", "history")),
+    Layout("caption", "captions", _described("caption"), describes=True),
+    Layout("text", "captions", _described("text"), describes=True),
 )
 
+#: What ``columns`` of a source may name.
+COLUMNS = tuple(
+    dict.fromkeys(key for layout in LAYOUTS for key in (layout.column, *layout.more, *_COMMON) if key not in MASKS)
+)
 #: Columns that hold a record's text.
-TEXT_COLUMNS = (*(layout.column for layout in LAYOUTS), "answer", "answers", "text")
+TEXT_COLUMNS = tuple(key for key in COLUMNS if key not in ("images", "image", "metadata", "objects", *_METADATA))
 
 
-def layout_of(record: Mapping[str, Any]) -> Layout:
-    """The layout of a record. Raises ``BadSample`` where it has none that is known."""
+def layout_of(record: Mapping[str, Any], has_image: bool = False) -> Layout:
+    """Return the layout of a record. Raises ``BadSample`` where it has none that is known."""
     for layout in LAYOUTS:
-        if record.get(layout.column) is not None:
+        if record.get(layout.column) is not None and (has_image or not layout.describes):
             return layout
     raise BadSample("unknown layout", f"keys: {', '.join(map(str, record)) or 'none'}")
 
 
 def to_conversation(
-    record: Any, *, images: Path = Path(), source: str = "", line: int = 0, answers_required: bool = True
+    record: Any,
+    *,
+    images: Path = Path(),
+    source: str = "",
+    line: int = 0,
+    answers_required: bool = True,
+    unread: Counter[str] | None = None,
+    chosen: Collection[str] = (),
 ) -> Conversation:
-    """One record of any supported layout as a conversation.
+    """Return one record of any supported layout as a conversation.
 
-    The layouts are those of :data:`LAYOUTS`, recognised by their columns. Images stand in ``images`` or ``image`` or in
-    the image parts themselves. ``<image>`` in a string (or in a text part where no message has an image part) becomes
-    an image part at its place; the text around it stays exactly as it is. Where a record has images and nothing says
-    where they belong, they precede the text of the first user message. A part of a video becomes its frames' parts.
+    The layouts are those of :data:`LAYOUTS`, recognised by their columns. Images are found under ``images`` or
+    ``image`` or in the image parts themselves. ``<image>`` in a string (or in a text part where no message has an image
+    part) becomes an image part at its place, and ``<image 2>`` the second image; the text around it stays exactly as it
+    is. Where a record has images and nothing says where they belong, they precede the text of the first user message. A
+    part of a video becomes its frames' parts.
 
     Args:
         record: what a line of JSON or a row of a table holds.
@@ -135,133 +221,98 @@ def to_conversation(
         source: name of the source, for reports.
         line: place in the source, for reports.
         answers_required: refuse a record without an assistant's answer.
+        unread: gets the keys that were not read, counted.
+        chosen: the names that a person's ``columns`` assigned.
 
     Raises:
-        BadSample: the record has no supported layout, or its messages or images are not sound.
+        BadSample: the record has no supported layout, its messages or images are not sound, or a key that would change
+            its meaning is not read.
     """
     if not isinstance(record, Mapping):
         raise BadSample("not a JSON object", type(record).__name__)
-    for key in ("video", "videos", "audio", "audios"):
-        if record.get(key):
-            raise BadSample("video and audio are not supported", f"key {key!r}; a video goes in as its frames")
-    layout = layout_of(record)
-    turns = layout.turns(record, layout.column)
-    explicit = any(isinstance(content, list) and any(map(_is_seen, content)) for _, content in turns)
-    messages = [{"role": role, "content": _parts(content, explicit, images)} for role, content in turns]
-    _check_order([role for role, _ in turns], answers_required)
-    given = images_of(record.get("images"), images) or images_of(record.get("image"), images)
-    placed = _place(messages, given, layout.leading)
+    unread = Counter() if unread is None else unread
+    given = _images(record, images, unread, chosen)
+    layout = _checked_layout(record, bool(given), unread, chosen)
+    messages = _with_system(record.get("system"), layout.read(record, unread))
+    marks = not has_image_parts(messages)
+    for message in messages:
+        message["content"] = cut_into_parts(message["content"], images, unread, marks=marks, has_images=bool(given))
+    _check_order(messages, answers_required, record)
+    check_grounding(messages, record.get("objects"))
+    placed = place_images(messages, given, layout.leading)
     _check_texts(messages)
-    return Conversation(tuple(messages), tuple(placed), source, line, _metadata(record))
+    tools = read_tools(record.get("functions") if is_empty(record.get("tools")) else record["tools"])
+    return Conversation(tuple(messages), tuple(placed), source, line, _metadata(record), tools)
 
 
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "image"
+def _checked_layout(
+    record: Mapping[str, Any], has_image: bool, unread: Counter[str], chosen: Collection[str]
+) -> Layout:
+    """The layout of a record whose other keys have been looked at, without a layout too: they tell what is wrong."""
+    try:
+        layout = layout_of(record, has_image)
+    except BadSample:
+        check_keys(record, _COMMON, unread, chosen=chosen, has_image=has_image)
+        raise
+    check_keys(record, layout.keys, unread, chosen=chosen, has_image=has_image, asks=layout.asks)
+    if learnt(record, "the record") is False:
+        raise BadSample("sample kept out of the loss", "its own weight, train or mask says so; leave the record out")
+    return layout
 
 
-def _is_video(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "video"
-
-
-def _is_seen(part: Any) -> bool:
-    return _is_image(part) or _is_video(part)
-
-
-def _parts(content: Any, explicit: bool, folder: Path) -> list[dict[str, Any]]:
-    """Content as a list of parts. An image part that brings its own image holds it under ``image``, until `_place`."""
-    if isinstance(content, str):
-        return _split(content)
-    if not isinstance(content, list):
-        raise BadSample("message without text", repr(content)[:80])
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if _is_image(part):
-            own = [image for key in ("image", "bytes", "path", "url") for image in images_of(part.get(key), folder)]
-            parts.append({"type": "image", "image": own[0]} if own else {"type": "image"})
-        elif _is_video(part):
-            frames = images_of(part.get("frames"), folder)
-            if not frames:
-                raise BadSample("video without frames", "files of videos are not read; list images under 'frames'")
-            parts += [{"type": "image", "image": frame} for frame in frames]
-        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts += [{"type": "text", "text": part["text"]}] if explicit else _split(part["text"])
-        else:
-            raise BadSample("unknown message part", repr(part)[:80])
-    return parts
-
-
-def _split(text: str) -> list[dict[str, Any]]:
-    """A string cut at its placeholders."""
-    parts: list[dict[str, Any]] = []
-    for i, piece in enumerate(text.split(PLACEHOLDER)):
-        if i:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _place(messages: list[dict[str, Any]], images: list[ImageSource], leading: bool) -> list[ImageSource]:
-    """All images in the order of the image parts, which lose their own.
-
-    Parts are made at the front of the first user message where there are none, or, with ``leading``, too few.
-    """
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    placeholders = sum("image" not in part for part in parts)
-    if (not parts or leading) and placeholders < len(images):
-        first = next(message for message in messages if message["role"] == "user")
-        made: list[dict[str, Any]] = [{"type": "image"} for _ in range(len(images) - placeholders)]
-        first["content"][:0] = made
-        parts, placeholders = made + parts, len(images)
-    if placeholders != len(images):
+def _images(
+    record: Mapping[str, Any], folder: Path, unread: Counter[str], chosen: Collection[str]
+) -> list[ImageSource]:
+    """The images that a record lists, under ``images`` or ``image``."""
+    keys = [key for key in ("images", "image") if key in chosen] or ["images", "image"]
+    found = [images for key in keys if (images := images_of(record.get(key), folder, unread))]
+    if len(found) == 2 and found[0] != found[1]:
         raise BadSample(
-            "image count mismatch", f"{_count(placeholders, 'placeholder')}, {_count(len(images), 'image')}"
+            "two keys say different things", "image and images; write all under images, or choose one with columns"
         )
-    remaining = iter(images)
-    return [part.pop("image") if "image" in part else next(remaining) for part in parts]
+    unread.update(key for key in ("images", "image") if key not in keys and not is_empty(record.get(key)))
+    return found[0] if found else []
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _with_system(system: Any, messages: list[RawMessage]) -> list[RawMessage]:
+    """The messages after the record's own system message."""
+    if is_empty(system):
+        return messages
+    if not isinstance(system, str):
+        raise BadSample("system is not a text", repr(system)[:80])
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != system:
+            raise BadSample("two system messages", "key 'system' and the first message; keep one")
+        return messages
+    return [_message("system", system), *messages]
 
 
-def images_of(value: Any, folder: Path) -> list[ImageSource]:
-    """The images of one value: none, one, or one per item of a list. Relative paths start from ``folder``."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return []
-    if isinstance(value, str):
-        if value.strip().lower() in _NO_IMAGE:
-            return []
-        return [value if is_url(value) else str(folder / value)]
-    if isinstance(value, bytes | Image.Image):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [image for item in value for image in images_of(item, folder)]
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes | None):
-        return [value["bytes"]] if value.get("bytes") is not None else images_of(value.get("path"), folder)
-    raise BadSample("unknown kind of image", f"a value of type {type(value).__name__}")
-
-
-def _check_order(roles: list[str], answers_required: bool) -> None:
+def _check_order(messages: list[RawMessage], answers_required: bool, record: Mapping[str, Any]) -> None:
+    roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         raise BadSample("system message is not the first", f"roles: {', '.join(roles)}")
     speakers = roles[1:] if roles[:1] == ["system"] else roles
     if "user" not in speakers:
         raise BadSample("no user message", f"roles: {', '.join(roles) or 'none'}")
     if speakers[0] != "user":
-        raise BadSample("assistant speaks before the user", f"roles: {', '.join(roles)}")
-    if answers_required and "assistant" not in speakers:
-        raise BadSample("no assistant answer", f"roles: {', '.join(roles)}")
+        raise BadSample(f"{speakers[0]} speaks before the user", f"roles: {', '.join(roles)}")
+    if not answers_required:
+        return
+    if "assistant" not in speakers:
+        keys = ", ".join(map(str, record))
+        raise BadSample("no assistant answer", f"roles: {', '.join(roles)}; keys: {keys}; columns can name the answer")
+    if all(message.get("supervised") is False for message in messages if message["role"] == "assistant"):
+        raise BadSample("no answer to learn", "every assistant message is kept out of the loss")
 
 
 def _check_texts(messages: list[dict[str, Any]]) -> None:
     for number, message in enumerate(messages, 1):
         try:
-            message_text(message).encode()
+            (message_text(message) + message.get("reasoning_content", "")).encode()
         except UnicodeEncodeError as error:  # half of an escaped emoji, say: JSON lets it pass, tokenizers do not
             raise BadSample("invalid Unicode", f"message {number}: {error}") from None
         has_image = any(part["type"] == "image" for part in message["content"])
-        if message["role"] == "assistant" and not message_text(message):
+        if message["role"] == "assistant" and not message_text(message) and "tool_calls" not in message:
             raise BadSample("empty answer", f"message {number}")
         if message["role"] == "user" and not message_text(message) and not has_image:
             raise BadSample("empty user message", f"message {number}")

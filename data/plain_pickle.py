@@ -31,8 +31,10 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a sound pickle ({reason}); fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no dictionary but a {type(content).__name__}; is it the right file?")
+    if not all(isinstance(key, str | bytes) for key in content):
+        raise UserError(f"{path} has keys that are no texts; is it the right file?")
     return {
-        key.decode("latin1") if isinstance(key, bytes) else str(key): value.values if type(value) is _Array else value
+        key.decode("latin1") if isinstance(key, bytes) else key: value.values if type(value) is _Array else value
         for key, value in content.items()
     }
 

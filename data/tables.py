@@ -9,7 +9,7 @@ from typing import Any
 
 from .conversation import Conversation, ImageSource
 from .errors import BadSample, UserError
-from .layouts import images_of
+from .image_values import images_of
 from .sources import Source, without_media
 
 Row = dict[str, Any]

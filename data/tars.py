@@ -17,11 +17,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UserError
+from .errors import BadSample, UserError
 from .labelled import is_image_name
 from .places import SPLITS, check_regular, choose_split
 
 _OPEN_SHARDS = 64  # a process may usually hold 1024 files open, and a rank has several workers
+#: The largest member that is read: what is larger is damaged, and would fill the memory.
+MAX_MEMBER = 512 << 20
+_MAX_HEADER = 16 << 20
 _SHARD_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 
 #: First byte and length of a member.
@@ -47,7 +50,14 @@ class Shards:
         self._files: OrderedDict[int, _File] = OrderedDict()
 
     def read(self, shard: int, start: int, length: int) -> bytes:
-        """So many bytes of a shard. Raises ``UserError`` where it has changed."""
+        """So many bytes of a shard.
+
+        Raises:
+            BadSample: they are more than :data:`MAX_MEMBER`.
+            UserError: the shard has changed.
+        """
+        if length > MAX_MEMBER:
+            raise BadSample("tar member is too large", f"{length:,} bytes, limit {MAX_MEMBER:,}")
         file = self._files.pop(shard, None) or _File(self.paths[shard], self._stats[shard].tolist())
         self._files[shard] = file  # at the end: the one used last
         while len(self._files) > _OPEN_SHARDS:
@@ -145,14 +155,34 @@ def opened(shard: Path) -> BinaryIO:
         raise UserError(f"tar file {shard} cannot be read: {error.strerror}; check the path") from None
 
 
+class _Headers:
+    """A file of which the library reads headers alone, and never one that would fill the memory or go on for ever."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._ends = 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        content = self._file.read(size)
+        self._ends = 0 if content else self._ends + 1
+        if self._ends > 3:
+            raise tarfile.ReadError("a header goes on after the end")
+        return content
+
+
 def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
     """Name, first byte and length of each file in the tar that begins at ``start`` of an open file."""
     size = os.fstat(file.fileno()).st_size
     file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else the million it has seen stay in memory
+                tar.members.clear()  # else the million it has seen stay in memory
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
                 if member.issparse():
                     raise tarfile.ReadError(f"{member.name} is stored with holes, which is not supported")
                 if member.isreg():

@@ -19,6 +19,7 @@ import pandas as pd
 from .conversation import ImageSource
 from .errors import BadSample, UserError
 from .places import check_regular
+from .sources import MAX_LINE, bounded_lines
 from .tables import Row, Table
 
 #: A cell of ``image`` that is no longer holds the index of the row whose image is meant.
@@ -120,7 +121,7 @@ def _scan(path: Path, digest: Any) -> tuple[list[str], list[list[str]], np.ndarr
     """Header; cells, and line, first byte and length of each row. For an image stands :data:`_IMAGE`."""
     cells, places = [], []
     with path.open("rb") as file:
-        records = _records(path, file, digest)
+        records = table_records(path, file, digest=digest)
         header = next(records, (0, 0, 0, []))[3]
         _check_header(path, header)
         place = header.index("image") if "image" in header else None
@@ -148,24 +149,35 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         raise UserError(f"{path} has no column {' and no column '.join(missing)}; its columns: {found}")
 
 
-def _records(path: Path, file: BinaryIO, digest: Any) -> Iterator[tuple[int, int, int, list[str]]]:
-    """Line, first byte, length and cells of each record; quoted cells may hold tabs and line breaks."""
+def table_records(
+    path: Path, file: BinaryIO, delimiter: str = "\t", *, digest: Any = None
+) -> Iterator[tuple[int, int, int, list[str]]]:
+    """Give line, first byte, length and cells of each record; quoted cells may hold delimiters and line breaks.
+
+    Raises:
+        UserError: the file is not UTF-8, a quotation mark is never closed, or a record is longer than
+            :data:`data.sources.MAX_LINE`.
+    """
     position = line = 0
     rows = -1  # the first record is the header
 
     def lines() -> Iterator[str]:
         nonlocal position, line
-        for raw in file:
+        for raw in bounded_lines(path, file):
             if digest is not None:
                 digest.update(raw)
             position += len(raw)
             line += 1
+            if position - start > MAX_LINE:
+                raise UserError(
+                    f"{path}, row {rows + 1} (line {first}): a quotation mark is never closed; fetch it again"
+                )
             try:
                 yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}, row {rows + 1} (line {line}): not UTF-8 ({error.reason})") from None
 
-    reader = csv.reader(lines(), delimiter="\t")
+    reader = csv.reader(lines(), delimiter=delimiter)
     start, last, first = 0, 0, 1
     try:
         # The reader takes no more lines than the record needs, so that `position` is where the record ends.
@@ -180,7 +192,7 @@ def _records(path: Path, file: BinaryIO, digest: Any) -> Iterator[tuple[int, int
     # Only a strict reader tells that a quotation mark was never closed; it also refuses oddities which pandas reads.
     file.seek(last)
     try:
-        list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""), delimiter="\t", strict=True))
+        list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
         if "unexpected end of data" in str(error):
             raise UserError(f"{path}, row {rows}: a quotation mark is never closed; fetch the file again") from None

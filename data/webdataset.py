@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadSample, UserError
+from .image_values import IMAGE_KEYS, images_of
+from .keys import one_of
 from .labelled import is_image_name
+from .messages import IMAGE_PARTS
 from .sources import Source
 from .tars import Index, Shards, members, opened, samples, split_name
 
@@ -39,10 +42,9 @@ class WebDatasetSource(Source):
         UserError: a shard is missing, truncated or compressed, or has neither records nor captions.
     """
 
-    def __init__(
-        self, shards: Sequence[Path], name: str, *, limit: int | None = None, answers_required: bool = True
-    ) -> None:
-        super().__init__(name, Path(), answers_required)
+    def __init__(self, shards: Sequence[Path], name: str, *, limit: int | None = None, **shared: Any) -> None:
+        super().__init__(name, Path(), **shared)
+        self.chosen |= {"images"}  # the members are the images, whatever else the record calls so
         self._shards = Shards(shards)
         index = self._shards.index(["conversations", _INDEX_VERSION], lambda: _index(self._shards))
         #: int64 ``[fields, 5]``: shard, first byte, length, kind, and where in ``_names`` the member's name ends.
@@ -64,27 +66,30 @@ class WebDatasetSource(Source):
             begin = end
         return found
 
-    def record(self, index: int) -> Any:
-        images: dict[str, bytes] = {}
-        text: tuple[int, str] | None = None
-        for shard, start, length, kind, name in self._members(index):
-            content = self._shards.read(shard, start, length)
-            if kind == _IMAGE:
-                images[name] = content
-            elif text is None or kind < text[0]:
-                try:
-                    text = kind, content.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    raise BadSample("invalid UTF-8", f"{name}: {error}") from None
-        assert text is not None  # else it would not be in the index
-        if text[0] == _CAPTION:
-            return {"images": list(images.values()), "messages": _captioned(text[1].strip(), len(images))}
+    def read(self, index: int) -> Any:
+        """The record, or the caption as one, without the images."""
+        members = [member for member in self._members(index) if member[3] != _IMAGE]
+        shard, start, length, kind, name = min(members, key=lambda member: member[3])
         try:
-            record = json.loads(text[1])
+            text = self._shards.read(shard, start, length).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSample("invalid UTF-8", f"{name}: {error}") from None
+        if kind == _CAPTION:
+            return {"caption": text.strip()}
+        try:
+            return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadSample("invalid JSON", str(error)) from None
+
+    def record(self, index: int) -> Any:
+        record = super().record(index)
         if not isinstance(record, dict):
             return record
+        images = {
+            name: self._shards.read(shard, start, length)
+            for shard, start, length, kind, name in self._members(index)
+            if kind == _IMAGE
+        }
         return _with_images(record, images)
 
     def size(self, index: int) -> int:
@@ -96,33 +101,33 @@ class WebDatasetSource(Source):
         return total[self._first[1:]] - total[self._first[:-1]]
 
 
-def _captioned(caption: str, images: int) -> list[dict[str, Any]]:
-    return [
-        {"role": "user", "content": [{"type": "image"}] * images},
-        {"role": "assistant", "content": caption},
-    ]
-
-
 def _with_images(record: dict[str, Any], images: dict[str, bytes]) -> dict[str, Any]:
     """The record with the members as its images, whatever names it has for them. See :class:`WebDatasetSource`."""
-    names = _names(record.pop("images", None)) + _names(record.pop("image", None))
+    found = _named(record.pop("images", None)) + _named(record.pop("image", None))
     videos = []
     for part in _seen_parts(record):
-        own = [part.pop(key, None) for key in ("image", "bytes", "path", "url", "frames")]
-        found = _names(own)
+        keys = ("frames", "video") if part["type"] == "video" else ("bytes", *IMAGE_KEYS)
+        own = _named([part.pop(key, None) for key in keys if key != "video" or isinstance(part.get(key), list)])
         if part["type"] == "video":
-            videos.append((part, range(len(names), len(names) + len(found))))
-        names += found
-    if names and len(names) != len(images):
-        raise BadSample("image count mismatch", f"the record names {len(names)}, the tar has {len(images)} for it")
-    fields = {name.partition(".")[2]: name for name in images}
-    members = [_member(name, images, fields) for name in names]
-    ordered = [images[member] for member in members if member is not None]
-    given = ordered if len(ordered) == len(images) else list(images.values())
+            videos.append((part, range(len(found), len(found) + len(own))))
+        found += own
+    given = _in_order(found, images)
     for part, places in videos:
         part["frames"] = [given[place] for place in places]
     shown = {place for _, places in videos for place in places}
     return record | {"images": [image for place, image in enumerate(given) if place not in shown]}
+
+
+def _in_order(found: list[str | bytes], images: dict[str, bytes]) -> list[bytes]:
+    """The images that a record names or holds, in its order; members that it does not name, in that of the tar."""
+    names = [name for name in found if isinstance(name, str)]
+    if found and len(names) != len(images):
+        raise BadSample("image count mismatch", f"the record names {len(names)}, the tar has {len(images)} for it")
+    fields = {name.partition(".")[2]: name for name in images}
+    members = [_member(name, images, fields) for name in names]
+    named = {member for member in members if member is not None}
+    ordered = iter([images[member] for member in members if member] if len(named) == len(images) else images.values())
+    return [one if isinstance(one, bytes) else next(ordered) for one in found] or list(images.values())
 
 
 def _member(name: str, images: Mapping[str, bytes], fields: Mapping[str, str]) -> str | None:
@@ -131,19 +136,19 @@ def _member(name: str, images: Mapping[str, bytes], fields: Mapping[str, str]) -
     return whole if whole in images else fields.get(name.lower())
 
 
-def _names(value: Any) -> list[str]:
-    """Names of images in a value: one, or a list of them, or of objects that have one under ``path``."""
-    if isinstance(value, dict):
-        value = value.get("path")
+def _named(value: Any) -> list[str | bytes]:
+    """The images of a value: the names of members, or the bytes that the record itself holds."""
     if isinstance(value, list):
-        return [name for one in value for name in _names(one)]
-    return [value] if isinstance(value, str) and value else []
+        return [one for item in value for one in _named(item)]
+    if isinstance(value, dict):
+        return _named(one_of(value, ("bytes", *IMAGE_KEYS)))
+    return [one for one in images_of(value, Path()) if isinstance(one, str | bytes)]
 
 
 def _seen_parts(value: Any) -> Iterator[dict[str, Any]]:
     """Image and video parts of messages, at any depth."""
     if isinstance(value, dict):
-        if value.get("type") in ("image", "video"):
+        if value.get("type") in (*IMAGE_PARTS, "video"):
             yield value
         value = list(value.values())
     if isinstance(value, list):

@@ -229,17 +229,21 @@ class LossSection(Section):
 
 
 class SourceSection(Section):
-    """One source of samples. Where it is not ``labelled``, its answers are placeholders that no loss may read."""
+    """One source of samples. Where it is not ``labelled``, its answers are placeholders that no loss may read.
+
+    ``columns`` says which keys of the records hold what: our name, then theirs, as ``{image: image_path}``.
+    """
 
     path: str
     name: str | None = None
     images: str | None = None
-    format: Literal["auto", "json", "jsonl", "huggingface", "webdataset", "text"] = "auto"
+    format: Literal["auto", "json", "jsonl", "csv", "tsv", "huggingface", "webdataset", "text"] = "auto"
     split: str | None = None
     config: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     labelled: bool = True
     limit: Positive | None = None
+    columns: dict[str, str] = {}
 
 
 class DataSection(Section):

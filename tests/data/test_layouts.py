@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.errors import BadSample
 from data.images import load_image
-from data.layouts import LAYOUTS, layout_of
+from data.layouts import LAYOUTS, layout_of, to_conversation
 from data.sources import open_source
 
 IMAGE = {"type": "image"}
@@ -152,7 +152,7 @@ def test_mantis_instruct(tmp_path):
 
 def test_every_layout_is_known_by_its_column():
     for layout in LAYOUTS:
-        assert layout_of({"id": 1, layout.column: [], "images": None}) is layout
+        assert layout_of({"id": 1, layout.column: [], "images": None}, has_image=layout.describes) is layout
     with pytest.raises(BadSample, match="unknown layout: keys: id, images"):
         layout_of({"id": 1, "images": []})
 
@@ -168,3 +168,62 @@ def test_a_video_is_its_frames_in_order(tmp_path):
     seen = [text("Before <image>"), IMAGE, IMAGE, IMAGE, IMAGE, text("What happens?")]
     assert conversation.messages[0] == {"role": "user", "content": seen}
     assert sides(conversation) == [3, 4, 2, 4]
+
+
+SAID = [("user", "Colour?"), ("assistant", "Red.")]
+EARLIER = [("user", "Shape?"), ("assistant", "Round.")]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "Colour?", "completion": " Red."}, [("user", "Colour?"), ("assistant", " Red.")]),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Colour?"}],
+                "completion": [{"role": "assistant", "content": "Red."}],
+            },
+            [("system", "Be brief."), *SAID],
+        ),
+        ({"query": "Colour?", "response": "Red."}, SAID),
+        ({"query": "Colour?", "response": "Red.", "history": [["Shape?", "Round."]]}, EARLIER + SAID),
+        ({"system": "Be brief.", "query": "Colour?", "response": "Red."}, [("system", "Be brief."), *SAID]),
+        ({"instruction": "Colour?", "input": "", "output": "Red."}, SAID),
+        (
+            {"instruction": "Colour?", "input": "The first.", "output": "Red.", "history": [["Shape?", "Round."]]},
+            [*EARLIER, ("user", "Colour?\nThe first."), ("assistant", "Red.")],
+        ),
+        ({"input": "Colour?", "output": "Red."}, SAID),
+        ({"prefix": "Colour?", "suffix": "Red."}, SAID),
+        ({"question": "Colour?", "multiple_choice_answer": "Red.", "answers": ["a", "a"]}, SAID),
+        ({"caption": "Red."}, [("user", ""), ("assistant", "Red.")]),
+        ({"text": "Red."}, [("user", ""), ("assistant", "Red.")]),
+    ],
+)
+def test_layouts_of_other_suites(record, expected):
+    conversation = to_conversation(record | {"image": "a.png"})
+    contents = [[text(said)] if said else [] for _, said in expected]
+    first = next(i for i, (role, _) in enumerate(expected) if role == "user")
+    contents[first].insert(0, IMAGE)
+    assert [message["role"] for message in conversation.messages] == [role for role, _ in expected]
+    assert [message["content"] for message in conversation.messages] == contents
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"caption": "Red."}, "unknown layout"),
+        ({"prompt": "Colour?", "answer": "Red."}, "no assistant answer.*keys: prompt, answer"),
+        ({"query": "Colour?", "response": "Red.", "history": ["Shape?"]}, "history is not a list of pairs"),
+        ({"instruction": 5, "output": "Red."}, "message without text"),
+        ({"question": "Colour?", "prompt": "Shape?", "answer": "Red."}, "text beside the question"),
+    ],
+)
+def test_other_layouts_that_are_not_sound(record, reason):
+    with pytest.raises(BadSample, match=reason):
+        to_conversation(record)
+
+
+def test_the_size_of_a_row_counts_the_text_of_its_layout(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"instruction": "ab", "input": "c", "output": "de", "note": "xxxxx"}])
+    assert open_source(tmp_path / "a.parquet").size(0) == 5

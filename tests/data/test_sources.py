@@ -1,8 +1,12 @@
 """Every layout of a record becomes the same conversation; files are indexed exactly; what is wrong is named."""
 
+import csv
+import gzip
 import io
 import json
+import os
 import pickle
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -10,7 +14,7 @@ from PIL import Image
 from data.errors import BadSample, UserError
 from data.images import load_image
 from data.layouts import to_conversation
-from data.sources import JsonlSource, open_source
+from data.sources import JsonlSource, open_source, open_text
 
 
 def text(value):
@@ -184,7 +188,8 @@ def test_answers_are_required_unless_said_otherwise():
         ({"messages": "hello"}, "messages are not a list of objects"),
         ({"messages": ["hello"]}, "messages are not a list of objects"),
         ({"messages": []}, "no user message"),
-        ({"messages": turns("A", "B", names=("user", "tool"))}, "unknown role"),
+        ({"messages": turns("A", "B", names=("user", "root"))}, "unknown role"),
+        ({"messages": turns("A", "B", names=("tool", "user"))}, "tool speaks before the user"),
         ({"messages": [{"content": "A"}]}, "unknown role"),
         ({"messages": turns("A", None)}, "message without text"),
         ({"messages": turns("A", 5)}, "message without text"),
@@ -192,7 +197,6 @@ def test_answers_are_required_unless_said_otherwise():
         ({"messages": turns([{"type": "video", "video": "a.mp4"}], "B")}, "video without frames"),
         ({"messages": turns([{"type": "text"}], "B")}, "unknown message part"),
         ({"messages": turns("A", "B"), "video": "a.mp4"}, "video and audio are not supported"),
-        ({"messages": [*turns("A"), {"role": "assistant", "content": "B", "loss": False}]}, "messages kept out"),
         ({"messages": turns("A", "B", names=("assistant", "user"))}, "assistant speaks before the user"),
         ({"messages": turns("A", "B", names=("user", "system"))}, "system message is not the first"),
         ({"messages": turns("A", " \n")}, "empty answer"),
@@ -275,6 +279,87 @@ def test_json_lines_under_the_name_json(tmp_path):
     assert len(open_source(path, limit=1)) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '{"question": "a", "answer": "b"}'),
+        ("a.json", '{\n  "question": "a",\n  "answer": "b"\n}\n'),
+        ("a.jsonl", '{\n  "question": "a",\n  "answer": "b"\n}\n'),
+        ("a.jsonl", '[\n{"question": "a", "answer": "b"}\n]'),
+        ("a.jsonl", '[{"question": "a", "answer": "b"}]\n'),
+        ("a.json", '\n [{"question": "a", "answer": "b"}]'),
+    ],
+)
+def test_one_object_and_lists_under_any_name(tmp_path, name, content):
+    for path, raw in ((tmp_path / name, content.encode()), (tmp_path / f"{name}.gz", gzip.compress(content.encode()))):
+        path.write_bytes(raw)
+        source = open_source(path)
+        assert [source[i].question for i in range(len(source))] == ["a"]
+        assert source.name == "a"
+
+
+def test_compressed_lines_are_those_of_the_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(LINES))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b"".join(LINES)))
+    plain, packed = open_source(tmp_path / "rows.jsonl"), open_source(tmp_path / "rows.jsonl.gz")
+    assert packed[0] == plain[0]
+    assert packed[-1] == plain[-1]
+    assert packed.sizes().tolist() == plain.sizes().tolist()
+    assert pickle.loads(pickle.dumps(packed))[1] == plain[1]
+    with pytest.raises(BadSample, match="invalid JSON"):
+        packed[2]
+
+
+@pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t")])
+def test_tables(tmp_path, suffix, comma):
+    rows = [
+        ["", "image", "question", "answer", "answers"],
+        ["0", "a.png", f"How{comma}many?\nSay.", "2", ""],
+        ["1", "['a.png', 'b.png']", "<image>[1] <image>?", "", '["x", "y", "y"]'],
+        ["2", "", "“Quoted”", "N/A", ""],
+    ]
+    with (tmp_path / f"a.{suffix}").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=comma).writerows(rows)
+        file.write("one cell\n")
+    source = open_source(tmp_path / f"a.{suffix}")
+    assert [source.line(i) for i in range(4)] == [2, 4, 5, 6]
+    assert source[0].messages == (said("user", IMAGE, text(f"How{comma}many?\nSay.")), said("assistant", text("2")))
+    assert source[1].images == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    assert source[1].references == ["x", "y", "y"]
+    assert (source[2].images, source[2].references) == ((), ["N/A"])
+    assert source.not_read == {}
+    with pytest.raises(BadSample, match="row of another length: 1 cells under 5 columns"):
+        source[3]
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+    assert len(open_source(tmp_path / f"a.{suffix}", limit=2)) == 2
+
+
+def test_lists_of_messages_in_a_table(tmp_path):
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(turns("A?", "B."))], [repr(turns("A?", "B."))]])
+    source = open_source(tmp_path / "a.csv")
+    assert source[0].messages == source[1].messages == (said("user", text("A?")), said("assistant", text("B.")))
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "opens"),
+    [
+        ("a.jsonl", b'{"question": "a", "answer": "b"}\n', open_source),
+        ("a.csv", b"a,b\n", open_source),
+        ("a.json", b"[", open_source),
+        ("a.txt", b"a", partial(open_text, characters=1000)),
+    ],
+)
+def test_files_with_holes_end_in_one_line(tmp_path, monkeypatch, name, start, opens):
+    """40 GB that take no room on the disk."""
+    monkeypatch.setattr("data.sources.MAX_LINE", 1 << 20)
+    (tmp_path / name).write_bytes(start)
+    os.truncate(tmp_path / name, 40 << 30)
+    with pytest.raises(UserError, match=r"longer than 1 MiB|larger than 4 GiB|zero bytes") as caught:
+        opens(tmp_path / name)
+    assert name in str(caught.value)
+
+
 def test_images_start_from_the_folder_of_the_file_or_the_given_one(tmp_path):
     (tmp_path / "pictures").mkdir()
     path = tmp_path / "a.jsonl"
@@ -291,7 +376,18 @@ def test_images_start_from_the_folder_of_the_file_or_the_given_one(tmp_path):
         ("a.json", "[]", {}, "has no rows"),
         ("a.json", "[1,", {}, "not valid JSON"),
         ("a.json", '"x"', {}, "not a list of records"),
-        ("a.csv", "x", {}, "cannot tell the format"),
+        ("a.csv", "x", {}, "has no rows"),
+        ("a.csv", "question;answer\na;b\n", {}, "divided by semicolons"),
+        ("a.tsv", "question,answer\na,b\n", {}, "divided by commas: name it .csv"),
+        ("a.csv", "a,a\n1,2\n", {}, "two columns called 'a'"),
+        ("a.csv", 'question,answer\n"a,b\n', {}, "quotation mark is never closed"),
+        ("a.xml", "x", {}, "cannot tell the format"),
+        ("a.csv.gz", "x", {}, "unpack it"),
+        ("a.jsonl.gz", "x", {}, "not a sound gzip file"),
+        ("a.json", '{"data": [1]}', {}, "one JSON object with the keys data, not a list of records"),
+        ("a.json", '{\n"data": [1]\n}', {}, "one JSON object with the keys data, not a list of records"),
+        ("a.jsonl", '{\n"data": [1]\n}', {}, "one JSON object with the keys data, not a list of records"),
+        ("a.json", "\0\0\0", {}, "begins with zero bytes"),
         ("a.jsonl", "{}", {"format": "xml"}, "unknown data format 'xml'"),
         ("a.jsonl", "{}", {"limit": 0}, "at least 1"),
         ("a.jsonl", "{}", {"split": "train"}, "no split"),

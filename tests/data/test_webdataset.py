@@ -1,5 +1,6 @@
 """WebDataset shards give the conversations that their records hold, with the images beside them and no others."""
 
+import base64
 import io
 import json
 import pickle
@@ -220,3 +221,97 @@ def test_any_number_of_ranks_and_workers_reads_the_same(tmp_path, world, workers
         assert seen == expected
     flat = [row for step in expected for row in step]
     assert sorted(flat) != flat
+
+
+ANSWER = {"role": "assistant", "content": "Red."}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "url": "b.png"},
+        {"type": "image_url", "image_url": {"url": "file:///data/0.b.png"}},
+        {"type": "image", "image": {"file_name": "b.png"}},
+        {"type": "video", "video": ["b.png"]},
+    ],
+)
+def test_members_are_found_by_a_name_in_any_shape(tmp_path, part):
+    other = {"type": "image", "path": "a.png"}
+    record = {"messages": [{"role": "user", "content": [part, other, {"type": "text", "text": "?"}]}, ANSWER]}
+    path = tar(tmp_path / "a.tar", [("0.a.png", png(1)), ("0.b.png", png(2)), ("0.json", record)])
+    assert reds(open_source(path)[0]) == [2, 1]
+
+
+def test_a_record_may_hold_an_image_itself(tmp_path):
+    own = f"data:image/png;base64,{base64.b64encode(png(7)).decode()}"
+    members = [
+        ("0.json", asked("<image> or <image>?", images=[own, "a.png"])),
+        ("0.a.png", png(1)),
+        ("1.json", asked("<image>", image={"url": own})),
+        ("2.json", asked("<image>", image=own)),
+        ("2.a.png", png(1)),
+    ]
+    source = open_source(tar(tmp_path / "a.tar", members))
+    assert [reds(source[i]) for i in range(2)] == [[7, 1], [7]]
+    with pytest.raises(BadSample, match="image count mismatch"):
+        source[2]
+
+
+def test_columns_of_records_in_a_tar(tmp_path):
+    record = {"q": "Colour?", "a": "Red.", "image_path": "coco/0.png", "rating": 1}
+    path = tar(tmp_path / "a.tar", [("0.json", record), ("0.png", png(4)), ("1.txt", "red"), ("1.png", png(5))])
+    source = open_source(path, columns={"question": "q", "answer": "a"})
+    assert (source[0].question, reds(source[0]), reds(source[1])) == ("Colour?", [4], [5])
+    # The members are the images: the name before they were packed is not asked about.
+    assert set(source.not_read) == {"image_path", "rating"}
+    with pytest.raises(UserError, match="no record has the key b; there are q, a"):
+        open_source(path, columns={"answer": "b"})
+
+
+def sized(name, size, kind=tarfile.REGTYPE):
+    """A header that says what it likes about its size."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.size = size
+    return bytearray(info.tobuf(tarfile.GNU_FORMAT))
+
+
+def with_size(header, raw):
+    """The header with other bytes for its size, and the sum that fits them."""
+    header[124:136] = raw
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.DIRTYPE, b"S"])
+@pytest.mark.parametrize(
+    "raw", [b"\xff" * 11 + b"\x00", b"\xff" * 12, b"\xff" + bytes(11), b"\x80" + bytes(6) + b"\x05" + bytes(4)]
+)
+def test_a_tar_with_a_false_size_ends_in_one_line(tmp_path, kind, raw):
+    path = tmp_path / "a.tar"
+    path.write_bytes(with_size(sized("0.json", 0, kind), raw) + bytes(2048))
+    with pytest.raises(UserError, match=r"a\.tar is truncated, broken or compressed|no samples found"):
+        open_source(path)
+
+
+def test_a_member_with_holes_is_a_bad_sample(tmp_path):
+    """20 GB that take no room on the disk."""
+    size = 20 << 30
+    with (tmp_path / "a.tar").open("wb") as file:
+        for name in ("0.json", "1.png"):
+            file.write(sized(name, size))
+            file.truncate(file.seek(size, 1))
+            file.seek(0, 2)
+        for name, content in (
+            ("1.json", json.dumps(asked("<image>")).encode()),
+            ("2.json", json.dumps(asked()).encode()),
+        ):
+            file.write(sized(name, len(content)) + content.ljust(512, b"\0"))
+        file.write(bytes(1024))
+    source = open_source(tmp_path / "a.tar")
+    assert len(source) == 3
+    for i in range(2):
+        with pytest.raises(BadSample, match="tar member is too large: 21,474,836,480 bytes"):
+            source[i]
+    assert source[2].question == "Colour?"

@@ -4,6 +4,7 @@ Each mutant says what must become of it: ``GOOD``, the reason it is refused for,
 which bytes were hit. Everything is a function of a seed.
 """
 
+import base64
 import io
 import os
 import random
@@ -241,10 +242,14 @@ def paths(inside, outside):
         Mutant("device", "/dev/zero", beyond),
         Mutant("link_device", "link_zero.png", beyond),
         Mutant("stdin", "/proc/self/fd/0", beyond),
-        Mutant("file_url", f"file://{inside}/fine.png", url),
+        Mutant("file_url", f"file://{inside}/fine.png", GOOD),
+        Mutant("file_url_outside", f"file://{outside}/secret.png", beyond),
+        Mutant("file_url_host", "file://host/fine.png", url),
         Mutant("http", "http://127.0.0.1:1/a.png", url),
         Mutant("https", "HTTPS://x.invalid/a.png", url),
-        Mutant("data_url", "data:image/png;base64,AAAA", url),
+        Mutant("data_url", f"data:image/png;base64,{base64.b64encode(picture).decode()}", GOOD),
+        Mutant("data_url_empty", "data:image/png;base64,AAAA", "not an image"),
+        Mutant("data_url_broken", "data:image/png;base64,%%", "image is not base64"),
         Mutant("nul", "fine\0.png", missing),
         Mutant("pipe", "pipe.png", missing),
         Mutant("folder", "folder.png", missing),

@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import Field
 
+from data.datasets_library import open_dataset
 from data.errors import UserError
 from data.json_tables import Records, joined, json_table, read_records
-from data.sources import open_dataset, open_parquet, open_source
+from data.sources import open_source
 from data.tables import HuggingFaceTable, Selection, SourceTable, Table
 from data.tsv import TsvTable
 from vlm_distill.config import Section
@@ -133,12 +134,6 @@ class HuggingFace(Layout):
 
     def _dataset(self, given: str, config: str | None) -> Any:
         folder = Path(given)
-        if config is not None and (folder / config).is_dir():
-            folder, config = folder / config, None
-        # The hub's own copies say in README.md which files are which split; without it only usual names are known.
-        files = sorted(folder.rglob(f"{self.split}-*.parquet")) if folder.is_dir() else []
-        if files and not (folder / "README.md").is_file():
-            return open_parquet(files)
         # A single table, as `save_to_disk` writes it, has no splits to choose from.
         split = None if (folder / "state.json").is_file() else self.split
         return open_dataset(folder, str(folder), split, config)
@@ -240,6 +235,7 @@ class SourceFile(Layout):
     images: str | None = None
     split: str | None = None
     config: str | None = None
+    columns: dict[str, str] = Field(default={})
 
     def published(self) -> str:
         return self.path
@@ -249,7 +245,12 @@ class SourceFile(Layout):
             if path.exists():
                 own = path.parent / self.images if self.images else None
                 source = open_source(
-                    path, images=images or own, split=self.split, config=self.config, answers_required=False
+                    path,
+                    images=images or own,
+                    split=self.split,
+                    config=self.config,
+                    columns=self.columns,
+                    answers_required=False,
                 )
                 return SourceTable(source)
         return None

@@ -135,7 +135,7 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
     """
     sources: list[Source | TextSource] = []
     for section in sections:
-        named = section.model_dump(include={"split", "config", "name", "limit"})
+        named = section.model_dump(include={"split", "config", "name", "limit", "columns"})
         if section.format == "text":
             sources.append(open_text(section.path, CHARACTERS_PER_TOKEN * max_length, **named))
         else:

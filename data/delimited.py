@@ -1,0 +1,107 @@
+"""Tables in CSV and TSV as a source of conversations: a record a row, under the names of the header."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+from array import array
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BadSample, UserError
+from .places import check_regular
+from .sources import Source
+from .tsv import table_records
+
+#: Keys whose cells may hold a list or an object, as JSON or as Python writes it.
+_LISTS = ("messages", "conversations", "conversation", "texts", "prompt", "completion", "history")
+_VALUES = ("images", "image", "answers", "tools", "functions", "metadata", "objects")
+
+
+class DelimitedSource(Source):
+    """A table with a header, indexed by byte offset once and read row by row.
+
+    Empty cells are keys that the record does not have. A list of messages or images in a cell is read as JSON, or as
+    the literal that pandas writes.
+
+    Args:
+        path: the file.
+        delimiter: between two cells, ``","`` or a tab.
+        limit: only the first so many rows.
+
+    Raises:
+        UserError: the file is not such a table, or not UTF-8.
+    """
+
+    def __init__(
+        self, path: Path, name: str, images: Path, *, delimiter: str, limit: int | None = None, **shared: Any
+    ) -> None:
+        super().__init__(name, images, **shared)
+        self.path = path
+        self._delimiter = delimiter
+        self._ours = {theirs: ours for ours, theirs in self.columns.items()}
+        check_regular(path)
+        spans = array("q")
+        with path.open("rb") as file:
+            rows = table_records(path, file, delimiter)
+            self._header = next(rows, (0, 0, 0, []))[3]
+            _check_header(path, self._header, delimiter)
+            for line, start, length, _ in islice(rows, limit):
+                spans.extend((line, start, length))
+        self._lines, self._starts, self._lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T.copy()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, index: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            text = file.read(self._lengths[index]).decode(errors="replace")
+        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter), [])
+        if len(cells) != len(self._header):
+            raise BadSample("row of another length", f"{len(cells)} cells under {len(self._header)} columns")
+        return {key: self._value(key, cell) for key, cell in zip(self._header, cells, strict=True) if cell}
+
+    def _value(self, key: str, cell: str) -> Any:
+        key = self._ours.get(key, key)
+        if key not in (*_LISTS, *_VALUES) or not cell.lstrip().startswith(("[", "{")):
+            return cell
+        value = _literal(cell)
+        if key in _LISTS:  # else a text that happens to begin so
+            return value if isinstance(value, list) and not any(isinstance(one, str | int) for one in value) else cell
+        return cell if value is None else value
+
+    def size(self, index: int) -> int:
+        return int(self._lengths[index])
+
+    def sizes(self) -> NDArray[np.int64]:
+        return self._lengths
+
+    def line(self, index: int) -> int:
+        return int(self._lines[index])
+
+
+def _literal(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return None
+
+
+def _check_header(path: Path, header: list[str], delimiter: str) -> None:
+    if len(header) == 1:
+        other = next((mark for mark in ("\t", ",", ";") if mark != delimiter and mark in header[0]), None)
+        if other is not None:
+            known = {"\t": "tabs: name it .tsv", ",": "commas: name it .csv", ";": "semicolons: save it with commas"}
+            raise UserError(f"{path} has one column, {header[0][:80]!r}; divided by {known[other]}")
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} has two columns called {twice!r}; rename one")

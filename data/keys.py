@@ -1,0 +1,154 @@
+"""What the keys of a record mean: each one is read, is known to mean nothing, is refused, or is counted as not read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from PIL import Image
+
+from .errors import BadSample
+from .labelled import is_image_name
+
+# Keys that mean nothing to training, at every level. The first two are the index that pandas writes.
+_NAMES = ("", "Unnamed: 0", "id", "idx", "index", "uid", "uuid", "question_id", "image_id", "prompt_id", "message_id")
+_ORIGIN = ("source", "data_source", "dataset", "dataset_name", "split", "set_name", "version", "model", "url")
+_PICTURES = ("width", "height", "size", "image_width", "image_height", "image_size", "mode", "format", "detail")
+_LICENCE = ("license", "licence", "author", "copyright", "coco_url", "flickr_url", "date_captured")
+_REST = ("type", "task", "lang", "language", "timestamp", "created_at", "cache_control", "finish_reason", "__key__")
+MEANINGLESS = frozenset((*_NAMES, *_ORIGIN, *_PICTURES, *_LICENCE, *_REST, "parallel_tool_calls", "__url__"))
+
+_PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "kto_tag")
+# Keys that change what a record means and are not read: the keys, a reason, a remedy.
+_REFUSALS = (
+    (("video", "videos", "audio", "audios"), "video and audio are not supported", "a video goes in as its frames"),
+    (_PREFERENCE, "preference data is not supported", "name the answer to learn, as in columns: {messages: chosen}"),
+    (("choices", "options"), "multiple-choice rows are not supported", "write them as conversations"),
+    (("system_prompt", "system_message"), "system message under an unknown key", "name it with columns: {system: …}"),
+    (
+        ("chat_template_kwargs",),
+        "template arguments of a record are not supported",
+        "set the model's template_arguments",
+    ),
+)
+_REFUSED = {key: (reason, remedy) for keys, reason, remedy in _REFUSALS for key in keys}
+# Text that belongs to the question of a row that is no list of messages.
+_BESIDE_QUESTION = ("context", "hint", "passage", "history", "instruction", "input", "prompt", "query", "prefix")
+
+_WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss_mask", "step_loss_mask")
+_TRUE_MEANS_LEARN = frozenset((*_WEIGHTS, "loss", "train", "training", "trainable", "supervised", "learn"))
+_TRUE_MEANS_CONTEXT = frozenset(("mask", "masked", "ignore", "ignore_loss", "no_loss"))
+#: Keys that say whether something is learnt.
+MASKS = _TRUE_MEANS_LEARN | _TRUE_MEANS_CONTEXT
+
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_IMAGE_KEY = re.compile(
+    r"([a-z0-9]+_)*(images?|imgs?|pictures?|pics?|photos?|screenshots?|frames?|pixel_values|thumbnails?)"
+    r"(_?(path|file|filename|name|url|uri|bytes|base64|b64|data|list|pil)s?)*(_?[0-9]+)?|jpe?g|png|webp"
+)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value is what tables and JSON have where there is nothing."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    return value is None or (isinstance(value, str | bytes | list | tuple) and not len(value))
+
+
+def one_of(given: Mapping[str, Any], keys: Collection[str]) -> Any:
+    """Return the value under the only one of ``keys`` that has one, else ``None``.
+
+    Raises:
+        BadSample: two of them hold different values, and nothing says which is meant.
+    """
+    found = {key: given[key] for key in keys if not is_empty(given.get(key))}
+    values = list(found.values())
+    if any(value != values[0] for value in values[1:]):
+        raise BadSample("two keys say different things", " and ".join(found))
+    return values[0] if values else None
+
+
+def learnt(given: Mapping[str, Any], where: str) -> bool | None:
+    """Return whether a record or message says that it is to be learnt; ``None``: it does not say.
+
+    Raises:
+        BadSample: a value lies between yes and no, is no truth value, or two keys contradict each other.
+    """
+    answers = {}
+    for key in MASKS & given.keys():
+        value = given[key]
+        if is_empty(value):
+            continue
+        # A mask of 1 means "learn" to some tools and "hide" to others; a mask of true always hides.
+        known = isinstance(value, bool) or (key in _TRUE_MEANS_LEARN and value in (0, 1))
+        if not known:
+            detail = f"{where}: {key}: {value!r:.40}; write train: true or false"
+            raise BadSample("a weight that is neither 0 nor 1", detail)
+        answers[key] = bool(value) is (key in _TRUE_MEANS_LEARN)
+    if len(set(answers.values())) > 1:
+        raise BadSample("two keys say different things", f"{where}: {' and '.join(sorted(answers))}")
+    return next(iter(answers.values()), None)
+
+
+def check_keys(
+    given: Mapping[str, Any],
+    read: Collection[str],
+    unread: Counter[str],
+    where: str = "",
+    *,
+    chosen: Collection[str] = (),
+    has_image: bool = False,
+    asks: bool = False,
+) -> None:
+    """Look at the keys that nothing reads, and count those that may be passed over in ``unread``.
+
+    Args:
+        given: a record, message, part or image.
+        read: the keys that are read elsewhere.
+        unread: counts of keys that are not read, by their name with ``where`` before it.
+        where: the level, such as ``messages[].``; empty for the record.
+        chosen: our names that the source's ``columns`` assigned: what a person chose is not asked again.
+        has_image: whether an image was read at this level, so that a path beside it may be the same image's name.
+        asks: whether the record is a question row, in which a text beside the question belongs to it.
+
+    Raises:
+        BadSample: a key changes what the record means, or holds an image.
+    """
+    images_chosen, text_chosen = bool({"image", "images"} & set(chosen)), bool(set(chosen) - {"image", "images"})
+    for key, value in given.items():
+        if key in read or key in MEANINGLESS or is_empty(value):
+            continue
+        name = f"{where}{key}"
+        if not images_chosen and _is_image(str(key), value, has_image):
+            remedy = "put it into the record's images" if where else f"name it with columns: {{image: {key}}}"
+            raise BadSample("image under an unknown key", f"{name}; {remedy}")
+        if key in _REFUSED and value is not False and not (key in _PREFERENCE and text_chosen):
+            reason, remedy = _REFUSED[key]
+            raise BadSample(reason, f"key {name!r}; {remedy}")
+        if key in MASKS:
+            raise BadSample("a part of a message kept out of the loss", f"key {name!r}; mask whole messages")
+        if asks and key in _BESIDE_QUESTION and not text_chosen:
+            remedy = "write it into the question, or pass it over with columns: {question: …}"
+            raise BadSample("text beside the question", f"key {name!r} is not read; {remedy}")
+        unread[name[:80]] += 1
+
+
+def _is_image(key: str, value: Any, has_image: bool) -> bool:
+    """Whether a key's name, or its value where no image was read, says that it is an image."""
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(first, bool | int | float):
+        return False  # a size, a number or a count
+    if _IMAGE_KEY.fullmatch(_CAMEL.sub("_", key).lower()):
+        return True
+    if has_image:
+        return False
+    if isinstance(first, Mapping):
+        return isinstance(first.get("bytes"), bytes)
+    if isinstance(first, str):
+        return "." in first and is_image_name(first) and not any(map(str.isspace, first))
+    return isinstance(first, Image.Image)

@@ -1,0 +1,285 @@
+"""Messages as people write them: roles, parts, tool calls, reasoning, and what is context only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .conversation import ImageSource
+from .errors import BadSample
+from .image_values import images_of
+from .keys import MASKS, check_keys, is_empty, learnt, one_of
+
+#: A message before its content is cut into parts: ``role``, raw ``content`` and a conversation's optional keys.
+RawMessage = dict[str, Any]
+
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
+}
+_CALLS = ("function_call", "tool_call")
+_CONTENT = ("content", "value")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_MESSAGE_KEYS = {"role", "from", *_CONTENT, *_REASONING, *MASKS, "name", "tool_calls", "tool_call_id", "function_call"}
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+#: Types of parts that are images.
+IMAGE_PARTS = ("image", "image_url", "input_image")
+_PART_IMAGES = ("image", "bytes", "path", "url", "image_url", "file_name", "base64")
+
+# Places of images in a text. The last group are other models' placeholders.
+_PLACE = re.compile(
+    r"<image>|<image[ _-]?([0-9]{1,3})>|<\|image_([0-9]{1,3})\|>"
+    r"|(<\|image\|>|<image_placeholder>|<ImageHere>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>)"
+)
+_PATH_IN_TEXT = re.compile(r"<img>[^<]*</img>")
+_GROUNDING = re.compile(r"<bbox>|<ref-object>")
+
+
+def read_message(given: Mapping[str, Any], unread: Counter[str]) -> RawMessage:
+    """Return the role, the raw content and the optional keys of one message.
+
+    Raises:
+        BadSample: the role is unknown, two keys contradict each other, or a key that changes the meaning is not read.
+    """
+    check_keys(given, _MESSAGE_KEYS, unread, "messages[].")
+    name = one_of(given, ("role", "from"))
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise BadSample("unknown role", repr(name)[:80])
+    content = one_of(given, _CONTENT)
+    if content is None and any(isinstance(given.get(key), str) for key in _CONTENT):
+        content = ""
+    message: RawMessage = {"role": role, "content": content}
+    message |= _tool_keys(name, message, given)
+    reasoning = one_of(given, _REASONING)
+    if reasoning is not None:
+        if not isinstance(reasoning, str) or role != "assistant":
+            raise BadSample("reasoning is not an assistant's text", repr(reasoning)[:80])
+        message["reasoning_content"] = reasoning
+    wanted = learnt(given, f"a message of the {role}")
+    # Some tools write the number 1 on every message; true on a question is meant.
+    if wanted and role != "assistant" and any(isinstance(given.get(key), bool) for key in MASKS):
+        raise BadSample("only an assistant's messages are learnt", f"a message of the {role} says that it is to be")
+    if wanted is False and role == "assistant":
+        message["supervised"] = False
+    return message
+
+
+def _tool_keys(name: str, message: RawMessage, given: Mapping[str, Any]) -> RawMessage:
+    """The keys of tool calls and their results; a call that is the message's text becomes one as well."""
+    found: RawMessage = {}
+    calls = given.get("tool_calls")
+    if is_empty(calls):
+        calls = [given["function_call"]] if not is_empty(given.get("function_call")) else []
+    if name in _CALLS:
+        calls, found["content"] = _json(message["content"], "tool call"), ""
+        calls = calls if isinstance(calls, list) else [calls]
+    if calls:
+        if message["role"] != "assistant" or not isinstance(calls, list):
+            raise BadSample("tool call is not an assistant's list", repr(calls)[:80])
+        found["tool_calls"] = [_tool_call(call) for call in calls]
+        if message["content"] is None:
+            found["content"] = ""
+    if message["role"] == "tool" and isinstance(message["content"], Mapping):
+        found["content"] = json.dumps(message["content"], ensure_ascii=False)
+    for key in ("tool_call_id", "name"):
+        if not is_empty(given.get(key)):
+            found[key] = str(given[key])
+    return found
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    """A call as Transformers' templates take it: its arguments are an object, not their JSON."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadSample("tool call without a name", repr(call)[:80])
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = _json(arguments, "tool call")
+    made: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
+    }
+    if isinstance(call, Mapping) and not is_empty(call.get("id")):
+        made["id"] = str(call["id"])
+    return made
+
+
+def read_tools(given: Any) -> tuple[Mapping[str, Any], ...]:
+    """Return the JSON schemas of tools, given as a list, or as JSON text of one.
+
+    Raises:
+        BadSample: they are neither.
+    """
+    if is_empty(given):
+        return ()
+    tools = _json(given, "list of tools") if isinstance(given, str) else given
+    if isinstance(tools, list):
+        tools = [_json(tool, "tool") if isinstance(tool, str) else tool for tool in tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadSample("tools are not a list of objects", repr(given)[:80])
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
+def _json(text: Any, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadSample(f"{what} is not JSON", f"{text!r:.80}: {error}") from None
+
+
+# Content.
+
+
+def has_image_parts(messages: Sequence[RawMessage]) -> bool:
+    """Whether any part of any message is an image or a video, so that marks in texts are words."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return any(_kind(part) in (*IMAGE_PARTS, "video") for part in parts)
+
+
+def cut_into_parts(
+    content: Any, folder: Path, unread: Counter[str], *, marks: bool, has_images: bool
+) -> list[dict[str, Any]]:
+    """Return content as a list of parts.
+
+    An image part holds its own image under ``image``, or under ``number`` the number of the image that it shows, until
+    the images are placed.
+
+    Args:
+        content: a text, or a list of parts.
+        folder: what relative image paths start from.
+        unread: gets the keys of parts that are not read.
+        marks: whether marks such as ``<image>`` in a text are places of images.
+        has_images: whether the record lists images, so that other models' placeholders are places too.
+    """
+    if isinstance(content, str):
+        return _cut_text(content, has_images) if marks else _text_part(content)
+    if not isinstance(content, list):
+        raise BadSample("message without text", repr(content)[:80])
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = _kind(part)
+        if kind in IMAGE_PARTS:
+            parts.append(_image_part(part, folder, unread))
+        elif kind == "video":
+            parts += _frames(part, folder, unread)
+        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            check_keys(part, ("type", "text"), unread, "content[].")
+            parts += cut_into_parts(part["text"], folder, unread, marks=marks, has_images=has_images)
+        else:
+            raise BadSample("unknown message part", repr(part)[:80])
+    return parts
+
+
+def _kind(part: Any) -> str | None:
+    """The type of a part; without one, the key that holds what it is."""
+    if not isinstance(part, Mapping):
+        return None
+    kind = part.get("type")
+    if kind is None:
+        kind = next((key for key in ("text", "image", "image_url", "video") if not is_empty(part.get(key))), None)
+    return kind if isinstance(kind, str) else None
+
+
+def _image_part(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> dict[str, Any]:
+    check_keys(part, ("type", *_PART_IMAGES, "index"), unread, "content[].", has_image=True)
+    own = images_of({key: part[key] for key in _PART_IMAGES if key in part}, folder, unread)
+    if len(own) > 1:
+        raise BadSample("several images in one part", f"{len(own)} images; write a part for each")
+    index = part.get("index")
+    if own:
+        return {"type": "image", "image": own[0]}
+    if index is None:
+        return {"type": "image"}
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise BadSample("index of an image is no number", f"index: {index!r:.40}")
+    return {"type": "image", "number": index + 1}
+
+
+def _frames(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> list[dict[str, Any]]:
+    check_keys(part, ("type", "frames", "video"), unread, "content[].", has_image=True)
+    given = part["video"] if isinstance(part.get("video"), list) else part.get("frames")
+    frames = images_of(given, folder, unread)
+    if not frames:
+        raise BadSample("video without frames", "files of videos are not read; list images under 'frames'")
+    return [{"type": "image", "image": frame} for frame in frames]
+
+
+def _cut_text(text: str, has_images: bool) -> list[dict[str, Any]]:
+    """A text cut at the places of images."""
+    if found := _PATH_IN_TEXT.search(text):
+        raise BadSample("image inside a text", f"{found[0][:80]}; write <image> there, and the path under images")
+    parts: list[dict[str, Any]] = []
+    start = 0
+    for match in _PLACE.finditer(text):
+        if match[3] and not has_images:
+            continue  # a word of the text, or a control token
+        parts += _text_part(text[start : match.start()])
+        number = match[1] or match[2]
+        parts.append({"type": "image", "number": int(number)} if number else {"type": "image"})
+        start = match.end()
+    return parts + _text_part(text[start:])
+
+
+def _text_part(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}] if text else []
+
+
+def place_images(messages: list[dict[str, Any]], images: list[ImageSource], leading: bool) -> list[ImageSource]:
+    """Return all images in the order of the image parts, which lose their own images and their numbers.
+
+    Parts are made at the front of the first user message where there are none, or, with ``leading``, too few.
+
+    Raises:
+        BadSample: places and images differ in number, or numbered places do not name each image.
+    """
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    open_parts = [part for part in parts if "image" not in part]
+    numbered = [part for part in open_parts if "number" in part]
+    if numbered:
+        images = _by_number(open_parts, numbered, images)
+    elif (not parts or leading) and len(open_parts) < len(images):
+        first = next(message for message in messages if message["role"] == "user")
+        made: list[dict[str, Any]] = [{"type": "image"} for _ in range(len(images) - len(open_parts))]
+        first["content"][:0] = made
+        parts, open_parts = made + parts, made + open_parts
+    if len(open_parts) != len(images):
+        raise BadSample(
+            "image count mismatch", f"{_count(len(open_parts), 'placeholder')}, {_count(len(images), 'image')}"
+        )
+    remaining = iter(images)
+    return [part.pop("image") if "image" in part else next(remaining) for part in parts]
+
+
+def _by_number(
+    places: list[dict[str, Any]], numbered: list[dict[str, Any]], images: list[ImageSource]
+) -> list[ImageSource]:
+    """The image of each place. Numbers begin at 1, or at 0 where one of them is 0; an image may be shown twice."""
+    if len(numbered) < len(places):
+        raise BadSample("image count mismatch", "some placeholders have numbers and some have none")
+    numbers = [place.pop("number") for place in numbered]
+    first = min(1, *numbers)
+    if {number - first for number in numbers} != set(range(len(images))):
+        shown = ", ".join(map(str, sorted(set(numbers))))
+        raise BadSample("image count mismatch", f"placeholders number {shown}, {_count(len(images), 'image')}")
+    return [images[number - first] for number in numbers]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def check_grounding(messages: Sequence[Mapping[str, Any]], objects: Any) -> None:
+    """Raise ``BadSample`` where ``objects`` would fill marks of the texts, by a convention that is the model's own."""
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    if not is_empty(objects) and any(map(_GROUNDING.search, texts)):
+        raise BadSample(
+            "grounding objects are not supported", "key 'objects'; write the boxes into the text as the model has them"
+        )
