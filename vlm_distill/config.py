@@ -27,7 +27,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher."""
+    """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher.
+
+    ``template_arguments`` are given to its chat template wherever it is used: ``{enable_thinking: false}``.
+    """
 
     path: str | None = None
     vision_encoder: dict[str, Any] | None = None
@@ -35,6 +38,7 @@ class ModelSection(Section):
     decoder: dict[str, Any] | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    template_arguments: dict[str, Any] = {}
     from_teacher: dict[str, Any] | None = None
     dtype: DType | None = None
     attn_implementation: str | None = None
@@ -210,7 +214,11 @@ class SourceSection(Section):
 
 
 class DataSection(Section):
-    """``answers: last``, ``max_prompt`` and ``max_response`` are about conversations' last answers (``data.Turns``)."""
+    """``answers: last``, ``max_prompt`` and ``max_response`` are about conversations' last answers (``data.Turns``).
+
+    With ``turns: split`` each answer of a conversation is a sample of its own. ``template_text`` says whether what a
+    chat template writes before a plain answer, such as an empty thought, is learnt.
+    """
 
     train: list[SourceSection] = Field(min_length=1)
     eval: list[SourceSection] = []
@@ -219,6 +227,8 @@ class DataSection(Section):
     max_prompt: Positive | None = None
     max_response: Positive | None = None
     answers: Literal["all", "last"] = "all"
+    turns: Literal["together", "split"] = "together"
+    template_text: Literal["prompt", "learn"] = "prompt"
     max_pixels: Positive = 89_478_485
     bad_samples: Literal["skip", "fail"] = "skip"
     length_window: NotNegative = 0
