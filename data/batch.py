@@ -88,13 +88,13 @@ class Origin:
 
     Attributes:
         source, row: the sample's, as the mixture numbers them.
-        piece: which piece of a long document, from 0.
+        start: supervised tokens of the sample before this part: a piece of a document, or an answer.
         tokens: supervised tokens of the teacher's row of it (of the student's without a teacher).
     """
 
     source: int
     row: int
-    piece: int
+    start: int
     tokens: int
 
 

@@ -14,7 +14,7 @@ from .alignment import difference_of, group_tokens, match_tokens
 from .batch import DistillationBatch, Encoded, Groups, Origin, Processor, Rows
 from .conversation import Conversation, Document, answer_pieces, count_images, is_answer
 from .errors import BadSample
-from .token_cache import CachedRows, compact
+from .token_cache import CachedRow, CachedRows, compact
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,27 @@ class Collator:
             pairs = encode_document(sample, *models)
         else:
             pairs = []
-            for part, shown in self.turns.parts(sample, images):
+            for number, (part, shown) in enumerate(self.turns.parts(sample, images)):
+                if self.turns.split and isinstance(teacher, CachedRow):
+                    models = self.student, teacher.answer(number, sample, images), self.max_length
                 pair = encode_pair(part, shown, *models, turns=self.turns, grouped=self.grouped)
                 pairs.append(replace(pair, samples=int(not pairs)))
         return pairs if place is None else self.placed(pairs, *place)
 
+    def parts(
+        self, sample: Conversation | Document, images: Sequence[Image.Image]
+    ) -> list[tuple[Conversation | Document, Sequence[Image.Image]]]:
+        """What each of a conversation's pairs is of, with its images."""
+        return [(sample, images)] if isinstance(sample, Document) else [*self.turns.parts(sample, images)]
+
     def placed(self, pairs: Sequence[Pair], source: int, row: int) -> list[Pair]:
         """A sample's pairs with their origins."""
-        rows = [pair.teacher or pair.student for pair in pairs]
-        origins = [Origin(source, row, piece, int(one.supervised.sum())) for piece, one in enumerate(rows)]
-        return [replace(pair, origins=(origin,)) for pair, origin in zip(pairs, origins, strict=True)]
+        found, start = [], 0
+        for pair in pairs:
+            tokens = int((pair.teacher or pair.student).supervised.sum())
+            found.append(replace(pair, origins=(Origin(source, row, start, tokens),)))
+            start += tokens
+        return found
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """A micro-batch, its samples packed where they may be."""
@@ -149,6 +160,7 @@ def encode_pair(
     *,
     turns: Turns = EVERY_ANSWER,
     grouped: bool = False,
+    role: str = "student",
 ) -> Pair:
     """A conversation encoded for both models, its supervised tokens aligned.
 
@@ -164,12 +176,13 @@ def encode_pair(
         max_length: the most tokens either model may receive, image tokens counted.
         turns: what of the conversation is learnt, and further limits.
         grouped: whether the models have different tokenizers.
+        role: what the first model is, for errors.
 
     Raises:
         BadSample: it is too long for one of the models (nothing is ever cut off), has no supervised token or one that
             no token precedes, or its answers differ between the models.
     """
-    student_row = _encode("student", student, conversation, images, max_length, turns)
+    student_row = _encode(role, student, conversation, images, max_length, turns)
     if teacher is None:
         tokens = student_row.supervised.nonzero().flatten()
         return Pair(student_row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
@@ -276,10 +289,19 @@ def encode_teacher(
         ids, supervised, ends = zip(*((p.input_ids, p.supervised, p.ends) for p in pieces), strict=True)
         whole = Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends))
         return encode_document(sample, teacher, None, max_length), whole
-    row = _encode("teacher", teacher, sample, images, max_length, turns)
-    tokens = row.supervised.nonzero().flatten()
-    pair = Pair(row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
-    return [pair], compact(row)
+    pairs: list[Pair] = []
+    rows: list[Encoded] = []
+    for part, shown in turns.parts(sample, images):
+        pair = encode_pair(part, shown, teacher, None, max_length, turns=turns, role="teacher")
+        pairs.append(replace(pair, samples=int(not pairs)))
+        rows.append(compact(pair.student))
+    return pairs, rows[0] if len(rows) == 1 else _joined(rows)
+
+
+def _joined(rows: Sequence[Encoded]) -> Encoded:
+    """The answers of one conversation, one row after the other, as a cache keeps them."""
+    ids, supervised, ends, places = zip(*((r.input_ids, r.supervised, r.ends, r.places) for r in rows), strict=True)
+    return Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends), places=torch.cat(places))
 
 
 def _grouped(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> Pair:

@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from .errors import BadSample
+
 #: An image not yet decoded: a path, the bytes of an image file, or a decoded image.
 ImageSource = str | bytes | Image.Image
 
@@ -40,6 +42,18 @@ class Conversation:
         """The conversation without an assistant message at its end, for a model to answer."""
         answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
         messages = self.messages[:-1] if answered else self.messages
+        return replace(self, messages=messages, images=self.images[: count_images(messages)])
+
+    def before_last_answer(self) -> Conversation:
+        """The conversation up to its last supervised answer, for a model to answer.
+
+        Raises:
+            BadSample: no answer is supervised.
+        """
+        answers = [k for k, message in enumerate(self.messages) if is_answer(message)]
+        if not answers:
+            raise BadSample("no supervised token", "every answer is masked")
+        messages = self.messages[: answers[-1]]
         return replace(self, messages=messages, images=self.images[: count_images(messages)])
 
     @property

@@ -96,7 +96,7 @@ class StepDataset(Dataset[Step]):
         for rows in self.deal(self.mixture.rows(index)):
             step.rows += len(rows)
             pairs: list[Pair] = []
-            samples = []
+            samples, parts = [], []
             for source, row in rows:
                 try:
                     sample, images, found = self._read(source, row)
@@ -105,11 +105,12 @@ class StepDataset(Dataset[Step]):
                     continue
                 pairs += found
                 samples.append((sample, images))
+                parts += self.collator.parts(sample, images)
                 step.tokens += sum(len(pair.student.input_ids) for pair in found)
             batch = self.collator.batch(pairs)
             if self.keep_samples:
                 step.samples.append(samples)
-                batch.conversations = samples
+                batch.conversations = parts
             step.batches.append(batch)
         return step
 

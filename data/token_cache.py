@@ -19,7 +19,7 @@ from .cache_folder import Shards, ShardWriter, read_about
 from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 
-FORMAT = 1
+FORMAT = 2
 # What is stored of a position by name: dtype and width.
 Fields = Mapping[str, tuple[torch.dtype, int]]
 
@@ -49,7 +49,7 @@ def digest_of(sample: Conversation | Document, images: Sequence[Image.Image]) ->
     if isinstance(sample, Document):
         digest.update(json.dumps([sample.text, sample.last]).encode())
     else:
-        digest.update(json.dumps(sample.messages, sort_keys=True).encode())
+        digest.update(json.dumps([sample.messages, sample.tools], sort_keys=True).encode())
     return _seen(digest, images)
 
 
@@ -184,7 +184,7 @@ class TokenCache:
         for origin in origins:
             number = self._number(origin.source, origin.row)
             entry, data = self._shards.entries[number], self._shards.data(number)
-            tokens, start = int(entry["tokens"]), origin.piece * (self.max_length - 1)
+            tokens, start = int(entry["tokens"]), origin.start
             offset = 5 * int(entry["length"]) + (12 * tokens if entry["kind"] == _PLACED else 0)
             for name, (dtype, width) in self.fields.items():
                 size = dtype.itemsize * width
@@ -261,9 +261,9 @@ class CachedRows:
     def __init__(self, cache: TokenCache, tokenizer: Any) -> None:
         self.cache, self.tokenizer = cache, tokenizer
 
-    def at(self, source: int, row: int) -> _CachedRow:
+    def at(self, source: int, row: int) -> CachedRow:
         """What encodes this one sample."""
-        return _CachedRow(self.cache, self.tokenizer, source, row)
+        return CachedRow(self.cache, self.tokenizer, source, row)
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         raise NotImplementedError("cached rows are found by source and row; see at")
@@ -289,7 +289,7 @@ class CachedRows:
         return ModelInputs(input_ids=ids, predicts=predicts)
 
 
-class _CachedRow(CachedRows):
+class CachedRow(CachedRows):
     """One sample's."""
 
     def __init__(self, cache: TokenCache, tokenizer: Any, source: int, row: int) -> None:
@@ -299,5 +299,21 @@ class _CachedRow(CachedRows):
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         return self.cache.row(*self._place, digest_of(conversation, images))
 
-    def encode_document(self, document: Document) -> Encoded:
-        return self.cache.row(*self._place, digest_of(document, ()))
+    def answer(self, number: int, conversation: Conversation, images: Sequence[Image.Image]) -> CachedAnswer:
+        """What encodes one answer of a conversation whose answers are samples of their own."""
+        row = self.encode(conversation, images)
+        own = (~row.supervised).cumsum(0) - 1 == number  # before each answer stands one token
+        places = None if row.places is None else row.places[own[row.supervised]]
+        answer = Encoded(row.input_ids[own], row.supervised[own], row.ends[own], places=places)
+        return CachedAnswer(self.cache, self.tokenizer, answer)
+
+
+class CachedAnswer(CachedRows):
+    """One answer of a sample."""
+
+    def __init__(self, cache: TokenCache, tokenizer: Any, row: Encoded) -> None:
+        super().__init__(cache, tokenizer)
+        self._row = row
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
+        return self._row

@@ -42,7 +42,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher."""
+    """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher.
+
+    ``template_arguments`` are given to its chat template wherever it is used: ``{enable_thinking: false}``.
+    """
 
     path: str | None = None
     vision_encoder: dict[str, Any] | None = None
@@ -50,6 +53,7 @@ class ModelSection(Section):
     decoder: dict[str, Any] | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    template_arguments: dict[str, Any] = {}
     from_teacher: dict[str, Any] | None = None
     dtype: DType | None = None
     attn_implementation: str | None = None
@@ -249,6 +253,8 @@ class SourceSection(Section):
 class DataSection(Section):
     """``answers: last``, ``max_prompt`` and ``max_response`` are about conversations' last answers (``data.Turns``).
 
+    With ``turns: split`` each answer of a conversation is a sample of its own. ``template_text`` says whether what a
+    chat template writes before a plain answer, such as an empty thought, is learnt.
     A run that leaves out more than the share ``max_bad`` of its samples ends.
     """
 
@@ -259,6 +265,8 @@ class DataSection(Section):
     max_prompt: Positive | None = None
     max_response: Positive | None = None
     answers: Literal["all", "last"] = "all"
+    turns: Literal["together", "split"] = "together"
+    template_text: Literal["prompt", "learn"] = "prompt"
     max_pixels: Positive = 89_478_485
     bad_samples: Literal["skip", "fail"] = "skip"
     max_bad: Fraction = 0.5

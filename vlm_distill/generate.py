@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from vlm_distill.config_file import load_config
 from vlm_distill.evaluate import identity
 from vlm_distill.evaluation.runner import Prediction, evaluate
 from vlm_distill.launch import guarded, leave
+from vlm_distill.models.chat import whole_thought
 
 if TYPE_CHECKING:
     from vlm_distill.models.interface import Answer, Prompt, VisionLanguageModel
@@ -256,10 +257,11 @@ class _Writer:
         prompt = conversation.prompt()
         kept = {key: value for key, value in conversation.metadata.items() if key != "answers"}
         origin = {"source": conversation.source, "line": conversation.line}
-        message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        message = {"role": "assistant", "content": [{"type": "text", "text": whole_thought(answer)}]}
         return {
             "images": [self._image(image) for image in prompt.images],
-            "messages": [*prompt.messages, message],
+            "messages": [*map(_with_weight, prompt.messages), message],
+            **({"tools": [*prompt.tools]} if prompt.tools else {}),
             "metadata": {**{key: value for key, value in kept.items() if _plain(value)}, "origin": origin},
         }
 
@@ -276,6 +278,12 @@ class _Writer:
             self.images.mkdir(parents=True, exist_ok=True)
             path.write_bytes(image)
         return os.path.relpath(path, self.out.parent)
+
+
+def _with_weight(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as files have it: one that is context only has the weight 0."""
+    kept = {key: value for key, value in message.items() if key != "supervised"}
+    return kept if message.get("supervised", True) else {**kept, "weight": 0}
 
 
 def _plain(value: Any) -> bool:

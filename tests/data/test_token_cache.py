@@ -69,13 +69,13 @@ def test_what_is_written_is_read_by_another(folder, places):
     assert {name: tuple(v.shape) for name, v in cache.values([]).items()} == {"hidden": (0, 6), "ids": (0, 2)}
 
 
-def test_pieces_of_a_document_are_found_by_their_number(folder):
+def test_parts_of_a_sample_are_found_by_the_tokens_before_them(folder):
     # Ten tokens in pieces of four: 3, 3 and 1 supervised.
     row = Encoded(torch.arange(10), torch.arange(10) % LENGTH > 0, torch.arange(10) == 9)
     writer = TokenWriter(TokenCache(folder))
     writer.write(0, 0, 1, row, values(7, 0))
     writer.close()
-    read = TokenCache(folder).values([Origin(0, 0, 2, 1), Origin(0, 0, 1, 3)])
+    read = TokenCache(folder).values([Origin(0, 0, 6, 1), Origin(0, 0, 3, 3)])
     assert torch.equal(read["hidden"], values(7, 0)["hidden"][[6, 3, 4, 5]])
     assert torch.equal(read["ids"], values(7, 0)["ids"][[6, 3, 4, 5]])
 

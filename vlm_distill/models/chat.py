@@ -421,6 +421,12 @@ class _Turn:
         return written + text[after:], Span(len(opened), len(written), pieces, self.frame.closed)
 
 
+def whole_thought(answer: str) -> str:
+    """Return a generated answer with the ``<think>`` that its prompt ended with, if it only closes a thought."""
+    before, closed, _ = answer.partition("</think>")
+    return f"<think>\n{answer}" if closed and "<think>" not in before else answer
+
+
 def rendered(render: Render, messages: Sequence[dict[str, Any]], generation: bool) -> str:
     """The text of a conversation; a template that refuses it makes a ``BadSample``."""
     try:

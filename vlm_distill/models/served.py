@@ -20,6 +20,7 @@ from data.errors import BadSample, UserError
 from vlm_distill.endpoint import Endpoint, Refused
 from vlm_distill.losses import TopKTargets
 
+from .chat import plain_messages
 from .interface import Answer, Processor, Prompt, VisionLanguageModel
 from .pretrained import PretrainedProcessor, template_ends
 from .teacher import Teacher, TeacherOutputs
@@ -53,6 +54,7 @@ class ServedModel:
         processor: the model's, from its folder or name here.
         endpoint: the server.
         name: the model's name there.
+        arguments: of its chat template, for conversations that the server renders.
 
     Attributes:
         context: the most tokens of a request and its answer together; ``None`` where the server does not tell.
@@ -63,8 +65,11 @@ class ServedModel:
         UserError: there is no such model there, its tokenizer is another one, or no server can have it.
     """
 
-    def __init__(self, processor: Processor, endpoint: Endpoint, name: str) -> None:
+    def __init__(
+        self, processor: Processor, endpoint: Endpoint, name: str, arguments: Mapping[str, Any] | None = None
+    ) -> None:
         self.processor, self.endpoint, self.name = processor, endpoint, name
+        self.arguments = dict(arguments or {})
         if processor.has_vision and not isinstance(processor, PretrainedProcessor):
             raise UserError(
                 "teacher.path: is assembled from parts, which no server loads; vlm-distill export --format llava makes "
@@ -95,10 +100,20 @@ class ServedModel:
         def part(own: Mapping[str, Any]) -> dict[str, Any]:
             return {"type": "text", "text": own["text"]} if own["type"] == "text" else _image_part(next(remaining))
 
-        messages = [{"role": m["role"], "content": [part(own) for own in m["content"]]} for m in conversation.messages]
+        messages = [
+            {**m, "content": [part(own) for own in m["content"]]} for m in plain_messages(conversation.messages)
+        ]
         assert isinstance(self.processor, PretrainedProcessor)
-        special = self.processor.adds_special_tokens(conversation.messages)
-        body = {"messages": messages, "add_generation_prompt": generation, "add_special_tokens": special}
+        special = self.processor.adds_special_tokens(conversation)
+        body: dict[str, Any] = {
+            "messages": messages,
+            "add_generation_prompt": generation,
+            "add_special_tokens": special,
+        }
+        if conversation.tools:
+            body["tools"] = [*conversation.tools]
+        if self.arguments:
+            body["chat_template_kwargs"] = self.arguments
         return "chat/completions", {"model": self.name, **body, **_PLAIN, **settings}
 
     def differs(self, ids: Sequence[int]) -> UserError:

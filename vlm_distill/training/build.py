@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 
 from data.cache_folder import ABOUT, check_not_filling
-from data.collate import Turns
-from data.conversation import ImageSource
-from data.errors import UserError
+from data.collate import Turns, encode_pair
+from data.conversation import Conversation, ImageSource
+from data.errors import BadSample, UserError
 from data.images import load_image
 from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
+from data.token_cache import CachedRows
 from vlm_distill import losses, models
 from vlm_distill.config import (
     TEACHERS,
@@ -33,7 +35,7 @@ from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
 from vlm_distill.models.initialise import keep_layers
-from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.interface import Processor, VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
 from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.sequence_parallel import SequenceParallel
@@ -149,7 +151,7 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
 
 def turns(data: DataSection) -> Turns:
     """What of conversations is learnt."""
-    return Turns(data.answers == "last", data.max_prompt, data.max_response)
+    return Turns(data.answers == "last", data.turns == "split", data.max_prompt, data.max_response)
 
 
 def check_packing(
@@ -241,6 +243,7 @@ def load_model(
 def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, Teacher | None]:
     """The student, with what trains of it marked, and the teacher: wherever it runs, or what is cached of it."""
     teacher: Teacher | None
+    learn_block = config.data.template_text == "learn"
     if config.teacher is not None and config.teacher.cache is not None:
         teacher = open_cached(config.teacher, config.teacher.cache, processes)
     else:
@@ -250,6 +253,9 @@ def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguage
     student = load_student(config, teacher)
     if config.teacher is not None and config.teacher.from_student:
         teacher = ModelTeacher(WithoutAdapters(student))
+    for processor in (student.processor, teacher.processor if teacher is not None else None):
+        if isinstance(processor, Processor):
+            processor.learn_block = learn_block
     return student, teacher
 
 
@@ -279,9 +285,13 @@ def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
     dtype = DTYPES[section.dtype or config.training.dtype]
     if section.placement == "replicate":
         bits = None if section.quantize is None else quantization(section.quantize, dtype, "teacher")
-        return ModelTeacher(load_model(section, dtype, quantize=bits).to(processes.device))
-    offload = section.placement == "offload"
-    return ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
+        teacher = ModelTeacher(load_model(section, dtype, quantize=bits).to(processes.device))
+    else:
+        offload = section.placement == "offload"
+        teacher = ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
+    give_arguments(teacher.model.processor, section, "teacher")
+    teacher.model.processor.learn_block = config.data.template_text == "learn"
+    return teacher
 
 
 def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
@@ -296,8 +306,9 @@ def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
         tokenizer=tokenizer,
         chat_template=section.chat_template,
     )
+    give_arguments(processor, section, "teacher")
     endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE, timeout=server.timeout)
-    return ServedModel(processor, endpoint, server.model or section.path)
+    return ServedModel(processor, endpoint, server.model or section.path, section.template_arguments)
 
 
 def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel:
@@ -310,6 +321,7 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
         if layers is None or settings:
             raise UserError("student.from_teacher: takes layers, a number of decoder layers to keep or a list of them")
         student = keep_layers(teacher.model, layers).float()
+        student.processor = copy.copy(student.processor)  # the teacher's, which keeps its own chat template
     else:
         tokenizer = teacher.processor.tokenizer if teacher is not None else None
         dtype = DTYPES[config.training.dtype]
@@ -323,6 +335,7 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
         if section.tokenizer == TEACHERS:
             assert teacher is not None
             _take_tokenizer(student, teacher, section.chat_template)
+    give_arguments(student.processor, section, "student")
     missing = [part for part in section.trained_whole if part not in student.parts]
     if missing and section.train is not None:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
@@ -332,6 +345,52 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
     if not trained_parameters(student):
         raise UserError("student.train: nothing is left to train")
     return student.train()
+
+
+def give_arguments(processor: Processor, section: ModelSection, role: str) -> None:
+    """Give a model's chat template its section's arguments. Raises ``UserError`` where it does not read one."""
+    processor.set_template_arguments(section.template_arguments, f"{role}.template_arguments")
+
+
+def template_remarks(
+    data: DataSection, student: Processor, teacher: Processor | CachedRows | None, grouped: bool
+) -> list[str]:
+    """Say what the chat templates decide about what is learnt, a line each."""
+    remarks = []
+    frame = student.frame
+    if frame.block:
+        use = "learnt" if student.learn_block else "part of the prompt"
+        remarks.append(
+            f"the student's template writes {frame.block!r} before a plain answer: {use} (data.template_text)"
+        )
+    if not frame.closed:
+        remarks.append(
+            "the student's template writes no end token: where to stop is not learnt; set student.chat_template"
+        )
+    if not frame.earlier and data.turns == "together":
+        remarks.append(
+            "the student's template shows an answer differently once another question follows; data.turns: split "
+            "trains each answer of a conversation as it is generated"
+        )
+    if isinstance(teacher, Processor) and not grouped and _differ_beside_answers(student, teacher, data.max_length):
+        remarks.append(
+            "the two templates write different text beside an answer: tokens that hold some of it are learnt from the "
+            "data alone (cross_entropy), the rest from the teacher"
+        )
+    return remarks
+
+
+def _differ_beside_answers(student: Processor, teacher: Processor, max_length: int) -> bool:
+    """Whether some of an answer's own tokens are not the same for both models, by trying one."""
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "What is it?"), ("assistant", "It is a red circle."))
+    ]
+    try:
+        pair = encode_pair(Conversation(tuple(messages)), [], student, teacher, max_length)
+    except BadSample:  # a template that wants more than text; of real samples it is reported
+        return False
+    return not bool(pair.distilled[~pair.student.ends[pair.student_tokens]].all())
 
 
 def _take_tokenizer(student: VisionLanguageModel, teacher: Teacher, chat_template: str | None) -> None:

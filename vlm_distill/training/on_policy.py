@@ -22,6 +22,7 @@ from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
 from vlm_distill.config import RunConfig
 from vlm_distill.losses import FeatureTerm, Term
+from vlm_distill.models.chat import whole_thought
 from vlm_distill.models.interface import Answer, Processor, Sampling, VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 
@@ -253,6 +254,8 @@ class OnPolicy:
         """A row's question; what is wrong with it is raised when it is asked for."""
         try:
             sample = self.dataset.mixture.sources[source][row]
+            assert not isinstance(sample, Document)
+            conversation = sample.before_last_answer()
         except BadSample as error:
             bad = error  # the name in the clause ends with it
 
@@ -260,8 +263,6 @@ class OnPolicy:
                 raise bad
 
             return fail
-        assert not isinstance(sample, Document)
-        conversation = sample.prompt()
         images = pool.map(self.load, conversation.images)
         return lambda: (conversation, list(images))
 
@@ -275,7 +276,7 @@ class OnPolicy:
         return _Prompt(place, conversation, images, student, teacher)
 
     def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:
-        text = self.student.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = whole_thought(self.student.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
         message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
         return replace(conversation, messages=(*conversation.messages, message))
 

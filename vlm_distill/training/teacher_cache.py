@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,8 @@ def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[
         found["tokenizer"] = fingerprint(teacher.tokenizer).get("tokenizer", teacher.tokenizer)
     if teacher.chat_template is not None:
         found["chat template"] = digest_text(read_template(teacher.chat_template))
+    if teacher.template_arguments:
+        found["template arguments"] = json.dumps(teacher.template_arguments, sort_keys=True, default=str)
     return {
         "form": cache.form if cache.form == "hidden" else f"{cache.form} {cache.k}",
         **found,
@@ -82,6 +85,8 @@ def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[
         "data": ", ".join(f"{source.name} ({len(source)} rows)" for source in sources),
         "data.max_length": str(data.max_length),
         "data.answers": data.answers,
+        "data.turns": data.turns,
+        "data.template_text": data.template_text,
         "data.max_prompt": str(data.max_prompt),
         "data.max_response": str(data.max_response),
     }
@@ -161,8 +166,6 @@ class _Rows(Dataset[Step]):
         self.max_length, self.turns, self.on_bad = data.max_length, turns(data), data.bad_samples
         self.roots, self.max_pixels = [Path(root) for root in data.roots], data.max_pixels
         self.collator = Collator(processor, None, data.max_length, Turns())
-        # Where tokens stand in the answers is for other tokenizers, whose losses need the whole distribution.
-        self.placed = _sections(config)[1].form == "hidden"
 
     def __getitem__(self, index: int) -> Step:
         pairs: list[Pair] = []
@@ -186,7 +189,7 @@ class _Rows(Dataset[Step]):
         images = [load_image(image, roots=self.roots, max_pixels=self.max_pixels) for image in wanted]
         sample.digest = digest_of(content, images)
         pairs, encoded = encode_teacher(content, images, self.processor, self.max_length, self.turns)
-        sample.encoded = encoded if self.placed else replace(encoded, places=None)
+        sample.encoded = encoded
         return self.collator.placed(pairs, sample.source, sample.row)
 
 
@@ -362,7 +365,7 @@ def _write(writer: TokenWriter, teacher: ModelTeacher, found: _Batch, cache: Tok
     start = 0
     for origin in batch.origins:
         part = {name: value[start : start + origin.tokens] for name, value in values.items()}
-        parts.setdefault((origin.source, origin.row), []).append((origin.piece, part))
+        parts.setdefault((origin.source, origin.row), []).append((origin.start, part))
         start += origin.tokens
     for sample in found.samples:
         if sample.bad is not None:
