@@ -164,6 +164,43 @@ def test_evaluate(material, capsys, tmp_path):
     assert "data: 24 of 24 questions left out, no questions could be used: image outside the roots (24)" in told.err
 
 
+def test_an_evaluation_that_leaves_out_most_ends_with_the_reason(material, capsys, tmp_path):
+    data = tiny.write_data(tmp_path / "data", rows=6, text_only=(0,))
+    words = [
+        "--model",
+        str(material[2]),
+        "--data",
+        str(data),
+        "--images",
+        str(tmp_path / "empty"),
+        "--max-new-tokens",
+        "2",
+    ]
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main([*words, "--out", str(tmp_path / "a")]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "data: 5 of 6 questions left out, more than --max-bad 0.5 allows: image not found (5), as in data, line "
+        in told
+    )
+    assert told.rstrip().endswith("; name their folder by --images")
+    assert json.loads((tmp_path / "a" / "data" / "scores.json").read_text())["n"] == 1
+    assert evaluate.main([*words, "--out", str(tmp_path / "b"), "--max-bad", "0.9"]) == 0
+
+
+def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_path):
+    rows = ["index\timage_path\tquestion\tanswer", *(f"{i}\tgone/{i}.png\twhat color is it?\tred" for i in range(3))]
+    (tmp_path / "Colours.tsv").write_text("\n".join(rows) + "\n")
+    entry = {"tsv": {"name": "Colours"}, "scorer": "gqa", "metric": "exact match"}
+    (tmp_path / "colours.yaml").write_text(yaml.safe_dump(entry))
+    words = ["--model", str(material[2]), "--benchmarks", str(tmp_path / "colours.yaml"), "--data", str(tmp_path)]
+    assert evaluate.main([*words, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert "no question could be used" in told.out
+    assert "not published" not in told.out
+    assert "colours: 3 of 3 questions left out, no questions could be used: image not found (3)" in told.err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -136,6 +136,7 @@ class Evaluations:
 
         It looks at the first rows of each, and seldom further than at one.
         """
+        sources: list[tuple[str, Any, Callable[[ImageSource], Image.Image]]]
         sources = [("data.eval", source, self.load_image) for source in self.sources]
         sources += [("evaluation.benchmarks", questions, self.load_benchmark_image) for _, questions in self.benchmarks]
         for key, source, load in sources:

@@ -209,7 +209,7 @@ class Trainer(Loop):
             rest = self.load_image, processes, self.steps, self.lower_is_better
             self.on_policy = OnPolicy(config, self.dataset, student, self.guide, *rest)
 
-    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], bool]:
+    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
         with nullcontext() if self.sequence is None else self.sequence.shared():
             return super()._step(step, waited)
 
