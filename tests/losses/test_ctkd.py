@@ -139,6 +139,15 @@ def test_the_curriculum():
     assert fixed.coefficient == -0.3
 
 
+def test_the_curriculum_between_other_ends():
+    loss = CTKD(loops=8, decay=[0, -0.6])
+    loss.update({}, Progress(1, 100, epoch=1.0, epochs=10))
+    assert loss.coefficient == pytest.approx(-0.02283614, abs=5e-9)
+    loss.update({}, Progress(1, 100, epoch=9.0, epochs=10))
+    assert loss.coefficient == -0.6
+    assert CTKD(decay=[-0.5, -1]).coefficient == -0.5
+
+
 def test_state():
     loss, other = CTKD(loops=2), CTKD(loops=2)
     loss.update({}, Progress(0, 10, epoch=1.0))

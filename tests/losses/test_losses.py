@@ -368,29 +368,70 @@ def test_missing_inputs_are_named():
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("tiad", {}, r"no loss is called 'tiad' \(did you mean 'taid'\?\); there are taid, forward_kl"),
-        ("taid", {"tstart": 0.2}, r"no parameter 'tstart' \(did you mean 't_start'\?\); it has t_start, t_end"),
-        ("cross_entropy", {"temperature": 2}, "loss cross_entropy has no parameter 'temperature'; it has none"),
+        ("tiad", {}, "no loss is called 'tiad' (did you mean 'taid'?); there are taid, forward_kl"),
         ("forward_kl", {"temperature": 0}, "loss forward_kl: temperature is 0; give a number above 0"),
         ("jsd", {"beta": 1.5}, "loss jsd: beta is 1.5; give a number from 0 to 1"),
         ("jsd", {"beta": "half"}, "loss jsd: beta is 'half'"),
         ("taid", {"t_start": True}, "loss taid: t_start is True"),
         ("taid", {"alpha": math.nan}, "loss taid: alpha is nan; give a number of 0 or more"),
-        ("kd", {"temperature": 1.4e154}, r"loss kd: temperature is 1.4e\+154; give a number of at most 1e\+18"),
-        ("dkd", {"beta": 10**400}, "loss dkd: beta is 10{400}; give a number of at most"),
+        ("kd", {"temperature": 1.4e154}, "loss kd: temperature is 1.4e+154; give a number of at most 1e+18"),
+        ("dkd", {"beta": 10**400}, "loss dkd: beta is 10000"),
         ("taid", {"t_start": 0.8, "t_end": 0.5}, "t_end = 0.5 lies below t_start = 0.8"),
-        ("taid", {"schedule": "sine"}, "loss taid: schedule is 'sine'; it must be one of paper, linear, cosine"),
+        (
+            "taid",
+            {"schedule": "sine"},
+            "loss taid: schedule is 'sine' (did you mean 'cosine'?); it must be one of paper",
+        ),
         ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),
-        ("taid", {"divergence": {"name": "jsd", "gamma": 1}}, "loss taid: divergence jsd: .*gamma"),
-        ("taid", {"divergence": {"name": "jsd", "beta": 2}}, "loss jsd: beta is 2"),
         ("taid", {"divergence": {"name": "tvd", "temperature": 2}}, "divergence tvd: TAID compares at temperature 1"),
         ("jsd", {"convention": "trl"}, "loss jsd: convention is 'trl'; it must be one of paper, limit"),
         ("skew_forward_kl", {"alpha": 0}, "loss skew_forward_kl: alpha is 0; give a number above 0"),
+        ("taid", {"t_strat": 0.4}, "loss taid has no parameter 't_strat' (did you mean 't_start'?)"),
+        (
+            "taid",
+            {"divergence": {"name": "jsd", "bta": 0.1}},
+            "jsd has no parameter 'bta' (did you mean 'beta'?)",
+        ),
+        (
+            "taid",
+            {"divergence": {"name": "jsd", "beta": 2}},
+            "loss taid: divergence jsd: beta is 2; give a number",
+        ),
+        ("taid", {"divergence": {"name": "jsd", "beta": "x"}}, "loss taid: divergence jsd: beta is 'x'; give a number"),
+        ("taid", {"divergence": "forwardkl"}, "divergence is 'forwardkl' (did you mean 'forward_kl'?)"),
+        ("taid", {"divergence": {"beta": 0.1}}, "loss taid: divergence is None; it must be one of forward_kl"),
+        ("taid", {"divergence": 5}, "loss taid: divergence is 5; give a name, or a mapping with a name"),
+        ("taid", {"divergence": ["jsd"]}, "loss taid: divergence is ['jsd']; give a name, or a mapping"),
+        (
+            "taid",
+            {"divergence": {"name": "adaptive_kl", "mu": None}},
+            "divergence adaptive_kl: mu is None",
+        ),
+        ("taid", {"schedule": "liner"}, "schedule is 'liner' (did you mean 'linear'?)"),
+        (
+            "taid",
+            {"schedule": {"name": "linear"}},
+            "loss taid: schedule is {'name': 'linear'}; it must be one",
+        ),
+        ("taid", {"target_entropy": "yes"}, "loss taid: target_entropy is 'yes'; give true or false"),
+        ("kd", {"temprature": 4}, "loss kd has no parameter 'temprature' (did you mean 'temperature'?)"),
+        ("kd", {"temperature": [4]}, "loss kd: temperature is [4]; give a number above 0"),
+        ("kd", {"temperature": True}, "loss kd: temperature is True; give a number above 0"),
+        ("jsd", {"convention": ["paper"]}, "loss jsd: convention is ['paper']; it must be one of paper, limit"),
+        ("ctkd", {"decay": -1}, "loss ctkd: decay is -1; give two numbers"),
+        ("ctkd", {"decay": [0]}, "loss ctkd: decay is [0]; give two numbers"),
+        ("ctkd", {"decay": [0, "x"]}, "loss ctkd: decay is 'x'; give a number"),
+        ("ctkd", {"decay": [0, -1], "grl_coefficient": -1}, "give one of them"),
+        ("ctkd", {"instance": "yes"}, "loss ctkd: instance is 'yes'; give true or false"),
+        ("hidden_states", {"layers": [4]}, "loss hidden_states: layers is [4]"),
+        ("minilm", {"relation_heads": 0.5}, "loss minilm: relation_heads is 0.5"),
+        ("cross_entropy", {"temperature": 2}, "loss cross_entropy has no parameter 'temperature'; it has none"),
     ],
 )
 def test_mistakes_get_one_line(name, params, message):
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         losses.build(name, **params)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -401,3 +442,10 @@ def test_available_describes_each_loss():
     assert all(len(line) > 20 for line in lines.values())
     for name in lines:
         losses.build(name)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_taid_over_tvd_has_no_gradient_where_both_models_agree(power):
+    student = logits(8, 4096, torch.float32)[0]
+    loss = make("taid", {"divergence": "tvd", "power": power, "schedule": "linear"})
+    assert not rows(loss, student, student).grad.any()

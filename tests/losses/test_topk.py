@@ -144,3 +144,12 @@ def test_the_targets_of_logits():
     assert top.ids.tolist() == [[2, 1]]
     torch.testing.assert_close(top.logprobs.exp(), torch.tensor([[5 / 8, 2 / 8]]))
     torch.testing.assert_close(top.tail.exp(), torch.tensor([1 / 8]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["tvd", "taid over tvd"])
+def test_a_teacher_equal_to_the_student_gives_tvd_no_gradient(name, dtype):
+    logits = 8 * torch.randn(16, 4096, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    result = rows(make(name), logits, TopKTargets.of(logits, 64))
+    assert not result.grad.any()
+    assert not result.loss.any()

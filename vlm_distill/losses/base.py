@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -282,5 +283,12 @@ def check_number(where: str, value: Any, low: float, high: float = LARGEST, *, a
 def check_choice(where: str, value: Any, choices: Sequence[str]) -> str:
     """``value``, which must be one of ``choices``; raises ``UserError`` naming the loss, the parameter and them."""
     if value not in choices:
-        raise UserError(f"{where} is {value!r}; it must be one of {', '.join(choices)}")
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        raise UserError(f"{where} is {value!r}{near}; it must be one of {', '.join(choices)}")
     return str(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint for a message: the known name nearest to a mistyped one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

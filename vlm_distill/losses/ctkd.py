@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.errors import UserError
+
 from .base import DistillationLoss, Progress, RowResult, check_number, relative_entropy_, softmax_, upcast
 from .divergences import kl_divergence
 
@@ -17,16 +19,18 @@ class CTKD(DistillationLoss):
     """Curriculum temperature KD, T²·KL(p‖q), T = t_start + t_range·sigmoid(g), g learnt to raise it (Li et al., 2023).
 
     The gradient by what makes g is multiplied by a negative coefficient, so that the optimizer that lowers the loss by
-    the student's weights raises it by g: the task grows harder as the coefficient goes from 0 to −1. There is one g for
-    all tokens, or, with ``instance``, one for each: what a perceptron of one hidden layer makes of both models'
+    the student's weights raises it by g: the task grows harder as the coefficient c goes from 0 to −1. There is one g
+    for all tokens, or, with ``instance``, one for each: what a perceptron of one hidden layer makes of both models'
     probabilities (concatenated, temperature 1), which are constants to it.
 
     Args:
         t_start: the least temperature.
         t_range: the span above it.
         g: where g starts, for every token; 1 in the authors' code.
-        loops: epochs, fractions included, in which the coefficient goes from 0 to −1 by half a cosine.
-        grl_coefficient: a coefficient that stays, in place of ``loops``.
+        loops: epochs in which c goes from one end of ``decay`` to the other by half a cosine. After e epochs, fractions
+            included, c(e) = b + (a − b)/2 · (1 + cos(π·min(e, loops)/loops)).
+        decay: a and b, the first and the last c; None is (0, −1), as in the paper.
+        grl_coefficient: a c that stays, in place of ``loops`` and ``decay``.
         instance: a temperature for each token; ``prepare`` makes its perceptron.
         width: of the perceptron's hidden layer.
     """
@@ -41,6 +45,7 @@ class CTKD(DistillationLoss):
         t_range: float = 20.0,
         g: float = 1.0,
         loops: float = 10.0,
+        decay: Sequence[float] | None = None,
         grl_coefficient: float | None = None,
         instance: bool = False,
         width: int = 64,
@@ -49,10 +54,15 @@ class CTKD(DistillationLoss):
         self.t_start = check_number("loss ctkd: t_start", t_start, 0.0, above=True)
         self.t_range = check_number("loss ctkd: t_range", t_range, 0.0)
         self.loops = check_number("loss ctkd: loops", loops, 0.0, above=True)
+        if decay is not None and grl_coefficient is not None:
+            raise UserError("loss ctkd: grl_coefficient stays as it is, and decay moves it; give one of them")
+        self.decay = _ends((0.0, -1.0) if decay is None else decay)
         self._fixed = grl_coefficient is not None
-        self.coefficient = 0.0
+        self.coefficient = self.decay[0]
         if grl_coefficient is not None:
             self.coefficient = check_number("loss ctkd: grl_coefficient", grl_coefficient, -math.inf)
+        if not isinstance(instance, bool):
+            raise UserError(f"loss ctkd: instance is {instance!r}; give true or false")
         self.width = int(check_number("loss ctkd: width", width, 1.0)) if instance else 0
         # The temperature as of g alone, until `prepare` puts the perceptron in front of it.
         self.source = _Source(g=torch.tensor([check_number("loss ctkd: g", g, -math.inf)]))
@@ -120,8 +130,9 @@ class CTKD(DistillationLoss):
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
         if not self._fixed:
+            first, last = self.decay
             done = min(progress.epoch / self.loops, 1.0)
-            self.coefficient = -(1.0 - math.cos(math.pi * done)) / 2.0
+            self.coefficient = last + (first - last) / 2.0 * (1.0 + math.cos(math.pi * done))
 
     def metrics(self) -> dict[str, float]:
         return {"coefficient": self.coefficient}
@@ -131,6 +142,13 @@ class CTKD(DistillationLoss):
 
     def set_extra_state(self, state: Any) -> None:
         self.coefficient = float(state["coefficient"])
+
+
+def _ends(decay: Any) -> tuple[float, float]:
+    if not isinstance(decay, list | tuple) or len(decay) != 2:
+        raise UserError(f"loss ctkd: decay is {decay!r}; give two numbers, the first coefficient and the last: [0, -1]")
+    first, last = (check_number("loss ctkd: decay", end, -math.inf) for end in decay)
+    return first, last
 
 
 class _Source(nn.Module):

@@ -25,7 +25,7 @@ from .base import (
     through_softmax_,
     upcast,
 )
-from .kernels import Form, Kind
+from .kernels import Form, Kind, agree
 from .kernels import rows as kernel_rows
 
 
@@ -248,18 +248,20 @@ class SkewReverseKL(_Skew):
 class TVD(Divergence):
     """Total variation distance, ½ Σ|p−q| (Wen et al., 2023): bounded, so that no token dominates the gradient.
 
-    It has no derivative where p = q; 0 is taken there.
+    It has no derivative where p = q; 0 is taken there, and where both are equal but for rounding.
     """
 
     label = "tvd"
     kind = Kind.TVD
-    scratch = 3
+    scratch = 5
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+        p, q = log_p.exp(), log_q.exp()
+        return 0.5 * torch.where(agree(p, q), 0.0, q - p).abs().sum(-1)
 
     def between_(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
-        gap = torch.sub(q.probs, p.probs, out=p.probs)
+        same = agree(p.probs, q.probs)
+        gap = torch.sub(q.probs, p.probs, out=p.probs).masked_fill_(same, 0.0)
         loss = 0.5 * gap.abs().sum(-1)
         if not grad:
             return loss, None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, cast
 
 from data.errors import UserError
 
-from .base import DistillationLoss, Loss
+from .base import DistillationLoss, Loss, nearest
 from .standardise import Standardised
 
 L = TypeVar("L", bound=Loss)
@@ -37,20 +36,32 @@ class Registry(Generic[L]):
             UserError: there is no such loss or parameter, or a value is out of its range.
         """
         if name not in self.kinds:
-            raise UserError(
-                f"no loss is called {name!r}{_nearest(name, self.kinds)}; there are {', '.join(self.kinds)}"
-            )
+            raise UserError(f"no loss is called {name!r}{nearest(name, self.kinds)}; there are {', '.join(self.kinds)}")
         kind, params = self.kinds[name], dict(params)
         known = list(inspect.signature(kind).parameters)
         standardise = False
         if "standardise" in params and "standardise" not in known:
             standardise = _wants_standardised(name, kind, params.pop("standardise"))
-        for param in params:
-            if param not in known:
-                listed = f"it has {', '.join(known)}" if known else "it has none"
-                raise UserError(f"loss {name} has no parameter {param!r}{_nearest(param, known)}; {listed}")
-        loss = kind(**params)
+        loss = make(kind, f"loss {name}", params)
         return cast(L, Standardised(loss)) if standardise and isinstance(loss, DistillationLoss) else loss
+
+
+def make(kind: type[L], where: str, params: Mapping[str, Any]) -> L:
+    """Return a loss of a class, made with its constructor's parameters.
+
+    Raises:
+        UserError: there is no such parameter, or a value is of another type or out of its range.
+    """
+    known = list(inspect.signature(kind).parameters)
+    for param in params:
+        if param not in known:
+            listed = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"{where} has no parameter {param!r}{nearest(param, known)}; {listed}")
+    try:
+        return kind(**params)
+    except (TypeError, ValueError) as error:  # of a value that no check of the loss expects
+        given = ", ".join(f"{param}: {value!r}"[:100] for param, value in params.items())
+        raise UserError(f"{where}: cannot be made with {given}: {error}") from None
 
 
 def _wants_standardised(name: str, kind: type[Loss], given: Any) -> bool:
@@ -63,8 +74,3 @@ def _wants_standardised(name: str, kind: type[Loss], given: Any) -> bool:
             "class; leave it out"
         )
     return given
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

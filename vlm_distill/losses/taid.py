@@ -35,6 +35,7 @@ from .divergences import (
 )
 from .kernels import Form
 from .kernels import rows as kernel_rows
+from .registry import make
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
 _DIVERGENCES: dict[str, type[Divergence]] = {
@@ -86,6 +87,8 @@ class TAID(DistillationLoss):
         super().__init__()
         self.t_start = check_number("loss taid: t_start", t_start, 0.0, 1.0)
         self.t_end = check_number("loss taid: t_end", t_end, 0.0, 1.0)
+        if not isinstance(target_entropy, bool):
+            raise UserError(f"loss taid: target_entropy is {target_entropy!r}; give true or false")
         if self.t_end < self.t_start:
             raise UserError(f"loss taid: t_end = {t_end} lies below t_start = {t_start}; t must not fall")
         self.alpha = check_number("loss taid: alpha", alpha, 0.0)
@@ -284,14 +287,17 @@ class Pace:
 
 
 def _divergence(given: str | Mapping[str, Any]) -> Divergence:
+    where = "loss taid: divergence"
+    if not isinstance(given, str | Mapping):
+        raise UserError(f"{where} is {given!r}; give a name, or a mapping with a name as in {{name: jsd, beta: 0.1}}")
     settings = {"name": given} if isinstance(given, str) else dict(given)
-    name = check_choice("loss taid: divergence", settings.pop("name", None), list(_DIVERGENCES))
+    name = check_choice(where, settings.pop("name", None), list(_DIVERGENCES))
     if "temperature" in settings:
-        raise UserError(f"loss taid: divergence {name}: TAID compares at temperature 1; leave temperature out")
+        raise UserError(f"{where} {name}: TAID compares at temperature 1; leave temperature out")
     try:
-        return _DIVERGENCES[name](**settings)
-    except TypeError as error:
-        raise UserError(f"loss taid: divergence {name}: {error}") from None
+        return make(_DIVERGENCES[name], f"{where} {name}", settings)
+    except UserError as error:
+        raise UserError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None
 
 
 def _sigmoid(x: float) -> float:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from . import twin
-from .forms import Form, Kind, Source
+from .forms import Form, Kind, Source, agree
 
-__all__ = ["Form", "Kind", "RowStatistics", "Source", "rows"]
+__all__ = ["Form", "Kind", "RowStatistics", "Source", "agree", "rows"]
 
 
 class RowStatistics:

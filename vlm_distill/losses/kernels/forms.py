@@ -5,6 +5,18 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+#: Up to so many units in the last place two probabilities are taken as equal: those of the same logits, computed in two
+#: ways, were up to 310 apart (vocabularies of 1,000 to 152,000, logits of deviation 0.1 to 20).
+ROUNDING = 512
+
+
+def agree(p: Tensor, q: Tensor) -> Tensor:
+    """Return where two tensors of probabilities are equal but for rounding, as a mask of their shape."""
+    return (p - q).abs_() <= torch.maximum(p, q).mul_(ROUNDING * torch.finfo(p.dtype).eps)
+
 
 class Kind(IntEnum):
     """With p the target's probabilities and q the student's; m is the mixture that each loss's definition names."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forms import Form, Kind
+from .forms import ROUNDING, Form, Kind
 
 _FORWARD_KL = tl.constexpr(int(Kind.FORWARD_KL))
 _REVERSE_KL = tl.constexpr(int(Kind.REVERSE_KL))
@@ -23,6 +23,7 @@ _CROSS_ENTROPY = tl.constexpr(int(Kind.CROSS_ENTROPY))
 _STUDENT = tl.constexpr(1)
 _BOTH = tl.constexpr(2)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_AGREE = tl.constexpr(ROUNDING * torch.finfo(torch.float32).eps)
 _STATE = tl.constexpr(9)
 _TOTALS = tl.constexpr(6)
 
@@ -227,8 +228,9 @@ def _parts(log_p, log_q, share, KIND: tl.constexpr):
         value = _summands(q, log_q - log_p)
         slope = value
     elif KIND == _TVD:
-        value = 0.5 * tl.abs(q - p)
-        slope = tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
+        gap = tl.where(tl.abs(q - p) <= _AGREE * tl.maximum(p, q), 0.0, q - p)
+        value = 0.5 * tl.abs(gap)
+        slope = tl.where(gap > 0, 0.5 * q, tl.where(gap < 0, -0.5 * q, 0.0))
     elif KIND == _JSD:
         log_m = tl.log(_positive(share * p + (1.0 - share) * q))
         slope = (1.0 - share) * _summands(q, log_q - log_m)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .forms import Form, Kind, Source
+from .forms import Form, Kind, Source, agree
 
 
 def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None, state: Tensor) -> None:
@@ -140,7 +140,7 @@ def _parts(form: Form, log_p: Tensor, log_q: Tensor) -> tuple[Tensor | None, Ten
         return None, _summands(q, log_q - log_p)
     p = log_p.exp()
     if kind == Kind.TVD:
-        gap = q - p
+        gap = torch.where(agree(p, q), 0.0, q - p)
         return gap.abs().mul_(0.5), gap.sign_().mul_(q).mul_(0.5)
     if kind == Kind.SKEW_REVERSE_KL:
         share = 1.0 - share

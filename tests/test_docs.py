@@ -1,0 +1,179 @@
+"""What README.md and docs/ tell people to type and to write is what the commands and configurations take.
+
+A comment before a block says what it is where it is no part of a run's configuration (CONTRIBUTING.md):
+``<!-- test: in student -->``, ``<!-- test: benchmark -->``, ``<!-- test: skip, REASON -->``.
+"""
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+from run_files import CLASSIFIER, GOOD, write
+
+from vision.config import ClassifierConfig
+from vision.train import check
+from vlm_distill import cli
+from vlm_distill.config import RunConfig, split_batch
+from vlm_distill.config_file import load_config
+from vlm_distill.evaluation.benchmarks import get
+from vlm_distill.training.build import build_terms
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ("vlm_distill.", "vision.")
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+    mark: str
+
+    def __str__(self):
+        return f"{self.page}:{self.line}"
+
+
+def blocks():
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"(?:<!-- test: (.*?) -->\n)?^```(\w*)\n(.*?)^```", text, re.S | re.M):
+            line = text[: match.start(2)].count("\n") + 1
+            found.append(Block(page.relative_to(ROOT).as_posix(), line, match[2], match[3], match[1] or ""))
+    return [block for block in found if not block.mark.startswith("skip")]
+
+
+BLOCKS = blocks()
+YAML = [block for block in BLOCKS if block.language == "yaml"]
+
+
+def fragments(text):
+    """A block's configurations: one, or where a key stands several times each of its lines, as alternatives."""
+    keys = re.findall(r"^(\w+):", text, re.M)
+    if len(keys) == len(set(keys)):
+        return [text]
+    return re.findall(r"^\w+:.*\n", text, re.M)
+
+
+@pytest.mark.parametrize("block", YAML, ids=str)
+def test_yaml_of_the_docs_is_a_configuration(tmp_path, block):
+    classifier = "vision" in block.page
+    good, kind = (CLASSIFIER, ClassifierConfig) if classifier else (GOOD, RunConfig)
+    for number, text in enumerate(fragments(block.text)):
+        path = tmp_path / f"{number}.yaml"
+        if block.mark == "benchmark":
+            path.write_text(text)
+            assert get(str(path)).name
+            continue
+        if block.mark.startswith("in "):
+            section = block.mark.removeprefix("in ")
+            text = f"{section}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
+            if section == "student":
+                text += "  decoder: {name: x}\n"
+        changes = {}
+        if "from_student" in text:
+            changes = {"student": {"path": "x", "lora": {}}}
+        write(tmp_path, changes, good=good, name="good.yaml")
+        path.write_text(f"base: good.yaml\n{text}")
+        config = load_config(path, (), kind)
+        split_batch(config, 1)
+        if not classifier:
+            build_terms(config)
+        else:
+            check([str(path)], 1)
+
+
+STARTS = re.compile(r"^(vlm-distill|python -m (?:vlm_distill|vision)\.|deepspeed .*--module|torchrun .*-m|srun .*-m)")
+#: What stands for something of the reader's own in a line of the docs.
+PLACES = {"CONFIG": "my.yaml", "N": "1", "FILE": "x.json"}
+PLACES |= dict.fromkeys(("section.key=value", "key=value"), "training.seed=1")
+
+
+def commands():
+    for block in BLOCKS:
+        if block.language in ("", "bash", "sh"):
+            for line in block.text.replace("\\\n", " ").splitlines():
+                if STARTS.match(line):
+                    yield block, line
+
+
+def words_of(line):
+    """A line's words, without what is said beside it; what is optional in brackets is given."""
+    line = re.split(r"\s+#\s|\s{2,}(?![-\[])", line)[0]
+    words = shlex.split(re.sub(r"\[(\S[^\]=]*?(?:=\w+)?[^\]]*)\]", bare, line))
+    return [PLACES.get(word, word) for word in words if word != "..."]
+
+
+def bare(match):
+    return match[0] if "{" in match[1] else match[1].replace(" ...", "")
+
+
+class Parsed(BaseException):
+    """A module's arguments were understood."""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder as the docs' reader has it: the repository's files, and a configuration of their own."""
+    for name in ("configs", "docs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for name in ("IMAGENET", "CIFAR100", "CIFAR_TEACHERS"):
+        monkeypatch.setenv(name, "/data")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("block", "line"), list(commands()), ids=lambda item: str(item).partition("  ")[0][:90])
+def test_commands_of_the_docs_parse(here, monkeypatch, block, line):
+    words = words_of(line)
+    if words[0] != "vlm-distill":
+        at = words.index("--module" if "--module" in words else "-m")
+        module, arguments = words[at + 1], words[at + 2 :]
+        if module in ("vlm_distill.train", "vlm_distill.cache", "vision.train"):
+            return configuration_loads(here, arguments, ClassifierConfig if module == "vision.train" else RunConfig)
+        parse = argparse.ArgumentParser.parse_args
+
+        def only_parse(self, args=None, namespace=None):
+            parse(self, args, namespace)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        with pytest.raises(Parsed):
+            runpy.run_module(module, run_name="__main__")
+        return None
+    group = typer.main.get_command(cli.app)
+    command = group.commands[words[1]]
+    context = command.make_context(words[1], words[2:])
+    if "config" in context.params:
+        overrides = context.params.get("overrides") or []
+        kind = ClassifierConfig if words[1] == "classify" else RunConfig
+        return configuration_loads(here, [str(context.params["config"]), *overrides], kind)
+    return None
+
+
+def configuration_loads(here, words, kind):
+    path, *overrides = words
+    if not path.startswith("configs/"):
+        copied = "configs/imagenet/resnet34_resnet18/dkd.yaml" if kind is ClassifierConfig else README_COPIES
+        Path(path).write_text(f"base: {copied}\n")
+    load_config(path, overrides, kind)
+
+
+README_COPIES = "configs/vlm/onevision_to_composed.yaml"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("", "bash", "sh")], ids=str)
+def test_files_that_the_docs_name_are_there(block):
+    for name in re.findall(r"\b(?:configs|benchmarks|docs)/[\w/.-]+\.(?:yaml|py|sh|md)", block.text):
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"^make (\S+)", block.text, re.M):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
