@@ -395,7 +395,7 @@ def test_bad_samples_are_named(model, talk, picture):
         ({"vision_encoder": {"source": "timm", "name": "resnet_0"}}, r"timm cannot build 'resnet_0'"),
         ({"projector": {"type": "mpl"}}, r"projector.type: 'mpl' is not one of"),
         ({"projector": {"type": "mlp", "dept": 2}}, r"did you mean 'depth'"),
-        ({"projector": {"type": "mlp", "depth": 0}}, r"at least 1, got 0"),
+        ({"projector": {"type": "mlp", "depth": 0}}, r"from 1 to 10,000, got 0"),
         ({"projector": {"type": "pixel_shuffle_mlp", "factor": 3}}, r"factor 3 does not divide the grid of 4×4"),
         ({"projector": {"type": "resampler", "heads": 5}}, r"5 heads do not divide"),
         ({"vision_encoder": None}, r"no vision_encoder to project"),

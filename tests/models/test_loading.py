@@ -199,6 +199,9 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_built(whole, tm
         ("language", {"intermediate_size": 10**12}, "of other shapes|this machine has"),
         ("language", {"vocab_size": 10**12}, "of other shapes|this machine has"),
         ("assembled", {"decoder": {"intermediate_size": 10**12}}, "this machine has"),
+        ("assembled", {"vision_encoder": {"config": {"embed_dim": 10**6}}}, "this machine has"),
+        ("assembled", {"projector": {"depth": 10**9}}, "projector.depth: expected a whole number from 1 to 10,000"),
+        ("assembled", {"vision_encoder": {"image_size": 10**6}}, "more than 16384 pixels a side"),
     ],
 )
 def test_configurations_of_no_real_size_are_refused(whole, kind, change, expected, tmp_path):

@@ -643,6 +643,8 @@ def _read_composed(path: Path) -> dict[str, Any]:
     else:
         check_settings(own, f"{where}.config")
     check_settings(config["decoder"], f"model: {path}: decoder")
+    if not isinstance(config["decoder"].get("model_type"), str):
+        raise UserError(f"model: {path}: decoder.model_type is missing or no string; is the copy complete?")
     return config
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from data.errors import UserError
 
 from .common import check_keys, choose, read_settings
+from .folder import MOST_LAYERS
 
 
 class Projector(nn.Module, ABC):
@@ -188,5 +189,5 @@ def build_projector(
 
 
 def _positive(where: str, name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}.{name}: expected a whole number of at least 1, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_LAYERS:
+        raise UserError(f"{where}.{name}: expected a whole number from 1 to {MOST_LAYERS:,}, got {value!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from data.errors import UserError
 
 from .common import built_whole, check_attention, checkpoint_layers, choose, first_line, read_settings
 from .folder import check_settings, timm_loader_options
-from .loading import Report, check_finite, check_report, read_config, with_report
+from .loading import Report, check_finite, check_report, check_size, read_config, with_report
 from .weightless import weightless
 
 INTERPOLATION = {
@@ -318,15 +319,26 @@ def _timm(s: VisionEncoderSettings, attn_implementation: str | None) -> _Tower:
             name, pretrained=bool(s.pretrained) and not weightless(), num_classes=0, global_pool="", **options
         )
 
-    if size is None or "img_size" in config:
-        module = create(**config)
-    else:
+    def create_sized() -> nn.Module:
+        if size is None or "img_size" in config:
+            return create(**config)
         try:  # transformers need the size for their position embeddings, convolutional nets do not know the option
-            module = create(**config, img_size=size)
+            return create(**config, img_size=size)
         except TypeError:
-            module = create(**config)
+            return create(**config)
+
+    _check_size(s, create_sized, pretrained=bool(s.pretrained))
+    module = create_sized()
     data = resolve_model_data_config(module)
     return _timm_tower(module, s, config, data, size)
+
+
+def _check_size(s: VisionEncoderSettings, create: Callable[[], nn.Module], pretrained: bool = False) -> None:
+    """Refuse a tower with new weights that is larger than this machine; published ones are not."""
+    if pretrained or weightless():
+        return
+    with torch.device("meta"):
+        check_size(f"vision_encoder {s.name or 'config'}", create())
 
 
 def _timm_tower(
@@ -385,7 +397,9 @@ def _open_clip(s: VisionEncoderSettings, attn_implementation: str | None) -> _To
         vision = dict(config["vision_cfg"])
         if s.image_size is not None:
             vision["image_size"] = _pair(s.image_size)
-        visual = _build_vision_tower(config["embed_dim"], vision, config["quick_gelu"])
+        build = partial(_build_vision_tower, config["embed_dim"], vision, config["quick_gelu"])
+        _check_size(s, build)
+        visual = build()
     size = _pair(visual.image_size)
     config["vision_cfg"] = config["vision_cfg"] | {"image_size": list(size), "timm_model_pretrained": False}
     own = getattr(visual, "preprocess_cfg", None) or {}
@@ -450,6 +464,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
         # known which weights reach the features.
         module, report = with_report(AutoModel, name, config=config, dtype=torch.float32, **extra)
     else:
+        _check_size(s, lambda: AutoModel.from_config(config, trust_remote_code=False, **extra))
         module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **extra)
     own = getattr(config, "image_size", None)
     wanted = s.image_size if s.image_size is not None else own
