@@ -89,8 +89,8 @@ def _names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
 def _same_number(first: str, count: int, second: str, outputs: int) -> None:
     if count != outputs:
         raise UserError(
-            f"classes: {first} has {count}, {second} {outputs}, and one of them has no names to map by; give 'classes', "
-            "or for a list of numbers classes.txt beside it"
+            f"classes: {first} has {count}, {second} {outputs}, and one of them has no names to map by; give "
+            "'classes', or for a list of numbers classes.txt beside it"
         )
 
 

@@ -354,6 +354,7 @@ def test_files_that_are_broken_as_a_whole(folders):
         "json": (json.dumps([mutants.chat()] * 3).encode(), open_source, lambda s, i: s[i]),
         "jsonl": ((json.dumps(mutants.chat()) + "\n").encode() * 3, open_source, lambda s, i: s[i]),
         "csv": (b"image,label\na.png,0\nb.png,1\n", open_images, lambda s, i: s[i]),
+        "table.csv": (b'question,answer\n"what, then",red\nwhat,blue\n', open_source, lambda s, i: s[i]),
     }
     outcomes = Counter()
     rng = random.Random(8)
@@ -376,8 +377,8 @@ def test_pipes_and_devices_are_no_data(tmp_path, suffix, kind):
         path.symlink_to("/dev/zero")
     readers = {
         "tar": [open_images],
-        "csv": [open_images],
-        "tsv": [TsvTable],
+        "csv": [open_images, open_source],
+        "tsv": [TsvTable, open_source],
         "txt": [open_images, lambda p: open_text(p, 100)],
     }
     for read in readers.get(suffix, [open_source, lambda p: open_text(p, 100)]):
@@ -398,24 +399,16 @@ def test_the_longest_image_becomes_a_small_one(resize):
 # Long.
 
 WHOLE = mutants.whole_images()
-KEYS = [layout.column for layout in LAYOUTS]
-KEYS += [
-    "answer",
-    "answers",
-    "image",
-    "images",
-    "role",
-    "from",
-    "content",
-    "value",
-    "type",
-    "text",
-    "user",
-    "assistant",
-]
-KEYS += ["path", "bytes", "url", "metadata"]
+KEYS = sorted({key for layout in LAYOUTS for key in layout.keys})
+KEYS += ["role", "from", "content", "value", "type", "user", "assistant", "path", "bytes", "url", "image_url", "index"]
+KEYS += ["tool_calls", "function_call", "name", "arguments", "function", "reasoning_content", "frames", "video"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["user", "gpt", "<image>"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["user", "gpt", "tool", "<image>"]),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(

@@ -112,7 +112,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             _check_filled(left, "%", right)
         return _limited(super().call_binop(context, operator, left, right))
 
-    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
         self.check_time()
         text = getattr(called, "__self__", None)
         if isinstance(text, str):

@@ -457,7 +457,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
     else:
         config = read_config(name)
         config = getattr(config, "vision_config", config)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if s.pretrained:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         # The tower may be a part of what is there, and have a pooler that is not: what is missing is asked once it is
