@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-vision test test-slow lint format clean
+# Of the environment in which VLMEvalKit and lmms-eval are held against our scorers. They are installed without the
+# hundred packages that they name: tests/peers/stubs.py stands in for those that their scorers do not use.
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready
+
+.PHONY: demo demo-vision test test-slow test-peers lint format clean
 
 demo: $(READY)
 	$(BIN)/vlm-distill demo
@@ -17,6 +22,10 @@ test: lint
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-peers: $(PEERS_READY)
+	PYTHONPATH=. $(PEERS)/bin/python tests/peers/against_vlmevalkit.py
+	PYTHONPATH=. $(PEERS)/bin/python tests/peers/against_lmms_eval.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,5 +43,11 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --config-settings editable_mode=compat -e ".[dev]"
 	touch $@
 
+$(PEERS_READY): pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet -e ".[excel]" xlsxwriter levenshtein loguru
+	$(PEERS)/bin/pip install --quiet --no-deps ms-vlmeval==0.0.20 lmms-eval==0.7.3
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -46,7 +46,7 @@ def test_columns_lists_and_characters_that_no_file_can_hold(tmp_path, format):
         "answer": "[\"it's\", '2']",
         "A": None,
         "score": None,
-        "prediction": "bell half end",
+        "prediction": "bell_x0007_ half end_xFFFE_" if format == "xlsx" else "bell half end",
     }
     assert (got[1]["question"], got[1]["answer"], got[1]["A"]) == ("tab\tline\nend", "#N/A x", 1.5)
     assert len(got[1]["prediction"]) == (LONGEST if format == "xlsx" else 40_000)

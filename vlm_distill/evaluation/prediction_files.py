@@ -21,6 +21,10 @@ FORMATS = ("xlsx", "tsv")
 
 # XML has none of these: control characters but tab and line breaks, halves of surrogate pairs, non-characters.
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+# Excel spells control characters, the carriage return included, _x000D_, and a text that looks like that _x005F_x000D_.
+# VLMEvalKit writes them so, and reads and scores the spelling.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\ufffe\uffff]")
+_SPELLED = re.compile("(_x[0-9a-fA-F]{4}_)")
 #: The longest text of a cell in Excel.
 LONGEST = 32_767
 
@@ -39,7 +43,8 @@ def prediction_file(folder: Path, model: str, dataset: str, format: str = "xlsx"
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> None:
     """Writes a prediction file; the suffix of ``path`` says in which format.
 
-    Characters that no such file can hold are left out, and texts are cut after :data:`LONGEST` characters in Excel.
+    Halves of surrogate pairs are left out, in ``tsv`` control characters too; in Excel these are spelled (``_x000D_``),
+    and texts are cut after :data:`LONGEST` characters.
 
     Args:
         rows: the table's rows without images.
@@ -122,6 +127,9 @@ def _write_excel(path: Path, lines: Iterable[Sequence[Any]]) -> None:
     for line in lines:
         cells = []
         for value in line:
+            if isinstance(value, str):
+                value = _SPELLED.sub(r"_x005F\1", value)
+                value = _CONTROL.sub(lambda found: f"_x{ord(found[0]):04X}_", value)
             value = _cell(value)
             cell = WriteOnlyCell(sheet, value[:LONGEST] if isinstance(value, str) else value)
             if isinstance(value, str):

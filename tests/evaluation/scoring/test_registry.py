@@ -176,3 +176,24 @@ def test_the_suite_is_the_mean_of_eight_on_one_scale():
     assert suite_average(dict.fromkeys(SUITE[1:], 1.0)) is None
     assert suite_average(scores | {"AI2D": math.nan}) is None
     assert suite_average({"MME": 2100.0, "AI2D": 25.0}, ("MME", "AI2D")) == 50.0
+
+
+def test_vlmevalkit_counts_a_lone_ability_of_mm_vet_twice():
+    rows = [
+        {"answer": "a", "prediction": "", "judge": grade, "category": c} for grade, c in ((1, "rec"), (0, "rec,ocr"))
+    ]
+    assert score("mmvet", rows, "vlmevalkit").groups["rec"]["acc"] == pytest.approx(200 / 3)
+    assert score("mmvet", rows, "lmms-eval").groups["rec"]["acc"] == 50
+    assert score("mmvet", rows, "vlmevalkit").main == 50
+
+
+def test_an_extraction_that_failed_is_nan_to_vlmevalkit():
+    row = {"question_type": "multi_choice", "answer_type": "text", "choices": "['oak', 'an']", "answer_option": "B"}
+    row |= {"answer": "an", "prediction": "hm", "task": "t", "skills": "['s']"}
+    assert score("mathvista", [row], "vlmevalkit").main == 100
+
+
+def test_an_empty_reference_is_nan_as_pandas_has_it():
+    for name in ("gqa", "ocrvqa"):
+        rows = [{"answer": None, "prediction": text} for text in ("nan", "None")]
+        assert list(score(name, rows, "vlmevalkit").rows) == [1, 0]

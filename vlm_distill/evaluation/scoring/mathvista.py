@@ -7,6 +7,7 @@ in ``res`` (VLMEvalKit) or ``extraction`` (lmms-eval).
 from __future__ import annotations
 
 import ast
+import math
 import re
 import string
 from collections import Counter
@@ -148,7 +149,8 @@ def _kit(table: Table) -> Scores:
             value = prefetched(row, prediction(row, "vlmevalkit"))
             # A right answer of zero is falsy in the reference, which then asks its judge.
             by_itself = bool(value)
-            extraction = value if by_itself else ""
+            # An extraction that failed is empty in the reference's file, and "nan" when it is read from there.
+            extraction = value if by_itself else math.nan
             if not by_itself:
                 judge.append(position)
         found = found_value(row, extraction)

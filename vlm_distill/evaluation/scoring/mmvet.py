@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from data.errors import UserError
 
-from .base import Row, Scores, Table, column, mean, missing, prediction
+from .base import Row, Rules, Scores, Table, column, mean, missing, prediction
 
 
 def contains_answer(answer: str, reference: str) -> bool:
@@ -26,11 +26,12 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def score_mmvet(table: Table) -> Scores:
+def score_mmvet(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
     """The mean, in per cent, of the judge's scores in the column ``judge`` (0…1), and of containment where it is empty.
 
-    Groups are the abilities in ``category`` or ``capability``, a list or text with commas. ``judge`` of the result
-    lists the rows that no judge has seen.
+    Groups are the abilities in ``category`` or ``capability``, a list or text with commas. VLMEvalKit counts a question
+    of one ability alone twice in that ability's mean, once as a set of abilities. ``judge`` of the result lists the
+    rows that no judge has seen.
 
     Raises:
         UserError: a judge's score is not in 0…1.
@@ -44,7 +45,10 @@ def score_mmvet(table: Table) -> Scores:
     abilities = [_abilities(row) for row in table]
     groups = {}
     for name in dict.fromkeys(name for found in abilities for name in found):
-        groups[name] = {"acc": 100 * mean(s for s, found in zip(scores, abilities, strict=True) if name in found)}
+        graded = [s for s, found in zip(scores, abilities, strict=True) if name in found]
+        if rules == "vlmevalkit":
+            graded += [s for s, found in zip(scores, abilities, strict=True) if found == [name]]
+        groups[name] = {"acc": 100 * mean(graded)}
     overall = 100 * mean(scores)
     unseen = [i for i, row in enumerate(table) if missing(row.get("judge"))]
     return Scores("acc", overall, {"acc": overall}, groups, scores, judge=unseen)

@@ -43,7 +43,7 @@ SCORERS: dict[str, dict[Rules, Scorer]] = {
         "official": partial(mmmu.score_mmmu, rules="official"),
     },
     "mathvista": _each(mathvista.score_mathvista, *_BOTH),
-    "mmvet": {"vlmevalkit": mmvet.score_mmvet, "lmms-eval": mmvet.score_mmvet, "official": mmvet.score_mmvet},
+    "mmvet": _each(mmvet.score_mmvet, *_ALL),
 }
 
 
