@@ -194,7 +194,7 @@ def test_supervised_tokens_are_the_answers(name, load, samples):
         assert answers(model, sample, sample.supervised.tolist()) == [text + end for text in texts]
         assert answers(model, sample, sample.ends.tolist()) == [end] * len(texts)
         own = (sample.supervised & ~sample.ends).sum()
-        within = [0 <= a < b <= len(texts[answer]) for answer, a, b in sample.places.tolist()]
+        within = [0 <= a < b <= len(texts[piece // 2]) for piece, a, b in sample.places.tolist()]
         assert sum(within) == own
         assert not (sample.supervised & model.processor.image_tokens(sample)).any()
 
