@@ -199,6 +199,14 @@ def test_supervised_tokens_are_the_answers(name, load, samples):
         assert not (sample.supervised & model.processor.image_tokens(sample)).any()
 
 
+@pytest.mark.parametrize(
+    "token", ["<|vision_start|>", "<fake_token_around_image>", "<|START_OF_IMG|>", "<row_1_col_1>"]
+)
+def test_what_frames_an_image_is_refused_in_a_text(load, talk, token):
+    with pytest.raises(BadSample, match="text holds a control token"):
+        load("llava").processor.encode(talk(f"What is {token}?", "red"), [])
+
+
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_no_token_sees_those_after_it(name, load, talk, picture):
     """Another last token of an answer leaves every supervised position before it as it was."""
