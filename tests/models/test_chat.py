@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import byte_tokenizer
 import pytest
-from chat_templates import JINJA, PYTHON, conversation, processor
+import torch
+from chat_templates import JINJA, PYTHON, SPECIAL, conversation, processor
 
-from data.errors import BadSample
-from vlm_distill.models.composed import ComposedProcessor
+from data.collate import Collator, Turns, encode_pair
+from data.errors import BadSample, UserError
+from vlm_distill.models.composed import ComposedProcessor, load_tokenizer
 from vlm_distill.models.vision_encoders import ImageTransform
 
 THINKING = ("block", "unthinking", "opened", "channels")
@@ -188,3 +191,82 @@ def test_generation_ends_with_the_opening_of_the_answer(processors):
     row = made.encode(conversation([ASK]), [], generation=True)
     assert made.tokenizer.decode(row.input_ids).endswith("What colour?<|im_end|>\n<|im_start|>assistant\n<think>\n")
     assert not row.supervised.any()
+
+
+PAIRS = [(a, b) for a in ("chatml", "inst", "block", "opened", "hides", "channels") for b in JINJA if a != b]
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_two_templates_share_the_answers_own_tokens(processors, student, teacher):
+    """Whatever each template writes around them, and whichever shows a thought."""
+    talk = [ASK, ("assistant", "It is red."), MORE, ("assistant", "There are three.", "hm")]
+    made = processors(student), processors(teacher)
+    for one in made:
+        one.learn_block = False
+    pair = encode_pair(conversation(talk), [], *made, 500)
+    ids = [
+        row.input_ids[tokens]
+        for row, tokens in ((pair.student, pair.student_tokens), (pair.teacher, pair.teacher_tokens))
+    ]
+    assert torch.equal(ids[0][pair.distilled], ids[1][pair.distilled])
+    learnt = made[0].tokenizer.decode(ids[0][pair.distilled])
+    # A first word may be other tokens because of a blank.
+    assert " is red." in learnt
+    assert " are three." in learnt
+
+
+def test_a_first_token_with_a_templates_blank_is_left_to_cross_entropy(processors):
+    talked = conversation([ASK, ("assistant", "three blue triangles")])
+    pair = encode_pair(talked, [], processors("colon"), processors("chatml"), 500)
+    tokens = [processors("colon").tokenizer.decode(i) for i in pair.student.input_ids[pair.student_tokens]]
+    left = [token for token, known in zip(tokens, pair.distilled.tolist(), strict=True) if not known]
+    assert left == [" th", " ", "</s>"]
+    with pytest.raises(BadSample, match="misaligned: answer 1"):
+        encode_pair(talked, [], processors("colon"), processors(JINJA["trims"].replace("trim", "upper")), 500)
+
+
+@pytest.mark.parametrize("talk", ["thoughts", "a thought, then none", "two turns"])
+@pytest.mark.parametrize("name", [*THINKING, "hides"])
+def test_split_trains_each_answer_as_it_is_generated(processors, name, talk):
+    made = processors(name)
+    made.learn_block = False
+    pairs = Collator(made, made, 500, Turns(split=True)).encode(conversation(TALKS[talk]))
+    assert [pair.samples for pair in pairs] == [1, 0]
+    for number, pair in enumerate(pairs):
+        parts = PYTHON[name](TALKS[talk][: 2 * number + 2])
+        # Earlier answers are context.
+        last = max(i for i, (_, kind) in enumerate(parts) if kind == "answer")
+        parts = [(text, kind if i >= last else "prompt") for i, (text, kind) in enumerate(parts)]
+        ids, supervised, _ = expected(made, parts, False)
+        assert pair.student.input_ids.tolist() == ids
+        assert pair.student.supervised.tolist() == supervised
+        assert pair.distilled.all()
+
+
+def test_arguments_become_part_of_the_template(processors, tmp_path):
+    opening = (
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{{ effort }}"
+    )
+    template = JINJA["chatml"].replace("assistant\n{% endif %}", "assistant\n" + opening + "{% endif %}")
+    made = processor(template)
+    made.set_template_arguments({"enable_thinking": False, "effort": 'a "low"\n%}'}, "student.template_arguments")
+    wanted = '<|im_start|>assistant\n<think></think>a "low"\n%}'
+    made.save_pretrained(tmp_path)
+    for one in (made, ComposedProcessor(load_tokenizer(str(tmp_path)))):
+        row = one.encode(conversation([ASK]), [], generation=True)
+        assert one.tokenizer.decode(row.input_ids).endswith(wanted)
+    with pytest.raises(UserError, match="does not read 'enable_thinkin'; did you mean 'enable_thinking'"):
+        made.set_template_arguments({"enable_thinkin": True}, "teacher.template_arguments")
+
+
+OF_IMAGES = ["<img>", "<|vision_start|>", "<fake_token_around_image>", "<|image_pad|>", "[IMG_END]"]
+
+
+@pytest.mark.parametrize("token", OF_IMAGES)
+def test_what_frames_an_image_is_text_when_a_user_writes_it(token):
+    made = ComposedProcessor(byte_tokenizer.make_tokenizer(JINJA["chatml"], extra=(*SPECIAL, token)))
+    row = made.encode(conversation([("user", f"What is {token}?"), ("assistant", "red")]), [])
+    assert made.tokenizer.convert_tokens_to_ids(token) not in row.input_ids.tolist()
+    assert token in made.tokenizer.decode(row.input_ids)
+    with pytest.raises(BadSample, match="answer holds a control token"):
+        made.encode(conversation([ASK, ("assistant", token)]), [])

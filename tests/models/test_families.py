@@ -194,9 +194,17 @@ def test_supervised_tokens_are_the_answers(name, load, samples):
         assert answers(model, sample, sample.supervised.tolist()) == [text + end for text in texts]
         assert answers(model, sample, sample.ends.tolist()) == [end] * len(texts)
         own = (sample.supervised & ~sample.ends).sum()
-        within = [0 <= a < b <= len(texts[answer]) for answer, a, b in sample.places.tolist()]
+        within = [0 <= a < b <= len(texts[piece // 2]) for piece, a, b in sample.places.tolist()]
         assert sum(within) == own
         assert not (sample.supervised & model.processor.image_tokens(sample)).any()
+
+
+@pytest.mark.parametrize(
+    "token", ["<|vision_start|>", "<fake_token_around_image>", "<|START_OF_IMG|>", "<row_1_col_1>"]
+)
+def test_what_frames_an_image_is_refused_in_a_text(load, talk, token):
+    with pytest.raises(BadSample, match="text holds a control token"):
+        load("llava").processor.encode(talk(f"What is {token}?", "red"), [])
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

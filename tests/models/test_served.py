@@ -9,6 +9,7 @@ import torch
 from scoring_server import serving
 from tokenizers.processors import TemplateProcessing
 
+from data.conversation import Conversation
 from data.errors import UserError
 from vlm_distill.config import RunConfig
 from vlm_distill.endpoint import Endpoint
@@ -193,6 +194,20 @@ def test_a_start_token_that_no_template_writes_is_there_too(tmp_path):
         rows = run.dataset[0].batches[0]
         assert rows.teacher.inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
         assert len(run.guide.outputs(rows).targets.ids) == len(rows.teacher.positions)
+
+
+def test_a_conversation_goes_to_the_server_with_all_that_a_template_reads(tmp_path, talk):
+    model = load_vlm(tiny.write_llava(tmp_path / "teacher", 3))
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    first, second = talk("what", "red").messages
+    talked = Conversation((first, {**second, "tool_calls": [call], "supervised": False}), tools=({"name": "look"},))
+    with serving(model) as server:
+        endpoint = Endpoint("teacher.server", server.url, "OPENAI_API_KEY")
+        there = ServedModel(model.processor, endpoint, "teacher-1", {"enable_thinking": False})
+        _, body = there.chat(talked, [], generation=False)
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert body["tools"] == [{"name": "look"}]
+    assert body["messages"][1] == {"role": "assistant", "content": second["content"], "tool_calls": [call]}
 
 
 def test_a_sample_that_the_server_refuses_is_named(tmp_path):

@@ -94,9 +94,10 @@ class ScoringServer(ThreadingHTTPServer):
 
         messages = [{"role": m["role"], "content": [part(p) for p in m["content"]]} for m in body["messages"]]
         processor, generation = self.model.processor, body["add_generation_prompt"]
-        row = processor.encode(Conversation(tuple(messages)), images, generation=generation)
+        asked = Conversation(tuple(messages))
+        row = processor.encode(asked, images, generation=generation)
         starts = int(row.input_ids[0]) == processor.tokenizer.bos_token_id
-        if starts and processor.adds_special_tokens(messages) and not body["add_special_tokens"]:
+        if starts and processor.adds_special_tokens(asked) and not body["add_special_tokens"]:
             row.input_ids, row.tensors["attention_mask"] = row.input_ids[1:], row.tensors["attention_mask"][:, 1:]
         return row
 

@@ -17,7 +17,6 @@ from data.conversation import Document
 from data.errors import BadSample
 from data.loader import StepDataset
 from data.mixture import Mixture
-from data.token_cache import CachedRows
 from data.workers import make_loader
 from vlm_distill import losses
 from vlm_distill.config import RunConfig
@@ -111,9 +110,8 @@ class Trainer(Loop):
             self.teacher.align(student)
         elif isinstance(self.teacher, CachedTeacher):
             self.told = [*self.told, *check_cache(config, sources, self.teacher)]
-        if self.guide is None or not isinstance(self.guide.processor, CachedRows):
-            shown_to = None if self.guide is None else self.guide.processor
-            self.told = [*self.told, *template_remarks(config.data, student.processor, shown_to, self.grouped)]
+        shown_to = None if self.guide is None else self.guide.processor
+        self.told = [*self.told, *template_remarks(config.data, student.processor, shown_to, self.grouped)]
         prepare_losses(terms, student, self.guide)
         self.sequence = processes.share_sequences(config.training.sequence_parallel)
         guide = model if self.guide is not None else None
