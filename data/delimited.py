@@ -6,17 +6,13 @@ import ast
 import csv
 import io
 import json
-from array import array
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .errors import BadSample, UserError
 from .places import check_regular
-from .sources import Source
+from .sources import IndexedFile
 from .tsv import table_records
 
 #: Keys whose cells may hold a list or an object, as JSON or as Python writes it.
@@ -24,7 +20,7 @@ _LISTS = ("messages", "conversations", "conversation", "texts", "prompt", "compl
 _VALUES = ("images", "image", "answers", "tools", "functions", "metadata", "objects")
 
 
-class DelimitedSource(Source):
+class DelimitedSource(IndexedFile):
     """A table with a header, indexed by byte offset once and read row by row.
 
     Empty cells are keys that the record does not have. A list of messages or images in a cell is read as JSON, or as
@@ -33,7 +29,7 @@ class DelimitedSource(Source):
     Args:
         path: the file.
         delimiter: between two cells, ``","`` or a tab.
-        limit: only the first so many rows.
+        limit: read only this many rows, the first ones.
 
     Raises:
         UserError: the file is not such a table, or not UTF-8.
@@ -47,17 +43,11 @@ class DelimitedSource(Source):
         self._delimiter = delimiter
         self._ours = {theirs: ours for ours, theirs in self.columns.items()}
         check_regular(path)
-        spans = array("q")
         with path.open("rb") as file:
             rows = table_records(path, file, delimiter)
             self._header = next(rows, (0, 0, 0, []))[3]
             _check_header(path, self._header, delimiter)
-            for line, start, length, _ in islice(rows, limit):
-                spans.extend((line, start, length))
-        self._lines, self._starts, self._lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T.copy()
-
-    def __len__(self) -> int:
-        return len(self._starts)
+            self._index((line, start, length) for line, start, length, _ in islice(rows, limit))
 
     def read(self, index: int) -> Any:
         with self.path.open("rb") as file:
@@ -76,15 +66,6 @@ class DelimitedSource(Source):
         if key in _LISTS:  # else a text that happens to begin so
             return value if isinstance(value, list) and not any(isinstance(one, str | int) for one in value) else cell
         return cell if value is None else value
-
-    def size(self, index: int) -> int:
-        return int(self._lengths[index])
-
-    def sizes(self) -> NDArray[np.int64]:
-        return self._lengths
-
-    def line(self, index: int) -> int:
-        return int(self._lines[index])
 
 
 def _literal(text: str) -> Any:

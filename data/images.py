@@ -70,8 +70,10 @@ def named_image(text: str, folder: Path) -> ImageSource:
         return _path_of_file_url(text)
     if is_url(text):
         return text
-    # The first 32 characters tell; no file has such a name.
-    if _BASE64.fullmatch(text[:400]) and _MAGIC.match(base64.b64decode("".join(text[:64].split())[:32] + "==")):
+    # No file has a name that begins like an image in base64.
+    start = "".join(text[:64].split())
+    start = start[: len(start) // 4 * 4]
+    if _BASE64.fullmatch(text[:400]) and _MAGIC.match(base64.b64decode(start)):
         return _bytes_of_base64(text)
     return str(folder / text)
 

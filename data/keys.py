@@ -53,11 +53,13 @@ _IMAGE_KEY = re.compile(
 
 def is_empty(value: Any) -> bool:
     """Whether a value is what tables and JSON have where there is nothing."""
+    if value is None:
+        return True
+    if isinstance(value, str | bytes | list | tuple):
+        return not value
     if isinstance(value, float):
         return math.isnan(value)
-    if isinstance(value, Mapping):
-        return all(map(is_empty, value.values()))
-    return value is None or (isinstance(value, str | bytes | list | tuple) and not len(value))
+    return isinstance(value, Mapping) and all(map(is_empty, value.values()))
 
 
 def one_of(given: Mapping[str, Any], keys: Collection[str]) -> Any:
@@ -66,11 +68,13 @@ def one_of(given: Mapping[str, Any], keys: Collection[str]) -> Any:
     Raises:
         BadSample: two of them hold different values, and nothing says which is meant.
     """
-    found = {key: given[key] for key in keys if not is_empty(given.get(key))}
-    values = list(found.values())
-    if any(value != values[0] for value in values[1:]):
+    found = [key for key in keys if key in given and not is_empty(given[key])]
+    if not found:
+        return None
+    value = given[found[0]]
+    if any(given[key] != value for key in found[1:]):
         raise BadSample("two keys say different things", " and ".join(found))
-    return values[0] if values else None
+    return value
 
 
 def learnt(given: Mapping[str, Any], where: str) -> bool | None:

@@ -24,9 +24,10 @@ _ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
 }
 _CALLS = ("function_call", "tool_call")
+_TOOL_KEYS = {"tool_calls", "function_call", "tool_call_id", "name"}
 _CONTENT = ("content", "value")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_MESSAGE_KEYS = {"role", "from", *_CONTENT, *_REASONING, *MASKS, "name", "tool_calls", "tool_call_id", "function_call"}
+_MESSAGE_KEYS = {"role", "from", *_CONTENT, *_REASONING, *MASKS, *_TOOL_KEYS}
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 #: Types of parts that are images.
@@ -54,10 +55,11 @@ def read_message(given: Mapping[str, Any], unread: Counter[str]) -> RawMessage:
     if role is None:
         raise BadSample("unknown role", repr(name)[:80])
     content = one_of(given, _CONTENT)
-    if content is None and any(isinstance(given.get(key), str) for key in _CONTENT):
+    if content is None and "" in (given.get("content"), given.get("value")):
         content = ""
     message: RawMessage = {"role": role, "content": content}
-    message |= _tool_keys(name, message, given)
+    if given.keys() & _TOOL_KEYS or name in _CALLS or role == "tool":
+        message |= _tool_keys(name, message, given)
     reasoning = one_of(given, _REASONING)
     if reasoning is not None:
         if not isinstance(reasoning, str) or role != "assistant":

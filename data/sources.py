@@ -14,7 +14,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -131,7 +131,33 @@ class Source(ABC):
             raise BadSample("nested too deeply", "a list or object in the record") from None
 
 
-class JsonlSource(Source):
+class IndexedFile(Source):
+    """Records of a file that are found by byte offset; a subclass calls :meth:`_index` once."""
+
+    def _index(self, spans: Iterable[tuple[int, int, int]]) -> None:
+        """Keep line number, first byte and length of each record.
+
+        Arrays, not lists: worker processes share them without touching reference counts.
+        """
+        flat = array("q")
+        for span in spans:
+            flat.extend(span)
+        self._lines, self._starts, self._lengths = np.array(flat, dtype=np.int64).reshape(-1, 3).T.copy()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def size(self, index: int) -> int:
+        return int(self._lengths[index])
+
+    def sizes(self) -> NDArray[np.int64]:
+        return self._lengths
+
+    def line(self, index: int) -> int:
+        return int(self._lines[index])
+
+
+class JsonlSource(IndexedFile):
     """A file with one JSON record a line, indexed by byte offset once and read line by line. Blank lines do not count.
 
     Args:
@@ -149,18 +175,11 @@ class JsonlSource(Source):
         super().__init__(name, images, **shared)
         self.path = path
         self._text = text
-        spans = array("q")
         with self._open() as file:
-            for number, start, length in islice(_spans(path, file), limit):
-                spans.extend((number, start, length))
-        # Arrays, not lists: worker processes share them without touching reference counts.
-        self._lines, self._starts, self._lengths = np.array(spans, dtype=np.int64).reshape(-1, 3).T.copy()
+            self._index(islice(_spans(path, file), limit))
 
     def _open(self) -> BinaryIO:
         return self.path.open("rb") if self._text is None else io.BytesIO(self._text)
-
-    def __len__(self) -> int:
-        return len(self._starts)
 
     def read(self, index: int) -> Any:
         if self._text is not None:
@@ -176,15 +195,6 @@ class JsonlSource(Source):
             )
         return _parsed(raw)
 
-    def size(self, index: int) -> int:
-        return int(self._lengths[index])
-
-    def sizes(self) -> NDArray[np.int64]:
-        return self._lengths
-
-    def line(self, index: int) -> int:
-        return int(self._lines[index])
-
 
 def _parsed(raw: bytes) -> Any:
     try:
@@ -196,7 +206,7 @@ def _parsed(raw: bytes) -> Any:
 
 
 def bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, none of which fills the memory. Raises ``UserError`` where one would."""
+    """Give the lines of a file. Raises ``UserError`` at one that would fill the memory."""
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
@@ -508,26 +518,35 @@ def open_source(
         raise UserError(f"{given} is a {kind} file and has no split or config; leave them out")
     shared: dict[str, Any] = {"limit": limit, "answers_required": answers_required, "columns": columns}
     folder = images or (path if path.is_dir() else path.parent if path.exists() else Path())
+    source: Source
     if kind == "huggingface":
         title = name or (path.stem if path.is_file() else path.name if path.exists() else given)
-        source: Source = HuggingFaceSource(open_dataset(path, given, split, config), title, folder, **shared)
+        source = HuggingFaceSource(open_dataset(path, given, split, config), title, folder, **shared)
     elif kind == "webdataset":
-        from .webdataset import WebDatasetSource  # a Source, and so later than this file
-
         if config or images:
             raise UserError(f"{given} is read as WebDataset, which has no config or image folder; leave it out")
-        title = name or (path.stem if path.exists() else path.parent.name or str(path))
-        source = WebDatasetSource(find_shards(path, given, split), title, **shared)
+        source = _open_shards(path, given, split, name, shared)
     elif kind in ("csv", "tsv"):
-        from .delimited import DelimitedSource  # a Source, and so later than this file
-
-        source = DelimitedSource(path, name or path.stem, folder, delimiter="," if kind == "csv" else "\t", **shared)
+        source = _open_table(path, kind, name, folder, shared)
     else:
         source = _open_json(path, kind, format, name, folder, shared)
     if not len(source):
         raise UserError(f"{given} has no rows; check the file{' and the split' if split else ''}")
     _check_columns(source, given)
     return source
+
+
+def _open_shards(path: Path, given: str, split: str | None, name: str | None, shared: Mapping[str, Any]) -> Source:
+    from .webdataset import WebDatasetSource  # a Source, and so later than this file
+
+    title = name or (path.stem if path.exists() else path.parent.name or str(path))
+    return WebDatasetSource(find_shards(path, given, split), title, **shared)
+
+
+def _open_table(path: Path, kind: str, name: str | None, folder: Path, shared: Mapping[str, Any]) -> Source:
+    from .delimited import DelimitedSource  # a Source, and so later than this file
+
+    return DelimitedSource(path, name or path.stem, folder, delimiter="," if kind == "csv" else "\t", **shared)
 
 
 def _open_json(

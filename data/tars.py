@@ -156,7 +156,7 @@ def opened(shard: Path) -> BinaryIO:
 
 
 class _Headers:
-    """A file of which the library reads headers alone, and never one that would fill the memory or go on for ever."""
+    """A file that gives the library headers, and refuses one that would fill the memory or go on for ever."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

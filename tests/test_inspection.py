@@ -118,3 +118,11 @@ def test_the_command(material, tmp_path):
         {"source", "line", "student", "teacher"}
     ] * 2
     assert "2 of 2 samples can be used" in done.stderr
+
+
+def test_the_summary_names_keys_that_nothing_reads(material, tmp_path):
+    folder, teacher, _ = material
+    (tmp_path / "rated.jsonl").write_text(json.dumps({"question": "say red", "answer": "red", "rating": 5}))
+    inspection = Inspection(RunConfig.model_validate(tiny.config(folder / "out", tmp_path / "rated.jsonl", teacher)))
+    list(inspection.lines(None))
+    assert inspection.summary().splitlines()[1] == "rated: nothing reads rating of its records"

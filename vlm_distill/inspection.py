@@ -111,9 +111,13 @@ class Inspection:
                 yield place | {name: _as_learnt(p, row) for name, p, row in self._rows(pair)}
 
     def summary(self) -> str:
-        """Return how many samples can be used, and why the others cannot, in one line."""
+        """Return how many samples can be used and why the others cannot, and a line for each source with unread keys."""
         usable = self.samples - self.log.counts.total()
-        return f"{usable:,} of {self.samples:,} samples can be used; {self.log.summary()}"
+        lines = [f"{usable:,} of {self.samples:,} samples can be used; {self.log.summary()}"]
+        for source in self.sources:
+            if keys := getattr(source, "not_read", None):
+                lines.append(f"{source.name}: nothing reads {', '.join(sorted(keys))} of its records")
+        return "\n".join(lines)
 
     def _first(self, count: int) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0

@@ -93,6 +93,12 @@ def test_an_image_is_read_in_any_shape_at_any_place(folder, image):
         assert said(to_conversation(record, images=folder)) == [("user", "[3]Colour?"), ("assistant", "Red.")]
 
 
+def test_a_path_without_a_suffix_is_no_base64(folder):
+    for length in range(12, 40):
+        name = "images/" + "a" * length
+        assert to_conversation({"image": name, "messages": ASKED}, images=folder).images == (str(folder / name),)
+
+
 def test_a_file_url_is_a_path_and_judged_by_the_roots(folder):
     for url in (f"file://{folder}/3.png", f"FILE://localhost{folder}/%33.png"):
         (image,) = to_conversation({"image": url, "messages": ASKED}).images
