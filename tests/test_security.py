@@ -298,6 +298,7 @@ def test_files_of_another_shape_are_named(tmp_path, file, content):
         ("generation_config.json", {"eos_token_id": [[1]]}),
         ("tokenizer_config.json", {"model_max_length": "long"}),
         ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("tokenizer_config.json", {"gguf_file": "/etc/hostname"}),
         ("model.safetensors.index.json", {"weight_map": {"a": "../../x.safetensors"}}),
         ("model.safetensors.index.json", {"weight_map": ["a"]}),
         ("model.safetensors.index.json", {}),

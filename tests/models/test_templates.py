@@ -46,6 +46,9 @@ def test_a_sample_of_such_a_template_is_a_bad_one(tokenizer, talk, monkeypatch):
     tokenizer.chat_template = BOMBS["loops that write nothing"]
     with pytest.raises(BadSample, match=r"takes more than 0\.2 seconds"):
         ComposedProcessor(tokenizer).encode(talk("a", "b"), [])
+    monkeypatch.setattr(templates, "MOST_SECONDS", 1000)  # it is not tried again
+    with pytest.raises(BadSample, match=r"takes more than 0\.2 seconds"):
+        ComposedProcessor(tokenizer).encode(talk("c", "d"), [])
 
 
 USUAL = (

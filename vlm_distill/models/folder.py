@@ -82,6 +82,8 @@ def check_folder(name: str | Path) -> None:
         if not path.is_file():
             continue
         content = read_object(path)
+        if content.get("gguf_file") is not None:
+            raise UserError(f"model: {path}: gguf_file would open {content['gguf_file']!r}; remove it")
         if path.name == "config.json":
             check_settings(content, str(path))
         elif path.name == "generation_config.json":

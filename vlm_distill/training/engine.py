@@ -377,16 +377,13 @@ class Engine:
         Collective under ZeRO-3: every rank must call it.
         """
         # Tied weights stay one tensor under two names: who writes them leaves one out by that.
+        tensors = module.state_dict(keep_vars=True)
         copies: dict[int, Tensor] = {}
-        state: dict[str, Tensor] = {}
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if id(tensor) not in copies:
-                with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
-                    if self.processes.first:
-                        copies[id(tensor)] = _on_cpu(tensor)
-            if self.processes.first:
-                state[name] = copies[id(tensor)]
-        return state
+        for key, tensor in {id(tensor): tensor for tensor in tensors.values()}.items():
+            with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                if self.processes.first:
+                    copies[key] = _on_cpu(tensor)
+        return {name: copies[id(tensor)] for name, tensor in tensors.items()} if self.processes.first else {}
 
 
 def _whole_for_writing(parameters: list[nn.Parameter]) -> Any:
