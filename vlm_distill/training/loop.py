@@ -505,6 +505,8 @@ class Loop(ABC):
             warning = found.warning()
             for remark in [*([] if warning is None else [warning]), *self.remarks_on(found)]:
                 tracker.warn(remark)
+            for remark in found.remarks():
+                tracker.say(remark)
 
     def _try_rows(self, done: int) -> FirstRows:
         """The first rows after step ``done``, made ready for the models and thrown away."""
@@ -513,9 +515,15 @@ class Loop(ABC):
         for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_rows)):
             found.tried += 1
             try:
-                found.images += self.dataset.try_row(source, row)
+                images, apart = self.dataset.try_row(source, row)
             except BadSample as bad:
                 found.problems.append(problem_of(mixture.sources[source], row, bad, "skip"))
+                continue
+            found.images += images
+            found.apart += apart
+            found.rows_apart += apart > 0
+        unread = {source.name: getattr(source, "not_read", None) for source in mixture.sources}
+        found.not_read = {name: keys for name, keys in unread.items() if keys}
         return found
 
     def _headline(self, values: Mapping[str, Any]) -> dict[str, float]:
