@@ -119,10 +119,22 @@ class StepDataset(Dataset[Step]):
         starts = [(a * self.world + self.rank) * self.micro_batch_size for a in range(self.accumulation)]
         return [rows[start : start + self.micro_batch_size] for start in starts]
 
-    def try_row(self, source: int, row: int) -> int:
-        """Encode a row for both models and return its number of images. Raise ``BadSample`` as training would."""
-        _, images, _ = self._read(source, row)
-        return len(images)
+    def try_row(self, source: int, row: int) -> tuple[int, int]:
+        """Encode a row for both models, as training does.
+
+        Returns:
+            Its number of images, and how many of its answers' tokens are not compared with the teacher's, because the
+            two chat templates cut the answer's edge in different places.
+
+        Raises:
+            BadSample: training would leave the row out.
+        """
+        _, images, pairs = self._read(source, row)
+        apart = 0
+        for pair in pairs:
+            if pair.groups is None:
+                apart += int((~pair.distilled & ~pair.student.ends[pair.student_tokens]).sum())
+        return len(images), apart
 
     def _read(self, source: int, row: int) -> tuple[Conversation | Document, list[Image.Image], list[Pair]]:
         sample = self.mixture.sources[source][row]

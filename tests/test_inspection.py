@@ -66,6 +66,13 @@ def test_what_is_learnt_of_several_answers(inspected, settings, supervised):
     assert entry["student"]["supervised"] == entry["teacher"]["supervised"] == supervised
 
 
+def test_each_turn_of_a_split_conversation_has_a_line(inspected):
+    entries = inspected("talk", data__turns="split")
+    assert [entry["line"] for entry in entries] == [1, 1]
+    assert [entry["student"]["supervised"] for entry in entries] == [["red <eos>"], ["no red <eos>"]]
+    assert [entry["student"]["text"].count("<assistant>") for entry in entries] == [1, 2]
+
+
 def test_what_is_too_long_is_a_problem(inspected):
     problems = {entry.get("problem") for entry in inspected("talk", data__max_length=9)}
     assert problems == {"too long: 13 tokens for the student, limit 9"}

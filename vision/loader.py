@@ -166,11 +166,11 @@ class ImageSteps(Dataset[Step]):
         with kept_randomness():
             return self._batch(0, self._rows(0)[:count], 0, [])
 
-    def try_row(self, source: int, row: int) -> int:
-        """Make a row's views and return 1, its number of images. Raise ``BadSample`` as training would."""
+    def try_row(self, source: int, row: int) -> tuple[int, int]:
+        """Make a row's views, as training does. Return what ``StepDataset.try_row`` does: one image, no answer."""
         with kept_randomness():
             self._read(0, 0, source, row)
-        return 1
+        return 1, 0
 
     def turn(self, step: int) -> int:
         """Which of the fixed views the images of a step are seen in, from 0."""

@@ -541,7 +541,7 @@ class RunConfig(Section):
 
 
 def check_weights(losses: Sequence[LossSection]) -> None:
-    """Raises ``ValueError`` where all losses have weight 0, so that nothing would be learnt."""
+    """Raise ``ValueError`` where all losses have weight 0, so that nothing would be learnt."""
     if all(section.weight == 0 for section in losses):
         raise ValueError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
 

@@ -40,7 +40,7 @@ class _Read:
     Attributes:
         source: the name of its source.
         line: where it stands there.
-        pairs: both models' rows; of a long document one for each piece.
+        pairs: both models' rows: one for each piece of a document, or each turn of a conversation that is split.
         problem: in place of pairs.
     """
 
@@ -97,7 +97,7 @@ class Inspection:
 
         Each has ``source`` and ``line``, and either ``problem`` or what each model receives: ``text`` (the decoded
         row), ``supervised`` (its supervised stretches, end tokens included), ``ends`` (the end tokens) and ``images``
-        (how many). Of a long document there is one for each piece.
+        (how many). A long document has one for each piece, a conversation that is split one for each turn.
 
         Args:
             count: only the samples that :meth:`shown` shows; ``None``: every sample of every source, in their order.

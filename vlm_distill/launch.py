@@ -171,7 +171,7 @@ def settle_accelerator() -> None:
 
 
 def guarded(command: Callable[[], object]) -> int:
-    """Runs a command and returns its exit code.
+    """Run a command and return its exit code.
 
     A person's mistake becomes one line on standard error and exit code 2, without a traceback; SIGINT and SIGTERM
     become one line and 128 + their number. A rank ends with the process that has started it, however that ends.
@@ -228,7 +228,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _end_with_launcher() -> None:
-    """Has the system kill this rank when the process that has started it is gone, killed by SIGKILL for example."""
+    """Have the system kill this rank when the process that has started it is gone, killed by SIGKILL for example."""
     launcher = os.environ.pop(_LAUNCHER, None)  # what this process starts has another
     if launcher is None or sys.platform != "linux":
         return

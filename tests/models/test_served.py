@@ -282,6 +282,20 @@ def test_requests_are_under_way_at_once_and_while_the_student_learns(folder, ser
     assert len(server.bodies) - asked == 24
 
 
+def test_a_step_without_a_sample_leaves_no_reply_behind(folder, server, tmp_path):
+    lines = (folder / "data" / "data.jsonl").read_text().splitlines()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(("{" if number % 2 else line) + "\n" for number, line in enumerate(lines)))
+    changes = {"training__batch_size": 1, "training__micro_batch_size": 1, "training__steps": 12, "data__max_bad": 0.9}
+    changes |= {"data__train": [{"path": str(broken)}], "loss": [{"name": "forward_kl"}], "evaluation__teacher": False}
+    run = trainer(folder, server, "empty", **changes)
+    asked = len(server.bodies)
+    run.run()
+    assert 0 < run.tally.empty_steps < 12
+    assert len(server.bodies) - asked == 12 - run.tally.empty_steps
+    assert not run.guide._ahead
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -14,7 +14,7 @@ from vision.config import ClassifierConfig
 from vision.trainer import Trainer as ClassifierTrainer
 from vlm_distill import train
 from vlm_distill.config import RunConfig
-from vlm_distill.training.intake import Tally
+from vlm_distill.training.intake import FirstRows, Tally
 from vlm_distill.training.trainer import Trainer
 
 EVERY_ROW = tuple(range(24))
@@ -114,6 +114,20 @@ def test_too_much_left_out_ends_the_run(run, tmp_path):
     assert "data.max_bad: " in told
     assert "rows left out (75.0%), more than 50%: 18 samples left out: data: not an image (18)" in told
     assert not (tmp_path / "out" / "student").exists()
+
+
+def test_what_nothing_reads_is_named_once_a_source(run, tmp_path):
+    data = tiny.write_data(tmp_path / "data")
+    records = [json.loads(line) | {"rating": 5, "score": {"a": 1}} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, told = run()
+    assert code == 0
+    assert told.count("data: nothing reads rating, score of its records") == 1
+
+
+def test_answers_that_cannot_be_compared_are_counted():
+    (said,) = FirstRows(tried=24, apart=30, rows_apart=24).remarks()
+    assert said.startswith("30 tokens in 24 of the first 24 rows are left to cross-entropy: ")
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,11 @@ class ServedTeacher(Teacher):
         """Sends a micro-batch's requests, whose replies :meth:`outputs` takes when its turn comes."""
         self._ahead.append((batch.origins, self._requests(batch)))
 
+    def forget(self, batch: DistillationBatch) -> None:
+        """Drop the replies to a micro-batch that :meth:`outputs` will not be called for."""
+        if self._ahead and self._ahead[0][0] == batch.origins:
+            self._ahead.popleft()
+
     def asked_ahead(self, steps: Iterable[Step]) -> Iterator[Step]:
         """The steps, each with the requests of the one after it on their way."""
         current: Step | None = None

@@ -172,7 +172,7 @@ def render_html(samples: Sequence[InspectedSample], path: Path) -> Path:
 
 
 def write_lines(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes a JSON object a line; a path ``-`` is standard output."""
+    """Write one JSON object per line; a path ``-`` is standard output."""
     if path == Path("-"):
         for entry in entries:
             print(json.dumps(entry))

@@ -12,6 +12,7 @@ from data.errors import UserError
 #: Rows that are tried before the first step, and that must have been counted before ``data.max_bad`` ends a run.
 FIRST_ROWS = 64
 _MANY = 0.1
+_KEYS = 8
 
 # What to do about a reason, by how the reason begins.
 _REMEDIES = {
@@ -35,11 +36,17 @@ class FirstRows:
         tried: how many there were.
         problems: those that cannot be used.
         images: images of the others.
+        apart: tokens of their answers that are not compared with the teacher's.
+        rows_apart: in how many rows there are such tokens.
+        not_read: by source the keys of its records that nothing reads, and how often each was met.
     """
 
     tried: int = 0
     problems: list[Problem] = field(default_factory=list)
     images: int = 0
+    apart: int = 0
+    rows_apart: int = 0
+    not_read: dict[str, Counter[str]] = field(default_factory=dict)
 
     @property
     def usable(self) -> int:
@@ -56,6 +63,20 @@ class FirstRows:
         if len(self.problems) <= _MANY * self.tried:
             return None
         return f"{len(self.problems)} of the first {self.tried} rows are left out: {with_remedy(self.problems)}"
+
+    def remarks(self) -> list[str]:
+        """Return what else there is to know about the rows."""
+        said = []
+        if self.apart:
+            said.append(
+                f"{self.apart} tokens in {self.rows_apart} of the first {self.tried} rows are left to cross-entropy: "
+                "the models' chat templates cut the answer's edge in different places"
+            )
+        for source, keys in self.not_read.items():
+            listed = ", ".join(key for key, _ in keys.most_common(_KEYS))
+            more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
+            said.append(f"{source}: nothing reads {listed}{more} of its records")
+        return said
 
 
 @dataclass

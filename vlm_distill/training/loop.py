@@ -158,6 +158,9 @@ class Loop(ABC):
         """Return what to say about the first rows beside those that are left out; on the first rank."""
         return []
 
+    def passed_over(self, step: Step) -> None:
+        """Called in place of an update, for a step in which no rank has anything to learn from."""
+
     def stepped(self, step: int) -> None:
         """Called after an update of the weights, in optimizer step ``step``, counted from 0."""
 
@@ -243,7 +246,7 @@ class Loop(ABC):
         return bool(self.evaluate_every and done and done % self.evaluate_every == 0 and done < self.steps)
 
     def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
-        """One optimizer step over all ranks: its metrics, and the signal that some rank got before it (0: none)."""
+        """Take an optimizer step over all ranks. Return its metrics, and the signal that a rank has got (0: none)."""
         world, began = self.processes.world, time.monotonic()
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
         self.processes.seed(hash((self.settings.training.seed, step.index, self.processes.rank)) % 2**63)
@@ -269,6 +272,8 @@ class Loop(ABC):
         if any(rows.values()):
             means, norm = self._update(step, rows, lr)
             values["loss"] = sum(t.weight * self.ramp(t, step.index) * means[t.name]["loss"] for t in self.terms)
+        else:
+            self.passed_over(step)
         epochs = self.steps / self.epoch_steps
         for term in self.terms:
             progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
@@ -292,7 +297,7 @@ class Loop(ABC):
         return values, self.stopping.signal_of(totals)
 
     def _count(self, step: Step, totals: Mapping[str, float], *, empty: bool) -> None:
-        """Adds a step to the tally. Raises ``UserError`` on all ranks where too much of the data was left out."""
+        """Add a step to the tally. Raise ``UserError`` on all ranks where too much of the data was left out."""
         # Ranks that share sequences have the same rows.
         shared = getattr(self.settings.training, "sequence_parallel", 1)
         self.tally.rows += round(totals["rows"] / shared)
@@ -306,7 +311,7 @@ class Loop(ABC):
     def _update(
         self, step: Step, rows: Mapping[str, float], lr: float
     ) -> tuple[dict[str, dict[str, float]], float | None]:
-        """Forward, backward and update of a step that has rows; means of its terms, and the gradient's norm."""
+        """Run forward, backward and update of a step that has rows. Return its terms' means and the gradient's norm."""
         # Each term's gradient becomes a mean over all its rows on all ranks.
         scales = {}
         for term in self.terms:
@@ -490,7 +495,7 @@ class Loop(ABC):
             tracker.say(f"resumed after step {done}")
 
     def _check_first_rows(self, tracker: Tracker, done: int) -> None:
-        """Tries the next rows. Raises ``UserError`` on all ranks where none of them can be used; collective."""
+        """Try the next rows. Raise ``UserError`` on all ranks where none of them can be used; collective."""
         if done >= self.steps:
             return
         self.processes.watch.phase("trying the first rows", limited=False)
@@ -505,17 +510,25 @@ class Loop(ABC):
             warning = found.warning()
             for remark in [*([] if warning is None else [warning]), *self.remarks_on(found)]:
                 tracker.warn(remark)
+            for remark in found.remarks():
+                tracker.say(remark)
 
     def _try_rows(self, done: int) -> FirstRows:
-        """The first rows after step ``done``, made ready for the models and thrown away."""
+        """Encode the first rows after step ``done``, and return what came of it."""
         found, mixture = FirstRows(), self.dataset.mixture
         rows = chain.from_iterable(mixture.rows(step) for step in range(done, self.steps))
         for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_rows)):
             found.tried += 1
             try:
-                found.images += self.dataset.try_row(source, row)
+                images, apart = self.dataset.try_row(source, row)
             except BadSample as bad:
                 found.problems.append(problem_of(mixture.sources[source], row, bad, "skip"))
+                continue
+            found.images += images
+            found.apart += apart
+            found.rows_apart += apart > 0
+        unread = {source.name: getattr(source, "not_read", None) for source in mixture.sources}
+        found.not_read = {name: keys for name, keys in unread.items() if keys}
         return found
 
     def _headline(self, values: Mapping[str, Any]) -> dict[str, float]:

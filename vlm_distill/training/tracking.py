@@ -136,18 +136,18 @@ class Tracker:
             self.console.print(f"step {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
-        """Prints a remark for the person who watches."""
+        """Print a remark for the person who watches."""
         if self.first:
             self.console.print(text)
 
     def warn(self, text: str) -> None:
-        """Prints a remark that a person should not overlook."""
+        """Print a remark that a person should not overlook."""
         if self.first:
             self.console.print(Text.assemble(("warning:", "bold red"), " ", text))
 
 
 def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -> Any:
-    """Returns W&B's run of this folder, whose id is kept there.
+    """Return W&B's run of this folder, whose id is kept there.
 
     Raises:
         UserError: W&B cannot begin, without a key or a network for example.

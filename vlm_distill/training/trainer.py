@@ -264,6 +264,11 @@ class Trainer(Loop):
         targets = self.guide.outputs(batch, self.features) if self.guide is not None else None
         return self.engine(batch, targets, scales)
 
+    def passed_over(self, step: Step) -> None:
+        if isinstance(self.guide, ServedTeacher):
+            for batch in step.batches:
+                self.guide.forget(batch)
+
     def lr(self, step: int) -> float:
         section = self.config.optimizer
         return section.lr * learning_rate_factor(
