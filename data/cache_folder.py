@@ -8,8 +8,9 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from uuid import uuid4
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import manifest
 from .errors import UserError
+from .json_files import read_object
 from .lock import Taken, hold, holder
 
 ABOUT = "cache.json"
@@ -26,14 +29,21 @@ ABOUT = "cache.json"
 _FLUSH_BYTES, _FLUSH_SECONDS = 2**26, 5.0
 
 
-def make_folder(folder: Path, what: str, about: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
-    """Makes the folder under another name first: of several processes one gives it its place.
+def make_folder(
+    folder: Path,
+    what: str,
+    about: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    changing: Container[str] = (),
+) -> None:
+    """Make the folder under another name first: of several processes one gives it its place.
 
     Args:
         folder: what stands there already, if it is a cache, is left alone.
         what: is cached, for messages.
-        about: goes into ``cache.json``.
+        about: goes into ``cache.json``, with its own checksum and those of the other files.
         fill: writes everything else.
+        changing: files that get no checksum here, since they change while the cache fills.
 
     Raises:
         UserError: there is something else, or nothing may be written.
@@ -43,7 +53,10 @@ def make_folder(folder: Path, what: str, about: Mapping[str, Any], fill: Callabl
         made.mkdir(parents=True)
         try:
             fill(made)
-            (made / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            entries = manifest.entries_of(made, left_out=changing)
+            content = {**about, "files": {name: asdict(entry) for name, entry in entries.items()}}
+            content["checksum"] = _checksum(content)
+            (made / ABOUT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             made.rename(folder)
         except OSError:
             # Another process was first, or there is a folder with something else in it.
@@ -106,16 +119,32 @@ def _lock_of(folder: Path) -> Path:
     return real.with_name(f".{real.name}.lock")
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """What ``cache.json`` says. Raises ``UserError`` where it cannot be read."""
+def read_about(folder: Path, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what ``cache.json`` says, checksums left out.
+
+    Args:
+        folder: of a cache.
+        shape: keys that must be there, and their types.
+
+    Raises:
+        UserError: it cannot be read or is not what was written, or one of the files that never change is not.
+    """
     path = folder / ABOUT
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; delete the folder to fill it anew") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; delete the folder to fill it anew")
+        found = read_object(path, shape)
+        checksum = found.pop("checksum", None)
+        if checksum is None:
+            raise UserError(f"{path}: has no checksum (an earlier version wrote it)")
+        if checksum != _checksum(found):
+            raise UserError(f"{path}: is not what was written there (another checksum)")
+        manifest.check(folder, manifest.entries_from(found.pop("files")))
+    except UserError as error:
+        raise UserError(f"{error}; put it back from a copy, or delete {folder} to fill it anew") from None
     return found
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def compare(folder: Path, what: str, found: Mapping[str, Any], identity: Mapping[str, str]) -> None:

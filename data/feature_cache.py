@@ -16,6 +16,7 @@ from .errors import UserError
 from .token_cache import image_digest
 
 FORMAT = 2
+_SHAPE = {"format": int | str}
 _ENTRY = np.dtype([("images", "<u8"), ("offset", "<i8"), ("tokens", "<i4"), ("check", "<u4")])
 
 
@@ -37,8 +38,8 @@ class FeatureCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.about = read_about(folder)
-        if self.about.get("format") != f"vision features {FORMAT}":
+        self.about = read_about(folder, _SHAPE)
+        if self.about["format"] != f"vision features {FORMAT}":
             raise UserError(f"{folder}: no cache of vision features of this version; name another folder")
         self.width, self.dtype = int(self.about["width"]), getattr(torch, self.about["dtype"])
         self._shards = Shards(folder, _ENTRY, self._sizes)

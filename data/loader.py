@@ -18,6 +18,7 @@ from .collate import EVERY_ANSWER, Collator, Pair, Turns
 from .conversation import Conversation, Document
 from .errors import BadSample, UserError
 from .images import MAX_PIXELS, load_image
+from .json_files import read_lines
 from .mixture import Mixture
 from .sources import Source, TextSource
 
@@ -200,8 +201,13 @@ class ProblemLog:
             whole, newline, _ = path.read_bytes().rpartition(b"\n")
             # What a killed process left of its last line goes. Cut, not written anew, which might be broken off.
             os.truncate(path, len(whole + newline))
-            for line in whole.splitlines():
-                self._note(Problem(**json.loads(line)))
+            for number, entry in enumerate(read_lines(path), start=1):
+                try:
+                    self._note(Problem(**entry))
+                except TypeError:
+                    raise UserError(
+                        f"{path}, line {number}: not about a sample; remove that line, or the file"
+                    ) from None
 
     def add(self, problems: Iterable[Problem]) -> None:
         """Notes the problems of a step, of one rank or of all."""

@@ -71,7 +71,8 @@ class TeacherCache:
         if not (folder / ABOUT).exists():
             needed = cells * (4 * categories + 9)
             check_room(folder, "the teacher's logits", needed, "lower the number of fixed views")
-            make_folder(folder, "the teacher's logits", identity, self._fill)
+            changing = {f"{name}.npy" for name in self._layout}
+            make_folder(folder, "the teacher's logits", identity, self._fill, changing)
         compare(folder, "logits", read_about(folder), identity)
         self._logits, self._checks, self._written = (self._open(name) for name in self._layout)
 

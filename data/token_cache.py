@@ -34,6 +34,8 @@ _ENTRY = np.dtype(
         ("kind", "<u4"),
     ]
 )
+# What cache.json has to say.
+_SHAPE = {"format": int | str, "sources": dict[str, int], "max_length": int, "fields": dict[str, list[str | int]]}
 # Kinds of entries: a sample with or without its tokens' places in the answers; one that the teacher could not take.
 _PLAIN, _PLACED, _LEFT_OUT = range(3)
 
@@ -88,8 +90,8 @@ class TokenCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.about = read_about(folder)
-        if self.about.get("format") != FORMAT:
+        self.about = read_about(folder, _SHAPE)
+        if self.about["format"] != FORMAT:
             raise UserError(f"{folder}: no cache of this version; name another folder, or delete it to fill it anew")
         self.sources: dict[str, int] = self.about["sources"]
         self.max_length: int = self.about["max_length"]

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+from data import manifest
 from data.errors import UserError
 from data.sources import open_source
 from vision.classifier import load_classifier
@@ -319,17 +320,18 @@ def test_a_run_resumes_from_its_own_folder_alone(tmp_path, linked):
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
     (elsewhere / "step_2" / "saved").mkdir(parents=True)
     (elsewhere / "step_2" / "saved" / "model.pt").write_bytes(b"a pickle")
+    manifest.write(elsewhere / "step_2")
     place = {"checkpoints": "checkpoints", "step_2": "checkpoints/step_2", "file": "checkpoints/step_2/saved/model.pt"}
     link = run / place[linked]
     link.parent.mkdir(parents=True)
     target = {"checkpoints": "", "step_2": "step_2", "file": "step_2/saved/model.pt"}[linked]
     link.symlink_to(elsewhere / target)
     with pytest.raises(UserError, match="leads out of the run's folder"):
-        checkpoint.to_read(run / "checkpoints")
+        checkpoint.find(run / "checkpoints")
     (run / "config.yaml").touch()
     with pytest.raises(UserError, match="leads out of the run's folder"):
         export_student(run, tmp_path / "exported")
-    assert checkpoint.to_read(elsewhere) == elsewhere / "step_2"
+    assert checkpoint.find(elsewhere).path == elsewhere / "step_2"
 
 
 # Markup.

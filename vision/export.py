@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from vlm_distill.config_file import load_config
+from vlm_distill.export import finished_student
 from vlm_distill.launch import guarded
 from vlm_distill.models.common import first_line
 from vlm_distill.reporting.card import cell, document, fact_table, in_words, result, source_names, student_scores
@@ -130,7 +131,7 @@ def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
     Raises:
         UserError: neither a finished run nor a classifier.
     """
-    source = run / "student" if (run / "student").is_dir() else run
+    source = finished_student(run) or run
     if not (source / "config.json").is_file():
         raise UserError(f"{run}: neither a run with a finished student nor a classifier's folder")
     if folder.resolve() == source.resolve():

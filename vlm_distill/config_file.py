@@ -57,10 +57,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Base
         raise UserError(f"{path}: {explain(error, kind)}") from None
 
 
-def save_config(config: AnyRun, path: Path) -> None:
-    """Write the resolved configuration; running it again repeats the run."""
+def save_config(config: AnyRun, path: Path, comments: Sequence[str] = ()) -> None:
+    """Write the resolved configuration, comments above it; running it again repeats the run."""
     plain = escaped(config.model_dump(exclude_none=True))
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    path.write_text("".join(f"# {comment}\n" for comment in comments) + text, encoding="utf-8")
 
 
 def read_saved(path: Path) -> Any:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from data import manifest
 from data.errors import UserError
+
+if TYPE_CHECKING:
+    from vlm_distill.training.resume import Record
 
 FORMATS = ("native", "llava")
 
@@ -46,7 +51,7 @@ def export_student(run: Path, folder: Path, dtype: str | None = None, format: st
     choose("--format", format, FORMATS)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
-    model = _student(run)
+    model, record = _student(run)
     cast_parameters(model, wanted)
     if format == "llava":
         if not isinstance(model, ComposedVLM):
@@ -57,31 +62,57 @@ def export_student(run: Path, folder: Path, dtype: str | None = None, format: st
         raise UserError(f"{folder}: holds a model in another format; choose another folder, or empty it")
     _tell_ends(model)
     model.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(model, run), encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, run, record), encoding="utf-8")
     return folder
 
 
-def _student(run: Path) -> Any:
-    from vlm_distill.config_file import load_config
+def finished_student(run: Path) -> Path | None:
+    """Return the folder of a run's finished student, ``None`` where there is none, or its run is being made longer.
+
+    Raises:
+        UserError: the student is not what the run wrote.
+    """
+    folder = run / "student"
+    longer = not (run / "summary.json").is_file() and (run / "checkpoints").is_dir()
+    if not folder.is_dir() or longer:
+        return None
+    if (folder / manifest.NAME).is_file():  # a student from elsewhere has none
+        try:
+            manifest.check(folder, manifest.read(folder))
+        except manifest.Damaged as error:
+            again = "delete that folder and start the run again, which writes it anew from its last checkpoint"
+            raise UserError(f"{error}; {again}") from None
+    return folder
+
+
+def _student(run: Path) -> tuple[Any, Record | None]:
+    """Return a run's student, and what the run has kept of itself when it wrote it."""
+    from vlm_distill.config import RunConfig
     from vlm_distill.models import load_vlm
     from vlm_distill.training import checkpoint
+    from vlm_distill.training.resume import NAME, Record
 
-    if (run / "student").is_dir():
-        return load_vlm(run / "student")
-    latest = checkpoint.to_read(run / "checkpoints")
-    if latest is None:
+    finished = finished_student(run)
+    if finished is not None:
+        return load_vlm(finished), Record.read(run) if (run / NAME).is_file() else None
+    found = checkpoint.find(run / "checkpoints")
+    if found is None:
         raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
+    for path, reason in found.damaged.items():
+        print(f"vlm-distill: {path.name} is damaged ({reason}); exporting {found.path.name}", file=sys.stderr)
     from vlm_distill.training.build import load_models
     from vlm_distill.training.engine import Processes, checkpoint_weights
 
-    config = load_config(run / "config.yaml")
+    # The checkpoint's own: the run may have been started again with another stage since.
+    record = Record.read(found.path)
+    config = RunConfig.model_validate(record.configuration)
     processes = Processes("cpu")
     model, _ = load_models(config, processes)
-    weights = checkpoint_weights(latest, config.deepspeed.stage)
+    weights = checkpoint_weights(found.path, config.deepspeed.stage)
     prefix = "student."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     processes.close()
-    return model
+    return model, record
 
 
 def _tell_ends(model: Any) -> None:
@@ -91,19 +122,23 @@ def _tell_ends(model: Any) -> None:
     settings.generation_config.pad_token_id = model.pad_token
 
 
-def _card(model: Any, run: Path) -> str:
+def _card(model: Any, run: Path, record: Record | None) -> str:
+    from vlm_distill.config import RunConfig
     from vlm_distill.config_file import load_config
     from vlm_distill.models.composed import ComposedVLM
     from vlm_distill.reporting.card import run_card
 
-    config = load_config(run / "config.yaml").model_dump(exclude_unset=True)
+    if record is None:
+        config, changes = load_config(run / "config.yaml").model_dump(exclude_unset=True), []
+    else:
+        config, changes = RunConfig.model_validate(record.configuration).model_dump(), record.comments()
     sees = model.processor.has_vision
     size = sum(p.numel() for p in model.parameters())
     if not isinstance(model, ComposedVLM):
-        return run_card(config, run, sees, size, "transformers", _IMAGES)
+        return run_card(config, run, sees, size, "transformers", _IMAGES, changes)
     if not sees:
-        return run_card(config, run, sees, size, "transformers", _TEXT)
-    return run_card(config, run, sees, size, "vlm-distill", _OURS)
+        return run_card(config, run, sees, size, "transformers", _TEXT, changes)
+    return run_card(config, run, sees, size, "vlm-distill", _OURS, changes)
 
 
 _IMAGES = """\

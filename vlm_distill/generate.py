@@ -24,6 +24,7 @@ from PIL import Image
 from data.batch import Problem
 from data.conversation import Conversation, ImageSource
 from data.errors import UserError
+from data.json_files import read_object
 from data.loader import ProblemLog
 from data.sources import Source
 from vlm_distill.config import RunConfig
@@ -206,8 +207,11 @@ def _write_part(path: Path, predictions: list[Prediction], problems: list[Proble
 
 
 def _read_part(path: Path) -> _Finished:
-    content = json.loads(path.read_text("utf-8"))
-    return _Finished(dict(content["answers"]), [Problem(**fields) for fields in content["problems"]])
+    content = read_object(path)
+    try:
+        return _Finished(dict(content["answers"]), [Problem(**fields) for fields in content["problems"]])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not answers that this command keeps; delete it, and they are drawn again") from None
 
 
 class _Writer:

@@ -124,7 +124,7 @@ def test_broken_files_are_refused_by_name(cache, tmp_path):
     with pytest.raises(UserError, match=r"logits\.npy"):
         cache()
     (folder / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"cache\.json: not readable as JSON"):
         cache()
     (folder / "cache.json").write_text("[]")
     with pytest.raises(UserError, match=r"cache\.json: not a JSON object"):

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data.batch import Encoded, Origin
-from data.cache_folder import in_words, make_folder
+from data.cache_folder import in_words, make_folder, read_about
 from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
 from data.token_cache import CachedRows, TokenCache, TokenWriter, bytes_a_token, compact, digest_of
@@ -250,10 +250,43 @@ def test_a_pickled_cache_carries_no_data(folder):
 
 
 def test_another_version_is_refused(folder):
-    about = json.loads((folder / "cache.json").read_text())
-    (folder / "cache.json").write_text(json.dumps(about | {"format": 99}))
+    make_folder(folder.with_name("later"), "outputs", read_about(folder) | {"format": 99}, lambda _: None)
     with pytest.raises(UserError, match="no cache of this version"):
+        TokenCache(folder.with_name("later"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda text: "", "not readable as JSON"),
+        (lambda text: text[: len(text) // 2], "not readable as JSON"),
+        (lambda text: "[1]", "not a JSON object"),
+        (lambda text: "{}", "has no format"),
+        (lambda text: without(text, "sources"), "has no sources"),
+        (lambda text: without(text, "checksum"), "has no checksum"),
+        (lambda text: with_(text, sources=["a"]), "sources: input should be a valid dictionary"),
+        (lambda text: with_(text, sources={"a": "three"}), "sources.a: input should be a valid integer"),
+        (lambda text: with_(text, max_length=None), "max_length: input should be a valid integer"),
+        (lambda text: with_(text, fields={"hidden": 3}), "fields.hidden: input should be a valid list"),
+        (lambda text: text.replace('"a": 3', '"a": 2'), "not what was written there"),
+    ],
+)
+def test_a_description_of_another_shape_is_told_in_one_line(folder, spoil, words):
+    path = folder / "cache.json"
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(UserError) as caught:
         TokenCache(folder)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+    assert "to fill it anew" in str(caught.value)
+
+
+def without(text, key):
+    return json.dumps({k: v for k, v in json.loads(text).items() if k != key})
+
+
+def with_(text, **changes):
+    return json.dumps(json.loads(text) | changes)
 
 
 def test_digests_tell_texts_images_and_sizes_apart():

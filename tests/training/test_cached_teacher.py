@@ -13,6 +13,7 @@ import yaml
 from launches import on_one_rank_and_two
 from PIL import Image
 
+from data.cache_folder import _checksum
 from data.errors import UserError
 from data.token_cache import TokenCache, TokenWriter
 from vlm_distill.config import RunConfig
@@ -345,12 +346,26 @@ def test_likeliest_tokens_among_others_are_refused(own, processes):
     topk, kl = {"form": "topk", "k": 4}, [{"name": "forward_kl"}]
     fill(make(topk, loss=kl), processes)
     about = json.loads((folder / "cache/cache.json").read_text())
+    del about["checksum"]
     about["teacher"]["vocabulary"] += 1
-    (folder / "cache/cache.json").write_text(json.dumps(about))
+    (folder / "cache/cache.json").write_text(json.dumps(about | {"checksum": _checksum(about)}))
     with pytest.raises(UserError, match="holds the likeliest of"):
         Trainer(make(topk, loss=kl), processes)
     with pytest.raises(UserError, match=r"of .* tokens; choose fewer, or form hidden"):
         fill(make({"form": "topk", "k": 64, "folder": str(folder / "other")}, loss=kl), processes)
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "tokenizer/tokenizer.json", "cache.json"])
+def test_a_flipped_byte_of_what_a_cache_holds_once_is_noticed(cached, processes, name):
+    folder, make = cached
+    path = folder / "cache" / name
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1  # a weight, or a letter
+    path.write_bytes(raw)
+    for use in (Trainer, fill):
+        with pytest.raises(UserError, match="fill it anew") as caught:
+            use(make(), processes)
+        assert str(path) in str(caught.value)
 
 
 def test_inspection_shows_what_the_teacher_itself_receives(own):

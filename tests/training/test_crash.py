@@ -237,9 +237,14 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(runs, forks
 
 
 def test_metrics_on_a_full_disk_end_the_run_in_one_line(runs, forks):
-    plain = {"evaluation__every": None, "evaluation__best": None, "training__checkpoint_every": 100}
+    plain = {
+        "evaluation__every": None,
+        "evaluation__best": None,
+        "training__checkpoint_every": 100,
+        "training__steps": 40,
+    }
     config, out = runs.config("full_metrics", **plain), runs.folder / "full_metrics"
-    codes, told = forks(RUN, config, limit=2_800)
+    codes, told = forks(RUN, config, limit=4_000)
     assert codes == [2], told
     assert f"{out / 'metrics.jsonl'}: file too large" in told
     assert "Traceback" not in told

@@ -24,11 +24,13 @@ def fingerprint(name: str) -> dict[str, str]:
     single numbers in a large file may go unseen.
 
     Args:
-        name: a folder, or what Transformers finds on this machine.
+        name: a folder, a file of weights or of a chat template, or what Transformers finds on this machine.
 
     Returns:
         What there are files of; nothing where there is no such model here.
     """
+    if _is_file(name):
+        return {"content": _digest([Path(name)], sampled=True)}
     folder = _folder(name)
     if folder is None:
         return {}
@@ -49,6 +51,13 @@ def fingerprint(name: str) -> dict[str, str]:
 
 def digest_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a text in place of a name
+        return False
 
 
 def _folder(name: str) -> Path | None:

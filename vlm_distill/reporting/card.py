@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from data.errors import one_line
+from data.json_files import read_object
 
 
 def document(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
@@ -44,7 +44,7 @@ def source_names(sources: Sequence[Mapping[str, Any]]) -> list[str]:
 def student_scores(run: Path) -> dict[str, dict[str, Any]]:
     """The student's ``scores.json`` of the end of a run, by the name of the data."""
     files = sorted(run.glob("evaluation/*/student/scores.json"))
-    return {file.parent.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file.parent.parent.name: read_object(file) for file in files}
 
 
 def fact_table(rows: Sequence[tuple[str, Any]]) -> list[str]:
@@ -62,7 +62,15 @@ def result(task: str, data: str, metrics: Sequence[Mapping[str, Any]]) -> dict[s
     return {"task": {"type": task}, "dataset": {"name": data, "type": data}, "metrics": list(metrics)}
 
 
-def run_card(config: Mapping[str, Any], run: Path, sees: bool, size: int, library: str, usage: Sequence[str]) -> str:
+def run_card(
+    config: Mapping[str, Any],
+    run: Path,
+    sees: bool,
+    size: int,
+    library: str,
+    usage: Sequence[str],
+    changes: Sequence[str] = (),
+) -> str:
     """The card of a run's student that reads text and, perhaps, images.
 
     Args:
@@ -72,6 +80,7 @@ def run_card(config: Mapping[str, Any], run: Path, sees: bool, size: int, librar
         size: number of its parameters.
         library: what loads it: ``transformers`` or ``vlm-distill``.
         usage: lines of Python.
+        changes: what was changed while it trained, in words.
     """
     task = "image-text-to-text" if sees else "text-generation"
     name = run.resolve().name
@@ -104,6 +113,7 @@ def run_card(config: Mapping[str, Any], run: Path, sees: bool, size: int, librar
         ("loss", " + ".join(in_words(config["loss"]))),
         ("optimizer", _pairs(config.get("optimizer"), "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")),
         ("training", _pairs(config.get("training"), "epochs", "steps", "batch_size", "dtype", "seed")),
+        ("changed on the way", "; ".join(changes)),
         ("ZeRO stage", str((config.get("deepspeed") or {}).get("stage", ""))),
     ]
     lines = [f"# {cell(name)}", "", "A student distilled by vlm-distill.", "", *fact_table(rows), ""]

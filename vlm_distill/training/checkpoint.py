@@ -1,48 +1,120 @@
-"""A run's checkpoints: written aside and renamed when whole, the latest found by itself, the oldest removed."""
+"""A run's checkpoints: written aside and renamed when whole, checked against their manifests, the oldest removed."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from data import manifest
 from data.errors import UserError
+from data.json_files import read_object
+from data.manifest import Entry
 
 from . import faults
 from .output import cause_of, flush, flush_all, put_in_place, size
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"step_(\d+)$")
 
 
 def completed(folder: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints in a folder, ``(steps finished, path)``, oldest first."""
+    """Return the checkpoints in a folder, ``(steps finished, path)``, oldest first; some may be damaged since."""
     if not folder.is_dir():
         return []
-    found = ((_NAME.match(path.name), path) for path in folder.iterdir())
+    found = ((_NAME.match(path.name), path) for path in folder.iterdir() if path.is_dir())
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def to_read(folder: Path) -> Path | None:
-    """The latest whole checkpoint, ``None`` without one.
+def steps_of(path: Path) -> int:
+    """Return the steps that a checkpoint of this path has finished."""
+    match = _NAME.match(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that is whole.
+
+    Attributes:
+        path: its folder.
+        damaged: newer ones and what is wrong with each.
+    """
+
+    path: Path
+    damaged: Mapping[Path, str]
+
+
+def _alone(item: T) -> list[T]:
+    return [item]
+
+
+def find(folder: Path, *, rank: int = 0, world: int = 1, gather: Callable[[Any], list[Any]] = _alone) -> Found | None:
+    """Return the newest whole checkpoint, or ``None`` where there is none of any kind.
+
+    Every file is compared with the manifest, each rank reading its share. The first rank says which checkpoints there
+    are, and all ranks come to the same answer. Collective.
+
+    Args:
+        folder: a run's ``checkpoints``.
+        rank, world: this rank and the number of ranks.
+        gather: every rank's item on every rank.
 
     Raises:
-        UserError: it is not the run's own. Checkpoints are pickles, which run as code when they are loaded.
+        UserError: all of them are damaged, or one is not the run's own. Checkpoints are pickles, which run as code
+            when they are loaded.
     """
-    whole = completed(folder)
-    if not whole:
-        return None
-    latest, run = whole[-1][1], folder.parent.resolve()
-    for path in (folder, latest, *latest.rglob("*")):
+    names: list[str] = gather([path.name for _, path in completed(folder)])[0]
+    damaged: dict[Path, str] = {}
+    for path in (folder / name for name in reversed(names)):
+        _check_links(folder, path)
+        reasons = [reason for reason in gather(_fault(path, rank, world)) if reason is not None]
+        if not reasons:
+            return Found(path, damaged)
+        damaged[path] = reasons[0]
+    if damaged:
+        found = "; ".join(damaged.values())
+        raise UserError(
+            f"{folder}: no checkpoint is whole: {found}; put one back from a copy, or delete the folder to train from "
+            "the beginning"
+        )
+    return None
+
+
+def _check_links(folder: Path, checkpoint: Path) -> None:
+    """Raise ``UserError`` where a link leads out of the run's folder."""
+    run = folder.parent.resolve()
+    for path in (folder, checkpoint, *checkpoint.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(run):
             raise UserError(f"{path}: leads out of the run's folder; a run resumes from its own checkpoints alone")
-    return latest
+
+
+def _fault(path: Path, rank: int, world: int) -> str | None:
+    """Return what is wrong with this rank's share of a checkpoint's files."""
+    try:
+        files = manifest.read(path)
+        manifest.check(path, files, list(files)[rank::world])
+    except manifest.Damaged as error:
+        return str(error)
+    return None
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints to ``step_N.damaged``, so that none of them counts any more; one rank calls this."""
+    for path in damaged:
+        aside = path.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def clear(folder: Path) -> None:
-    """Removes what a crash has left half-written or half-removed; one rank calls this."""
+    """Remove what a crash has left half-written or half-removed; one rank calls this."""
     for leftover in folder.glob("*.unfinished"):
         shutil.rmtree(leftover)
 
@@ -50,54 +122,63 @@ def clear(folder: Path) -> None:
 def save(
     folder: Path,
     step: int,
-    write: Callable[[Path], None],
+    write: Callable[[Path], Mapping[str, Entry]],
     *,
     keep: int,
     first: bool,
-    gather: Callable[[str | None], list[str | None]],
+    gather: Callable[[Any], list[Any]],
 ) -> None:
-    """Writes a checkpoint so that a crash at any moment leaves either all of it or none.
+    """Write a checkpoint so that a crash at any moment leaves either all of it or none.
 
     Args:
         folder: the run's ``checkpoints``.
         step: optimizer steps finished.
-        write: fills a folder; called on every rank.
-        keep: how many checkpoints stay.
-        first: whether this rank renames and removes.
-        gather: every rank's text on every rank; each waits for all.
+        write: fills a folder; called on every rank. Returns entries of the manifest for what it hashed while writing.
+        keep: how many checkpoints stay, this one among them.
+        first: whether this rank writes the manifest, renames and removes.
+        gather: every rank's item on every rank; each waits for all.
 
     Raises:
         UserError: a rank could not write, for example on a full disk; on all ranks, the earlier checkpoints untouched.
     """
     unfinished, final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
+    known: dict[str, Entry] = {}
 
     def begin() -> None:
         clear(folder)
         unfinished.mkdir(parents=True)
         faults.point("checkpoint.begin")
 
+    def fill() -> None:
+        known.update(write(unfinished))
+
     def finish() -> None:
         flush_all(unfinished)
+        manifest.write(unfinished, known)
         if final.exists():
             shutil.rmtree(final)
         faults.point("checkpoint.rename")
         unfinished.rename(final)
         flush(folder)
-        for _, old in completed(folder)[:-keep]:
+        older = [path for number, path in completed(folder) if number < step]
+        for old in older[: max(0, len(older) - keep + 1)]:
             # Renamed first: a half-removed folder must not pass for a checkpoint.
             doomed = old.with_suffix(".unfinished")
             old.rename(doomed)
             faults.point("checkpoint.prune")
             shutil.rmtree(doomed)
 
-    for action, takes_part in ((begin, first), (lambda: write(unfinished), True), (finish, first)):
+    for action, takes_part in ((begin, first), (fill, True), (finish, first)):
         error, reason = None, None
         try:
             if takes_part:
                 action()
         except (OSError, RuntimeError) as raised:  # PyTorch makes the one into the other
             error, reason = raised, cause_of(raised, folder) or str(raised)
-        reasons = [text for text in gather(reason) if text is not None]
+        answers = gather((reason, dict(known)))
+        for _, entries in answers:
+            known.update(entries)
+        reasons = [text for text, _ in answers if text is not None]
         if not reasons:
             continue
         if error is not None and cause_of(error, folder) is None:
@@ -114,23 +195,26 @@ def save(
 
 
 def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float | None:
-    """The score of the best student so far, ``None`` where none is kept.
+    """Return the score of the best student so far, ``None`` where none is kept.
 
     Args:
         folder: the run's ``best``.
         compared_by: scores of anything else do not count.
         done: steps finished; what a run found after them it finds again.
+
+    Raises:
+        Damaged: the best student is not what was written.
     """
-    path = folder / "best.json"
-    if not path.is_file():
+    if not folder.is_dir():
         return None
-    about = json.loads(path.read_text("utf-8"))
+    manifest.check(folder, manifest.read(folder))
+    about = read_object(folder / "best.json", {"score": float | int, "step": int})
     same = all(about.get(key) == value for key, value in compared_by.items())
     return about["score"] if same and about["step"] <= done else None
 
 
 def save_best(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any]) -> None:
-    """Puts a student in the place of the best one before; one rank calls this.
+    """Put a student in the place of the best one before; one rank calls this.
 
     A crash may leave none, but never half of one: the evaluation, which follows its checkpoint, is repeated then.
 

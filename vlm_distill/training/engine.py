@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -20,18 +20,24 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
+from torch.serialization import get_crc32_options, set_crc32_options
 from transformers.integrations import HfDeepSpeedConfig
 
 from data.errors import UserError
+from data.manifest import Entry, HashedWriter
 from vlm_distill.config import AnyRun, split_batch
 from vlm_distill.launch import cores
+from vlm_distill.models.common import first_line
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.loading import not_finite
 from vlm_distill.models.sequence_parallel import SequenceParallel
 
 from . import faults
+from .failures import out_of_memory
 from .shards import Whole, read_whole, written_by
 from .watchdog import Watch
+
+T = TypeVar("T")
 
 SAVED_BY = "engine"
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
@@ -146,6 +152,19 @@ class Processes:
             with self.watch.waiting():
                 dist.all_gather_object(items, item)
         return items
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Return on every rank what ``work`` returns on the first; its ``UserError`` is raised on all. Collective."""
+        answer: tuple[T | None, str | None] = None, None
+        if self.first:
+            try:
+                answer = work(), None
+            except UserError as error:
+                answer = None, str(error)
+        result, mistake = self.gather(answer)[0]
+        if mistake is not None:
+            raise UserError(mistake)
+        return cast(T, result)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """All ranks' rows ``[n, …]`` one after the other; a gradient flows to this rank's own alone."""
@@ -279,26 +298,42 @@ class Engine:
                 dist.all_reduce(tensor)
                 tensor /= self.processes.world
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes weights and optimizer of all ranks, and ``state``, into an existing folder.
+    def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
+        """Write weights and optimizer of all ranks, and ``state``, into an existing folder.
+
+        Returns:
+            The manifest's entries of the files that this rank wrote, by their paths in the folder.
 
         Raises:
             OSError, RuntimeError: this rank could not write; others may have.
         """
-        files = _Files()
+        files = _Files(folder)
         self._engine.checkpoint_engine = files
         self._engine.save_checkpoint(str(folder), tag=SAVED_BY, client_state={"run": state}, save_latest=False)
         if files.error is not None:
             raise files.error
+        return files.entries
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores what :meth:`save` wrote, and returns its ``state``.
+        """Restore what :meth:`save` wrote, and return its ``state``.
 
         The number of ranks and the ZeRO stage may be others than those that wrote it: each rank then reads all files.
 
         Raises:
             UserError: it is of other parameters than this run trains, or the optimizer's state is on NVMe.
         """
+        try:
+            return self._load(folder)
+        except (KeyError, ValueError, RuntimeError) as error:
+            if out_of_memory(error) or isinstance(error, dist.DistError):
+                raise
+            # The files are whole: what does not fit are the parameters, by their names, shapes or groups.
+            raise UserError(
+                f"{folder}: does not fit this run's student, losses or optimizer ({first_line(error)}); put back what "
+                "it was written with, or choose another output"
+            ) from error
+
+    def _load(self, folder: Path) -> dict[str, Any]:
         third, ranks = written_by(folder / SAVED_BY)
         if (third, ranks) == (self.stage == 3, self.processes.world if self.stage else None):
             # Of weights of 4 bits bitsandbytes writes scales that it does not read: they are in the base.
@@ -309,10 +344,7 @@ class Engine:
                     f"{folder}: DeepSpeed finds no checkpoint in it; remove it to go on from an earlier one"
                 )
             return client["run"]
-        try:
-            whole = read_whole(folder / SAVED_BY, self._names)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{folder}: cannot be read on other ranks than those that wrote it ({error!r})") from None
+        whole = read_whole(folder / SAVED_BY, self._names)
         self._restore(folder, whole)
         return whole.client
 
@@ -399,8 +431,10 @@ def _own(scalars: dict[str, Any]) -> dict[str, Any]:
 class _Files(TorchCheckpointEngine):
     """How DeepSpeed writes a rank's files. An error waits: raised between two barriers, it would leave others there."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
         self.error: Exception | None = None
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
@@ -408,11 +442,24 @@ class _Files(TorchCheckpointEngine):
             return
         try:
             # Opened here: of files that it opens itself PyTorch does not tell why they could not be written.
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
+            with open(path, "wb") as file, _without_crc32():
+                hashed = HashedWriter(file)
+                torch.save(state_dict, cast(IO[bytes], hashed))
+            self.entries[Path(path).relative_to(self.folder).as_posix()] = hashed.entry
         except (OSError, RuntimeError) as error:
             self.error = error
         faults.point("checkpoint.file")
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Have ``torch.save`` compute no CRC-32, which ``torch.load`` never looks at: the manifest's takes less time."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def checkpoint_weights(folder: Path, stage: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from data.batch import Problem, Step
 from data.errors import BadSample, UserError
+from data.json_files import read_object
 from data.loader import ProblemLog, problem_of
+from data.manifest import Entry
 from vlm_distill.config import AnyRun, split_batch
-from vlm_distill.config_file import save_config
 from vlm_distill.launch import Stopped, cores
 from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 
@@ -34,6 +36,7 @@ from .engine import Engine, Processes
 from .failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
 from .intake import FIRST_ROWS, FirstRows, Tally, too_many_left_out
 from .output import cause_of, claim, put_in_place
+from .past import Past
 from .stopping import Stopping
 from .tracking import Tracker
 
@@ -84,6 +87,7 @@ class Loop(ABC):
         self.micro, self.accumulation = split_batch(config, processes.world)
         self._claim = claim(self.folder) if processes.first else None
         self._failure: str | None = None
+        self.past = Past(self.folder, config, processes)
         self.stopping = Stopping(processes.watch, config.training.stopped_exit_code)
         self.problems: ProblemLog | None = None
         self.tally = Tally()
@@ -193,14 +197,16 @@ class Loop(ABC):
             UserError: no sample can be used, or more are left out than ``data.max_bad`` allows.
         """
         config, first = self.settings, self.processes.first
+        if self.past.finished(self.steps, self.dataset.mixture.sources):
+            self._release()
+            return self.folder
         done, elapsed = self._resume()
         last = min(self.steps, until or self.steps)
-        if first:
-            save_config(config, self.folder / "config.yaml")
+        self.past.go_on(done)
         if first:
             self.problems = ProblemLog(self.folder / "problems.jsonl")
         self.began = time.monotonic() - elapsed
-        self.best = checkpoint.best_score(self.folder / "best", self.compared_by or {}, done)
+        self.best = self.processes.on_first(lambda: self._best_score(done))
         settings = config.model_dump(exclude_none=True)
         tracker = Tracker(self.folder, self.steps, done, first=first, wandb=config.training.wandb, settings=settings)
         stopped = 0
@@ -236,11 +242,15 @@ class Loop(ABC):
                 asked = time.monotonic()
             if done == self.steps:
                 self._finish(done, tracker)
-        if self._claim is not None:
-            self._claim.close()
+        self._release()
         if stopped:
             raise Stopped(self.stopping.exit_code(stopped))
         return self.folder
+
+    def _release(self) -> None:
+        """Let other processes have the folder."""
+        if self._claim is not None:
+            self._claim.close()
 
     def _evaluates_after(self, done: int) -> bool:
         return bool(self.evaluate_every and done and done % self.evaluate_every == 0 and done < self.steps)
@@ -429,9 +439,12 @@ class Loop(ABC):
         # The losses' own state is in the task's state dict, so that it needs no word here.
         state = {"step": done, "seconds": time.monotonic() - self.began, "tally": asdict(self.tally)}
 
-        def write(folder: Path) -> None:
-            self.engine.save(folder, state)
+        def write(folder: Path) -> dict[str, Entry]:
+            entries = self.engine.save(folder, state)
             self.save_more(folder)
+            if self.processes.first:
+                self.past.record.write(folder)
+            return entries
 
         checkpoint.save(
             self.folder / "checkpoints",
@@ -443,22 +456,23 @@ class Loop(ABC):
         )
 
     def _resume(self) -> tuple[int, float]:
-        """Steps done and seconds spent by the latest checkpoint, which is loaded; zeros without one."""
-        latest = checkpoint.to_read(self.folder / "checkpoints")
-        self._agree(latest)
-        if self.processes.first:
-            checkpoint.clear(self.folder / "checkpoints")  # the run may be too near to its end to save once more
-        if latest is None:
+        """Load the newest whole checkpoint; return its steps and the seconds spent until it, zeros without one."""
+        saved = checkpoint.completed(self.folder / "checkpoints")
+        self._agree(saved[-1][1] if saved else None)
+        found = self.past.find(self.lr)
+        if found is None:
             return 0, 0.0
-        if not self.settings.training.resume:
-            raise UserError(
-                f"{self.folder}: holds checkpoints of an earlier run; "
-                "set training.resume=true to go on, or choose another output"
-            )
-        state = self.engine.load(latest)
-        self.load_more(latest)
+        state = self.engine.load(found)
+        self.load_more(found)
         self.tally = Tally(**state.get("tally", {}))
         return state["step"], state["seconds"]
+
+    def _best_score(self, done: int) -> float | None:
+        try:
+            return checkpoint.best_score(self.folder / "best", self.compared_by or {}, done)
+        except UserError as error:
+            self.past.remarks.append(f"the best student so far is damaged, and not compared with: {error}")
+            return None
 
     def _agree(self, latest: Path | None) -> None:
         """Ends a run whose ranks, on machines with disks of their own, see other checkpoints or other data; collective.
@@ -489,10 +503,11 @@ class Loop(ABC):
         )
         if counts["student"] > counts.get("teacher", counts["student"]):
             tracker.warn("the student is larger than its teacher")
-        for remark in [*self.told, *idle_settings(config)]:
+        for remark in [*self.told, *self.past.remarks, *idle_settings(config)]:
             tracker.warn(remark)
         if done:
-            tracker.say(f"resumed after step {done}")
+            changed = f" with {self.past.changed}" if self.past.changed else ""
+            tracker.say(f"resumed after step {done}{changed}")
 
     def _check_first_rows(self, tracker: Tracker, done: int) -> None:
         """Try the next rows. Raise ``UserError`` on all ranks where none of them can be used; collective."""
@@ -617,7 +632,8 @@ class Loop(ABC):
         }
         planned = self.folder / "plan.json"  # where `vlm-distill plan` leaves it
         if planned.is_file():
-            summary["plan"] = json.loads(planned.read_text("utf-8"))
+            with suppress(UserError):  # what became of it is no reason to lose a run's summary
+                summary["plan"] = read_object(planned)
         aside = self.folder / "summary.json.part"
         aside.write_text(json.dumps(summary | self.final_summary(), indent=1) + "\n")
         aside.replace(self.folder / "summary.json")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from data import manifest
 from data.errors import UserError
 from data.lock import Taken, hold
 
@@ -73,7 +74,7 @@ def size(folder: Path) -> int:
 
 
 def put_in_place(folder: Path, write: Callable[[Path], None], point: str) -> None:
-    """Writes a folder aside and puts it in the place of one of the same name; one rank calls this.
+    """Write a folder and its manifest aside and put it in the place of one of the same name; one rank calls this.
 
     A crash may leave none, but never half of one.
 
@@ -91,6 +92,7 @@ def put_in_place(folder: Path, write: Callable[[Path], None], point: str) -> Non
     try:
         write(unfinished)
         flush_all(unfinished)
+        manifest.write(unfinished)
     except Exception as error:
         reason = cause_of(error, folder)
         shutil.rmtree(unfinished, ignore_errors=True)

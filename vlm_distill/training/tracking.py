@@ -16,6 +16,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from data.errors import UserError
+from data.json_files import read_lines
 from vlm_distill.config import WandbSection
 from vlm_distill.console import plain_console
 
@@ -168,20 +169,18 @@ def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -
 
 
 def _cut_back(path: Path, start: int) -> None:
-    """Drops what will be told again, and a last line that a crash left half-written.
+    """Drop what will be logged again, and a last line that a crash left half-written.
 
     That is everything after step ``start``, and the evaluation of that step: it follows its checkpoint.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["step"] < start + (entry["kind"] != "eval"):
-            kept.append(line)
+    for number, entry in enumerate(read_lines(path), start=1):
+        if not isinstance(entry.get("step"), int):
+            raise UserError(f"{path}, line {number}: has no step; remove that line, or put the file back")
+        if entry["step"] < start + (entry.get("kind") != "eval"):
+            kept.append(json.dumps(entry))
     aside = path.with_suffix(".part")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     aside.replace(path)

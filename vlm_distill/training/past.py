@@ -1,0 +1,196 @@
+"""The run that the output folder holds already: whether a new start goes on with it, and what is kept of that."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.digest import Rows, digest_rows
+from data.errors import UserError
+from vlm_distill.config import AnyRun
+from vlm_distill.config_file import save_config
+
+from . import checkpoint
+from .engine import Processes
+from .output import cause_of
+from .resume import Record, compare, compare_data, in_words, steering
+
+
+class Past:
+    """What this run finds in its folder. The loop calls the constructor, ``finished``, ``find`` and ``go_on`` in turn.
+
+    All methods are collective: the first rank looks, and all ranks come to the same answer.
+
+    Args:
+        folder: the run's.
+        config: of this start.
+        processes: the ranks.
+
+    Attributes:
+        record: what this run keeps of itself; on the first rank.
+        changed: what this start does differently from the checkpoint that it goes on from, in words; may be empty.
+        remarks: warnings for the person who watches; on the first rank.
+
+    Raises:
+        UserError: the folder holds a run of something else, or one that must not be resumed. Nothing large is read.
+    """
+
+    record: Record
+
+    def __init__(self, folder: Path, config: AnyRun, processes: Processes) -> None:
+        self.folder, self.config, self.processes = folder, config, processes
+        self.changed = ""
+        self.remarks: list[str] = []
+        self._known: Record | None = None
+        processes.on_first(self._compare_settings)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _complete(self) -> bool:
+        """Return whether the run in the folder has come to its end; its summary is written last."""
+        return (self.folder / "summary.json").is_file() and (self.folder / "student").is_dir()
+
+    def _compare_settings(self) -> None:
+        self.record = Record.of(self.config)
+        saved = [path for _, path in reversed(checkpoint.completed(self._checkpoints))]
+        # A run whose checkpoints were deleted after its end is still finished.
+        places = [self.folder, *saved] if self._complete() else saved
+        if places and not self.config.training.resume:
+            raise UserError(
+                f"{self.folder}: holds checkpoints of an earlier run; "
+                "set training.resume=true to go on, or choose another output"
+            )
+        for place in places:
+            try:
+                self._known = Record.read(place)
+            except UserError:
+                continue  # a damaged checkpoint: `find` names it
+            self._refuse(compare(self._known, self.config, self.record)[0])
+            return
+
+    def _refuse(self, differences: Sequence[str]) -> None:
+        """Raise ``UserError`` with the ways out where there are differences."""
+        if not differences:
+            return
+        shown = "; ".join(differences[:4])
+        if len(differences) > 4:
+            shown += f"; and {len(differences) - 4} more"
+        raise UserError(
+            f"output: {self.folder} holds a run with other settings: {shown}. Put them back to resume it; or choose "
+            "another output, to start anew or from this run's student "
+            f"(student.path={self.folder / 'student'}; `vlm-distill export` writes that of an unfinished run)"
+        )
+
+    def finished(self, steps: int, sources: Sequence[Rows]) -> bool:
+        """Return whether there is nothing left to do, after saying so.
+
+        Args:
+            steps: optimizer steps of this run.
+            sources: its training data.
+
+        Raises:
+            UserError: they are not the data that the run in the folder began with.
+        """
+
+        def look() -> bool:
+            self.record = self.record.planned(steps, [digest_rows(source) for source in sources])
+            if self._known is None:
+                return False
+            self._refuse(compare_data(self._known, self.record))
+            return self._complete() and self._known.steps == steps
+
+        done = self.processes.on_first(look)
+        if done and self.processes.first:
+            print(
+                f"vlm-distill: {self.folder} is already finished, after {steps:,} steps; nothing was changed. "
+                "Raise training.steps or training.epochs to train on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return done
+
+    def find(self, lr: Callable[[int], float]) -> Path | None:
+        """Return the newest whole checkpoint of this run, ``None`` where it starts from its beginning.
+
+        Args:
+            lr: the learning rate of an optimizer step, counted from 0.
+
+        Raises:
+            UserError: no checkpoint is whole, or it is beyond the end of this run.
+        """
+        ranks = self.processes
+        found = checkpoint.find(self._checkpoints, rank=ranks.rank, world=ranks.world, gather=ranks.gather)
+        if ranks.first:
+            checkpoint.clear(self._checkpoints)  # the run may be too near to its end to save once more
+        if found is None:
+            ranks.on_first(self._check_not_complete)
+            return None
+        ranks.on_first(lambda: self._compare_checkpoint(found, lr))
+        return found.path
+
+    def _check_not_complete(self) -> None:
+        if self._complete():
+            raise UserError(
+                f"output: {self.folder} holds a finished run whose checkpoints are gone, so that it cannot be made "
+                f"longer; choose another output, with student.path={self.folder / 'student'} to go on from it"
+            )
+
+    def _compare_checkpoint(self, found: checkpoint.Found, lr: Callable[[int], float]) -> None:
+        done, steps = checkpoint.steps_of(found.path), self.record.steps
+        before = Record.read(found.path)
+        refused, allowed = compare(before, self.config, self.record)
+        self._refuse([*refused, *compare_data(before, self.record)])
+        if steps < done:
+            raise UserError(
+                f"training: {steps:,} steps are fewer than the {done:,} of {found.path}; raise training.steps or "
+                "training.epochs, or choose another output"
+            )
+        if before.steps != steps:
+            allowed.setdefault("training.steps", [before.steps, steps])
+            self._note_stretched_schedule(before.steps, done, lr)
+        for path, reason in found.damaged.items():
+            self.remarks.append(f"{path.name} is damaged and set aside as {path.name}.damaged: {reason}")
+        self.changed = in_words(allowed)
+        self._keep(before, done, steering(allowed))
+        checkpoint.set_aside(found.damaged)
+
+    def _note_stretched_schedule(self, before: int, done: int, lr: Callable[[int], float]) -> None:
+        schedule = getattr(self.config.optimizer, "schedule", "constant")
+        if schedule in ("cosine", "linear"):
+            steps = self.record.steps
+            self.remarks.append(
+                f"optimizer.schedule: {schedule} is now a plan of {steps:,} steps, no longer of {before:,}: the "
+                f"learning rate goes on with {lr(min(done, steps - 1)):.3g}"
+            )
+
+    def _keep(self, before: Record, done: int, changed: Mapping[str, Any]) -> None:
+        """Carry on the record's list of what was changed on the way."""
+        self.record.changes[:] = before.changes
+        if changed:
+            self.record.changes.append({"after": done, "changed": changed})
+
+    def go_on(self, done: int) -> None:
+        """Write what the folder says of the run from here on, and remove what is not true any more.
+
+        Args:
+            done: optimizer steps finished.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+
+        def write() -> None:
+            try:
+                (self.folder / "summary.json").unlink(missing_ok=True)
+                if not done:
+                    (self.folder / "problems.jsonl").unlink(missing_ok=True)
+                save_config(self.config, self.folder / "config.yaml", self.record.comments())
+                self.record.write(self.folder)
+            except OSError as error:
+                raise UserError(f"{cause_of(error, self.folder)}; mend that and start the run again") from None
+
+        self.processes.on_first(write)

@@ -1,0 +1,265 @@
+"""What a resumed run may change: one rule for every key of a configuration, and the record that a run keeps of itself.
+
+``run.json`` stands in a run's folder and in each of its checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from data import digest
+from data.digest import RowsDigest
+from data.json_files import read_object
+from vlm_distill.config import AnyRun
+from vlm_distill.models.fingerprint import fingerprint
+
+NAME = "run.json"
+_LONGEST = 60
+
+
+class Rule(Enum):
+    """What becomes of a key that a resumed run has changed.
+
+    FIXED: refused, since it decides what the student learns.
+    FILES: a model's name or path; refused where the files are others, or cannot be compared and are called otherwise.
+    ROWS: where data lie; the rows themselves are compared.
+    STEERS: allowed, and kept in the record: the student was trained partly with the one, partly with the other.
+    FREE: allowed: the student is the same, to rounding, or it is only watched differently.
+    UNSAID: allowed, and not worth a word.
+    """
+
+    FIXED = auto()
+    FILES = auto()
+    ROWS = auto()
+    STEERS = auto()
+    FREE = auto()
+    UNSAID = auto()
+
+
+#: The rule of each key, list items left out; a key without one has the rule of the section around it.
+RULES: dict[str, Rule] = {
+    # Models: what they compute is fixed; where they lie and how fast they compute is free.
+    **dict.fromkeys(("student", "teacher"), Rule.FIXED),
+    **{
+        f"{role}.{key}": Rule.FILES
+        for role in ("student", "teacher")
+        for key in ("path", "name", "weights", "tokenizer", "chat_template", "decoder.name", "vision_encoder.name")
+    },
+    **{
+        f"{role}.{key}": Rule.FREE
+        for role in ("student", "teacher")
+        for key in ("attn_implementation", "trust_remote_code")
+    },
+    "student.vision_cache": Rule.FREE,
+    "student.lora.merge": Rule.FREE,
+    "teacher.placement": Rule.FREE,
+    "teacher.cache": Rule.FREE,
+    "teacher.cache.form": Rule.FIXED,
+    "teacher.cache.k": Rule.FIXED,
+    **dict.fromkeys((f"teacher.server.{key}" for key in ("url", "workers", "timeout")), Rule.FREE),
+    "loss": Rule.FIXED,
+    # Data: which rows come in which order, and what is learnt of each.
+    **dict.fromkeys(("data.train", "data.views", "data.erasing", "data.mixing"), Rule.FIXED),
+    **dict.fromkeys(("data.train.path", "data.train.images"), Rule.ROWS),
+    **dict.fromkeys(
+        (
+            f"data.{key}"
+            for key in (
+                "max_length",
+                "max_prompt",
+                "max_response",
+                "answers",
+                "turns",
+                "template_text",
+                "max_pixels",
+                "length_window",
+                "packing",
+                "repeats",
+                "fixed_views",
+            )
+        ),
+        Rule.FIXED,
+    ),
+    **dict.fromkeys(
+        (f"data.{key}" for key in ("eval", "roots", "bad_samples", "max_bad", "workers", "prefetch")), Rule.FREE
+    ),
+    # The optimizer's state holds weight decay, betas and the parts' factors; the schedule is a plan of the whole run.
+    "optimizer": Rule.FIXED,
+    **dict.fromkeys(("optimizer.lr", "optimizer.max_grad_norm"), Rule.STEERS),
+    **dict.fromkeys(("training.steps", "training.epochs"), Rule.STEERS),
+    **dict.fromkeys((f"training.{key}" for key in ("batch_size", "dtype", "seed", "ema", "gather")), Rule.FIXED),
+    **dict.fromkeys(
+        (
+            f"training.{key}"
+            for key in (
+                "micro_batch_size",
+                "device",
+                "activation_checkpointing",
+                "checkpoint_every",
+                "keep_checkpoints",
+                "timeout",
+                "on_oom",
+                "stopped_exit_code",
+                "wandb",
+                "recompute_logits",
+                "sequence_parallel",
+                "channels_last",
+                "compile",
+            )
+        ),
+        Rule.FREE,
+    ),
+    "training.resume": Rule.UNSAID,
+    "deepspeed": Rule.FREE,
+    "evaluation": Rule.FREE,
+    "on_policy": Rule.FIXED,
+    "on_policy.batch_size": Rule.FREE,
+    "output": Rule.UNSAID,
+}
+
+
+def rule_of(key: str) -> Rule | None:
+    """Return the rule of a dotted key such as ``loss.0.weight``: its own, or that of the nearest section around it."""
+    parts = [part for part in key.split(".") if not re.fullmatch(r"\d+", part)]
+    for length in range(len(parts), 0, -1):
+        rule = RULES.get(".".join(parts[:length]))
+        if rule is not None:
+            return rule
+    return None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run keeps of itself.
+
+    Attributes:
+        configuration: resolved, as plain data.
+        steps: optimizer steps of the whole run.
+        models: digests of the files of each model that the configuration names, by key.
+        data: a digest of each source of ``data.train``.
+        changes: what was changed on the way, ``{"after": step, "changed": {key: [old, new]}}``, oldest first.
+    """
+
+    configuration: dict[str, Any]
+    steps: int = 0
+    models: dict[str, dict[str, str]] = field(default_factory=dict)
+    data: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def of(config: AnyRun) -> Record:
+        """Return what the configuration alone says; data and steps are known later."""
+        plain = config.model_dump(mode="json")
+        return Record(plain, models=_identify(plain))
+
+    def planned(self, steps: int, data: Sequence[RowsDigest]) -> Record:
+        """Return the same with the length of the run and digests of its data."""
+        return replace(self, steps=steps, data=[asdict(source) for source in data])
+
+    def write(self, folder: Path) -> None:
+        """Write ``run.json`` into a folder; whoever reads it there finds the old or the new one."""
+        aside = folder / f"{NAME}.part"
+        aside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        aside.replace(folder / NAME)
+
+    @staticmethod
+    def read(folder: Path) -> Record:
+        """Return the record in a folder. Raise ``UserError`` where it cannot be read."""
+        changes = list[dict[str, Any]]
+        shape = {"configuration": dict[str, Any], "steps": int, "changes": changes, "data": list[dict[str, Any]]}
+        found = read_object(folder / NAME, shape | {"models": dict[str, dict[str, str]]})
+        return Record(**{key: found[key] for key in (*shape, "models")})
+
+    def comments(self) -> list[str]:
+        """Return a line for each change on the way: ``after step 100: optimizer.lr 0.001 → 0.0005``."""
+        return [f"after step {change['after']}: {in_words(change['changed'])}" for change in self.changes]
+
+
+def compare(old: Record, config: AnyRun, new: Record) -> tuple[list[str], dict[str, Any]]:
+    """Compare a run with the one that it is to go on with.
+
+    Returns:
+        What must not differ and does, in words; and what may, ``{key: [old, new]}``.
+    """
+    before, now = _leaves(_completed(old.configuration, config)), _leaves(new.configuration)
+    refused: list[str] = []
+    allowed: dict[str, Any] = {}
+    for key in [*now, *(key for key in before if key not in now)]:
+        rule, values = rule_of(key), [before.get(key), now.get(key)]
+        if rule is Rule.FILES and key in old.models and key in new.models:
+            # Whatever they are called: the files say what they are.
+            kinds = [kind for kind, digest in new.models[key].items() if old.models[key].get(kind, digest) != digest]
+            refused += [f"{key}: other {' and '.join(kinds)} in {values[1]}"] if kinds else []
+        elif values[0] == values[1] or rule in (Rule.ROWS, Rule.UNSAID):
+            continue
+        elif rule in (Rule.STEERS, Rule.FREE):
+            allowed[key] = values
+        else:
+            refused.append(f"{key}: {_shown(values[0])} → {_shown(values[1])}")
+    return refused, allowed
+
+
+def compare_data(old: Record, new: Record) -> list[str]:
+    """Return in words what differs between the data of a run and those it is to go on with."""
+    return [f"data.train: {difference}" for difference in digest.differences(old.data, new.data)]
+
+
+def steering(allowed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the allowed changes that the student's training depends on."""
+    return {key: values for key, values in allowed.items() if rule_of(key) is Rule.STEERS}
+
+
+def in_words(changed: Mapping[str, Any]) -> str:
+    """Return changes as ``training.steps 100 → 200, data.workers 2 → 4``."""
+    return ", ".join(f"{key} {_shown(old)} → {_shown(new)}" for key, (old, new) in changed.items())
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _completed(plain: dict[str, Any], config: AnyRun) -> dict[str, Any]:
+    """A configuration of an earlier version with the defaults of the keys that have been added since."""
+    assert isinstance(config, BaseModel)
+    try:
+        return type(config).model_validate(plain).model_dump(mode="json")
+    except ValidationError:  # it has keys that are gone
+        return plain
+
+
+def _leaves(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value by its dotted key, those left out that mean nothing."""
+    found = dict(_walk(plain, ""))
+    # Outputs on disk are what the teacher says itself, unless they are its likeliest tokens.
+    if found.get("teacher.cache.form") in (None, "hidden"):
+        found = {key: value for key, value in found.items() if key not in ("teacher.cache.form", "teacher.cache.k")}
+    return found
+
+
+def _walk(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping | list) and tree:
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _walk(value, f"{prefix}.{key}" if prefix else str(key))
+    elif tree is not None and tree != {} and tree != []:
+        yield prefix, tree
+
+
+def _identify(plain: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Digests of the files of every model that is named, those that are on this machine."""
+    found = {}
+    for key, value in _leaves(plain).items():
+        if rule_of(key) is Rule.FILES and isinstance(value, str):
+            try:
+                found[key] = fingerprint(value)
+            except (OSError, ValueError, AttributeError, RecursionError):
+                continue  # loading it will say what is wrong
+    return {key: digests for key, digests in found.items() if digests}
