@@ -5,15 +5,21 @@ A comment before a block says what it is where it is no part of a run's configur
 """
 
 import argparse
+import base64
+import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas
 import pytest
+import tiny
 import typer
+import yaml
 from run_files import CLASSIFIER, GOOD, write
 
 from vision.config import ClassifierConfig
@@ -177,3 +183,56 @@ def test_files_that_the_docs_name_are_there(block):
         assert (ROOT / name).exists(), name
     for target in re.findall(r"^make (\S+)", block.text, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def first_run():
+    """The lines of README's first run, in order; installing and DeepSpeed's own launcher left out."""
+    (block,) = [block for block in BLOCKS if block.page == "README.md" and "cp configs/" in block.text]
+    lines = [re.split(r"\s+#\s", line)[0] for line in block.text.splitlines()]
+    return [shlex.split(line) for line in lines if not line.startswith(("pip", "deepspeed"))]
+
+
+def miniatures(folder):
+    """Models, data and benchmarks small enough for the first run; returns what replaces the configuration's own."""
+    tiny.write_teacher(folder / "teacher")
+    tiny.write_student(folder / "student")
+    data = tiny.write_data(folder / "data")
+    shutil.copy(folder / "data" / "0.png", folder / "photo.jpg")
+    image = base64.b64encode((folder / "photo.jpg").read_bytes()).decode()
+    tables = {
+        "MMStar": [{"question": "what?", "A": "red", "B": "blue", "C": "green", "D": "black", "answer": "A"}],
+        "POPE": [{"question": "is it red?", "answer": "Yes"}, {"question": "is it blue?", "answer": "No"}],
+    }
+    (folder / "LMUData").mkdir()
+    for name, rows in tables.items():
+        cells = [{"index": i, "image": image, "category": "c", "l2_category": "l", **row} for i, row in enumerate(rows)]
+        pandas.DataFrame(cells).to_csv(folder / "LMUData" / f"{name}.tsv", sep="\t", index=False)
+    return {
+        "student": {"path": str(folder / "student")},
+        "teacher": {"path": str(folder / "teacher"), "dtype": "fp32"},
+        "data": {"train": [{"path": str(data)}], "workers": 0, "max_length": 64},
+        "training": {"batch_size": 4, "micro_batch_size": 2, "dtype": "fp32", "device": "cpu"},
+    }
+
+
+@pytest.mark.slow
+def test_the_first_run_of_the_readme_runs(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("LMUData", str(here / "LMUData"))
+    own = miniatures(here)
+    for words in first_run():
+        words = [os.path.expanduser(word) for word in words]
+        if words[0] == "cp":
+            assert (here / words[1]).is_file()
+            (here / words[2]).write_text(yaml.safe_dump({"base": words[1], **own}))
+            continue
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, words
+    run = here / "runs" / "onevision_to_composed"
+    steps = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"kind": "train"' in line]
+    assert len(steps) == 100
+    assert (run / "student").is_dir()
+    assert (here / "samples.html").is_file()
+    assert "mmstar" in (here / "runs" / "eval" / "scores.json").read_text().lower()

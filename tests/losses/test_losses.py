@@ -380,7 +380,7 @@ def test_missing_inputs_are_named():
         (
             "taid",
             {"schedule": "sine"},
-            "loss taid: schedule is 'sine' (did you mean 'cosine'?); it must be one of paper",
+            "loss taid: schedule is 'sine' (did you mean 'cosine'?)",
         ),
         ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),
         ("taid", {"divergence": {"name": "tvd", "temperature": 2}}, "divergence tvd: TAID compares at temperature 1"),
