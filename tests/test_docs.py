@@ -68,26 +68,45 @@ def fragments(text):
     return re.findall(r"^\w+:.*\n", text, re.M)
 
 
+def inside(section, text):
+    """A fragment as a part of a section; one of an assembled model gets the decoder that it needs."""
+    content = yaml.safe_load(text)
+    if section == "student":
+        content = content | {"decoder": {"name": "x"}}
+    for key in reversed(section.split(".")):
+        content = {key: content}
+    return yaml.safe_dump(content)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder as the docs' reader has it: the repository's files, and a file of DeepSpeed's."""
+    for name in ("configs", "docs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}')
+    monkeypatch.chdir(tmp_path)
+    for name in ("IMAGENET", "CIFAR100", "CIFAR_TEACHERS"):
+        monkeypatch.setenv(name, "/data")
+    return tmp_path
+
+
 @pytest.mark.parametrize("block", YAML, ids=str)
-def test_yaml_of_the_docs_is_a_configuration(tmp_path, block):
+def test_yaml_of_the_docs_is_a_configuration(here, block):
     classifier = "vision" in block.page
     good, kind = (CLASSIFIER, ClassifierConfig) if classifier else (GOOD, RunConfig)
     for number, text in enumerate(fragments(block.text)):
-        path = tmp_path / f"{number}.yaml"
+        path = here / f"{number}.yaml"
         if block.mark == "benchmark":
             path.write_text(text)
             assert get(str(path)).name
             continue
         if block.mark.startswith("in "):
-            section = block.mark.removeprefix("in ")
-            text = f"{section}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
-            if section == "student":
-                text += "  decoder: {name: x}\n"
-        changes = {}
-        if "from_student" in text:
-            changes = {"student": {"path": "x", "lora": {}}}
-        write(tmp_path, changes, good=good, name="good.yaml")
-        path.write_text(f"base: good.yaml\n{text}")
+            text = inside(block.mark.removeprefix("in "), text)
+        changes = {"student": {"path": "x", "lora": {}}} if "from_student" in text else {}
+        # What is measured in the docs' examples.
+        changes["data"] = good["data"] | {"eval": [{"path": "test", "name": "val"}]}
+        write(here, changes, good=good, name="good.yaml")
+        path.write_text(text if "base:" in text else f"base: good.yaml\n{text}")
         config = load_config(path, (), kind)
         split_batch(config, 1)
         if not classifier:
@@ -123,17 +142,6 @@ def bare(match):
 
 class Parsed(BaseException):
     """A module's arguments were understood."""
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder as the docs' reader has it: the repository's files, and a configuration of their own."""
-    for name in ("configs", "docs", "benchmarks"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-    for name in ("IMAGENET", "CIFAR100", "CIFAR_TEACHERS"):
-        monkeypatch.setenv(name, "/data")
-    return tmp_path
 
 
 @pytest.mark.parametrize(("block", "line"), list(commands()), ids=lambda item: str(item).partition("  ")[0][:90])
