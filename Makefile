@@ -9,13 +9,21 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: demo demo-vision test test-slow test-peers lint format clean
+.PHONY: demo demo-vision check test test-slow test-peers lint format clean
 
 demo: $(READY)
 	$(BIN)/vlm-distill demo
 
 demo-vision: $(READY)
 	$(BIN)/python -m vision.demo
+
+# While you work: lint, types, and tests that train nothing and start no processes.
+QUICK := tests/test_config.py tests/test_deepspeed_keys.py tests/test_docs.py tests/data/test_layouts.py \
+	tests/data/test_mixture.py tests/data/test_sources.py tests/evaluation/scoring tests/losses/test_ctkd.py \
+	tests/losses/test_on_logits.py tests/losses/test_taid.py tests/losses/test_topk.py tests/training/test_schedule.py
+
+check: lint
+	$(BIN)/pytest -q -m "not slow and not gpu" $(QUICK)
 
 test: lint
 	$(BIN)/pytest -m "not slow and not gpu" --durations=10

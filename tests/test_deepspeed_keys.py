@@ -60,7 +60,7 @@ def test_what_the_run_sets_may_be_repeated_and_never_changed(tmp_path, key, same
 
 def test_bf16_of_a_run_may_be_repeated(tmp_path):
     assert loaded(tmp_path, {"bf16": {"enabled": True}}, BF16)
-    with pytest.raises(UserError, match=r"bf16\.enabled: is False, but this run has true by training\.dtype"):
+    with pytest.raises(UserError, match=r"bf16\.enabled: is false, but this run has true by training\.dtype"):
         loaded(tmp_path, {"bf16": {"enabled": False}}, BF16)
 
 
@@ -77,6 +77,7 @@ def test_bf16_of_a_run_may_be_repeated(tmp_path):
         ({"zero_optimization": {"gradient_clipping": 1.0}}, "it belongs under deepspeed$"),
         ({"zero_optimization": {"cpu_offload": True}}, r"write offload_optimizer: \{device: cpu\}"),
         ({"zero_optimization": {"overlap_comm": "yes please"}}, "overlap_comm: is 'yes please'; give true or false"),
+        ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, "device: is 'gpu'; give one of none, cpu, nvme"),
         ({"zero_optimization": True}, "zero_optimization: is True; give a mapping"),
         (
             {"optimizer": {"params": {"lr": 1e-3}}},
@@ -146,8 +147,9 @@ def test_a_file_of_deepspeed_is_read_and_overrides_lie_on_top(tmp_path):
     assert config.deepspeed.zero["sub_group_size"] == 5
     assert "reduce_bucket_size" not in config.deepspeed.zero
     assert load_config(path, ["deepspeed.stage=2"]).deepspeed.stage == 2
-    plain = write(tmp_path, name="plain.yaml")
-    assert load_config(plain, [f"deepspeed={tmp_path / 'ds.json'}"]).deepspeed.stage == 3
+    plain, named = write(tmp_path, {"deepspeed": {"stage": 1}}, name="plain.yaml"), f"deepspeed={tmp_path / 'ds.json'}"
+    assert load_config(plain, [named]).deepspeed.stage == 3
+    assert load_config(plain, ["deepspeed.stage=2", named]).deepspeed.stage == 2
     for text, says in (("{", "not readable as JSON"), ("[1]", "a mapping"), ('{"stage": NaN}', "no finite number")):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UserError, match=says):

@@ -5,15 +5,21 @@ A comment before a block says what it is where it is no part of a run's configur
 """
 
 import argparse
+import base64
+import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas
 import pytest
+import tiny
 import typer
+import yaml
 from run_files import CLASSIFIER, GOOD, write
 
 from vision.config import ClassifierConfig
@@ -62,26 +68,45 @@ def fragments(text):
     return re.findall(r"^\w+:.*\n", text, re.M)
 
 
+def inside(section, text):
+    """A fragment as a part of a section; one of an assembled model gets the decoder that it needs."""
+    content = yaml.safe_load(text)
+    if section == "student":
+        content = content | {"decoder": {"name": "x"}}
+    for key in reversed(section.split(".")):
+        content = {key: content}
+    return yaml.safe_dump(content)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder as the docs' reader has it: the repository's files, and a file of DeepSpeed's."""
+    for name in ("configs", "docs", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}')
+    monkeypatch.chdir(tmp_path)
+    for name in ("IMAGENET", "CIFAR100", "CIFAR_TEACHERS"):
+        monkeypatch.setenv(name, "/data")
+    return tmp_path
+
+
 @pytest.mark.parametrize("block", YAML, ids=str)
-def test_yaml_of_the_docs_is_a_configuration(tmp_path, block):
+def test_yaml_of_the_docs_is_a_configuration(here, block):
     classifier = "vision" in block.page
     good, kind = (CLASSIFIER, ClassifierConfig) if classifier else (GOOD, RunConfig)
     for number, text in enumerate(fragments(block.text)):
-        path = tmp_path / f"{number}.yaml"
+        path = here / f"{number}.yaml"
         if block.mark == "benchmark":
             path.write_text(text)
             assert get(str(path)).name
             continue
         if block.mark.startswith("in "):
-            section = block.mark.removeprefix("in ")
-            text = f"{section}:\n" + "".join(f"  {line}\n" for line in text.splitlines())
-            if section == "student":
-                text += "  decoder: {name: x}\n"
-        changes = {}
-        if "from_student" in text:
-            changes = {"student": {"path": "x", "lora": {}}}
-        write(tmp_path, changes, good=good, name="good.yaml")
-        path.write_text(f"base: good.yaml\n{text}")
+            text = inside(block.mark.removeprefix("in "), text)
+        changes = {"student": {"path": "x", "lora": {}}} if "from_student" in text else {}
+        # What is measured in the docs' examples.
+        changes["data"] = good["data"] | {"eval": [{"path": "test", "name": "val"}]}
+        write(here, changes, good=good, name="good.yaml")
+        path.write_text(text if "base:" in text else f"base: good.yaml\n{text}")
         config = load_config(path, (), kind)
         split_batch(config, 1)
         if not classifier:
@@ -117,17 +142,6 @@ def bare(match):
 
 class Parsed(BaseException):
     """A module's arguments were understood."""
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder as the docs' reader has it: the repository's files, and a configuration of their own."""
-    for name in ("configs", "docs", "benchmarks"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-    for name in ("IMAGENET", "CIFAR100", "CIFAR_TEACHERS"):
-        monkeypatch.setenv(name, "/data")
-    return tmp_path
 
 
 @pytest.mark.parametrize(("block", "line"), list(commands()), ids=lambda item: str(item).partition("  ")[0][:90])
@@ -177,3 +191,56 @@ def test_files_that_the_docs_name_are_there(block):
         assert (ROOT / name).exists(), name
     for target in re.findall(r"^make (\S+)", block.text, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def first_run():
+    """The lines of README's first run, in order; installing and DeepSpeed's own launcher left out."""
+    (block,) = [block for block in BLOCKS if block.page == "README.md" and "cp configs/" in block.text]
+    lines = [re.split(r"\s+#\s", line)[0] for line in block.text.splitlines()]
+    return [shlex.split(line) for line in lines if not line.startswith(("pip", "deepspeed"))]
+
+
+def miniatures(folder):
+    """Models, data and benchmarks small enough for the first run; returns what replaces the configuration's own."""
+    tiny.write_teacher(folder / "teacher")
+    tiny.write_student(folder / "student")
+    data = tiny.write_data(folder / "data")
+    shutil.copy(folder / "data" / "0.png", folder / "photo.jpg")
+    image = base64.b64encode((folder / "photo.jpg").read_bytes()).decode()
+    tables = {
+        "MMStar": [{"question": "what?", "A": "red", "B": "blue", "C": "green", "D": "black", "answer": "A"}],
+        "POPE": [{"question": "is it red?", "answer": "Yes"}, {"question": "is it blue?", "answer": "No"}],
+    }
+    (folder / "LMUData").mkdir()
+    for name, rows in tables.items():
+        cells = [{"index": i, "image": image, "category": "c", "l2_category": "l", **row} for i, row in enumerate(rows)]
+        pandas.DataFrame(cells).to_csv(folder / "LMUData" / f"{name}.tsv", sep="\t", index=False)
+    return {
+        "student": {"path": str(folder / "student")},
+        "teacher": {"path": str(folder / "teacher"), "dtype": "fp32"},
+        "data": {"train": [{"path": str(data)}], "workers": 0, "max_length": 64},
+        "training": {"batch_size": 4, "micro_batch_size": 2, "dtype": "fp32", "device": "cpu"},
+    }
+
+
+@pytest.mark.slow
+def test_the_first_run_of_the_readme_runs(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("LMUData", str(here / "LMUData"))
+    own = miniatures(here)
+    for words in first_run():
+        words = [os.path.expanduser(word) for word in words]
+        if words[0] == "cp":
+            assert (here / words[1]).is_file()
+            (here / words[2]).write_text(yaml.safe_dump({"base": words[1], **own}))
+            continue
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, words
+    run = here / "runs" / "onevision_to_composed"
+    steps = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"kind": "train"' in line]
+    assert len(steps) == 100
+    assert (run / "student").is_dir()
+    assert (here / "samples.html").is_file()
+    assert "mmstar" in (here / "runs" / "eval" / "scores.json").read_text().lower()

@@ -115,13 +115,16 @@ class _Layers:
         _merge(lower, upper)
 
     def override(self, merged: dict[Any, Any], overrides: Sequence[str]) -> None:
-        """Lay the overrides, which are one layer, over the files, in place."""
-        values = [_parsed(text) for text in overrides]
-        self._make_room(merged, [pair for key, value in values for pair in _settings(_tree(key, value))])
-        for text, (key, value) in zip(overrides, values, strict=True):
+        """Lay the overrides, which are one layer, over the files, in place; a file of DeepSpeed's lies below them."""
+        values = []
+        for text in overrides:
+            key, value = _parsed(text)
             if key == "deepspeed" and isinstance(value, str):
-                merged.pop(key, None)
-                value = _read_deepspeed(Path(value), f"override {text[:200]!r}")
+                merged[key] = _read_deepspeed(Path(value), f"override {text[:200]!r}")
+            else:
+                values.append((text, key, value))
+        self._make_room(merged, [pair for _, key, value in values for pair in _settings(_tree(key, value))])
+        for text, key, value in values:
             try:
                 _put(merged, key.split("."), value)
             except LookupError as error:
@@ -359,7 +362,11 @@ def _check(where: str, value: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """An error's message as one line; of OmegaConf's, which end in lines of their own, the key first."""
+    message, _, ending = str(error).partition("\n    full_key: ")
+    key = ending.partition("\n")[0]
+    said = f"{key}: {message}" if key else message
+    return " ".join(said.split())[:200] or type(error).__name__
 
 
 # Errors
@@ -383,6 +390,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
                 message = "is empty; give a value, or leave the key out"
             elif item["type"] == "model_type":
                 message = f"give a mapping with keys such as {', '.join(_fields_at(root, item['loc'])[:3])}"
+            elif item["type"] == "list_type":
+                message = "give a list"
+            elif item["type"] == "too_short":
+                message = "is an empty list; give at least one entry"
             found = "" if isinstance(item["input"], dict | list | None) else f" (found {_shown(item['input'])})"
             parts.append(f"{where}: {message}{found}" if where else f"{message}{found}")
     more = len(error.errors()) - len(parts)

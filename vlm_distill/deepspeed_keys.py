@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 #: In Hugging Face's files: the value that the run has.
 AUTO = "auto"
 
+_DEVICES = ("none", "cpu", "nvme")
 _OFFLOAD_PARAM = {
-    "device": str,
+    "device": _DEVICES,
     "nvme_path": str,
     "buffer_count": int,
     "buffer_size": int,
@@ -22,7 +23,7 @@ _OFFLOAD_PARAM = {
     "pin_memory": bool,
 }
 _OFFLOAD_OPTIMIZER = {
-    "device": str,
+    "device": _DEVICES,
     "nvme_path": str,
     "buffer_count": int,
     "pin_memory": bool,
@@ -92,7 +93,7 @@ ZERO: dict[str, Any] = {
     "save_muon_momentum_buffer_in_memory": bool,
     "leaf_module": {"classes": list, "names": list, "name_suffixes": list},
 }
-#: Keys by level. A type is the type of a value; ``object`` takes any, ``dict`` any mapping.
+#: Keys by level. A type is the type of a value; ``object`` takes any, ``dict`` any mapping; a tuple has the values.
 KNOWN: dict[str, Any] = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
@@ -218,6 +219,9 @@ def check_keys(section: Mapping[Any, Any], known: Mapping[str, Any] = KNOWN, at:
                 raise ValueError(f"{name}: is {value!r}; give a mapping")
             if isinstance(kind, dict):
                 check_keys(value, kind, f"{name}.")
+        elif isinstance(kind, tuple):
+            if value not in kind:
+                raise ValueError(f"{name}: is {value!r}; give one of {', '.join(kind)}")
         elif not _is(value, kind):
             raise ValueError(f"{name}: is {value!r}; give {_NAMES[kind]}")
 
@@ -289,14 +293,16 @@ def check_equal(section: Mapping[str, Any], values: Mapping[str, Set]) -> None:
     for dotted, (value, key) in values.items():
         found = _at(section, dotted)
         if found is not None and not _same(dotted, found, value):
-            shown = value if not isinstance(value, bool) else str(value).lower()
-            raise ValueError(
-                f"deepspeed.{dotted}: is {found!r}, but this run has {shown} by {key}; change that, and write auto here"
-            )
+            both = f"is {_as_yaml(found)}, but this run has {_as_yaml(value)} by {key}"
+            raise ValueError(f"deepspeed.{dotted}: {both}; change that, and write auto here")
     for kind, place in (("optimizer", "the run's optimizer section"), ("scheduler", "optimizer.schedule and warmup")):
         if params := _at(section, f"{kind}.params"):
             named = ", ".join(params)
             raise ValueError(f"deepspeed.{kind}.params: {named} would do nothing; use {place}, and leave them out here")
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _at(section: Mapping[str, Any], dotted: str) -> Any:

@@ -380,7 +380,7 @@ def test_missing_inputs_are_named():
         (
             "taid",
             {"schedule": "sine"},
-            "loss taid: schedule is 'sine' (did you mean 'cosine'?); it must be one of paper",
+            "loss taid: schedule is 'sine' (did you mean 'cosine'?)",
         ),
         ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),
         ("taid", {"divergence": {"name": "tvd", "temperature": 2}}, "divergence tvd: TAID compares at temperature 1"),
@@ -399,7 +399,7 @@ def test_missing_inputs_are_named():
         ),
         ("taid", {"divergence": {"name": "jsd", "beta": "x"}}, "loss taid: divergence jsd: beta is 'x'; give a number"),
         ("taid", {"divergence": "forwardkl"}, "divergence is 'forwardkl' (did you mean 'forward_kl'?)"),
-        ("taid", {"divergence": {"beta": 0.1}}, "loss taid: divergence is None; it must be one of forward_kl"),
+        ("taid", {"divergence": {"beta": 0.1}}, "loss taid: divergence has no name; give it as in {name: jsd"),
         ("taid", {"divergence": 5}, "loss taid: divergence is 5; give a name, or a mapping with a name"),
         ("taid", {"divergence": ["jsd"]}, "loss taid: divergence is ['jsd']; give a name, or a mapping"),
         (

@@ -291,7 +291,9 @@ def _divergence(given: str | Mapping[str, Any]) -> Divergence:
     if not isinstance(given, str | Mapping):
         raise UserError(f"{where} is {given!r}; give a name, or a mapping with a name as in {{name: jsd, beta: 0.1}}")
     settings = {"name": given} if isinstance(given, str) else dict(given)
-    name = check_choice(where, settings.pop("name", None), list(_DIVERGENCES))
+    if "name" not in settings:
+        raise UserError(f"{where} has no name; give it as in {{name: jsd, beta: 0.1}}")
+    name = check_choice(where, settings.pop("name"), list(_DIVERGENCES))
     if "temperature" in settings:
         raise UserError(f"{where} {name}: TAID compares at temperature 1; leave temperature out")
     try:
