@@ -301,7 +301,7 @@ def test_no_benchmark_ends_another(material, tmp_path, capsys):
     mme, mmstar, realworldqa = told.err.splitlines()[-3:]
     assert mme.startswith(f"vlm-distill: mme: no data in {tmp_path}")
     assert "separated by tabs" in mmstar
-    assert realworldqa.startswith("vlm-distill: realworldqa: no question could be asked: 2 × not an image")
+    assert realworldqa.startswith("vlm-distill: realworldqa: 2 of 2 questions left out, no questions could be used")
     assert json.loads((tmp_path / "out" / "pope" / "scores.json").read_text())["n"] == 2
     assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["failures"]) == {
         "mme",

@@ -387,7 +387,7 @@ def judged(
 def average(results: Sequence[Result]) -> float | None:
     """Return the Open VLM Leaderboard's average.
 
-    ``None`` unless all of its eight benchmarks are there, each whole, by VLMEvalKit's rules, of which it is defined.
+    ``None`` unless all of its eight benchmarks are there, each whole and by VLMEvalKit's rules, as it is defined.
     """
     names = benchmarks.LEADERBOARD
     usable = [r for r in results if r.benchmark in names and r.rules == "vlmevalkit" and r.whole]

@@ -74,16 +74,13 @@ class Store:
         entry = {"answers": [*map(asdict, answers)], "unusable": list(unusable)}
         jsonl.append(self.folder / UNFINISHED / f"{self.key}-{self.rank}.jsonl", entry)
 
-    def finish(self, about: Mapping[str, Any], unusable: Sequence[int]) -> None:
-        """Write how the questions were asked, and remove the files of the unfinished evaluation; on one rank.
+    def finish(self, about: Mapping[str, Any] | None, unusable: Sequence[int]) -> None:
+        """Remove the files of the unfinished evaluation, on one rank: the answers are in ``predictions.jsonl`` by now.
 
-        The answers themselves are in ``predictions.jsonl`` by now.
+        Where there is ``about``, write how the questions were asked.
         """
-        write_asked(self.folder, {**about, "settings": self.settings, "unusable": sorted(unusable)})
-        self.discard()
-
-    def discard(self) -> None:
-        """Remove the files of the unfinished evaluation."""
+        if about is not None:
+            write_asked(self.folder, {**about, "settings": self.settings, "unusable": sorted(unusable)})
         for path in (self.folder / UNFINISHED).glob("*.jsonl"):
             path.unlink()
         if (self.folder / UNFINISHED).is_dir():

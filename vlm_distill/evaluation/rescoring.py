@@ -149,10 +149,9 @@ def _score_one(
     questions = entry.questions(asked.table, asked.layout, wanted)
     check_questions(entry, questions, wanted, limit=None, likelihood=False)
     predictions, changed = _current(read_predictions(folder / PREDICTIONS), asked)
-    result, rows = score_answers(entry, questions, predictions, wanted, judge, changed)
-    # A limit, and questions that could not be asked, are those of the evaluation.
-    known = len(predictions) + len(changed) + len(about.get("unusable", ()))
-    result = replace(result, limited=known < len(questions))
+    unusable = [row for row in about.get("unusable", ()) if row < len(asked)]
+    skipped = [*changed, *(Problem(asked.name, asked.line(row), "could not be asked") for row in unusable)]
+    result, rows = score_answers(entry, questions, predictions, wanted, judge, skipped)
     write_result(out, result, entry, rows, str(about.get("name", "model")))
     write_asked(out, {**about, "scored_by": wanted, _FROM: _named(folder)})
     return result

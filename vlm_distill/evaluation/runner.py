@@ -166,13 +166,8 @@ def evaluate(
     rows = sorted(share(source, limit), key=lambda i: (source.size(i), i))
     store = None if resume is None or out is None else Store(out, {**resume, "max_new_tokens": max_new_tokens}, rank)
 
-    # Take what is kept from before. One rank reads it: the others may run where they do not see its files.
-    results: _Results = {}
-    if store is not None and rank == 0:
-        results = _recall(store, model, source, rows, load, references)
-        kept = len(results) - len(_unusable(results))
-        if kept and tell is not None:
-            tell(f"{source.name}: {kept:,} of {len(rows):,} answers kept from before in {out}")
+    # One rank reads what is kept from before: the others may run where they do not see its files.
+    results = _recall(store, model, source, rows, load, references, tell) if store is not None and rank == 0 else {}
     if all_gather is not None:
         results = all_gather([results])[0][0]
 
@@ -211,15 +206,13 @@ def evaluate(
     problems = sorted((found for found in results.values() if isinstance(found, Problem)), key=lambda p: p.line)
     if skipped is not None:
         skipped += problems
-    if rank == 0 and (finish is not None or out is not None):
+    if rank == 0:
         if finish is not None:
             finish(predictions, problems)
         elif out is not None:
             write_predictions(out, predictions, problems, questions=len(source))
-        if store is not None and about is not None:
+        if store is not None:
             store.finish(about, _unusable(results))
-        elif store is not None:
-            store.discard()
     return predictions
 
 
@@ -242,6 +235,7 @@ def _recall(
     rows: Sequence[int],
     load: Callable[[ImageSource], Image.Image],
     references: bool,
+    tell: Callable[[str], None] | None,
 ) -> _Results:
     """Return what is known of rows without asking: kept answers, scored anew, and rows that still cannot be asked."""
     kept = store.answers()
@@ -251,6 +245,8 @@ def _recall(
     results: _Results = {}
     for row, answer in recalled(kept, source, rows, references).items():
         results[row] = score_kept(row, source[row], answer)
+    if results and tell is not None:
+        tell(f"{source.name}: {len(results):,} of {len(rows):,} answers kept from before in {store.folder}")
     for row in rows:
         if row in unusable and row not in results:
             found = _usable(model, source, row, load, references)
