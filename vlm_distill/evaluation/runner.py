@@ -177,22 +177,12 @@ def evaluate(
     rounds = math.ceil(len(left) / world)
     mine = [left[i] if i < len(left) else [] for i in range(rank, rounds * world, world)]
 
-    if ask is None:
-        ask = partial(model.generate, max_new_tokens=max_new_tokens)
-    dummy = _first_good(model, source, rows, load, references) if left and at_once is None else None
-
-    def answer(loaded: list[_Loaded], unusable: _Results) -> _Results:
-        if at_once is not None and loaded:
-            answered = _answer(model, ask, loaded, loaded[0])
-        elif dummy is not None:
-            answered = _answer(model, ask, loaded, dummy)
-        else:
-            answered = _fitting(model, loaded)[1]  # nothing fits this model
-        return unusable | answered
-
     before, made = len(results), _Results()
+    # To keep this rank in step with the others where its own batch holds nothing.
+    dummy = _first_good(model, source, rows, load, references) if left and at_once is None else None
     batches_read = _load_ahead(source, mine, load, references, digests=store is not None)
-    for done, found in enumerate(_answered(answer, batches_read, at_once), start=1):
+    reply = partial(_reply, model, ask or partial(model.generate, max_new_tokens=max_new_tokens), dummy, at_once)
+    for done, found in enumerate(_answered(reply, batches_read, at_once), start=1):
         made |= found
         if store is not None and found:
             store.add([_kept(p) for p in found.values() if isinstance(p, Prediction)], _unusable(found))
@@ -402,6 +392,22 @@ def _answered(call: Callable[..., T], items: Iterable[tuple[Any, ...]], at_once:
         yield from (future.result() for future in as_completed(waiting))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _reply(
+    model: Answerer,
+    ask: Ask,
+    dummy: _Loaded | None,
+    at_once: int | None,
+    loaded: list[_Loaded],
+    unusable: _Results,
+) -> _Results:
+    """Return what became of one batch, the rows that could not be read included."""
+    if at_once is not None and loaded:
+        return unusable | _answer(model, ask, loaded, loaded[0])
+    if dummy is not None:
+        return unusable | _answer(model, ask, loaded, dummy)
+    return unusable | _fitting(model, loaded)[1]  # nothing fits this model
 
 
 def _answer(model: Answerer, ask: Ask, loaded: Sequence[_Loaded], dummy: _Loaded) -> _Results:
