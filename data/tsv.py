@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +69,7 @@ class TsvTable(Table):
         self.left_out = len(rows) - len(kept)
         self._rows = [rows[number] for number in kept]
         _whole_indices(self._rows)
+        _warn_of_repeated(path, self._rows)
         self._lines, self._starts, self._lengths = places[kept].T.copy()
         images_or_pointers = [row.pop("image", _IMAGE) for row in self._rows]
         self._owners = self._follow([None if cell == _IMAGE else str(cell) for cell in images_or_pointers])
@@ -146,7 +148,10 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         missing.append("image or image_path")
     if missing:
         found = ", ".join(header)[:200] or "none: the file is empty"
-        raise UserError(f"{path} has no column {' and no column '.join(missing)}; its columns: {found}")
+        hint = ""
+        if len(header) == 1 and any(mark in header[0] for mark in ",;"):
+            hint = "; the columns of a .tsv are separated by tabs, and these look separated by commas: convert the file"
+        raise UserError(f"{path} has no column {' and no column '.join(missing)}; its columns: {found}{hint}")
 
 
 def table_records(
@@ -224,6 +229,18 @@ def _whole_indices(rows: Sequence[Row]) -> None:
         if "image_path" in row and row["image_path"] is not None:
             paths = _texts(row["image_path"])
             row["image_path"] = paths[0] if len(paths) == 1 else paths
+
+
+def _warn_of_repeated(path: Path, rows: Sequence[Row]) -> None:
+    """Warn where rows share an index, by which VLMEvalKit joins answers with questions."""
+    counts = Counter(row["index"] for row in rows)
+    repeated = [index for index, count in counts.items() if count > 1]
+    if repeated:
+        warnings.warn(
+            f"{path}: {len(repeated):,} values of index are there more than once, the first is {repeated[0]}; "
+            "by VLMEvalKit's rules the last row's right answer or answer counts for all of them: number the rows anew",
+            stacklevel=3,
+        )
 
 
 def _texts(cell: Any, what: str = "image_path") -> list[str]:

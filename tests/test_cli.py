@@ -1,10 +1,14 @@
 """The command line: what a person's mistakes and a person's successes look like from outside."""
 
+import argparse
 import base64
 import csv
+import inspect
 import json
+import shutil
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import tiny
@@ -157,6 +161,11 @@ def test_evaluate(material, capsys, tmp_path):
     assert evaluate.main(words) == 0
     assert "on 24 questions" in capsys.readouterr().out
     assert json.loads((tmp_path / "data" / "scores.json").read_text())["n"] == 24
+    # Answers are kept, but by another precision the questions are asked again.
+    assert evaluate.main(words) == 0
+    assert "data: 24 of 24 answers kept from before" in capsys.readouterr().err
+    assert evaluate.main([*words, "--dtype", "bf16"]) == 0
+    assert "kept" not in capsys.readouterr().err
     # With every image outside the root there is nothing to score.
     assert evaluate.main([*words, "--root", str(tmp_path)]) == 2
     told = capsys.readouterr()
@@ -209,6 +218,14 @@ def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_
         (["--benchmarks", "mmstar", "--rules", "official"], "mmstar has no rules 'official'"),
         (["--benchmarks", "mmstar", "--data", "nowhere"], "mmstar: no data in nowhere; put there MMStar.tsv"),
         (["--benchmarks", "mmstar", "--data", "a", "--data", "b"], "the one folder"),
+        (["--benchmarks", "mmstar", "--batch-size", "0"], "--batch-size: 0 is too small: at least 1"),
+        (["--benchmarks", "mmstar", "--limit", "0"], "--limit: 0 is too small: at least 1"),
+        (["--benchmarks", "mmstar", "--limit", "many"], "--limit: 'many' is not a whole number"),
+        (["--benchmarks", "mmstar", "--max-new-tokens", "-1"], "--max-new-tokens: -1 is too small"),
+        (["--benchmarks", "mmstar", "--max-length", "0"], "--max-length: 0 is too small"),
+        (["--benchmarks", "mmstar", "--judge-rate", "0"], "--judge-rate: 0 is too small"),
+        (["--benchmarks", "mmstar", "--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--benchmark", "mmstar"], "unrecognized arguments"),
     ],
 )
 def test_mistakes_of_an_evaluation_are_one_line(words, says, tmp_path, capsys):
@@ -216,6 +233,81 @@ def test_mistakes_of_an_evaluation_are_one_line(words, says, tmp_path, capsys):
     told = capsys.readouterr().err
     assert says in told
     assert told.count("\n") == 1
+
+
+def test_the_command_and_the_module_have_the_same_options():
+    """Names, defaults and bounds."""
+    hints = get_type_hints(cli.evaluate, include_extras=True)
+    parameters = {name: p for name, p in inspect.signature(cli.evaluate).parameters.items() if name != "nproc"}
+    theirs = {name: None if name == "model" else p.default for name, p in parameters.items()}
+    bounds = {name: hints[name].__metadata__[0].min for name in parameters}
+    actions = {a.dest: a for a in evaluate.parser()._actions if a.dest not in ("help", "local_rank")}
+    assert actions.keys() == theirs.keys()
+    for name, action in actions.items():
+        assert (action.default or None) == (theirs[name] or None), name
+        smallest = bounds[name]
+        if smallest is None:
+            continue
+        assert action.type(str(smallest)) == smallest
+        with pytest.raises(argparse.ArgumentTypeError):
+            action.type(str(smallest - 1))
+
+
+def test_every_option_of_the_command_reaches_the_module(command, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "launch", lambda *words: started.append(words) or 0)
+    given = {
+        "--benchmarks": "pope", "--data": "d", "--rules": "official", "--format": "tsv", "--score": "likelihood",
+        "--measures": "kl", "--teacher": "t", "--max-length": "7", "--judge": "http://j", "--judge-model": "q",
+        "--judge-rate": "2.5", "--images": "i", "--root": "r", "--out": "o", "--limit": "3", "--batch-size": "2",
+        "--max-new-tokens": "9", "--dtype": "bf16",
+    }  # fmt: skip
+    assert command("eval", "m", *(word for pair in given.items() for word in pair), "--shard", "--nproc", "2")[0] == 0
+    ((_, words, processes),) = started
+    parsed = vars(evaluate.parser().parse_args(words))
+    assert processes == 2
+    for flag, text in given.items():
+        value = parsed[flag.removeprefix("--").replace("-", "_")]
+        assert [str(value)] == [text] or [*map(str, value)] == [text], flag
+    assert parsed["shard"]
+
+
+def test_evaluate_takes_a_runs_folder(material, capsys, tmp_path):
+    _, data, teacher = material
+    shutil.copytree(teacher, tmp_path / "run" / "student")
+    words = ["--data", str(data), "--out", str(tmp_path / "out"), "--limit", "2"]
+    assert evaluate.main(["--model", str(tmp_path / "run"), *words]) == 0
+    assert "on 2 questions, limited: of 24 questions" in capsys.readouterr().out
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "begun" / "config.yaml").touch()
+    assert evaluate.main(["--model", str(tmp_path / "begun"), *words]) == 2
+    assert "has no student yet" in capsys.readouterr().err
+
+
+def test_no_benchmark_ends_another(material, tmp_path, capsys):
+    _, data, teacher = material
+    picture = base64.b64encode((data.parent / "0.png").read_bytes()).decode()
+    for name, cell in (("POPE", picture), ("RealWorldQA", base64.b64encode(b"no image" * 9).decode())):
+        with (tmp_path / f"{name}.tsv").open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t")
+            writer.writerow(["index", "image", "question", "answer", "category"])
+            writer.writerows([i, cell, "what color is it?", "Yes", "random"] for i in range(3))
+    (tmp_path / "MMStar.tsv").write_text("index,image,question,A,B,answer\n1,x,y,a,b,A\n")
+    words = ["--benchmarks", "mme,mmstar,realworldqa,pope", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert evaluate.main([*words, "--model", str(teacher), "--limit", "2"]) == 2
+    told = capsys.readouterr()
+    assert "pope: limited: 2 of 3 questions" in told.out
+    assert "right answers are not published" not in told.out
+    mme, mmstar, realworldqa = told.err.splitlines()[-3:]
+    assert mme.startswith(f"vlm-distill: mme: no data in {tmp_path}")
+    assert "separated by tabs" in mmstar
+    assert realworldqa.startswith("vlm-distill: realworldqa: 2 of 2 questions left out, no questions could be used")
+    assert json.loads((tmp_path / "out" / "pope" / "scores.json").read_text())["n"] == 2
+    assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["failures"]) == {
+        "mme",
+        "mmstar",
+        "realworldqa",
+    }
 
 
 def test_benchmarks_on_two_processes_equal_one(material, tmp_path, capsys):
@@ -250,6 +342,8 @@ def test_benchmarks_on_two_processes_equal_one(material, tmp_path, capsys):
     ("words", "says"),
     [
         (["compare", "nowhere"], "two or more"),
+        (["score", "nowhere"], "nowhere: no predictions.jsonl there"),
+        (["score", "nowhere", "--rules", "kit"], "--rules: no 'kit'; there are vlmevalkit, lmms-eval, official"),
         (["compare", "nowhere", "else"], "nowhere: no predictions.jsonl there"),
         (["export", "nowhere", "out"], "nowhere: not a run's folder"),
         (["report", "nowhere"], "nowhere"),

@@ -43,7 +43,7 @@ def lines(path):
 
 def interrupt(monkeypatch, batches, *words):
     """Starts the command, and interrupts it when so many batches are on the disk."""
-    count, add = [0], runner._Journal.add
+    count, add = [0], runner.Store.add
 
     def counted(self, *entry):
         add(self, *entry)
@@ -52,7 +52,7 @@ def interrupt(monkeypatch, batches, *words):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner._Journal, "add", counted)
+        patch.setattr(runner.Store, "add", counted)
         with pytest.raises(KeyboardInterrupt):
             generate.main(list(words))
 

@@ -29,6 +29,9 @@ Overrides = Annotated[
     typer.Argument(help="section.key=value, as in training.steps=100 or loss.0.weight=0.5.", show_default=False),
 ]
 Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a GPU.")]
+JudgeAddress = Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint.")]
+JudgeModel = Annotated[str, typer.Option(help="The judge's name there.")]
+JudgeRate = Annotated[float | None, typer.Option(min=0.001, help="Most requests a minute.")]
 
 
 def main() -> None:
@@ -188,7 +191,7 @@ def generate(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or name of a model.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or name of a model, or a run's folder.", show_default=False)],
     benchmarks: Annotated[
         list[str] | None, typer.Option(help="Names with commas between, or YAML files; may be repeated.")
     ] = None,
@@ -205,26 +208,31 @@ def evaluate(
         str, typer.Option(help="Of data: exact, rouge_l, perplexity, kl; with commas between.")
     ] = "exact",
     teacher: Annotated[str | None, typer.Option(help="The model that kl is measured from.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint.")] = None,
-    judge_model: Annotated[str, typer.Option(help="The judge's name there.")] = "judge",
-    judge_rate: Annotated[float | None, typer.Option(help="Most requests a minute.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Most tokens of a sample, for perplexity and kl.")] = 2048,
+    judge: JudgeAddress = None,
+    judge_model: JudgeModel = "judge",
+    judge_rate: JudgeRate = None,
     images: Annotated[Path | None, typer.Option(help="Folder that image paths are relative to.")] = None,
     root: Annotated[list[Path] | None, typer.Option(help="Read no image outside this folder; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for predictions and scores.")] = Path("runs/eval"),
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Most of the questions to leave out, 0 to 1.")] = 0.5,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask this many questions, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the benchmark's, or 32.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: the benchmark's own, or 32; more for models that think.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default: as saved.")] = None,
     shard: Annotated[bool, typer.Option(help="Each process holds its share of the weights (ZeRO-3).")] = False,
     nproc: Processes = 1,
 ) -> None:
-    """Answers questions with a model and scores the answers: benchmarks by the rules of the field, or any data.
+    """Answer questions with a model and score the answers: benchmarks by the rules of the field, or any data.
 
-    Data are scored by exact match and VQA accuracy, by question type, or by other measures.
+    Data are scored by exact match and VQA accuracy, by question type, or by other measures. What was interrupted
+    resumes with the questions that are still open when it is started again.
     """
     words = ["--model", model, "--out", str(out), "--batch-size", str(batch_size), "--rules", rules, "--score", score]
-    words += ["--judge-model", judge_model, "--measures", measures, "--max-bad", str(max_bad)]
+    words += ["--judge-model", judge_model, "--measures", measures, "--max-length", str(max_length)]
+    words += ["--max-bad", str(max_bad)]
     for flag, values in (("--benchmarks", benchmarks), ("--data", data), ("--root", root)):
         for value in values or []:
             words += [flag, str(value)]
@@ -242,6 +250,40 @@ def evaluate(
         words += [flag, str(given)] if given is not None else []
     words += ["--shard"] if shard else []
     raise typer.Exit(launch("vlm_distill.evaluate", words, nproc))
+
+
+@app.command()
+def score(
+    answers: Annotated[
+        Path, typer.Argument(help="Folder of an evaluation or a run, or a predictions.jsonl.", show_default=False)
+    ],
+    rules: Annotated[
+        str | None, typer.Option(help="vlmevalkit, lmms-eval or official; default: as they were scored.")
+    ] = None,
+    judge: JudgeAddress = None,
+    judge_model: JudgeModel = "judge",
+    judge_rate: JudgeRate = None,
+    data: Annotated[Path | None, typer.Option(help="The benchmarks' folder, if it is not where it was.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores; default: a new one beside ANSWERS.")] = None,
+) -> None:
+    """Score the answers of an evaluation again, by other rules or with a judge, without the model.
+
+    The answers stay as they are.
+    """
+    from vlm_distill.evaluate import open_judge, report_failures
+    from vlm_distill.evaluation.rescoring import default_out, known_rules, score_again
+    from vlm_distill.reporting.score_tables import print_results
+
+    by = known_rules(rules)
+    place = out or default_out(answers, by, judge_model if judge is not None else None)
+    asked = open_judge(judge, judge_model, judge_rate, place)
+    results, failures, warnings = score_again(answers, by, place, judge=asked, data=data)
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
+    if results:
+        print_results(results)
+        print(place / "scores.csv")
+    report_failures(failures)
 
 
 @app.command()

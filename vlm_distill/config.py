@@ -418,7 +418,7 @@ class EvaluationSection(Section):
     every: Positive | None = None
     limit: Positive | None = None
     batch_size: Positive = 64
-    max_new_tokens: Positive = 32
+    max_new_tokens: Positive | None = None
     measures: Annotated[list[Measure], Field(min_length=1)] = ["exact"]
     teacher: bool = True
     benchmarks: list[str] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -16,42 +16,92 @@ from typing import Any, get_args
 from data.batch import Problem
 from data.errors import UserError
 from vlm_distill.console import plain_console
+from vlm_distill.evaluation.progress import progress_line
 from vlm_distill.evaluation.scoring.base import Rules
 from vlm_distill.launch import guarded, leave
 
 
+def at_least(smallest: int) -> Callable[[str], int]:
+    """Return a type of argparse: a whole number with a bound."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"{value} is too small: at least {smallest}")
+        return value
+
+    return number
+
+
+def rate(text: str) -> float:
+    """Return a number of requests a minute, as a type of argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0.001 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is too small or too large: at least 0.001")
+    return value
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1, as a type of argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as everywhere else."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of this module's options; ``vlm-distill eval`` has the same ones."""
+    found = _Parser(prog="vlm_distill.evaluate", description=__doc__, allow_abbrev=False)
+    add = found.add_argument
+    add("--model", required=True, help="folder or name of a model, or a run's folder")
+    add("--benchmarks", action="append", default=[], help="names or YAML files; may be repeated")
+    add("--data", action="append", default=[], help="files of questions, or the benchmarks' folder")
+    add("--rules", choices=get_args(Rules), default="vlmevalkit")
+    add("--format", choices=["tsv", "huggingface", "official", "source", "text"], help="of the files")
+    add("--score", choices=["generate", "likelihood"], default="generate")
+    add("--measures", default="exact", help="of data: exact, rouge_l, perplexity, kl; commas between")
+    add("--teacher", help="a model that kl is measured from")
+    add("--max-length", type=at_least(1), default=2048, help="most tokens of a sample, for perplexity and kl")
+    add("--judge", help="base address of an OpenAI-compatible endpoint")
+    add("--judge-model", default="judge", help="the judge's name there")
+    add("--judge-rate", type=rate, help="most requests a minute")
+    add("--images", type=Path, help="folder that image paths are relative to")
+    add("--root", type=Path, action="append", default=[], help="read no image outside; may be repeated")
+    add("--out", type=Path, default=Path("runs/eval"), help="folder for predictions and scores")
+    add("--max-bad", type=share, default=0.5, help="most of the questions to leave out, 0 to 1")
+    add("--limit", type=at_least(1), help="ask this many questions, evenly spaced")
+    add("--batch-size", type=at_least(1), default=64)
+    add("--max-new-tokens", type=at_least(1), help="default: the benchmark's own, or 32; more for models that think")
+    add("--dtype", choices=["fp32", "bf16"], help="default: as saved; fp32 on a CPU")
+    add("--shard", action="store_true", help="each process holds its share of the weights (ZeRO-3)")
+    add("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answers and scores; returns the exit code."""
+    """Answer and score; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="vlm_distill.evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, help="folder or name of a model")
-    parser.add_argument("--benchmarks", action="append", default=[], help="names or YAML files; may be repeated")
-    parser.add_argument("--data", action="append", default=[], help="files of questions, or the benchmarks' folder")
-    parser.add_argument("--rules", choices=get_args(Rules), default="vlmevalkit")
-    parser.add_argument("--format", choices=["tsv", "huggingface", "official", "source", "text"], help="of the files")
-    parser.add_argument("--score", choices=["generate", "likelihood"], default="generate")
-    parser.add_argument("--measures", default="exact", help="of data: exact, rouge_l, perplexity, kl; commas between")
-    parser.add_argument("--teacher", help="a model that kl is measured from")
-    parser.add_argument("--max-length", type=int, default=2048, help="most tokens of a sample, for perplexity and kl")
-    parser.add_argument("--judge", help="base address of an OpenAI-compatible endpoint")
-    parser.add_argument("--judge-model", default="judge", help="the judge's name there")
-    parser.add_argument("--judge-rate", type=float, help="most requests a minute")
-    parser.add_argument("--images", type=Path, help="folder that image paths are relative to")
-    parser.add_argument("--root", type=Path, action="append", default=[], help="read no image outside; may be repeated")
-    parser.add_argument("--out", type=Path, required=True, help="folder for predictions and scores")
-    parser.add_argument("--max-bad", type=float, default=0.5, help="most of the questions to leave out, 0 to 1")
-    parser.add_argument("--limit", type=int, help="ask this many questions, evenly spaced")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own, or 32")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: as saved; fp32 on a CPU")
-    parser.add_argument("--shard", action="store_true", help="each process holds its share of the weights (ZeRO-3)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    options = parser.parse_args(given)
-    return guarded(lambda: run(options))
+    return guarded(lambda: run(parser().parse_args(given)))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Everything the options name, answered, scored, written and shown."""
+    """Answer everything that the options name, score the answers, write and show the scores."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
@@ -59,7 +109,8 @@ def run(options: argparse.Namespace) -> None:
     from vlm_distill.models.vocabulary import align_heads
     from vlm_distill.training.engine import Processes, load_sharded
 
-    # Mistakes are told before a model is loaded.
+    # Mistakes are reported before a model is loaded.
+    options.model = model_of(options.model)
     opened = _benchmarks(options) if options.benchmarks else _sources(options)
     processes = Processes()
     try:
@@ -82,11 +133,41 @@ def run(options: argparse.Namespace) -> None:
             "rank": processes.rank,
             "world": processes.world,
             "all_gather": processes.gather,
-            "resume": identity(options.model),
+            "resume": {**identity(options.model, model), "roots": [str(root.resolve()) for root in options.root]},
+            "tell": partial(print, file=sys.stderr, flush=True),
         }
-        (_score_benchmarks if options.benchmarks else _score_sources)(options, opened, model, settings)
+        failures = (_score_benchmarks if options.benchmarks else _score_sources)(options, opened, model, settings)
     finally:
         processes.close()
+    if settings["rank"] == 0:
+        report_failures(failures)
+
+
+def model_of(given: str) -> str:
+    """Return the folder of a run's student where a run's folder is given; any other folder or name as it is.
+
+    Raises:
+        UserError: the run has no student yet.
+    """
+    run = Path(given)
+    if (run / "student").is_dir():
+        return str(run / "student")
+    if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+        raise UserError(f"{given}: this run has no student yet; let it finish, or `vlm-distill export {given} FOLDER`")
+    return given
+
+
+def report_failures(failures: Mapping[str, str]) -> None:
+    """Print what could not be scored, one line each, and raise the last: the command ends with an error.
+
+    Raises:
+        UserError: if there are any.
+    """
+    mistakes = [UserError(f"{name}: {reason}") for name, reason in failures.items()]
+    for mistake in mistakes[:-1]:
+        print(f"vlm-distill: {mistake}", file=sys.stderr)
+    for mistake in mistakes[-1:]:
+        raise mistake
 
 
 def _sources(options: argparse.Namespace) -> list[Any]:
@@ -114,16 +195,17 @@ def _sources(options: argparse.Namespace) -> list[Any]:
 
 def _score_sources(
     options: argparse.Namespace, sources: Sequence[Any], model: Any, settings: Mapping[str, Any]
-) -> None:
+) -> dict[str, str]:
+    """Score data sources, and return why others could not be."""
     from rich.table import Table
 
     from data.collate import Collator
     from data.images import load_image
     from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
     from vlm_distill.evaluation.rouge import mean_rouge_l
-    from vlm_distill.evaluation.runner import evaluate, summarise
+    from vlm_distill.evaluation.runner import SOURCE_LENGTH, evaluate, limit_mark, summarise
 
-    mistakes: list[str] = []
+    failures: dict[str, str] = {}
     measures, teacher = options.measures.split(","), options.teacher
     load = partial(load_image, roots=options.root)
     collator = Collator(model.processor, teacher and teacher.processor, options.max_length)
@@ -135,14 +217,16 @@ def _score_sources(
             predictions = evaluate(
                 model,
                 source,
-                max_new_tokens=options.max_new_tokens or 32,
+                max_new_tokens=options.max_new_tokens or SOURCE_LENGTH,
                 out=options.out / source.name,
+                about={"source": source.name, "name": options.model},
                 load=load,
                 skipped=skipped,
+                progress=progress_line(f"{source.name}, answers") if settings["rank"] == 0 else None,
                 **settings,
             )
-            scores = summarise(predictions)
-            values["n"] = scores["n"]
+            scores = summarise(predictions, skipped, len(source))
+            values |= {key: scores[key] for key in ("n", "cut", "limited_from") if key in scores}
             if "exact" in measures:
                 values |= {"exact": scores["exact"], "soft": scores["soft"]}
             if "rouge_l" in measures and predictions:
@@ -150,8 +234,9 @@ def _score_sources(
         if not set(measures) <= OF_ANSWERS:
             ranks = {key: settings[key] for key in ("limit", "rank", "world", "all_gather")}
             found = measure(model, teacher, source, collator, load=load, skipped=skipped, **ranks)
-            values |= {"n": found.n, **found.values(measures)}
-        mistakes += too_much_left_out(source.name, values["n"], skipped, options.max_bad)
+            values |= {"n": found.n, **found.values(measures), **limit_mark(source, options.limit)}
+        for mistake in too_much_left_out(source.name, values["n"], skipped, options.max_bad):
+            failures[source.name] = mistake.removeprefix(f"{source.name}: ")
         if settings["rank"]:
             continue
         if measures != ["exact"]:
@@ -164,38 +249,53 @@ def _score_sources(
             plain_console().print(table)
         _tell_skipped(skipped)
         print(options.out / source.name)
-    if mistakes:
-        raise UserError("; ".join(mistakes))
+    return failures
 
 
-def _benchmarks(options: argparse.Namespace) -> list[Any]:
-    """Entries with their open questions."""
+def _benchmarks(options: argparse.Namespace) -> Any:
+    """Return the opened benchmarks (``benchmark_run.OpenBenchmarks``); what is wrong with their files is printed."""
     from vlm_distill.evaluation.benchmark_run import open_benchmarks
 
     if len(options.data) > 1:
         raise UserError("--data: with --benchmarks it is the one folder that their files are in")
-    folder = options.data[0] if options.data else None
-    names = [name for given in options.benchmarks for name in given.split(",")]
-    opened, told = open_benchmarks(names, folder, options.rules, format=options.format, images=options.images)
+    opened = open_benchmarks(
+        [name for given in options.benchmarks for name in given.split(",")],
+        options.data[0] if options.data else None,
+        options.rules,
+        format=options.format,
+        images=options.images,
+        limit=options.limit,
+        likelihood=options.score == "likelihood",
+    )
+    if not opened.ready:
+        report_failures(opened.failures)
     if os.environ.get("RANK", "0") == "0":
-        for text in told:
+        for text in opened.warnings:
             print(f"warning: {text}", file=sys.stderr)
+        for name, reason in opened.failures.items():
+            print(f"warning: {name} is left out: {reason}", file=sys.stderr)
     return opened
 
 
 def _score_benchmarks(
-    options: argparse.Namespace, opened: Sequence[Any], model: Any, settings: Mapping[str, Any]
-) -> None:
+    options: argparse.Namespace, opened: Any, model: Any, settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """Ask and score benchmarks, and return why others could not be."""
     from data.images import load_image
     from vlm_distill.evaluation.benchmark_run import run_benchmark, write_summary
-    from vlm_distill.evaluation.judge import Judge
+    from vlm_distill.evaluation.benchmarks import data_folder, entry_name, get
+    from vlm_distill.reporting.score_tables import print_results
 
-    judge = None
-    if options.judge is not None:
-        cache = options.out / "judge.jsonl"
-        judge = Judge(options.judge, options.judge_model, cache, requests_per_minute=options.judge_rate)
-    results, mistakes = [], list[str]()
-    for entry, questions in opened:
+    judge = open_judge(options.judge, options.judge_model, options.judge_rate, options.out)
+    given = {get(name).name: entry_name(name) for listed in options.benchmarks for name in listed.split(",")}
+    # By which `vlm-distill score` finds the right answers again.
+    where = {
+        "data": str(data_folder(options.data[0] if options.data else None).resolve()),
+        "format": options.format,
+        "images": None if options.images is None else str(options.images.resolve()),
+    }
+    results = []
+    for entry, questions in opened.ready:
         result = run_benchmark(
             model,
             entry,
@@ -206,47 +306,34 @@ def _score_benchmarks(
             judge=judge,
             likelihood=options.score == "likelihood",
             max_new_tokens=options.max_new_tokens,
+            about={"entry": given[entry.name], **where},
             # As VLMEvalKit and lmms-eval decode images.
             load=partial(load_image, roots=options.root, alpha="drop"),
+            progress=progress_line(f"{entry.name}, answers") if settings["rank"] == 0 else None,
             **settings,
         )
         if result is not None:
             results.append(result)
             _tell_skipped(result.skipped)
-            mistakes += too_much_left_out(entry.name, len(result.predictions), result.skipped, options.max_bad)
-    if results:
-        write_summary(options.out, results)
-        _show(results)
-        print(options.out / "scores.csv")
-    if mistakes:
-        raise UserError("; ".join(mistakes))
-
-
-def _show(results: Sequence[Any]) -> None:
-    from rich.table import Table
-
-    from vlm_distill.evaluation.benchmark_run import average
-
-    table = Table("benchmark", "rules", "n", "metric", "score", "what to know")
+    failures = opened.failures | {result.benchmark: result.failure for result in results if result.failure is not None}
     for result in results:
-        scores = result.scores
-        notes = (
-            [f"{count} decided by {reason}" for reason, count in scores.fallbacks.items() if count] if scores else []
-        )
-        if scores is not None and scores.judge:
-            notes.append(f"{len(scores.judge)} answers need a judge (--judge)")
-        if not result.predictions:
-            notes.append("no question could be used")
-        elif scores is None:
-            notes.append("right answers are not published: predictions only")
-        main = "" if scores is None else f"{scores.main:.2f}"
-        table.add_row(
-            result.benchmark, result.rules, str(len(result.predictions)), result.metric, main, "; ".join(notes)
-        )
-    plain_console().print(table)
-    mean = average(results)
-    if mean is not None:
-        print(f"average of the eight, as the Open VLM Leaderboard has it: {mean}")
+        for mistake in too_much_left_out(result.benchmark, result.n, result.skipped, options.max_bad):
+            failures[result.benchmark] = mistake.removeprefix(f"{result.benchmark}: ")
+    if results:
+        write_summary(options.out, results, failures)
+        print_results(results)
+        print(options.out / "scores.csv")
+    return failures
+
+
+def open_judge(url: str | None, model: str, requests_per_minute: float | None, out: Path) -> Any:
+    """Return the judge (``judge.Judge``) at an address, whose replies are kept in ``out``; ``None`` without one."""
+    from vlm_distill.evaluation.judge import Judge
+
+    if url is None:
+        return None
+    show = progress_line("judge, replies")
+    return Judge(url, model, out / "judge.jsonl", requests_per_minute=requests_per_minute, progress=show)
 
 
 def too_much_left_out(
@@ -281,10 +368,17 @@ def _tell_skipped(skipped: Sequence[Problem]) -> None:
         print(f"{len(skipped)} left out, the first: {one.source}, line {one.line}: {one.reason}")
 
 
-def identity(model: str) -> str:
-    """A name or a folder, with what tells one state of its weights from another."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    return " ".join([model, *(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)])
+def identity(name: str, model: Any = None) -> dict[str, Any]:
+    """Return what tells a model's answers from another's: its files, its precision, its chat template."""
+    from vlm_distill.evaluation.kept import digest_of
+    from vlm_distill.models.fingerprint import fingerprint
+
+    found: dict[str, Any] = {"files": fingerprint(name) or name}
+    if model is not None:
+        found["dtype"] = str(model.dtype).removeprefix("torch.")
+        # With the template's arguments, which are written into it.
+        found["chat_template"] = digest_of(model.processor.chat_template)
+    return found
 
 
 if __name__ == "__main__":

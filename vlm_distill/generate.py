@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
                     world=processes.world,
                     all_gather=processes.gather,
                     out=writer.folder,
-                    resume=part.stem,
+                    resume={"part": part.stem},
                     load=image_loader(config.data),
                     progress=_teller(f"{source.name}, sample {sample + 1}") if processes.first else None,
                     references=False,
@@ -196,7 +196,8 @@ def _write_part(path: Path, predictions: list[Prediction], problems: list[Proble
     answers = {}
     for found in predictions:
         if found.complete and found.answer:
-            answers[found.index] = found.answer
+            # With its thoughts: a student learns all that the teacher wrote.
+            answers[found.index] = found.answer if found.generated is None else found.generated
         else:
             reason = "empty answer" if found.complete else "answer is cut"
             problems = [*problems, Problem(found.source, found.line, reason, found.answer[:80])]

@@ -2,85 +2,26 @@
 
 import csv
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
+from answer_tables import Friend, choice, run, write
 from PIL import Image
 
-from data.errors import UserError
-from vlm_distill.evaluation import benchmarks
-from vlm_distill.evaluation.benchmark_run import CannotScore, Result, average, run_benchmark, write_summary
+from data.batch import Problem
+from data.errors import BadSample, UserError
+from vlm_distill.evaluation.benchmark_run import Result, average, open_benchmarks, write_summary
 from vlm_distill.evaluation.compare import compare_all
 from vlm_distill.evaluation.prediction_files import read_prediction_file
 from vlm_distill.evaluation.runner import read_predictions
 from vlm_distill.evaluation.scoring.base import Scores
-from vlm_distill.models.interface import Answer
-
-
-class Table:
-    """Answers questions from a table; the likeliest option is the one it would say."""
-
-    def __init__(self, answers):
-        self.answers = answers
-        self.processor = SimpleNamespace(encode=lambda conversation, images, *, generation: None)
-
-    def generate(self, prompts, *, max_new_tokens):
-        return [Answer(self.answers[conversation.metadata["index"]], [1], [-0.5]) for conversation, _ in prompts]
-
-    def score_options(self, prompts, options):
-        said = [self.answers[conversation.metadata["index"]] for conversation, _ in prompts]
-        return [
-            [0.0 if text == answer else -1.0 for text in texts] for texts, answer in zip(options, said, strict=True)
-        ]
-
-
-class Friend:
-    """A judge that replies with one text."""
-
-    def __init__(self, reply):
-        self.reply, self.prompts = reply, []
-
-    def ask(self, prompts):
-        self.prompts += prompts
-        return [self.reply for _ in prompts]
+from vlm_distill.evaluation.scoring.yes_no import MME_PERCEPTION, MME_REASONING
+from vlm_distill.reporting.score_tables import main_score
 
 
 @pytest.fixture(autouse=True)
 def pictures(monkeypatch):
     monkeypatch.setattr("data.tsv.TsvTable.images", lambda self, index: [Image.new("RGB", (2, 2))])
-
-
-def write(folder, name, header, *rows):
-    with (folder / f"{name}.tsv").open("w", newline="") as file:
-        csv.writer(file, delimiter="\t").writerows([header, *rows])
-
-
-def choice(folder, name="MMStar"):
-    header = ["index", "image", "question", "A", "B", "answer", "category", "l2-category"]
-    write(
-        folder,
-        name,
-        header,
-        *([i, "x" * 70, f"Is it {i}?", "one", "two", "AB"[i % 2], f"c{i % 3}", "d"] for i in range(7)),
-    )
-
-
-@pytest.mark.filterwarnings("ignore:.*md5")
-def run(name, folder, answers, out=None, rules="vlmevalkit", **options):
-    entry, model = benchmarks.get(name), Table(answers)
-    questions = benchmarks.find(entry, folder, rules=rules)
-    load = options.pop("load", lambda image: image)
-    return run_benchmark(
-        model,
-        entry,
-        questions,
-        out or folder / "out",
-        rules=rules,
-        name="some/tiny",
-        load=load,
-        batch_size=3,
-        **options,
-    )
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*md5")
@@ -159,10 +100,11 @@ def test_an_unanswering_judge_loses_no_answer(tmp_path):
             raise UserError("judge: nobody there")
 
     answers = ["A", "B", "A", "B", "A", "B", "what?"]
-    with pytest.raises(UserError, match="nobody there"):
-        run("mmstar", tmp_path, answers, judge=Gone(), resume="m")
+    result = run("mmstar", tmp_path, answers, judge=Gone(), resume={"model": 1})
+    assert result.failure == "judge: nobody there"
+    assert len(read_predictions(tmp_path / "out" / "predictions.jsonl")) == 7
     # Every answer is there already: the model is not asked again.
-    assert run("mmstar", tmp_path, {}, judge=Friend("A"), resume="m").scores.main == 100
+    assert run("mmstar", tmp_path, {}, judge=Friend("A"), resume={"model": 1}).scores.main == 100
 
 
 def test_likelihood_chooses_among_the_options(tmp_path):
@@ -174,8 +116,9 @@ def test_likelihood_chooses_among_the_options(tmp_path):
     write(tmp_path, "POPE", header, *([i, "x" * 70, f"Is it {i}?", "Yes", "random"] for i in range(4)))
     assert run("pope", tmp_path, ["No"] * 4, likelihood=True).scores.overall["acc"] == 0
     write(tmp_path, "DocVQA_VAL", header[:4], [1, "x" * 70, "What?", "['a']"])
-    with pytest.raises(UserError, match="no options to choose from"):
-        run("docvqa", tmp_path, {1: "a"}, likelihood=True)
+    opened = open_benchmarks(["docvqa", "pope"], tmp_path, "vlmevalkit", likelihood=True)
+    assert [entry.name for entry, _ in opened.ready] == ["pope"]
+    assert "no options to choose from" in opened.failures["docvqa"]
 
 
 def test_hidden_answers_give_predictions_alone(tmp_path):
@@ -192,13 +135,15 @@ def test_rules_that_a_benchmark_has_not(tmp_path):
         run("mmstar", tmp_path, ["A"] * 7, rules="official")
 
 
-def test_the_average_of_the_eight(tmp_path):
+def test_the_average_of_the_eight_is_of_whole_benchmarks_by_vlmevalkits_rules(tmp_path):
     names = ["mmbench", "mmstar", "mmmu", "mathvista", "ocrbench", "ai2d", "hallusionbench", "mmvet"]
     results = [Result(n, "m", "vlmevalkit", [], Scores("m", 500.0 if n == "ocrbench" else 60.0, {}), []) for n in names]
     assert average(results[:-1]) is None
     assert average(results) == pytest.approx((7 * 60 + 50) / 8, abs=0.05)
     write_summary(tmp_path, results)
     assert json.loads((tmp_path / "scores.json").read_text())["average"] == average(results)
+    for change in ({"limited": True}, {"rules": "lmms-eval"}, {"skipped": [Problem("mmvet", 1, "not an image")]}):
+        assert average([*results[:-1], replace(results[-1], **change)]) is None
 
 
 def test_two_models_are_compared_by_the_rules_scores(tmp_path):
@@ -222,14 +167,140 @@ def test_a_limit_asks_all_or_none_of_what_is_scored_together(tmp_path):
         [i, "x" * 70, f"Is it {i}?", "Yes", task, f"{task}/{i // 2}"] for task in ("OCR", "count") for i in range(10)
     ]
     write(tmp_path, "MME", header, *rows)
-    result = run("mme", tmp_path, ["Yes"] * 10, rules="lmms-eval", limit=7)
-    assert [p.index for p in result.predictions] == [0, 1, 4, 5, 10, 11, 14, 15]
-    assert result.scores.main == 400
-    with pytest.raises(CannotScore, match="mme: "):
-        run("mme", tmp_path, ["Yes"] * 10, limit=7)
+    for rules in ("lmms-eval", "vlmevalkit"):  # of which the second one wants all of MME's tasks
+        result = run("mme", tmp_path, ["Yes"] * 10, rules=rules, limit=7)
+        assert [p.index for p in result.predictions] == [0, 1, 4, 5, 10, 11, 14, 15]
+        assert (result.scores.main, result.out_of, result.limited) == (400, 400, True)
 
     header = ["index", "image", "question", "A", "B", "answer", "category", "l2-category"]
     copies = [[i + 1_000_000 * k, "x" * 70, "?", "a", "b", "A", "c", "d"] for i in range(4) for k in range(2)]
     write(tmp_path, "MMBench_DEV_EN_V11", header, *copies)
     result = run("mmbench", tmp_path, {row[0]: "A" for row in copies}, limit=4)
     assert [p.index for p in result.predictions] == [0, 1, 4, 5]
+
+
+MME = ["index", "image", "question", "answer", "category", "image_path"]
+TASKS = (*MME_PERCEPTION, *MME_REASONING)
+
+
+def mme(folder, pairs=2, tasks=TASKS):
+    rows = [[f"{t}/{i // 2}.png", t] for t in tasks for i in range(2 * pairs)]
+    write(folder, "MME", MME, *([i, "x" * 70, f"Is it {i}?", "Yes", t, path] for i, (path, t) in enumerate(rows)))
+    return len(rows)
+
+
+def broken(*indices):
+    """Images of which some cannot be read."""
+
+    def images(self, index):
+        if self[index]["index"] in indices:
+            raise BadSample("not an image", "x")
+        return [Image.new("RGB", (2, 2))]
+
+    return images
+
+
+@pytest.mark.parametrize("rules", ["vlmevalkit", "lmms-eval"])
+def test_a_pair_that_lacks_an_answer_is_left_out_and_counted_and_the_others_are_scored(tmp_path, monkeypatch, rules):
+    n = mme(tmp_path)
+    monkeypatch.setattr("data.tsv.TsvTable.images", broken(3))
+    result = run("mme", tmp_path, ["Yes"] * n, rules=rules)
+    assert (result.scores.main, result.out_of, result.n) == (2800, 2800, n - 2)
+    assert [(p.reason, p.line) for p in result.skipped] == [
+        ("not an image", 5),
+        ("another of its group has no answer", 4),
+    ]
+    assert len(result.predictions) == n - 1
+    assert result.predictions[2].score is None
+    assert not result.whole
+
+
+def test_a_pair_of_one_question_is_no_pair(tmp_path):
+    n = mme(tmp_path)
+    lines = (tmp_path / "MME.tsv").read_text().splitlines(keepends=True)
+    (tmp_path / "MME.tsv").write_text("".join(lines[:-1]))
+    opened = open_benchmarks(["mme"], tmp_path, "vlmevalkit")
+    assert not opened.failures
+    result = run("mme", tmp_path, ["Yes"] * n)
+    assert (result.scores.main, result.n, len(result.skipped)) == (2800, n - 2, 1)
+
+
+def test_the_figures_of_a_set_are_scored_together_or_not_at_all(tmp_path, monkeypatch):
+    header = ["index", "image", "question", "answer", "category", "l2-category"]
+    places = [f"hb_VD_math_{s}_{f}_{q}" for s in range(3) for f in range(2) for q in range(2)]
+    write(tmp_path, "HallusionBench", header, *([p, "x" * 70, f"Is it {p}?", "Yes", "VD", "math"] for p in places))
+    answers = dict.fromkeys(places, "Yes")
+    result = run("hallusionbench", tmp_path, answers, limit=3)
+    assert [p.index for p in result.predictions] == [0, 1, 2, 3]
+    monkeypatch.setattr("data.tsv.TsvTable.images", broken("hb_VD_math_1_1_0"))
+    result = run("hallusionbench", tmp_path, answers | {places[4]: "No"})
+    assert (result.n, result.scores.main) == (8, 100)
+
+
+def test_ocrbench_with_a_limit_says_of_how_many(tmp_path):
+    header = ["index", "image", "question", "answer", "category"]
+    rows = [[i, "x" * 70, "What?", "['a']", "Doc-oriented VQA"] for i in range(12)]
+    write(tmp_path, "OCRBench", header, *rows)
+    for rules, name, share in (("vlmevalkit", "Final Score Norm", 50), ("lmms-eval", "ocrbench_accuracy", 0.5)):
+        if rules == "lmms-eval":
+            write(tmp_path, "OCRBench", header, *([*row[:3], "a", row[4]] for row in rows))
+        result = run("ocrbench", tmp_path, ["a", "b", "b"] * 4, rules=rules, limit=4)
+        assert (result.scores.main, result.out_of, main_score(result)) == (4, 4, "4.00 of 4 (limited)")
+        result = run("ocrbench", tmp_path, ["a", "b"] * 6, rules=rules, limit=11)
+        assert main_score(result) == f"{result.scores.main:.2f} of 11 (limited)"
+        assert result.scores.overall[name] == pytest.approx(result.scores.main / 11 * share * 2)
+    summary = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (summary["limited_from"], summary["out_of"]) == (12, 11)
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        assert next(csv.DictReader(file))["limited_from"] == "12"
+
+
+def test_what_a_file_alone_shows_is_refused_before_a_question_is_asked(tmp_path):
+    mme(tmp_path, tasks=TASKS[:-1])
+    header = ["index", "image", "question", "answer", "category"]
+    write(tmp_path, "OCRBench", header, [1, "x" * 70, "What?", "['a']", "Poetry"])
+    write(tmp_path, "HallusionBench", header, ["hb_VD_math_0_0_0", "x" * 70, "Is it?", "Yes", "VD"])
+    write(tmp_path, "POPE", header[:-1], [1, "x" * 70, "Is it?", "Yes"])
+    choice(tmp_path)
+    names = ["mme", "ocrbench", "hallusionbench", "pope", "docvqa", "mmstar"]
+    opened = open_benchmarks(names, tmp_path, "vlmevalkit")
+    assert [entry.name for entry, _ in opened.ready] == ["mmstar"]
+    for name, said in {
+        "mme": "no question of text_translation",
+        "ocrbench": "no category 'Poetry'",
+        "hallusionbench": "no column 'l2-category'",
+        "pope": "no column 'category'",
+        "docvqa": "no data in",
+    }.items():
+        assert said in opened.failures[name]
+
+
+def test_a_benchmark_that_cannot_ask_a_question_says_so(tmp_path, monkeypatch):
+    choice(tmp_path)
+    monkeypatch.setattr("data.tsv.TsvTable.images", broken(*range(7)))
+    result = run("mmstar", tmp_path, ["A"] * 7)
+    assert result.failure == "no question could be asked: 7 × not an image (line 2: x)"
+    assert result.scores is None
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["failure"] == result.failure
+
+
+@pytest.mark.parametrize("rules", ["vlmevalkit", "lmms-eval", "official"])
+def test_thoughts_do_not_count_under_any_rules_and_are_kept(tmp_path, rules):
+    header = ["index", "image", "question", "answer", "category"]
+    write(tmp_path, "POPE", header, *([i, "x" * 70, f"Is it {i}?", "Yes", "random"] for i in range(4)))
+    said = ["<think>there is no dog… wait</think>\n\nYes", "no… wait</think>Yes", "◁think▷no◁/think▷Yes", "<think>no"]
+    result = run("pope", tmp_path, said, rules=rules)
+    assert [p.score for p in result.predictions[:3]] == [1, 1, 1]
+    assert [p.generated for p in read_predictions(tmp_path / "out" / "predictions.jsonl")] == said
+    assert result.cut == 1
+    assert result.predictions[3].answer == ""
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["cut"] == 1
+
+
+def test_answers_are_asked_once_whatever_the_rules_where_these_ask_alike(tmp_path):
+    header = ["index", "image", "question", "answer", "category"]
+    write(tmp_path, "POPE", header, *([i, "x" * 70, f"Is it {i}?", "Yes", "random"] for i in range(4)))
+    run("pope", tmp_path, ["Yes"] * 4, resume={"model": 1})
+    assert run("pope", tmp_path, {}, rules="official", resume={"model": 1}).scores.main == 100
+    with pytest.raises(KeyError):  # lmms-eval asks otherwise
+        run("pope", tmp_path, {}, rules="lmms-eval", resume={"model": 1})

@@ -661,3 +661,10 @@ def test_the_runner_answers_a_benchmark_and_leaves_out_what_is_broken(tmp_path):
     predictions = evaluate(Eyes(), find("mmstar", tmp_path), batch_size=2, skipped=skipped)
     assert [(p.index, p.answer, p.exact) for p in predictions] == [(0, "A", 1.0), (1, "B", 1.0), (2, "A", 0.0)]
     assert [(problem.source, problem.reason) for problem in skipped] == [("mmstar", "image is not base64")]
+
+
+def test_an_index_that_is_there_twice_is_warned_of(tmp_path):
+    rows = [[7, b64(), "Is it?", "Yes", "random"], [7, b64(), "Is it not?", "No", "random"]]
+    write_tsv(tmp_path / "POPE.tsv", ["index", "image", "question", "answer", "category"], *rows)
+    with pytest.warns(UserWarning, match="1 values of index are there more than once, the first is 7"):
+        find("pope", tmp_path)

@@ -14,6 +14,7 @@ from vlm_distill.evaluation.runner import (
     Prediction,
     evaluate,
     evenly_spaced,
+    in_words,
     question_only_baseline,
     read_predictions,
     summarise,
@@ -201,7 +202,7 @@ class Killed(Exception):
 def test_an_evaluation_cut_short_goes_on_to_the_same_file(source, tmp_path, world):
     source.rows[2] = BadSample("invalid JSON")
     source.rows[5] = colour_row("red", 6, question="unfit")
-    options = {"batch_size": 2, "load": load, "resume": "model 1"}
+    options = {"batch_size": 2, "load": load, "resume": {"model": 1}}
     evaluate(ColourModel(), source, out=tmp_path / "straight", **options)
     asked = []
 
@@ -227,18 +228,88 @@ def test_an_evaluation_cut_short_goes_on_to_the_same_file(source, tmp_path, worl
     assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "scores.json"}
 
 
-def test_another_models_unfinished_answers_are_not_taken(source, tmp_path):
-    class Mortal(ColourModel):
-        def generate(self, prompts, **settings):
-            if self.calls:
-                raise Killed
-            return super().generate(prompts, **settings)
+class Mortal(ColourModel):
+    """Dies after the first batch."""
 
+    def generate(self, prompts, **settings):
+        if self.calls:
+            raise Killed
+        return super().generate(prompts, **settings)
+
+
+def interrupted(source, out, **options):
+    """An evaluation that was killed after its first batch of four."""
     with pytest.raises(Killed):
-        evaluate(Mortal(), source, batch_size=4, load=load, out=tmp_path, resume="model 1")
+        evaluate(Mortal(), source, **({"batch_size": 4, "load": load, "out": out, "resume": {"model": 1}} | options))
+
+
+@pytest.mark.parametrize("changed", [{"resume": {"model": 2}}, {"max_new_tokens": 9}])
+def test_answers_of_another_model_or_setting_are_not_taken(source, tmp_path, changed):
+    interrupted(source, tmp_path)
     model = ColourModel()
-    evaluate(model, source, batch_size=4, load=load, out=tmp_path, resume="model 2")
+    settings = {"batch_size": 4, "load": load, "out": tmp_path, "resume": {"model": 1}}
+    evaluate(model, source, **(settings | changed))
     assert len(model.calls) == 3
+
+
+def test_questions_that_changed_are_asked_again_and_right_answers_count_as_they_are_now(source, tmp_path):
+    settings = {"batch_size": 2, "load": load, "out": tmp_path, "resume": {"model": 1}}
+    evaluate(ColourModel(), source, about={}, **settings)
+    source.rows[3] = colour_row("blue", 4, question=source.rows[3].question)  # another image
+    source.rows[4] = colour_row("blue", 5, question="Which one?")
+    source.rows[6] = colour_row("red", 7, question=source.rows[6].question, answers=["crimson"])
+    model, told = ColourModel(), []
+    predictions = evaluate(model, source, about={}, tell=told.append, **settings)
+    assert sorted(line for call in model.calls for line in call) == [4, 5]
+    assert [p.answer for p in predictions[3:5]] == ["blue", "blue"]
+    assert [p.index for p in predictions if not p.exact] == [6]
+    assert told == [f"colours: 9 of 11 answers kept from before in {tmp_path}"]
+    # Rows that moved keep their answers: only the new one is asked.
+    source.rows.insert(0, colour_row("teal", 1, question="And this?"))
+    model = ColourModel()
+    assert len(evaluate(model, source, about={}, **settings)) == 12
+    assert model.calls == [[1]]
+
+
+def test_an_image_file_counts_by_its_content_and_a_mended_one_is_asked(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in paths[1:]:
+        Image.new("RGB", (2, 2), COLOURS["red"]).save(path)
+    rows = [colour_row("red", i + 1) for i in range(3)]
+    source = Rows([row.__class__(row.messages, (str(path),)) for row, path in zip(rows, paths, strict=True)])
+    settings = {"out": tmp_path / "out", "resume": {"model": 1}, "about": {}}
+    assert len(evaluate(ColourModel(), source, **settings)) == 2
+    Image.new("RGB", (2, 2), COLOURS["teal"]).save(paths[0])  # was missing
+    Image.new("RGB", (2, 2), COLOURS["blue"]).save(paths[1])
+    model = ColourModel()
+    assert [p.answer for p in evaluate(model, source, **settings)] == ["teal", "blue", "red"]
+    assert [len(call) for call in model.calls] == [2]
+
+
+class Thinker(ColourModel):
+    """Thinks before each answer; about row 3 for too long."""
+
+    def generate(self, prompts, **settings):
+        texts = ["<think>hm" if c.line == 3 else "<think>hm, not teal</think>\n\nred" for c, _ in prompts]
+        return [Answer(text, [1], [-0.5], complete=c.line != 2) for text, (c, _) in zip(texts, prompts, strict=True)]
+
+
+def test_thoughts_are_kept_and_not_scored_and_one_without_an_end_is_a_cut_answer(source, tmp_path):
+    first, second, third, *_ = evaluate(Thinker(), source, load=load, out=tmp_path, limit=None)
+    assert (first.answer, first.exact, first.generated) == ("red", 1.0, "<think>hm, not teal</think>\n\nred")
+    assert (second.answer, second.complete) == ("red", False)
+    assert (third.answer, third.exact, third.complete, third.generated) == ("", 0.0, False, "<think>hm")
+    assert json.loads((tmp_path / "scores.json").read_text())["cut"] == 2
+    assert read_predictions(tmp_path / "predictions.jsonl")[2] == third
+
+
+def test_a_limit_marks_scores(source, tmp_path):
+    evaluate(ColourModel(), source, limit=4, load=load, out=tmp_path)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["limited_from"] == 11
+    assert in_words(scores).endswith("on 4 questions, limited: of 11 questions")
+    evaluate(ColourModel(), source, limit=40, load=load, out=tmp_path)
+    assert "limited_from" not in json.loads((tmp_path / "scores.json").read_text())
 
 
 def test_images_are_named_by_path_or_content(tmp_path):

@@ -154,3 +154,21 @@ def test_a_score_that_is_none_and_a_scale_of_its_own(answered):
     assert "3 answers need a judge" in text
     assert "2 answers were decided by a last resort (random)" in text
     assert 'style="width:50.00%"' in out.read_text()
+
+
+def test_limits_cut_answers_and_failures_are_marked(answered):
+    run = answered("taid")
+    for who, change in (
+        ("student", {"limited_from": 9000, "cut": 7, "out_of": 40, "main": 20.0}),
+        ("teacher", {"failure": "the judge did not answer", "main": None}),
+    ):
+        path = run / "evaluation" / "pope" / who / "scores.json"
+        scores = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({key: value for key, value in scores.items() if (key, value) != ("main", None)}))
+    out = write_report([run])
+    text = re.sub(r"\s+", " ", read(out).text)
+    assert "20.0 of 40 limited" in text
+    assert "limited to a share of 9,000 questions" in text
+    assert "7 answers were cut before their end" in text
+    assert "pope, teacher of taid: the judge did not answer." in text
+    assert 'style="width:50.00%"' in out.read_text()

@@ -2,10 +2,10 @@
 
 import base64
 import csv
-import dataclasses
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -63,10 +63,10 @@ def run(material, processes):
 
 def test_scores_are_logged_and_the_end_is_written(run):
     evaluated = lines(run, "eval")
-    assert [(line["step"], line["data"], line["n"]) for line in evaluated] == [
-        (2, "colours", 5),
-        (4, "colours", 5),
-        (6, "colours", FIRST),
+    assert [(line["step"], line["data"], line["n"], line.get("limited_from")) for line in evaluated] == [
+        (2, "colours", 5, FIRST),
+        (4, "colours", 5, FIRST),
+        (6, "colours", FIRST, None),
     ]
     for who in ("student", "teacher"):
         folder = run / "evaluation" / "colours" / who
@@ -100,10 +100,10 @@ def scripted(monkeypatch, scores):
     """Makes the benchmark's score what a script says, of which each evaluation takes one a model."""
     said = iter(scores)
 
-    def judged(*_):
-        return dataclasses.make_dataclass("Scores", ["main"])(next(said))
+    def score_answers(*_):
+        return SimpleNamespace(scores=SimpleNamespace(main=next(said))), []
 
-    monkeypatch.setattr(evaluations, "judged", judged)
+    monkeypatch.setattr(evaluations, "score_answers", score_answers)
 
 
 def best(folder):
@@ -168,7 +168,7 @@ def test_two_ranks_with_shards(material):
 
 
 def test_what_cannot_be_scored_does_not_end_the_run(material, processes, monkeypatch, capsys):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise UserError("three answers too few")
 
     monkeypatch.setattr("vlm_distill.evaluation.benchmark_run.judged", refuse)

@@ -36,9 +36,13 @@ class Benchmark(Section):
         scorer: name in ``scoring.registry``; ``scorer_options`` go to it.
         metric: the main score, as people call it.
         out_of: the main score of a model that is always right.
+        worth: what each scored ``question``, or each ``group`` of ``Scores.groups``, adds to that score, where it is a
+            sum. Then the scorer takes ``partial``, which scores a part of the benchmark by its own total.
         groups: columns by which scores are reported.
-        together: columns whose equal values mark questions that are scored together, of which a limit asks all or
-            none. In ``index`` the millions do not count: they number circular copies.
+        together: columns whose equal values mark questions that are scored together: a limit asks all of them or none,
+            and if one has no answer, none of them is scored. In ``index`` the millions do not count: they number
+            circular copies. ``index:4`` means its first four parts, which ``_`` joins.
+        least: questions that such a group has; smaller groups are not scored.
     """
 
     name: str
@@ -55,8 +59,10 @@ class Benchmark(Section):
     scorer_options: dict[str, Any] = Field(default={})
     metric: str = "accuracy"
     out_of: Annotated[float, Field(gt=0)] = 100.0
+    worth: dict[Literal["question", "group"], Annotated[float, Field(gt=0)]] = Field(default={})
     groups: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
+    least: Positive = 1
 
     @field_validator("prompt")
     @classmethod
@@ -110,6 +116,7 @@ class Benchmark(Section):
             rules=rules,
             numbered=numbered and rules != "vlmevalkit",
             together=self.together,
+            least=self.least,
         )
 
 

@@ -58,6 +58,14 @@ def get(name: str) -> Benchmark:
     )
 
 
+def entry_name(given: str) -> str:
+    """Return a name by which :func:`get` finds a benchmark from any folder: of a YAML file, its whole path."""
+    path = Path(given)
+    if path.suffix not in (".yaml", ".yml"):
+        path = FOLDER / f"{given}.yaml"
+    return str(path.resolve()) if path.is_file() else given
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
@@ -202,8 +210,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         ),
         huggingface=HuggingFace(paths=("echo840/OCRBench",), split="test", columns={"category": "question_type"}),
         scorer="ocrbench",
-        metric="right of 1000",
+        metric="right answers",
         out_of=1000,
+        worth={"question": 1},
         groups=("category",),
     ),
     Benchmark(
@@ -242,6 +251,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         scorer="hallusionbench",
         metric="mean of aAcc, fAcc and qAcc",
         groups=_CATEGORIES,
+        together=("index:4",),  # hb, category, subcategory and set: the questions about all figures of a set
     ),
     Benchmark(
         name="mmvet",
@@ -431,10 +441,12 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         prompt={"vlmevalkit": "question", "lmms-eval": "short_yes_no"},
         max_new_tokens=16,
         scorer="mme",
-        metric="perception and cognition of 2800",
+        metric="perception and cognition",
         out_of=2800,
+        worth={"group": 200},
         groups=("category",),
         together=("category", "image_path"),
+        least=2,
     ),
     # Multiple choice.
     Benchmark(

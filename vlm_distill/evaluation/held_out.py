@@ -22,7 +22,7 @@ from vlm_distill.losses import CrossEntropy, DistillationLoss, ForwardKL, Term, 
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 
-from .runner import AllGather, in_words, share
+from .runner import AllGather, in_words, notes_on, share
 
 #: Measures that need answers; the others need one forward.
 OF_ANSWERS = {"exact", "rouge_l"}
@@ -161,4 +161,6 @@ def measured_in_words(values: Mapping[str, Any]) -> str:
         words.append(f"perplexity {values['perplexity']:.4g}")
     if "kl" in values:
         words.append(f"KL {values['kl']:.4f} nats a token")
-    return ", ".join(words) or "nothing could be read"
+    if "exact" not in values:  # which says it already
+        words += notes_on(values)
+    return ", ".join(words) if values["n"] else "nothing could be read"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill.endpoint import Endpoint
+from vlm_distill.models.thinking import split_thought
 
 from . import jsonl
 from .prompts import options
@@ -39,6 +40,7 @@ class Judge:
         retries: tries after the first, on time-outs, lost connections and the server's own troubles.
         timeout: seconds for one request in total.
         wait: seconds before the first retry; each further one waits twice as long.
+        progress: called with (replies, prompts in all) after each reply.
 
     The key, if the endpoint wants one, is read from the environment variable ``JUDGE_API_KEY``.
     """
@@ -54,6 +56,7 @@ class Judge:
         retries: int = 5,
         timeout: float = 120.0,
         wait: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._endpoint = Endpoint(
             "judge",
@@ -66,6 +69,7 @@ class Judge:
             turn=self._take_turn,
         )
         self.model, self.cache, self.workers = model, cache, workers
+        self._progress = progress
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next = 0.0
         self._lock = threading.Lock()
@@ -85,8 +89,10 @@ class Judge:
         with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(self._reply, prompt) for prompt in new]
             try:
-                for future in futures:
+                for done, future in enumerate(futures, start=1):
                     future.result()
+                    if self._progress is not None:
+                        self._progress(done, len(futures))
             except BaseException:
                 for future in futures:
                     future.cancel()
@@ -268,13 +274,7 @@ def _prompt(task: _Task, row: Row) -> str:
 
 
 def _read(task: _Task, reply: str, row: Row) -> str | None:
-    return task.read(_bare(_without_thoughts(reply)), row)
-
-
-def _without_thoughts(reply: str) -> str:
-    """Return what follows the reasoning; nothing where the reasoning does not end."""
-    answer = reply.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
+    return task.read(_bare(split_thought(reply)[0]), row)
 
 
 def _bare(text: str) -> str:

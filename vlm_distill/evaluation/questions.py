@@ -27,7 +27,7 @@ class BenchmarkQuestions:
         interleave: whether images stand at ``<image k>``.
         rules: whose scorers take the rows.
         numbered: whether those take right answers of multiple choice as numbers of options, not as letters.
-        together: columns by which questions are scored together (``Benchmark.together``).
+        together, least: which questions are scored together (``Benchmark.together``), and how many these are at least.
     """
 
     def __init__(
@@ -41,15 +41,16 @@ class BenchmarkQuestions:
         rules: Rules = "vlmevalkit",
         numbered: bool = False,
         together: Sequence[str] = (),
+        least: int = 1,
     ) -> None:
         self.name = name
         self.table = table
-        self._layout = layout
+        self.layout = layout
         self._prompt = prompt
         self._interleave = interleave
         self._rules = rules
         self._numbered = numbered
-        self._together = together
+        self._together, self._least = together, least
 
     def __len__(self) -> int:
         return len(self.table)
@@ -61,24 +62,24 @@ class BenchmarkQuestions:
         Where ``answer`` is the text of an option, ``answer_option`` is its letter.
         """
         index = range(len(self))[index]
-        row = self._layout.complete(self.table[index])
+        row = self.layout.complete(self.table[index])
         row.setdefault("index", index)
         choices = as_list(row.get("choices")) or as_list(row.get("options"))
         if choices and not options(row):
             row.update(zip(string.ascii_uppercase, choices, strict=False))
-            if not self._layout.index_answers and row.get("answer") in choices:
+            if not self.layout.index_answers and row.get("answer") in choices:
                 row.setdefault("answer_option", string.ascii_uppercase[choices.index(row["answer"])])
         if self._rules != "vlmevalkit":
             self._as_lists(row)
         if self._numbered and options(row) and (letter := _as_letter(row.get("answer"))):
             row["answer"] = string.ascii_uppercase.index(letter)
-        elif self._layout.index_answers and not self._numbered:
+        elif self.layout.index_answers and not self._numbered:
             row["answer"] = _letter(row) or row.get("answer")
         return row
 
     def _as_lists(self, row: dict[str, Any]) -> None:
         """Columns as lmms-eval's and the official files have them, from VLMEvalKit's."""
-        for column in self._layout.lists:
+        for column in self.layout.lists:
             row[column] = as_list(row.get(column)) or row.get(column)
         texts = options(row)
         if texts and "choices" not in row and "options" not in row:
@@ -118,18 +119,31 @@ class BenchmarkQuestions:
 
     def share(self, limit: int) -> list[int]:
         """At least ``limit`` questions, evenly spaced, those that are scored together all or none; in order."""
+        every = self.scored_together()
+        members = [group for group in every if len(group) >= self._least] or every
+        chosen = evenly_spaced(len(members), math.ceil(limit * len(members) / max(1, len(self))))
+        return sorted(index for number in chosen for index in members[number])
+
+    def scored_together(self) -> list[list[int]]:
+        """Return the rows in groups that are scored together; a row that is scored by itself is a group of its own."""
         groups: dict[Any, list[int]] = {}
         for index in range(len(self)):
             row = self.row(index) if self._together else {}
             groups.setdefault(tuple(_group(row, column) for column in self._together) or index, []).append(index)
-        members = list(groups.values())
-        chosen = evenly_spaced(len(members), math.ceil(limit * len(members) / max(1, len(self))))
-        return sorted(index for number in chosen for index in members[number])
+        return list(groups.values())
+
+    def incomplete(self, answered: Iterable[int]) -> set[int]:
+        """Return those of the answered rows that cannot be scored, because others of their group have no answer."""
+        found = set(answered)
+        if not self._together:
+            return set()
+        broken = [g for g in self.scored_together() if len(g) < self._least or not found.issuperset(g)]
+        return {index for group in broken for index in group} & found
 
     def _references(self, row: dict[str, Any]) -> list[Any]:
         for column in ("answers", "answer"):
             if row.get(column) is not None:
-                if column == "answer" and (self._layout.index_answers or self._numbered) and options(row):
+                if column == "answer" and (self.layout.index_answers or self._numbered) and options(row):
                     letter = _letter(row)
                     return [] if letter is None else [letter]
                 found = as_list(row[column])
@@ -138,7 +152,10 @@ class BenchmarkQuestions:
 
 
 def _group(row: dict[str, Any], column: str) -> str:
-    value = str(row.get(column))
+    name, _, parts = column.partition(":")
+    value = str(row.get(name))
+    if parts:
+        return "_".join(value.split("_")[: int(parts)])
     return str(int(value) % 1_000_000) if column == "index" and value.isdecimal() else value
 
 

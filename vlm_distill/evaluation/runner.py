@@ -20,8 +20,9 @@ from data.conversation import Conversation, ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
 from vlm_distill.models.interface import Answer, Processor, Prompt
+from vlm_distill.models.thinking import split_thought
 
-from . import jsonl
+from .kept import PREDICTIONS, Kept, Store, kept_answer, matched, question_digest
 from .scoring.vqa import exact_match, soft_accuracy
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ AllGather = Callable[[list[Any]], list[list[Any]]]
 #: Answers to a batch of prompts, or why a prompt has none.
 Ask = Callable[[Sequence[Prompt]], Sequence[Answer | BadSample]]
 
+#: Longest answer to a data source's questions in tokens, where nothing else is said.
+SOURCE_LENGTH = 32
 _DECODE_THREADS = 4
 _BATCHES_AHEAD = 2
 
@@ -65,14 +68,17 @@ class Prediction:
         index: row in the source, from 0.
         source, line: where the question stands, for a person.
         question, references: the last user text and the right answers.
-        answer: the model's answer.
+        answer: the model's answer without thoughts; empty where a thought never ended.
         probability: the model's own, of the whole answer with its end token: exp of the summed log-probabilities.
         exact, soft: scores in 0…1; 0 where there is no right answer to compare with.
         question_type: the data's own class of the question, or ``None``.
         image: path of the first image; ``sha256:…`` where the data hold bytes; ``None`` without an image. Questions
             with equal values are about one picture.
         score: by a benchmark's rules, 0…1; ``None`` without such rules, or where they leave the question out.
-        complete: whether the answer came to its end before the longest that was allowed.
+        complete: whether the answer, and any thought in it, came to its end before the longest that was allowed.
+        generated: all that the model wrote, where it wrote thoughts: ``answer`` is what is left without them.
+        asked: digest of the question (``kept.question_digest``), empty where answers are not kept.
+        by: digest of the model and the settings that gave the answer.
     """
 
     index: int
@@ -88,6 +94,9 @@ class Prediction:
     image: str | None = None
     score: float | None = None
     complete: bool = True
+    generated: str | None = None
+    asked: str = ""
+    by: str = ""
 
 
 @dataclass
@@ -95,6 +104,7 @@ class _Loaded:
     index: int
     conversation: Conversation
     images: list[Image.Image]
+    asked: str = ""
 
 
 def evaluate(
@@ -108,10 +118,12 @@ def evaluate(
     world: int = 1,
     all_gather: AllGather | None = None,
     out: Path | None = None,
-    resume: str | None = None,
+    resume: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
     load: Callable[[ImageSource], Image.Image] = load_image,
     skipped: list[Problem] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
     ask: Ask | None = None,
     at_once: int | None = None,
     references: bool = True,
@@ -130,12 +142,15 @@ def evaluate(
         limit: ask only about this many questions, evenly spaced over the source (:func:`share`).
         all_gather: gives every rank's list to every rank; needed when ``world`` > 1.
         out: folder for ``predictions.jsonl`` and ``scores.json``, written by rank 0.
-        resume: names this model with its settings; then every rank writes its batches to ``out/unfinished`` as they
-            come, and an evaluation that was cut short goes on under the same name, on any number of ranks, to the same
-            predictions.
+        resume: plain values that tell this model with its settings from others. Then every rank writes its batches to
+            ``out/unfinished`` as they come, and an interrupted evaluation resumes under the same values, on any number
+            of ranks, to the same predictions. Kept answers are those to the same questions (:mod:`.kept`): questions
+            that changed are asked again, and right answers may change.
+        about: written to ``out/asked.json`` beside ``resume``; then the answers of a finished evaluation are kept too.
         load: decodes an image.
         skipped: receives the samples that were left out, of all ranks.
         progress: called with (questions done over all ranks, questions in all) after each batch.
+        tell: called on rank 0 with a line that says how many answers are kept from before, if any are.
         ask: answers a batch, in place of the model's ``generate``.
         at_once: batches asked at once, by threads, where the model runs elsewhere: ranks do not wait for each other
             then, and a batch without a prompt is not asked. Otherwise one after the other.
@@ -149,96 +164,114 @@ def evaluate(
     if world > 1 and all_gather is None:
         raise ValueError("evaluation on several ranks needs all_gather")
     rows = sorted(share(source, limit), key=lambda i: (source.size(i), i))
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    journal = None
-    if resume is not None and out is not None:
-        journal = _Journal(out / "unfinished", [resume, source.name, rows, batch_size, max_new_tokens], rank)
-    results = journal.finished() if journal is not None and rank == 0 else {}
+    store = None if resume is None or out is None else Store(out, {**resume, "max_new_tokens": max_new_tokens}, rank)
+
+    # One rank reads what is kept from before: the others may run where they do not see its files.
+    results = _recall(store, model, source, rows, load, references, tell) if store is not None and rank == 0 else {}
     if all_gather is not None:
         results = all_gather([results])[0][0]
-    left = [number for number in range(len(batches)) if number not in results]
+
+    # Batches are cut from all rows, so that those still to be asked are the same ones whatever is kept.
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    left = [open_rows for batch in batches if (open_rows := [row for row in batch if row not in results])]
     rounds = math.ceil(len(left) / world)
-    mine = [left[i] if i < len(left) else None for i in range(rank, rounds * world, world)]
+    mine = [left[i] if i < len(left) else [] for i in range(rank, rounds * world, world)]
 
-    if ask is None:
-        ask = partial(model.generate, max_new_tokens=max_new_tokens)
+    before, made = len(results), _Results()
+    # To keep this rank in step with the others where its own batch holds nothing.
     dummy = _first_good(model, source, rows, load, references) if left and at_once is None else None
-
-    def answer(
-        number: int | None, read: tuple[list[_Loaded], list[Problem]]
-    ) -> tuple[int | None, list[Prediction], list[Problem]]:
-        loaded, problems = read
-        if at_once is not None and loaded:
-            predictions, refused = _answer(model, ask, loaded, loaded[0])
-        elif dummy is not None:
-            predictions, refused = _answer(model, ask, loaded, dummy)
-        else:
-            predictions, refused = [], _fitting(model, loaded)[1]  # nothing fits this model
-        return number, predictions, problems + refused
-
-    before, made = len(batches) - len(left), {}
-    batches_read = _load_ahead(source, [[] if number is None else batches[number] for number in mine], load, references)
-    for done, (number, predictions, problems) in enumerate(
-        _answered(answer, zip(mine, batches_read, strict=True), at_once), start=1
-    ):
-        if number is not None:
-            made[number] = predictions, problems
-            if journal is not None:
-                journal.add(number, predictions, problems)
+    batches_read = _load_ahead(source, mine, load, references, digests=store is not None)
+    reply = partial(_reply, model, ask or partial(model.generate, max_new_tokens=max_new_tokens), dummy, at_once)
+    for done, found in enumerate(_answered(reply, batches_read, at_once), start=1):
+        made |= found
+        if store is not None and found:
+            store.add([_kept(p) for p in found.values() if isinstance(p, Prediction)], _unusable(found))
         if progress is not None:
-            progress(min((before + done * world) * batch_size, len(rows)), len(rows))
+            progress(min(before + done * world * batch_size, len(rows)), len(rows))
 
     for part in [made] if all_gather is None else [part for parts in all_gather([made]) for part in parts]:
         results |= part
-    predictions = [p for answered, _ in results.values() for p in answered]
-    problems = [p for _, unread in results.values() for p in unread]
-    predictions.sort(key=lambda p: p.index)
-    problems.sort(key=lambda p: p.line)
+    by = "" if store is None else store.key
+    predictions = [replace(found, by=by) for _, found in sorted(results.items()) if isinstance(found, Prediction)]
+    problems = sorted((found for found in results.values() if isinstance(found, Problem)), key=lambda p: p.line)
     if skipped is not None:
         skipped += problems
-    if rank == 0 and (finish is not None or out is not None):
+    if rank == 0:
         if finish is not None:
             finish(predictions, problems)
         elif out is not None:
-            write_predictions(out, predictions, problems)
-        if journal is not None:
-            journal.remove()
+            write_predictions(out, predictions, problems, questions=len(source))
+        if store is not None:
+            store.finish(about, _unusable(results))
     return predictions
 
 
-_Results = dict[int, tuple[list[Prediction], list[Problem]]]
+#: What became of rows, by their numbers.
+_Results = dict[int, "Prediction | Problem"]
 
 
-class _Journal:
-    """What is answered so far, a batch a line, in one file for each rank.
+def _kept(prediction: Prediction) -> Kept:
+    return kept_answer(asdict(prediction))
 
-    Args:
-        folder: of the journals; there is one while an evaluation is unfinished.
-        settings: all that an answer depends on. Batches of another evaluation in the folder are not taken for ours.
-        rank: of this process.
-    """
 
-    def __init__(self, folder: Path, settings: Any, rank: int) -> None:
-        self.folder = folder
-        self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        self.rank = rank
+def _unusable(results: _Results) -> list[int]:
+    return [row for row, found in results.items() if isinstance(found, Problem)]
 
-    def finished(self) -> _Results:
-        results: _Results = {}
-        for path in sorted(self.folder.glob(f"{self.key}-*.jsonl")):
-            for entry in jsonl.entries(path):
-                predictions = [Prediction(**fields) for fields in entry["predictions"]]
-                results[entry["batch"]] = predictions, [Problem(**fields) for fields in entry["problems"]]
-        return results
 
-    def add(self, batch: int, predictions: Sequence[Prediction], problems: Sequence[Problem]) -> None:
-        entry = {"batch": batch, "predictions": [*map(asdict, predictions)], "problems": [*map(asdict, problems)]}
-        jsonl.append(self.folder / f"{self.key}-{self.rank}.jsonl", entry)
+def _recall(
+    store: Store,
+    model: Answerer,
+    source: Questions,
+    rows: Sequence[int],
+    load: Callable[[ImageSource], Image.Image],
+    references: bool,
+    tell: Callable[[str], None] | None,
+) -> _Results:
+    """Return what is known of rows without asking: kept answers, scored anew, and rows that still cannot be asked."""
+    kept = store.answers()
+    unusable = store.unusable()
+    if not kept and not unusable:
+        return {}
+    results: _Results = {}
+    for row, answer in recalled(kept, source, rows, references).items():
+        results[row] = score_kept(row, source[row], answer)
+    if results and tell is not None:
+        tell(f"{source.name}: {len(results):,} of {len(rows):,} answers kept from before in {store.folder}")
+    for row in rows:
+        if row in unusable and row not in results:
+            found = _usable(model, source, row, load, references)
+            if isinstance(found, Problem):
+                results[row] = found
+    return results
 
-    def remove(self) -> None:
-        for path in self.folder.glob("*.jsonl"):
-            path.unlink()
-        self.folder.rmdir()
+
+def recalled(kept: Sequence[Kept], source: Questions, rows: Sequence[int], references: bool = True) -> dict[int, Kept]:
+    """Return the kept answers to a source's questions as they are now, by row."""
+
+    def digest(row: int) -> str | None:
+        found = read_question(source, row, references) if row < len(source) else None
+        return question_digest(found) if isinstance(found, Conversation) else None
+
+    return matched(kept, rows, digest)
+
+
+def _usable(
+    model: Answerer,
+    source: Questions,
+    row: int,
+    load: Callable[[ImageSource], Image.Image],
+    references: bool,
+) -> _Loaded | Problem:
+    """Return a question that the model can be asked, or why it cannot."""
+    conversation = read_question(source, row, references)
+    if isinstance(conversation, Problem):
+        return conversation
+    try:
+        item = _Loaded(row, conversation, _images(conversation, load))
+        _encode(model, item)
+    except BadSample as bad:
+        return Problem(source.name, conversation.line or row + 1, bad.reason, bad.detail)
+    return item
 
 
 def evenly_spaced(n: int, limit: int | None) -> list[int]:
@@ -255,8 +288,13 @@ def share(source: Countable, limit: int | None) -> list[int]:
     return evenly_spaced(len(source), limit)
 
 
-def _read(source: Questions, index: int, references: bool = True) -> Conversation | Problem:
-    """A question that can be scored, or why there is none."""
+def limit_mark(source: Countable, limit: int | None) -> dict[str, int]:
+    """Return ``limited_from``, the number of questions there are, where a limit leaves some of them out."""
+    return {"limited_from": len(source)} if len(share(source, limit)) < len(source) else {}
+
+
+def read_question(source: Questions, index: int, references: bool = True) -> Conversation | Problem:
+    """Return a question, with ``references`` one that can be scored, or why there is none."""
     # Sources of the readers and benchmarks know it before the row is read.
     line = source.line(index) if hasattr(source, "line") else index + 1
     try:
@@ -286,29 +324,37 @@ def _first_good(
     references: bool,
 ) -> _Loaded | None:
     """A prompt to keep a rank in step with when its own batch holds nothing; its answer is thrown away."""
-    for index in rows:
-        conversation = _read(source, index, references)
-        if isinstance(conversation, Conversation):
-            try:
-                item = _Loaded(index, conversation, _images(conversation, load))
-                _encode(model, item)
-                return item
-            except BadSample:
-                continue
+    for row in rows:
+        found = _usable(model, source, row, load, references)
+        if isinstance(found, _Loaded):
+            return found
     return None
 
 
 def _load_ahead(
-    source: Questions, batches: Sequence[Sequence[int]], load: Callable[[ImageSource], Image.Image], references: bool
-) -> Iterator[tuple[list[_Loaded], list[Problem]]]:
-    """Batches in order, the images of the next ones decoded by threads meanwhile. Rows are read in this thread."""
-    Waiting = list[tuple[int, Conversation | Problem, Future[list[Image.Image]] | None]]
+    source: Questions,
+    batches: Sequence[Sequence[int]],
+    load: Callable[[ImageSource], Image.Image],
+    references: bool,
+    *,
+    digests: bool,
+) -> Iterator[tuple[list[_Loaded], _Results]]:
+    """Yield batches in order, the images of the next ones decoded by threads meanwhile. Rows are read in this thread.
+
+    Where ``digests``, each question gets its digest there as well.
+    """
+
+    def prepare(index: int, conversation: Conversation) -> _Loaded:
+        images = _images(conversation, load)
+        return _Loaded(index, conversation, images, question_digest(conversation) if digests else "")
+
+    Waiting = list[tuple[int, Conversation | Problem, Future[_Loaded] | None]]
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
 
         def submit(batch: Sequence[int]) -> Waiting:
-            read = [(index, _read(source, index, references)) for index in batch]
+            read = [(index, read_question(source, index, references)) for index in batch]
             return [
-                (index, row, pool.submit(_images, row, load) if isinstance(row, Conversation) else None)
+                (index, row, pool.submit(prepare, index, row) if isinstance(row, Conversation) else None)
                 for index, row in read
             ]
 
@@ -317,17 +363,17 @@ def _load_ahead(
         for _ in batches:
             while len(queue) <= _BATCHES_AHEAD and (batch := next(upcoming, None)) is not None:
                 queue.append(submit(batch))
-            loaded, problems = [], []
-            for index, row, images in queue.popleft():
+            loaded, unusable = [], _Results()
+            for index, row, item in queue.popleft():
                 if isinstance(row, Problem):
-                    problems.append(row)
+                    unusable[index] = row
                     continue
-                assert images is not None
+                assert item is not None
                 try:
-                    loaded.append(_Loaded(index, row, images.result()))
+                    loaded.append(item.result())
                 except BadSample as bad:
-                    problems.append(Problem(source.name, row.line or index + 1, bad.reason, bad.detail))
-            yield loaded, problems
+                    unusable[index] = Problem(source.name, row.line or index + 1, bad.reason, bad.detail)
+            yield loaded, unusable
 
 
 def _answered(call: Callable[..., T], items: Iterable[tuple[Any, ...]], at_once: int | None) -> Iterator[T]:
@@ -348,12 +394,25 @@ def _answered(call: Callable[..., T], items: Iterable[tuple[Any, ...]], at_once:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _answer(
-    model: Answerer, ask: Ask, loaded: Sequence[_Loaded], dummy: _Loaded
-) -> tuple[list[Prediction], list[Problem]]:
-    """Answers to one batch, from exactly one call of ``ask`` that reaches the model."""
-    problems: list[Problem] = []
-    kept = list(loaded)
+def _reply(
+    model: Answerer,
+    ask: Ask,
+    dummy: _Loaded | None,
+    at_once: int | None,
+    loaded: list[_Loaded],
+    unusable: _Results,
+) -> _Results:
+    """Return what became of one batch, the rows that could not be read included."""
+    if at_once is not None and loaded:
+        return unusable | _answer(model, ask, loaded, loaded[0])
+    if dummy is not None:
+        return unusable | _answer(model, ask, loaded, dummy)
+    return unusable | _fitting(model, loaded)[1]  # nothing fits this model
+
+
+def _answer(model: Answerer, ask: Ask, loaded: Sequence[_Loaded], dummy: _Loaded) -> _Results:
+    """Return what became of one batch, from exactly one call of ``ask`` that reaches the model."""
+    kept, results = list(loaded), _Results()
 
     def answered() -> Sequence[Answer | BadSample]:
         return ask([(item.conversation, item.images) for item in kept or [dummy]])
@@ -363,29 +422,29 @@ def _answer(
     except BadSample:
         # Prompts are encoded before the model's first forward, so the other ranks have not been left waiting: take out
         # those that do not fit this model and ask once more.
-        kept, problems = _fitting(model, loaded)
+        kept, results = _fitting(model, loaded)
         answers = answered()
-    predictions = []
     # With nothing kept, the one answer is the dummy's and falls off here.
     for item, answer in zip(kept, answers, strict=False):
         if isinstance(answer, BadSample):
-            problems.append(_problem(item, answer))
+            results[item.index] = _problem(item, answer)
             continue
-        scored = _score(item.index, item.conversation, answer.text, math.exp(sum(answer.logprobs)))
-        predictions.append(replace(scored, complete=answer.complete))
-    return predictions, problems
+        text = answer.text if answer.marked is None else answer.marked
+        probability = math.exp(sum(answer.logprobs))
+        results[item.index] = _score(item.index, item.conversation, text, probability, answer.complete, item.asked)
+    return results
 
 
-def _fitting(model: Answerer, loaded: Sequence[_Loaded]) -> tuple[list[_Loaded], list[Problem]]:
-    """The prompts that fit the model, and why the others do not."""
-    kept, problems = [], []
+def _fitting(model: Answerer, loaded: Sequence[_Loaded]) -> tuple[list[_Loaded], _Results]:
+    """Return the prompts that fit the model, and why the others do not."""
+    kept, unfit = [], _Results()
     for item in loaded:
         try:
             _encode(model, item)
             kept.append(item)
         except BadSample as bad:
-            problems.append(_problem(item, bad))
-    return kept, problems
+            unfit[item.index] = _problem(item, bad)
+    return kept, unfit
 
 
 def _problem(item: _Loaded, bad: BadSample) -> Problem:
@@ -393,9 +452,13 @@ def _problem(item: _Loaded, bad: BadSample) -> Problem:
     return Problem(where.source, where.line or item.index + 1, bad.reason, bad.detail)
 
 
-def _score(index: int, conversation: Conversation, answer: str, probability: float) -> Prediction:
+def _score(
+    index: int, conversation: Conversation, text: str, probability: float, complete: bool = True, asked: str = ""
+) -> Prediction:
+    """Return a scored answer; ``text`` is all that the model wrote, of which thoughts are not scored."""
     kind = conversation.metadata.get("question_type")
     references = conversation.references
+    answer, thought_ended = split_thought(text)
     return Prediction(
         index=index,
         source=conversation.source,
@@ -408,7 +471,15 @@ def _score(index: int, conversation: Conversation, answer: str, probability: flo
         soft=soft_accuracy(answer, references) if references else 0.0,
         question_type=None if kind is None else str(kind),
         image=next((image_key(image) for image in conversation.prompt().images), None),
+        complete=complete and thought_ended,
+        generated=text if text != answer else None,
+        asked=asked,
     )
+
+
+def score_kept(index: int, conversation: Conversation, answer: Kept) -> Prediction:
+    """Return a kept answer, scored by the right answers as they are now."""
+    return _score(index, conversation, answer.text, answer.probability, answer.complete, answer.asked)
 
 
 def image_key(image: ImageSource) -> str:
@@ -429,7 +500,7 @@ def question_only_baseline(train: Questions, test: Questions, *, limit: int | No
     by_question: dict[str, Counter[str]] = {}
     overall: Counter[str] = Counter()
     for i in range(len(train)):
-        row = _read(train, i)
+        row = read_question(train, i)
         if isinstance(row, Conversation):
             by_question.setdefault(row.question, Counter()).update(row.references)
             overall.update(row.references)
@@ -437,7 +508,7 @@ def question_only_baseline(train: Questions, test: Questions, *, limit: int | No
         raise UserError(f"{train.name}: no answers to learn a baseline from; give a training source with answers")
     predictions = []
     for i in evenly_spaced(len(test), limit):
-        row = _read(test, i)
+        row = read_question(test, i)
         if isinstance(row, Conversation):
             counts = by_question.get(row.question, overall)
             answer, count = counts.most_common(1)[0]
@@ -455,18 +526,27 @@ def wilson_interval(mean: float, n: int, z: float = 1.959963984540054) -> tuple[
     return (centre - half) / scale, (centre + half) / scale
 
 
-def summarise(predictions: Sequence[Prediction], skipped: Sequence[Problem] = ()) -> dict[str, Any]:
-    """Scores overall and by question type.
+def summarise(
+    predictions: Sequence[Prediction], skipped: Sequence[Problem] = (), questions: int | None = None
+) -> dict[str, Any]:
+    """Return the scores overall and by question type.
+
+    Args:
+        questions: in the source, where that is more than were asked.
 
     Returns:
         ``n``, the means ``exact`` and ``soft`` in 0…1 (``None`` where n is 0), ``interval`` (Wilson, 95 %, of
-        ``exact``), ``by_type`` with the same four keys for each question type, and ``skipped``, reason to number.
+        ``exact``), ``by_type`` with the same four keys for each question type, ``skipped`` (reason to number), ``cut``
+        (answers without an end), and where a limit left questions out ``limited_from``: how many there are.
     """
     kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
+    asked = len(predictions) + len(skipped)
     return {
         **_means(predictions),
         "by_type": {kind: _means([p for p in predictions if p.question_type == kind]) for kind in kinds},
         "skipped": dict(Counter(problem.reason for problem in skipped)),
+        "cut": sum(not p.complete for p in predictions),
+        **({} if questions is None or questions <= asked else {"limited_from": questions}),
     }
 
 
@@ -483,20 +563,48 @@ def in_words(scores: Mapping[str, Any]) -> str:
     """The overall scores of :func:`summarise`, for a person."""
     if not scores["n"]:
         return "no question could be read"
-    return f"exact match {scores['exact']:.2%}, VQA accuracy {scores['soft']:.2%} on {scores['n']:,} questions"
+    words = f"exact match {scores['exact']:.2%}, VQA accuracy {scores['soft']:.2%} on {scores['n']:,} questions"
+    return words + "".join(f", {note}" for note in notes_on(scores))
 
 
-def write_predictions(folder: Path, predictions: Sequence[Prediction], skipped: Sequence[Problem] = ()) -> None:
-    """Writes ``predictions.jsonl`` (one :class:`Prediction` a line) and ``scores.json`` (:func:`summarise`)."""
+def commonest(problems: Sequence[Problem]) -> str:
+    """Return the commonest reason among problems with its number and an example."""
+    if not problems:
+        return "there is none"
+    reason, count = Counter(problem.reason for problem in problems).most_common(1)[0]
+    first = next(problem for problem in problems if problem.reason == reason)
+    detail = f" (line {first.line}: {first.detail})" if first.detail else f" (the first in line {first.line})"
+    return f"{count:,} × {reason}{detail}"
+
+
+def notes_on(scores: Mapping[str, Any]) -> list[str]:
+    """Return what to know about scores: whether a limit left questions out, and how many answers were cut."""
+    notes = []
+    if scores.get("limited_from"):
+        notes.append(f"limited: of {scores['limited_from']:,} questions")
+    if scores.get("cut"):
+        notes.append(f"{scores['cut']:,} answers cut before their end (--max-new-tokens allows longer ones)")
+    return notes
+
+
+def write_predictions(
+    folder: Path,
+    predictions: Sequence[Prediction],
+    skipped: Sequence[Problem] = (),
+    questions: int | None = None,
+) -> None:
+    """Write ``predictions.jsonl`` (one :class:`Prediction` a line) and ``scores.json`` (:func:`summarise`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "predictions.jsonl", predictions)
-    scores = json.dumps(summarise(predictions, skipped), indent=2, ensure_ascii=False)
+    write_lines(folder / PREDICTIONS, predictions)
+    scores = json.dumps(summarise(predictions, skipped, questions), indent=2, ensure_ascii=False)
     (folder / "scores.json").write_text(scores + "\n", "utf-8")
 
 
 def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
-    """One :class:`Prediction` a line."""
-    path.write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions), "utf-8")
+    """Write one :class:`Prediction` a line, all of them or none: a file that is there may hold kept answers."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions), "utf-8")
+    unfinished.replace(path)
 
 
 def read_predictions(path: Path) -> list[Prediction]:

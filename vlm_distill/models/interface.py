@@ -23,6 +23,7 @@ from data.errors import BadSample
 from .adapters import with_adapters
 from .chat import Frame, probe_frame, special_ids, with_arguments
 from .packing import join, keeps_apart
+from .thinking import decode_with_marks, mark_tokens, opening_mark
 
 Prompt = tuple[Conversation, Sequence[Image.Image]]
 
@@ -42,15 +43,21 @@ class Outputs:
 
 @dataclass
 class Answer:
-    """An answer: its text, its token ids with the end token, and their log-probabilities in nats.
+    """A model's answer.
 
-    ``complete`` is false where it was cut at the longest that was allowed, so that it has no end token.
+    Attributes:
+        text: without special tokens.
+        token_ids, logprobs: with the end token; log-probabilities in nats.
+        complete: false where the answer was cut at the longest that was allowed, so that it has no end token.
+        marked: the text with the marks around thoughts, where ``text`` lacks them: those that are special tokens, and
+            the one that the chat template's opening ends with (``<think>``). ``None`` where it equals ``text``.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
     complete: bool = True
+    marked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -479,8 +486,10 @@ class VisionLanguageModel(nn.Module, ABC):
             self.train(training)
         steps = min(new.shape[1], len(choice.columns))
         logprobs = torch.stack(choice.columns[:steps], 1).tolist() if steps else [[] for _ in encoded]
-        found = zip(new.tolist(), logprobs, strict=True)
-        return [self._answer(ids[:steps], row) for ids, row in found][: len(rows)]
+        openings = [opening_mark(self.processor.tokenizer, row.input_ids.tolist()) for row in rows]
+        marks = mark_tokens(self.processor.tokenizer)
+        found = zip(new.tolist(), logprobs, openings, strict=False)  # a dummy row at the end has no opening
+        return [self._answer(ids[:steps], row, opening, marks) for ids, row, opening in found]
 
     @torch.no_grad()
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -529,11 +538,16 @@ class VisionLanguageModel(nn.Module, ABC):
             conversation = conversation.prompt()
         return self.processor.encode(conversation, images[: count_images(conversation.messages)], generation=True)
 
-    def _answer(self, ids: list[int], logprobs: list[float]) -> Answer:
+    def _answer(self, ids: list[int], logprobs: list[float], opening: str, marks: Mapping[int, str]) -> Answer:
+        tokenizer = self.processor.tokenizer
         length = next((i + 1 for i, token in enumerate(ids) if token in self.end_tokens), len(ids))
         ids = ids[:length]
-        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Answer(text, ids, logprobs[:length], bool(ids) and ids[-1] in self.end_tokens)
+        complete = bool(ids) and ids[-1] in self.end_tokens
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        marked = None
+        if opening or not marks.keys().isdisjoint(ids):
+            marked = opening + decode_with_marks(tokenizer, ids, marks).strip()
+        return Answer(text, ids, logprobs[:length], complete, marked)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,6 +33,16 @@ def benchmark_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [_section(runs, data, rules) for data, rules in scored]
 
 
+def not_scored(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return which answers of which run's models to which benchmark could not be scored, and why."""
+    return [
+        {"run": run.label, "data": data, "who": who, "reason": found["failure"]}
+        for run in runs
+        for (data, who), found in run.scores.items()
+        if is_benchmark(found) and found.get("failure")
+    ]
+
+
 def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
     sharing = [
         run for run in runs if any(key[0] == data and found.get("rules") == rules for key, found in run.scores.items())
@@ -44,7 +54,7 @@ def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
         "data": data,
         "rules": rules,
         "metric": entries[0].scores["metric"],
-        "out_of": entries[0].scores.get("out_of", 100.0),
+        "out_of": max(entry.scores.get("out_of", 100.0) for entry in entries),
         "entries": entries,
         "tables": _tables(entries),
         "duels": _duels(answered),

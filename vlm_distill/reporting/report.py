@@ -21,7 +21,7 @@ from vlm_distill.config_file import read_saved
 from vlm_distill.evaluation.runner import read_predictions
 
 from . import plots, seeds
-from .benchmarks import benchmark_sections, is_benchmark
+from .benchmarks import benchmark_sections, is_benchmark, not_scored
 from .classification import classification_sections, is_classification
 from .entries import Duel, Entry, Run, duel, entries_on
 from .gallery import gallery
@@ -220,6 +220,7 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             runs=runs,
             sections=sections,
             benchmarks=benchmarks,
+            not_scored=not_scored(runs),
             classified=classified,
             language=language,
             headline={**_headline(runs, first[0]["entries"] if first else []), "asked": bool(sections)},

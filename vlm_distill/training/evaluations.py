@@ -21,23 +21,29 @@ from data.loader import problem_of
 from data.sources import Source, TextSource
 from vlm_distill.config import Measure, RunConfig, split_batch
 from vlm_distill.evaluation.benchmark import Benchmark
-from vlm_distill.evaluation.benchmark_run import (
-    CannotScore,
-    answered,
-    judged,
-    open_benchmarks,
-    published,
-    run_benchmark,
-)
-from vlm_distill.evaluation.benchmarks import data_folder
+from vlm_distill.evaluation.benchmark_run import open_benchmarks, published, run_benchmark, score_answers
+from vlm_distill.evaluation.benchmarks import data_folder, entry_name, get
 from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
+from vlm_distill.evaluation.kept import digest_of
 from vlm_distill.evaluation.questions import BenchmarkQuestions
 from vlm_distill.evaluation.rouge import mean_rouge_l
-from vlm_distill.evaluation.runner import Prediction, Questions, evaluate, evenly_spaced, share, summarise
+from vlm_distill.evaluation.runner import (
+    SOURCE_LENGTH,
+    Prediction,
+    Questions,
+    evaluate,
+    evenly_spaced,
+    limit_mark,
+    notes_on,
+    share,
+    summarise,
+)
+from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
 
 from .build import check_evaluations, image_loader, open_sources, turns
+from .checkpoint import completed
 from .engine import Processes
 from .intake import FIRST_ROWS, reasons
 from .tracking import Tracker
@@ -66,8 +72,14 @@ class Evaluations:
         self.config, self.micro = config, split_batch(config, processes.world)[0]
         settings, data = config.evaluation, config.data
         self.sources = open_sources(data.eval, data.max_length)
-        self.benchmarks, self.told = open_benchmarks(settings.benchmarks, settings.benchmark_data, settings.rules)
-        names = [source.name for source in self.sources] + [entry.name for entry, _ in self.benchmarks]
+        opened = open_benchmarks(settings.benchmarks, settings.benchmark_data, settings.rules)
+        for name, reason in opened.failures.items():
+            raise UserError(f"{name}: {reason}")
+        self.benchmarks, self.told = opened.ready, opened.warnings
+        named = [get(name).name for name in settings.benchmarks]
+        # As `vlm-distill score` finds them again.
+        self.entries = dict(zip(named, map(entry_name, settings.benchmarks), strict=True))
+        names = [source.name for source in self.sources] + named
         for name, count in Counter(names).items():
             if count > 1:
                 raise UserError(f"evaluation: {count} things to evaluate on are called {name}; leave one out or rename")
@@ -92,7 +104,7 @@ class Evaluations:
     def _best_of(self, names: Sequence[str]) -> tuple[str | None, Measure]:
         """The name by which the best student is chosen, and what of it where it is a source."""
         best, wanted = self.settings.best, "exact"
-        given = dict(zip(self.settings.benchmarks, (entry.name for entry, _ in self.benchmarks), strict=True))
+        given = {name: get(name).name for name in self.settings.benchmarks}
         best = best if best is None else given.get(best, best)
         if best is not None and best not in names and best.rpartition("/")[2] in get_args(Measure):
             best, _, wanted = best.rpartition("/")
@@ -198,6 +210,10 @@ class Evaluations:
         end = f"after step {done}" if final else None
         if final and self.teacher is not None and self.settings.teacher:
             models["teacher"] = self.teacher.model
+        self.identities = {}
+        if final:
+            templates = {who: model.processor.chat_template for who, model in models.items()}
+            self.identities = {who: self._identity(who, template, done) for who, template in templates.items()}
 
         def tell(who: str, name: str, values: dict[str, Any], words: str) -> None:
             if who == "student" and values["n"]:
@@ -220,15 +236,10 @@ class Evaluations:
                 if final:
                     self.scores.setdefault(entry.name, {})[who] = values.get("score")
                 if (who, entry.name) == ("student", self.best):
-                    rows = answered(questions, self._share(questions, predictions))
-                    chosen = self._main(entry, rows)
+                    asked = self._share(questions, predictions)
+                    result, _ = score_answers(entry, questions, asked, self.settings.rules)
+                    chosen = None if result.scores is None else result.scores.main
         return chosen if chosen is None or math.isfinite(chosen) else None, problems
-
-    def _main(self, entry: Benchmark, rows: list[dict[str, Any]]) -> float | None:
-        try:
-            return judged(entry, rows, self.settings.rules, None).main if rows else None
-        except UserError:  # the whole can be scored and the share cannot
-            return None
 
     def _share(self, questions: Questions, predictions: Iterable[Prediction]) -> list[Prediction]:
         """Those of the questions that are asked in training: what the end of the run is compared with is theirs."""
@@ -245,8 +256,23 @@ class Evaluations:
             "world": processes.world,
             "all_gather": processes.gather,
             "out": self.folder / "evaluation" / name / who if end is not None else None,
-            "resume": f"{who} {end}" if end is not None else None,
+            "resume": self.identities[who] if end is not None else None,
         }
+
+    def _identity(self, who: str, template: Any, done: int) -> dict[str, Any]:
+        """Return what tells the answers of this student or teacher from those of another."""
+        section, data = self.config.teacher, self.config.data
+        # Which images may be read is part of it.
+        told: dict[str, Any] = {"dtype": self.config.training.dtype, "chat_template": digest_of(template)}
+        told |= {"roots": list(data.roots), "max_pixels": data.max_pixels}
+        if who == "teacher" and section is not None:
+            return {**told, "teacher": section.model_dump(), "files": fingerprint(section.path) if section.path else {}}
+        # The checkpoint that comes before every evaluation holds these weights. One rank looks: others may not see it.
+        found = completed(self.folder / "checkpoints") if self.processes.first else []
+        latest = found[-1][1] if found else self.folder
+        files = sorted(latest.rglob("*")) if found else []
+        states = [[str(path.relative_to(latest)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        return {**told, "step": done, "checkpoint": digest_of(self.processes.gather(states)[0])}
 
     def _measure_source(
         self,
@@ -282,18 +308,22 @@ class Evaluations:
     ) -> tuple[dict[str, Any], list[Prediction]]:
         began = time.monotonic()
         wanted = turns(self.config.data)
+        skipped = list[Problem]()
         limited = wanted.max_prompt is not None or wanted.max_response is not None
         predictions = evaluate(
             model,
             _Fitting(source, self.collators["student"]) if limited else source,
-            max_new_tokens=self.settings.max_new_tokens,
+            max_new_tokens=self.settings.max_new_tokens or SOURCE_LENGTH,
+            about={"source": source.name, "name": f"{self.folder.name}_{who}"},
             load=self.load_image,
-            skipped=problems,
+            skipped=skipped,
             **self._common(source.name, who, end),
         )
-        overall = summarise(predictions)
+        problems += skipped
+        overall = summarise(predictions, skipped, len(source))
         rate = len(predictions) / max(1e-9, time.monotonic() - began)
-        values = {"n": overall["n"], "answers_per_second": rate}
+        values: dict[str, Any] = {key: overall[key] for key in ("n", "cut", "limited_from") if key in overall}
+        values["answers_per_second"] = rate
         if "exact" in self.settings.measures:
             values |= {"exact": overall["exact"], "soft": overall["soft"]}
         if "rouge_l" in self.settings.measures and predictions:
@@ -323,7 +353,7 @@ class Evaluations:
             load=self.load_image,
             skipped=problems,
         )
-        return {"n": found.n, **found.values(self.settings.measures)}
+        return {"n": found.n, **found.values(self.settings.measures), **limit_mark(source, limit)}
 
     def _ask_benchmark(
         self,
@@ -336,30 +366,36 @@ class Evaluations:
     ) -> tuple[list[Prediction], dict[str, Any], str] | None:
         """Predictions, values and words, on the first rank."""
         began = time.monotonic()
-        try:
-            result = run_benchmark(
-                model,
-                entry,
-                questions,
-                rules=self.settings.rules,
-                name=f"{self.folder.name}_{who}",
-                load=self.load_benchmark_image,
-                pictures=self.folder / "evaluation" / entry.name / "pictures" if end is not None else None,
-                **self._common(entry.name, who, end),
-            )
-        except CannotScore as error:  # no reason to lose a run
-            return [], {"n": 0}, f"not scored: {str(error).removeprefix(f'{entry.name}: ')}"
+        result = run_benchmark(
+            model,
+            entry,
+            questions,
+            rules=self.settings.rules,
+            name=f"{self.folder.name}_{who}",
+            max_new_tokens=self.settings.max_new_tokens,
+            about={"entry": self.entries[entry.name], "data": str(data_folder(self.settings.benchmark_data).resolve())},
+            load=self.load_benchmark_image,
+            pictures=self.folder / "evaluation" / entry.name / "pictures" if end is not None else None,
+            **self._common(entry.name, who, end),
+        )
         if result is None:
             return None
         problems += result.skipped
-        n = len(result.predictions)
-        values: dict[str, Any] = {"n": n, "answers_per_second": n / max(1e-9, time.monotonic() - began)}
+        values: dict[str, Any] = {"n": result.n, "answers_per_second": result.n / max(1e-9, time.monotonic() - began)}
+        values["cut"] = result.cut
+        if result.limited:
+            values["limited_from"] = result.questions
+        # No reason to lose a run.
+        if result.failure is not None:
+            return [], {"n": 0}, f"not scored: {result.failure}"
         if result.scores is None:
-            return result.predictions, values, f"{n:,} answers; the right ones are not published"
+            return result.predictions, values, f"{result.n:,} answers; the right ones are not published"
         if not math.isfinite(result.scores.main):
             return result.predictions, values, "no question could be scored"
         values["score"] = result.scores.main
-        return result.predictions, values, f"{entry.metric} {result.scores.main:.2f} on {n:,} questions"
+        total = f" of {result.out_of:g}" if result.out_of != 100 else ""
+        words = f"{entry.metric} {result.scores.main:.2f}{total} on {result.n:,} questions"
+        return result.predictions, values, words + "".join(f", {note}" for note in notes_on(values))
 
 
 class _Fitting:

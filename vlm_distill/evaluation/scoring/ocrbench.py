@@ -25,6 +25,7 @@ _OTHERS = (
     "Key Information Extraction",
     "Handwritten Mathematical Expression Recognition",
 )
+_QUESTIONS = 1000
 _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 
 
@@ -85,8 +86,12 @@ def _category(name: str) -> str:
     return name
 
 
-def score_ocrbench(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
-    """The number of right answers, 0…1000; ``Final Score Norm`` is a tenth of it, lmms-eval's accuracy a thousandth."""
+def score_ocrbench(table: Table, *, rules: Rules = "vlmevalkit", partial: bool = False) -> Scores:
+    """The number of right answers, 0…1000; ``Final Score Norm`` is a tenth of it, lmms-eval's accuracy a thousandth.
+
+    With ``partial`` these two are per cent and share of the questions that are there.
+    """
+    total = max(1, len(table)) if partial else _QUESTIONS
     kinds = [_category(name) for name in column(table, "question_type" if rules == "lmms-eval" else "category")]
     hits = [float(row_hit(row, rules)) for row in table]
     right = dict.fromkeys((*_RECOGNITION, *_OTHERS), 0)
@@ -95,8 +100,8 @@ def score_ocrbench(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
     groups = {kind: {"right": float(right[kind]), "questions": float(kinds.count(kind))} for kind in right}
     final = sum(right.values())
     if rules == "lmms-eval":
-        return Scores("ocrbench_accuracy", float(final), {"ocrbench_accuracy": final / 1000}, groups, hits)
+        return Scores("ocrbench_accuracy", float(final), {"ocrbench_accuracy": final / total}, groups, hits)
     overall = {"Text Recognition": float(sum(right[kind] for kind in _RECOGNITION))}
     overall |= {kind: float(right[kind]) for kind in _OTHERS}
-    overall |= {"Final Score": float(final), "Final Score Norm": final / 10}
+    overall |= {"Final Score": float(final), "Final Score Norm": 100 * final / total}
     return Scores("Final Score", float(final), overall, groups, hits)

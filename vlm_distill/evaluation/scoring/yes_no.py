@@ -178,11 +178,11 @@ def _pope(table: Table, rules: Rules) -> Scores:
     return Scores("pope_f1_score", f1, overall, groups, scores, {"neither yes nor no": unclear})
 
 
-def score_mme(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
+def score_mme(table: Table, *, rules: Rules = "vlmevalkit", partial: bool = False) -> Scores:
     """MME: for each task acc + acc+ (both questions about an image right), per cent each; the main score is their sum.
 
     Questions belong together by ``image_path`` (VLMEvalKit) or ``question_id`` (lmms-eval). ``groups`` gives each
-    task's acc, acc+ and their sum.
+    task's acc, acc+ and their sum. With ``partial``, VLMEvalKit's totals are those of the tasks that are there.
 
     Raises:
         UserError: VLMEvalKit: a task of the 14 is missing, or an image has one question. lmms-eval: an image has any
@@ -209,16 +209,17 @@ def score_mme(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
         accuracy = 100 * mean(score for pair in pairs.values() for score in pair)
         both = 100 * mean(pair[0] * pair[1] for pair in pairs.values())
         groups[task] = {"score": accuracy + both, "acc": accuracy, "acc+": both}
-    overall = _mme_kit_totals(groups) if kit else _mme_totals(groups)
+    overall = _mme_kit_totals(groups, partial) if kit else _mme_totals(groups)
     fallbacks = read.fallbacks if kit else {}
     return Scores("perception + reasoning", sum(overall.values()), overall, groups, scores, fallbacks, read.judge)
 
 
-def _mme_kit_totals(groups: dict[str, dict[str, float]]) -> dict[str, float]:
-    if lacking := [task for task in (*MME_PERCEPTION, *MME_REASONING) if task not in groups]:
+def _mme_kit_totals(groups: dict[str, dict[str, float]], partial: bool) -> dict[str, float]:
+    lacking = [task for task in (*MME_PERCEPTION, *MME_REASONING) if task not in groups]
+    if lacking and not partial:
         raise UserError(f"MME is incomplete: no question of {', '.join(lacking)}")
     totals = {"perception": MME_PERCEPTION, "reasoning": MME_REASONING}
-    return {name: sum(groups[task]["score"] for task in tasks) for name, tasks in totals.items()}
+    return {name: sum(groups[task]["score"] for task in tasks if task not in lacking) for name, tasks in totals.items()}
 
 
 def _mme_totals(groups: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -1,0 +1,170 @@
+"""Keep answers by what was asked, so that an interrupted evaluation resumes with the questions that are still open."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.conversation import Conversation, ImageSource
+
+from . import jsonl
+from .prompts import options
+
+#: Files in an evaluation's folder: the answers; how they were asked; answers of an unfinished evaluation, by rank.
+PREDICTIONS, ASKED, UNFINISHED = "predictions.jsonl", "asked.json", "unfinished"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An answer as the model gave it.
+
+    Attributes:
+        index: row in the source when it was asked, from 0.
+        asked: digest of the question (:func:`question_digest`).
+        text: the whole answer, thoughts included.
+        probability, complete: as in ``runner.Prediction``.
+    """
+
+    index: int
+    asked: str
+    text: str
+    probability: float
+    complete: bool
+
+
+@dataclass
+class Store:
+    """The answers that are kept in an evaluation's folder, those of an unfinished evaluation included.
+
+    Args:
+        folder: the evaluation's.
+        settings: what an answer depends on beside the question: the model's files, precision, length, …. Answers that
+            were given under other settings are not taken.
+        rank: of this process, which adds to a file of its own.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    rank: int
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = digest_of(self.settings)
+
+    def answers(self) -> list[Kept]:
+        """Return the answers given under these settings, in any order."""
+        journals = sorted((self.folder / UNFINISHED).glob(f"{self.key}-*.jsonl"))
+        found = [Kept(**answer) for path in journals for entry in jsonl.entries(path) for answer in entry["answers"]]
+        path = self.folder / PREDICTIONS
+        lines = jsonl.entries(path) if path.is_file() else ()
+        return found + [kept_answer(line) for line in lines if isinstance(line, dict) and line.get("by") == self.key]
+
+    def unusable(self) -> set[int]:
+        """Return the rows that could not be asked. They may be usable by now."""
+        journals = sorted((self.folder / UNFINISHED).glob(f"{self.key}-*.jsonl"))
+        found = {index for path in journals for entry in jsonl.entries(path) for index in entry["unusable"]}
+        return found | set(read_asked(self.folder).get("unusable", ()))
+
+    def add(self, answers: Sequence[Kept], unusable: Sequence[int]) -> None:
+        """Write a batch's answers, and the rows of the batch that could not be asked."""
+        entry = {"answers": [*map(asdict, answers)], "unusable": list(unusable)}
+        jsonl.append(self.folder / UNFINISHED / f"{self.key}-{self.rank}.jsonl", entry)
+
+    def finish(self, about: Mapping[str, Any] | None, unusable: Sequence[int]) -> None:
+        """Remove the files of the unfinished evaluation, on one rank: the answers are in ``predictions.jsonl`` by now.
+
+        Where there is ``about``, write how the questions were asked.
+        """
+        if about is not None:
+            write_asked(self.folder, {**about, "settings": self.settings, "unusable": sorted(unusable)})
+        for path in (self.folder / UNFINISHED).glob("*.jsonl"):
+            path.unlink()
+        if (self.folder / UNFINISHED).is_dir():
+            (self.folder / UNFINISHED).rmdir()
+
+
+def kept_answer(line: Mapping[str, Any]) -> Kept:
+    """Return the answer in a line of ``predictions.jsonl``."""
+    generated = line.get("generated")
+    text = line["answer"] if generated is None else generated
+    return Kept(line["index"], line.get("asked", ""), text, line["probability"], line.get("complete", True))
+
+
+def matched(kept: Sequence[Kept], rows: Sequence[int], digest: Callable[[int], str | None]) -> dict[int, Kept]:
+    """Return the kept answers to a source's rows.
+
+    A row takes the answer to the same question at the same place, else at a place where another question stands now:
+    where rows were inserted or removed, only the new ones are asked.
+
+    Args:
+        kept: answers to earlier questions.
+        rows: of the source.
+        digest: of the question that a row asks now; ``None`` where there is none.
+    """
+    kept = [answer for answer in kept if answer.asked]
+    current = {row: digest(row) for row in {answer.index for answer in kept}}
+    here = {answer.index: answer for answer in kept if current[answer.index] == answer.asked}
+    moved = {answer.asked: answer for answer in kept if current[answer.index] != answer.asked}
+    found = {row: here[row] for row in rows if row in here}
+    # Reading every row takes time: only where there is an answer to a question that stands elsewhere now.
+    for row in rows if moved else ():
+        asked = current[row] if row in current else digest(row)
+        if row not in found and asked in moved:
+            found[row] = moved[asked]
+    return found
+
+
+def question_digest(conversation: Conversation) -> str:
+    """Return what tells a question as asked from every other one: the prompt's text, options, and the images' content.
+
+    Right answers are no part of it. An image that cannot be read counts by its name.
+    """
+    prompt = conversation.prompt()
+    digest = hashlib.sha256(_json([prompt.messages, prompt.tools, options(conversation.metadata)]))
+    for image in prompt.images:
+        digest.update(_image_digest(image))
+    return digest.hexdigest()[:32]
+
+
+def _image_digest(image: ImageSource) -> bytes:
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    if not isinstance(image, str):
+        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
+    path = Path(image)
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+    except (OSError, ValueError):  # names that no file can have, files that may not be read
+        pass
+    return hashlib.sha256(image.encode(errors="surrogatepass")).digest()
+
+
+def digest_of(settings: Any) -> str:
+    """Return a digest of plain values."""
+    return hashlib.sha256(_json(settings)).hexdigest()[:16]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def read_asked(folder: Path) -> dict[str, Any]:
+    """Return what ``asked.json`` says, nothing where there is none or it was damaged."""
+    path = folder / ASKED
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_asked(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write ``asked.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ASKED).write_text(json.dumps(about, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
