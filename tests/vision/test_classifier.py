@@ -249,7 +249,7 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match=r"it has no config\.json"):
         load_classifier(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         load_classifier(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 3}))
     with pytest.raises(UserError, match="no weights of"):
