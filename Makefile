@@ -53,7 +53,7 @@ $(READY): pyproject.toml
 
 $(PEERS_READY): pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet -e ".[excel]" xlsxwriter levenshtein loguru
+	$(PEERS)/bin/pip install --quiet -e ".[excel]" xlsxwriter levenshtein loguru pytz
 	$(PEERS)/bin/pip install --quiet --no-deps ms-vlmeval==0.0.20 lmms-eval==0.7.3
 	touch $@
 

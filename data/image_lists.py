@@ -138,7 +138,7 @@ def _mapped(path: Path) -> list[str]:
 
 
 def _meta(path: Path) -> list[str]:
-    """Return the synsets of ImageNet's devkit by ILSVRC2012_ID: those without children, of which there are 1,000."""
+    """Return the 1,000 synsets of ImageNet's devkit that have no children, in the order of their ILSVRC2012_ID."""
     try:
         from scipy.io import loadmat
     except ImportError:
