@@ -152,7 +152,7 @@ def test_a_source_may_choose(material, processes):
 @pytest.mark.slow
 def test_two_ranks_with_shards(material):
     config = settings(material, "shards", best="colours", every=3).model_dump(exclude_none=True)
-    config["deepspeed"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config["deepspeed"] = {"stage": 3, "zero_optimization": {"stage3_param_persistence_threshold": 0}}
     config["teacher"]["placement"] = "shard"
     path = material[0] / "shards.yaml"
     path.write_text(yaml.safe_dump(config))
