@@ -111,7 +111,7 @@ class Inspection:
                 yield place | {name: _as_learnt(p, row) for name, p, row in self._rows(pair)}
 
     def summary(self) -> str:
-        """Return how many samples can be used, why the others cannot, and a line for each source with unread keys."""
+        """Return how many samples can be used, why the others cannot, and which keys of the sources nothing reads."""
         usable = self.samples - self.log.counts.total()
         lines = [f"{usable:,} of {self.samples:,} samples can be used; {self.log.summary()}"]
         for source in self.sources:
