@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoint.py [--megabytes 400] [--rounds 9] [--folder /tmp]
 
-Writes the same state of one rank in turn: as torch.save does by itself, with a CRC-32 of each tensor; as a run does, with
-one checksum of the file and a manifest; and with no checksum at all. Each is flushed to the disk. Then all that a
+Writes the same state of one rank in turn: as torch.save does by itself, with a CRC-32 of each tensor; as a run does,
+with one checksum of the file and a manifest; and with no checksum at all. Each is flushed to the disk. Then all that a
 resumed run looks at is read. Prints medians and writes them to benchmarks/results/checkpoint_cpu.csv.
 """
 

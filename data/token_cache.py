@@ -301,6 +301,9 @@ class CachedRow(CachedRows):
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         return self.cache.row(*self._place, digest_of(conversation, images))
 
+    def encode_document(self, document: Document) -> Encoded:
+        return self.cache.row(*self._place, digest_of(document, ()))
+
     def answer(self, number: int, conversation: Conversation, images: Sequence[Image.Image]) -> CachedAnswer:
         """What encodes one answer of a conversation whose answers are samples of their own."""
         row = self.encode(conversation, images)

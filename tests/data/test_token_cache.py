@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from data.batch import Encoded, Origin
 from data.cache_folder import in_words, make_folder, read_about
+from data.collate import Collator, Turns, encode_teacher
 from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
+from data.layouts import to_conversation
 from data.token_cache import CachedRows, TokenCache, TokenWriter, bytes_a_token, compact, digest_of
 
 FIELDS = {"hidden": (torch.bfloat16, 6), "ids": (torch.int32, 2)}
@@ -321,3 +323,20 @@ def test_compact_rows_keep_answers_apart_and_say_where_states_are():
     assert row.ends.tolist() == [False, False, True, False, False]
     rows = CachedRows.collate(None, [row, compact(Encoded(torch.arange(3), torch.arange(3) > 1, torch.arange(3) > 2))])
     assert rows["predicts"].tolist() == [[True, True, False, True, False], [True, False, False, False, False]]
+
+
+def test_answers_that_are_samples_of_their_own_are_found_again(folder, processor):
+    said = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "bc")]
+    sample = to_conversation({"messages": [{"role": role, "content": text} for role, text in said]})
+    turns = Turns(split=True)
+    pairs, whole = encode_teacher(sample, [], processor(), 50, turns)
+    writer = TokenWriter(TokenCache(folder))
+    writer.write(0, 0, digest_of(sample, []), whole, values(5, 0))
+    writer.close()
+    collator = Collator(processor(), CachedRows(TokenCache(folder), None), 50, turns)
+    found = collator.encode(sample, [], (0, 0))
+    assert [pair.origins for pair in found] == [(Origin(0, 0, 0, 2),), (Origin(0, 0, 2, 3),)]
+    assert all(pair.distilled.all() for pair in found)
+    for live, cached in zip(pairs, found, strict=True):
+        own = live.student.input_ids[live.student.supervised]
+        assert torch.equal(own, cached.teacher.input_ids[cached.teacher_tokens])

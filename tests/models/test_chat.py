@@ -9,6 +9,7 @@ from chat_templates import JINJA, PYTHON, SPECIAL, conversation, processor
 
 from data.collate import Collator, Turns, encode_pair
 from data.errors import BadSample, UserError
+from vlm_distill.models.chat import whole_thought
 from vlm_distill.models.composed import ComposedProcessor, load_tokenizer
 from vlm_distill.models.vision_encoders import ImageTransform
 
@@ -270,3 +271,24 @@ def test_what_frames_an_image_is_text_when_a_user_writes_it(token):
     assert token in made.tokenizer.decode(row.input_ids)
     with pytest.raises(BadSample, match="answer holds a control token"):
         made.encode(conversation([ASK, ("assistant", token)]), [])
+
+
+def test_the_last_answer_that_is_learnt_is_what_a_student_answers():
+    talked = conversation(TALKS["two turns"])
+    masked = [{**m, "supervised": False} if k == 3 else m for k, m in enumerate(talked.messages)]
+    assert talked.before_last_answer().messages == talked.messages[:3]
+    assert replace(talked, messages=tuple(masked)).before_last_answer().messages == talked.messages[:1]
+    with pytest.raises(BadSample, match="no supervised token: every answer is masked"):
+        replace(talked, messages=(masked[0], *masked[2:])).before_last_answer()
+
+
+@pytest.mark.parametrize(
+    ("answer", "whole"),
+    [
+        ("hm\n</think>\n\nRed.", "<think>\nhm\n</think>\n\nRed."),
+        ("<think>\nhm\n</think>\n\nRed.", "<think>\nhm\n</think>\n\nRed."),
+        ("Red.", "Red."),
+    ],
+)
+def test_a_thought_that_the_opening_began_is_kept_whole(answer, whole):
+    assert whole_thought(answer) == whole

@@ -282,9 +282,9 @@ def test_what_it_will_take_is_told_before_and_needs_room(own, processes, monkeyp
     assert "96 bytes a token, 136 with all" in told
     data = sum(path.stat().st_size for path in (folder / "cache").glob("*.[di]*"))
     assert data == pytest.approx(18 * 135.5, rel=0.1)
-    # Of likeliest tokens 4 bytes each and 4, and no places: no loss takes them with another tokenizer.
+    # Of likeliest tokens 4 bytes each and 4, and the same beside them.
     fill(make({"folder": str(folder / "likeliest"), "form": "topk", "k": 4}, loss=[{"name": "forward_kl"}]), processes)
-    assert "20 bytes a token, 48 with all" in capfd.readouterr().err
+    assert "20 bytes a token, 60 with all" in capfd.readouterr().err
     shutil.rmtree(folder / "cache")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match="make room, choose another folder, or choose form topk"):
