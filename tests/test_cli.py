@@ -88,7 +88,10 @@ def test_mistakes_found_before_processes_start(material, command, overrides, say
         (["teacher.path=nowhere"], "nowhere"),
         (["data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.eval=[{path: DATA}, {path: DATA}]"], "2 sources are called data"),
-        (["deepspeed.fp16={enabled: true}"], "deepspeed.fp16.enabled: is true, but this run has false by training.dtype"),
+        (
+            ["deepspeed.fp16={enabled: true}"],
+            "deepspeed.fp16.enabled: is true, but this run has false by training.dtype",
+        ),
         (["student.decoder=null", "student.from_teacher={layer: 2}"], "student.from_teacher: takes layers"),
     ],
 )
