@@ -228,7 +228,7 @@ def _parts(log_p, log_q, share, KIND: tl.constexpr):
         value = _summands(q, log_q - log_p)
         slope = value
     elif KIND == _TVD:
-        gap = tl.where(tl.abs(q - p) <= _AGREE * tl.where(p > q, p, q), 0.0, q - p)
+        gap = tl.where(tl.abs(q - p) <= tl.where(p > q, p, q) * _AGREE, 0.0, q - p)
         value = 0.5 * tl.abs(gap)
         slope = tl.where(gap > 0, 0.5 * q, tl.where(gap < 0, -0.5 * q, 0.0))
     elif KIND == _JSD:
