@@ -35,7 +35,9 @@ def results(tmp_path_factory):
 def same(a, b, tolerance):
     assert len(a["metrics"]) == len(b["metrics"]) == 3
     for mine, other in zip(a["metrics"], b["metrics"], strict=True):
-        assert mine == pytest.approx(other, rel=tolerance)
+        # Gradients sum differences of either sign, so that rounding shows more in their norm than in the loss.
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=2 * tolerance)
+        assert mine == pytest.approx({**other, "grad_norm": mine["grad_norm"]}, rel=tolerance)
     assert a["problems"] == b["problems"]
     assert a["parameters"] == b["parameters"]
 
