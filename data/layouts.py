@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -136,6 +137,11 @@ def _history(record: Mapping[str, Any]) -> list[RawMessage]:
 
 
 def _objects(turns: Any, column: str) -> Sequence[Mapping[str, Any]]:
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a table's list, kept as JSON
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("messages are not a list of objects", f"key {column!r}: {error}"[:200]) from None
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise BadSample("messages are not a list of objects", f"key {column!r}")
     return turns
@@ -150,7 +156,7 @@ def _commonest_answer(record: Mapping[str, Any]) -> str | None:
     if answer is None:
         answer = record.get("multiple_choice_answer")
     if answer is None:
-        texts = [str(a.get("answer") if isinstance(a, Mapping) else a) for a in _answers(record)]
+        texts = [str(a["answer"]) if isinstance(a, Mapping) else str(a) for a in _answers(record)]
         return Counter(texts).most_common(1)[0][0] if texts else None
     missing = isinstance(answer, float) and not math.isfinite(answer)  # what a table has where it has nothing
     if isinstance(answer, bool) or missing or not isinstance(answer, str | int | float):
@@ -159,10 +165,18 @@ def _commonest_answer(record: Mapping[str, Any]) -> str | None:
 
 
 def _answers(record: Mapping[str, Any]) -> list[Any]:
+    """The right answers of a question row: texts, or objects with an ``answer``."""
     answers = record.get("answers")
-    if answers is None:
+    if is_empty(answers):
         return []
-    return answers if isinstance(answers, list) else [answers]
+    if isinstance(answers, Mapping) and isinstance(answers.get("answer"), list):
+        answers = answers["answer"]  # a list of objects, as some tables keep it
+    found = answers if isinstance(answers, list) else [answers]
+    for answer in found:
+        text = answer.get("answer") if isinstance(answer, Mapping) else answer
+        if text != "" and (is_empty(text) or isinstance(text, list | Mapping)):
+            raise BadSample("answer is not a text", f"answers: {answer!r:.70}")
+    return found
 
 
 #: The first whose column is there.
