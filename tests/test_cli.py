@@ -228,6 +228,12 @@ def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_
         (["--benchmarks", "mmstar", "--judge-rate", "0"], "--judge-rate: 0 is too small"),
         (["--benchmarks", "mmstar", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--benchmark", "mmstar"], "unrecognized arguments"),
+        (["--data", "d", "--columns", "image"], "'image' is not a mapping; write it as '{name: value}'"),
+        (["--data", "d", "--columns", "{image: 3}"], "image: 3 is not a name; put it in quotes"),
+        (["--data", "d", "--template-arguments", "{a: [}"], "'{a: [}' is not a mapping"),
+        (["--data", "d", "--judge", "http://j"], "--judge: is about benchmarks (--benchmarks), not data"),
+        (["--data", "d", "--teacher-template-arguments", "{a: 1}"], "there is no --teacher"),
+        (["--benchmarks", "mmstar", "--teacher", "t"], "--teacher: is about data, not benchmarks"),
     ],
 )
 def test_mistakes_of_an_evaluation_are_one_line(words, says, tmp_path, capsys):
@@ -262,7 +268,8 @@ def test_every_option_of_the_command_reaches_the_module(command, monkeypatch):
         "--benchmarks": "pope", "--data": "d", "--rules": "official", "--format": "tsv", "--score": "likelihood",
         "--measures": "kl", "--teacher": "t", "--max-length": "7", "--judge": "http://j", "--judge-model": "q",
         "--judge-rate": "2.5", "--images": "i", "--root": "r", "--out": "o", "--limit": "3", "--batch-size": "2",
-        "--max-new-tokens": "9", "--dtype": "bf16",
+        "--max-new-tokens": "9", "--dtype": "bf16", "--columns": "{'q': 'p'}", "--template-arguments": "{'a': 1}",
+        "--teacher-template-arguments": "{'b': True}",
     }  # fmt: skip
     assert command("eval", "m", *(word for pair in given.items() for word in pair), "--shard", "--nproc", "2")[0] == 0
     ((_, words, processes),) = started
@@ -272,6 +279,41 @@ def test_every_option_of_the_command_reaches_the_module(command, monkeypatch):
         value = parsed[flag.removeprefix("--").replace("-", "_")]
         assert [str(value)] == [text] or [*map(str, value)] == [text], flag
     assert parsed["shard"]
+
+
+def test_a_template_gets_its_arguments_and_answers_are_kept_by_them(material, tmp_path, capsys, command):
+    _, data, teacher = material
+    model = tmp_path / "model"
+    shutil.copytree(teacher, model)
+    path = next(path for path in model.rglob("chat_template.jinja"))
+    path.write_text(path.read_text() + "{% if add_generation_prompt and shout %}!{% endif %}")
+    words = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "out"), "--limit", "2"]
+    for given, kept in (("{shout: true}", False), ("{shout: true}", True), ("{shout: false}", False)):
+        assert evaluate.main([*words, "--template-arguments", given]) == 0
+        assert ("2 of 2 answers kept" in capsys.readouterr().err) == kept
+    asked = json.loads((tmp_path / "out" / data.stem / "predictions.jsonl").read_text().splitlines()[0])
+    assert asked["answer"]
+    picture = data.parent / "1.png"
+    plain, loud = (
+        command("ask", model, picture, "what color is it?", "--template-arguments", f"{{shout: {shout}}}")
+        for shout in ("false", "true")
+    )
+    assert (plain[0], loud[0]) == (0, 0)
+    assert plain[1] != loud[1]
+    code, _, said = command("ask", model, picture, "what?", "--template-arguments", "{shuot: true}")
+    assert code == 2
+    assert "--template-arguments: the chat template does not read 'shuot'; did you mean 'shout'?" in said
+
+
+def test_columns_name_the_keys_of_data(material, tmp_path, capsys):
+    _, data, teacher = material
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    renamed = [{"p": str(data.parent / line["image"]), "q": "what color is it?", "a": "red"} for line in lines]
+    path = tmp_path / "renamed.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in renamed))
+    words = ["--model", str(teacher), "--data", str(path), "--out", str(tmp_path / "out")]
+    assert evaluate.main([*words, "--columns", "{image: p, question: q, answers: a}"]) == 0
+    assert "on 24 questions" in capsys.readouterr().out
 
 
 def test_evaluate_takes_a_runs_folder(material, capsys, tmp_path):

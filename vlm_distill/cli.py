@@ -29,6 +29,10 @@ Overrides = Annotated[
     typer.Argument(help="section.key=value, as in training.steps=100 or loss.0.weight=0.5.", show_default=False),
 ]
 Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a GPU.")]
+TemplateArguments = Annotated[
+    str | None, typer.Option(help="Of the model's chat template, as '{enable_thinking: false}'.", show_default=False)
+]
+TeacherArguments = Annotated[str | None, typer.Option(help="Of the teacher's.", show_default=False)]
 JudgeAddress = Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's name there.")]
 JudgeRate = Annotated[float | None, typer.Option(min=0.001, help="Most requests a minute.")]
@@ -199,6 +203,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Questions in any of the readers' formats, may be repeated; or the benchmarks' folder."),
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Keys of the data by our names, as '{image: image_path, question: q}'.")
+    ] = None,
     rules: Annotated[str, typer.Option(help="Whose: vlmevalkit, lmms-eval or official.")] = "vlmevalkit",
     format: Annotated[
         str | None, typer.Option(help="Of the benchmarks' files: tsv, huggingface, official or source; of data: text.")
@@ -208,6 +215,8 @@ def evaluate(
         str, typer.Option(help="Of data: exact, rouge_l, perplexity, kl; with commas between.")
     ] = "exact",
     teacher: Annotated[str | None, typer.Option(help="The model that kl is measured from.")] = None,
+    template_arguments: TemplateArguments = None,
+    teacher_template_arguments: TeacherArguments = None,
     max_length: Annotated[int, typer.Option(min=1, help="Most tokens of a sample, for perplexity and kl.")] = 2048,
     judge: JudgeAddress = None,
     judge_model: JudgeModel = "judge",
@@ -237,11 +246,14 @@ def evaluate(
         for value in values or []:
             words += [flag, str(value)]
     single = {
+        "--columns": columns,
         "--images": images,
         "--limit": limit,
         "--dtype": dtype,
         "--format": format,
         "--teacher": teacher,
+        "--template-arguments": template_arguments,
+        "--teacher-template-arguments": teacher_template_arguments,
         "--judge": judge,
         "--judge-rate": judge_rate,
         "--max-new-tokens": max_new_tokens,
@@ -310,11 +322,13 @@ def compare(
 
 @app.command()
 def ask(
-    model: Annotated[str, typer.Argument(help="Folder or name of a model.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or name of a model, or a run's folder.", show_default=False)],
     image: Annotated[str, typer.Argument(help="An image file, or - for none.", show_default=False)],
     question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
     teacher: Annotated[str | None, typer.Option(help="Another model, to answer beside it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    template_arguments: TemplateArguments = None,
+    teacher_template_arguments: TeacherArguments = None,
 ) -> None:
     """Asks a model one question about an image."""
     import math
@@ -322,18 +336,26 @@ def ask(
     from data.conversation import Conversation
     from data.errors import BadSample
     from data.images import load_image
+    from vlm_distill.evaluate import mapping_of, model_of
     from vlm_distill.models import load_vlm
 
+    asked = [(model_of(model), "--template-arguments", template_arguments)]
+    if teacher is not None:
+        asked.append((teacher, "--teacher-template-arguments", teacher_template_arguments))
+    elif teacher_template_arguments is not None:
+        raise UserError("--teacher-template-arguments: there is no --teacher; leave it out")
+    arguments = {flag: mapping_of(flag, text) for _, flag, text in asked}
     try:
         images = [] if image == "-" else [load_image(image)]
     except BadSample as error:
         raise UserError(f"{image}: {error}") from None
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
     conversation = Conversation(({"role": "user", "content": content},), tuple(images))
-    for name in [model] if teacher is None else [model, teacher]:
+    for name, flag, _ in asked:
         try:
-            asked = load_vlm(name, dtype="float32")
-            (answer,) = asked.generate([(conversation, images)], max_new_tokens=max_new_tokens)
+            loaded = load_vlm(name, dtype="float32")
+            loaded.processor.set_template_arguments(arguments[flag], flag)
+            (answer,) = loaded.generate([(conversation, images)], max_new_tokens=max_new_tokens)
         except BadSample as error:
             raise UserError(f"{name}: {error}") from None
         prefix = f"{name}: " if teacher is not None else ""

@@ -58,6 +58,40 @@ def share(text: str) -> float:
     return value
 
 
+def mapping(text: str) -> dict[str, Any]:
+    """Return a mapping that is written in YAML, as a type of argparse."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping; write it as '{{name: value}}'")
+    return value
+
+
+def mapping_of(flag: str, text: str | None) -> dict[str, Any]:
+    """Return the mapping that an option outside argparse gives, or an empty one.
+
+    Raises:
+        UserError: the text is no mapping.
+    """
+    try:
+        return {} if text is None else mapping(text)
+    except argparse.ArgumentTypeError as mistake:
+        raise UserError(f"{flag}: {mistake}") from None
+
+
+def renaming(text: str) -> dict[str, str]:
+    """Return a mapping of names to names, as a type of argparse."""
+    value = mapping(text)
+    for ours, theirs in value.items():
+        if not isinstance(theirs, str):
+            raise argparse.ArgumentTypeError(f"{ours}: {theirs!r} is not a name; put it in quotes")
+    return value
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as everywhere else."""
 
@@ -72,11 +106,14 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="folder or name of a model, or a run's folder")
     add("--benchmarks", action="append", default=[], help="names or YAML files; may be repeated")
     add("--data", action="append", default=[], help="files of questions, or the benchmarks' folder")
+    add("--columns", type=renaming, help="keys of the data by our names, as '{image: image_path, question: q}'")
     add("--rules", choices=get_args(Rules), default="vlmevalkit")
     add("--format", choices=["tsv", "huggingface", "official", "source", "text"], help="of the files")
     add("--score", choices=["generate", "likelihood"], default="generate")
     add("--measures", default="exact", help="of data: exact, rouge_l, perplexity, kl; commas between")
     add("--teacher", help="a model that kl is measured from")
+    add("--template-arguments", type=mapping, help="of the model's chat template, as '{enable_thinking: false}'")
+    add("--teacher-template-arguments", type=mapping, help="of the teacher's")
     add("--max-length", type=at_least(1), default=2048, help="most tokens of a sample, for perplexity and kl")
     add("--judge", help="base address of an OpenAI-compatible endpoint")
     add("--judge-model", default="judge", help="the judge's name there")
@@ -111,6 +148,7 @@ def run(options: argparse.Namespace) -> None:
 
     # Mistakes are reported before a model is loaded.
     options.model = model_of(options.model)
+    _check_together(options)
     opened = _benchmarks(options) if options.benchmarks else _sources(options)
     processes = Processes()
     try:
@@ -123,8 +161,11 @@ def run(options: argparse.Namespace) -> None:
         else:
             model = load_vlm(options.model, dtype=dtype).to(processes.device)
         model.eval()
+        model.processor.set_template_arguments(options.template_arguments or {}, "--template-arguments")
         if options.teacher is not None:
             teacher = load_vlm(options.teacher, dtype=dtype).to(processes.device)
+            given = options.teacher_template_arguments or {}
+            teacher.processor.set_template_arguments(given, "--teacher-template-arguments")
             align_heads(model, teacher)
             options.teacher = ModelTeacher(teacher)
         settings = {
@@ -170,6 +211,19 @@ def report_failures(failures: Mapping[str, str]) -> None:
         raise mistake
 
 
+def _check_together(options: argparse.Namespace) -> None:
+    """Raise ``UserError`` for an option that would do nothing beside the others."""
+    default = parser().get_default
+    benchmarks = bool(options.benchmarks)
+    for_the_other = ("columns", "measures", "teacher") if benchmarks else ("judge", "rules", "score")
+    for name in for_the_other:
+        if getattr(options, name) != default(name):
+            about = "data, not benchmarks" if benchmarks else "benchmarks (--benchmarks), not data"
+            raise UserError(f"--{name}: is about {about}; leave it out")
+    if options.teacher_template_arguments and options.teacher is None:
+        raise UserError("--teacher-template-arguments: there is no --teacher; leave it out")
+
+
 def _sources(options: argparse.Namespace) -> list[Any]:
     from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
     from vlm_distill.config import Measure
@@ -186,8 +240,10 @@ def _sources(options: argparse.Namespace) -> list[Any]:
     if not options.data:
         raise UserError("nothing to ask: name benchmarks (--benchmarks) or files of questions (--data)")
     if options.format == "text":
+        if options.columns:
+            raise UserError("--columns: plain text has none; leave it out")
         return [open_text(path, CHARACTERS_PER_TOKEN * options.max_length) for path in options.data]
-    sources: list[Any] = [open_source(path, images=options.images) for path in options.data]
+    sources: list[Any] = [open_source(path, images=options.images, columns=options.columns) for path in options.data]
     if len({source.name for source in sources}) < len(sources):
         raise UserError("--data: two files have one name, so that their scores would overwrite each other; rename one")
     return sources

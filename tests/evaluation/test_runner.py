@@ -312,6 +312,43 @@ def test_a_limit_marks_scores(source, tmp_path):
     assert "limited_from" not in json.loads((tmp_path / "scores.json").read_text())
 
 
+def test_a_smaller_limit_loses_no_answer(source, tmp_path):
+    settings = {"load": load, "out": tmp_path, "resume": {"model": 1}}
+    whole = evaluate(ColourModel(), source, **settings)
+    assert len(evaluate(ColourModel(), source, limit=2, **settings)) == 2
+    assert len(evaluate(ColourModel(), source, limit=4, **settings)) == 4
+    silent = ColourModel()
+    assert evaluate(silent, source, **settings) == whole
+    assert not silent.calls
+    assert not (tmp_path / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[: len(line) // 2],
+        lambda line: line.replace(b'"answer": "', b'"answer": 7, "a": "'),
+        lambda line: line.replace(b'"index": 3', b'"index": "3"'),
+        lambda line: line.replace(b'"index": 3', b'"index": -8'),
+        lambda line: line.replace(b'"probability"', b'"p"'),
+        lambda line: line.replace(b"colour", b"\xff"),
+        lambda line: b"[7]",
+    ],
+)
+def test_only_a_damaged_answer_is_asked_again(source, tmp_path, damage):
+    settings = {"load": load, "out": tmp_path, "resume": {"model": 1}}
+    before = evaluate(ColourModel(), source, **settings)
+    path = tmp_path / "predictions.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[3] = damage(lines[3])
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError, match="line 4: damaged, not a prediction"):
+        read_predictions(path)
+    model = ColourModel()
+    assert evaluate(model, source, **settings) == before
+    assert [len(call) for call in model.calls] == [1]
+
+
 def test_images_are_named_by_path_or_content(tmp_path):
     Image.new("RGB", (2, 2), COLOURS["teal"]).save(tmp_path / "teal.png")
     stored = (tmp_path / "teal.png").read_bytes()
@@ -364,10 +401,3 @@ def test_baseline_answers_from_the_question_alone():
     assert second.probability == pytest.approx(1 / 2)
     with pytest.raises(UserError, match="baseline"):
         question_only_baseline(Rows([]), test)
-
-
-def test_a_damaged_predictions_file_is_named_with_its_line(tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    path.write_text('{"index": 1}\n')
-    with pytest.raises(UserError, match="line 1"):
-        read_predictions(path)

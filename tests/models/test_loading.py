@@ -71,6 +71,29 @@ def test_damaged_weights_are_refused_by_name(whole, kind, damage, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["language", "llava"])
+def test_an_index_of_files_that_are_not_there_is_named(whole, kind, tmp_path):
+    folder = shutil.copytree(whole / kind, tmp_path / kind)
+    places = {name: f"model-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(load_file(folder / FILE))}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_vlm(folder)  # the whole file is there
+    (folder / FILE).rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"index\.json: 1 of 2 files are not there, first model-00002-of-00002"):
+        load_vlm(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match=r"index\.json: metadata is missing"):
+        load_vlm(folder)
+
+
+def test_a_processor_that_transformers_does_not_know_is_named(whole, tmp_path):
+    folder = shutil.copytree(whole / "llava", tmp_path / "llava")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(settings | {"processor_class": "Unknown"}))
+    with pytest.raises(UserError, match="has no processor of images and text, only a Tokenizers"):
+        load_vlm(folder)
+
+
 def test_a_tied_output_layer_is_not_missed(tmp_path):
     config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
     config.tie_word_embeddings = True

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlm_distill.evaluation import benchmarks
 from vlm_distill.evaluation.benchmark_run import run_benchmark
+from vlm_distill.evaluation.judge import UNREADABLE
 from vlm_distill.evaluation.pictures import find_picture
 from vlm_distill.evaluation.runner import read_predictions
 from vlm_distill.models.interface import Answer
@@ -145,13 +146,15 @@ def test_a_score_that_is_none_and_a_scale_of_its_own(answered):
     run = answered("taid")
     for who, main in (("student", None), ("teacher", 1400.0)):
         path = run / "evaluation" / "pope" / who / "scores.json"
-        scores = json.loads(path.read_text()) | {"main": main, "out_of": 2800, "judge": 3, "fallbacks": {"random": 2}}
+        scores = json.loads(path.read_text()) | {"main": main, "out_of": 2800, "judge": 3}
+        scores["fallbacks"] = {"random": 2, UNREADABLE: 4}
         path.write_text(json.dumps(scores))
     out = write_report([run])
     text = re.sub(r"\s+", " ", read(out).text)
     assert "1,400.0 of 2800" in text
     assert "– of 2800" in text
-    assert "3 answers need a judge" in text
+    assert "this score is without a judge. 3 of 40 answers need one" in text
+    assert "4 of the judge's replies could not be read" in text
     assert "2 answers were decided by a last resort (random)" in text
     assert 'style="width:50.00%"' in out.read_text()
 

@@ -53,8 +53,8 @@ def get(name: str) -> Benchmark:
     known = ", ".join(entry.name for entry in BENCHMARKS)
     raise UserError(
         f"no benchmark {name!r}; "
-        + (f"did you mean {names[near[0]].name!r}? " if near else "")
-        + f"There are {known}, and YAML files (in {FOLDER})"
+        + (f"did you mean {names[near[0]].name!r}? There" if near else "there")
+        + f" are {known}, and YAML files (in {FOLDER})"
     )
 
 

@@ -17,9 +17,9 @@ def append(path: Path, entry: Any) -> None:
 
 
 def entries(path: Path) -> Iterator[Any]:
-    """What the lines hold; those that are empty or cut short are passed over."""
-    for line in path.read_text("utf-8").split("\n"):  # texts hold other line breaks
+    """What the lines hold; those that are empty, cut short or damaged are passed over."""
+    for line in path.read_bytes().split(b"\n"):  # texts hold other line breaks
         try:
-            yield json.loads(line)
+            yield json.loads(line.decode())
         except (ValueError, RecursionError):
             continue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,41 +58,83 @@ class Store:
 
     def answers(self) -> list[Kept]:
         """Return the answers given under these settings, in any order."""
-        journals = sorted((self.folder / UNFINISHED).glob(f"{self.key}-*.jsonl"))
-        found = [Kept(**answer) for path in journals for entry in jsonl.entries(path) for answer in entry["answers"]]
-        path = self.folder / PREDICTIONS
-        lines = jsonl.entries(path) if path.is_file() else ()
-        return found + [kept_answer(line) for line in lines if isinstance(line, dict) and line.get("by") == self.key]
+        lines = [answer for entry in self._journals() for answer in entry["answers"]]
+        if (path := self.folder / PREDICTIONS).is_file():
+            entries = jsonl.entries(path)
+            lines += [line for line in entries if isinstance(line, dict) and line.get("by") == self.key]
+        found = []
+        for line in lines:
+            with suppress(ValueError):  # damaged: the question is asked again
+                found.append(kept_answer(line))
+        return found
 
     def unusable(self) -> set[int]:
         """Return the rows that could not be asked. They may be usable by now."""
-        journals = sorted((self.folder / UNFINISHED).glob(f"{self.key}-*.jsonl"))
-        found = {index for path in journals for entry in jsonl.entries(path) for index in entry["unusable"]}
-        return found | set(read_asked(self.folder).get("unusable", ()))
+        found = [index for entry in self._journals() for index in entry["unusable"]]
+        return {*found, *unusable_rows(read_asked(self.folder))}
+
+    def _journals(self) -> Iterator[dict[str, Any]]:
+        for path in sorted((self.folder / UNFINISHED).glob(f"{self.key}-*.jsonl")):
+            yield from (entry for entry in jsonl.entries(path) if isinstance(entry, dict))
 
     def add(self, answers: Sequence[Kept], unusable: Sequence[int]) -> None:
         """Write a batch's answers, and the rows of the batch that could not be asked."""
         entry = {"answers": [*map(asdict, answers)], "unusable": list(unusable)}
         jsonl.append(self.folder / UNFINISHED / f"{self.key}-{self.rank}.jsonl", entry)
 
+    def set_aside(self, answers: Sequence[Kept]) -> None:
+        """Keep answers that ``predictions.jsonl`` will not hold: those to questions that a limit leaves out now."""
+        path = self._aside()
+        if not answers:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps({"answers": [*map(asdict, answers)], "unusable": []}) + "\n", "utf-8")
+        unfinished.replace(path)
+
+    def _aside(self) -> Path:
+        return self.folder / UNFINISHED / f"{self.key}-aside.jsonl"
+
     def finish(self, about: Mapping[str, Any] | None, unusable: Sequence[int]) -> None:
         """Remove the files of the unfinished evaluation, on one rank: the answers are in ``predictions.jsonl`` by now.
+
+        Those that were set aside stay.
 
         Where there is ``about``, write how the questions were asked.
         """
         if about is not None:
             write_asked(self.folder, {**about, "settings": self.settings, "unusable": sorted(unusable)})
         for path in (self.folder / UNFINISHED).glob("*.jsonl"):
-            path.unlink()
-        if (self.folder / UNFINISHED).is_dir():
+            if path != self._aside():
+                path.unlink()
+        if (self.folder / UNFINISHED).is_dir() and not self._aside().exists():
             (self.folder / UNFINISHED).rmdir()
 
 
-def kept_answer(line: Mapping[str, Any]) -> Kept:
-    """Return the answer in a line of ``predictions.jsonl``."""
-    generated = line.get("generated")
-    text = line["answer"] if generated is None else generated
-    return Kept(line["index"], line.get("asked", ""), text, line["probability"], line.get("complete", True))
+def kept_answer(line: Any) -> Kept:
+    """Return the answer in a line of ``predictions.jsonl`` or of a journal.
+
+    Raises:
+        ValueError: the line is damaged.
+    """
+    if not isinstance(line, dict):
+        raise ValueError("not an object")
+    names = {"asked": "", "text": None, "answer": None, "generated": None, "complete": True}
+    index, chance = line.get("index"), line.get("probability")
+    asked, text, answer, generated, complete = (line.get(name, default) for name, default in names.items())
+    text = next((given for given in (text, generated, answer) if given is not None), None)
+    if type(index) is not int or index < 0 or type(chance) not in (int, float):
+        raise ValueError("no index or no probability")
+    if not isinstance(text, str) or not isinstance(asked, str) or not isinstance(complete, bool):
+        raise ValueError("no answer, or values of another type")
+    return Kept(index, asked, text, chance, complete)
+
+
+def unusable_rows(about: Mapping[str, Any]) -> list[int]:
+    """Return the rows that could not be asked, as ``asked.json`` has them."""
+    rows = about.get("unusable")
+    return [row for row in rows if type(row) is int and row >= 0] if isinstance(rows, list) else []
 
 
 def matched(kept: Sequence[Kept], rows: Sequence[int], digest: Callable[[int], str | None]) -> dict[int, Kept]:

@@ -23,7 +23,7 @@ from .benchmark_run import (
     write_summary,
 )
 from .judge import Judge
-from .kept import PREDICTIONS, kept_answer, read_asked, write_asked
+from .kept import PREDICTIONS, kept_answer, read_asked, unusable_rows, write_asked
 from .questions import BenchmarkQuestions
 from .runner import Prediction, read_predictions, read_question, recalled, score_kept
 from .scoring.base import Rules
@@ -58,8 +58,8 @@ def score_again(
     """
     results, failures, told = [], dict[str, str](), list[str]()
     for folder in _folders(answers):
-        about = read_asked(folder) or _told_by_scores(folder)
-        if "benchmark" not in about:
+        about = {**_told_by_scores(folder), **read_asked(folder)}
+        if not {"benchmark", "rules"} <= about.keys():
             continue
         name = str(about["benchmark"])
         place = out / _place(folder, name)
@@ -120,7 +120,7 @@ def _told_by_scores(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / "scores.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return {key: found[key] for key in ("benchmark", "rules") if key in found}
+    return {key: found[key] for key in ("benchmark", "rules") if isinstance(found, dict) and key in found}
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -148,8 +148,11 @@ def _score_one(
     asked = _open(entry, about, data)
     questions = entry.questions(asked.table, asked.layout, wanted)
     check_questions(entry, questions, wanted, limit=None, likelihood=False)
-    predictions, changed = _current(read_predictions(folder / PREDICTIONS), asked)
-    unusable = [row for row in about.get("unusable", ()) if row < len(asked)]
+    kept = read_predictions(folder / PREDICTIONS)
+    if not kept:
+        raise UserError(f"{folder / PREDICTIONS}: has no answers; evaluate again")
+    predictions, changed = _current(kept, asked)
+    unusable = [row for row in unusable_rows(about) if row < len(asked)]
     skipped = [*changed, *(Problem(asked.name, asked.line(row), "could not be asked") for row in unusable)]
     result, rows = score_answers(entry, questions, predictions, wanted, judge, skipped)
     write_result(out, result, entry, rows, str(about.get("name", "model")))

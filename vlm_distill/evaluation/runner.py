@@ -197,6 +197,12 @@ def evaluate(
     if skipped is not None:
         skipped += problems
     if rank == 0:
+        if store is not None:
+            # Before predictions.jsonl is written anew: it may be where they are.
+            rows_now, questions_now = {*rows}, {prediction.asked for prediction in predictions}
+            store.set_aside(
+                [kept for kept in store.answers() if kept.index not in rows_now and kept.asked not in questions_now]
+            )
         if finish is not None:
             finish(predictions, problems)
         elif out is not None:
@@ -613,7 +619,22 @@ def read_predictions(path: Path) -> list[Prediction]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                predictions.append(Prediction(**json.loads(line.decode())))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not a prediction ({error}); evaluate again") from None
+                predictions.append(_prediction(json.loads(line.decode())))
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(
+                    f"{path}, line {number}: damaged, not a prediction; evaluate again, which asks this question anew"
+                ) from None
     return predictions
+
+
+def _prediction(line: Any) -> Prediction:
+    """Return the prediction in a line; raises ``ValueError`` or ``TypeError`` where it is none."""
+    kept_answer(line)
+    found = Prediction(**line)
+    numbers, text = (int, float), (str, type(None))
+    types = {"source": str, "question": str, "references": list, "answer": str, "line": int, "by": str}
+    types |= {"exact": numbers, "soft": numbers, "score": (*numbers, type(None)), "question_type": text, "image": text}
+    for name, expected in types.items():
+        if not isinstance(getattr(found, name), expected):
+            raise ValueError(f"{name} has another type")
+    return found

@@ -215,6 +215,12 @@ def _with_processor(name: str, model: Any, processor: Any, tokenizer: Any, templ
 
 
 def _prepared(name: str, config: Any, processor: Any, tokenizer: Any, template: str | None) -> Any:
+    if not hasattr(processor, "tokenizer"):
+        # Transformers falls back on a part where it does not know the whole.
+        raise UserError(
+            f"model: '{name}' has no processor of images and text, only a {type(processor).__name__}; "
+            "is processor_config.json there, and its processor_class right?"
+        )
     if tokenizer is not None:
         processor.tokenizer = tokenizer
     if not processor.tokenizer.is_fast:

@@ -613,7 +613,9 @@ def with_arguments(template: Any, arguments: Mapping[str, Any], where: str) -> A
     read = set(re.findall(r"[A-Za-z_]\w*", " ".join(re.findall(r"{[{%].*?[%}]}", template, re.DOTALL))))
     defaults = ""
     for name, value in arguments.items():
-        if name not in read - set(_OWN_NAMES):
+        if name in _OWN_NAMES:
+            raise UserError(f"{where}: '{name}' is what every chat template is given; leave it out")
+        if name not in read:
             near = difflib.get_close_matches(name, read, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "leave it out"
             raise UserError(f"{where}: the chat template does not read '{name}'; {hint}")
@@ -627,4 +629,4 @@ def _literal(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)

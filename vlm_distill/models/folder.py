@@ -92,6 +92,28 @@ def check_folder(name: str | Path) -> None:
             _check_index(content, path)
 
 
+def check_weight_files(folder: Path) -> None:
+    """Raise ``UserError`` where a folder's index of weights names files that are not there."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return
+        if not index.is_file():
+            continue
+        content = read_object(index)
+        _check_index(content, index)
+        if not isinstance(content.get("metadata"), dict):
+            raise UserError(f"model: {index}: metadata is missing or no JSON object; is the copy complete?")
+        files = sorted({*content["weight_map"].values()})
+        gone = [file for file in files if not (folder / file).is_file()]
+        if gone:
+            raise UserError(
+                f"model: {index}: {len(gone):,} of {len(files):,} files are not there, first {gone[0]}; "
+                "is the copy complete?"
+            )
+        return
+
+
 def adapter_base(folder: Path) -> str:
     """Return the name or folder of the base that an adapter's folder names.
 

@@ -17,7 +17,7 @@ from transformers import dynamic_module_utils
 from data.errors import UserError
 
 from .common import built_whole
-from .folder import ADAPTER_CONFIG, check_folder
+from .folder import ADAPTER_CONFIG, check_folder, check_weight_files
 from .weightless import weightless
 
 # Where a library leaves trust_remote_code out, Transformers would ask on the terminal, and take a `y` from a pipe.
@@ -101,6 +101,7 @@ def with_report(
     config = config or read_config(name, trust_remote_code)
     if weightless():
         return _without_weights(kind, config, options, trust_remote_code), Report()
+    check_weight_files(Path(name))
     quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
     options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _reasons() as reasons:

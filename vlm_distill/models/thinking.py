@@ -11,14 +11,34 @@ MARKS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
+    ("<thoughts>", "</thoughts>"),
+    ("<reason>", "</reason>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<mm:think>", "</mm:think>"),
+    ("<longcat_think>", "</longcat_think>"),
     ("<seed:think>", "</seed:think>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|thinking|>", "<|/thinking|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>", "<channel|>"),
+    ("<unused94>", "<unused95>"),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
+)
+#: Marks around a whole answer, beside its thought.
+ANSWER_MARKS = (
+    ("<answer>", "</answer>"),
+    ("<|begin_of_box|>", "<|end_of_box|>"),
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 )
 #: Marks of gpt-oss's channels; the answer is in the last ``final`` one.
 CHANNEL_MARKS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>")
 
+_WRAPPED = re.compile(
+    r"\s*(?:" + "|".join(f"{re.escape(start)}(.*){re.escape(end)}" for start, end in ANSWER_MARKS) + r")\s*",
+    re.IGNORECASE | re.DOTALL,
+)
 _FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")
 _END = re.compile(r"<\|(?:end|return|start|call)\|>")
 _OPENING_TOKENS = 32
@@ -31,9 +51,16 @@ def split_thought(text: str) -> tuple[str, bool]:
     """Return the answer in a text without the thoughts before it, and whether the thoughts came to an end.
 
     A text may begin inside a thought, because the chat template's opening holds ``<think>``: then everything up to the
-    last closing mark is thought. A thought that never ends leaves no answer: ``("", False)``. A text without thoughts
-    is returned as it is.
+    last closing mark is thought. A thought that never ends leaves no answer: ``("", False)``. Marks around all of the
+    answer (``ANSWER_MARKS``) are left out. A text without any of these is returned as it is.
     """
+    answer, ended = _without_thought(text)
+    wrapped = _WRAPPED.fullmatch(answer)
+    inner = None if wrapped is None else next(part for part in wrapped.groups() if part is not None).strip()
+    return (answer if inner is None else inner), ended
+
+
+def _without_thought(text: str) -> tuple[str, bool]:
     if "<|channel|>" in text:
         return _of_channels(text)
     for opening, closing in MARKS:
@@ -69,7 +96,7 @@ def opening_mark(tokenizer: Any, prompt: Sequence[int]) -> str:
 
 def mark_tokens(tokenizer: Any) -> dict[int, str]:
     """Return the special tokens that mark thoughts and channels, by id: decoding without special tokens loses them."""
-    marks = {mark for pair in MARKS for mark in pair} | set(CHANNEL_MARKS)
+    marks = {mark for pair in (*MARKS, *ANSWER_MARKS) for mark in pair} | set(CHANNEL_MARKS)
     special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {i: text for i, text in special.items() if text in marks}
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_distill.evaluation.judge import UNREADABLE
 from vlm_distill.evaluation.pictures import find_picture
 
 from .entries import Duel, Entry, Run, duel, entries_on
@@ -56,6 +57,7 @@ def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
         "metric": entries[0].scores["metric"],
         "out_of": max(entry.scores.get("out_of", 100.0) for entry in entries),
         "entries": entries,
+        "unreadable": UNREADABLE,
         "tables": _tables(entries),
         "duels": _duels(answered),
         "gallery": _gallery(answered, folders),
