@@ -174,7 +174,7 @@ def test_only_the_last_answer_is_learnt(material, processes):
 
 
 def test_what_is_too_long_is_counted_and_not_asked(material, processes):
-    changes = {"data__max_prompt": 11, "training__steps": 3}
+    changes = {"data__max_prompt": 11, "data__max_bad": 1.0, "training__steps": 3}
     folder = train(settings(material, "long", "talks", **changes), processes)
     assert {json.loads(line)["reason"] for line in (folder / "problems.jsonl").read_text().splitlines()} == {"too long"}
     asked = len((folder / "evaluation/talks/student/predictions.jsonl").read_text().splitlines())
