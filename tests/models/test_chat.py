@@ -145,6 +145,59 @@ def test_a_tool_call_is_an_answer_and_its_reply_is_context(processors, arguments
     assert "<|im_start|>tool\nit is red<|im_end|>" in made.tokenizer.decode(row.input_ids[~row.supervised])
 
 
+# A tool's reply names the call that it answers.
+REPLIES = CALLS.replace(
+    "<|im_start|>{{ m['role'] }}\n",
+    "<|im_start|>{{ m['role'] }}{% if m['role'] == 'tool' %}{% for call in messages[loop.index0 - 1]['tool_calls'] %}"
+    " of {{ call['function']['name'] }}{% endfor %}{% endif %}{{ '\\n' }}",
+)
+
+
+def test_a_calls_name_may_stand_in_the_tools_reply_too(processors):
+    made = processors(REPLIES)
+    row = made.encode(with_call({"place": "left"}), [])
+    assert " of look\nit is red" in made.tokenizer.decode(row.input_ids)
+    assert stretches(made, row) == stretches(
+        processors(CALLS), processors(CALLS).encode(with_call({"place": "left"}), [])
+    )
+
+
+def test_calls_that_a_template_drops_are_named(processors):
+    with pytest.raises(BadSample, match="drops an answer: tool calls: look"):
+        processors("chatml").encode(with_call({"place": "left"}), [])
+
+
+@pytest.mark.parametrize("thought", ["<think></think>", "<think>\n\n</think>\n\n"])
+@pytest.mark.parametrize("name", ["chatml", "headers", "block", "unthinking", "opened", "keyed"])
+def test_an_empty_thought_of_the_data_is_no_thought(processors, name, thought):
+    made = processors(name) if name != "keyed" else processors(KEYED)
+    made.learn_block = False
+    row = made.encode(conversation([ASK, ("assistant", f"{thought}Red.")]), [])
+    learnt = thought if name in ("chatml", "headers") else ""  # their models have to write it
+    (answer,) = stretches(made, row)
+    assert answer.startswith(f"{learnt}Red.<|")
+    text = made.tokenizer.decode(row.input_ids)
+    assert text.count("</think>") == (name != "unthinking")
+    plain = processors("chatml").encode(conversation([ASK, ("assistant", f"{thought}Red.")]), [])
+    own = {tuple(place) for place in row.places.tolist() if place[0] == 1}
+    assert own - {tuple(row.places.tolist()[-1])} <= {tuple(place) for place in plain.places.tolist()}
+
+
+# Thoughts are reasoning_content: inside a content they stand after an empty one.
+KEYED = JINJA["opened"].replace("'</think>' in c", "false")
+
+
+def test_a_thought_in_the_text_goes_where_the_template_has_it(processors):
+    made = processors(KEYED)
+    for talk in ("thought", "thoughts", "no thought, then one"):
+        keyed, literal = (made.encode(conversation(TALKS[talk], key), []) for key in (True, False))
+        assert keyed.input_ids.tolist() == literal.input_ids.tolist()
+        assert keyed.supervised.tolist() == literal.supervised.tolist()
+        assert keyed.places.tolist() == literal.places.tolist()
+    row = made.encode(conversation([ASK, ("assistant", "Write </think> there.")]), [])
+    assert stretches(made, row) == ["Write </think> there.<|im_end|>"]
+
+
 def test_a_masked_answer_is_context(processors):
     made = processors("block")
     talked = conversation(TALKS["two turns"])

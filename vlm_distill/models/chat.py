@@ -12,7 +12,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ THOUGHT, THOUGHT_END, TEXT, TEXT_END, CALL = "\U0010fff0", "\U0010fff1", "\U0010
 IMAGE, BREAK = "\U0010fffd", "\U0010fffc"
 PRIVATE = (THOUGHT, THOUGHT_END, TEXT, TEXT_END, CALL, BREAK, IMAGE)
 _MARKS = re.compile(f"[{THOUGHT}{THOUGHT_END}{TEXT}{TEXT_END}{CALL}]")
+
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\n*(?=\s*\S)")
 
 #: Added tokens that frame an image, or a part of one, by their names in the families of Transformers.
 _OF_IMAGES = re.compile(r"im(g|age)|vision|video|audio|tile|patch|row_\d", re.IGNORECASE)
@@ -81,6 +83,7 @@ class Frame:
         block: what stands between that opening and a plain answer, such as an empty thought; blanks do not count.
         closed: whether a special token ends the assistant's turn.
         reasoning: whether ``reasoning_content`` is shown.
+        inline: whether a thought inside the content is known as one; ``False``: it is part of a plain answer.
         earlier: whether an answer looks the same when another question follows.
         control: the tokens that frame a conversation or an image.
         special: the contents of all special tokens.
@@ -90,6 +93,7 @@ class Frame:
     block: str = ""
     closed: bool = True
     reasoning: bool = False
+    inline: bool = True
     earlier: bool = True
     control: tuple[str, ...] = ()
     special: tuple[str, ...] = ()
@@ -131,6 +135,7 @@ def _probe(render: Render, question: list[dict[str, Any]], frame: Frame) -> tupl
         block=block if block.strip() else "",
         closed=tail.lstrip().startswith(frame.special),
         reasoning=_shows(render, question, {**answer, "reasoning_content": "c"}, THOUGHT),
+        inline=not block.strip() or not _shows_after(render, question, block),
         earlier=_looks_alike(render, question, shown.text[: places[TEXT]]),
     )
     return frame, shown.text + opened
@@ -141,6 +146,16 @@ def _shows(render: Render, question: list[dict[str, Any]], answer: dict[str, Any
         return mark in render([*question, _marked(answer)], False)
     except Exception:  # it refuses the key
         return False
+
+
+def _shows_after(render: Render, question: list[dict[str, Any]], block: str) -> bool:
+    """Whether a thought inside the content stands after what the template writes before a plain answer."""
+    answer = {"role": "assistant", "content": _parts("<think>\nc\n</think>\n\nb")}
+    try:
+        before, shown, _ = render([*question, _marked(answer)], False).partition(THOUGHT)
+    except Exception:  # it refuses such an answer
+        return False
+    return bool(shown) and before.removesuffix("<think>\n").endswith(block)
 
 
 def _looks_alike(render: Render, question: list[dict[str, Any]], before: str) -> bool:
@@ -217,17 +232,31 @@ def _common(one: str, other: str) -> int:
     return bisect_right(range(min(len(one), len(other))), 0, key=lambda i: one[: i + 1] != other[: i + 1])
 
 
-def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as templates are given them: an answer's texts in one part, a call's arguments as an object."""
+def plain_messages(messages: Sequence[dict[str, Any]], frame: Frame | None = None) -> list[dict[str, Any]]:
+    """The messages as templates are given them: an answer's texts in one part, a call's arguments as an object.
+
+    With the ``frame`` of a template that knows thoughts as ``reasoning_content`` alone, they go there.
+    """
     plain = []
     for message in messages:
         kept = {key: value for key, value in message.items() if key != "supervised"}
         if message["role"] == "assistant" and not count_images((message,)):
             kept["content"] = _parts("".join(part["text"] for part in message["content"]))
+            if frame is not None and frame.reasoning and not frame.inline:
+                kept |= _without_thought(kept)
         if message.get("tool_calls"):
             kept["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
         plain.append(kept)
     return plain
+
+
+def _without_thought(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message's content without its ``<think>…</think>``, and what that holds as ``reasoning_content``."""
+    before, thought, _, text = thought_parts(message)
+    if "<think>" in before:
+        return {"content": _parts(text.lstrip("\n")), "reasoning_content": thought.strip("\n")}
+    empty = _EMPTY_THOUGHT.match(text)
+    return {"content": _parts(text[empty.end() :])} if empty else {}
 
 
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,7 +290,7 @@ def find_answers(
     Raises:
         BadSample: the template refuses the messages, or does not show an answer as it is.
     """
-    plain = plain_messages(messages)
+    plain = plain_messages(messages, frame)
     marked = [_marked(message) for message in plain]
     text = rendered(render, plain, False)
     shown = _Marked(rendered(render, marked, False))
@@ -270,16 +299,17 @@ def find_answers(
         raise BadSample("chat template rewrites the answer", f"it depends on the answer at {text[at : at + 40]!r}")
     spans: list[Span] = []
     number, anchor = 0, 0
-    for k, (message, places) in enumerate(zip(messages, _by_message(plain, shown.marks), strict=True)):
+    for k, (message, (places, end)) in enumerate(zip(messages, _by_message(plain, shown.marks), strict=True)):
         if message["role"] != "assistant":
             continue
         if is_answer(message):
             _check_answer(message, frame)
             opening = _Marked(rendered(render, marked[:k], True))
-            turn = _Turn(render, marked, k, number, places, frame, learn_block)
+            own = split_thought(message)[1]
+            turn = _Turn(render, plain[k], own, marked, k, number, places, frame, learn_block)
             text, span = turn.located(text, anchor, opening)
             spans.append(span)
-        anchor = max([anchor, *places.values()])
+        anchor = max(anchor, end)
         number += 1
     return text, spans
 
@@ -296,40 +326,53 @@ def _check_answer(message: dict[str, Any], frame: Frame) -> None:
         )
 
 
-def _by_message(messages: Sequence[dict[str, Any]], marks: Iterable[tuple[str, int]]) -> list[dict[str, int]]:
-    """Where each message's marks stand. Raises ``BadSample`` where an answer is missing or is there twice."""
-    waiting, found = list(marks), []
+def _by_message(
+    messages: Sequence[dict[str, Any]], marks: Iterable[tuple[str, int]]
+) -> list[tuple[dict[str, int], int]]:
+    """Where each message's marks stand, and the last of them; an answer that is missing or there twice is refused."""
+    waiting, found = list(marks), list[tuple[dict[str, int], int]]()
     for message in messages:
         places: dict[str, int] = {}
         last = _last_mark(message) if message["role"] == "assistant" else None
         while last is not None and last not in places:
             if not waiting:
-                raise BadSample("chat template drops an answer", repr(split_thought(message)[1][:40]))
+                raise BadSample("chat template drops an answer", _named(message))
             mark, place = waiting.pop(0)
             if mark in places:
-                raise BadSample("chat template repeats an answer", repr(split_thought(message)[1][:40]))
+                raise BadSample("chat template repeats an answer", _named(message))
             places[mark] = place
-        found.append(places)
+        # Templates also write a call's name in its header, or in the header of the tool's reply.
+        end = max(places.values(), default=0)
+        while last == CALL and waiting and waiting[0][0] == CALL:
+            end = waiting.pop(0)[1]
+        found.append((places, end))
     if waiting:
         raise BadSample("chat template repeats an answer")
     return found
 
 
+def _named(message: Mapping[str, Any]) -> str:
+    """The beginning of an answer's text, or its tool calls."""
+    called = ", ".join(str(call.get("function", call)["name"]) for call in message.get("tool_calls", ()))
+    return f"tool calls: {called}"[:80] if called else repr(split_thought(message)[1][:40])
+
+
 @dataclass
 class _Turn:
-    """The answer in message ``k``, the ``number``-th of the conversation, and where its marks stand."""
+    """The answer in message ``k``, the ``number``-th of the conversation, and where its marks stand.
+
+    ``own`` is its text as the data has it, of which the template may be given less.
+    """
 
     render: Render
+    message: dict[str, Any]
+    own: str
     marked: list[dict[str, Any]]
     k: int
     number: int
     places: dict[str, int]
     frame: Frame
     learn_block: bool
-    message: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.message = self.marked[self.k]
 
     def located(self, text: str, anchor: int, opening: _Marked) -> tuple[str, Span]:
         """Return the text, changed where it hides the thought of the last answer, and the answer's place.
@@ -343,21 +386,23 @@ class _Turn:
         header = anchor + _common(since, text[anchor:])
         rest = since[header - anchor :]
         first = min(self.places.values())
-        thinks = bool(thought_parts(self.message)[1].strip() or self.message.get("reasoning_content"))
-        if thinks and THOUGHT not in self.places and not self._asked_again():
+        if split_thought(self.message)[0] and THOUGHT not in self.places and self._is_last():
             return self._reopened(text, header, rest)
         if rest and (header > first or self.frame.opening is None or len(rest) > len(self.frame.opening)):
             header = first  # the two have parted before the opening, or by chance run on into the answer
         closed = self.frame.closed or CALL in self.places
         return text, Span(self._start(text, header, first), self._stop(text), self._pieces(), closed)
 
-    def _asked_again(self) -> bool:
-        return any(message["role"] == "user" for message in self.marked[self.k + 1 :])
+    def _is_last(self) -> bool:
+        return not any(message["role"] in ("user", "assistant") for message in self.marked[self.k + 1 :])
 
     def _start(self, text: str, header: int, first: int) -> int:
-        if THOUGHT in self.places or self.learn_block:
-            return header
         block = self.frame.block
+        if self.learn_block:
+            return header
+        if THOUGHT in self.places:
+            plain = text.startswith(block, header) and header + len(block) <= self.places[THOUGHT]
+            return header + len(block) * plain
         if TEXT not in self.places or (CALL in self.places and first == self.places[CALL]):
             return header + len(block) * text.startswith(block, header)
         between = text[header:first]
@@ -378,8 +423,10 @@ class _Turn:
     def _end_of_calls(self, text: str) -> int:
         """Where the tool calls end: before the last special token that the template writes when nothing follows."""
         alone = _Marked(rendered(self.render, self.marked[: self.k + 1], False))
+        earlier = rendered(self.render, self.marked[: self.k], True).count(CALL)
+        first = [place for mark, place in alone.marks if mark == CALL][earlier]
         call = self.places[CALL]
-        written = text[call : call + _common(alone.text[alone.marks[-1][1] :], text[call:])]
+        written = text[call : call + _common(alone.text[first:], text[call:])]
         closing = [written.rfind(token) for token in self.frame.special if token in written]
         end = max(closing) if closing else len(written)
         return call + len(written[:end].rstrip())
@@ -391,8 +438,9 @@ class _Turn:
             pieces.append((2 * self.number, self.places[THOUGHT], self.places[THOUGHT_END]))
         if TEXT_END in self.places:
             stop = self.places[TEXT_END]
-            length = len(thought_parts(self.message)[3].strip()) - 2  # without its marks
-            pieces.append((2 * self.number + 1, self.places.get(TEXT, stop - length), stop))
+            shown = TEXT in self.places and split_thought(self.message)[1] == self.own
+            start = self.places[TEXT] if shown else stop - len(self.own)
+            pieces.append((2 * self.number + 1, start, stop))
         else:
             pieces.append((2 * self.number + 1, self.places[CALL], self.places[CALL]))
         return tuple(pieces)
@@ -402,9 +450,9 @@ class _Turn:
         opened = text[:header] + rest
         if not opened.rstrip().endswith("<think>") or CALL in self.places:
             raise BadSample("chat template drops the thought", "give a chat_template that shows it")
-        _, thought, between, answer = (_MARKS.sub("", part) for part in thought_parts(self.message))
+        _, thought, between, answer = thought_parts(self.message)
         if self.message.get("reasoning_content"):
-            thought, between = _MARKS.sub("", self.message["reasoning_content"]) + "\n", "</think>\n\n"
+            thought, between = self.message["reasoning_content"] + "\n", "</think>\n\n"
         if opened[-1:] == "\n":
             thought = thought.removeprefix("\n")
         after = self.places[TEXT_END]

@@ -115,7 +115,7 @@ class ComposedProcessor(Processor):
         render = partial(self._render, tools=conversation.tools)
         spans: list[Span] = []
         if generation:
-            text = rendered(render, plain_messages(messages), True)
+            text = rendered(render, plain_messages(messages, frame), True)
         else:
             text, spans = find_answers(render, messages, frame, self.learn_block)
         if text.count(IMAGE) != len(images):

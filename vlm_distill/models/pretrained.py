@@ -160,7 +160,7 @@ class PretrainedProcessor(Processor):
         render = partial(self._render, tools=conversation.tools)
         spans: list[Span] = []
         if generation:
-            text = rendered(render, plain_messages(messages), True)
+            text = rendered(render, plain_messages(messages, self.frame), True)
         else:
             text, spans = find_answers(render, messages, self.frame, self.learn_block)
         if text.count(self.placeholder) != len(images):
@@ -170,7 +170,7 @@ class PretrainedProcessor(Processor):
     def adds_special_tokens(self, conversation: Conversation) -> bool:
         """Whether the tokenizer puts its own tokens around this conversation, beside those of the template."""
         render = partial(self._render, tools=conversation.tools)
-        return self._lacks_start(rendered(render, plain_messages(conversation.messages), False))
+        return self._lacks_start(rendered(render, plain_messages(conversation.messages, self.frame), False))
 
     def _lacks_start(self, text: str) -> bool:
         # As Transformers does after its own templates: no second start token.
