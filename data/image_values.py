@@ -51,7 +51,7 @@ def _images_of_object(value: Mapping[str, Any], folder: Path, unread: Counter[st
     content = value.get("bytes")
     if isinstance(content, bytes):
         return [content]
-    named = one_of(value, keys)
+    named = one_of(value, IMAGE_KEYS) if is_empty(content) else content
     if named is None and not is_empty(value):
         raise BadSample("unknown kind of image", f"an object with the keys {', '.join(map(str, value))}")
     found = images_of(named, folder, unread)

@@ -26,23 +26,52 @@ _PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "re
 _REFUSALS = (
     (("video", "videos", "audio", "audios"), "video and audio are not supported", "a video goes in as its frames"),
     (_PREFERENCE, "preference data is not supported", "name the answer to learn, as in columns: {messages: chosen}"),
+    (("documents",), "documents are not supported", "write them into a message"),
+    (("thought", "thoughts", "cot", "chain_of_thought"), "thought under an unknown key", "name it reasoning_content"),
     (("choices", "options"), "multiple-choice rows are not supported", "write them as conversations"),
-    (("system_prompt", "system_message"), "system message under an unknown key", "name it with columns: {system: …}"),
     (
-        ("chat_template_kwargs",),
+        ("system_prompt", "system_message", "system_instruction", "sys_prompt"),
+        "system message under an unknown key",
+        "name it with columns: {system: …}",
+    ),
+    (
+        ("chat_template_kwargs", "enable_thinking", "reasoning_effort", "thinking_budget"),
         "template arguments of a record are not supported",
         "set the model's template_arguments",
     ),
 )
 _REFUSED = {key: (reason, remedy) for keys, reason, remedy in _REFUSALS for key in keys}
 # Text that belongs to the question of a row that is no list of messages.
+_OPTION = re.compile(r"(option|choice|opt|op|candidate)s?_?([a-h]|[0-9])", re.IGNORECASE)
+# An answer's thought: read in a message, where it is clear whose it is.
+_BESIDE_ANSWER = ("reasoning_content", "reasoning", "thinking")
 _BESIDE_QUESTION = ("context", "hint", "passage", "history", "instruction", "input", "prompt", "query", "prefix")
 
 _WEIGHTS = ("weight", "loss_weight", "loss_scale", "loss_mask", "step_loss_mask")
-_TRUE_MEANS_LEARN = frozenset((*_WEIGHTS, "loss", "train", "training", "trainable", "supervised", "learn"))
-_TRUE_MEANS_CONTEXT = frozenset(("mask", "masked", "ignore", "ignore_loss", "no_loss"))
+_LEARN = (
+    "loss",
+    "compute_loss",
+    "train",
+    "training",
+    "trainable",
+    "is_trainable",
+    "train_on_turn",
+    "supervised",
+    "learn",
+)
+_TRUE_MEANS_LEARN = frozenset((*_WEIGHTS, *_LEARN, "learnable"))
+_TRUE_MEANS_CONTEXT = frozenset(
+    ("mask", "masked", "is_masked", "ignore", "ignore_loss", "no_loss", "no_train", "skip_loss")
+)
 #: Keys that say whether something is learnt.
 MASKS = _TRUE_MEANS_LEARN | _TRUE_MEANS_CONTEXT
+
+# Other keys of this kind, by their words: all of the second group, one of the first.
+_OF_MASKS = frozenset(("loss", "mask", "masks", "masked", "train", "trainable", "trained", "training", "weight"))
+_OF_MASKS |= {"learn", "learnable", "learned"}
+_BESIDE_MASKS = frozenset(("is", "no", "not", "on", "this", "the", "turn", "turns", "message", "sample", "example"))
+_BESIDE_MASKS |= {"token", "response", "factor", "scale", "with", "from", "for", "detail", "compute", "calculate"}
+_BESIDE_MASKS |= {"skip", "ignore", "exclude", "include", "should", "use", "do"}
 
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _IMAGE_KEY = re.compile(
@@ -134,12 +163,27 @@ def check_keys(
         if key in _REFUSED and value is not False and not (key in _PREFERENCE and text_chosen):
             reason, remedy = _REFUSED[key]
             raise BadSample(reason, f"key {name!r}; {remedy}")
-        if key in MASKS:
-            raise BadSample("a part of a message kept out of the loss", f"key {name!r}; mask whole messages")
+        if key == "label" and value is False:
+            raise BadSample("preference data is not supported", f"key {name!r}; keep the rows with true, without it")
+        if key in MASKS or _is_mask(str(key)):
+            known = "a part of a message kept out of the loss", f"key {name!r}; mask whole messages"
+            other = "loss mask under an unknown key", f"key {name!r}; write train: true or false on messages"
+            raise BadSample(*(known if key in MASKS else other))
+        if asks and _OPTION.fullmatch(str(key)):
+            raise BadSample("multiple-choice rows are not supported", f"key {name!r}; write them as conversations")
+        if asks and key in _BESIDE_ANSWER and not text_chosen:
+            remedy = "write messages with reasoning_content, or pass it over with columns: {question: …}"
+            raise BadSample("thought beside the answer", f"key {name!r} is not read; {remedy}")
         if asks and key in _BESIDE_QUESTION and not text_chosen:
             remedy = "write it into the question, or pass it over with columns: {question: …}"
             raise BadSample("text beside the question", f"key {name!r} is not read; {remedy}")
         unread[name[:80]] += 1
+
+
+def _is_mask(key: str) -> bool:
+    """Whether a key says by its words that something is learnt or not."""
+    words = set(_CAMEL.sub("_", key).lower().split("_"))
+    return bool(words & _OF_MASKS) and words <= _OF_MASKS | _BESIDE_MASKS
 
 
 def _is_image(key: str, value: Any, has_image: bool) -> bool:
@@ -149,10 +193,13 @@ def _is_image(key: str, value: Any, has_image: bool) -> bool:
         return False  # a size, a number or a count
     if _IMAGE_KEY.fullmatch(_CAMEL.sub("_", key).lower()):
         return True
+    # A path beside an image may be the same image's name; another image itself is none.
+    if isinstance(first, Image.Image) or (isinstance(first, Mapping) and isinstance(first.get("bytes"), bytes)):
+        return True
     if has_image:
         return False
     if isinstance(first, Mapping):
-        return isinstance(first.get("bytes"), bytes)
+        return any(_is_image(str(inner), value, False) for inner, value in first.items() if not is_empty(value))
     if isinstance(first, str):
         return "." in first and is_image_name(first) and not any(map(str.isspace, first))
-    return isinstance(first, Image.Image)
+    return False

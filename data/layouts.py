@@ -150,7 +150,7 @@ def _commonest_answer(record: Mapping[str, Any]) -> str | None:
     if answer is None:
         answer = record.get("multiple_choice_answer")
     if answer is None:
-        texts = [str(a.get("answer") if isinstance(a, Mapping) else a) for a in _answers(record)]
+        texts = [str(a["answer"]) if isinstance(a, Mapping) else str(a) for a in _answers(record)]
         return Counter(texts).most_common(1)[0][0] if texts else None
     missing = isinstance(answer, float) and not math.isfinite(answer)  # what a table has where it has nothing
     if isinstance(answer, bool) or missing or not isinstance(answer, str | int | float):
@@ -159,10 +159,18 @@ def _commonest_answer(record: Mapping[str, Any]) -> str | None:
 
 
 def _answers(record: Mapping[str, Any]) -> list[Any]:
+    """The right answers of a question row: texts, or objects with an ``answer``."""
     answers = record.get("answers")
-    if answers is None:
+    if is_empty(answers):
         return []
-    return answers if isinstance(answers, list) else [answers]
+    if isinstance(answers, Mapping) and isinstance(answers.get("answer"), list):
+        answers = answers["answer"]  # a list of objects, as some tables keep it
+    found = answers if isinstance(answers, list) else [answers]
+    for answer in found:
+        text = answer.get("answer") if isinstance(answer, Mapping) else answer
+        if text is None or (isinstance(text, float) and math.isnan(text)):
+            raise BadSample("answer is not a text", f"answers: {answer!r:.70}")
+    return found
 
 
 #: The first whose column is there.

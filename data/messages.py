@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .conversation import ImageSource
+from .conversation import ImageSource, message_text
 from .errors import BadSample
 from .image_values import images_of
 from .keys import MASKS, check_keys, is_empty, learnt, one_of
@@ -38,6 +38,12 @@ _PART_IMAGES = ("image", "bytes", "path", "url", "image_url", "file_name", "base
 _PLACE = re.compile(
     r"<image>|<image[ _-]?([0-9]{1,3})>|<\|image_([0-9]{1,3})\|>"
     r"|(<\|image\|>|<image_placeholder>|<ImageHere>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>)"
+)
+# What else looks like a place: other spellings, and placeholders of models.
+_OTHER_PLACE = re.compile(
+    r"<\|?(?:start_of_)?(?:image|img)s?(?:_?(?:pad|token|soft_token|here))?[ _-]?[0-9]{0,3}\|?>"
+    r"|\[(?:image|img)[ _-]?[0-9]{0,3}\]|\{+(?:image|img)[ _-]?[0-9]{0,3}\}+",
+    re.IGNORECASE,
 )
 _PATH_IN_TEXT = re.compile(r"<img>[^<]*</img>")
 _GROUNDING = re.compile(r"<bbox>|<ref-object>")
@@ -196,6 +202,8 @@ def _image_part(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> 
     if len(own) > 1:
         raise BadSample("several images in one part", f"{len(own)} images; write a part for each")
     index = part.get("index")
+    if not own and isinstance(part.get("source"), Mapping):  # as Anthropic's interface has it
+        raise BadSample("unknown kind of image", "an object under source; write its data under base64")
     if own:
         return {"type": "image", "image": own[0]}
     if index is None:
@@ -249,6 +257,8 @@ def place_images(messages: list[dict[str, Any]], images: list[ImageSource], lead
         images = _by_number(open_parts, numbered, images)
     elif (not parts or leading) and len(open_parts) < len(images):
         first = next(message for message in messages if message["role"] == "user")
+        if not leading:
+            _check_other_places(messages)
         made: list[dict[str, Any]] = [{"type": "image"} for _ in range(len(images) - len(open_parts))]
         first["content"][:0] = made
         parts, open_parts = made + parts, made + open_parts
@@ -258,6 +268,14 @@ def place_images(messages: list[dict[str, Any]], images: list[ImageSource], lead
         )
     remaining = iter(images)
     return [part.pop("image") if "image" in part else next(remaining) for part in parts]
+
+
+def _check_other_places(messages: list[dict[str, Any]]) -> None:
+    """Raise ``BadSample`` where a question says in another spelling where its images go."""
+    for message in messages:
+        found = _OTHER_PLACE.search(message_text(message)) if message["role"] == "user" else None
+        if found:
+            raise BadSample("unknown placeholder of an image", f"{found[0]}; write <image> at its place")
 
 
 def _by_number(

@@ -157,6 +157,9 @@ def test_what_looks_like_an_image_by_its_value(folder):
         ("img", None),
     ):
         assert to_conversation({"messages": ASKED, key: value}).images == ()
+    assert "columns: {image: files}" in refused({"files": [{"path": "a.png"}], "messages": ASKED})
+    second = {"image": "2.png", "second": {"bytes": png(), "path": None}, "messages": ASKED}
+    assert "columns: {image: second}" in refused(second)
     # Beside an image, the name of a file says where it came from.
     assert said(to_conversation({"image": "3.png", "file_name": "x.png", "messages": ASKED}, images=folder))
 
@@ -186,6 +189,30 @@ def test_images_beside_image_are_never_one_of_them():
 def test_marks_are_places_by_their_number(folder, question, shown):
     messages = [{"role": "user", "content": question}, ASKED[1]]
     assert said(to_conversation({"images": ["2.png", "3.png"], "messages": messages}, images=folder))[0][1] == shown
+
+
+@pytest.mark.parametrize(
+    "mark",
+    ["<IMAGE>", "<Image 1>", "<img0>", "<img_1>", "[IMG]", "[image 1]", "{image}", "<start_of_image>", "<|image_pad|>"],
+)
+def test_other_spellings_of_a_place_are_refused_by_name(mark):
+    record = {"image": "a.png", "messages": [{"role": "user", "content": f"{mark} Colour?"}, ASKED[1]]}
+    assert refused(record) == f"unknown placeholder of an image: {mark}; write <image> at its place"
+    assert said(to_conversation(record | {"image": None}))[0][1] == f"{mark} Colour?"
+    placed = [{"role": "user", "content": f"<image>{mark} Colour?"}, ASKED[1]]
+    assert to_conversation(record | {"messages": placed}).images == ("a.png",)
+
+
+def test_of_bytes_and_a_path_the_bytes_count_in_base64_too(folder):
+    (image,) = to_conversation({"images": [{"bytes": encoded(3), "path": "2.png"}], "messages": ASKED}).images
+    assert load_image(image).width == 3
+
+
+def test_answers_as_tables_keep_them():
+    record = {"question": "A", "answers": {"answer": ["red", "blue", "red"], "answer_id": [1, 2, 3]}}
+    made = to_conversation(record)
+    assert said(made)[1] == ("assistant", "red")
+    assert made.references == ["red", "blue", "red"]
 
 
 @pytest.mark.parametrize("question", ["<image1>", "<image2><image3>", "<image1><image>", "<image0><image2>", "<image>"])
@@ -222,6 +249,7 @@ def test_the_system_of_a_record_comes_first():
     "mask",
     [
         *({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0.0}, {"mask": True}),
+        *({"train_on_turn": False}, {"compute_loss": 0}, {"is_masked": True}, {"no_train": True}, {"learnable": False}),
         *({"masked": True}, {"trainable": False}, {"loss_mask": 0}, {"training": False, "weight": 0}),
     ],
 )
@@ -231,6 +259,17 @@ def test_a_masked_answer_is_context(mask):
     assert refused({"messages": [ASKED[0], ASKED[1] | mask]}).startswith("no answer to learn")
     assert to_conversation({"messages": [ASKED[0] | mask, ASKED[1]]}).messages[0].get("supervised") is None
     assert refused({"messages": ASKED} | mask).startswith("sample kept out of the loss")
+
+
+@pytest.mark.parametrize("key", ["sample_weight", "train_detail", "lossMask", "skip_training", "trainOnThis", "masks"])
+def test_masks_under_other_keys_are_refused_by_name(key):
+    for record in ({"messages": [ASKED[0], ASKED[1] | {key: [0]}]}, {"messages": ASKED, key: 0.5}):
+        assert refused(record).startswith("loss mask under an unknown key: key ")
+
+
+@pytest.mark.parametrize("key", ["training_split", "loss_type", "weight_kg", "train_id", "mask_path", "unmasked"])
+def test_keys_that_only_hold_such_a_word_are_no_masks(key):
+    assert to_conversation({"messages": ASKED, key: "a"}).messages
 
 
 def test_masks_that_are_not_yes_or_no_are_refused():
@@ -301,6 +340,14 @@ def test_reasoning_is_kept(key):
         ({"messages": ASKED, "videos": ["a.mp4"]}, "video and audio are not supported: key 'videos'"),
         ({"question": "A", "answer": 1, "options": ["x", "y"]}, "multiple-choice rows are not supported"),
         ({"question": "A", "answer": "B", "A": "x", "B": "y"}, "multiple-choice rows are not supported"),
+        ({"question": "A", "answer": "B", "option_1": "x"}, "multiple-choice rows are not supported: key 'option_1'"),
+        ({"query": "A", "response": "B", "choice_a": "x"}, "multiple-choice rows are not supported: key 'choice_a'"),
+        ({"messages": ASKED, "label": False}, "preference data is not supported: key 'label'"),
+        ({"messages": ASKED, "documents": [{"text": "x"}]}, "documents are not supported"),
+        ({"question": "A", "answer": "B", "reasoning_content": "C"}, "thought beside the answer"),
+        ({"messages": [ASKED[0], ASKED[1] | {"cot": "C"}]}, r"thought under an unknown key: key 'messages\[\].cot'"),
+        ({"question": "A", "answers": {"text": ["B"]}}, "answer is not a text: answers: "),
+        ({"question": "A", "answers": ["B", None]}, "answer is not a text: answers: None"),
         ({"question": "A", "context": "It is red.", "answer": "B"}, "text beside the question: key 'context'"),
         ({"question": "A", "history": [["a", "b"]], "answer": "B"}, "text beside the question: key 'history'"),
         ({"messages": ASKED, "chat_template_kwargs": {"a": 1}}, "template arguments of a record"),
