@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -136,6 +137,11 @@ def _history(record: Mapping[str, Any]) -> list[RawMessage]:
 
 
 def _objects(turns: Any, column: str) -> Sequence[Mapping[str, Any]]:
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a table's list, kept as JSON
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("messages are not a list of objects", f"key {column!r}: {error}"[:200]) from None
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise BadSample("messages are not a list of objects", f"key {column!r}")
     return turns
@@ -168,7 +174,7 @@ def _answers(record: Mapping[str, Any]) -> list[Any]:
     found = answers if isinstance(answers, list) else [answers]
     for answer in found:
         text = answer.get("answer") if isinstance(answer, Mapping) else answer
-        if text is None or (isinstance(text, float) and math.isnan(text)):
+        if text != "" and (is_empty(text) or isinstance(text, list | Mapping)):
             raise BadSample("answer is not a text", f"answers: {answer!r:.70}")
     return found
 

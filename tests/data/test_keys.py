@@ -208,6 +208,11 @@ def test_of_bytes_and_a_path_the_bytes_count_in_base64_too(folder):
     assert load_image(image).width == 3
 
 
+def test_messages_as_tables_keep_them():
+    assert said(to_conversation({"messages": json.dumps(ASKED)})) == said(to_conversation({"messages": ASKED}))
+    assert refused({"messages": "[{"}).startswith("messages are not a list of objects: key 'messages': ")
+
+
 def test_answers_as_tables_keep_them():
     record = {"question": "A", "answers": {"answer": ["red", "blue", "red"], "answer_id": [1, 2, 3]}}
     made = to_conversation(record)

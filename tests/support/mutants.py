@@ -319,7 +319,9 @@ def records(seed, count, control):
         Mutant("answer_nan", b'{"question": "what", "answer": NaN}', "answer is not a text"),
         Mutant("answer_infinite", b'{"question": "what", "answer": 1e999}', "answer is not a text"),
         Mutant("answer_bool", {"question": "what", "answer": True}, "answer is not a text"),
-        Mutant("answers_of_objects", {"question": "what", "answers": [{"answer": ["red"]}, {}]}, GOOD),
+        Mutant(
+            "answers_of_objects", {"question": "what", "answers": [{"answer": ["red"]}, {}]}, "answer is not a text"
+        ),
         Mutant("question_number", {"question": 5, "answer": "red"}, "message without text"),
         Mutant("cut", b'{"conversations": [{"from": "hum', "invalid JSON"),
         Mutant("half_utf8", b'{"question": "\xc3', "invalid UTF-8"),
