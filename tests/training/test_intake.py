@@ -1,7 +1,9 @@
 """A run that cannot use its data ends in one line, and what learns nothing changes nothing."""
 
 import json
+from types import SimpleNamespace
 
+import chat_templates
 import pictures
 import pytest
 import tiny
@@ -226,3 +228,14 @@ def test_a_classifiers_empty_step_changes_nothing(tmp_path, processes):
     learnt = {line["step"]: line["samples"] > 0 for line in metrics(tmp_path / "out")}
     assert set(learnt.values()) == {True, False}
     assert moved == learnt
+
+
+@pytest.mark.parametrize(("template", "turns", "said"), [("block", 1, 0), ("block", 2, 1), ("chatml", 2, 0)])
+def test_answers_that_change_later_are_named_where_rows_have_several(template, turns, said):
+    talk = chat_templates.conversation([("user", "What?"), ("assistant", "Red.")] * turns)
+    run = object.__new__(Trainer)
+    run.config = SimpleNamespace(data=SimpleNamespace(turns="together"))
+    run.student = SimpleNamespace(processor=chat_templates.processor(template))
+    run.dataset = SimpleNamespace(mixture=SimpleNamespace(rows=lambda step: [(0, 0)], sources=[[talk]]))
+    run.steps = 3
+    assert len(run.remarks_on(FirstRows(tried=1, images=1))) == said

@@ -367,11 +367,6 @@ def template_remarks(
         remarks.append(
             "the student's template writes no end token: where to stop is not learnt; set student.chat_template"
         )
-    if not frame.earlier and data.turns == "together":
-        remarks.append(
-            "the student's template shows an answer differently once another question follows; data.turns: split "
-            "trains each answer of a conversation as it is generated"
-        )
     if isinstance(teacher, Processor) and not grouped and _differ_beside_answers(student, teacher, data.max_length):
         remarks.append(
             "the two templates write different text beside an answer: tokens that hold some of it are learnt from the "

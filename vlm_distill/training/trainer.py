@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from data.batch import DistillationBatch, Problem, Step
 from data.collate import Pair
-from data.conversation import Document
+from data.conversation import Conversation, Document, is_answer
 from data.errors import BadSample
 from data.loader import StepDataset
 from data.mixture import Mixture
@@ -298,9 +299,29 @@ class Trainer(Loop):
         return self.evaluations.mistake()
 
     def remarks_on(self, found: FirstRows) -> list[str]:
-        if found.images or not self.student.processor.has_vision:
-            return []
-        return [f"the student has a vision encoder, and none of the first {found.tried} rows has an image"]
+        remarks = []
+        if not found.images and self.student.processor.has_vision:
+            remarks.append(f"the student has a vision encoder, and none of the first {found.tried} rows has an image")
+        together = self.config.data.turns == "together" and not self.student.processor.frame.earlier
+        if together and self._several_answers(found.tried):
+            remarks.append(
+                "the student's template shows an answer differently once another question follows; data.turns: split "
+                "trains each answer of a conversation as it is generated"
+            )
+        return remarks
+
+    def _several_answers(self, rows: int) -> bool:
+        """Whether one of the first rows is a conversation of several answers."""
+        mixture = self.dataset.mixture
+        first = chain.from_iterable(mixture.rows(step) for step in range(self.steps))
+        for source, row in islice(first, rows):
+            try:
+                sample = mixture.sources[source][row]
+            except BadSample:
+                continue
+            if isinstance(sample, Conversation) and sum(map(is_answer, sample.messages)) > 1:
+                return True
+        return False
 
     def introduce(self, tracker: Tracker, done: int) -> None:
         if self.vision_once:
