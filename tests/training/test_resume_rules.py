@@ -311,6 +311,37 @@ def classifier(folder, name, **changes):
     return ClassifierConfig.model_validate(plain)
 
 
+def test_a_finished_student_that_is_damaged_is_written_anew(stopped, processes, capfd):
+    out = stopped / "stopped"
+    train(configuration(stopped, "stopped"), processes)
+    path = out / "student" / "model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    train(configuration(stopped, "stopped"), processes)
+    assert "the finished student is damaged, and written anew" in " ".join(capfd.readouterr().err.split())
+    assert path.read_bytes() == good
+    path.unlink()
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(UserError, match=r"model.safetensors: missing; no checkpoint is left to write"):
+        train(configuration(stopped, "stopped"), processes)
+
+
+def test_a_warm_up_that_is_a_share_of_a_longer_run_is_told(stopped, processes, capfd):
+    constant = {"optimizer__schedule": "constant", "optimizer__warmup": 0.5}
+    train(configuration(stopped, "run", training__steps=4, **constant), processes)
+    train(configuration(stopped, "run", training__steps=20, **constant), processes, until=5)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "optimizer.warmup: is now a share of 20 steps, no longer of 4: the learning rate goes on with 0.005" in told
+
+
+def test_beside_learning_rates_of_parts_the_others_stay(stopped):
+    parts = {"optimizer__part_lr": {"projector": 0.02}}
+    old = resume.Record.of(configuration(stopped, "stopped", **parts))
+    changed = configuration(stopped, "stopped", optimizer__lr=0.02, **parts)
+    refused, _ = resume.compare(old, changed, resume.Record.of(changed))
+    assert refused == ["optimizer.lr: 0.01 → 0.02"]
+
+
 @pytest.fixture(scope="module")
 def classified(tmp_path_factory, processes):
     folder = tmp_path_factory.mktemp("classified")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data import manifest
 from data.digest import Rows, digest_rows
 from data.errors import UserError
 from vlm_distill.config import AnyRun
@@ -101,7 +102,7 @@ class Past:
             if self._known is None:
                 return False
             self._refuse(compare_data(self._known, self.record))
-            return self._complete() and self._known.steps == steps
+            return self._complete() and self._known.steps == steps and self._student_is_whole()
 
         done = self.processes.on_first(look)
         if done and self.processes.first:
@@ -112,6 +113,23 @@ class Past:
                 flush=True,
             )
         return done
+
+    def _student_is_whole(self) -> bool:
+        """Return whether the finished student is what was written; remark on it, or raise, where it is not."""
+        folder = self.folder / "student"
+        if not (folder / manifest.NAME).is_file():  # an earlier version wrote none
+            return True
+        try:
+            manifest.check(folder, manifest.read(folder))
+        except manifest.Damaged as error:
+            if not checkpoint.completed(self._checkpoints):
+                raise UserError(
+                    f"{error}; no checkpoint is left to write the student anew from: put that file back, or choose "
+                    "another output"
+                ) from None
+            self.remarks.append(f"the finished student is damaged, and written anew: {error}")
+            return False
+        return True
 
     def find(self, lr: Callable[[int], float]) -> Path | None:
         """Return the newest whole checkpoint of this run, ``None`` where it starts from its beginning.
@@ -159,13 +177,16 @@ class Past:
         checkpoint.set_aside(found.damaged)
 
     def _note_stretched_schedule(self, before: int, done: int, lr: Callable[[int], float]) -> None:
-        schedule = getattr(self.config.optimizer, "schedule", "constant")
-        if schedule in ("cosine", "linear"):
-            steps = self.record.steps
+        optimizer: Any = self.config.optimizer
+        steps = self.record.steps
+        now = f"the learning rate goes on with {lr(min(done, steps - 1)):.3g}"
+        if optimizer.schedule in ("cosine", "linear"):
             self.remarks.append(
-                f"optimizer.schedule: {schedule} is now a plan of {steps:,} steps, no longer of {before:,}: the "
-                f"learning rate goes on with {lr(min(done, steps - 1)):.3g}"
+                f"optimizer.schedule: {optimizer.schedule} is now a plan of {steps:,} steps, no longer of {before:,}: "
+                f"{now}"
             )
+        elif 0 < getattr(optimizer, "warmup", 0) < 1:
+            self.remarks.append(f"optimizer.warmup: is now a share of {steps:,} steps, no longer of {before:,}: {now}")
 
     def _keep(self, before: Record, done: int, changed: Mapping[str, Any]) -> None:
         """Carry on the record's list of what was changed on the way."""

@@ -194,6 +194,8 @@ def compare(old: Record, config: AnyRun, new: Record) -> tuple[list[str], dict[s
     allowed: dict[str, Any] = {}
     for key in [*now, *(key for key in before if key not in now)]:
         rule, values = rule_of(key), [before.get(key), now.get(key)]
+        if key == "optimizer.lr" and any(name.startswith("optimizer.part_lr.") for name in now):
+            rule = Rule.FIXED  # the optimizer's state has the parts' learning rates as factors on it
         if rule is Rule.FILES and key in old.models and key in new.models:
             # Whatever they are called: the files say what they are.
             kinds = [kind for kind, digest in new.models[key].items() if old.models[key].get(kind, digest) != digest]
