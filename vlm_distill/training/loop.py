@@ -425,8 +425,8 @@ class Loop(ABC):
         totals = iter(self.processes.sum(flat))
         means: dict[str, dict[str, float]] = {}
         for term, keys in names.items():
-            count = next(totals)
-            means[term] = {key: next(totals) / count if count else 0.0 for key in keys}
+            count, *added = (next(totals) for _ in ["count", *keys])  # all of them, also where there were no rows
+            means[term] = {key: value / count if count else 0.0 for key, value in zip(keys, added, strict=True)}
         return means
 
     def _record(self, step: Step) -> None:
