@@ -172,7 +172,7 @@ def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raise ``ValueError`` for a key that it has twice, which JSON's reader would take in silence."""
+    """An object of JSON. Raise ``ValueError`` for a key that it has twice: JSON's reader takes the last in silence."""
     twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} stands there twice")
