@@ -20,6 +20,11 @@ from vlm_distill.training.on_policy import check_on_policy
     [
         ({"optimiser": {"lr": 1}}, [], ["optimiser", "did you mean 'optimizer'"]),
         ({"training": {"steps": 10, "batchsize": 3}}, [], ["training.batchsize", "did you mean 'batch_size'"]),
+        ({"seed": 3}, [], ["seed: unknown key; it belongs under training"]),
+        ({"training": {"steps": 10, "lr": 3}}, [], ["training.lr: unknown key; it belongs under optimizer"]),
+        ({"training": {"steps": 10, "wandb": {"projcet": "x"}}}, [], ["training.wandb.projcet", "mean 'project'"]),
+        ({"training": {"steps": True}}, [], ["training.steps: give a value other than true or false"]),
+        ({"output": "~/runs/x"}, [], ["output: ~ is not expanded; write ${oc.env:HOME} or the whole path"]),
         ({"data": {"train": [{"path": "x", "wieght": 2}]}}, [], ["data.train.0.wieght", "did you mean 'weight'"]),
         ({"deepspeed": 3}, [], ["deepspeed: give a mapping with keys such as stage (found 3)"]),
         ({"loss": "taid"}, [], ["loss: give a list (found 'taid')"]),

@@ -150,7 +150,12 @@ def test_a_file_of_deepspeed_is_read_and_overrides_lie_on_top(tmp_path):
     plain, named = write(tmp_path, {"deepspeed": {"stage": 1}}, name="plain.yaml"), f"deepspeed={tmp_path / 'ds.json'}"
     assert load_config(plain, [named]).deepspeed.stage == 3
     assert load_config(plain, ["deepspeed.stage=2", named]).deepspeed.stage == 2
-    for text, says in (("{", "not readable as JSON"), ("[1]", "a mapping"), ('{"stage": NaN}', "no finite number")):
+    for text, says in (
+        ("{", "not readable as JSON"),
+        ("[1]", "a mapping"),
+        ('{"stage": NaN}', "no finite number"),
+        ('{"stage": 1, "stage": 2}', "stage stands there twice"),
+    ):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UserError, match=says):
             load_config(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from data.errors import UserError
 
@@ -23,6 +23,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Part = Literal["vision_encoder", "projector", "decoder"]
 
 
+def _takes_truth(annotation: Any) -> bool:
+    """Return whether true and false are values of a field of this type; pydantic takes them for 1 and 0."""
+    return annotation in (bool, Any) or any(_takes_truth(part) for part in get_args(annotation))
+
+
 class Section(BaseModel):
     """A section of a configuration, or all of it."""
 
@@ -34,10 +39,16 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _not_empty(cls, value: Any) -> Any:
+    def _means_something(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse empty text, a home folder's ``~``, which nothing expands, and ``true`` for a number."""
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not text.strip():
                 raise ValueError("is empty; give a value, or leave the key out")
+            if isinstance(text, str) and text.startswith("~/"):
+                raise ValueError("~ is not expanded; write ${oc.env:HOME} or the whole path")
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and not _takes_truth(field.annotation):
+            raise ValueError("give a value other than true or false")
         return value
 
 

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -162,12 +163,20 @@ def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
     if not _is_file(path):
         raise UserError(f"{where}: {str(path)[:200]}: no such file of DeepSpeed's configuration")
     try:
-        section = json.loads(_text_of(path))
+        section = json.loads(_text_of(path), object_pairs_hook=_each_key_once)
     except ValueError as error:
         raise UserError(f"{where}: {path}: not readable as JSON: {_first_line(error)}") from None
     if not isinstance(section, dict):
         raise UserError(f"{where}: {path}: DeepSpeed's configuration is a mapping of keys such as zero_optimization")
     return escaped(section)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raise ``ValueError`` for a key that it has twice: JSON's reader takes the last in silence."""
+    twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} stands there twice")
+    return dict(pairs)
 
 
 def _merge(lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
@@ -376,12 +385,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first few errors of validating ``root``, each as ``key: what is wrong``, in one line."""
     parts = []
     for item in error.errors()[:3]:
-        where = ".".join(str(part) for part in item["loc"])
+        where = ".".join(_without_alternatives(root, item["loc"]))
         if item["type"] == "extra_forbidden":
-            known = sorted(_fields_at(root, item["loc"][:-1]))
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            parts.append(f"{where}: unknown key; {hint}")
+            parts.append(f"{where}: unknown key; {_hint(root, item['loc'])}")
         elif item["type"] == "missing":
             parts.append(f"{where}: missing; it has no default")
         else:
@@ -400,6 +406,35 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
+def _hint(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """What an unknown key may have been meant for."""
+    key, known = str(location[-1]), sorted(_fields_at(root, location[:-1]))
+    homes = [name for name, field in root.model_fields.items() if key in _keys_of(field.annotation)]
+    if len(homes) == 1 and homes[0] != location[0]:
+        return f"it belongs under {homes[0]}"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+
+
+def _keys_of(annotation: Any) -> set[str]:
+    section = _section_of(annotation)
+    return set() if section is None else set(section.model_fields)
+
+
+def _without_alternatives(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """A dotted key's parts, without the names that pydantic has for the types of a value that may be of several."""
+    model: Any = root
+    parts: list[str] = []
+    for step in location:
+        fields = getattr(model, "model_fields", {})
+        if step in fields:
+            model = _section_of(fields[step].annotation)
+        elif step in ("bool", getattr(model, "__name__", None)) or re.search(r"^\[key\]$|^(literal|list)\[", str(step)):
+            continue
+        parts.append(str(step))
+    return parts
+
+
 def _shown(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:100]}…"
@@ -409,7 +444,7 @@ def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[s
     """The keys a section knows, found by walking the models' annotations along an error's location."""
     model: Any = root
     for step in location:
-        if isinstance(step, int):
+        if isinstance(step, int) or step == model.__name__:  # the latter where a value may be of several types
             continue
         model = _section_of(model.model_fields[step].annotation)
     return list(model.model_fields)

@@ -59,6 +59,31 @@ def test_a_run_that_could_do_nothing_is_refused(material, kind, changes, says):
             "optimizer.min_lr_ratio: has no effect with schedule: constant",
         ),
         (language, {"on_policy": {"fraction": 0.0}}, "on_policy: with fraction 0"),
+        (
+            language,
+            {
+                "deepspeed": {
+                    "stage": 0,
+                    "zero_optimization": {"overlap_comm": True, "offload_param": {"device": "none"}},
+                }
+            },
+            "deepspeed.zero_optimization: overlap_comm has no effect at stage 0",
+        ),
+        (
+            language,
+            {"deepspeed": {"stage": 2, "zero_optimization": {"stage3_max_live_parameters": 9}}},
+            "deepspeed.zero_optimization: stage3_max_live_parameters has no effect at stage 2, only at 3",
+        ),
+        (
+            language,
+            {"deepspeed": {"stage": 2, "zero_optimization": {"offload_param": {"device": "cpu"}}}},
+            "deepspeed.zero_optimization: offload_param has no effect at stage 2",
+        ),
+        (
+            language,
+            {"deepspeed": {"stage": 1, "zero_optimization": {"offload_optimizer": {"device": "nvme"}}}},
+            "deepspeed.zero_optimization.offload_optimizer: at stage 1 nvme means main memory",
+        ),
         (classifier, {"optimizer__decay_epochs": 3.0}, "optimizer.decay_epochs: has no effect with schedule: cosine"),
         (classifier, {"evaluation": {"limit": 3}}, "evaluation.limit: is for evaluations during training"),
     ],
@@ -94,4 +119,6 @@ def test_a_student_larger_than_its_teacher_is_told_of(material, processes, capsy
 
 def test_a_frozen_student_is_refused(material, processes):
     with pytest.raises(UserError, match=r"student\.train: nothing is left to train"):
-        Trainer(language(material, student={**tiny.settings(), "train": []}), processes)
+        Trainer(
+            language(material, student={**tiny.settings(), "train": []}, output=str(material[0] / "frozen")), processes
+        )

@@ -51,6 +51,25 @@ def test_a_parameter_that_no_loss_reaches_is_decayed_as_on_many_ranks(processes,
     assert task.unread.tolist() == [0.5] * 2
 
 
+def test_settings_that_deepspeed_refuses_late_are_a_mistake_too(processes):
+    config = ClassifierConfig.model_validate(
+        {
+            "student": {"name": "x"},
+            "loss": [{"name": "cross_entropy"}],
+            "data": {"train": [{"path": "x"}]},
+            "training": {"steps": 1, "batch_size": 1, "device": "cpu"},
+            "deepspeed": {"stage": 1, "zero_optimization": {"compute_grad_norm": False}},
+            "optimizer": {"max_grad_norm": 1.0},
+            "output": "x",
+        }
+    )
+    task = Task()
+    with pytest.raises(
+        UserError, match=r"deepspeed: DeepSpeed refuses this section: .*compute_grad_norm=false requires"
+    ):
+        Engine(task, torch.optim.SGD(task.parameters(), lr=1.0), config, processes)
+
+
 def test_sums_on_one_rank_keep_their_order(processes):
     values = [1, torch.tensor(2.5), 0.1, torch.tensor(3, dtype=torch.int64), torch.tensor(0.1, dtype=torch.float64)]
     assert processes.sum(values) == [1.0, 2.5, 0.1, 3.0, 0.1]

@@ -9,7 +9,13 @@ from vlm_distill.config import AnyRun, Section
 
 def idle_settings(config: AnyRun) -> list[str]:
     """Return a remark on every setting that was given and has no effect, beside those that are refused."""
-    return [*_of_evaluation(config), *_of_data(config), *_of_the_optimizer(config), *_of_the_teacher(config)]
+    return [
+        *_of_evaluation(config),
+        *_of_data(config),
+        *_of_the_optimizer(config),
+        *_of_the_teacher(config),
+        *_of_deepspeed(config),
+    ]
 
 
 def late_warmup(key: str, warmup: float, run: float, unit: str) -> list[str]:
@@ -74,4 +80,23 @@ def _of_the_teacher(config: Any) -> list[str]:
     policy = getattr(config, "on_policy", None)
     if policy is not None and policy.fraction == 0 and policy.adaptive is None:
         said.append("on_policy: with fraction 0 no step is on-policy; raise it, or leave the section out")
+    return said
+
+
+def _of_deepspeed(config: AnyRun) -> list[str]:
+    stage, zero = config.deepspeed.stage, config.deepspeed.zero
+    if stage == 0:
+        names = [name for name, value in zero.items() if value != {"device": "none"}]
+        return [f"deepspeed.zero_optimization: {', '.join(names)} has no effect at stage 0"] if names else []
+    said = []
+    sharded = [name for name in zero if stage < 3 and name.startswith("stage3_")]
+    if stage < 3 and config.deepspeed.offloads_parameters:
+        sharded.append("offload_param")
+    if sharded:
+        said.append(f"deepspeed.zero_optimization: {', '.join(sharded)} has no effect at stage {stage}, only at 3")
+    if stage < 3 and zero.get("offload_optimizer", {}).get("device") == "nvme":
+        said.append(
+            f"deepspeed.zero_optimization.offload_optimizer: at stage {stage} nvme means main memory; only stage 3 "
+            "writes to NVMe"
+        )
     return said

@@ -521,9 +521,15 @@ def _initialize(task: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     try:
         DeepSpeedConfig(settings)
     except Exception as error:  # assertions, errors of pydantic and of its own
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"deepspeed: DeepSpeed refuses this section: {reason}") from None
-    return deepspeed.initialize(model=task, optimizer=optimizer, config=settings)[0]
+        raise _refused(error) from None
+    try:
+        return deepspeed.initialize(model=task, optimizer=optimizer, config=settings)[0]
+    except (AssertionError, NotImplementedError, ValueError) as error:  # settings that do not go together
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(f"deepspeed: DeepSpeed refuses this section: {' '.join(str(error).split())[:300]}")
 
 
 class ShardedModel:
