@@ -124,7 +124,7 @@ def kept_answer(line: Any) -> Kept:
     index, chance = line.get("index"), line.get("probability")
     asked, text, answer, generated, complete = (line.get(name, default) for name, default in names.items())
     text = next((given for given in (text, generated, answer) if given is not None), None)
-    if type(index) is not int or index < 0 or type(chance) not in (int, float):
+    if not isinstance(index, int) or index < 0 or not isinstance(chance, int | float):
         raise ValueError("no index or no probability")
     if not isinstance(text, str) or not isinstance(asked, str) or not isinstance(complete, bool):
         raise ValueError("no answer, or values of another type")
