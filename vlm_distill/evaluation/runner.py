@@ -632,7 +632,7 @@ def _prediction(line: Any) -> Prediction:
     kept_answer(line)
     found = Prediction(**line)
     numbers, text = (int, float), (str, type(None))
-    types = {"source": str, "question": str, "references": list, "answer": str, "line": int, "by": str}
+    types: dict[str, Any] = {"source": str, "question": str, "references": list, "answer": str, "line": int, "by": str}
     types |= {"exact": numbers, "soft": numbers, "score": (*numbers, type(None)), "question_type": text, "image": text}
     for name, expected in types.items():
         if not isinstance(getattr(found, name), expected):
