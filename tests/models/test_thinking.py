@@ -28,7 +28,7 @@ from vlm_distill.models.thinking import decode_with_marks, mark_tokens, split_th
         ("<|START_THINKING|>no<|END_THINKING|><|START_RESPONSE|>Yes<|END_RESPONSE|>", "Yes"),
         ("<|channel>thought\nno<channel|>Yes", "Yes"),
         ("<unused94>thought\nno<unused95>Yes", "Yes"),
-        ("<think>no</think>\n<answer> Yes </answer>\n", "Yes"),
+        ("<think>no</think>\n<answer>Yes</answer>\n", "<answer>Yes</answer>"),
         ("<|begin_of_box|>Yes<|end_of_box|>", "Yes"),
         ("The <answer>Yes</answer>", "The <answer>Yes</answer>"),
         ("<|channel|>analysis<|message|>no<|end|><|start|>assistant<|channel|>final<|message|>Yes<|return|>", "Yes"),

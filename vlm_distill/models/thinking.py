@@ -26,9 +26,8 @@ MARKS = (
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
 )
-#: Marks around a whole answer, beside its thought.
+#: A family's own marks around a whole answer. Words such as ``<answer>`` stay: the references score them as text.
 ANSWER_MARKS = (
-    ("<answer>", "</answer>"),
     ("<|begin_of_box|>", "<|end_of_box|>"),
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 )
