@@ -104,7 +104,7 @@ def test_names_are_found_and_belong_to_one_benchmark():
     assert get("MMBench_DEV_EN_V11") is get("mmbench-v11-dev") is get("MMBench")
     with pytest.raises(UserError, match="did you mean 'mmstar'"):
         get("mmstarr")
-    with pytest.raises(UserError, match="There are mmbench"):
+    with pytest.raises(UserError, match="there are mmbench"):
         get("zzzz")
 
 
