@@ -63,10 +63,11 @@ SHARED = {
     # A teacher of another size and normalisation.
     "other_teacher_zero0": {"teacher": "large"},
     # Some images cannot be read: a rank's micro-batch may hold nothing.
-    "broken_zero0": {"images": "broken"},
+    "broken_zero0": {"images": "broken", "data__max_bad": 1.0},
     "broken_gathered_zero0": {
         **GATHERED,
         "images": "broken",
+        "data__max_bad": 1.0,
         "loss": [*FEATURES, {"name": "dist"}],
         "optimizer__lr": 1e-3,
     },
