@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from data.batch import Problem
 from data.errors import UserError
@@ -20,15 +20,14 @@ from vlm_distill.evaluation.progress import progress_line
 from vlm_distill.evaluation.scoring.base import Rules
 from vlm_distill.launch import guarded, leave
 
+Number = TypeVar("Number", int, float)
+
 
 def at_least(smallest: int) -> Callable[[str], int]:
     """Return a type of argparse: a whole number with a bound."""
 
     def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        value = _number(int, text)
         if value < smallest:
             raise argparse.ArgumentTypeError(f"{value} is too small: at least {smallest}")
         return value
@@ -38,10 +37,7 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 def rate(text: str) -> float:
     """Return a number of requests a minute, as a type of argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = _number(float, text)
     if not 0.001 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is too small or too large: at least 0.001")
     return value
@@ -49,13 +45,18 @@ def rate(text: str) -> float:
 
 def share(text: str) -> float:
     """Return a number from 0 to 1, as a type of argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = _number(float, text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def _number(kind: type[Number], text: str) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
 
 
 def mapping(text: str) -> dict[str, Any]:

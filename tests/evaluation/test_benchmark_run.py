@@ -167,7 +167,7 @@ def test_a_limit_asks_all_or_none_of_what_is_scored_together(tmp_path):
         [i, "x" * 70, f"Is it {i}?", "Yes", task, f"{task}/{i // 2}"] for task in ("OCR", "count") for i in range(10)
     ]
     write(tmp_path, "MME", header, *rows)
-    for rules in ("lmms-eval", "vlmevalkit"):  # of which the second one wants all of MME's tasks
+    for rules in ("lmms-eval", "vlmevalkit"):  # VLMEvalKit's rules want all of MME's tasks
         result = run("mme", tmp_path, ["Yes"] * 10, rules=rules, limit=7)
         assert [p.index for p in result.predictions] == [0, 1, 4, 5, 10, 11, 14, 15]
         assert (result.scores.main, result.out_of, result.limited) == (400, 400, True)
@@ -190,7 +190,7 @@ def mme(folder, pairs=2, tasks=TASKS):
 
 
 def broken(*indices):
-    """Images of which some cannot be read."""
+    """Images, some of them unreadable."""
 
     def images(self, index):
         if self[index]["index"] in indices:
