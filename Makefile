@@ -18,7 +18,7 @@ demo-vision: $(READY)
 	$(BIN)/python -m vision.demo
 
 # While you work: lint, types, and tests that train nothing and start no processes.
-QUICK := tests/test_config.py tests/test_deepspeed_keys.py tests/test_docs.py tests/data/test_layouts.py \
+QUICK := tests/config/test_config.py tests/config/test_deepspeed_keys.py tests/test_docs.py tests/data/test_layouts.py \
 	tests/data/test_mixture.py tests/data/test_sources.py tests/evaluation/scoring tests/losses/test_ctkd.py \
 	tests/losses/test_on_logits.py tests/losses/test_taid.py tests/losses/test_topk.py tests/training/test_schedule.py
 

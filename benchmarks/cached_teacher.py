@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from vlm_distill import losses
-from vlm_distill.config_file import load_config
+from vlm_distill.caching.fill import fill
+from vlm_distill.config.file import load_config
 from vlm_distill.demo import prepare
 from vlm_distill.losses import TopKTargets
-from vlm_distill.training.caches import fill
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
@@ -113,7 +113,7 @@ def times(folder: Path, steps: int, batch: int) -> dict[str, list[tuple[float, f
             began = time.process_time()
             step = trainer.dataset[number]
             made = time.process_time()
-            trainer._step(step, 0.0)
+            trainer.train_step(step, 0.0)
             found[way].append((made - began, time.process_time() - made))
     processes.close()
     return found

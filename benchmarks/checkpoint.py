@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from data import manifest
+from vlm_distill.runtime import manifest
+from vlm_distill.runtime.output import flush_all
 from vlm_distill.training import checkpoint
 from vlm_distill.training.engine import _Files, _without_crc32
-from vlm_distill.training.output import flush_all
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint_cpu.csv"
 #: Float32 numbers of a tensor: a layer's matrix of 2048 × 2048.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill import models
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer

@@ -35,7 +35,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_distill import models
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models.weightless import tensors_in
 from vlm_distill.planning import plan
@@ -198,7 +198,7 @@ def measure(config: RunConfig) -> int:
                 counted.peak = counted.live
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
-                trainer._step(step, 0.0)
+                trainer.train_step(step, 0.0)
             del trainer, step
         return torch.cuda.max_memory_allocated() if on_gpu else counted.peak
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 import tiny
 from scoring_server import serving
 
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.training.engine import Processes

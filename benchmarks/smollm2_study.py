@@ -100,7 +100,7 @@ def cut(teacher: Path, folder: Path) -> None:
         return
     import torch
 
-    from vlm_distill.config_file import load_config
+    from vlm_distill.config.file import load_config
     from vlm_distill.models import load_vlm
     from vlm_distill.models.initialise import keep_layers
 

@@ -46,9 +46,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm_distill.config import RunConfig
+from vlm_distill.caching.fill_tokens import fill
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.training.engine import Processes
-from vlm_distill.training.teacher_cache import fill
 from vlm_distill.training.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parent))
@@ -199,7 +199,7 @@ def ours(name: str, folder: Path, data: Path, processes: Processes, dtype: str) 
         nonlocal done
         total = tokens = 0.0
         for step in trainer.batches(done, done + number):
-            values, _ = trainer._step(step, 0.0)
+            values, _ = trainer.train_step(step, 0.0)
             total += values["loss"] * values["supervised_tokens"]
             tokens += values["supervised_tokens"]
         done += number

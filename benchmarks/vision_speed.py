@@ -212,7 +212,7 @@ class Bench:
         return PrefetchLoader(batches, self.inputs.mean, self.inputs.std, device=self.device)
 
     def ours(self) -> float:
-        return self.trainer._step(self.step, 0.0)[0]["loss"]
+        return self.trainer.train_step(self.step, 0.0)[0]["loss"]
 
     def plain(self) -> float:
         images = self.floats.to(self.device, non_blocking=True, memory_format=self.format)
@@ -310,7 +310,7 @@ def time_loops(bench: Bench, rounds: int, steps: int) -> dict[str, dict[str, obj
             step = next(loader)
             waited += time.perf_counter() - asked
             if train:
-                bench.trainer._step(step, 0.0)
+                bench.trainer.train_step(step, 0.0)
         return waited
 
     def timm_part(loader: Iterator[tuple[Tensor, Tensor]]) -> float:

@@ -99,7 +99,7 @@ class Origin:
 
 
 @dataclass
-class Rows:
+class ModelBatch:
     """One model's side of a micro-batch.
 
     Attributes:
@@ -118,11 +118,11 @@ class Rows:
     image_tokens: Tensor
     tokens: int
 
-    def to(self, device: torch.device | str) -> Rows:
+    def to(self, device: torch.device | str) -> ModelBatch:
         positions, images, tokens = (
             x.to(device, non_blocking=True) for x in (self.positions, self.images, self.image_tokens)
         )
-        return Rows(self.inputs.to(device), positions, images, tokens, self.tokens)
+        return ModelBatch(self.inputs.to(device), positions, images, tokens, self.tokens)
 
 
 @dataclass
@@ -166,8 +166,8 @@ class DistillationBatch:
         conversations: what the rows are of, with decoded images, where that was asked for.
     """
 
-    student: Rows
-    teacher: Rows | None
+    student: ModelBatch
+    teacher: ModelBatch | None
     targets: Tensor
     distilled: Tensor
     sample_of: Tensor

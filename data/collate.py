@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm_distill.caching.token_records import CachedRow, CachedRows, compact
+
 from .alignment import difference_of, group_tokens, match_tokens
-from .batch import DistillationBatch, Encoded, Groups, Origin, Processor, Rows
+from .batch import DistillationBatch, Encoded, Groups, ModelBatch, Origin, Processor
 from .conversation import Conversation, Document, answer_pieces, count_images, is_answer
 from .errors import BadSample
-from .token_cache import CachedRow, CachedRows, compact
 
 
 @dataclass(frozen=True)
@@ -366,7 +367,7 @@ def collate(
             teacher_rows.append(teacher.dummy())
     nothing = torch.empty(0, dtype=torch.int64)
 
-    def rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], packs: bool) -> Rows:
+    def rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], packs: bool) -> ModelBatch:
         # What a cache keeps is counted through the pairs: their rows stay in this order, and nothing is run on them.
         may = not isinstance(processor, CachedRows)
         shared = [may and (packs or (number < len(pairs) and pairs[number].document)) for number in range(len(samples))]
@@ -410,7 +411,7 @@ def _needs_dummy(processor: Processor, rows: list[Encoded]) -> bool:
     return not rows or (processor.has_vision and not any(row.images for row in rows))
 
 
-def _rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], shared: list[bool]) -> Rows:
+def _rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], shared: list[bool]) -> ModelBatch:
     """Samples in rows, those that share rows packed.
 
     A shared row is no longer than the longest sample, so that packing saves padding and costs nothing: attention by a
@@ -445,7 +446,7 @@ def _rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], sh
         place = number * inputs["input_ids"].shape[1]
         for i in row:
             starts[i], place = place, place + lengths[i]
-    return Rows(
+    return ModelBatch(
         inputs,
         torch.cat([nothing, *(starts[i] + places - 1 for i, places in enumerate(tokens))]),
         among_the_rows([sample.images for sample in samples]),

@@ -87,14 +87,16 @@ class StepDataset(Dataset[Step]):
         self.on_bad = on_bad
         self.keep_samples = keep_samples
 
-    def places(self, index: int, number: int) -> str:
+    def locate_samples(self, index: int, number: int) -> str:
         """Where the samples of this rank's micro-batch ``number`` of a step stand."""
         start = (number * self.world + self.rank) * self.micro_batch_size
-        return places_in_words(self.mixture.sources, self.mixture.rows(index)[start : start + self.micro_batch_size])
+        return places_in_words(
+            self.mixture.sources, self.mixture.samples_of(index)[start : start + self.micro_batch_size]
+        )
 
     def __getitem__(self, index: int) -> Step:
         step = Step(index, [])
-        for rows in self.deal(self.mixture.rows(index)):
+        for rows in self.deal(self.mixture.samples_of(index)):
             step.rows += len(rows)
             pairs: list[Pair] = []
             samples, parts = [], []

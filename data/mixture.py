@@ -100,7 +100,7 @@ class Mixture(Generic[S]):
         """Batches of one epoch, the smaller last one counted."""
         return math.ceil(self.epoch_rows / self.batch_size)
 
-    def rows(self, step: int) -> list[tuple[int, int]]:
+    def samples_of(self, step: int) -> list[tuple[int, int]]:
         """The (source, row) pairs of optimizer step ``step``, counted from 0 through all epochs."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch == 0 and batch in (0, self._longest):

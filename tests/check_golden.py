@@ -150,7 +150,7 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
         leaf = student.clone().requires_grad_()
         defined = sum(term.weight * term.loss(leaf, teacher, inputs["target"]) for term in terms)
         reduced = defined[mask].sum() / count
-        results = [t.loss.rows(student.clone(), teacher.clone(), inputs["target"], grad=True) for t in terms]
+        results = [t.loss.loss_and_grad(student.clone(), teacher.clone(), inputs["target"], grad=True) for t in terms]
         closed = sum(term.weight * result.loss for term, result in zip(terms, results, strict=True))
         closed_grad = sum(term.weight * result.grad for term, result in zip(terms, results, strict=True))
         name = str(dtype).removeprefix("torch.")
@@ -165,7 +165,10 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
             (term,) = terms
             g, want = term.loss.source.g, next(e["grad_g"] for e in case["expect"] if e["key"] == "paper")
             (by_definition,) = torch.autograd.grad((term.loss(leaf, teacher)[mask]).sum() / count, g)
-            made, (slope,) = term.loss.learned(), term.loss.rows(student[mask], teacher[mask], grad=True).learned
+            made, (slope,) = (
+                term.loss.learned(),
+                term.loss.loss_and_grad(student[mask], teacher[mask], grad=True).learned,
+            )
             by_rows = torch.autograd.grad(made, g, slope)[0] / count
             for route, got in (("forward", by_definition), ("rows", by_rows)):
                 # A sum that nearly cancels: relative to the loss that it is the slope of.
@@ -173,7 +176,7 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
                 yield Comparison(case["id"], f"{name} {route} grad_g", abs(float(got) - want) / scale)
         if case["loss"] == "adaptive_kl":  # the TAID repository's baseline
             other = losses.build("adaptive_kl", convention="taid", **case["params"])
-            result = other.rows(student.clone(), teacher.clone(), grad=True)
+            result = other.loss_and_grad(student.clone(), teacher.clone(), grad=True)
             for what, got in (("per_row", result.loss), ("grad", result.grad * mask.unsqueeze(1) / count)):
                 if (want := golden.expected(case, "taid-repo-form", what)) is not None:
                     yield (value if what == "per_row" else gradient)(f"{name} convention taid {what}", got, want)

@@ -16,10 +16,10 @@ from scoring_server import serving
 
 from data.sources import open_source
 from vlm_distill import generate, train
-from vlm_distill.config_file import load_config
+from vlm_distill.config.file import load_config
 from vlm_distill.evaluation import runner
-from vlm_distill.launch import launch
 from vlm_distill.models import load_vlm
+from vlm_distill.runtime.launch import launch
 
 DRAWN = ["--temperature", "1", "--samples", "2", "--max-new-tokens", "24", "--batch-size", "3"]
 

@@ -15,14 +15,13 @@ import torch
 import yaml
 from PIL import Image
 
-from data import manifest
 from data.errors import UserError
 from data.sources import open_source
 from vision.classifier import load_classifier
 from vision.weights import read as read_weights
 from vlm_distill import train
-from vlm_distill.confidential import secret_in
-from vlm_distill.config_file import load_config, save_config
+from vlm_distill.config.confidential import secret_in
+from vlm_distill.config.file import load_config, save_config
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.evaluation.judge import Judge
 from vlm_distill.evaluation.runner import Prediction, write_predictions
@@ -30,8 +29,9 @@ from vlm_distill.export import export_student
 from vlm_distill.models import build_vlm, load_processor, load_vlm
 from vlm_distill.models.composed import load_tokenizer
 from vlm_distill.reporting.card import run_card
-from vlm_distill.reporting.inspect import InspectedModel, InspectedSample, render_html
+from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample, render_html
 from vlm_distill.reporting.report import write_report
+from vlm_distill.runtime import manifest
 from vlm_distill.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

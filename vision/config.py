@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vlm_distill import deepspeed_keys
-from vlm_distill.config import (
+from vlm_distill.config.sections import (
     DeepSpeedSection,
     DType,
     Fraction,
@@ -17,6 +16,7 @@ from vlm_distill.config import (
     Section,
     TrainingSection,
     check_weights,
+    deepspeed_keys,
 )
 
 from .transforms import Augmentation, Erasing, Mixing

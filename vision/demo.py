@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data.errors import UserError
-from vlm_distill.console import plain_console
-from vlm_distill.launch import Stopped, cores, guarded
+from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.launch import Stopped, cores, guarded
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 METHODS = {"alone": "alone", "kd": "KD", "dkd": "DKD", "taid": "TAID"}
@@ -107,7 +107,7 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
 def train(job: Job) -> Path:
     """Trains, evaluates and exports what a job says, in a process of the pool; returns the run's folder."""
     # Imported here: the process that only waits and writes the report does without.
-    from vlm_distill.config_file import load_config
+    from vlm_distill.config.file import load_config
     from vlm_distill.demo import configs_folder
 
     from .config import ClassifierConfig

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from data.batch import Problem
 from data.errors import UserError
-from vlm_distill.console import plain_console
 from vlm_distill.evaluate import too_much_left_out
-from vlm_distill.launch import cores, guarded, leave
+from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.launch import cores, guarded, leave
 
 from . import imagenet
 from .predict import in_words, predict

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from vlm_distill.config_file import load_config
+from vlm_distill.config.file import load_config
 from vlm_distill.export import finished_student
-from vlm_distill.launch import guarded
 from vlm_distill.models.common import first_line
 from vlm_distill.reporting.card import cell, document, fact_table, in_words, result, source_names, student_scores
+from vlm_distill.runtime.launch import guarded
 
 from .classifier import Classifier, load_classifier
 from .config import ClassifierConfig

@@ -156,7 +156,7 @@ class ImageSteps(Dataset[Step]):
         readable = sum(batch.samples for batch in batches)
         return Step(index, batches, problems, rows=readable + len(problems))
 
-    def places(self, index: int, number: int) -> str:
+    def locate_samples(self, index: int, number: int) -> str:
         """Where the images of this rank's micro-batch ``number`` of a step stand."""
         start = (number * self.world + self.rank) * self.micro_batch_size
         return places_in_words(self.mixture.sources, self._rows(index)[start : start + self.micro_batch_size])
@@ -178,7 +178,7 @@ class ImageSteps(Dataset[Step]):
 
     def _rows(self, step: int) -> list[tuple[int, int]]:
         """The (source, row) pairs of a step, over all ranks."""
-        rows = self.mixture.rows(step)
+        rows = self.mixture.samples_of(step)
         chosen = rows[: math.ceil(len(rows) / self.repeats)]
         return (chosen * self.repeats)[: len(rows)]
 

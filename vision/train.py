@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_distill import train
-from vlm_distill.config import split_batch
-from vlm_distill.config_file import load_config
-from vlm_distill.launch import leave
+from vlm_distill.config.file import load_config
+from vlm_distill.config.sections import split_batch
+from vlm_distill.runtime.launch import leave
 
 from .config import ClassifierConfig
 

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from data.batch import Problem, Step
-from data.cache_folder import fingerprint
 from data.classification import LabelledImages, open_images
 from data.errors import BadSample, UserError
 from data.images import load_image
 from data.loader import problem_of
 from data.mixture import Mixture
-from data.teacher_cache import TeacherCache
 from data.workers import make_loader
+from vlm_distill.caching.class_logits import TeacherCache
+from vlm_distill.caching.store import fingerprint
 from vlm_distill.evaluation.runner import evenly_spaced
-from vlm_distill.launch import cores
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
+from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine, Processes
 from vlm_distill.training.intake import FIRST_ROWS, reasons
 from vlm_distill.training.loop import Loop
-from vlm_distill.training.tracking import Tracker
 
 from . import losses
 from .classes import map_classes
@@ -282,25 +282,27 @@ class Trainer(Loop):
         workers = min(data.workers, cores())
         return make_loader(self.dataset, start, stop, workers=workers, prefetch=data.prefetch)
 
-    def places(self, step: Step, number: int) -> str:
-        return self.dataset.places(step.index, number)
+    def locate_samples(self, step: Step, number: int) -> str:
+        return self.dataset.locate_samples(step.index, number)
 
-    def shape(self, micro: ImageBatch) -> str:
+    def describe_batch(self, micro: ImageBatch) -> str:
         views, _, height, width = micro.images.shape
         return f"{views} views of {height} × {width} pixels"
 
-    def counts(self, step: Step) -> dict[str, float]:
+    def local_counts(self, step: Step) -> dict[str, float]:
         return {"samples": sum(batch.samples for batch in step.batches)}
 
-    def rows(self, term: AnyTerm, totals: Mapping[str, float]) -> float:
+    def term_rows(self, term: AnyTerm, totals: Mapping[str, float]) -> float:
         one = isinstance(term, BatchTerm) and term.loss.views > 1
         return totals["samples"] * (1 if one else len(self.config.data.views))
 
-    def ramp(self, term: AnyTerm, step: int) -> float:
+    def warm_up(self, term: AnyTerm, step: int) -> float:
         warmup = self.warmups[term.name]
         return min(1.0, (step // self.epoch_steps + 1) / warmup) if warmup else 1.0
 
-    def learn(self, step: Step, micro: ImageBatch, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
+    def forward_batch(
+        self, step: Step, micro: ImageBatch, scales: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, TermSums]]:
         real = bool(micro.samples)
         batch = micro.to(self.processes.device).filled(len(self.config.data.views))
         views = self.on_device(batch, seed=self.config.training.seed, step=step.index)
@@ -317,10 +319,10 @@ class Trainer(Loop):
     def lr(self, step: int) -> float:
         return self.schedule(step)
 
-    def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+    def step_metrics(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
         return {self.speed: totals["samples"] / seconds}
 
-    def stepped(self, step: int) -> None:
+    def after_update(self, step: int) -> None:
         if self.average is not None:
             self.average.update(self.student, step)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlm_distill.launch import leave
+from vlm_distill.runtime.launch import leave
 from vlm_distill.train import main
 
 if __name__ == "__main__":
-    leave(main(trainer="vlm_distill.training.caches", work="fill"))
+    leave(main(trainer="vlm_distill.caching.fill", work="fill"))

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
 from data.sources import open_source
-from vlm_distill.console import plain_console
-from vlm_distill.launch import launch
+from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.launch import launch
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
 # The second has the number of rows that configs/demo/cross_entropy.yaml takes.

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from data.errors import UserError
-
-from .confidential import secret_in
+from vlm_distill.config.confidential import secret_in
 
 T = TypeVar("T")
 

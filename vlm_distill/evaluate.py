@@ -15,10 +15,10 @@ from typing import Any, TypeVar, get_args
 
 from data.batch import Problem
 from data.errors import UserError
-from vlm_distill.console import plain_console
 from vlm_distill.evaluation.progress import progress_line
 from vlm_distill.evaluation.scoring.base import Rules
-from vlm_distill.launch import guarded, leave
+from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.launch import guarded, leave
 
 Number = TypeVar("Number", int, float)
 
@@ -227,7 +227,7 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _sources(options: argparse.Namespace) -> list[Any]:
     from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
-    from vlm_distill.config import Measure
+    from vlm_distill.config.sections import Measure
     from vlm_distill.evaluation.held_out import OF_ANSWERS
 
     measures = options.measures.split(",")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data import manifest
 from data.errors import UserError
+from vlm_distill.runtime import manifest
 
 if TYPE_CHECKING:
     from vlm_distill.training.resume import Record
@@ -18,7 +18,7 @@ FORMATS = ("native", "llava")
 
 def is_classifier(run: Path) -> bool:
     """Whether a run trained an image classifier, whose student is named where others have a path or parts."""
-    from vlm_distill.config_file import read_yaml
+    from vlm_distill.config.file import read_yaml
 
     config = run / "config.yaml"
     content = read_yaml(config) if config.is_file() else None
@@ -87,7 +87,7 @@ def finished_student(run: Path) -> Path | None:
 
 def _student(run: Path) -> tuple[Any, Record | None]:
     """Return a run's student, and what the run has kept of itself when it wrote it."""
-    from vlm_distill.config import RunConfig
+    from vlm_distill.config.sections import RunConfig
     from vlm_distill.models import load_vlm
     from vlm_distill.training import checkpoint
     from vlm_distill.training.resume import NAME, Record
@@ -123,8 +123,8 @@ def _tell_ends(model: Any) -> None:
 
 
 def _card(model: Any, run: Path, record: Record | None) -> str:
-    from vlm_distill.config import RunConfig
-    from vlm_distill.config_file import load_config
+    from vlm_distill.config.file import load_config
+    from vlm_distill.config.sections import RunConfig
     from vlm_distill.models.composed import ComposedVLM
     from vlm_distill.reporting.card import run_card
 

@@ -27,12 +27,12 @@ from data.errors import UserError
 from data.json_files import read_object
 from data.loader import ProblemLog
 from data.sources import Source
-from vlm_distill.config import RunConfig
-from vlm_distill.config_file import load_config
+from vlm_distill.config.file import load_config
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluate import identity
 from vlm_distill.evaluation.runner import Prediction, evaluate
-from vlm_distill.launch import guarded, leave
 from vlm_distill.models.chat import whole_thought
+from vlm_distill.runtime.launch import guarded, leave
 
 if TYPE_CHECKING:
     from vlm_distill.models.interface import Answer, Prompt, VisionLanguageModel
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    from vlm_distill.runtime.output import claim
     from vlm_distill.training.build import image_loader, open_sources
     from vlm_distill.training.engine import Processes
-    from vlm_distill.training.output import claim
 
     _check(config, options)
     sources: list[Any] = open_sources(config.data.train, config.data.max_length)

@@ -17,12 +17,12 @@ from data.conversation import Conversation, Document
 from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
 from data.mixture import Mixture
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.interface import Processor
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.weightless import Weightless
-from vlm_distill.reporting.inspect import InspectedModel, InspectedSample
+from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
 from vlm_distill.training.build import (
     build_terms,
     image_loader,
@@ -123,7 +123,7 @@ class Inspection:
         self.log, self.samples = ProblemLog(), 0
         weights = [section.weight for section in self.config.data.train]
         mixture = Mixture(self.sources, weights, seed=self.config.training.seed, batch_size=count, window=0)
-        return (self._read(source, row) for source, row in mixture.rows(0))
+        return (self._read(source, row) for source, row in mixture.samples_of(0))
 
     def _every(self) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0

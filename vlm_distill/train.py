@@ -12,9 +12,9 @@ from importlib import import_module
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill.config import RunConfig
-from vlm_distill.config_file import load_config
-from vlm_distill.launch import guarded, leave
+from vlm_distill.config.file import load_config
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.runtime.launch import guarded, leave
 
 
 def main(
@@ -45,7 +45,7 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> No
     from vlm_distill.training.engine import Processes
 
     run = getattr(import_module(trainer), work)
-    from vlm_distill.training.failures import explain, start_again
+    from vlm_distill.runtime.failures import explain, start_again
 
     processes = Processes(config.training.device, config.training.timeout)
     try:

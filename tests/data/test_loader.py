@@ -141,7 +141,7 @@ def test_roots_are_kept(steps, flawed, tmp_path):
 def test_fail_is_one_line_from_any_process(steps, write_jsonl, workers):
     source = write_jsonl([{"question": "q", "answer": str(i)} for i in range(20)] + [{"question": "q", "answer": " "}])
     dataset = steps(source=source, on_bad="fail")
-    bad = next(i for i in range(3) if (0, 20) in dataset.mixture.rows(i))
+    bad = next(i for i in range(3) if (0, 20) in dataset.mixture.samples_of(i))
     loader = make_loader(dataset, 0, 3, workers=workers)
     for _ in range(bad):
         next(loader)

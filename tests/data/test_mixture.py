@@ -11,7 +11,7 @@ from data.mixture import Mixture
 
 def epoch(mixture, number):
     steps = mixture.steps_per_epoch
-    return [mixture.rows(step) for step in range(number * steps, (number + 1) * steps)]
+    return [mixture.samples_of(step) for step in range(number * steps, (number + 1) * steps)]
 
 
 def flat(batches):
@@ -34,17 +34,17 @@ def test_rows_are_a_pure_function_of_seed_and_step(questions, window):
     sources = [questions(20, "a", length=lambda i: i % 5), questions(9, "b")]
     mixture = Mixture(sources, [1.0, 0.5], seed=3, batch_size=4, window=window)
     steps = range(3 * mixture.steps_per_epoch)
-    in_order = [mixture.rows(step) for step in steps]
+    in_order = [mixture.samples_of(step) for step in steps]
     again = pickle.loads(pickle.dumps(Mixture(sources, [1.0, 0.5], seed=3, batch_size=4, window=window)))
-    assert [again.rows(step) for step in reversed(steps)] == in_order[::-1]
+    assert [again.samples_of(step) for step in reversed(steps)] == in_order[::-1]
     other = Mixture(sources, [1.0, 0.5], seed=4, batch_size=4, window=window)
-    assert [other.rows(step) for step in steps] != in_order
+    assert [other.samples_of(step) for step in steps] != in_order
 
 
 def test_the_order_survives_upgrades_of_numpy(questions):
     # Written down once: a training resumed by a later version must go on where it stopped.
     mixture = Mixture([questions(6)], seed=1, batch_size=6)
-    assert [row for _, row in mixture.rows(0)] == [1, 0, 4, 2, 3, 5]
+    assert [row for _, row in mixture.samples_of(0)] == [1, 0, 4, 2, 3, 5]
 
 
 def test_weight_is_passes_over_the_source_in_an_epoch(questions):

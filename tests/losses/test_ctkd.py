@@ -93,7 +93,7 @@ def test_a_temperature_for_each_row(setting):
     p, q = (y / temperature).softmax(-1), (z / temperature).softmax(-1)
     kl = (p * (p.log() - q.log())).sum(-1, keepdim=True)
     torch.testing.assert_close(loss(z, y), (temperature**2 * kl).squeeze(-1))
-    result = loss.rows(z.detach().clone(), y.detach().clone(), grad=True)
+    result = loss.loss_and_grad(z.detach().clone(), y.detach().clone(), grad=True)
     torch.testing.assert_close(result.signals["temperature"], temperature.squeeze(-1))
     assert temperature.std() > 0.1
 

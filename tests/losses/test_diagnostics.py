@@ -9,7 +9,7 @@ from vlm_distill import losses
 
 
 def measure(student, teacher):
-    return losses.build("diagnostics").rows(student.clone(), teacher.clone(), grad=True)
+    return losses.build("diagnostics").loss_and_grad(student.clone(), teacher.clone(), grad=True)
 
 
 @pytest.fixture

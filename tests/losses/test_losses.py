@@ -56,7 +56,7 @@ def logits(n, v, dtype=torch.float64, seed=0):
 
 def rows(loss, student, teacher, targets=None, grad=True):
     """`rows` on copies: it may overwrite its arguments."""
-    return loss.rows(student.clone(), teacher.clone(), targets, grad=grad)
+    return loss.loss_and_grad(student.clone(), teacher.clone(), targets, grad=grad)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -338,8 +338,8 @@ def test_a_loss_without_a_closed_form_gets_its_gradient_from_autograd():
 
     student, teacher, _ = logits(3, 47)
     with torch.no_grad():
-        result = SquaredGap().rows(student, teacher, grad=True)
-        assert SquaredGap().rows(student, teacher, grad=False).grad is None
+        result = SquaredGap().loss_and_grad(student, teacher, grad=True)
+        assert SquaredGap().loss_and_grad(student, teacher, grad=False).grad is None
     torch.testing.assert_close(result.grad, 2 * (student - teacher))
     assert not result.loss.requires_grad
     assert not student.requires_grad
@@ -352,7 +352,7 @@ def test_scratch_is_what_rows_needs(name, benchmark_losses, monkeypatch):
         monkeypatch.setattr("vlm_distill.losses.uld._ascending", lambda x: x.sort(-1).values)
         monkeypatch.setattr("vlm_distill.losses.uld._order", lambda x: x.argsort(-1))
     student, teacher, targets = logits(64, 1000, torch.float32)
-    peak = benchmark_losses.peak_bytes(lambda: loss.rows(student, teacher, targets, grad=True))
+    peak = benchmark_losses.peak_bytes(lambda: loss.loss_and_grad(student, teacher, targets, grad=True))
     buffer = student.numel() * student.element_size()
     assert loss.scratch - 1 < peak / buffer < loss.scratch + 0.1
 

@@ -112,9 +112,9 @@ def test_no_rows_give_zero_that_hangs_in_the_graph():
 
 def test_evaluation_makes_no_gradient():
     class Strict(DistillationLoss):
-        def rows(self, student_logits, teacher_logits, targets=None, *, grad):
+        def loss_and_grad(self, student_logits, teacher_logits, targets=None, *, grad):
             assert not grad
-            return losses.build("kd").rows(student_logits, teacher_logits, targets, grad=grad)
+            return losses.build("kd").loss_and_grad(student_logits, teacher_logits, targets, grad=grad)
 
     student, teacher, _ = data()
     with torch.no_grad():

@@ -49,8 +49,8 @@ def test_closed_form_equals_definition(name):
     leaf = student.clone().requires_grad_()
     values = loss(leaf, teacher, targets)
     (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    closed = loss.rows(student.clone(), teacher.clone(), targets, grad=True)
-    without = loss.rows(student.clone(), teacher.clone(), targets, grad=False)
+    closed = loss.loss_and_grad(student.clone(), teacher.clone(), targets, grad=True)
+    without = loss.loss_and_grad(student.clone(), teacher.clone(), targets, grad=False)
     torch.testing.assert_close(closed.loss, values.detach(), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(closed.grad, gradient, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(without.loss, closed.loss)
@@ -70,7 +70,7 @@ def test_neither_scale_nor_shift_of_a_row_matters():
     plain = loss(student, teacher, targets)
     torch.testing.assert_close(loss(scale * student - 3.0, teacher, targets), plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss(2.0 * teacher + 1.0, teacher, targets), torch.zeros_like(plain), atol=1e-6, rtol=0)
-    gradient = loss.rows(student.clone(), teacher.clone(), targets, grad=True).grad
+    gradient = loss.loss_and_grad(student.clone(), teacher.clone(), targets, grad=True).grad
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(4, dtype=torch.float64), atol=1e-13, rtol=0)
     # No first-order change along the logits themselves either: that is a change of scale.
     torch.testing.assert_close((gradient * student).sum(-1), torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -82,7 +82,7 @@ def test_a_row_of_equal_logits():
     loss = make("kd")
     leaf = student.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf, teacher).sum(), leaf)
-    closed = loss.rows(student.clone(), teacher.clone(), grad=True)
+    closed = loss.loss_and_grad(student.clone(), teacher.clone(), grad=True)
     assert closed.grad.isfinite().all()
     torch.testing.assert_close(closed.grad, gradient, rtol=1e-8, atol=1e-12)
 

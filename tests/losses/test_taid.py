@@ -85,7 +85,7 @@ def learn(speed, steps, noise=0.2, t_start=0.2, sharpness=2.0):
     loss, teacher, student = TAID(t_start=t_start, schedule="adaptive"), sharpness * draw(16, 50), draw(16, 50)
     trajectory = []
     for step in range(steps):
-        result = loss.rows(student.clone(), teacher.clone(), grad=True)
+        result = loss.loss_and_grad(student.clone(), teacher.clone(), grad=True)
         seen = math.exp(noise * draw(1).item())
         student = student - 50 * speed / steps * result.grad
         loss.update(
@@ -116,13 +116,13 @@ def test_slope_is_how_the_kl_grows_with_t(power, t):
 
     def kl(value):
         loss.t = value
-        return loss.rows(student.clone(), teacher.clone(), grad=False).signals["kl"]
+        return loss.loss_and_grad(student.clone(), teacher.clone(), grad=False).signals["kl"]
 
     # One-sided where t cannot go on.
     low, high = t * (1 - 1e-5), min(1.0, t * (1 + 1e-5))
     numeric = (kl(high) - kl(low)) / math.log(high / low)
     loss.t = t
-    found = loss.rows(student.clone(), teacher.clone(), grad=False).signals["slope"]
+    found = loss.loss_and_grad(student.clone(), teacher.clone(), grad=False).signals["slope"]
     torch.testing.assert_close(found, numeric, rtol=1e-3, atol=1e-6)
     _, signals = loss.categories(teacher.log_softmax(-1), student.log_softmax(-1))
     torch.testing.assert_close(signals["slope"], found)
@@ -137,7 +137,7 @@ def test_a_student_that_learns_nothing_shows_no_progress(sharpness):
     gaps = []
     for step in range(201):
         loss.t = 0.2 + 0.8 * step / 200
-        signals = loss.rows(student.clone(), teacher.clone(), grad=False).signals
+        signals = loss.loss_and_grad(student.clone(), teacher.clone(), grad=False).signals
         pace.after(signals["kl"].mean().item(), signals["slope"].mean().item(), loss.t, 10)
         gaps.append(signals["kl"].mean().item() * math.exp(-pace._by_t))
     assert gaps == pytest.approx([gaps[0]] * 201, rel=2e-3)
@@ -190,7 +190,7 @@ def test_forward_and_rows_do_not_move_t():
     for training in (True, False):
         loss.train(training)
         loss(student, teacher)
-        loss.rows(student.clone(), teacher.clone(), grad=training)
+        loss.loss_and_grad(student.clone(), teacher.clone(), grad=training)
     assert loss.get_extra_state() == state
     assert loss.metrics() == {"t": 0.4}
 

@@ -74,7 +74,7 @@ def test_all_tokens_known_is_the_whole_distribution(name, logits):
     student, teacher = logits
     loss = make(name)
     result = rows(loss, student, TopKTargets.of(teacher, V))
-    want = loss.rows(student.clone(), teacher.clone(), grad=True)
+    want = loss.loss_and_grad(student.clone(), teacher.clone(), grad=True)
     torch.testing.assert_close(result.loss, want.loss, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(result.grad, want.grad, rtol=1e-10, atol=1e-13)
     for key, value in want.signals.items():

@@ -167,7 +167,7 @@ def test_gradcheck_of_groups():
 def test_groups_of_one_are_plain_rows():
     setting = Setting([(1, 1, 0)] * 9)
     student, teacher = (x.detach()[:9] for x in setting.logits())
-    plain = uld().rows(student.clone(), teacher.clone(), grad=True)
+    plain = uld().loss_and_grad(student.clone(), teacher.clone(), grad=True)
     grouped = uld().grouped(student.clone(), teacher.clone(), setting.targets[:9], setting.groups, grad=True)
     torch.testing.assert_close(plain.loss, grouped.loss, rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(plain.grad, grouped.grad, rtol=1e-13, atol=1e-15)
@@ -179,7 +179,9 @@ def test_plain_logits_of_different_vocabularies():
     # ½ ½ 0 against ½ ¼ ¼
     torch.testing.assert_close(uld()(student, teacher), torch.tensor([0.5]))
     torch.testing.assert_close(uld()(teacher, student), torch.tensor([0.5]))
-    torch.testing.assert_close(uld().rows(teacher.clone(), student.clone(), grad=True).loss, torch.tensor([0.5]))
+    torch.testing.assert_close(
+        uld().loss_and_grad(teacher.clone(), student.clone(), grad=True).loss, torch.tensor([0.5])
+    )
 
 
 def test_a_merged_row_by_hand():

@@ -10,8 +10,8 @@ from pathlib import Path
 import families
 import tiny
 
-from vlm_distill.config import RunConfig
-from vlm_distill.launch import leave
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.runtime.launch import leave
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from multiplied import multiplied
 
-from data.batch import Rows
+from data.batch import ModelBatch
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
@@ -149,13 +149,13 @@ def test_operations_are_those_that_pytorch_counts(kind, tower, settings, tokeniz
     inputs = model.processor.collate(rows)
     real = multiplied(model, inputs)
     costs = Costs(model, trains=False)
-    counted = costs.of(Rows(inputs, *[torch.arange(0)] * 3, 0))
+    counted = costs.of(ModelBatch(inputs, *[torch.arange(0)] * 3, 0))
     for part, operations in counted.items():
         if part in real and (tower, part) != ("convnet", "vision_encoder"):
             assert operations == pytest.approx(real[part], rel=0.08), part
     assert (counted["vision_encoder"] > 0) == (tower == "vit")  # of a convolutional one they are not known
-    features = torch.stack(model.see(rows))
-    known = costs.of(Rows({**inputs, "vision_features": features}, *[torch.arange(0)] * 3, 0))
+    features = torch.stack(model.encode_images(rows))
+    known = costs.of(ModelBatch({**inputs, "vision_features": features}, *[torch.arange(0)] * 3, 0))
     assert known == {**counted, "vision_encoder": 0}
 
 

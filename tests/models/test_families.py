@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from data.collate import Collator, collate, encode_pair
 from data.errors import BadSample, UserError
-from data.token_cache import image_digest
+from vlm_distill.caching.token_records import image_digest
 from vlm_distill.models import load_vlm
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.pretrained import Expanded
-from vlm_distill.models.vision_once import handed_on
+from vlm_distill.models.shared_vision import handed_on
 from vlm_distill.training.operations import Costs
 
 HERE = Path(__file__).parent
@@ -146,13 +146,13 @@ def test_features_stand_for_images(name, load, samples):
     own, seen = model.processor, {}
     if name == "phi4_multimodal":
         with pytest.raises(UserError, match="phi4_multimodal takes no features in place of images"):
-            model.see([own.dummy()])
+            model.encode_images([own.dummy()])
         return
     with torch.no_grad():
         for images in ([own.blank()], *(images for _, images in samples(name))):
             for group in own.seen_together(images):
                 row = own.pictured(group)
-                (features,) = model.see([row])
+                (features,) = model.encode_images([row])
                 # Where rows are packed, features are put in order by the images' tokens.
                 assert len(features) == own.image_tokens(row).sum()
                 seen[image_digest(group)] = features

@@ -5,11 +5,11 @@ import pytest
 import tiny
 
 from data.collate import Collator
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import CrossEntropy, ForwardKL, Term
 from vlm_distill.models import load_vlm
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.training.packing import WINDOW, plan_packing
+from vlm_distill.training.packing_plan import WINDOW, plan_packing
 from vlm_distill.training.task import DistillationTask
 
 #: Student, teacher, and which of them keeps samples in one row apart.

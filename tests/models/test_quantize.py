@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.conversation import Conversation
 from data.errors import UserError
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.quantize import quantization

@@ -8,7 +8,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from data.batch import Encoded
 from data.errors import UserError
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.training.engine import Processes

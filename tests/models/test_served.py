@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from data.conversation import Conversation
 from data.errors import UserError
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models import load_vlm

@@ -4,7 +4,7 @@ import families
 import pytest
 import tiny
 
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.planning import plan
 

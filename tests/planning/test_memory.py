@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_distill.config import DeepSpeedSection
+from vlm_distill.config.sections import DeepSpeedSection
 from vlm_distill.planning.memory import BUCKET, LIVE, MOST, Sizes, rank_memory
 from vlm_distill.planning.simulation import Micro
 

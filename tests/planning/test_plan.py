@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from data.errors import UserError
 from vlm_distill import cli
-from vlm_distill.config import RunConfig
-from vlm_distill.launch import reserved_port
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.planning import plan
 from vlm_distill.planning.models import Models
 from vlm_distill.planning.simulation import Meter
 from vlm_distill.reporting.report import write_report
+from vlm_distill.runtime.launch import reserved_port
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer, train
 

@@ -21,9 +21,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from vlm_distill.config import RunConfig
-from vlm_distill.launch import leave
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
+from vlm_distill.runtime.launch import leave
 from vlm_distill.training.engine import Processes, load_sharded
 from vlm_distill.training.trainer import Trainer
 
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
             deepspeed={"stage": stage, "zero_optimization": {"stage3_param_persistence_threshold": 0}},
         )
         trainer = Trainer(RunConfig.model_validate(plain), processes)
-        assert trainer.vision_once == (student == last)
+        assert trainer.shared_vision == (student == last)
         trainer.run()
         state = trainer.engine.whole_state(trainer.student)
         if processes.first:

@@ -62,7 +62,7 @@ def main():
 
     import vision.trainer  # noqa: F401
     import vlm_distill.training.trainer  # noqa: F401
-    from vlm_distill.launch import reserved_port
+    from vlm_distill.runtime.launch import reserved_port
 
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

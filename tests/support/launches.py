@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_distill.launch import reserved_port
+from vlm_distill.runtime.launch import reserved_port
 
 _ROOT = Path(__file__).parents[2]
 

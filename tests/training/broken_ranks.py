@@ -6,11 +6,11 @@ import signal
 import torch
 
 from vlm_distill import train
-from vlm_distill.launch import leave
+from vlm_distill.runtime.launch import leave
 from vlm_distill.training.trainer import Trainer
 
 
-def learn(self, step, micro, scales, real=Trainer.learn):
+def forward_batch(self, step, micro, scales, real=Trainer.forward_batch):
     last = self.processes.rank == self.processes.world - 1
     if step.index == 2 and last and os.environ["BROKEN"] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -20,5 +20,5 @@ def learn(self, step, micro, scales, real=Trainer.learn):
 
 
 if __name__ == "__main__":
-    Trainer.learn = learn
+    Trainer.forward_batch = forward_batch
     leave(train.main())

@@ -16,14 +16,14 @@ import scenarios
 import tiny
 import torch
 
-from data.feature_cache import FeatureCache
-from data.token_cache import TokenCache
-from vlm_distill.config import RunConfig
-from vlm_distill.launch import leave
+from vlm_distill.caching.fill import fill
+from vlm_distill.caching.image_features import FeatureCache
+from vlm_distill.caching.token_records import TokenCache
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models.teacher import ModelTeacher, TeacherOutputs
+from vlm_distill.runtime.launch import leave
 from vlm_distill.training import engine
-from vlm_distill.training.caches import fill
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 

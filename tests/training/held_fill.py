@@ -1,8 +1,8 @@
 """A rank that fills a cache and, with its first entry on the disk, says so and goes on when a line comes in."""
 
-from data.cache_folder import ShardWriter
 from vlm_distill import train
-from vlm_distill.launch import leave
+from vlm_distill.caching.store import ShardWriter
+from vlm_distill.runtime.launch import leave
 
 
 def append(self, data, *, real=ShardWriter.append, **fields):
@@ -15,4 +15,4 @@ def append(self, data, *, real=ShardWriter.append, **fields):
 
 if __name__ == "__main__":
     ShardWriter.append = append
-    leave(train.main(trainer="vlm_distill.training.caches", work="fill"))
+    leave(train.main(trainer="vlm_distill.caching.fill", work="fill"))

@@ -19,8 +19,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from vlm_distill.config import RunConfig
-from vlm_distill.launch import leave
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.runtime.launch import leave
 from vlm_distill.training import engine
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from data import manifest
 from data.errors import UserError
+from vlm_distill.runtime import manifest
 from vlm_distill.training import checkpoint
 
 

@@ -9,7 +9,7 @@ from data.mixture import Mixture
 from data.sources import open_source
 from data.workers import make_loader
 from vlm_distill import models
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.inspection import Inspection
 from vlm_distill.training.build import build_terms, pair_vocabularies

@@ -10,7 +10,7 @@ from torch import nn
 
 from data.errors import UserError
 from vision.config import ClassifierConfig
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.training.engine import Engine, Processes, _first_host, _own_gpu, _port_of_step
 from vlm_distill.training.trainer import Trainer
 

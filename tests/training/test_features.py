@@ -10,8 +10,8 @@ from data.collate import Collator, collate, encode_pair
 from data.conversation import Conversation, Document, count_images
 from data.errors import UserError
 from vlm_distill import models
-from vlm_distill.config import RunConfig
-from vlm_distill.config_file import load_config, save_config
+from vlm_distill.config.file import load_config, save_config
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.losses import FeatureTerm, wanted_features
 from vlm_distill.models.teacher import ModelTeacher

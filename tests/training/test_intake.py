@@ -15,7 +15,7 @@ from vision import train as classify
 from vision.config import ClassifierConfig
 from vision.trainer import Trainer as ClassifierTrainer
 from vlm_distill import train
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.training.intake import FirstRows, Tally
 from vlm_distill.training.trainer import Trainer
 

@@ -9,7 +9,7 @@ import torch
 
 from data.errors import UserError
 from vlm_distill import evaluate
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.inspection import Inspection
 from vlm_distill.models import build_vlm, load_vlm

@@ -11,8 +11,8 @@ import pytest
 import tiny
 import yaml
 
-from vlm_distill.config import RunConfig
-from vlm_distill.launch import reserved_port
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.runtime.launch import reserved_port
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import train
 

@@ -9,7 +9,7 @@ import torch
 
 from data.errors import UserError
 from data.sources import open_source
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
 from vlm_distill.models.interface import Answer, Sampling, _Choice
 from vlm_distill.training.engine import Processes
@@ -94,12 +94,15 @@ def test_without_a_share_nothing_changes(folder):
 
 def test_answers_are_the_students(folder):
     run = trainer(folder, "own", on_policy={"fraction": 1.0, "max_new_tokens": 5})
-    taken = run.take(run.dataset[0])
+    taken = run.prepare_step(run.dataset[0])
     data = run.dataset[0]
     assert [batch.samples for batch in taken.batches] == [batch.samples for batch in data.batches]
     assert [batch.images for batch in taken.batches] == [batch.images for batch in data.batches]
     prompts = [
-        p for part in run.dataset.deal(run.dataset.mixture.rows(0)) for p in run.on_policy._prompts(data, part) if p
+        p
+        for part in run.dataset.deal(run.dataset.mixture.samples_of(0))
+        for p in run.on_policy._prompts(data, part)
+        if p
     ]
     drawn = [ids for batch in taken.batches for ids in supervised(batch)]
     # Told again by the model itself, from the same random numbers.
@@ -179,18 +182,18 @@ def test_resumed_equals_uninterrupted(folder, name):
 def test_replay_brings_back_what_was_drawn(folder):
     run = trainer(folder, "replay", on_policy={"fraction": 1.0, "max_new_tokens": 4, "replay": 8})
     own = run.on_policy
-    run.take(run.dataset[0])
+    run.prepare_step(run.dataset[0])
     assert own._kind(1) == "draw"  # it is not full: row 9 is broken
-    run.take(run.dataset[1])
+    run.prepare_step(run.dataset[1])
     assert len(own.kept) == 8
     replayed = [step for step in range(6) if own._kind(step) == "replay"]
     answers = sorted(ids for _, ids in own.kept)
-    again = run.take(run.dataset[replayed[0]])
+    again = run.prepare_step(run.dataset[replayed[0]])
     assert sorted(ids for batch in again.batches for ids in supervised(batch)) == answers
     assert own.counted["answering"] > 0
     # Two answers to one question stay two.
     own.kept[:2] = [(own.kept[2][0], [5, 6]), (own.kept[2][0], [7])]
-    again = run.take(run.dataset[replayed[0]])
+    again = run.prepare_step(run.dataset[replayed[0]])
     assert {(5, 6), (7,)} <= {tuple(ids) for batch in again.batches for ids in supervised(batch)}
     # No share of the steps is taken from the buffer at the run's beginning, all of them at its end.
     assert [own._kind(step) for step in (0, 6)] == ["draw", "replay"]
@@ -225,7 +228,7 @@ def test_an_answer_of_nothing_is_no_mistake_of_the_data(folder, monkeypatch):
     run.dataset.mixture.sources[0] = open_source(folder / "whole" / "data.jsonl", name="data")
     end = Answer("", sorted(run.student.end_tokens)[:1], [0.0])
     monkeypatch.setattr(type(run.student), "answer", lambda self, rows, **settings: [end] * len(rows))
-    taken = run.take(run.dataset[0])
+    taken = run.prepare_step(run.dataset[0])
     assert len(taken.problems) == 8
     assert [batch.samples for batch in taken.batches] == [0, 0, 0, 0]
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import yaml
 
-from vlm_distill.launch import reserved_port
+from vlm_distill.runtime.launch import reserved_port
 
 STEPS = 30
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import vision.trainer
 from data.errors import UserError
 from vision.config import ClassifierConfig
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.export import export_student
 from vlm_distill.training import resume
 from vlm_distill.training.resume import Rule

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vlm_distill.launch import Failure, leave, reserved_port
-from vlm_distill.training.stopping import Stopping
-from vlm_distill.training.watchdog import Watch
+from vlm_distill.runtime.launch import Failure, leave, reserved_port
+from vlm_distill.runtime.stopping import Stopping
+from vlm_distill.runtime.watchdog import Watch
 
 LIMIT = 3.0  # seconds
 

@@ -17,7 +17,7 @@ from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vision.trainer import Trainer
 from vision.transforms import DeviceViews
-from vlm_distill.launch import leave
+from vlm_distill.runtime.launch import leave
 from vlm_distill.training.engine import Processes
 
 STEPS, LR, DECAY = 5, 0.05, 5e-4

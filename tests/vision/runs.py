@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vision.trainer import Trainer
-from vlm_distill.launch import leave
+from vlm_distill.runtime.launch import leave
 from vlm_distill.training.engine import Processes
 
 # ZeRO-3 shards the smallest parameters too, which DeepSpeed would keep whole.

@@ -17,7 +17,7 @@ from vision import demo
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vision.trainer import build_terms
-from vlm_distill.config_file import load_config
+from vlm_distill.config.file import load_config
 from vlm_distill.demo import configs_folder
 
 CONFIGS = configs_folder() / "demo" / "vision"

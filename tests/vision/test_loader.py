@@ -13,11 +13,11 @@ from PIL import Image
 
 from data.errors import BadSample, UserError
 from data.mixture import Mixture
-from data.teacher_cache import TeacherCache
 from data.workers import make_loader
 from vision.classifier import InputSettings
 from vision.loader import ImageSteps
 from vision.transforms import Augmentation, DeviceViews, Erasing, Mixing
+from vlm_distill.caching.class_logits import TeacherCache
 
 INPUTS = InputSettings((16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
 WEAK = Augmentation(crop="pad", padding=2, color_jitter=0)
@@ -341,4 +341,4 @@ def test_messages_name_the_images_of_a_micro_batch():
     steps = make(world=2, rank=1)
     for number, batch in enumerate(steps[1].batches):
         lines = ", ".join(str(row + 1) for row in batch.rows.tolist())
-        assert steps.places(1, number) == f"{steps.mixture.sources[0].name}, lines {lines}"
+        assert steps.locate_samples(1, number) == f"{steps.mixture.sources[0].name}, lines {lines}"

@@ -86,10 +86,10 @@ def test_cross_entropy(targets, smoothing):
     plain = -(shares * student.softmax(-1).log()).sum(-1)
     torch.testing.assert_close(loss(student, None, targets), plain)
     (gradient,) = torch.autograd.grad(plain.sum(), student)
-    closed = loss.rows(student.detach().clone(), None, targets, grad=True)
+    closed = loss.loss_and_grad(student.detach().clone(), None, targets, grad=True)
     torch.testing.assert_close(closed.loss, plain.detach())
     torch.testing.assert_close(closed.grad, gradient)
-    assert loss.rows(student.detach().clone(), None, targets, grad=False).grad is None
+    assert loss.loss_and_grad(student.detach().clone(), None, targets, grad=False).grad is None
     sums = on_logits([Term("ce", loss)], student, None, targets)
     torch.testing.assert_close(torch.autograd.grad(sums.loss, student)[0], gradient)
     assert torch.autograd.gradcheck(lambda s: loss(s, None, targets), student)
@@ -103,7 +103,7 @@ def test_hard_labels():
     torch.testing.assert_close(loss(student, teacher), plain)
     leaf = student.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(leaf, teacher).sum(), leaf)
-    closed = loss.rows(student.clone(), teacher.clone(), grad=True)
+    closed = loss.loss_and_grad(student.clone(), teacher.clone(), grad=True)
     torch.testing.assert_close((closed.loss, closed.grad), (plain, gradient))
     assert torch.equal(loss(student, 7.0 * teacher + 2.0), plain)  # only the decision counts
 

@@ -35,7 +35,7 @@ class CrossEntropy(DistillationLoss):
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         q, targets = softmax_(upcast(student_logits)), need_targets(targets)

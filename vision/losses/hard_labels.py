@@ -25,7 +25,7 @@ class HardLabels(DistillationLoss):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         return self._cross_entropy(student_logits, None, upcast(teacher_logits).argmax(-1))
 
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
-        return self._cross_entropy.rows(student_logits, None, upcast(teacher_logits).argmax(-1), grad=grad)
+        return self._cross_entropy.loss_and_grad(student_logits, None, upcast(teacher_logits).argmax(-1), grad=grad)

@@ -104,7 +104,7 @@ class DistillationLoss(Loss):
         """
         raise NotImplementedError
 
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         """The same values with their gradient, outside autograd, also where gradients are switched off.

@@ -103,7 +103,7 @@ class CTKD(DistillationLoss):
         return self.t_start + self.t_range * torch.sigmoid(g).expand(len(student), 1)
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         student, teacher = upcast(student_logits), upcast(teacher_logits)

@@ -33,7 +33,7 @@ class Diagnostics(DistillationLoss):
         return (0.0 * upcast(student_logits).nan_to_num()).sum(-1)
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         student, teacher = upcast(student_logits), upcast(teacher_logits)

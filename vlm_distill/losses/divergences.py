@@ -91,7 +91,7 @@ class Divergence(DistillationLoss):
         return self.factor * self.between(teacher.log_softmax(-1), student.log_softmax(-1))
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         form = self.streamed()
@@ -342,7 +342,7 @@ class CrossEntropy(DistillationLoss):
         return Form(Kind.CROSS_ENTROPY, t=0.0)
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         index = need_targets(targets).unsqueeze(-1)

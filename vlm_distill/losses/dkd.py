@@ -50,7 +50,7 @@ class DKD(DistillationLoss):
         return both.log_softmax(-1), rest.log_softmax(-1)
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         index = need_targets(targets).unsqueeze(-1)

@@ -327,7 +327,7 @@ class _Pass(Sums):
                 return topk_rows(term.loss, own, *top, grad=grad)
             if other is not None and groups is not None:
                 return term.loss.grouped(own, other, need_targets(targets), groups, grad=grad)
-            return term.loss.rows(own, other, targets, grad=grad)
+            return term.loss.loss_and_grad(own, other, targets, grad=grad)
 
         self.add_block(terms, student, teacher, evaluate)
         if slope is not None:

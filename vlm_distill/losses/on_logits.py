@@ -63,7 +63,7 @@ def on_logits(
             work.expect_learned(learned, dtype)
 
             def evaluate(term: Term, own: Tensor, other: Tensor | None, grad: bool) -> RowResult:
-                return term.loss.rows(own, other, targets, grad=grad)
+                return term.loss.loss_and_grad(own, other, targets, grad=grad)
 
             if len(student):
                 work.add_block(work.terms, student, teacher, evaluate)

@@ -45,14 +45,14 @@ class Standardised(DistillationLoss):
         return self.inner(standardised(upcast(student_logits)), standardised(upcast(teacher_logits)), targets)
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         z, teacher = upcast(student_logits), upcast(teacher_logits)
         _standardise_(teacher)
         deviation = _standardise_(z)
         # The inner loss may overwrite what it is given.
-        result = self.inner.rows(z.clone() if grad else z, teacher, targets, grad=grad)
+        result = self.inner.loss_and_grad(z.clone() if grad else z, teacher, targets, grad=grad)
         if result.grad is None:
             return result
         # With s the deviation, z' = (x − mean)/s and g the gradient by z: (g − mean g − z'·Σ g·z/(V − 1))/(s + ε).

@@ -167,7 +167,7 @@ class TAID(DistillationLoss):
         return None if form is None else form._replace(t=self._t, slope="slope" in self.signals)
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         form = self.streamed()

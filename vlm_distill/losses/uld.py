@@ -60,7 +60,7 @@ class ULD(DistillationLoss):
         return _distance(q, _merged(log_p, groups.teacher_targets, groups.teacher))
 
     @torch.no_grad()
-    def rows(
+    def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         student, teacher = soften_(student_logits, teacher_logits, self.temperature)

@@ -598,7 +598,7 @@ def with_arguments(template: Any, arguments: Mapping[str, Any], where: str) -> A
 
     Args:
         template: a Jinja template, or several by name.
-        arguments: as :class:`~vlm_distill.config.ModelSection` has them.
+        arguments: as :class:`~vlm_distill.config.sections.ModelSection` has them.
         where: whose they are, for errors.
 
     Raises:

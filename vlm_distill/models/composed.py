@@ -311,7 +311,7 @@ class ComposedVLM(VisionLanguageModel):
         assert self.vision_encoder is not None
         return dict(self.vision_encoder.settings)
 
-    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+    def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
         assert self.vision_encoder is not None
         inputs = self.processor.collate(rows).to(next(self.vision_encoder.parameters()).device)
         features = self.vision_encoder(inputs["pixel_values"]).flatten(0, 1)

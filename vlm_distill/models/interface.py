@@ -408,7 +408,7 @@ class VisionLanguageModel(nn.Module, ABC):
         """What decides, beside the weights of :attr:`sight`, what an image becomes."""
 
     @abstractmethod
-    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+    def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
         """What :attr:`sight` makes of each row's images, ``[tokens, C]``.
 
         Args:

@@ -262,9 +262,9 @@ class WithoutAdapters(VisionLanguageModel):
     def sight_settings(self) -> dict[str, Any]:
         return self.model.sight_settings
 
-    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+    def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
         with self._off():
-            return self.model.see(rows)
+            return self.model.encode_images(rows)
 
     def keeps_samples_apart(self) -> bool:
         return self.model.keeps_samples_apart()

@@ -449,7 +449,7 @@ class PretrainedVLM(VisionLanguageModel):
         images = self.processor.processor.image_processor.to_dict()
         return {**{name: value for name, value in config.items() if name not in here}, "image_processor": images}
 
-    def see(self, rows: Sequence[Encoded]) -> list[Tensor]:
+    def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
         # Alone: beside other images some families pad an image, or its tiles.
         return [self._flat(self._look(row)) for row in rows]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import DistillationBatch
-from data.token_cache import CachedRows, Fields, TokenCache
+from vlm_distill.caching.token_records import CachedRows, Fields, TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
 from .composed import load_tokenizer

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill.config import RunConfig, split_batch
-from vlm_distill.devices import DEVICES
+from vlm_distill.config.sections import RunConfig, split_batch
+from vlm_distill.runtime.devices import DEVICES
 from vlm_distill.training.evaluations import Evaluations
 
 from .memory import Memory, rank_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from vlm_distill.config import DeepSpeedSection
+from vlm_distill.config.sections import DeepSpeedSection
 
 from .simulation import Micro
 

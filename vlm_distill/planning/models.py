@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from data.batch import DistillationBatch
 from data.collate import Collator, Pair
 from data.errors import UserError
-from vlm_distill.config import RunConfig
+from vlm_distill.caching.fill_features import sight_of
+from vlm_distill.caching.fill_tokens import check_likeliest
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Term
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.interface import Processor
@@ -23,8 +25,8 @@ from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import ServedTeacher
+from vlm_distill.models.shared_vision import sees_as
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.models.vision_once import sees_as
 from vlm_distill.training.build import (
     build_terms,
     check_evaluations,
@@ -36,10 +38,8 @@ from vlm_distill.training.build import (
     turns,
 )
 from vlm_distill.training.on_policy import check_on_policy
-from vlm_distill.training.packing import plan_packing
+from vlm_distill.training.packing_plan import plan_packing
 from vlm_distill.training.schedule import lr_scales, parameter_groups
-from vlm_distill.training.teacher_cache import check_likeliest
-from vlm_distill.training.vision_cache import sight_of
 
 from .memory import BUCKET, PERSISTENT, Sizes
 from .simulation import HeadCost, Meter, Micro, losses_cost, simulate
@@ -103,8 +103,8 @@ class Models:
             and sees_as(self.student, guide)
         )
         features = config.student.vision_cache is not None
-        self.vision_once = self.same_encoder and not features
-        if self.vision_once or (self.same_encoder and features):
+        self.shared_vision = self.same_encoder and not features
+        if self.shared_vision or (self.same_encoder and features):
             runs = "does not run" if features else "runs once, for both"
             self.told += (f"the vision encoder is frozen and taken to be the teacher's: it {runs}",)
         self.cached_sight = features
@@ -217,7 +217,7 @@ class Models:
         sizes = tuple(image.size for image in images)
         if sizes not in self._shapes:
             with torch.no_grad():
-                (seen,) = self.student.see([self.student.processor.pictured(images)])
+                (seen,) = self.student.encode_images([self.student.processor.pictured(images)])
             self._shapes[sizes] = seen.shape
         return torch.zeros(self._shapes[sizes], dtype=DTYPES[self.config.training.dtype])
 
@@ -253,7 +253,7 @@ class Models:
                     head,
                     autocast=self.autocast,
                     cached=cached,
-                    vision_once=self.vision_once,
+                    shared_vision=self.shared_vision,
                 )
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(f"plan: these models cannot run without weights: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
 from data.mixture import Mixture
 from data.sources import Source, TextSource
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.interface import Processor
 from vlm_distill.training.build import image_loader, open_sources
 
@@ -84,7 +84,7 @@ def sample(config: RunConfig, sources: Sources | None, models: Models) -> tuple[
     mixture = Mixture(sources, weights, seed=config.training.seed, batch_size=config.training.batch_size)
     first = Mixture(sources, weights, seed=config.training.seed, batch_size=SAMPLES)
     load, pairs, sizes, samples, reason = image_loader(data), list[Pair](), 0.0, 0, ""
-    for source, row in first.rows(0):
+    for source, row in first.samples_of(0):
         try:
             sample = sources[source][row]
             images = [] if isinstance(sample, Document) else [load(image) for image in sample.images]

@@ -22,7 +22,7 @@ from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.interface import LMHead, Outputs, VisionLanguageModel
-from vlm_distill.models.vision_once import handed_on
+from vlm_distill.models.shared_vision import handed_on
 from vlm_distill.models.weightless import Weightless, tensors_in
 
 aten = torch.ops.aten
@@ -221,7 +221,7 @@ def simulate(
     *,
     autocast: bool,
     cached: int = 0,
-    vision_once: bool = False,
+    shared_vision: bool = False,
 ) -> Micro:
     """Runs a micro-batch without weights.
 
@@ -232,19 +232,19 @@ def simulate(
         head: what the losses take.
         autocast: the student computes in bf16 from float32 parameters.
         cached: bytes of what is read from disk in place of a teacher's outputs.
-        vision_once: the student takes what the teacher saw.
+        shared_vision: the student takes what the teacher saw.
     """
     inputs = _bytes(batch)
     kept, teacher_peak, teacher_flops = cached, 0, 0
     given = batch.student.inputs
     if teacher is not None and batch.teacher is not None:
         with meter.counting(), torch.no_grad():
-            wanted = [SIGHT] if vision_once else []
+            wanted = [SIGHT] if shared_vision else []
             taught = _forward(teacher, batch.teacher.inputs, batch.teacher.positions, wanted, autocast=False)
         teacher_peak, teacher_flops = meter.peak, meter.flops
         kept = taught.hidden.nbytes + sum(t.nbytes for t in taught.features.values())
     with meter.counting(), _gradients(meter, student):
-        if vision_once:
+        if shared_vision:
             given = handed_on(batch, taught.features[SIGHT])
         states = _forward(student, given, batch.student.positions, autocast=autocast).hidden
         with student.head.weight() as weight:

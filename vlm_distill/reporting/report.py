@@ -17,15 +17,15 @@ from PIL import Image
 from data.errors import BadSample, UserError
 from data.images import load_image
 from vlm_distill import __version__
-from vlm_distill.config_file import read_saved
+from vlm_distill.config.file import read_saved
 from vlm_distill.evaluation.runner import read_predictions
 
 from . import plots, seeds
-from .benchmarks import benchmark_sections, is_benchmark, not_scored
-from .classification import classification_sections, is_classification
+from .benchmark_sections import benchmark_sections, is_benchmark, not_scored
+from .class_sections import classification_sections, is_classification
 from .entries import Duel, Entry, Run, duel, entries_on
 from .gallery import gallery
-from .language import MEASURES, has_answers, language_sections
+from .language_sections import MEASURES, has_answers, language_sections
 from .planned import planned_sections
 
 _COLOURS = 5

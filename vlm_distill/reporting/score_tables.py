@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from vlm_distill.console import plain_console
 from vlm_distill.evaluation.benchmark_run import Result, average
+from vlm_distill.runtime.console import plain_console
 
 
 def print_results(results: Sequence[Result]) -> None:

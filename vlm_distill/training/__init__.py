@@ -1,5 +1,5 @@
 """The loop that trains a student, on any number of processes."""
 
-from vlm_distill.launch import settle_accelerator
+from vlm_distill.runtime.launch import settle_accelerator
 
 settle_accelerator()

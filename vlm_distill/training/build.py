@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.cache_folder import ABOUT, check_not_filling
 from data.collate import Turns, encode_pair
 from data.conversation import Conversation, ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
 from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
-from data.token_cache import CachedRows
 from vlm_distill import losses, models
-from vlm_distill.config import (
+from vlm_distill.caching.store import ABOUT, check_not_filling
+from vlm_distill.caching.token_records import CachedRows
+from vlm_distill.config.sections import (
     TEACHERS,
     CacheSection,
     DataSection,

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data import manifest
 from data.errors import UserError
 from data.json_files import read_object
-from data.manifest import Entry
-
-from . import faults
-from .output import cause_of, flush, flush_all, put_in_place, size
+from vlm_distill.runtime import faults, manifest
+from vlm_distill.runtime.manifest import Entry
+from vlm_distill.runtime.output import cause_of, flush, flush_all, put_in_place, size
 
 T = TypeVar("T")
 

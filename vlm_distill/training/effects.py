@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_distill.config import AnyRun, Section
+from vlm_distill.config.sections import AnyRun, Section
 
 
 def idle_settings(config: AnyRun) -> list[str]:

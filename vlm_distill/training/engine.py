@@ -24,18 +24,18 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from transformers.integrations import HfDeepSpeedConfig
 
 from data.errors import UserError
-from data.manifest import Entry, HashedWriter
-from vlm_distill.config import AnyRun, split_batch
-from vlm_distill.launch import cores
+from vlm_distill.config.sections import AnyRun, split_batch
 from vlm_distill.models.common import first_line
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.loading import not_finite
 from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.runtime import faults
+from vlm_distill.runtime.failures import out_of_memory
+from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.manifest import Entry, HashedWriter
+from vlm_distill.runtime.watchdog import Watch
 
-from . import faults
-from .failures import out_of_memory
 from .shards import Whole, read_whole, written_by
-from .watchdog import Watch
 
 T = TypeVar("T")
 

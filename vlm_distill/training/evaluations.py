@@ -19,7 +19,7 @@ from data.errors import BadSample, UserError
 from data.images import load_image
 from data.loader import problem_of
 from data.sources import Source, TextSource
-from vlm_distill.config import Measure, RunConfig, split_batch
+from vlm_distill.config.sections import Measure, RunConfig, split_batch
 from vlm_distill.evaluation.benchmark import Benchmark
 from vlm_distill.evaluation.benchmark_run import open_benchmarks, published, run_benchmark, score_answers
 from vlm_distill.evaluation.benchmarks import data_folder, entry_name, get
@@ -41,12 +41,12 @@ from vlm_distill.evaluation.runner import (
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.runtime.tracking import Tracker
 
 from .build import check_evaluations, image_loader, open_sources, turns
 from .checkpoint import completed
 from .engine import Processes
 from .intake import FIRST_ROWS, reasons
-from .tracking import Tracker
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}
 

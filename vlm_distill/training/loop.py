@@ -25,20 +25,21 @@ from data.batch import Problem, Step
 from data.errors import BadSample, UserError
 from data.json_files import read_object
 from data.loader import ProblemLog, problem_of
-from data.manifest import Entry
-from vlm_distill.config import AnyRun, split_batch
-from vlm_distill.launch import Stopped, cores
+from vlm_distill.config.sections import AnyRun, split_batch
 from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
+from vlm_distill.runtime import faults
+from vlm_distill.runtime.failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
+from vlm_distill.runtime.launch import Stopped, cores
+from vlm_distill.runtime.manifest import Entry
+from vlm_distill.runtime.output import cause_of, claim, put_in_place
+from vlm_distill.runtime.stopping import Stopping
+from vlm_distill.runtime.tracking import Tracker
 
-from . import checkpoint, faults
+from . import checkpoint
 from .effects import idle_settings
 from .engine import Engine, Processes
-from .failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
 from .intake import FIRST_ROWS, FirstRows, Tally, too_many_left_out
-from .output import cause_of, claim, put_in_place
 from .past import Past
-from .stopping import Stopping
-from .tracking import Tracker
 
 
 class Loop(ABC):
@@ -99,32 +100,32 @@ class Loop(ABC):
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         """This rank's share of the steps ``start`` to ``stop - 1``."""
 
-    def take(self, step: Step) -> Step:
+    def prepare_step(self, step: Step) -> Step:
         """A step as it is learnt, before anything of it is counted; every rank calls it."""
         return step
 
     @abstractmethod
-    def places(self, step: Step, number: int) -> str:
+    def locate_samples(self, step: Step, number: int) -> str:
         """Where the samples of this rank's micro-batch ``number`` of a step stand, for messages."""
 
     @abstractmethod
-    def shape(self, micro: Any) -> str:
+    def describe_batch(self, micro: Any) -> str:
         """How large a micro-batch is, in words."""
 
     @abstractmethod
-    def counts(self, step: Step) -> dict[str, float]:
+    def local_counts(self, step: Step) -> dict[str, float]:
         """What of this rank's share is to be summed over ranks before the first forward; ``samples`` among it."""
 
     @abstractmethod
-    def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
+    def term_rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
         """How many rows a term has in a step of these totals."""
 
-    def ramp(self, term: Term | FeatureTerm, step: int) -> float:
+    def warm_up(self, term: Term | FeatureTerm, step: int) -> float:
         """A factor on a term's weight in an optimizer step."""
         return 1.0
 
     @abstractmethod
-    def learn(self, step: Step, micro: Any, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
+    def forward_batch(self, step: Step, micro: Any, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, TermSums]]:
         """The engine's forward of a micro-batch, on whatever device it lies: the loss and its terms."""
 
     @abstractmethod
@@ -132,7 +133,7 @@ class Loop(ABC):
         """The learning rate of an optimizer step."""
 
     @abstractmethod
-    def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+    def step_metrics(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
         """What is told of a step beside losses and time, its speed under ``speed`` last."""
 
     @abstractmethod
@@ -162,10 +163,10 @@ class Loop(ABC):
         """Return what to say about the first rows beside those that are left out; on the first rank."""
         return []
 
-    def passed_over(self, step: Step) -> None:
+    def skip_step(self, step: Step) -> None:
         """Called in place of an update, for a step in which no rank has anything to learn from."""
 
-    def stepped(self, step: int) -> None:
+    def after_update(self, step: int) -> None:
         """Called after an update of the weights, in optimizer step ``step``, counted from 0."""
 
     def share_statistics(self) -> None:
@@ -221,7 +222,7 @@ class Loop(ABC):
             asked = time.monotonic()
             for step in self.batches(done, last):
                 waited = time.monotonic() - asked
-                values, stop = self._step(step, waited)
+                values, stop = self.train_step(step, waited)
                 done = step.index + 1
                 tracker.log("train", done, values)
                 tracker.show(done, self._headline(values))
@@ -255,7 +256,7 @@ class Loop(ABC):
     def _evaluates_after(self, done: int) -> bool:
         return bool(self.evaluate_every and done and done % self.evaluate_every == 0 and done < self.steps)
 
-    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
+    def train_step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
         """Take an optimizer step over all ranks. Return its metrics, and the signal that a rank has got (0: none)."""
         world, began = self.processes.world, time.monotonic()
         # Dropout depends on seed, step and rank alone: a resumed run needs no generator's state.
@@ -263,8 +264,8 @@ class Loop(ABC):
 
         # Count the step over all ranks. What of the data was left out is known before anything is drawn on policy.
         left_out = len(step.problems)
-        step = self.take(step)
-        counts = self.counts(step) | {"problems": len(step.problems), "waited": waited}
+        step = self.prepare_step(step)
+        counts = self.local_counts(step) | {"problems": len(step.problems), "waited": waited}
         counts |= {"rows": step.rows, "left_out": left_out}
         counts |= self.stopping.counts() | {"failed": self._failure is not None}
         totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
@@ -272,7 +273,7 @@ class Loop(ABC):
             self._end_if_failed()
         if totals["problems"]:
             self._record(step)
-        rows = {term.name: self.rows(term, totals) for term in self.terms}
+        rows = {term.name: self.term_rows(term, totals) for term in self.terms}
         self._count(step, totals, empty=not any(rows.values()))
 
         # Learn. A step in which no rank has anything to learn from is passed over: the optimizer would move the weights
@@ -281,9 +282,9 @@ class Loop(ABC):
         means: dict[str, dict[str, float]] = {}
         if any(rows.values()):
             means, norm = self._update(step, rows, lr)
-            values["loss"] = sum(t.weight * self.ramp(t, step.index) * means[t.name]["loss"] for t in self.terms)
+            values["loss"] = sum(t.weight * self.warm_up(t, step.index) * means[t.name]["loss"] for t in self.terms)
         else:
-            self.passed_over(step)
+            self.skip_step(step)
         epochs = self.steps / self.epoch_steps
         for term in self.terms:
             progress = Progress(step.index, self.steps, step.index / self.epoch_steps, epochs)
@@ -300,7 +301,7 @@ class Loop(ABC):
             values
             | {"lr": lr, "epoch": (step.index + 1) / self.epoch_steps, "samples": int(totals["samples"])}
             | {"left_out": self.tally.share, "empty_steps": self.tally.empty_steps}
-            | self.values(totals, seconds)
+            | self.step_metrics(totals, seconds)
             | {"peak_bytes": self._peak()}
             | {"waiting": totals["waited"] / world / seconds, "seconds": time.monotonic() - self.began}
         )
@@ -326,14 +327,14 @@ class Loop(ABC):
         scales = {}
         for term in self.terms:
             count = rows[term.name]
-            scales[term.name] = self.ramp(term, step.index) * self.processes.world / count if count else 0.0
+            scales[term.name] = self.warm_up(term, step.index) * self.processes.world / count if count else 0.0
 
         sums: list[dict[str, TermSums]] = []
         norm: float | None = None
         for number, micro in enumerate(step.batches, 1):
-            terms, norm = self._learn(step, number, micro, scales, lr)
+            terms, norm = self._train_micro_batch(step, number, micro, scales, lr)
             sums.append(terms)
-        self.stepped(step.index)
+        self.after_update(step.index)
         self._enter("adding up the ranks' losses", step.index)
         means = self._means(sums)
         self._check_finite(step, sums, means, norm)
@@ -352,14 +353,14 @@ class Loop(ABC):
             except OSError as error:
                 self._failure = self._failure or cause_of(error, self.folder)
 
-    def _learn(
+    def _train_micro_batch(
         self, step: Step, number: int, micro: Any, scales: Mapping[str, float], lr: float
     ) -> tuple[dict[str, TermSums], float | None]:
         """Forward, backward and, of the last micro-batch, the update; the terms' sums and the gradient's norm."""
         where = f"micro-batch {number} of {len(step.batches)}"
         try:
             self._enter(f"the forward of {where}", step.index)
-            loss, terms = self.learn(step, micro, scales)
+            loss, terms = self.forward_batch(step, micro, scales)
             self._enter(f"the backward of {where}", step.index)
             self.engine.backward(loss)
             self._enter(f"the update after {where}", step.index)
@@ -373,7 +374,7 @@ class Loop(ABC):
                 self.processes.world,
                 self.processes.device,
                 phase=self.processes.watch.where,
-                shape=self.shape(micro),
+                shape=self.describe_batch(micro),
                 recomputes=getattr(self.settings.training, "recompute_logits", True) is False,
             ) from error
 
@@ -395,7 +396,7 @@ class Loop(ABC):
         if not terms and not gradient:
             return
         mine = [
-            f"rank {self.processes.rank}, micro-batch {number + 1} ({self.places(step, number)})"
+            f"rank {self.processes.rank}, micro-batch {number + 1} ({self.locate_samples(step, number)})"
             for number, micro in enumerate(sums)
             if not all(math.isfinite(float(micro[name].loss)) for name in terms)
         ]
@@ -531,7 +532,7 @@ class Loop(ABC):
     def _try_rows(self, done: int) -> FirstRows:
         """Encode the first rows after step ``done``, and return what came of it."""
         found, mixture = FirstRows(), self.dataset.mixture
-        rows = chain.from_iterable(mixture.rows(step) for step in range(done, self.steps))
+        rows = chain.from_iterable(mixture.samples_of(step) for step in range(done, self.steps))
         for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_rows)):
             found.tried += 1
             try:

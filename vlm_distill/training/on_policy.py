@@ -20,7 +20,7 @@ from data.collate import Pair, Turns, encode_pair
 from data.conversation import Conversation, Document, ImageSource
 from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
-from vlm_distill.config import RunConfig
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, Term
 from vlm_distill.models.chat import whole_thought
 from vlm_distill.models.interface import Answer, Processor, Sampling, VisionLanguageModel
@@ -114,7 +114,7 @@ class OnPolicy:
         self.kept: list[tuple[Place, list[int]]] = []
         self.counted: dict[str, float] = {}
 
-    def take(self, step: Step) -> Step:
+    def prepare_step(self, step: Step) -> Step:
         """The step as it is learnt: as the data have it, or with answers of the student; every rank calls this."""
         began, kind = time.monotonic(), self._kind(step.index)
         taken, answers = step, list[list[int]]()
@@ -124,7 +124,7 @@ class OnPolicy:
             self._keep(found)
         elif kind == "replay":
             stream = self._random(step.index, "replay")
-            entries = stream.sample(self.kept, len(self.dataset.mixture.rows(step.index)))
+            entries = stream.sample(self.kept, len(self.dataset.mixture.samples_of(step.index)))
             taken = self._step(step, [self._replayed(step, part) for part in self.dataset.deal(entries)])
         self.counted = {
             "on_policy": float(kind != "data"),
@@ -210,7 +210,7 @@ class OnPolicy:
         sources = self.dataset.mixture.sources
         parts = [
             [(s, row) for s, row in part if (sources[s].name, sources[s].line(row)) not in bad]
-            for part in self.dataset.deal(self.dataset.mixture.rows(step.index))
+            for part in self.dataset.deal(self.dataset.mixture.samples_of(step.index))
         ]
         prompts = [[prompt for prompt in self._prompts(step, part) if prompt is not None] for part in parts]
         waiting = [prompt for part in prompts for prompt in part]

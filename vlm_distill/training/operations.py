@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.batch import DistillationBatch, Rows
-from vlm_distill.devices import known_device
+from data.batch import DistillationBatch, ModelBatch
 from vlm_distill.models.initialise import size_of
 from vlm_distill.models.interface import LMHead, VisionLanguageModel
 from vlm_distill.models.projectors import Projector
+from vlm_distill.runtime.devices import known_device
 
 
 class Operations:
@@ -30,7 +30,7 @@ class Operations:
         teacher: the model that teaches, if one runs.
         device: of this rank.
         bf16: whether matrix products are in bfloat16.
-        vision_once: what the student sees with does not run, its teacher's does.
+        shared_vision: what the student sees with does not run, its teacher's does.
         head: of a teacher of whom nothing else runs.
     """
 
@@ -41,11 +41,11 @@ class Operations:
         device: torch.device,
         *,
         bf16: bool,
-        vision_once: bool = False,
+        shared_vision: bool = False,
         head: LMHead | None = None,
     ) -> None:
         self._student = Costs(student, trains=True)
-        if vision_once:
+        if shared_vision:
             self._student.at |= dict.fromkeys(student.sight, 0.0)
         self._teacher = None if teacher is None else Costs(teacher, trains=False)
         self._head = 0 if head is None else 2 * _size(head.parameters[:1])
@@ -60,7 +60,7 @@ class Operations:
             total += 0 if self._teacher is None else sum(self._teacher.of(batch.teacher).values())
         return total
 
-    def values(self, flops: float, seconds: float, world: int) -> dict[str, float]:
+    def metrics(self, flops: float, seconds: float, world: int) -> dict[str, float]:
         """``flops``, ``flops_per_second`` of all ranks and, on a known GPU, ``mfu``: their share of its peak."""
         found = {"flops": flops, "flops_per_second": flops / seconds}
         return found if self._peak is None else found | {"mfu": flops / seconds / (world * self._peak)}
@@ -101,7 +101,7 @@ class Costs:
         parameters = model.head.parameters
         self.head = 2 * _size(parameters[:1]) * ((2 + parameters[0].requires_grad) if trains else 1)
 
-    def of(self, rows: Rows) -> dict[str, float]:
+    def of(self, rows: ModelBatch) -> dict[str, float]:
         """Operations of a micro-batch by part, ``attention`` of the decoder and ``lm_head`` among them."""
         tokens = rows.inputs["input_ids"]
         positions = {**self.model.vision_positions(rows.inputs), "decoder": tokens.numel()}

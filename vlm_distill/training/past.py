@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import manifest
 from data.digest import Rows, digest_rows
 from data.errors import UserError
-from vlm_distill.config import AnyRun
-from vlm_distill.config_file import save_config
+from vlm_distill.config.file import save_config
+from vlm_distill.config.sections import AnyRun
+from vlm_distill.runtime import manifest
+from vlm_distill.runtime.output import cause_of
 
 from . import checkpoint
 from .engine import Processes
-from .output import cause_of
 from .resume import Record, compare, compare_data, in_words, steering
 
 

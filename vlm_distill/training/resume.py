@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from data import digest
 from data.digest import RowsDigest
 from data.json_files import read_object
-from vlm_distill.config import AnyRun
+from vlm_distill.config.sections import AnyRun
 from vlm_distill.models.fingerprint import fingerprint
 
 NAME = "run.json"

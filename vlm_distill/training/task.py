@@ -13,8 +13,8 @@ from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.models.shared_vision import handed_on
 from vlm_distill.models.teacher import TeacherOutputs
-from vlm_distill.models.vision_once import handed_on
 
 
 class DistillationTask(nn.Module):
@@ -25,7 +25,7 @@ class DistillationTask(nn.Module):
         terms: the losses, by unique names; those on features are prepared.
         recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
         sequence: the ranks that share this one's samples, each of which learns from its share of the positions.
-        vision_once: the teacher sees as the student does, and gives what it saw, ``sight``.
+        shared_vision: the teacher sees as the student does, and gives what it saw, ``sight``.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class DistillationTask(nn.Module):
         *,
         recompute_logits: bool = False,
         sequence: SequenceParallel | None = None,
-        vision_once: bool = False,
+        shared_vision: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.sequence = sequence
         self.recompute_logits = recompute_logits
-        self.vision_once = vision_once
+        self.shared_vision = shared_vision
         self.terms = [term for term in terms if isinstance(term, Term)]
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.features = wanted_features(terms)[0]
@@ -67,7 +67,7 @@ class DistillationTask(nn.Module):
         """
         scales = scales or {}
         inputs = batch.student.inputs
-        if self.vision_once and teacher is not None:
+        if self.shared_vision and teacher is not None:
             inputs = handed_on(batch, teacher.features[SIGHT])
         inputs = inputs.to(batch.targets.device, self.student.dtype)
         outputs = self.student(inputs, batch.student.positions, self.features)

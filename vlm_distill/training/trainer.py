@@ -20,16 +20,19 @@ from data.loader import StepDataset
 from data.mixture import Mixture
 from data.workers import make_loader
 from vlm_distill import losses
-from vlm_distill.config import RunConfig
-from vlm_distill.launch import cores
+from vlm_distill.caching.fill_features import training_processors
+from vlm_distill.caching.fill_tokens import check_cache
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.served import ServedTeacher
+from vlm_distill.models.shared_vision import sees_as, share
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
-from vlm_distill.models.vision_once import sees_as, share
+from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.tracking import Tracker
 
 from .build import (
     build_terms,
@@ -52,12 +55,9 @@ from .intake import FirstRows
 from .loop import Loop
 from .on_policy import OnPolicy, check_on_policy, learns_from_drawn
 from .operations import Operations
-from .packing import plan_packing
+from .packing_plan import plan_packing
 from .schedule import learning_rate_factor, lr_scales, parameter_groups
 from .task import DistillationTask
-from .teacher_cache import check_cache
-from .tracking import Tracker
-from .vision_cache import training_processors
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
 _SUSPECT_TEACHER = 0.5
@@ -124,8 +124,8 @@ class Trainer(Loop):
             and self.guide.model.dtype == DTYPES[config.training.dtype]
             and sees_as(student, self.guide.model)
         )
-        self.vision_once = self.same_encoder and config.student.vision_cache is None
-        self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.vision_once else [])})
+        self.shared_vision = self.same_encoder and config.student.vision_cache is None
+        self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.shared_vision else [])})
         processors, self.seen = training_processors(config, student, self.guide, self.same_encoder)
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
@@ -174,7 +174,7 @@ class Trainer(Loop):
             guide,
             processes.device,
             bf16=config.training.dtype == "bf16",
-            vision_once=self.vision_once,
+            shared_vision=self.shared_vision,
             head=self.guide.head if isinstance(self.guide, CachedTeacher) else None,
         )
         check_packing(config.data.train, student, guide, self.grouped)
@@ -184,7 +184,7 @@ class Trainer(Loop):
             terms,
             recompute_logits=config.training.recompute_logits,
             sequence=self.sequence,
-            vision_once=self.vision_once,
+            shared_vision=self.shared_vision,
         )
         section = config.optimizer
         optimizer = torch.optim.AdamW(
@@ -208,9 +208,9 @@ class Trainer(Loop):
             rest = self.load_image, processes, self.steps, self.lower_is_better
             self.on_policy = OnPolicy(config, self.dataset, student, self.guide, *rest)
 
-    def _step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
+    def train_step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
         with nullcontext() if self.sequence is None else self.sequence.shared():
-            return super()._step(step, waited)
+            return super().train_step(step, waited)
 
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
@@ -219,23 +219,23 @@ class Trainer(Loop):
             return self.guide.asked_ahead(steps)
         return steps
 
-    def places(self, step: Step, number: int) -> str:
-        return self.dataset.places(step.index, number)
+    def locate_samples(self, step: Step, number: int) -> str:
+        return self.dataset.locate_samples(step.index, number)
 
-    def shape(self, micro: DistillationBatch) -> str:
+    def describe_batch(self, micro: DistillationBatch) -> str:
         rows, tokens = micro.student.inputs["input_ids"].shape
         return f"{rows} rows × {tokens} tokens with {micro.images} images"
 
-    def take(self, step: Step) -> Step:
+    def prepare_step(self, step: Step) -> Step:
         if self.on_policy is None:
             return step
-        taken = self.on_policy.take(step)
+        taken = self.on_policy.prepare_step(step)
         if isinstance(self.guide, ServedTeacher):
             for batch in taken.batches:
                 self.guide.ask(batch)
         return taken
 
-    def counts(self, step: Step) -> dict[str, float]:
+    def local_counts(self, step: Step) -> dict[str, float]:
         samples = sum(batch.samples for batch in step.batches)
         sides = [rows for batch in step.batches for rows in (batch.student, batch.teacher) if rows is not None]
         counts = {
@@ -251,21 +251,21 @@ class Trainer(Loop):
             return dict.fromkeys(counts, 0)  # the first of those that share the samples counts them
         return counts
 
-    def rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
+    def term_rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
         if totals.get("on_policy") and not learns_from_drawn(term):
             return 0.0
         if isinstance(term, FeatureTerm) and term.loss.unit == "image":
             return totals["images"]
         return totals["distilled"] if "teacher" in term.loss.needs else totals["supervised"]
 
-    def learn(
+    def forward_batch(
         self, step: Step, micro: DistillationBatch, scales: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, TermSums]]:
         batch = micro.to(self.processes.device)
         targets = self.guide.outputs(batch, self.features) if self.guide is not None else None
         return self.engine(batch, targets, scales)
 
-    def passed_over(self, step: Step) -> None:
+    def skip_step(self, step: Step) -> None:
         if isinstance(self.guide, ServedTeacher):
             for batch in step.batches:
                 self.guide.forget(batch)
@@ -276,11 +276,11 @@ class Trainer(Loop):
             step, self.steps, section.schedule, section.warmup, section.min_lr_ratio
         )
 
-    def values(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+    def step_metrics(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
         return {
             "supervised_tokens": int(totals["supervised"]),
             "padding": 1 - totals["filled"] / totals["places"],
-            **self.operations.values(totals["flops"], seconds, self.processes.world),
+            **self.operations.metrics(totals["flops"], seconds, self.processes.world),
             **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),
             self.speed: totals["tokens"] / seconds,
         }
@@ -313,7 +313,7 @@ class Trainer(Loop):
     def _several_answers(self, rows: int) -> bool:
         """Whether one of the first rows is a conversation of several answers."""
         mixture = self.dataset.mixture
-        first = chain.from_iterable(mixture.rows(step) for step in range(self.steps))
+        first = chain.from_iterable(mixture.samples_of(step) for step in range(self.steps))
         for source, row in islice(first, rows):
             try:
                 sample = mixture.sources[source][row]
@@ -324,7 +324,7 @@ class Trainer(Loop):
         return False
 
     def introduce(self, tracker: Tracker, done: int) -> None:
-        if self.vision_once:
+        if self.shared_vision:
             tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
         if self.seen is not None:
             tracker.say(self.seen)
@@ -348,7 +348,7 @@ class Trainer(Loop):
         ``None`` where none of them has an answer to measure it by, or only likeliest tokens are known.
         """
         data, pairs = self.config.data, list[Pair]()
-        for source, row in self.dataset.mixture.rows(0)[:_CHECKED_SAMPLES]:
+        for source, row in self.dataset.mixture.samples_of(0)[:_CHECKED_SAMPLES]:
             if not data.train[source].labelled:
                 continue
             try:

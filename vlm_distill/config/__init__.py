@@ -1,0 +1,1 @@
+"""The typed configuration of a run, its checks across sections, and the YAML it is read from."""

@@ -1,0 +1,460 @@
+"""A configuration's file: YAML with its bases and ``key=value`` overrides; every mistake is reported in one line."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import yaml
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ValidationError
+
+from data.errors import UserError
+
+from .confidential import secret_in
+from .interpolations import check_expansion, escaped
+from .sections import AnyRun, RunConfig, Section
+
+T = TypeVar("T", bound=BaseModel)
+#: In a configuration with its aliases written out.
+_MOST_NODES = 100_000
+_MOST_BYTES = 10_000_000
+
+
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: str | Path, overrides: Sequence[str], kind: type[T]) -> T: ...
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[BaseModel] = RunConfig) -> Any:
+    """Read, merge and validate a run's configuration.
+
+    Each file, and the overrides together, are a layer. What a layer sets replaces what those below it set, and of keys
+    that exclude each other (``Section.replaces``) it replaces the others as well.
+
+    Args:
+        path: a YAML file. A key ``base`` names another file, relative to this one, that this one is merged onto, or a
+            list of files, each merged onto those before it. ``deepspeed`` may name a JSON file, relative to this one
+            (in an override to the working directory), in place of what is below.
+        overrides: ``section.key=value``; list items by number, as in ``loss.0.weight=0.5``.
+        kind: what the file configures.
+
+    Raises:
+        UserError: one line that says what is wrong, where, and what to do.
+    """
+    layers = _Layers(kind)
+    merged = layers.read(Path(path))
+    layers.override(merged, overrides)
+    plain = _resolved(merged, str(path))
+    try:
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, kind)}") from None
+
+
+def save_config(config: AnyRun, path: Path, comments: Sequence[str] = ()) -> None:
+    """Write the resolved configuration, comments above it; running it again repeats the run."""
+    plain = escaped(config.model_dump(exclude_none=True))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    path.write_text("".join(f"# {comment}\n" for comment in comments) + text, encoding="utf-8")
+
+
+def read_saved(path: Path) -> Any:
+    """Return what :func:`save_config` wrote, as plain values, not validated. Raises ``UserError`` for anything else."""
+    return _resolved(read_yaml(path), str(path))
+
+
+# Layers: files and overrides
+
+
+class _Layers:
+    """Files and overrides of one kind of configuration, laid one over the other; interpolations are not resolved."""
+
+    def __init__(self, kind: type[BaseModel]) -> None:
+        self.sections = sorted(kind.model_fields)
+        self.replaces = _replaces(kind)
+        # A file that many build on is read once: else files that each name the one before twice would take for ever.
+        self.known: dict[Path, dict[Any, Any]] = {}
+
+    def read(self, path: Path, above: tuple[Path, ...] = ()) -> dict[Any, Any]:
+        """Return a file merged onto its bases; ``above`` has the files that build on it."""
+        if not _is_file(path):
+            raise UserError(f"{str(path)[:200]}: no such configuration file; the ones that ship are under configs/")
+        resolved = path.resolve()
+        if resolved in above:
+            raise UserError(f"{path}: base files name each other in a circle")
+        if resolved not in self.known:
+            self.known[resolved] = self._read(path, (*above, resolved))
+        return copy.deepcopy(self.known[resolved])
+
+    def _read(self, path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
+        layer = read_yaml(path)
+        if not isinstance(layer, dict):
+            raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
+        if len(above) > 1 and layer and not layer.keys() & {"base", *self.sections}:
+            # Its keys are not shown: a base may be any file, also one that its reader should not see.
+            raise UserError(f"{path}: base: has none of a configuration's sections, {', '.join(self.sections)}")
+        merged: dict[Any, Any] = {}
+        for base in _bases(layer, path):
+            self._lay(merged, self.read(path.parent / base, above))
+        layer.pop("base", None)
+        if isinstance(layer.get("deepspeed"), str):
+            named = _evaluated(layer, "deepspeed", path)
+            layer["deepspeed"] = _read_deepspeed(path.parent / str(named), f"{path}: deepspeed")
+            merged.pop("deepspeed", None)
+        self._lay(merged, layer)
+        return merged
+
+    def _lay(self, lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
+        self._make_room(lower, _settings(upper))
+        _merge(lower, upper)
+
+    def override(self, merged: dict[Any, Any], overrides: Sequence[str]) -> None:
+        """Lay the overrides, which are one layer, over the files, in place; a file of DeepSpeed's lies below them."""
+        values = []
+        for text in overrides:
+            key, value = _parsed(text)
+            if key == "deepspeed" and isinstance(value, str):
+                merged[key] = _read_deepspeed(Path(value), f"override {text[:200]!r}")
+            else:
+                values.append((text, key, value))
+        self._make_room(merged, [pair for _, key, value in values for pair in _settings(_tree(key, value))])
+        for text, key, value in values:
+            try:
+                _put(merged, key.split("."), value)
+            except LookupError as error:
+                raise UserError(f"override {text[:200]!r}: {error.args[0]}") from None
+
+    def _make_room(self, lower: dict[Any, Any], settings: Iterable[tuple[str, Any]]) -> None:
+        """Remove what a layer's settings replace; what excludes each other within the layer stays, to be refused."""
+        chosen = {key for key, value in settings if not _neutral(value)}
+        for key in chosen:
+            for other in self.replaces.get(key, ()):
+                if other not in chosen:
+                    _drop(lower, other)
+
+
+def _bases(layer: dict[Any, Any], path: Path) -> list[str]:
+    named = _evaluated(layer, "base", path) if "base" in layer else None
+    names = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{path}: base: give a file's name, or a list of names")
+    return names
+
+
+def _evaluated(layer: dict[Any, Any], key: str, path: Path) -> Any:
+    """One value of a layer, its interpolations resolved within it."""
+    check_expansion(layer, str(path))
+    try:
+        value = OmegaConf.create(layer)[key]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except Exception as error:
+        raise UserError(f"{path}: {key}: {_first_line(error)}") from None
+
+
+def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
+    """The section ``deepspeed`` from a file as DeepSpeed and Hugging Face's Trainer have it."""
+    if not _is_file(path):
+        raise UserError(f"{where}: {str(path)[:200]}: no such file of DeepSpeed's configuration")
+    try:
+        section = json.loads(_text_of(path), object_pairs_hook=_each_key_once)
+    except ValueError as error:
+        raise UserError(f"{where}: {path}: not readable as JSON: {_first_line(error)}") from None
+    if not isinstance(section, dict):
+        raise UserError(f"{where}: {path}: DeepSpeed's configuration is a mapping of keys such as zero_optimization")
+    return escaped(section)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raise ``ValueError`` for a key that it has twice: JSON's reader takes the last in silence."""
+    twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} stands there twice")
+    return dict(pairs)
+
+
+def _merge(lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
+    """Sections are merged key by key; lists and values are replaced."""
+    for key, value in upper.items():
+        if isinstance(value, dict) and isinstance(lower.get(key), dict):
+            _merge(lower[key], value)
+        else:
+            lower[key] = value
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    """An override's dotted key and its value, which is read as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {text[:200]!r}: write it as section.key=value")
+    key = re.sub(r"\[(\w+)\]", r".\1", key)
+    if not all(key.split(".")):
+        raise UserError(f"override {text[:200]!r}: {key!r} is no key such as training.steps")
+    _check(f"override {key}", text)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        return key, plain["value"]  # type: ignore[index, call-overload]
+    except Exception as error:  # of odd values the library makes almost anything
+        raise UserError(f"override {text[:200]!r}: {_first_line(error)}") from None
+
+
+def _put(tree: Any, keys: Sequence[str], value: Any) -> None:
+    """Set a value by its dotted key. Raises ``LookupError``, with a sentence, where there is no such place."""
+    for depth, key in enumerate(keys):
+        name = ".".join(keys[:depth])
+        index: Any = key
+        if isinstance(tree, list):
+            if not key.isdigit() or int(key) >= len(tree):
+                raise LookupError(f"{name} {_numbered(tree)}")
+            index = int(key)
+        elif not isinstance(tree, dict):
+            raise LookupError(f"{name} is {_shown(tree)}, not a section")
+        if depth == len(keys) - 1:
+            both = isinstance(value, dict) and isinstance(tree, dict) and isinstance(tree.get(index), dict)
+            if both:
+                _merge(tree[index], value)
+            else:
+                tree[index] = value
+        elif isinstance(tree, dict) and tree.get(index) is None:
+            if keys[depth + 1].isdigit():
+                raise LookupError(f"{'.'.join(keys[: depth + 1])} has no entries; give it as a list, [{{…}}]")
+            tree[index] = {}
+        tree = tree[index]
+
+
+def _numbered(entries: Sequence[Any]) -> str:
+    count = len(entries)
+    if count == 0:
+        return "has no entries; give it as a list, [{…}]"
+    return f"has {count} {'entry, numbered 0' if count == 1 else f'entries, numbered 0 to {count - 1}'}"
+
+
+def _tree(key: str, value: Any) -> Any:
+    """A value under its dotted key."""
+    for step in reversed(key.split(".")):
+        value = {step: value}
+    return value
+
+
+def _settings(tree: Mapping[Any, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section and value with its dotted key; what is inside lists is left out."""
+    for key, value in tree.items():
+        yield f"{at}{key}", value
+        if isinstance(value, dict):
+            yield from _settings(value, f"{at}{key}.")
+
+
+def _neutral(value: Any) -> bool:
+    """Whether a value chooses nothing, so that what a layer below has chosen stays."""
+    return value is None or value is False or value in ("auto", "replicate", "multistep")
+
+
+def _drop(tree: Any, key: str) -> None:
+    *way, last = key.split(".")
+    for step in way:
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    if isinstance(tree, dict):
+        tree.pop(last, None)
+
+
+def _replaces(kind: type[BaseModel], at: str = "") -> dict[str, list[str]]:
+    """``Section.replaces`` of all sections of a configuration, with whole dotted keys."""
+    found = {}
+    if issubclass(kind, Section):
+        found = {f"{at}{key}": [f"{at}{other}" for other in others] for key, others in kind.replaces.items()}
+    for name, field in kind.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            found |= _replaces(inner, f"{at}{name}.")
+    return found
+
+
+# Values
+
+
+def _resolved(tree: Any, where: str) -> Any:
+    """A configuration with its interpolations resolved, every value checked before and after."""
+    _check_leaves(tree, where)
+    check_expansion(tree, where)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except Exception as error:  # interpolations in a circle, to a function that fails
+        raise UserError(f"{where}: {_first_line(error)}") from None
+    _check_leaves(plain, where)
+    return plain
+
+
+def _check_leaves(tree: Any, where: str) -> None:
+    try:
+        leaves = list(_leaves(tree))
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply") from None
+    for name, leaf in leaves:
+        _check(f"{where}: {name}", leaf)
+
+
+# Files
+
+
+def read_yaml(path: Path) -> Any:
+    """Return a YAML file as plain values, interpolations not resolved. Raises ``UserError`` for anything else."""
+    try:
+        text = _text_of(path)
+        # In Python, whose stack ends in an error: OmegaConf's parser is C, and a file nested deeply would be the end.
+        if _nodes(yaml.compose(text, Loader=yaml.SafeLoader), {}) > _MOST_NODES:
+            raise ValueError(f"its aliases make more than {_MOST_NODES:,} values of it, or name each other in a circle")
+        loaded = OmegaConf.load(path)
+        return OmegaConf.to_container(loaded) if OmegaConf.is_config(loaded) else loaded
+    except yaml.MarkedYAMLError as error:
+        # Without the text around it, which the library quotes: a base may be any file, and not one to be shown.
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise UserError(f"{path}{place}: not readable as YAML: {_without_quotes(error)}") from None
+    except Exception as error:  # of dates that are none, tags, bytes that are no text, anything
+        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+
+
+def _text_of(path: Path) -> str:
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes, which no configuration has")
+    return path.read_text("utf-8-sig")
+
+
+def _without_quotes(error: yaml.MarkedYAMLError) -> str:
+    """What a parser of YAML found wrong, without the names that it quotes."""
+    return re.sub(r"'[^']{2,}'", "'…'", error.problem or "") or type(error).__name__
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _nodes(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many values a document has once its aliases are written out; infinitely many where they go in a circle."""
+    if node is None or id(node) in known:
+        return known.get(id(node), 0.0)
+    known[id(node)] = math.inf
+    inner: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
+    parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+    known[id(node)] = 1.0 + sum(_nodes(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a configuration with its dotted key."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _check(where: str, value: Any) -> None:
+    """Refuses what no setting is, and what must not be saved beside the results."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {value} is no finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where}: this number is too large")
+    if isinstance(value, str) and (secret := secret_in(value)):
+        raise UserError(
+            f"{where}: holds {secret}, which would be saved with the run; leave it out: libraries read "
+            "HF_TOKEN, WANDB_API_KEY and the like from the environment by themselves"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    """An error's message as one line; of OmegaConf's, which end in lines of their own, the key first."""
+    message, _, ending = str(error).partition("\n    full_key: ")
+    key = ending.partition("\n")[0]
+    said = f"{key}: {message}" if key else message
+    return " ".join(said.split())[:200] or type(error).__name__
+
+
+# Errors
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first few errors of validating ``root``, each as ``key: what is wrong``, in one line."""
+    parts = []
+    for item in error.errors()[:3]:
+        where = ".".join(_without_alternatives(root, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{where}: unknown key; {_hint(root, item['loc'])}")
+        elif item["type"] == "missing":
+            parts.append(f"{where}: missing; it has no default")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            if item["input"] is None:
+                message = "is empty; give a value, or leave the key out"
+            elif item["type"] == "model_type":
+                message = f"give a mapping with keys such as {', '.join(_fields_at(root, item['loc'])[:3])}"
+            elif item["type"] == "list_type":
+                message = "give a list"
+            elif item["type"] == "too_short":
+                message = "is an empty list; give at least one entry"
+            found = "" if isinstance(item["input"], dict | list | None) else f" (found {_shown(item['input'])})"
+            parts.append(f"{where}: {message}{found}" if where else f"{message}{found}")
+    more = len(error.errors()) - len(parts)
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def _hint(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """What an unknown key may have been meant for."""
+    key, known = str(location[-1]), sorted(_fields_at(root, location[:-1]))
+    homes = [name for name, field in root.model_fields.items() if key in _keys_of(field.annotation)]
+    if len(homes) == 1 and homes[0] != location[0]:
+        return f"it belongs under {homes[0]}"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+
+
+def _keys_of(annotation: Any) -> set[str]:
+    section = _section_of(annotation)
+    return set() if section is None else set(section.model_fields)
+
+
+def _without_alternatives(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """A dotted key's parts, without the names that pydantic has for the types of a value that may be of several."""
+    model: Any = root
+    parts: list[str] = []
+    for step in location:
+        fields = getattr(model, "model_fields", {})
+        if step in fields:
+            model = _section_of(fields[step].annotation)
+        elif step in ("bool", getattr(model, "__name__", None)) or re.search(r"^\[key\]$|^(literal|list)\[", str(step)):
+            continue
+        parts.append(str(step))
+    return parts
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
+
+
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys a section knows, found by walking the models' annotations along an error's location."""
+    model: Any = root
+    for step in location:
+        if isinstance(step, int) or step == model.__name__:  # the latter where a value may be of several types
+            continue
+        model = _section_of(model.model_fields[step].annotation)
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None

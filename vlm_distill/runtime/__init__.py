@@ -1,0 +1,1 @@
+"""What any launched process of ours has: ranks, signals, failures, output, tracking."""

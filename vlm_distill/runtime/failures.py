@@ -1,0 +1,127 @@
+"""From what a run can end of to one line for a person: memory, a vanished file, a worker, numbers that are none."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data.errors import UserError
+from vlm_distill.config.sections import AnyRun, halved
+
+from .launch import MISTAKE, OUT_OF_MEMORY, RESTART, Failure, mistake_of
+
+# What PyTorch says of the memory of a CPU, for which it has no class of error.
+_CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the CPU had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_MEMORY.search(str(error)) is not None
+
+
+def explain(error: Exception, phase: str, device: torch.device) -> Failure | None:
+    """What an exception is to a person; ``None`` where it is a fault of this program, and its traceback says more.
+
+    Args:
+        error: what was raised.
+        phase: what the rank was doing, after "in".
+        device: its own.
+    """
+    if isinstance(error, Failure):
+        return error
+    mistake = str(error) if isinstance(error, UserError) else mistake_of(error)
+    if mistake is not None:
+        return Failure(mistake, MISTAKE)
+    if out_of_memory(error):
+        batch = "on_policy" if phase.endswith("drawing answers") else "evaluation"
+        remedy = f"a smaller {batch}.batch_size, a higher deepspeed.stage or a sharded teacher need less"
+        return Failure(f"out of memory in {phase}: {_peak(device)}; {remedy}", OUT_OF_MEMORY)
+    return None
+
+
+def out_of_memory_in_step(
+    error: Exception, config: AnyRun, world: int, device: torch.device, *, phase: str, shape: str, recomputes: bool
+) -> Failure:
+    """The end of a run whose step did not fit, with the overrides that would make it fit if it is to be halved.
+
+    Args:
+        error: of which :func:`out_of_memory` is true.
+        config: the run's.
+        world: number of ranks.
+        device: this rank's.
+        phase: what the rank was doing.
+        shape: of the micro-batch, in words.
+        recomputes: whether ``training.recompute_logits`` is a remedy that is left.
+    """
+    smaller, training = halved(config, world), config.training
+    remedies = [f"training.micro_batch_size={smaller}"] if smaller else []
+    remedies += ["training.recompute_logits=true"] if recomputes else []
+    remedies += [] if training.activation_checkpointing else ["training.activation_checkpointing=true"]
+    remedies += [] if config.deepspeed.stage == 3 or world == 1 else [f"deepspeed.stage={config.deepspeed.stage + 1}"]
+    try_these = f"try {', '.join(remedies)}" if remedies else "the model needs more memory than there is"
+    said = f"out of memory in {phase}, a micro-batch of {shape}: {_peak(device)}; {try_these}"
+    if training.on_oom == "fail":
+        return Failure(said, OUT_OF_MEMORY)
+    if smaller is None:
+        return Failure(f"{said}; training.on_oom: halve has nothing left, the micro-batch is 1", OUT_OF_MEMORY)
+    if RESTART not in os.environ:
+        said += "; training.on_oom: halve is for vlm-distill train, this launcher does not start again"
+    return Failure(said, OUT_OF_MEMORY, [f"training.micro_batch_size={smaller}", "training.resume=true"])
+
+
+def start_again(failure: Failure) -> None:
+    """Leaves to the command that has started this rank what the run would go on with."""
+    if failure.again and RESTART in os.environ:
+        # Several ranks may do this at once, and they write the same.
+        path = Path(os.environ[RESTART])
+        aside = path.with_name(f"{path.name}.{os.getpid()}")
+        aside.write_text(" ".join(failure.again))
+        aside.replace(path)
+
+
+def not_finite(step: int, terms: Sequence[str], found: Sequence[str], *, gradient: bool) -> UserError:
+    """The end of a run whose loss or gradient is not finite.
+
+    Args:
+        step: counted from 1.
+        terms: names of the losses that are not finite.
+        found: micro-batches of which they are, with their rank and samples, over all ranks.
+        gradient: whether the losses are finite, and their gradient or the weights that it gave are not.
+    """
+    if gradient:
+        what = f"step {step}: the gradient is not finite, though every loss is"
+    else:
+        what = f"step {step}: {', '.join(terms)} is not finite"
+    where = f", in {'; '.join(found[:3])}" if found else ""
+    more = f" and {len(found) - 3} more micro-batches" if len(found) > 3 else ""
+    return UserError(
+        f"{what}{where}{more}; nothing of this step is saved. Look at these samples, or lower optimizer.lr, "
+        "optimizer.max_grad_norm or the loss's weight, and start again from the last checkpoint"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU since that was last reset, or this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peak(device: torch.device) -> str:
+    peak = f"at most {peak_memory(device) / 2**30:.1f} GiB"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{peak} were in use, of {total / 2**30:.1f} GiB {free / 2**30:.1f} are free now"
+    return f"{peak} of main memory were in use"

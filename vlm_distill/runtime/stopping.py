@@ -1,0 +1,91 @@
+"""What a run does when it is told to stop: SIGTERM, as schedulers and launchers send it, or Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn, Self
+
+from .launch import Failure, leave
+from .watchdog import Watch
+
+# Seconds. A terminal and a launcher may each pass on one Ctrl-C.
+_ONCE_MORE = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopping:
+    """While it is open, SIGTERM and SIGINT are noted instead of ending the process.
+
+    A second Ctrl-C ends it at once. A second SIGTERM changes nothing: launchers and schedulers repeat it, and have
+    SIGKILL.
+
+    Args:
+        watch: of this rank; the first tells what happens.
+        code: exit code of a run that was stopped; ``None``: 128 + the signal's number, as shells have it.
+
+    Attributes:
+        asked: the first signal that has come to this rank, 0 before. Others may not have got it: they must be told.
+    """
+
+    def __init__(self, watch: Watch, code: int | None = None) -> None:
+        self.watch, self.code = watch, code
+        self.asked = 0
+        self._since = 0.0
+        self._nothing_to_lose = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def counts(self) -> dict[str, float]:
+        """Return what ranks add up to know whether one of them was told to stop, and by which signal."""
+        return {number.name: float(self.asked == number) for number in _SIGNALS}
+
+    def signal_of(self, totals: Mapping[str, float]) -> int:
+        """Return the signal that some rank has got, by the sums of :meth:`counts`; 0: none has."""
+        return next((int(number) for number in _SIGNALS if totals[number.name]), 0)
+
+    def exit_code(self, number: int) -> int:
+        """Return the exit code of a run that was stopped by a signal."""
+        return 128 + number if self.code is None else self.code
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside it a signal ends all ranks at once: the checkpoint of this step is written."""
+        self._nothing_to_lose = True
+        if self.asked:
+            self._leave()
+        try:
+            yield
+        finally:
+            self._nothing_to_lose = False
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked and number == signal.SIGINT and now - self._since > _ONCE_MORE:
+            leave(128 + number)
+        if not self.asked:
+            self.asked, self._since = number, now
+            if self._nothing_to_lose:
+                self._leave()
+            if self.watch.rank == 0:
+                again = "; once more ends it at once" if number == signal.SIGINT else ""
+                told = f"told to stop: finishing this step and writing a checkpoint{again}"
+                print(told, file=sys.stderr, flush=True)
+
+    def _leave(self) -> NoReturn:
+        # Others may not have got the signal, and would wait for this rank.
+        said = "told to stop: the checkpoint is written; start the run again to go on"
+        self.watch.end(Failure(said, self.exit_code(self.asked)))

@@ -1,0 +1,186 @@
+"""What a run tells while it trains: metrics as JSON lines and in TensorBoard, W&B when asked, a bar in the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from data.errors import UserError
+from data.json_files import read_lines
+from vlm_distill.config.sections import WandbSection
+
+from . import faults
+from .console import plain_console
+from .output import cause_of
+
+_PLAIN_LINES = 20
+_WANDB_ID = "wandb_id"
+
+
+class Tracker:
+    """Writes a run's metrics; on ranks other than the first it does nothing.
+
+    Args:
+        run: the run's folder.
+        steps: optimizer steps of the whole run.
+        start: steps that a checkpoint has already done; later lines of ``metrics.jsonl`` are cut off.
+        first: whether this is the rank that writes.
+        wandb: also log to Weights & Biases; a run that is resumed goes on there as the same one.
+        settings: the resolved configuration, for W&B.
+
+    Attributes:
+        failure: why a metric could not be written, on a full disk for example. Not raised: all ranks must end together.
+    """
+
+    failure: str | None = None
+
+    def __init__(
+        self, run: Path, steps: int, start: int, *, first: bool, wandb: bool | WandbSection, settings: Mapping[str, Any]
+    ) -> None:
+        self.first = first
+        self.steps = steps
+        if not first:
+            return
+        self.console = plain_console(stderr=True)
+        path = run / "metrics.jsonl"
+        _cut_back(path, start)
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start or None)
+        self._wandb: Any = None
+        if wandb:
+            self._wandb = _open_wandb(run, WandbSection() if wandb is True else wandb, settings)
+        self._bar = Progress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("·"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(run.name, total=steps, completed=start, values="")
+
+    def __enter__(self) -> Self:
+        if self.first:
+            self._hook, threading.excepthook = threading.excepthook, self._thread_failed
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.first:
+            self._bar.stop()
+            with self._noting():
+                self._file.close()
+            with self._noting():
+                self._board.close()
+            threading.excepthook = self._hook
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics after ``step`` finished optimizer steps."""
+        if not self.first:
+            return
+        with self._noting():
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        faults.point("log")
+        # Evaluations on several data have a curve each.
+        prefix = f"{kind}/{values['data']}" if "data" in values else kind
+        numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        with self._noting():
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def flush(self) -> None:
+        """Waits until all metrics are on the disk, before a checkpoint of their step is."""
+        if self.first:
+            with self._noting():
+                os.fsync(self._file.fileno())
+            with self._noting():
+                self._board.flush()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or cause_of(error, self._path)
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, whose failure is told at the next write, without a traceback."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+            self._hook(failed)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Moves the bar; where there is no terminal, prints a line now and then."""
+        if not self.first:
+            return
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._bar.update(self._task, completed=step, values=text)
+        if self._bar.disable and (step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps):
+            self.console.print(f"step {step}/{self.steps}  {text}")
+
+    def say(self, text: str) -> None:
+        """Print a remark for the person who watches."""
+        if self.first:
+            self.console.print(text)
+
+    def warn(self, text: str) -> None:
+        """Print a remark that a person should not overlook."""
+        if self.first:
+            self.console.print(Text.assemble(("warning:", "bold red"), " ", text))
+
+
+def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -> Any:
+    """Return W&B's run of this folder, whose id is kept there.
+
+    Raises:
+        UserError: W&B cannot begin, without a key or a network for example.
+    """
+    import wandb as client
+
+    path = run / _WANDB_ID
+    if not path.is_file():
+        path.write_text(secrets.token_hex(8))
+    given = {"name": run.name} | section.model_dump(exclude_none=True)
+    try:
+        return client.init(dir=str(run), id=path.read_text(), resume="allow", config=dict(settings), **given)
+    except Exception as error:  # its own classes of errors, the network's, and the service's
+        raise UserError(
+            f"training.wandb: {' '.join(str(error).split())[:300]}; log in (wandb login), or set "
+            "training.wandb.mode=offline"
+        ) from error
+
+
+def _cut_back(path: Path, start: int) -> None:
+    """Drop what will be logged again, and a last line that a crash left half-written.
+
+    That is everything after step ``start``, and the evaluation of that step: it follows its checkpoint.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for number, entry in enumerate(read_lines(path), start=1):
+        if not isinstance(entry.get("step"), int):
+            raise UserError(f"{path}, line {number}: has no step; remove that line, or put the file back")
+        if entry["step"] < start + (entry.get("kind") != "eval"):
+            kept.append(json.dumps(entry))
+    aside = path.with_suffix(".part")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,42 @@
+"""Whether conversations share rows: as the configuration asks, where the models can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlm_distill.config.sections import DataSection
+from vlm_distill.models.interface import VisionLanguageModel
+
+#: ``data.length_window`` where a model's rows have to be padded although packing was asked for.
+WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows are filled.
+
+    Attributes:
+        packed: whether conversations share rows, of the student's and of the teacher's.
+        window: batches within which samples are grouped by length.
+        told: remarks for a person.
+    """
+
+    packed: tuple[bool, bool]
+    window: int
+    told: tuple[str, ...] = ()
+
+
+def plan_packing(data: DataSection, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> Packing:
+    """Packs the rows of each model that keeps samples in one row apart; groups samples by length where one does not."""
+    if not data.packing:
+        return Packing((False, False), data.length_window)
+    models = {"student": student, "teacher": teacher}
+    packed = {role: model is not None and model.keeps_samples_apart() for role, model in models.items()}
+    padded = [role for role, model in models.items() if model is not None and not packed[role]]
+    window = data.length_window or (WINDOW if padded else 0)
+    told = [
+        f"data.packing: the {role} does not keep samples in one row apart; its rows are padded, "
+        f"and samples are grouped by length within {window} batches"
+        for role in padded
+    ]
+    return Packing((packed["student"], packed["teacher"]), window, tuple(told))
