@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that the tests are divided among, file by file.
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 # Of the environment in which VLMEvalKit and lmms-eval are held against our scorers. They are installed without the
@@ -23,10 +25,10 @@ QUICK := tests/config/test_config.py tests/config/test_deepspeed_keys.py tests/t
 	tests/losses/test_on_logits.py tests/losses/test_taid.py tests/losses/test_topk.py tests/training/test_schedule.py
 
 check: lint
-	$(BIN)/pytest -q -m "not slow and not gpu" $(QUICK)
+	$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(QUICK)
 
 test: lint
-	$(BIN)/pytest -m "not slow and not gpu" --durations=10
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" --durations=10
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
