@@ -54,7 +54,7 @@ def test_a_cache_is_filled_and_then_learnt_from(material, command, monkeypatch):
     assert code == 2
     assert "says where the teacher's outputs go; set teacher.cache.folder, or student.vision_cache" in errors
     started = []
-    monkeypatch.setattr(cli, "launch", lambda *words: started.append(words) or 0)
+    monkeypatch.setattr(cli.training, "launch", lambda *words: started.append(words) or 0)
     assert command("cache", path, place, "--nproc", 2)[0] == 0
     assert started == [("vlm_distill.cache", [str(path), place], 2)]
     # What those processes do.
@@ -245,8 +245,10 @@ def test_mistakes_of_an_evaluation_are_one_line(words, says, tmp_path, capsys):
 
 def test_the_command_and_the_module_have_the_same_options():
     """Names, defaults and bounds."""
-    hints = get_type_hints(cli.evaluate, include_extras=True)
-    parameters = {name: p for name, p in inspect.signature(cli.evaluate).parameters.items() if name != "nproc"}
+    hints = get_type_hints(cli.evaluation.evaluate, include_extras=True)
+    parameters = {
+        name: p for name, p in inspect.signature(cli.evaluation.evaluate).parameters.items() if name != "nproc"
+    }
     theirs = {name: None if name == "model" else p.default for name, p in parameters.items()}
     bounds = {name: hints[name].__metadata__[0].min for name in parameters}
     actions = {a.dest: a for a in evaluate.parser()._actions if a.dest not in ("help", "local_rank")}
@@ -261,9 +263,17 @@ def test_the_command_and_the_module_have_the_same_options():
             action.type(str(smallest - 1))
 
 
-def test_every_option_of_the_command_reaches_the_module(command, monkeypatch):
+@pytest.mark.parametrize(
+    "of_the_other",
+    [
+        ("--measures", "--teacher", "--columns", "--teacher-template-arguments"),
+        ("--benchmarks", "--rules", "--score", "--judge"),
+    ],
+    ids=["benchmarks", "data"],
+)
+def test_every_option_of_the_command_reaches_the_module(command, monkeypatch, of_the_other):
     started = []
-    monkeypatch.setattr(cli, "launch", lambda *words: started.append(words) or 0)
+    monkeypatch.setattr(cli.evaluation, "launch", lambda *words: started.append(words) or 0)
     given = {
         "--benchmarks": "pope", "--data": "d", "--rules": "official", "--format": "tsv", "--score": "likelihood",
         "--measures": "kl", "--teacher": "t", "--max-length": "7", "--judge": "http://j", "--judge-model": "q",
@@ -271,6 +281,7 @@ def test_every_option_of_the_command_reaches_the_module(command, monkeypatch):
         "--max-new-tokens": "9", "--dtype": "bf16", "--columns": "{'q': 'p'}", "--template-arguments": "{'a': 1}",
         "--teacher-template-arguments": "{'b': True}",
     }  # fmt: skip
+    given = {flag: text for flag, text in given.items() if flag not in of_the_other}
     assert command("eval", "m", *(word for pair in given.items() for word in pair), "--shard", "--nproc", "2")[0] == 0
     ((_, words, processes),) = started
     parsed = vars(evaluate.parser().parse_args(words))

@@ -1,0 +1,164 @@
+"""Options models: a dataclass describes each option of a command once, for ``vlm-distill`` and for ``python -m``.
+
+A field is an option as typer writes one: ``limit: Annotated[int | None, typer.Option(min=1, help="…")] = None``.
+Checks that concern several options go into the dataclass's ``__post_init__``, which raises ``UserError``.
+
+    @app.command()          # vlm-distill
+    @expanded
+    def cache(run: RunOptions, nproc: Processes = 1) -> None:
+        raise typer.Exit(launch("vlm_distill.cache", words_of(run), nproc))
+
+    options = parse(RunOptions, words, "vlm_distill.cache")     # python -m vlm_distill.cache
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+import yaml
+from typer.models import ArgumentInfo
+
+from data.errors import UserError
+
+Options = TypeVar("Options")
+
+#: What click raises for any wrong use of options; typer names only this subclass.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one per GPU.")]
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """The configuration of a run: its file and overrides."""
+
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of the run; configs/ has examples to copy.", show_default=False)
+    ]
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value, as in training.steps=100 or loss.0.weight=0.5.", show_default=False),
+    ] = None
+
+
+def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` with its first parameter, an options model, replaced by one parameter for each field.
+
+    Further parameters of ``function`` stay: they are options of this command alone.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    first, *others = inspect.signature(function).parameters.values()
+    model = hints[first.name]
+    names = [field.name for field in fields(model)]
+
+    def command(**values: Any) -> Any:
+        options = model(**{name: values.pop(name) for name in names})
+        return function(options, **values)
+
+    annotations = {**get_type_hints(model, include_extras=True), **hints}
+    parameters = [
+        inspect.Parameter(field.name, first.KEYWORD_ONLY, default=_default(field), annotation=annotations[field.name])
+        for field in fields(model)
+    ]
+    parameters += [other.replace(kind=first.KEYWORD_ONLY, annotation=annotations[other.name]) for other in others]
+    command.__name__ = function.__name__
+    # One line a paragraph: rich wraps them to the terminal.
+    paragraphs = (function.__doc__ or "").split("\n\n")
+    command.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def parse(model: type[Options], words: Sequence[str], program: str, description: str | None = None) -> Options:
+    """Return the options that a command line gives, for an entry point that is started as ``python -m program``.
+
+    Raises:
+        UserError: one line about the first wrong option.
+        SystemExit: after ``--help``.
+    """
+    given = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+
+    def options(found: Any) -> Any:
+        return found
+
+    options.__annotations__["found"] = model
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=description)(expanded(options))
+    try:
+        found = typer.main.get_command(app).main(given, f"python -m {program}", standalone_mode=False)
+    except _UsageError as mistake:
+        text = mistake.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
+        raise UserError(f"{text} (--help lists the options)") from None
+    if not isinstance(found, model):
+        sys.exit(found)
+    return found
+
+
+def words_of(options: Any, model: type[Any] | None = None) -> list[str]:
+    """Return the command line from which :func:`parse` makes these options again.
+
+    Args:
+        options: an options model with its values.
+        model: the model that will parse the line; default: that of ``options``.
+    """
+    model = model or type(options)
+    hints = get_type_hints(model, include_extras=True)
+    positional: list[str] = []
+    named: list[str] = []
+    for field in fields(model):
+        value = getattr(options, field.name)
+        if value is None or value == _default(field):
+            continue
+        values = value if isinstance(value, list) else [value]
+        texts = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
+        if isinstance(hints[field.name].__metadata__[0], ArgumentInfo):
+            positional += texts
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        named += [flag] if value is True else [word for text in texts for word in (flag, text)]
+    return positional + named
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is MISSING else field.default
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """Parse an option whose value is a mapping in YAML, such as ``{enable_thinking: false}``."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise typer.BadParameter(f"{text!r} is not a mapping; write it as '{{name: value}}'")
+    return value
+
+
+def renaming(text: str) -> dict[str, str]:
+    """Parse an option whose value is a mapping of names to names, such as ``{image: image_path}``."""
+    value = mapping(text)
+    for ours, theirs in value.items():
+        if not isinstance(theirs, str):
+            raise typer.BadParameter(f"{ours}: {theirs!r} is not a name; put it in quotes")
+    return value
+
+
+def positive_rate(text: str) -> float:
+    """Parse an option whose value is a number of requests per minute."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
+    if not 0.001 <= value < float("inf"):
+        raise typer.BadParameter(f"{text} is too small or too large: at least 0.001")
+    return value

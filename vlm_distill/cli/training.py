@@ -1,0 +1,152 @@
+"""Commands around a run: train, classify, cache, generate, plan, inspect."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.launch import launch, launch_training
+
+from .options import Processes, RunOptions, expanded, words_of
+
+
+@expanded
+def train(run: RunOptions, nproc: Processes = 1) -> None:
+    """Train a student as CONFIG says, evaluate it and its teacher, and export it.
+
+    An interrupted run resumes from its latest checkpoint when started again. On many nodes, use DeepSpeed's own
+    launcher and a hostfile: deepspeed --module vlm_distill.train CONFIG.
+    """
+    from vlm_distill.config.file import load_config
+    from vlm_distill.config.sections import split_batch
+
+    # Report mistakes before processes start, and before imports that take seconds.
+    config = load_config(run.config, run.overrides or ())
+    split_batch(config, nproc)
+    from vlm_distill.training.build import build_terms
+    from vlm_distill.training.on_policy import check_on_policy
+
+    check_on_policy(config, build_terms(config))
+    raise typer.Exit(launch_training("vlm_distill.train", words_of(run), nproc))
+
+
+@expanded
+def classify(run: RunOptions, nproc: Processes = 1) -> None:
+    """Train an image classifier as CONFIG says, evaluate it and its teacher, and export it.
+
+    The suite's second path: ImageNet, CIFAR or any folder of images. See configs/imagenet and configs/cifar100.
+    With DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
+    """
+    words = words_of(run)
+    # Imported by name: nothing in vlm_distill depends on vision.
+    import_module("vision.train").check(words, nproc)
+    raise typer.Exit(launch_training("vision.train", words, nproc))
+
+
+@expanded
+def cache(run: RunOptions, nproc: Processes = 1) -> None:
+    """Run CONFIG's teacher once over all of its data and store the outputs in teacher.cache.folder.
+
+    Training then reads them from there and never loads the teacher. With student.vision_cache, the features of a
+    frozen vision encoder are stored in the same way. An interrupted fill resumes when started again.
+    """
+    from vlm_distill.caching.fill import check
+    from vlm_distill.config.file import load_config
+
+    check(load_config(run.config, run.overrides or ()))
+    raise typer.Exit(launch("vlm_distill.cache", words_of(run), nproc))
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(RunOptions):
+    """What to generate, with which model, and where to write it."""
+
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)]
+    model: Annotated[str | None, typer.Option(help="Folder or name of a model to use instead of the teacher.")] = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are left out.")] = 512
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy decoding.")] = 0.0
+    samples: Annotated[int, typer.Option(min=1, help="Answers to draw per question.")] = 1
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 64
+
+
+@expanded
+def generate(options: GenerateOptions, nproc: Processes = 1) -> None:
+    """Write the teacher's answers to CONFIG's training questions as data, for sequence-level distillation.
+
+    An interrupted command resumes when started again.
+    """
+    from vlm_distill.config.file import load_config
+
+    load_config(options.config, options.overrides or ())
+    raise typer.Exit(launch("vlm_distill.generate", words_of(options), nproc))
+
+
+@dataclass(kw_only=True)
+class PlanOptions(RunOptions):
+    """The hardware that a run is planned for."""
+
+    gpus: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GB per GPU; default: the device's.")] = None
+    device: Annotated[str, typer.Option(help="Device to plan for: h100, a100, …, or cpu.")] = "h100"
+    json: Annotated[Path | None, typer.Option(help="File to write; default: plan.json in the run's folder.")] = None
+
+
+@expanded
+def plan(options: PlanOptions) -> None:
+    """Estimate a run without loading weights: parameters, memory by ZeRO stage, FLOPs, tokens, time and GPU-hours.
+
+    The run's report shows the plan beside what was measured. docs/planning.md says what is counted, and how well.
+    """
+    from vlm_distill.config.file import load_config
+
+    config = load_config(options.config, options.overrides or ())
+    # Imported after the configuration is checked, since these take seconds.
+    from vlm_distill.planning import plan as make_plan
+    from vlm_distill.reporting.plan_tables import render, write_plan
+
+    made = make_plan(config, gpus=options.gpus, memory=options.memory, device=options.device)
+    render(made, plain_console())
+    print(write_plan(made, options.json or Path(config.output) / "plan.json"))
+
+
+@dataclass(kw_only=True)
+class InspectOptions(RunOptions):
+    """Which samples to show, and where."""
+
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="How many samples; default: 4, or all of them with --json.")
+    ] = None
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the images.")] = None
+    json: Annotated[
+        Path | None, typer.Option(help="Write what training would learn, one line per sample; - for standard output.")
+    ] = None
+
+
+@expanded
+def inspect(options: InspectOptions) -> None:
+    """Show samples as each model receives them, with supervised tokens highlighted."""
+    from vlm_distill.config.file import load_config
+    from vlm_distill.inspection import Inspection
+    from vlm_distill.reporting.inspection_page import render_html, render_terminal, write_lines
+
+    inspection = Inspection(load_config(options.config, options.overrides or ()))
+    out = sys.stdout
+    if options.json is not None:
+        # With `--json -`, standard output holds the lines alone.
+        out = sys.stderr if options.json == Path("-") else out
+        write_lines(inspection.lines(options.samples), options.json)
+        print(inspection.summary(), file=out)
+        if options.html is None:
+            return
+    shown = inspection.shown(options.samples or 4)
+    if options.json is None:
+        render_terminal(shown, plain_console())
+        print(inspection.summary())
+    if options.html is not None:
+        print(render_html(shown, options.html), file=out)
