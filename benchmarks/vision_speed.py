@@ -53,7 +53,7 @@ from data.batch import Step
 from vision.config import ClassifierConfig
 from vision.loader import ImageBatch
 from vision.trainer import Trainer
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 sys.path.append(str(Path(__file__).parent))
 from losses import peak_bytes, processor  # benchmarks/losses.py

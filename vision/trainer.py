@@ -24,9 +24,10 @@ from vlm_distill.caching.store import fingerprint
 from vlm_distill.evaluation.runner import evenly_spaced
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
 from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
-from vlm_distill.training.engine import Engine, Processes
+from vlm_distill.training.engine import Engine
 from vlm_distill.training.intake import FIRST_ROWS, reasons
 from vlm_distill.training.loop import Loop
 

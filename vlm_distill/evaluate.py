@@ -145,7 +145,8 @@ def run(options: argparse.Namespace) -> None:
     from vlm_distill.models.common import DTYPES
     from vlm_distill.models.teacher import ModelTeacher
     from vlm_distill.models.vocabulary import align_heads
-    from vlm_distill.training.engine import Processes, load_sharded
+    from vlm_distill.runtime.processes import Processes
+    from vlm_distill.training.engine import load_sharded
 
     # Mistakes are reported before a model is loaded.
     options.model = model_of(options.model)

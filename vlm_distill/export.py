@@ -100,8 +100,9 @@ def _student(run: Path) -> tuple[Any, Record | None]:
         raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
     for path, reason in found.damaged.items():
         print(f"vlm-distill: {path.name} is damaged ({reason}); exporting {found.path.name}", file=sys.stderr)
+    from vlm_distill.runtime.processes import Processes
     from vlm_distill.training.build import load_models
-    from vlm_distill.training.engine import Processes, checkpoint_weights
+    from vlm_distill.training.engine import checkpoint_weights
 
     # The checkpoint's own: the run may have been started again with another stage since.
     record = Record.read(found.path)

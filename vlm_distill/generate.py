@@ -36,7 +36,7 @@ from vlm_distill.runtime.launch import guarded, leave
 
 if TYPE_CHECKING:
     from vlm_distill.models.interface import Answer, Prompt, VisionLanguageModel
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,8 +63,8 @@ def run(options: argparse.Namespace) -> None:
     if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     from vlm_distill.runtime.output import claim
+    from vlm_distill.runtime.processes import Processes
     from vlm_distill.training.build import image_loader, open_sources
-    from vlm_distill.training.engine import Processes
 
     _check(config, options)
     sources: list[Any] = open_sources(config.data.train, config.data.max_length)

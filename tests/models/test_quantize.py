@@ -14,7 +14,7 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.quantize import quantization
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.trainer import Trainer
 
 # Bytes of a weight, and the most that logits of its like may be off, as a share of their spread.

@@ -18,7 +18,7 @@ from vlm_distill.models import load_vlm
 from vlm_distill.models.composed import ComposedProcessor
 from vlm_distill.models.interface import Answer
 from vlm_distill.models.served import ServedModel, ServedTeacher, _read_answer
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.trainer import Trainer
 
 

@@ -23,8 +23,8 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models.teacher import ModelTeacher, TeacherOutputs
 from vlm_distill.runtime.launch import leave
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.training import engine
-from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
 K = 5

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.launch import leave
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.training import engine
-from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
 # ZeRO-3 shards the smallest parameters too, which DeepSpeed would keep whole.

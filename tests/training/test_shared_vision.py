@@ -9,8 +9,8 @@ from counted_runs import trained
 
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.shared_vision import sees_as
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.training import trainer as module
-from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 
 FROZEN = {"from_teacher": {"layers": 2}, "train": ["projector", "decoder"]}

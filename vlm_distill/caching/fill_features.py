@@ -24,8 +24,8 @@ from vlm_distill.models.fingerprint import digest_text
 from vlm_distill.models.interface import Processor, VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.build import image_loader, load_models, open_sources
-from vlm_distill.training.engine import Processes
 
 from .fill_tokens import Told, say
 from .image_features import FeatureCache, FeatureWriter

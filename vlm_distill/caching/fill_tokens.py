@@ -41,8 +41,8 @@ from vlm_distill.models.teacher import (
 from vlm_distill.models.vocabulary import align_heads
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.build import build_terms, check_packing, load_student, load_teacher, open_sources, turns
-from vlm_distill.training.engine import Processes
 
 from .store import ABOUT, check_not_filling, check_room, compare, in_words, make_folder, read_about
 from .token_records import TokenCache, TokenWriter, bytes_a_token, digest_of

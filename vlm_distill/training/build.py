@@ -42,8 +42,9 @@ from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
 from vlm_distill.models.vocabulary import Teaching, align_heads, same_tokens, separate_heads
+from vlm_distill.runtime.processes import Processes
 
-from .engine import Processes, load_sharded
+from .engine import load_sharded
 
 
 def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:

@@ -41,11 +41,11 @@ from vlm_distill.evaluation.runner import (
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 
 from .build import check_evaluations, image_loader, open_sources, turns
 from .checkpoint import completed
-from .engine import Processes
 from .intake import FIRST_ROWS, reasons
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}

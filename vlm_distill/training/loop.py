@@ -32,12 +32,13 @@ from vlm_distill.runtime.failures import not_finite, out_of_memory, out_of_memor
 from vlm_distill.runtime.launch import Stopped, cores
 from vlm_distill.runtime.manifest import Entry
 from vlm_distill.runtime.output import cause_of, claim, put_in_place
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.stopping import Stopping
 from vlm_distill.runtime.tracking import Tracker
 
 from . import checkpoint
 from .effects import idle_settings
-from .engine import Engine, Processes
+from .engine import Engine
 from .intake import FIRST_ROWS, FirstRows, Tally, too_many_left_out
 from .past import Past
 

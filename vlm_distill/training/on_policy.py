@@ -25,8 +25,7 @@ from vlm_distill.losses import FeatureTerm, Term
 from vlm_distill.models.chat import whole_thought
 from vlm_distill.models.interface import Answer, Processor, Sampling, VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
-
-from .engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 _FILE = "on_policy.json"
 _DECODE_THREADS = 4

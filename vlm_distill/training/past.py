@@ -13,9 +13,9 @@ from vlm_distill.config.file import save_config
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.runtime import manifest
 from vlm_distill.runtime.output import cause_of
+from vlm_distill.runtime.processes import Processes
 
 from . import checkpoint
-from .engine import Processes
 from .resume import Record, compare, compare_data, in_words, steering
 
 

@@ -28,10 +28,12 @@ from vlm_distill.models.common import DTYPES
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.shared_vision import sees_as, share
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
 from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 
 from .build import (
@@ -49,7 +51,7 @@ from .build import (
     write_student,
 )
 from .effects import late_warmup
-from .engine import Engine, Processes, gather_parameters
+from .engine import Engine, gather_parameters
 from .evaluations import Evaluations
 from .intake import FirstRows
 from .loop import Loop
@@ -114,7 +116,10 @@ class Trainer(Loop):
         shown_to = None if self.guide is None else self.guide.processor
         self.told = [*self.told, *template_remarks(config.data, student.processor, shown_to, self.grouped)]
         prepare_losses(terms, student, self.guide)
-        self.sequence = processes.share_sequences(config.training.sequence_parallel)
+        sharing = config.training.sequence_parallel
+        self.sequence: SequenceParallel | None = None
+        if sharing > 1:
+            self.sequence = SequenceParallel(processes.neighbours(sharing), processes.rank % sharing, sharing)
         guide = model if self.guide is not None else None
         if self.sequence is not None:
             divide_sequences(config, self.sequence, student, guide, terms, self.grouped)
