@@ -228,7 +228,7 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _sources(options: argparse.Namespace) -> list[Any]:
     from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
-    from vlm_distill.config.sections import Measure
+    from vlm_distill.config.fields import Measure
     from vlm_distill.evaluation.held_out import OF_ANSWERS
 
     measures = options.measures.split(",")

@@ -20,8 +20,8 @@ from vision.losses import CrossEntropy
 from vision.optimizer import Schedule, build_optimizer
 from vision.task import ClassificationTask
 from vision.trainer import build_terms, load
+from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
-from vlm_distill.config.sections import split_batch
 
 CONFIGS = Path("configs")
 FILES = [

@@ -17,7 +17,8 @@ from data.conversation import Document
 from data.errors import BadSample, UserError
 from data.sources import Source, TextSource
 from data.workers import make_loader
-from vlm_distill.config.sections import TEACHERS, RunConfig
+from vlm_distill.config.model_sections import TEACHERS
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.composed import cast_parameters
 from vlm_distill.models.fingerprint import digest_text

@@ -22,7 +22,8 @@ from data.images import load_image
 from data.loader import ProblemLog, problem_of
 from data.sources import Source, TextSource
 from data.workers import make_loader
-from vlm_distill.config.sections import CacheSection, RunConfig, TeacherSection
+from vlm_distill.config.model_sections import CacheSection, TeacherSection
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import HiddenTargets
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import read_template

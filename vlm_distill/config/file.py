@@ -19,8 +19,9 @@ from pydantic import BaseModel, ValidationError
 from data.errors import UserError
 
 from .confidential import secret_in
+from .fields import Section
 from .interpolations import check_expansion, escaped
-from .sections import AnyRun, RunConfig, Section
+from .sections import AnyRun, RunConfig
 
 T = TypeVar("T", bound=BaseModel)
 #: In a configuration with its aliases written out.

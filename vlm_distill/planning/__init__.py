@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill.config.sections import RunConfig, split_batch
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.devices import DEVICES
 from vlm_distill.training.evaluations import Evaluations
 

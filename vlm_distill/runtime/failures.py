@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from data.errors import UserError
-from vlm_distill.config.sections import AnyRun, halved
+from vlm_distill.config.batch_split import halved
+from vlm_distill.config.sections import AnyRun
 
 from .launch import MISTAKE, OUT_OF_MEMORY, RESTART, Failure, mistake_of
 

@@ -135,7 +135,7 @@ class Processes:
         parts[self.rank] = rows
         return torch.cat(parts)
 
-    def neighbours(self, size: int) -> dist.ProcessGroup:
+    def neighbours(self, size: int) -> Any:
         """Return the process group of this rank and its neighbours, ``size`` ranks each. Collective."""
         # Every rank takes part in making every group.
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.world, size)]

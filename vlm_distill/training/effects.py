@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_distill.config.sections import AnyRun, Section
+from vlm_distill.config.fields import Section
+from vlm_distill.config.sections import AnyRun
 
 
 def idle_settings(config: AnyRun) -> list[str]:

@@ -22,7 +22,8 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from transformers.integrations import HfDeepSpeedConfig
 
 from data.errors import UserError
-from vlm_distill.config.sections import AnyRun, split_batch
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.sections import AnyRun
 from vlm_distill.models.common import first_line
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.loading import not_finite

@@ -25,7 +25,8 @@ from data.batch import Problem, Step
 from data.errors import BadSample, UserError
 from data.json_files import read_object
 from data.loader import ProblemLog, problem_of
-from vlm_distill.config.sections import AnyRun, split_batch
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.sections import AnyRun
 from vlm_distill.losses import FeatureTerm, Progress, Term, TermSums
 from vlm_distill.runtime import faults
 from vlm_distill.runtime.failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
