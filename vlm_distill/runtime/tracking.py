@@ -127,11 +127,10 @@ class Tracker:
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
             self._hook(failed)
 
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Moves the bar; where there is no terminal, prints a line now and then."""
+    def show(self, step: int, text: str) -> None:
+        """Move the bar, with a text beside it; without a terminal, print a line now and then."""
         if not self.first:
             return
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._bar.update(self._task, completed=step, values=text)
         if self._bar.disable and (step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps):
             self.console.print(f"step {step}/{self.steps}  {text}")
