@@ -241,7 +241,7 @@ def command(broken, *words):
 
 
 PATCHED = (
-    "from vlm_distill import launch; real = launch.launch; "
+    "from vlm_distill.runtime import launch; real = launch.launch; "
     "launch.launch = lambda module, words, n: real('broken_ranks', words, n)"
 )
 

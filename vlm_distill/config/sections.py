@@ -87,9 +87,14 @@ class DataSection(Section):
 class OptimizerSection(Section):
     """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "sgd", "adamw8bit", "muon"] = Field(
+        "adamw", description="AdamW, SGD with momentum, AdamW with 8-bit states (bitsandbytes), or Muon with AdamW."
+    )
     lr: AboveZero = Field(1e-4, description="Peak learning rate.")
+    muon_lr: AboveZero = Field(0.02, description="Peak learning rate of the matrices that Muon updates.")
     part_lr: dict[Part, AboveZero] = Field({}, description="Learning rates of single parts, in place of `lr`.")
-    weight_decay: AtLeastZero = Field(0.01, description="Decoupled weight decay of matrices.")
+    weight_decay: AtLeastZero = Field(0.01, description="Weight decay of matrices; decoupled, except with SGD.")
+    momentum: Beta = Field(0.9, description="Momentum of SGD and Muon.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of its two moments.")
     eps: AboveZero = Field(1e-8, description="AdamW's term against division by zero.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")

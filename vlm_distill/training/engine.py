@@ -35,6 +35,8 @@ from vlm_distill.runtime.processes import Processes
 from .shards import Whole, read_whole, written_by
 
 SAVED_BY = "engine"
+#: Optimizers whose state can only be restored on as many ranks, and at the ZeRO stage, that saved it.
+_BOUND_TO_RANKS = ("adamw8bit", "muon")
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
 
 
@@ -91,6 +93,8 @@ class Engine:
         self.stage = config.deepspeed.stage
         micro, accumulation = split_batch(config, processes.world)
         settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
+        name = getattr(config.optimizer, "name", None)
+        self._bound_to_ranks = name if name in _BOUND_TO_RANKS else None
         named = {id(parameter): name for name, parameter in task.named_parameters()}
         self._names = [[named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         self._engine = _initialize(task, optimizer, settings)
@@ -204,6 +208,11 @@ class Engine:
                     f"{folder}: DeepSpeed finds no checkpoint in it; remove it to go on from an earlier one"
                 )
             return client["run"]
+        if self._bound_to_ranks is not None:
+            raise UserError(
+                f"{folder}: other ranks or another ZeRO stage wrote it, which {self._bound_to_ranks} cannot be "
+                "restored from; use as many ranks and the same deepspeed.stage"
+            )
         whole = read_whole(folder / SAVED_BY, self._names)
         self._restore(folder, whole)
         return whole.client
@@ -390,6 +399,20 @@ def _initialize(task: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
 
 def _refused(error: Exception) -> UserError:
     return UserError(f"deepspeed: DeepSpeed refuses this section: {' '.join(str(error).split())[:300]}")
+
+
+def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return DeepSpeed's Muon, whose ZeRO stages 1 and 2 reassemble each matrix before its update.
+
+    Args:
+        groups: of parameters; ``use_muon`` says whether Muon or AdamW updates a group.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]  # ZeRO looks for it there
+    return MuonWithAuxAdam(groups)
 
 
 class ShardedModel:

@@ -57,8 +57,9 @@ from .intake import FirstRows
 from .loop import Loop
 from .on_policy import OnPolicy, check_on_policy, learns_from_drawn
 from .operations import Operations
+from .optimizers import build_optimizer
 from .packing_plan import plan_packing
-from .schedule import learning_rate_factor, lr_scales, parameter_groups
+from .schedule import learning_rate_factor, lr_scales
 from .task import DistillationTask
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
@@ -192,13 +193,8 @@ class Trainer(Loop):
             shared_vision=self.shared_vision,
         )
         section = config.optimizer
-        optimizer = torch.optim.AdamW(
-            parameter_groups(task, section.weight_decay, lr_scales(student.parts, section.part_lr, section.lr)),
-            lr=section.lr,
-            betas=section.betas,
-            eps=section.eps,
-            fused=config.deepspeed.offloads_optimizer or None,
-        )
+        scales = lr_scales(student.parts, section.part_lr, section.lr)
+        optimizer = build_optimizer(task, section, config.deepspeed, scales, student.head.parameters)
         self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
         if self.same_encoder and config.deepspeed.stage < 3:
             assert isinstance(self.guide, ModelTeacher)
