@@ -158,6 +158,24 @@ RULES = (
         lambda run: _own_base(run) and run.student.from_teacher is not None,
         "teacher.from_student and student.from_teacher: one of the two models must be on disk",
     ),
+    # Optimizers: ZeRO hands them flat slices of all parameters, and may keep their states in main memory.
+    Rule(
+        lambda run: run.optimizer.name == "muon" and run.deepspeed.stage == 3,
+        "optimizer.name: 'muon' reads whole matrices, which ZeRO 3 cuts up; choose deepspeed.stage 0, 1 or 2",
+    ),
+    Rule(
+        lambda run: run.optimizer.name == "muon" and run.optimizer.max_grad_norm is not None,
+        "optimizer.max_grad_norm: ZeRO would clip the updates of 'muon', not its gradients; set it to null",
+    ),
+    Rule(
+        lambda run: run.optimizer.name == "adamw8bit" and run.deepspeed.stage == 3,
+        "optimizer.name: 'adamw8bit' does not work under ZeRO 3; choose deepspeed.stage 0, 1 or 2",
+    ),
+    Rule(
+        lambda run: run.optimizer.name in ("adamw8bit", "muon") and run.deepspeed.offloads_optimizer,
+        "optimizer.name: 'adamw8bit' and 'muon' cannot step in main memory; leave offload_optimizer out, or choose "
+        "'adamw' or 'sgd'",
+    ),
     Rule(
         lambda run: run.student.quantize is not None and run.deepspeed.stage == 3,
         "student.quantize: ZeRO-3 cannot shard 4-bit weights; choose deepspeed.stage 0, 1 or 2",

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_distill.config.fields import Section
-from vlm_distill.config.sections import AnyRun
+from vlm_distill.config.sections import AnyRun, OptimizerSection
+
+# Which optimizers of the VLM path read a setting.
+_READ_BY = {
+    "betas": ("adamw", "adamw8bit", "muon"),
+    "eps": ("adamw", "adamw8bit", "muon"),
+    "momentum": ("sgd", "muon"),
+    "muon_lr": ("muon",),
+}
 
 
 def idle_settings(config: AnyRun) -> list[str]:
@@ -69,11 +77,18 @@ def _of_the_optimizer(config: Any) -> list[str]:
         "decay_epochs": ("step",),
         "decay_rate": ("step", "multistep"),
     }
-    return [
+    said = [
         f"optimizer.{name}: has no effect with schedule: {section.schedule}"
         for name in _given(section, *needed)
         if section.schedule not in needed[name]
     ]
+    if isinstance(section, OptimizerSection):
+        said += [
+            f"optimizer.{name}: has no effect with name: {section.name}"
+            for name in _given(section, *_READ_BY)
+            if section.name not in _READ_BY[name]
+        ]
+    return said
 
 
 def _of_the_teacher(config: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 ZeRO 1 to 3 hands the optimizer flat slices of all parameters. An optimizer that reads whole layers would see layers
 that do not exist, so it is refused there, unless DeepSpeed reassembles its layers (Muon at stages 1 and 2).
+What an optimizer of the VLM path cannot do is refused by `config.checks`.
 """
 
 from __future__ import annotations
@@ -28,31 +29,6 @@ _ELEMENTWISE = {
 Groups = list[dict[str, Any]]
 
 
-def check_optimizer(section: OptimizerSection, deepspeed: DeepSpeedSection) -> None:
-    """Raise ``UserError`` if an optimizer of the VLM path cannot work as ``deepspeed`` has it, or is not installed."""
-    name, stage = section.name, deepspeed.stage
-    if name == "adamw8bit":
-        if find_spec("bitsandbytes") is None:
-            raise UserError(
-                "optimizer.name: adamw8bit needs the package bitsandbytes; install vlm-distill[quantize], or use adamw"
-            )
-        if stage == 3:
-            raise UserError("optimizer.name: adamw8bit does not work under ZeRO 3; set deepspeed.stage to 0, 1 or 2")
-    if name == "muon":
-        if stage == 3:
-            raise UserError(
-                "optimizer.name: muon reads whole matrices, which ZeRO 3 cuts up; set deepspeed.stage to 0, 1 or 2"
-            )
-        if section.max_grad_norm is not None:
-            raise UserError(
-                "optimizer.max_grad_norm: ZeRO would clip muon's updates, which all have one size; set it to null"
-            )
-    if name in ("adamw8bit", "muon") and deepspeed.offloads_optimizer:
-        raise UserError(
-            f"optimizer.name: {name} cannot step in main memory; leave offload_optimizer out, or use adamw or sgd"
-        )
-
-
 def build_optimizer(
     task: nn.Module,
     section: OptimizerSection,
@@ -70,9 +46,8 @@ def build_optimizer(
         head: parameters of the output layer, which Muon leaves to AdamW, as it does embeddings, norms and biases.
 
     Raises:
-        UserError: the optimizer cannot work with this ``deepspeed`` section, or is not installed.
+        UserError: the optimizer is not installed.
     """
-    check_optimizer(section, deepspeed)
     groups = parameter_groups(task, section.weight_decay, scales)
     adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     if section.name == "adamw":
@@ -80,6 +55,10 @@ def build_optimizer(
     if section.name == "sgd":
         return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
     if section.name == "adamw8bit":
+        if find_spec("bitsandbytes") is None:
+            raise UserError(
+                "optimizer.name: adamw8bit needs the package bitsandbytes; install vlm-distill[quantize], or use adamw"
+            )
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **adam)
