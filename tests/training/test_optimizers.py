@@ -19,7 +19,7 @@ OTHERS = {"sgd": {"optimizer__lr": 0.1}, "adamw8bit": {}, "muon": MUON}
 @pytest.fixture(autouse=True)
 def not_compiled(monkeypatch):
     """DeepSpeed compiles Muon's iteration, which takes minutes here and changes nothing but the time."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    monkeypatch.setattr("torch._dynamo.config.disable", True)
 
 
 @pytest.fixture(scope="module")
