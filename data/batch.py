@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm_distill.losses.groups import TokenGroups
+
 from .conversation import Conversation, Document
 
 
@@ -126,27 +128,6 @@ class ModelBatch:
 
 
 @dataclass
-class Groups:
-    """Neighbouring tokens of the student and of the teacher that spell the same text, where tokenizers differ.
-
-    Attributes:
-        student: int64 ``[G, 2]``, the first of the student's N rows of each group and the row after its last one.
-        teacher: int64 ``[G, 2]``, the same of the teacher's M rows.
-        teacher_targets: int64 ``[M]``, the teacher's supervised token ids.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    teacher_targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.student)
-
-    def to(self, device: torch.device | str) -> Groups:
-        return Groups(*(x.to(device, non_blocking=True) for x in (self.student, self.teacher, self.teacher_targets)))
-
-
-@dataclass
 class DistillationBatch:
     """A micro-batch: the k-th position of the student and of the teacher predict the same answer token.
 
@@ -173,7 +154,7 @@ class DistillationBatch:
     sample_of: Tensor
     samples: int
     images: int = 0
-    groups: Groups | None = None
+    groups: TokenGroups | None = None
     origins: tuple[Origin, ...] = ()
     drawn: bool = False
     conversations: Sequence[tuple[Conversation | Document, Sequence[Image.Image]]] = ()

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_distill.caching.token_records import CachedRow, CachedRows, compact
+from vlm_distill.losses.groups import TokenGroups
 
 from .alignment import difference_of, group_tokens, match_tokens
-from .batch import DistillationBatch, Encoded, Groups, ModelBatch, Origin, Processor
+from .batch import DistillationBatch, Encoded, ModelBatch, Origin, Processor
 from .conversation import Conversation, Document, answer_pieces, count_images, is_answer
 from .errors import BadSample
 
@@ -393,7 +394,7 @@ def _origins(pairs: Sequence[Pair]) -> tuple[Origin, ...]:
     return tuple(origin for pair in pairs for origin in pair.origins)
 
 
-def _groups(pairs: Sequence[Pair]) -> Groups:
+def _groups(pairs: Sequence[Pair]) -> TokenGroups:
     """The pairs' groups, their tokens counted through the micro-batch."""
     ours, theirs, targets = [torch.empty(0, 2, dtype=torch.int64)], [torch.empty(0, 2, dtype=torch.int64)], []
     rows, teacher_rows = 0, 0
@@ -404,7 +405,7 @@ def _groups(pairs: Sequence[Pair]) -> Groups:
         theirs.append(pair.groups[1] + teacher_rows)
         targets.append(pair.teacher.input_ids[pair.teacher_tokens])
         rows, teacher_rows = rows + len(pair.student_tokens), teacher_rows + len(pair.teacher_tokens)
-    return Groups(torch.cat(ours), torch.cat(theirs), torch.cat([torch.empty(0, dtype=torch.int64), *targets]))
+    return TokenGroups(torch.cat(ours), torch.cat(theirs), torch.cat([torch.empty(0, dtype=torch.int64), *targets]))
 
 
 def _needs_dummy(processor: Processor, rows: list[Encoded]) -> bool:

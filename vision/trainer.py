@@ -30,6 +30,7 @@ from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine
 from vlm_distill.training.intake import FIRST_ROWS, reasons
 from vlm_distill.training.loop import Loop
+from vlm_distill.training.loss_mistakes import loss_mistakes
 from vlm_distill.training.optimizers import classifier_optimizer
 
 from . import losses
@@ -60,6 +61,7 @@ def train(config: ClassifierConfig, processes: Processes, *, until: int | None =
     return Trainer(config, processes).run(until)
 
 
+@loss_mistakes()
 def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
     """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
     terms: list[AnyTerm] = []
@@ -462,6 +464,7 @@ def load(section: ClassifierSection, classes: Sequence[str], role: str, **more: 
         raise UserError(f"{role}: {error}") from None
 
 
+@loss_mistakes()
 def prepare_losses(terms: Sequence[AnyTerm], student: Classifier, teacher: Classifier | None) -> None:
     """Tells the losses the number of classes and the features' shapes, so that what they learn exists before training.
 

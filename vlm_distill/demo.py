@@ -18,6 +18,10 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vlm_distill.neighbours import check_neighbours
+
+check_neighbours()  # before anything of `data` is imported
+
 from data.errors import UserError
 from data.sources import open_source
 from vlm_distill.runtime.console import plain_console

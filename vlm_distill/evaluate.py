@@ -13,6 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from vlm_distill.neighbours import check_neighbours
+
+check_neighbours()  # before anything of `data` is imported
+
 from data.batch import Problem
 from data.errors import UserError
 from vlm_distill.evaluation.progress import progress_line

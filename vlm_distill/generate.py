@@ -21,6 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from vlm_distill.neighbours import check_neighbours
+
+check_neighbours()  # before anything of `data` is imported
+
 from data.batch import Problem
 from data.conversation import Conversation, ImageSource
 from data.errors import UserError

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from vlm_distill.neighbours import check_neighbours
+
+check_neighbours()  # before anything of `data` is imported
+
 from data.errors import UserError
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig

@@ -256,7 +256,7 @@ def command(monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "tree"), [("train", VLM), ("classify", VISION), ("inspect", VLM)])
 @pytest.mark.parametrize("mistake", ["training.batch_size=9", "loss.0.name=nope", "traning.steps=3", "output=[", "x"])
 def test_commands_tell_mistakes_before_processes_start(command, monkeypatch, tmp_path, name, tree, mistake):
-    monkeypatch.setattr("vlm_distill.cli.launch", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("vlm_distill.cli.training.launch", lambda *_: pytest.fail("started"))
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     words = [mistake, "training.micro_batch_size=8"] if "batch_size" in mistake and name != "inspect" else [mistake]
@@ -329,7 +329,7 @@ def test_paths_that_lead_nowhere(command, monkeypatch, tmp_path, kind):
         path = Path("a" * 300)
     elif kind == "loop":
         path.symlink_to(path)
-    monkeypatch.setattr("vlm_distill.cli.launch", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("vlm_distill.cli.training.launch", lambda *_: pytest.fail("started"))
     for words in (
         ["train", path],
         ["classify", path],

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from data.errors import UserError
 from vlm_distill import losses
-from vlm_distill.losses import FeatureTerm, Term, wanted_features
+from vlm_distill.losses import FeatureTerm, LossError, Term, wanted_features
 
 SAMPLES = torch.tensor([0, 0, 0, 2, 2, 5])
 QKV = ("queries", "keys", "values")
@@ -91,11 +90,11 @@ def test_uneven_grids_are_averaged_too():
 def test_tokens_that_form_no_square_are_refused_before_and_during_a_run(student, teacher, odd):
     message = f"is {student} tokens for the student and {teacher} for the teacher, and {odd} form no square grid"
     features = {"vision": draw(1, student, 3)}, {"vision": draw(1, teacher, 3)}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LossError, match=message):
         prepared("vision_features", *features)
     loss = losses.build("vision_features")
     loss.prepare({"vision": (None, 3)}, {"vision": (teacher, 3)})
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LossError, match=message):
         loss(*features, SAMPLES)
 
 
@@ -214,12 +213,12 @@ def test_what_the_terms_read_is_asked_for_once():
     ],
 )
 def test_mistakes_get_one_line(name, params, message):
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(LossError, match=message) as caught:
         losses.build(name, **params)
     assert "\n" not in str(caught.value)
 
 
 def test_relation_heads_must_divide():
     shapes = {"queries": (None, 24), "keys": (None, 12), "values": (None, 12)}
-    with pytest.raises(UserError, match=r"8 relation_heads do not divide the student's keys of width 12; .* of 12"):
+    with pytest.raises(LossError, match=r"8 relation_heads do not divide the student's keys of width 12; .* of 12"):
         losses.build("minilm").prepare(shapes, shapes)

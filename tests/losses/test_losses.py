@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from data.errors import UserError
 from vlm_distill import losses
-from vlm_distill.losses import DistillationLoss
+from vlm_distill.losses import DistillationLoss, LossError
 
 DIVERGENCES = {
     "forward_kl": {},
@@ -429,7 +428,7 @@ def test_missing_inputs_are_named():
     ],
 )
 def test_mistakes_get_one_line(name, params, message):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(LossError) as caught:
         losses.build(name, **params)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

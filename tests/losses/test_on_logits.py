@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from data.errors import UserError
 from vlm_distill import losses
-from vlm_distill.losses import DistillationLoss, HiddenTargets, Term, fused_linear, on_logits
+from vlm_distill.losses import DistillationLoss, HiddenTargets, LossError, Term, fused_linear, on_logits
 from vlm_distill.models.interface import LMHead
 
 N, C = 7, 11
@@ -137,6 +136,6 @@ def test_what_does_not_fit_is_named():
         on_logits(kd, student, teacher[:6])
     with pytest.raises(ValueError, match="has 11 classes, the teacher 10"):
         on_logits(kd, student, teacher[:, :10])
-    with pytest.raises(UserError, match="no loss is called"):
+    with pytest.raises(LossError, match="no loss is called"):
         losses.build("dist")
     assert on_logits(make("cross_entropy"), student, None, targets).loss > 0

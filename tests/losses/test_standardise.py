@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from data.errors import UserError
 from vlm_distill import losses
-from vlm_distill.losses import DistillationLoss, Progress, Standardised, Term, fused_linear
+from vlm_distill.losses import DistillationLoss, LossError, Progress, Standardised, Term, fused_linear
 from vlm_distill.losses.fused_linear import HiddenTargets
 from vlm_distill.models.interface import LMHead
 
@@ -120,13 +119,13 @@ def test_in_the_chunked_engine():
 
 @pytest.mark.parametrize("name", ["cross_entropy", "uld", "minilm", "hidden_states"])
 def test_what_compares_no_logits_class_by_class_refuses_it(name):
-    with pytest.raises(UserError, match=f"loss {name}: standardise is for losses that compare"):
+    with pytest.raises(LossError, match=f"loss {name}: standardise is for losses that compare"):
         losses.build(name, standardise=True)
     assert not isinstance(losses.build(name, standardise=False), Standardised)
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="loss kd: standardise is 1; give true or false"):
+    with pytest.raises(LossError, match="loss kd: standardise is 1; give true or false"):
         losses.build("kd", standardise=1)
-    with pytest.raises(UserError, match=r"no parameter 'temprature' \(did you mean 'temperature'"):
+    with pytest.raises(LossError, match=r"no parameter 'temprature' \(did you mean 'temperature'"):
         losses.build("kd", standardise=True, temprature=2.0)

@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from data.errors import UserError
-from vlm_distill.losses import TAID, Progress
+from vlm_distill.losses import TAID, LossError, Progress
 from vlm_distill.losses.taid import Pace
 
 
@@ -224,5 +223,5 @@ def test_t_can_be_set_within_its_range():
     loss = TAID()
     loss.t = 1
     assert loss.t == 1.0
-    with pytest.raises(UserError, match=r"loss taid: t is 1\.2; give a number from 0 to 1"):
+    with pytest.raises(LossError, match=r"loss taid: t is 1\.2; give a number from 0 to 1"):
         loss.t = 1.2

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.batch import Groups
 from vlm_distill import losses
 from vlm_distill.losses import HiddenTargets, Term, fused_linear
+from vlm_distill.losses.groups import TokenGroups
 from vlm_distill.losses.uld import _merged
 from vlm_distill.models.interface import LMHead
 
@@ -37,7 +37,7 @@ def make_groups(sizes, teacher_targets):
         ours.append((row, row + a))
         theirs.append((other, other + b))
         row, other = row + a, other + b
-    return Groups(torch.tensor(ours), torch.tensor(theirs), teacher_targets)
+    return TokenGroups(torch.tensor(ours), torch.tensor(theirs), teacher_targets)
 
 
 class Setting:
@@ -188,7 +188,7 @@ def test_a_merged_row_by_hand():
     """ "red" in one token of probability ½ against "re" + "d" of probabilities ½ and ⅘."""
     student = torch.tensor([[math.log(2.0), 0.0, 0.0]])
     teacher = torch.tensor([[0.0, 0.0], [math.log(4.0), 0.0]])
-    groups = Groups(torch.tensor([[0, 1]]), torch.tensor([[0, 2]]), torch.tensor([1, 0]))
+    groups = TokenGroups(torch.tensor([[0, 1]]), torch.tensor([[0, 2]]), torch.tensor([1, 0]))
     # ½ ¼ ¼ against ½ ⅖ ⅒
     result = uld().grouped(student.clone(), teacher.clone(), torch.tensor([0]), groups, grad=True)
     torch.testing.assert_close(result.loss, torch.tensor([0.3]))
@@ -208,7 +208,7 @@ def test_zero_at_equality_and_never_above_two():
     setting = Setting([(a, a, 0) for a in (1, 2, 4, 3)], v=31)
     student, _ = (x.detach() for x in setting.logits())
     student, targets = student[:-1], setting.targets[:-1]
-    same = Groups(setting.groups.student, setting.groups.student, targets)
+    same = TokenGroups(setting.groups.student, setting.groups.student, targets)
     result = uld().grouped(student.clone(), student.clone(), targets, same, grad=True)
     assert not result.loss.any()
     assert not result.grad.any()
@@ -221,7 +221,7 @@ def test_the_order_of_a_vocabulary_does_not_matter():
     student, teacher, targets, groups = only_groups(Setting())
     generator = torch.Generator().manual_seed(1)
     ours, theirs = (torch.randperm(x.shape[1], generator=generator) for x in (student, teacher))
-    moved = Groups(groups.student, groups.teacher, theirs.argsort()[groups.teacher_targets])
+    moved = TokenGroups(groups.student, groups.teacher, theirs.argsort()[groups.teacher_targets])
     want = uld().grouped(student.clone(), teacher.clone(), targets, groups, grad=True)
     got = uld().grouped(student[:, ours], teacher[:, theirs], ours.argsort()[targets], moved, grad=True)
     torch.testing.assert_close(got.loss, want.loss)
@@ -292,7 +292,7 @@ def test_two_of_them():
 def test_no_group_at_all():
     setting = Setting()
     empty = torch.empty(0, 2, dtype=torch.int64)
-    setting.groups = Groups(empty, empty, torch.empty(0, dtype=torch.int64))
+    setting.groups = TokenGroups(empty, empty, torch.empty(0, dtype=torch.int64))
     setting.teacher.hidden = setting.teacher.hidden[:0]
     sums = setting.fused(two_terms())
     assert (sums.terms["uld"].count, sums.terms["data"].count) == (0, ROWS)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.errors import UserError
 from vision import losses
 from vision.losses import mlkd
-from vlm_distill.losses import BatchLoss, DistillationLoss, FeatureLoss, Term, on_logits
+from vlm_distill.losses import BatchLoss, DistillationLoss, FeatureLoss, LossError, Term, on_logits
 
 SAMPLES = torch.arange(5)
 
@@ -47,26 +46,26 @@ def test_what_there_is():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match=r"no loss is called 'mlkdd' \(did you mean 'mlkd'\?\); there are taid"):
+    with pytest.raises(LossError, match=r"no loss is called 'mlkdd' \(did you mean 'mlkd'\?\); there are taid"):
         losses.build("mlkdd")
-    with pytest.raises(UserError, match="loss dist has no parameter 'temperature'"):
+    with pytest.raises(LossError, match="loss dist has no parameter 'temperature'"):
         losses.build("dist", temperature=4)
     for name in ("dist", "fitnet", "cross_entropy"):
-        with pytest.raises(UserError, match=f"loss {name}: standardise is for losses that compare"):
+        with pytest.raises(LossError, match=f"loss {name}: standardise is for losses that compare"):
             losses.build(name, standardise=True)
     for given in ((), "4", 4.0):
-        with pytest.raises(UserError, match="loss mlkd: temperatures is"):
+        with pytest.raises(LossError, match="loss mlkd: temperatures is"):
             losses.build("mlkd", temperatures=given)
-    with pytest.raises(UserError, match="loss mlkd: variant is 'code'"):
+    with pytest.raises(LossError, match="loss mlkd: variant is 'code'"):
         losses.build("mlkd", variant="code")
-    with pytest.raises(UserError, match="loss mlkd: standardise is 'yes'"):
+    with pytest.raises(LossError, match="loss mlkd: standardise is 'yes'"):
         losses.build("mlkd", standardise="yes")
     for given in ({}, [1], {0: 1}, {"pooled": "pooled"}, {"1": 1}, {True: 1}):
-        with pytest.raises(UserError, match=r"loss attention_transfer: layers is .*; give numbers of stages, stu"):
+        with pytest.raises(LossError, match=r"loss attention_transfer: layers is .*; give numbers of stages, stu"):
             losses.build("attention_transfer", layers=given)
-    with pytest.raises(UserError, match="loss fitnet: relu is 0"):
+    with pytest.raises(LossError, match="loss fitnet: relu is 0"):
         losses.build("fitnet", relu=0)
-    with pytest.raises(UserError, match="only one of them is a map"):
+    with pytest.raises(LossError, match="only one of them is a map"):
         losses.build("fitnet", layers={2: "pooled"}).prepare({"stage2": (4, 3, 3)}, {"pooled": (8,)})
 
 

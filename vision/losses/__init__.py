@@ -62,6 +62,6 @@ def build(name: str, **params: Any) -> DistillationLoss | BatchLoss | FeatureLos
             standardised (of MLKD its instance term alone).
 
     Raises:
-        UserError: there is no such loss or parameter, or a value is out of its range.
+        LossError: there is no such loss or parameter, or a value is out of its range.
     """
     return REGISTRY.build(name, params)

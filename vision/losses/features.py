@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.errors import UserError
-from vlm_distill.losses import FeatureLoss
+from vlm_distill.losses import FeatureLoss, LossError
 from vlm_distill.losses.base import check_number, upcast
 
 Layers = Mapping[int | str, int | str]
@@ -31,9 +30,9 @@ class _Stages(FeatureLoss):
             raise self._mistake(layers, pooled)
         self.student_features, self.teacher_features = (tuple(map(str, side)) for side in zip(*names, strict=True))
 
-    def _mistake(self, layers: Any, pooled: bool) -> UserError:
+    def _mistake(self, layers: Any, pooled: bool) -> LossError:
         also = ", or pooled" if pooled else ""
-        return UserError(
+        return LossError(
             f"loss {self.name}: layers is {layers!r}; give numbers of stages{also}, student's: teacher's, as in "
             "{1: 1, -1: -1}"
         )
@@ -72,14 +71,14 @@ class FitNet(_Stages):
     def __init__(self, layers: Layers | None = None, relu: bool = True) -> None:
         super().__init__("fitnet", {2: 2} if layers is None else layers, pooled=True)
         if not isinstance(relu, bool):
-            raise UserError(f"loss fitnet: relu is {relu!r}; give true or false")
+            raise LossError(f"loss fitnet: relu is {relu!r}; give true or false")
         self.relu = relu
         self.regressors = nn.ModuleList()
 
     def prepare(self, student: Mapping[str, tuple[Any, ...]], teacher: Mapping[str, tuple[Any, ...]]) -> None:
         for mine, other in zip(self.student_features, self.teacher_features, strict=True):
             if len(student[mine]) != len(teacher[other]):
-                raise UserError(f"loss fitnet: {mine} and {other} cannot be compared: only one of them is a map")
+                raise LossError(f"loss fitnet: {mine} and {other} cannot be compared: only one of them is a map")
             channels, teacher_channels = student[mine][0], teacher[other][0]
             layers = [nn.Conv2d(channels, teacher_channels, 1), nn.BatchNorm2d(teacher_channels)]
             self.regressors.append(nn.Sequential(*layers, *([nn.ReLU()] if self.relu else [])))

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from vlm_distill.losses import BatchLoss
+from vlm_distill.losses import BatchLoss, LossError
 from vlm_distill.losses.base import check_choice, check_number, upcast
 from vlm_distill.losses.divergences import kl_divergence
 from vlm_distill.losses.standardise import standardised
@@ -48,11 +47,11 @@ class MLKD(BatchLoss):
     ) -> None:
         super().__init__()
         if isinstance(temperatures, str) or not isinstance(temperatures, Sequence) or not temperatures:
-            raise UserError(f"loss mlkd: temperatures is {temperatures!r}; give a list of numbers above 0")
+            raise LossError(f"loss mlkd: temperatures is {temperatures!r}; give a list of numbers above 0")
         self.temperatures = [check_number("loss mlkd: temperatures", t, 0.0, above=True) for t in temperatures]
         self.variant = check_choice("loss mlkd: variant", variant, ("paper", "published"))
         if not isinstance(standardise, bool):
-            raise UserError(f"loss mlkd: standardise is {standardise!r}; give true or false")
+            raise LossError(f"loss mlkd: standardise is {standardise!r}; give true or false")
         self.standardise = standardise
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from vlm_distill.neighbours import check_neighbours
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import launch, launch_training
 
@@ -45,6 +46,7 @@ def classify(run: RunOptions, nproc: Processes = 1) -> None:
     """
     words = words_of(run)
     # Imported by name: nothing in vlm_distill depends on vision.
+    check_neighbours("vision")
     import_module("vision.train").check(words, nproc)
     raise typer.Exit(launch_training("vision.train", words, nproc))
 

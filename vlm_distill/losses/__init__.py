@@ -9,6 +9,7 @@ from .ctkd import CTKD
 from .diagnostics import Diagnostics
 from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from .dkd import DKD
+from .errors import LossError
 from .features import (
     FeatureLoss,
     FeatureTerm,
@@ -19,6 +20,7 @@ from .features import (
     wanted_features,
 )
 from .fused_linear import HiddenTargets, fused_linear
+from .groups import TokenGroups
 from .on_logits import on_logits
 from .registry import Registry
 from .standardise import Standardised
@@ -47,6 +49,7 @@ __all__ = [
     "HiddenStates",
     "HiddenTargets",
     "Loss",
+    "LossError",
     "LossSums",
     "MiniLM",
     "Progress",
@@ -59,6 +62,7 @@ __all__ = [
     "Standardised",
     "Term",
     "TermSums",
+    "TokenGroups",
     "TopKTargets",
     "VisionFeatures",
     "available",
@@ -111,6 +115,6 @@ def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
             loss between two models' logits see them standardised.
 
     Raises:
-        UserError: there is no such loss or parameter, or a value is out of its range.
+        LossError: there is no such loss or parameter, or a value is out of its range.
     """
     return REGISTRY.build(name, params)

@@ -11,9 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batch import Groups
-from data.errors import UserError
-
+from .errors import LossError
+from .groups import TokenGroups
 from .kernels import Form
 
 
@@ -144,7 +143,7 @@ class DistillationLoss(Loss):
         raise NotImplementedError
 
     def grouped(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, groups: Groups, *, grad: bool
+        self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, groups: TokenGroups, *, grad: bool
     ) -> RowResult:
         """The loss of groups of rows, otherwise as ``rows``; only if ``takes_groups``.
 
@@ -269,22 +268,22 @@ def check_number(where: str, value: Any, low: float, high: float = LARGEST, *, a
         above: whether ``low`` itself is refused.
 
     Raises:
-        UserError: ``value`` is no number in that range, or of more than :data:`LARGEST`.
+        LossError: ``value`` is no number in that range, or of more than :data:`LARGEST`.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and abs(value) > LARGEST:
-        raise UserError(f"{where} is {value!r}; give a number of at most {LARGEST:g}")
+        raise LossError(f"{where} is {value!r}; give a number of at most {LARGEST:g}")
     if not number or not (low < value if above else low <= value) or value > high:
         span = f"above {low:g}" if above else f"of {low:g} or more" if high == LARGEST else f"from {low:g} to {high:g}"
-        raise UserError(f"{where} is {value!r}; give a number {span}")
+        raise LossError(f"{where} is {value!r}; give a number {span}")
     return float(value)
 
 
 def check_choice(where: str, value: Any, choices: Sequence[str]) -> str:
-    """``value``, which must be one of ``choices``; raises ``UserError`` naming the loss, the parameter and them."""
+    """``value``, which must be one of ``choices``; raises ``LossError`` naming the loss, the parameter and them."""
     if value not in choices:
         near = nearest(value, choices) if isinstance(value, str) else ""
-        raise UserError(f"{where} is {value!r}{near}; it must be one of {', '.join(choices)}")
+        raise LossError(f"{where} is {value!r}{near}; it must be one of {', '.join(choices)}")
     return str(value)
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
-
 from .base import DistillationLoss, Progress, RowResult, check_number, relative_entropy_, softmax_, upcast
 from .divergences import kl_divergence
+from .errors import LossError
 
 
 class CTKD(DistillationLoss):
@@ -55,14 +54,14 @@ class CTKD(DistillationLoss):
         self.t_range = check_number("loss ctkd: t_range", t_range, 0.0)
         self.loops = check_number("loss ctkd: loops", loops, 0.0, above=True)
         if decay is not None and grl_coefficient is not None:
-            raise UserError("loss ctkd: grl_coefficient stays as it is, and decay moves it; give one of them")
+            raise LossError("loss ctkd: grl_coefficient stays as it is, and decay moves it; give one of them")
         self.decay = _ends((0.0, -1.0) if decay is None else decay)
         self._fixed = grl_coefficient is not None
         self.coefficient = self.decay[0]
         if grl_coefficient is not None:
             self.coefficient = check_number("loss ctkd: grl_coefficient", grl_coefficient, -math.inf)
         if not isinstance(instance, bool):
-            raise UserError(f"loss ctkd: instance is {instance!r}; give true or false")
+            raise LossError(f"loss ctkd: instance is {instance!r}; give true or false")
         self.width = int(check_number("loss ctkd: width", width, 1.0)) if instance else 0
         # The temperature as of g alone, until `prepare` puts the perceptron in front of it.
         self.source = _Source(g=torch.tensor([check_number("loss ctkd: g", g, -math.inf)]))
@@ -146,7 +145,7 @@ class CTKD(DistillationLoss):
 
 def _ends(decay: Any) -> tuple[float, float]:
     if not isinstance(decay, list | tuple) or len(decay) != 2:
-        raise UserError(f"loss ctkd: decay is {decay!r}; give two numbers, the first coefficient and the last: [0, -1]")
+        raise LossError(f"loss ctkd: decay is {decay!r}; give two numbers, the first coefficient and the last: [0, -1]")
     first, last = (check_number("loss ctkd: decay", end, -math.inf) for end in decay)
     return first, last
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.errors import UserError
-
 from .base import Loss, Term, check_choice, upcast
+from .errors import LossError
 
 #: Of a feature: tokens an image (``None`` where that is not known before a run, or it is not of images) and width; of a
 #: classifier's map channels, height and width, and of its pooled output the width alone.
@@ -44,7 +43,7 @@ class FeatureLoss(Loss):
         """Told both models' shapes, by feature; makes what is learned. Called once, before the optimizer exists.
 
         Raises:
-            UserError: features of these shapes cannot be compared.
+            LossError: features of these shapes cannot be compared.
         """
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], samples: Tensor) -> Tensor:
@@ -125,7 +124,7 @@ class _Compared(FeatureLoss):
         sides = [math.isqrt(student), math.isqrt(teacher)]
         for tokens, side in zip((student, teacher), sides, strict=True):
             if side**2 != tokens:
-                raise UserError(
+                raise LossError(
                     f"loss {self.name}: an image is {student} tokens for the student and {teacher} for the teacher, "
                     f"and {tokens} form no square grid; make them equal (select: patch leaves the class token out)"
                 )
@@ -149,7 +148,7 @@ class HiddenStates(_Compared):
     def __init__(self, layers: Mapping[int, int] | None = None, distance: str = "mse") -> None:
         layers = {-1: -1} if layers is None else layers
         if not _is_layers(layers):
-            raise UserError(
+            raise LossError(
                 f"loss hidden_states: layers is {layers!r}; give whole numbers, student's layer: teacher's layer, "
                 "as in {-1: -1, 4: 8}"
             )
@@ -206,7 +205,7 @@ class MiniLM(FeatureLoss):
     def __init__(self, relation_heads: int = 8) -> None:
         super().__init__()
         if not isinstance(relation_heads, int) or isinstance(relation_heads, bool) or relation_heads < 1:
-            raise UserError(f"loss minilm: relation_heads is {relation_heads!r}; give a whole number of at least 1")
+            raise LossError(f"loss minilm: relation_heads is {relation_heads!r}; give a whole number of at least 1")
         self.relation_heads = relation_heads
 
     def prepare(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape]) -> None:
@@ -215,7 +214,7 @@ class MiniLM(FeatureLoss):
         for role, name, width in widths:
             if width % self.relation_heads:
                 most = math.gcd(*(width for _, _, width in widths))
-                raise UserError(
+                raise LossError(
                     f"loss minilm: {self.relation_heads} relation_heads do not divide the {role}'s {name} of width "
                     f"{width}; give a divisor of {most}"
                 )

@@ -16,10 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data.batch import Groups
-
 from .base import DistillationLoss, RowResult, Term, need_targets
-from .groups import group_chunks
+from .groups import TokenGroups, group_chunks
 from .sums import LossSums, Sums, check_same, check_terms, with_gradients
 from .tiles import Tiles
 from .topk import SCRATCH as TOPK_SCRATCH
@@ -69,7 +67,7 @@ def fused_linear(
     targets: Tensor | None = None,
     *,
     distilled: Tensor | None = None,
-    groups: Groups | None = None,
+    groups: TokenGroups | None = None,
     scales: Mapping[str, float] | None = None,
     chunk_bytes: int | None = None,
     recompute: bool = False,
@@ -152,7 +150,7 @@ def _check(
     terms: Sequence[Term],
     teacher: HiddenTargets | TopKTargets | None,
     targets: Tensor | None,
-    groups: Groups | None,
+    groups: TokenGroups | None,
     recompute: bool,
 ) -> None:
     check_terms(terms, teacher=teacher, targets=targets)
@@ -223,7 +221,7 @@ class _Pass(Sums):
         self.on_cpu = zero.device.type == "cpu"
         self.chunk_bytes = chunk_bytes  # as asked for; tiles have other defaults
 
-    def run(self, distilled: Tensor | None, groups: Groups | None) -> None:
+    def run(self, distilled: Tensor | None, groups: TokenGroups | None) -> None:
         device, count = self.student.hidden.device, len(self.student.hidden)
         if isinstance(self.teacher, _Side) and groups is not None:
             distilled = self._groups(groups, self.teacher)
@@ -285,7 +283,7 @@ class _Pass(Sums):
         scratch = max(least, *(term.loss.scratch for term in terms))
         return scratch + (2 if len(terms) > 1 else 0) + len(terms) + (self.student.softcap is not None)
 
-    def _groups(self, groups: Groups, teacher: _Side) -> Tensor:
+    def _groups(self, groups: TokenGroups, teacher: _Side) -> Tensor:
         """All terms on the rows of the groups; returns which rows those are, bool ``[N]``."""
         itemsize = self.student.dtype.itemsize
         student_bytes, teacher_bytes = len(self.student.weight) * itemsize, len(teacher.weight) * itemsize
@@ -317,7 +315,7 @@ class _Pass(Sums):
         teacher: Tensor | None,
         targets: Tensor | None,
         top: tuple[Tensor, Tensor] | None,
-        groups: Groups | None = None,
+        groups: TokenGroups | None = None,
     ) -> None:
         """Adds a block's sums; leaves the gradient of the weighted sum where the student's logits were."""
         slope = self.student.slope(student) if self.grad else None

@@ -8,7 +8,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.batch import Groups
+
+@dataclass
+class TokenGroups:
+    """Runs of student and teacher tokens that spell the same text, for models with different tokenizers.
+
+    If the student writes an answer as ``gr``, ``oen``, ``<end>`` and the teacher as ``groen``, ``<end>``, there are two
+    groups: ``student = [[0, 2], [2, 3]]`` and ``teacher = [[0, 1], [1, 2]]``.
+
+    Attributes:
+        student: int64 ``[G, 2]``, first and one past the last of the student's N supervised tokens in each group.
+        teacher: int64 ``[G, 2]``, the same of the teacher's M supervised tokens.
+        teacher_targets: int64 ``[M]``, the teacher's supervised token ids.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    teacher_targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.student)
+
+    def to(self, device: torch.device | str) -> TokenGroups:
+        """Return the groups on ``device``; the copy does not block."""
+        tensors = (self.student, self.teacher, self.teacher_targets)
+        return TokenGroups(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 @dataclass
@@ -23,11 +47,11 @@ class GroupBlock:
 
     student: Tensor
     teacher: Tensor
-    groups: Groups
+    groups: TokenGroups
 
 
 def group_chunks(
-    groups: Groups, row_bytes: tuple[int, int], block_bytes: int, chunk_bytes: int
+    groups: TokenGroups, row_bytes: tuple[int, int], block_bytes: int, chunk_bytes: int
 ) -> Iterator[list[GroupBlock]]:
     """Chunks of blocks of whole groups, in order.
 
@@ -55,10 +79,10 @@ def _packed(sizes: Sequence[int], limit: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True) if a < b]
 
 
-def _block(groups: Groups, ours: list[list[int]], theirs: list[list[int]]) -> GroupBlock:
+def _block(groups: TokenGroups, ours: list[list[int]], theirs: list[list[int]]) -> GroupBlock:
     device = groups.student.device
     (student, mine), (teacher, other) = (_closed_up(spans, device) for spans in (ours, theirs))
-    return GroupBlock(student, teacher, Groups(mine, other, groups.teacher_targets[teacher]))
+    return GroupBlock(student, teacher, TokenGroups(mine, other, groups.teacher_targets[teacher]))
 
 
 def _closed_up(spans: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from data.errors import UserError
-
 from .base import DistillationLoss, Loss, nearest
+from .errors import LossError
 from .standardise import Standardised
 
 L = TypeVar("L", bound=Loss)
@@ -33,10 +32,10 @@ class Registry(Generic[L]):
         """A loss by its name and its constructor's parameters; ``standardise`` is a parameter of losses on logits.
 
         Raises:
-            UserError: there is no such loss or parameter, or a value is out of its range.
+            LossError: there is no such loss or parameter, or a value is out of its range.
         """
         if name not in self.kinds:
-            raise UserError(f"no loss is called {name!r}{nearest(name, self.kinds)}; there are {', '.join(self.kinds)}")
+            raise LossError(f"no loss is called {name!r}{nearest(name, self.kinds)}; there are {', '.join(self.kinds)}")
         kind, params = self.kinds[name], dict(params)
         known = list(inspect.signature(kind).parameters)
         standardise = False
@@ -50,26 +49,28 @@ def make(kind: type[L], where: str, params: Mapping[str, Any]) -> L:
     """Return a loss of a class, made with its constructor's parameters.
 
     Raises:
-        UserError: there is no such parameter, or a value is of another type or out of its range.
+        LossError: there is no such parameter, or a value is of another type or out of its range.
     """
     known = list(inspect.signature(kind).parameters)
     for param in params:
         if param not in known:
             listed = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"{where} has no parameter {param!r}{nearest(param, known)}; {listed}")
+            raise LossError(f"{where} has no parameter {param!r}{nearest(param, known)}; {listed}")
     try:
         return kind(**params)
+    except LossError:
+        raise
     except (TypeError, ValueError) as error:  # of a value that no check of the loss expects
         given = ", ".join(f"{param}: {value!r}"[:100] for param, value in params.items())
-        raise UserError(f"{where}: cannot be made with {given}: {error}") from None
+        raise LossError(f"{where}: cannot be made with {given}: {error}") from None
 
 
 def _wants_standardised(name: str, kind: type[Loss], given: Any) -> bool:
     if not isinstance(given, bool):
-        raise UserError(f"loss {name}: standardise is {given!r}; give true or false")
+        raise LossError(f"loss {name}: standardise is {given!r}; give true or false")
     compares = issubclass(kind, DistillationLoss) and "teacher" in kind.needs and not kind.takes_groups
     if given and not compares:
-        raise UserError(
+        raise LossError(
             f"loss {name}: standardise is for losses that compare the student's logits with the teacher's, class by "
             "class; leave it out"
         )

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-
 from .base import (
     DistillationLoss,
     Progress,
@@ -33,6 +31,7 @@ from .divergences import (
     SkewReverseKL,
     kl_divergence,
 )
+from .errors import LossError
 from .kernels import Form
 from .kernels import rows as kernel_rows
 from .registry import make
@@ -88,9 +87,9 @@ class TAID(DistillationLoss):
         self.t_start = check_number("loss taid: t_start", t_start, 0.0, 1.0)
         self.t_end = check_number("loss taid: t_end", t_end, 0.0, 1.0)
         if not isinstance(target_entropy, bool):
-            raise UserError(f"loss taid: target_entropy is {target_entropy!r}; give true or false")
+            raise LossError(f"loss taid: target_entropy is {target_entropy!r}; give true or false")
         if self.t_end < self.t_start:
-            raise UserError(f"loss taid: t_end = {t_end} lies below t_start = {t_start}; t must not fall")
+            raise LossError(f"loss taid: t_end = {t_end} lies below t_start = {t_start}; t must not fall")
         self.alpha = check_number("loss taid: alpha", alpha, 0.0)
         self.beta = check_number("loss taid: beta", beta, 0.0, 1.0)
         self.schedule = check_choice("loss taid: schedule", schedule, SCHEDULES)
@@ -289,17 +288,17 @@ class Pace:
 def _divergence(given: str | Mapping[str, Any]) -> Divergence:
     where = "loss taid: divergence"
     if not isinstance(given, str | Mapping):
-        raise UserError(f"{where} is {given!r}; give a name, or a mapping with a name as in {{name: jsd, beta: 0.1}}")
+        raise LossError(f"{where} is {given!r}; give a name, or a mapping with a name as in {{name: jsd, beta: 0.1}}")
     settings = {"name": given} if isinstance(given, str) else dict(given)
     if "name" not in settings:
-        raise UserError(f"{where} has no name; give it as in {{name: jsd, beta: 0.1}}")
+        raise LossError(f"{where} has no name; give it as in {{name: jsd, beta: 0.1}}")
     name = check_choice(where, settings.pop("name"), list(_DIVERGENCES))
     if "temperature" in settings:
-        raise UserError(f"{where} {name}: TAID compares at temperature 1; leave temperature out")
+        raise LossError(f"{where} {name}: TAID compares at temperature 1; leave temperature out")
     try:
         return make(_DIVERGENCES[name], f"{where} {name}", settings)
-    except UserError as error:
-        raise UserError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None
+    except LossError as error:
+        raise LossError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None
 
 
 def _sigmoid(x: float) -> float:

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from vlm_distill.neighbours import check_neighbours
+
+check_neighbours()  # before anything of `data` is imported
+
 from data.errors import UserError
 
 from . import internvl_chat

@@ -37,8 +37,10 @@ from vlm_distill.models.vocabulary import Teaching, align_heads, same_tokens, se
 from vlm_distill.runtime.processes import Processes
 
 from .engine import load_sharded
+from .loss_mistakes import loss_mistakes
 
 
+@loss_mistakes()
 def build_terms(config: RunConfig) -> list[Term | FeatureTerm]:
     """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
     terms: list[Term | FeatureTerm] = []
@@ -91,6 +93,7 @@ def _check_cached(terms: Sequence[Term | FeatureTerm], form: str, recompute: boo
 _BEHIND = {"vision": ("vision_encoder",), "projector": ("vision_encoder", "projector")}
 
 
+@loss_mistakes()
 def prepare_losses(terms: Sequence[Term | FeatureTerm], student: VisionLanguageModel, teacher: Teacher | None) -> None:
     """Tells the losses the models' vocabulary and features, so that what they learn themselves exists before training.
 

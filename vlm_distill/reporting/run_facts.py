@@ -1,0 +1,87 @@
+"""What the report says of runs as wholes: the headline, speed and memory, and settings that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from . import plots
+from .entries import Entry, Run, is_number
+
+#: Label, path in summary.json, format.
+_SUMMARY: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (
+    ("Device", ("device",), str),
+    ("Ranks", ("ranks",), str),
+    ("Steps", ("steps",), "{:,}".format),
+    ("Time", ("seconds",), plots.duration),
+)
+#: Label, key of the training metrics, format.
+_MEDIANS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("Tokens per second (median)", "tokens_per_second", plots.compact),
+    ("Images per second (median)", "images_per_second", plots.compact),
+    ("FLOPs per second (median)", "flops_per_second", "{:.3g}".format),
+    ("MFU (median)", "mfu", plots.percent),
+    ("Waiting for data (median)", "waiting", plots.percent),
+)
+_DATA_AND_SIZES: tuple[tuple[str, tuple[str, ...], Callable[[Any], str]], ...] = (
+    ("Rows left out", ("left_out",), "{:.1%}".format),
+    ("Empty steps", ("empty_steps",), lambda value: f"{value:,}" if value else ""),
+    ("Peak memory of a rank", ("memory", "peak_bytes"), plots.size_in_bytes),
+    ("Parameters, student", ("parameters", "student"), "{:,}".format),
+    ("Parameters, trained", ("parameters", "trained"), "{:,}".format),
+    ("Parameters, teacher", ("parameters", "teacher"), "{:,}".format),
+)
+
+Row = tuple[str, list[str]]
+
+
+def headline(runs: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return the figures of the first sentence: sizes of the first run's models, and scores from ``entries``."""
+    sizes = runs[0].summary.get("parameters", {})
+    student = next((entry for entry in entries if entry.role == "student"), None)
+    teacher = next((entry for entry in entries if entry.role == "teacher"), None)
+    return {
+        "student": sizes.get("student"),
+        "teacher": sizes.get("teacher"),
+        "share": sizes["student"] / sizes["teacher"] if sizes.get("student") and sizes.get("teacher") else None,
+        "accuracy": student and student.scores.get("exact"),
+        "n": student and student.scores.get("n"),
+        "teacher_accuracy": teacher and teacher.scores.get("exact"),
+    }
+
+
+def speed_and_memory(runs: Sequence[Run]) -> list[Row]:
+    """Return rows of a label and one text per run, without rows that are empty for every run."""
+    rows = [(label, [_from_summary(run, path, show) for run in runs]) for label, path, show in _SUMMARY]
+    rows += [(label, [_median(run, key, show) for run in runs]) for label, key, show in _MEDIANS]
+    rows += [(label, [_from_summary(run, path, show) for run in runs]) for label, path, show in _DATA_AND_SIZES]
+    for key in dict.fromkeys(key for run in runs for key in run.summary.get("speed", {})):
+        label = key.replace("_", " ").capitalize()
+        rows.append((label, [_from_summary(run, ("speed", key), _compact_or_text) for run in runs]))
+    return [(label, texts) for label, texts in rows if any(texts)]
+
+
+def _from_summary(run: Run, path: Sequence[str], show: Callable[[Any], str]) -> str:
+    value: Any = run.summary
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return "" if value is None else show(value)
+
+
+def _median(run: Run, key: str, show: Callable[[Any], str]) -> str:
+    values = sorted(line[key] for line in run.train if is_number(line.get(key)))
+    return show(values[len(values) // 2]) if values else ""
+
+
+def _compact_or_text(value: Any) -> str:
+    return plots.compact(value) if is_number(value) else str(value)
+
+
+def differing_settings(runs: Sequence[Run]) -> list[Row]:
+    """Return the settings in which the runs differ, with one text per run."""
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in run.settings):
+        texts = [str(run.settings[key]) if key in run.settings else "–" for run in runs]
+        if len(set(texts)) > 1:
+            rows.append((key, texts))
+    return rows

@@ -1,0 +1,88 @@
+"""Read a run's folder for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from vlm_distill.config.file import read_saved
+from vlm_distill.evaluation.runner import read_predictions
+
+from .entries import Run
+
+
+def load_run(folder: Path, label: str, css: str) -> Run:
+    """Read a run's folder. Files that the run has not written, or not yet, are left out.
+
+    Raises:
+        UserError: the folder has neither configuration nor metrics, or a file is damaged.
+    """
+    folder = folder.resolve()
+    config, metrics, summary = (folder / name for name in ("config.yaml", "metrics.jsonl", "summary.json"))
+    if not (config.is_file() or metrics.is_file()):
+        raise UserError(
+            f"{folder}: not a run folder (no config.yaml, no metrics.jsonl); give one that `vlm-distill train` wrote"
+        )
+    text = _read_text(config) if config.is_file() else ""
+    lines = _read_lines(metrics) if metrics.is_file() else []
+    run = Run(
+        label=label,
+        css=css,
+        folder=folder,
+        config=text,
+        settings=dict(_flatten(read_saved(config))) if text.strip() else {},
+        train=[line for line in lines if line.get("kind") == "train"],
+        evaluations=[line for line in lines if line.get("kind") == "eval"],
+        summary=_read_json(summary) if summary.is_file() else {},
+    )
+    for scores in sorted(folder.glob("evaluation/*/*/scores.json")):
+        key = scores.parent.parent.name, scores.parent.name
+        run.scores[key] = _read_json(scores)
+        predictions = scores.with_name("predictions.jsonl")
+        run.predictions[key] = read_predictions(predictions) if predictions.is_file() else []
+    return run
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); run the command that wrote it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the command that wrote it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; run the command that wrote it again")
+    return content
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = _read_text(path).splitlines()
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break  # a killed run may leave its last line half-written
+            entry = None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; remove the line or train again") from None
+        entries.append(entry)
+    return entries
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``("section.key", value)`` for each leaf of a configuration."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
