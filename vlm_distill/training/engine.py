@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,21 +46,19 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Which optimizers work at which stage is checked by `training.optimizers`.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in str(record.msg))
 
-_adopted: weakref.ref[Processes] | None = None
-
 
 def _adopt_group(processes: Processes) -> None:
     """Have DeepSpeed use the process group that ``processes`` has opened."""
-    global _adopted
     # DeepSpeed 0.19 calls what torch 2.14 has renamed.
     renamed = "`torch.distributed.(all_gather_into|reduce_scatter)_tensor`"
     warnings.filterwarnings("ignore", renamed, FutureWarning)
-    if _adopted is None or _adopted() is not processes:
-        # DeepSpeed 0.19 keeps its copy of the last run's group, which is closed.
-        deepspeed.utils.groups._WORLD_GROUP = None
-        _adopted = weakref.ref(processes)
     backend = "nccl" if processes.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    groups = deepspeed.utils.groups
+    try:
+        dist.get_rank(groups._WORLD_GROUP)
+    except ValueError:  # DeepSpeed 0.19 keeps its copy of an earlier run's group, which is closed
+        groups._WORLD_GROUP = None
 
 
 class Engine:

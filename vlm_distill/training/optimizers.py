@@ -89,7 +89,11 @@ def _muon(
 
 
 def _embeddings(task: nn.Module) -> list[nn.Parameter]:
-    return [module.weight for module in task.modules() if isinstance(module, nn.Embedding)]
+    found: list[nn.Parameter] = []
+    for module in task.modules():
+        if isinstance(module, nn.Embedding):
+            found += module.parameters(recurse=False)
+    return found
 
 
 def classifier_optimizer(student: nn.Module, losses: nn.Module, section: Any, stage: int) -> torch.optim.Optimizer:
