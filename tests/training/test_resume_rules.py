@@ -186,7 +186,7 @@ def test_what_may_change_is_told_and_kept_in_the_record(stopped, processes, capf
     told = " ".join(capfd.readouterr().err.split())
     said = "optimizer.lr 0.01 → 0.02, training.steps 6 → 7, deepspeed.stage 0 → 1"
     assert f"resumed after step 4 with data.workers 0 → 1, {said}" in told
-    assert "optimizer.schedule: cosine is now a plan of 7 steps, no longer of 6" in told
+    assert "optimizer.schedule: cosine now spans 7 steps instead of 6" in told
     out = stopped / "stopped"
     assert [line["step"] for line in lines(out)] == list(range(1, 8))
     assert (
@@ -258,7 +258,7 @@ def test_export_of_an_unfinished_run_takes_the_newest_whole_checkpoint(stopped, 
     export_student(out, stopped / "exported")
     assert "step_4 is damaged" in capfd.readouterr().err
     shutil.rmtree(out / "checkpoints" / "step_2" / "engine")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is intact"):
         export_student(out, stopped / "again")
 
 
@@ -318,7 +318,7 @@ def test_a_finished_student_that_is_damaged_is_written_anew(stopped, processes, 
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     train(configuration(stopped, "stopped"), processes)
-    assert "the finished student is damaged, and written anew" in " ".join(capfd.readouterr().err.split())
+    assert "the finished student is damaged and will be rewritten" in " ".join(capfd.readouterr().err.split())
     assert path.read_bytes() == good
     path.unlink()
     shutil.rmtree(out / "checkpoints")
@@ -331,7 +331,7 @@ def test_a_warm_up_that_is_a_share_of_a_longer_run_is_told(stopped, processes, c
     train(configuration(stopped, "run", training__steps=4, **constant), processes)
     train(configuration(stopped, "run", training__steps=20, **constant), processes, until=5)
     told = " ".join(capfd.readouterr().err.split())
-    assert "optimizer.warmup: is now a share of 20 steps, no longer of 4: the learning rate goes on with 0.005" in told
+    assert "optimizer.warmup: is now a share of 20 steps instead of 4: the learning rate continues at 0.005" in told
 
 
 def test_beside_learning_rates_of_parts_the_others_stay(stopped):

@@ -251,7 +251,9 @@ class Loop(Hooks):
         """End all ranks if the first could not write its metrics. Collective."""
         reasons = [reason for reason in self.processes.gather(self._failure) if reason is not None]
         if reasons:
-            raise UserError(f"{reasons[0]}; mend that and start the run again, which goes on from its last checkpoint")
+            raise UserError(
+                f"{reasons[0]}; mend that and start the run again, which continues from its last checkpoint"
+            )
 
     def _note_problems(self, problems: Iterable[Problem]) -> None:
         if self.problems is not None:

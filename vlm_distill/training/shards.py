@@ -1,4 +1,4 @@
-"""Whole weights and optimizer states from a checkpoint of any ZeRO stage and number of ranks."""
+"""Read whole weights and optimizer states from a checkpoint of any ZeRO stage and number of ranks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MODEL = "*_model_states.pt"
 
 @dataclass
 class Whole:
-    """What a checkpoint holds, every tensor whole and on the CPU.
+    """The content of a checkpoint, every tensor whole and on the CPU.
 
     Attributes:
-        client: what the run itself put into it.
+        client: the run's own entries.
         weights: trained parameters by name, float32 where ZeRO kept float32 masters.
-        states: the optimizer's tensors of each of them, by name and kind, as ``exp_avg``; empty before the first step.
-        scalars: what the optimizer keeps beside tensors for each, as ``step``.
+        states: the optimizer's tensors by parameter and kind, such as ``exp_avg``; empty before the first step.
+        scalars: the optimizer's other values by parameter, such as ``step``.
         groups: the optimizer's groups without their parameters.
         rest: the module's other entries: frozen parameters, buffers, the losses' own state.
     """
@@ -37,18 +37,18 @@ class Whole:
 
 
 def written_by(folder: Path) -> tuple[bool, int | None]:
-    """Whether ZeRO-3 wrote a checkpoint, and on how many ranks; ``None``: without ZeRO, which every number reads."""
+    """Return whether ZeRO-3 wrote a checkpoint, and on how many ranks; ``None`` without ZeRO, for any number."""
     return len(list(folder.glob(_MODEL))) != 1 or any(folder.glob("zero_pp_rank_*_model_states.pt")), (
         len(list(folder.glob(_OPTIMIZER))) or None
     )
 
 
 def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
-    """Reads all ranks' files.
+    """Read all ranks' files.
 
     Args:
-        folder: in which DeepSpeed wrote them. They are pickles, and trusted like code.
-        names: of the trained parameters, by the optimizer's groups. ZeRO's files name them themselves.
+        folder: where DeepSpeed wrote them. They are pickles, and trusted like code.
+        names: names of the trained parameters, by the optimizer's groups; needed for checkpoints without ZeRO.
     """
     models = [_load(path) for path in _ranked(folder, _MODEL)]
     shards = [_load(path)["optimizer_state_dict"] for path in _ranked(folder, _OPTIMIZER)]
@@ -62,7 +62,7 @@ def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
     paddings = shards[0].get("param_alignment_paddings")
 
     def split(parts: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Parameters from each rank's flat tensors, one for a group, or for a sub-group of parameters in ZeRO-3."""
+        """Return parameters from each rank's flat tensors: one per group, or per sub-group in ZeRO-3."""
         return _of_parameters(parts, shapes) if third else _of_groups(parts, shapes, paddings)
 
     kinds = [kind for kind, value in inner[0]["state"].get(0, {}).items() if isinstance(value, Tensor) and value.ndim]
@@ -71,7 +71,7 @@ def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
         flat = [[state[kind] for _, state in sorted(rank["state"].items())] for rank in inner]
         for name, tensor in split(flat).items():
             states[name][kind] = tensor
-    # All parameters of a run are stepped together: one count is every one's.
+    # All parameters are updated together, so one step count holds for all.
     scalars = {k: v for k, v in inner[0]["state"].get(0, {}).items() if k not in kinds}
     weights = split(masters)
     rest = {name: value for name, value in saved["module"].items() if name not in weights}
@@ -99,7 +99,7 @@ def _without_zero(saved: Mapping[str, Any], names: Sequence[Sequence[str]]) -> W
 def _of_groups(
     parts: Sequence[Sequence[Tensor]], shapes: Sequence[Mapping[str, Any]], paddings: Sequence[Sequence[int]] | None
 ) -> dict[str, Tensor]:
-    """ZeRO-1 and -2: each group is one flat tensor, cut into ranks anywhere."""
+    """Return the parameters of ZeRO 1 and 2: each group is one flat tensor, cut anywhere."""
     found = {}
     for number, group in enumerate(shapes):
         flat, start = torch.cat([rank[number] for rank in parts]), 0
@@ -110,7 +110,7 @@ def _of_groups(
 
 
 def _of_parameters(parts: Sequence[Sequence[Tensor]], shapes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """ZeRO-3: each parameter is cut into ranks, the last of which holds less."""
+    """Return the parameters of ZeRO 3: each one is cut into equal shares, padded on the last rank."""
     flat, start, found = [torch.cat([tensor.flatten() for tensor in rank]) for rank in parts], 0, {}
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         share = math.ceil(math.prod(shape) / len(flat))
