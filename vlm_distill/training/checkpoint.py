@@ -139,57 +139,71 @@ def save(
     Raises:
         UserError: on all ranks, if one could not write, for example on a full disk; earlier checkpoints are untouched.
     """
-    unfinished, final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
-    known: dict[str, Entry] = {}
-
-    def begin() -> None:
-        clear(folder)
-        unfinished.mkdir(parents=True)
-        faults.point("checkpoint.begin")
-
-    def fill() -> None:
-        known.update(write(unfinished))
-
-    def finish() -> None:
-        flush_all(unfinished)
-        manifest.write(unfinished, known)
-        if final.exists():
-            shutil.rmtree(final)
-        faults.point("checkpoint.rename")
-        unfinished.rename(final)
-        flush(folder)
-        older = [path for number, path in completed(folder) if number < step]
-        for old in older[: max(0, len(older) - keep + 1)]:
-            # Renamed first, so that a half-removed folder is not taken for a checkpoint.
-            doomed = old.with_suffix(".unfinished")
-            old.rename(doomed)
-            faults.point("checkpoint.prune")
-            shutil.rmtree(doomed)
-
-    for action, takes_part in ((begin, first), (fill, True), (finish, first)):
+    saving = _Saving(folder, step, write, keep)
+    for action, takes_part in ((saving.begin, first), (saving.fill, True), (saving.finish, first)):
         error, reason = None, None
         try:
             if takes_part:
                 action()
         except (OSError, RuntimeError) as raised:  # PyTorch turns the one into the other
             error, reason = raised, cause_of(raised, folder) or str(raised)
-        answers = gather((reason, dict(known)))
+
+        # All ranks learn what was written, and whether one of them could not.
+        answers = gather((reason, dict(saving.known)))
         for _, entries in answers:
-            known.update(entries)
+            saving.known.update(entries)
         reasons = [text for text, _ in answers if text is not None]
         if not reasons:
             continue
         if error is not None and cause_of(error, folder) is None:
             raise error
-        whole = completed(folder)
         if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        needed = f" (the one before took {size(whole[-1][1]):,} bytes)" if whole else ""
-        again = f"step {whole[-1][0]}" if whole else "its beginning"
-        raise UserError(
-            f"the checkpoint of step {step} could not be written{needed}: {reasons[0]}; "
-            f"mend that and start the run again, which continues from {again}"
-        )
+            shutil.rmtree(saving.unfinished, ignore_errors=True)
+        raise _not_written(folder, step, reasons[0])
+
+
+class _Saving:
+    """A checkpoint being written: ``begin`` and ``finish`` on the first rank, ``fill`` on every rank between them."""
+
+    def __init__(self, folder: Path, step: int, write: Callable[[Path], Mapping[str, Entry]], keep: int) -> None:
+        self.folder, self.step, self.write, self.keep = folder, step, write, keep
+        self.unfinished, self.final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
+        self.known: dict[str, Entry] = {}
+
+    def begin(self) -> None:
+        clear(self.folder)
+        self.unfinished.mkdir(parents=True)
+        faults.point("checkpoint.begin")
+
+    def fill(self) -> None:
+        self.known.update(self.write(self.unfinished))
+
+    def finish(self) -> None:
+        flush_all(self.unfinished)
+        manifest.write(self.unfinished, self.known)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        faults.point("checkpoint.rename")
+        self.unfinished.rename(self.final)
+        flush(self.folder)
+        older = [path for number, path in completed(self.folder) if number < self.step]
+        for old in older[: max(0, len(older) - self.keep + 1)]:
+            # Renamed first, so that a half-removed folder is not taken for a checkpoint.
+            doomed = old.with_suffix(".unfinished")
+            old.rename(doomed)
+            faults.point("checkpoint.prune")
+            shutil.rmtree(doomed)
+
+
+def _not_written(folder: Path, step: int, reason: str) -> UserError:
+    """Return the error of a checkpoint that could not be written."""
+    earlier = completed(folder)
+    needed = f" (the one before took {size(earlier[-1][1]):,} bytes)" if earlier else ""
+    again = f"step {earlier[-1][0]}" if earlier else "its beginning"
+    return UserError(
+        f"the checkpoint of step {step} could not be written{needed}: {reason}; "
+        f"mend that and start the run again, which continues from {again}"
+    )
 
 
 def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float | None:

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -92,8 +93,10 @@ class Engine:
         settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
         name = getattr(config.optimizer, "name", None)
         self._bound_to_ranks = name if name in _BOUND_TO_RANKS else None
-        named = {id(parameter): name for name, parameter in task.named_parameters()}
-        self._names = [[named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        names = {id(parameter): name for name, parameter in task.named_parameters()}
+        self._names: list[list[str]] = []
+        for group in optimizer.param_groups:
+            self._names.append([names[id(parameter)] for parameter in group["params"]])
         self._engine = _initialize(task, optimizer, settings)
         # At stage 0 DeepSpeed 0.19 copies all gradients into a buffer and back, even on a single rank.
         self._alone = self.stage == 0 and processes.world == 1
@@ -153,11 +156,13 @@ class Engine:
         All ranks then save and evaluate the same model (timm's ``--dist-bn reduce``).
         """
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
-        if self.processes.world > 1:
-            for tensor in statistics:
-                dist.all_reduce(tensor)
-                tensor /= self.processes.world
+        if self.processes.world == 1:
+            return
+        for norm in norms:
+            for statistic in (norm.running_mean, norm.running_var):
+                if statistic is not None:
+                    dist.all_reduce(statistic)
+                    statistic /= self.processes.world
 
     def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
         """Write weights and optimizer of all ranks, and ``state``, into an existing folder.
@@ -443,7 +448,7 @@ def load_sharded(
     with loading_in_shards(settings):
         model = load()
     # Each rank sees its own share only: all must end if one finds such a number.
-    wrong = sorted({name for names in processes.gather(not_finite(model)) for name in names})
+    wrong = sorted(set(chain.from_iterable(processes.gather(not_finite(model)))))
     if wrong:
         raise UserError(
             f"model: NaN or infinite numbers in {len(wrong):,} weights, first {wrong[0]}; is the copy damaged?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,9 @@ def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
         return _of_parameters(parts, shapes) if third else _of_groups(parts, shapes, paddings)
 
     kinds = [kind for kind, value in inner[0]["state"].get(0, {}).items() if isinstance(value, Tensor) and value.ndim]
-    states: dict[str, dict[str, Tensor]] = {name: {} for group in shapes for name in group}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in chain.from_iterable(shapes)}
     for kind in kinds:
-        flat = [[state[kind] for _, state in sorted(rank["state"].items())] for rank in inner]
-        for name, tensor in split(flat).items():
+        for name, tensor in split([_flat_states(rank, kind) for rank in inner]).items():
             states[name][kind] = tensor
     # All parameters are updated together, so one step count holds for all.
     scalars = {k: v for k, v in inner[0]["state"].get(0, {}).items() if k not in kinds}
@@ -83,10 +83,17 @@ def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
     return Whole(saved["run"], weights, states, dict.fromkeys(states, scalars), groups, rest)
 
 
+def _flat_states(optimizer: Mapping[str, Any], kind: str) -> list[Tensor]:
+    """Return one kind of a rank's flat states, in the order of groups."""
+    return [state[kind] for _, state in sorted(optimizer["state"].items())]
+
+
 def _without_zero(saved: Mapping[str, Any], names: Sequence[Sequence[str]]) -> Whole:
-    flat, optimizer = [name for group in names for name in group], saved["optimizer"]
+    """Read a checkpoint of stage 0, which has whole tensors."""
+    flat, optimizer = list(chain.from_iterable(names)), saved["optimizer"]
+    numbers = chain.from_iterable(group["params"] for group in optimizer["param_groups"])
     states, scalars = {}, {}
-    for name, number in zip(flat, (i for group in optimizer["param_groups"] for i in group["params"]), strict=True):
+    for name, number in zip(flat, numbers, strict=True):
         state = optimizer["state"].get(number, {})
         states[name] = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
         scalars[name] = {k: v for k, v in state.items() if k not in states[name]}
@@ -111,13 +118,18 @@ def _of_groups(
 
 def _of_parameters(parts: Sequence[Sequence[Tensor]], shapes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Return the parameters of ZeRO 3: each one is cut into equal shares, padded on the last rank."""
-    flat, start, found = [torch.cat([tensor.flatten() for tensor in rank]) for rank in parts], 0, {}
-    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
+    flat = [_joined(rank) for rank in parts]
+    start, found = 0, {}
+    for name, shape in chain.from_iterable(group.items() for group in shapes):
         share = math.ceil(math.prod(shape) / len(flat))
         pieces = [rank[start : start + share] for rank in flat]
         found[name] = torch.cat(pieces)[: math.prod(shape)].view(shape)
         start += share
     return found
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _ranked(folder: Path, pattern: str) -> list[Path]:
