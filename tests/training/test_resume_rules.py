@@ -149,6 +149,10 @@ def paint_an_image(folder):
     shutil.copy(folder / "data" / "1.png", folder / "data" / "0.png")
 
 
+def lose_an_image(folder):
+    (folder / "data" / "0.png").unlink()
+
+
 def train_the_teacher_on(folder):
     path = folder / "teacher" / "model.safetensors"
     raw = bytearray(path.read_bytes())
@@ -163,6 +167,7 @@ def train_the_teacher_on(folder):
         (add_a_row, "data.train: data: 24 rows → 25"),
         (swap_rows, "data.train: data: other content in its 24 rows"),
         (paint_an_image, "data.train: data: other content in its 24 rows"),
+        (lose_an_image, "data.train: data: image not found: "),
         (train_the_teacher_on, "teacher.path: other weights in "),
     ],
 )
@@ -235,6 +240,22 @@ def test_a_finished_run_without_its_checkpoints_is_not_trained_again(stopped, pr
     assert "is already finished" in capfd.readouterr().err
     with pytest.raises(UserError, match="whose checkpoints are gone"):
         train(configuration(stopped, "stopped", training__steps=9), processes)
+
+
+@pytest.mark.parametrize("text", ["", "{"])
+def test_a_run_whose_summary_is_cut_off_is_not_finished(stopped, processes, text):
+    train(configuration(stopped, "stopped"), processes)
+    (stopped / "stopped" / "summary.json").write_text(text)
+    train(configuration(stopped, "stopped"), processes)
+    assert json.loads((stopped / "stopped" / "summary.json").read_text())["steps"] == 6
+
+
+def test_a_file_in_the_place_of_checkpoints_is_named_before_models_are_loaded(stopped, processes, monkeypatch):
+    (stopped / "new").mkdir()
+    (stopped / "new" / "checkpoints").write_text("")
+    monkeypatch.setattr("vlm_distill.training.trainer.load_models", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="checkpoints is a file, where checkpoints need a folder"):
+        train(configuration(stopped, "new"), processes)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(stopped, processes, capfd):

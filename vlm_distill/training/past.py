@@ -9,6 +9,7 @@ from typing import Any
 
 from data.digest import Rows, digest_rows
 from data.errors import UserError
+from data.json_files import read_object
 from vlm_distill.config.file import save_config
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.runtime import manifest
@@ -53,9 +54,19 @@ class Past:
 
     def _complete(self) -> bool:
         """Return whether the run in the folder is finished; its summary is written last."""
-        return (self.folder / "summary.json").is_file() and (self.folder / "student").is_dir()
+        if not (self.folder / "student").is_dir():
+            return False
+        try:
+            return bool(read_object(self.folder / "summary.json"))
+        except UserError:  # cut off by a crash: the end of the run is repeated
+            return False
 
     def _compare_settings(self) -> None:
+        if self._checkpoints.exists() and not self._checkpoints.is_dir():
+            raise UserError(
+                f"output: {self._checkpoints} is a file, where checkpoints need a folder; move it away, or choose "
+                "another output"
+            )
         self.record = Record.of(self.config)
         saved = [path for _, path in reversed(checkpoint.completed(self._checkpoints))]
         # A run whose checkpoints were deleted after its end is still finished.
