@@ -10,7 +10,8 @@ from classifier_runs import build_classifier
 from page import read
 
 from vlm_distill.reporting import class_plots
-from vlm_distill.reporting.report import load_run, write_report
+from vlm_distill.reporting.report import write_report
+from vlm_distill.reporting.run_folder import load_run
 from vlm_distill.reporting.seeds import family, one_seed, seed_groups, t_interval, t_quantile
 
 

@@ -9,7 +9,8 @@ from page import Page, read
 from data.errors import UserError
 from vlm_distill.evaluation.runner import read_predictions, write_predictions
 from vlm_distill.reporting.gallery import gallery
-from vlm_distill.reporting.report import load_run, write_report
+from vlm_distill.reporting.report import write_report
+from vlm_distill.reporting.run_folder import load_run
 
 
 def test_one_run_has_every_section(make_run):

@@ -1,8 +1,9 @@
-"""Runs and models as the report speaks of them."""
+"""The runs, models and comparisons that the report's sections are made from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from vlm_distill.evaluation.runner import Prediction
 
 @dataclass
 class Run:
-    """One training as its folder tells it."""
+    """One training run, as read from its folder."""
 
     label: str
     css: str
@@ -28,14 +29,14 @@ class Run:
 
     @property
     def verb(self) -> str:
-        """The command of ``vlm-distill`` that repeats the run."""
+        """Return the ``vlm-distill`` command that repeats the run."""
         classifier = any(found.get("kind") == "classification" for found in self.scores.values())
         return "classify" if classifier or " classify " in str(self.summary.get("command", "")) else "train"
 
 
 @dataclass
 class Entry:
-    """One model's scores on one data set; ``role`` is student, teacher or baseline."""
+    """One model's scores on one data set. ``role`` is student, teacher or baseline."""
 
     role: str
     label: str
@@ -47,7 +48,7 @@ class Entry:
 
 @dataclass
 class Duel:
-    """Two models on the same questions, and an axis that holds zero and the interval; places are per cent of it."""
+    """Two models compared on the same questions, with an axis from ``-reach`` to ``reach`` that fits the interval."""
 
     first: Entry
     second: Entry
@@ -55,11 +56,15 @@ class Duel:
     reach: float
 
     def place(self, value: float) -> float:
+        """Return where a difference is on the axis, in per cent of its length."""
         return 50 + 50 * value / self.reach
 
 
-def entries_on(runs: list[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
-    """Teacher, students, baselines. The teacher is the first run's that scored it: runs of one report share theirs."""
+def entries_on(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
+    """Return the teacher, students and baselines with scores on ``data``.
+
+    Runs in one report share their teacher: the first run that scored it supplies its scores.
+    """
     entries = []
     for run in runs:
         if (data, "teacher") in run.scores:
@@ -77,6 +82,11 @@ def entries_on(runs: list[Run], data: str, baselines: Mapping[str, Mapping[str, 
 
 
 def duel(first: Entry, second: Entry, metric: Literal["exact", "score"] = "exact") -> Duel:
-    """The comparison of two models' predictions."""
+    """Compare two models' predictions."""
     result = paired(first.predictions, second.predictions, metric)
     return Duel(first, second, result, max(abs(result.low), abs(result.high), 0.001) * 1.15)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

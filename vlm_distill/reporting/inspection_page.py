@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .report import environment, image_uri
+from .rendering import environment, image_uri
 
 _TERMINAL_IMAGE = 24
 _PAGE_IMAGE = 320
