@@ -20,8 +20,16 @@ from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, 
 from vlm_distill import losses, models
 from vlm_distill.caching.store import ABOUT, check_not_filling
 from vlm_distill.caching.token_records import CachedRows
-from vlm_distill.config.model_sections import TEACHERS, CacheSection, ModelSection, ServerSection, TeacherSection
-from vlm_distill.config.sections import DataSection, RunConfig, SourceSection
+from vlm_distill.config.sections import (
+    TEACHERS,
+    CacheSection,
+    DataSection,
+    ModelSection,
+    RunConfig,
+    ServerSection,
+    SourceSection,
+    TeacherSection,
+)
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
 from vlm_distill.models.common import DTYPES

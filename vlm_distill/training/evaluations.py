@@ -19,9 +19,7 @@ from data.errors import BadSample, UserError
 from data.images import load_image
 from data.loader import problem_of
 from data.sources import Source, TextSource
-from vlm_distill.config.batch_split import split_batch
-from vlm_distill.config.fields import Measure
-from vlm_distill.config.sections import RunConfig
+from vlm_distill.config.sections import Measure, RunConfig, split_batch
 from vlm_distill.evaluation.benchmark import Benchmark
 from vlm_distill.evaluation.benchmark_run import open_benchmarks, published, run_benchmark, score_answers
 from vlm_distill.evaluation.benchmarks import data_folder, entry_name, get
