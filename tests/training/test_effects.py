@@ -10,8 +10,8 @@ from data.errors import UserError
 from vision.config import ClassifierConfig
 from vision.trainer import Trainer as ClassifierTrainer
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.trainer import Trainer
 from vlm_distill.training.effects import idle_settings, late_warmup
-from vlm_distill.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
 from vlm_distill.models.interface import Answer, Sampling, _Choice
 from vlm_distill.runtime.processes import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
