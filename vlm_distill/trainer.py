@@ -32,11 +32,11 @@ from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine, gather_parameters
 from vlm_distill.training.evaluations import Evaluations
+from vlm_distill.training.flops import StepFlops
 from vlm_distill.training.intake import FirstRows
 from vlm_distill.training.loading import trained_parameters, write_student
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.on_policy import OnPolicy, learns_from_drawn
-from vlm_distill.training.operations import Operations
 from vlm_distill.training.optimizers import build_optimizer
 from vlm_distill.training.schedule import learning_rate_factor, lr_scales
 from vlm_distill.training.task import DistillationTask
@@ -95,7 +95,7 @@ class Trainer(Loop):
 
         # Count parameters and operations while the models are whole.
         self.parameters = self._count_parameters()
-        self.operations = self._operations()
+        self.flops = self._step_flops()
         self.evaluations.prepare(self.student, self.teacher)
         self.engine = self._start_engine()
         self.on_policy = self._open_on_policy()
@@ -106,9 +106,9 @@ class Trainer(Loop):
             counts["teacher"] = self.teacher.parameters
         return counts
 
-    def _operations(self) -> Operations:
+    def _step_flops(self) -> StepFlops:
         teacher, running = self.loss_teacher, self.parts.running_teacher
-        return Operations(
+        return StepFlops(
             self.student,
             running,
             self.processes.device,
@@ -182,7 +182,7 @@ class Trainer(Loop):
             "samples": samples,
             "filled": sum(rows.tokens for rows in sides),
             "places": sum(rows.inputs["input_ids"].numel() for rows in sides),
-            "flops": sum(self.operations.of(batch) for batch in step.batches),
+            "flops": sum(self.flops.count(batch) for batch in step.batches),
             **({} if self.on_policy is None else self.on_policy.counts),
         }
         if self.sequence is not None and self.sequence.rank:
@@ -218,7 +218,7 @@ class Trainer(Loop):
         return {
             "supervised_tokens": int(totals["supervised"]),
             "padding": 1 - totals["filled"] / totals["places"],
-            **self.operations.metrics(totals["flops"], seconds, self.processes.world),
+            **self.flops.metrics(totals["flops"], seconds, self.processes.world),
             **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),
             self.speed: totals["tokens"] / seconds,
         }

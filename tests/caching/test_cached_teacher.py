@@ -26,7 +26,7 @@ from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.trainer import Trainer
 from vlm_distill.training import loading
-from vlm_distill.training.operations import Operations
+from vlm_distill.training.flops import StepFlops
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +143,8 @@ def test_the_teacher_itself_is_never_loaded(cached, processes, monkeypatch, capf
 def test_its_head_is_all_of_the_teacher_that_is_counted(cached, processes):
     trainer = Trainer(cached[1](), processes)
     batch = trainer.dataset[0].batches[0]
-    student = Operations(trainer.student, None, processes.device, bf16=False).of(batch)
-    assert trainer.operations.of(batch) - student == 2 * len(batch.targets) * trainer.teacher.head.parameters[0].numel()
+    student = StepFlops(trainer.student, None, processes.device, bf16=False).count(batch)
+    assert trainer.flops.count(batch) - student == 2 * len(batch.targets) * trainer.teacher.head.parameters[0].numel()
 
 
 def spoil_weights(folder):

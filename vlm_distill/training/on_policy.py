@@ -223,8 +223,8 @@ class OnPolicy:
             prompts.append([prompt for prompt in asked if prompt is not None])
         answers = iter(self._answers(step.index, list(chain.from_iterable(prompts))))
         drawn = []
-        for part in prompts:
-            drawn.append([(prompt, next(answers).token_ids) for prompt in part])
+        for questions in prompts:
+            drawn.append([(prompt, next(answers).token_ids) for prompt in questions])
         return drawn
 
     def _usable(self, step: Step, places: Sequence[Place]) -> list[Place]:
