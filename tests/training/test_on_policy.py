@@ -190,7 +190,7 @@ def test_replay_brings_back_what_was_drawn(folder):
     answers = sorted(ids for _, ids in own.kept)
     again = run.prepare_step(run.dataset[replayed[0]])
     assert sorted(ids for batch in again.batches for ids in supervised(batch)) == answers
-    assert own.counted["answering"] > 0
+    assert own.counts["answering"] > 0
     # Two answers to one question stay two.
     own.kept[:2] = [(own.kept[2][0], [5, 6]), (own.kept[2][0], [7])]
     again = run.prepare_step(run.dataset[replayed[0]])
