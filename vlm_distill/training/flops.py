@@ -139,7 +139,7 @@ def _routed(model: VisionLanguageModel) -> dict[int, float]:
     chosen = getattr(body.config.get_text_config(), "num_experts_per_tok", None)
     if not chosen:
         return {}
-    shares = {}
+    shares: dict[int, float] = {}
     for module in body.modules():
         if not isinstance(getattr(module, "num_experts", None), int):
             continue
