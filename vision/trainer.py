@@ -37,12 +37,12 @@ from . import losses
 from .classes import map_classes
 from .classifier import Classifier, Outputs, load_classifier
 from .config import ClassifierConfig, ClassifierSection
+from .device_views import DeviceViews
 from .ema import Average
 from .loader import ImageBatch, ImageSteps
 from .optimizer import Schedule
 from .predict import in_words, predict
 from .task import AnyTerm, BatchTerm, ClassificationTask
-from .transforms import DeviceViews
 
 _CHECKED_IMAGES = 64
 

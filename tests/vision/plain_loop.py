@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from vision import trainer as trainer_module
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
+from vision.device_views import DeviceViews
 from vision.trainer import Trainer
-from vision.transforms import DeviceViews
 from vlm_distill.runtime.launch import leave
 from vlm_distill.runtime.processes import Processes
 
