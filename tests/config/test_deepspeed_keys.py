@@ -155,7 +155,7 @@ def test_a_file_of_deepspeed_is_read_and_overrides_lie_on_top(tmp_path):
         ("{", "not readable as JSON"),
         ("[1]", "a mapping"),
         ('{"stage": NaN}', "no finite number"),
-        ('{"stage": 1, "stage": 2}', "stage stands there twice"),
+        ('{"stage": 1, "stage": 2}', "stage is there twice"),
     ):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UserError, match=says):

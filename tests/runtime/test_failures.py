@@ -226,7 +226,7 @@ def test_the_cpus_memory_ends_alike(run, monkeypatch):
     monkeypatch.setattr(Trainer, "forward_batch", lambda *_: torch.empty(10**15))
     code, line = run(training__micro_batch_size=1, training__on_oom="halve")
     assert code == 3
-    assert "training.on_oom: halve has nothing left, the micro-batch is 1" in line
+    assert "training.on_oom: halve cannot help, the micro-batch is already 1" in line
 
 
 def command(broken, *words):
