@@ -160,7 +160,7 @@ class Bench:
         self.images = write_images(images, case)
         self.trainer = our_trainer(case, self.images, folder / "run", processes)
         self.trainer.engine.train()
-        teacher = self.trainer.guide
+        teacher = self.trainer.loss_teacher
         assert teacher is not None
         inputs = self.trainer.student.inputs
         generator = torch.Generator().manual_seed(0)

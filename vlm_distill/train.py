@@ -24,7 +24,7 @@ from vlm_distill.runtime.launch import guarded, leave
 def main(
     arguments: Sequence[str] | None = None,
     kind: type[Any] = RunConfig,
-    trainer: str = "vlm_distill.training.trainer",
+    trainer: str = "vlm_distill.trainer",
     work: str = "train",
 ) -> int:
     """Train, and return the exit code.

@@ -12,8 +12,8 @@ from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config, read_saved, save_config
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Standardised
-from vlm_distill.training.build import build_terms
 from vlm_distill.training.on_policy import check_on_policy
+from vlm_distill.training.terms import build_terms
 
 
 @pytest.mark.parametrize(

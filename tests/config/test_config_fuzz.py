@@ -17,7 +17,7 @@ from vlm_distill import cli
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.training.build import build_terms
+from vlm_distill.training.terms import build_terms
 
 VLM = {
     "student": {"path": "student", "lora": {"rank": 4, "parts": ["projector"]}, "train": ["decoder"]},

@@ -12,7 +12,7 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.runtime.processes import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
 
 
 @pytest.fixture

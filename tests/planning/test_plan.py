@@ -25,7 +25,7 @@ from vlm_distill.planning.simulation import Meter
 from vlm_distill.reporting.report import write_report
 from vlm_distill.runtime.launch import reserved_port
 from vlm_distill.runtime.processes import Processes
-from vlm_distill.training.trainer import Trainer, train
+from vlm_distill.trainer import Trainer, train
 
 benchmark = by_path.load(Path(__file__).parents[2] / "benchmarks" / "planning.py")
 SLOW = pytest.mark.slow
@@ -268,7 +268,7 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
             {"on_policy": {"fraction": 0.5}, "loss": [{"name": "cross_entropy"}]},
             "reads right answers",
         ),
-        ("llama", "llama", {"on_policy": {"fraction": 0.5}, "data": "text"}, "plain text, which nobody answers"),
+        ("llama", "llama", {"on_policy": {"fraction": 0.5}, "data": "text"}, "plain text and has no questions"),
         ("llama", "llama", {"training__sequence_parallel": 2, "data__packing": True}, "a divided one has one sample"),
         ("llama", "llama", {"training__sequence_parallel": 2, "data": "text"}, "a divided one has one sample"),
         (

@@ -19,8 +19,8 @@ from vlm_distill import train
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 from vlm_distill.training.engine import Engine
-from vlm_distill.training.trainer import Trainer
 
 _ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 from vlm_distill.training.engine import Engine
-from vlm_distill.training.trainer import Trainer
 
 
 class Task(nn.Module):

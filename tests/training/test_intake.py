@@ -17,8 +17,8 @@ from vision.config import ClassifierConfig
 from vision.trainer import Trainer as ClassifierTrainer
 from vlm_distill import train
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.trainer import Trainer
 from vlm_distill.training.intake import FirstRows, Tally
-from vlm_distill.training.trainer import Trainer
 
 EVERY_ROW = tuple(range(24))
 

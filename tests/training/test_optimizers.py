@@ -8,9 +8,9 @@ import torch
 
 from data.errors import UserError
 from vlm_distill.config.sections import DeepSpeedSection, OptimizerSection, RunConfig
+from vlm_distill.trainer import Trainer
 from vlm_distill.training import optimizers
 from vlm_distill.training.effects import idle_settings
-from vlm_distill.training.trainer import Trainer
 
 MUON = {"optimizer__max_grad_norm": None, "optimizer__muon_lr": 0.01}
 OTHERS = {"sgd": {"optimizer__lr": 0.1}, "adamw8bit": {}, "muon": MUON}

@@ -30,10 +30,9 @@ def train(run: RunOptions, nproc: Processes = 1) -> None:
     # Report mistakes before processes start, and before imports that take seconds.
     config = load_config(run.config, run.overrides or ())
     split_batch(config, nproc)
-    from vlm_distill.training.build import build_terms
-    from vlm_distill.training.on_policy import check_on_policy
+    from vlm_distill.run import Run
 
-    check_on_policy(config, build_terms(config))
+    _ = Run(config).terms
     raise typer.Exit(launch_training("vlm_distill.train", words_of(run), nproc))
 
 
