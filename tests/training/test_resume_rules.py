@@ -253,7 +253,7 @@ def test_a_run_whose_summary_is_cut_off_is_not_finished(stopped, processes, text
 def test_a_file_in_the_place_of_checkpoints_is_named_before_models_are_loaded(stopped, processes, monkeypatch):
     (stopped / "new").mkdir()
     (stopped / "new" / "checkpoints").write_text("")
-    monkeypatch.setattr("vlm_distill.training.trainer.load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vlm_distill.run.load_teacher", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match="checkpoints is a file, where checkpoints need a folder"):
         train(configuration(stopped, "new"), processes)
 
