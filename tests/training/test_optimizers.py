@@ -137,3 +137,10 @@ def test_settings_of_another_optimizer_are_named(files, tmp_path):
         "optimizer.betas: has no effect with name: sgd",
         "optimizer.muon_lr: has no effect with name: sgd",
     ]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("adamw", 8), ("sgd", 4), ("adamw8bit", 2), ("muon", 6)])
+def test_a_plan_counts_the_states_of_the_optimizer(name, expected):
+    """Half of the numbers are a matrix that Muon updates, half are an embedding."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.Embedding(8, 4))
+    assert optimizers.state_bytes(model, OptimizerSection(name=name), []) == expected
