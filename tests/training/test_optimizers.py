@@ -17,9 +17,10 @@ OTHERS = {"sgd": {"optimizer__lr": 0.1}, "adamw8bit": {}, "muon": MUON}
 
 
 @pytest.fixture(autouse=True)
-def not_compiled(monkeypatch):
+def not_compiled():
     """DeepSpeed compiles Muon's iteration, which takes minutes here and changes nothing but the time."""
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,7 @@ def test_a_finished_run_does_nothing_until_it_is_to_be_longer(stopped, processes
         train(configuration(stopped, "run", training__steps=4, **constant), processes)
     with pytest.raises(UserError, match=r"training.seed: 0 → 1"):
         train(configuration(stopped, "run", training__seed=1, **constant), processes)
-    with pytest.raises(UserError, match=r"training.resume=true to go on"):
+    with pytest.raises(UserError, match=r"training.resume=true to continue it"):
         train(configuration(stopped, "run", training__resume=False, **constant), processes)
     assert content(out) == before
     train(configuration(stopped, "run", training__steps=8, **constant), processes, until=7)
@@ -343,7 +343,7 @@ def test_a_finished_student_that_is_damaged_is_written_anew(stopped, processes, 
     assert path.read_bytes() == good
     path.unlink()
     shutil.rmtree(out / "checkpoints")
-    with pytest.raises(UserError, match=r"model.safetensors: missing; no checkpoint is left to write"):
+    with pytest.raises(UserError, match=r"model.safetensors: missing; no checkpoint is left to rewrite"):
         train(configuration(stopped, "stopped"), processes)
 
 
