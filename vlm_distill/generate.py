@@ -152,13 +152,13 @@ def _asks(
 def _load(config: RunConfig, name: str | None, processes: Processes) -> VisionLanguageModel:
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
-    from vlm_distill.models.teacher import ModelTeacher
     from vlm_distill.training.build import load_teacher
 
     if name is not None:
         return load_vlm(name, dtype=DTYPES[config.training.dtype]).to(processes.device).eval()
     teacher = load_teacher(config, processes)
-    assert isinstance(teacher, ModelTeacher)
+    assert teacher is not None
+    assert teacher.model is not None
     return teacher.model
 
 

@@ -19,8 +19,6 @@ from data.loader import ProblemLog, problem_of
 from data.mixture import Mixture
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.interface import Processor
-from vlm_distill.models.served import ServedTeacher
-from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
 from vlm_distill.training.build import (
@@ -76,14 +74,10 @@ class Inspection:
         here: Any = SimpleNamespace(device=torch.device("cpu"))
         with Weightless():
             student, teacher = load_models(config, here)
-            if isinstance(teacher, ModelTeacher):
-                grouped = pair_vocabularies(config, student, teacher.model, terms)
-            else:
-                grouped = False
-                if isinstance(teacher, ServedTeacher):
-                    teacher.align(student)
+            grouped = teacher is not None and pair_vocabularies(config, student, teacher, terms)
         self.processors: dict[str, Processor] = {"student": student.processor}
-        if isinstance(teacher, ModelTeacher | ServedTeacher) and any("teacher" in term.loss.needs for term in terms):
+        if teacher is not None and any("teacher" in term.loss.needs for term in terms):
+            assert isinstance(teacher.processor, Processor)  # no cache is opened here
             self.processors["teacher"] = teacher.processor
         both = self.processors["student"], self.processors.get("teacher")
         self.collator = Collator(*both, config.data.max_length, turns(config.data), grouped)

@@ -273,8 +273,8 @@ def test_requests_are_under_way_at_once_and_while_the_student_learns(folder, ser
     run = trainer(folder, server, "ahead", **changes)
     server.delay, asked = 0.2, len(server.bodies)
     ahead = []
-    learn = Trainer.learn
-    monkeypatch.setattr(Trainer, "learn", lambda *given: ahead.append(len(run.guide._ahead)) or learn(*given))
+    forward = Trainer.forward_batch
+    monkeypatch.setattr(Trainer, "forward_batch", lambda *given: ahead.append(len(run.guide._ahead)) or forward(*given))
     run.run()
     # Four micro-batches of two samples are a step. While one is learnt, the next step's are on their way too.
     assert ahead == [8, 7, 6, 5] * 2 + [4, 3, 2, 1]

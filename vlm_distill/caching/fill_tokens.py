@@ -27,18 +27,15 @@ from vlm_distill.losses import HiddenTargets
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import read_template
 from vlm_distill.models.fingerprint import digest_text, fingerprint
-from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import Processor
 from vlm_distill.models.teacher import (
-    CachedTeacher,
-    ModelTeacher,
+    Teacher,
     cached_fields,
     cached_values,
     describe_teacher,
     save_head,
     whole_head,
 )
-from vlm_distill.models.vocabulary import align_heads
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores
 from vlm_distill.training.build import build_terms, check_packing, load_student, load_teacher, open_sources, turns
@@ -100,13 +97,15 @@ def _compare(folder: Path, wanted: Mapping[str, str]) -> list[str]:
     return unknown
 
 
-def check_cache(config: RunConfig, sources: Sequence[Source | TextSource], teacher: CachedTeacher) -> list[str]:
+def check_cache(config: RunConfig, sources: Sequence[Source | TextSource], teacher: Teacher) -> list[str]:
     """Remarks on a cache that a run is to learn from.
 
     Raises:
         UserError: it is of something else, not whole, or of likeliest tokens among others than the run compares.
     """
     cache, remarks = teacher.cache, list[str]()
+    assert cache is not None
+    assert teacher.head is not None
     unknown = _compare(cache.folder, identity(config, sources))
     if unknown:
         remarks.append(f"the teacher's {', '.join(unknown)} cannot be compared with the cache's: no such files here")
@@ -244,14 +243,15 @@ def fill(config: RunConfig, processes: Processes) -> None:
                 say(f"{folder} is whole: {TokenCache(folder).tokens:,} tokens")
             return
     teacher = load_teacher(config, processes)
-    assert isinstance(teacher, ModelTeacher)  # one on a server has no cache
+    assert teacher is not None
+    assert teacher.model is not None
     check_packing(config.data.train, None, teacher.model, False)
     _open(config, folder, sources, wanted, teacher, processes)
     cache = TokenCache(folder)
     # Rows that could not be used are tried again: an image may have been mended.
     micro = config.training.micro_batch_size or max(1, config.training.batch_size // processes.world)
     rows = _micro_batches(cache, sources, micro)
-    dataset = _Rows(config, sources, teacher.processor, rows)
+    dataset = _Rows(config, sources, teacher.model.processor, rows)
     missing = sum(map(len, rows))
     if processes.first:
         _estimate(cache, dataset, missing)
@@ -280,28 +280,28 @@ def _open(
     folder: Path,
     sources: Sequence[Source | TextSource],
     wanted: Mapping[str, str],
-    teacher: ModelTeacher,
+    teacher: Teacher,
     processes: Processes,
 ) -> None:
     """Makes the folder if there is none, and agrees on the vocabulary that likeliest tokens are chosen from."""
     _, section = _sections(config)
-    head, kept = teacher.model.head, None
+    model, kept = teacher.model, None
+    assert model is not None
     if section.form == "topk":
         # The distribution is over the tokens that the student shares.
-        vocabulary = align_heads(load_student(config, teacher), teacher.model)
+        vocabulary = teacher.align(load_student(config, teacher))
         check_likeliest(section, vocabulary)
     else:
-        kept = whole_head(head)
+        kept = whole_head(model.head)
         vocabulary = len(kept["weight"])
     if processes.first and not (folder / ABOUT).exists():
         fields = cached_fields(kept, section.k, vocabulary)
-        parameters = sum(count_parameters(teacher.model).values())
         about = {
             "identity": dict(wanted),
-            "teacher": describe_teacher(teacher.model, parameters, vocabulary),
+            "teacher": describe_teacher(teacher, vocabulary),
             **TokenCache.describe({source.name: len(source) for source in sources}, config.data.max_length, fields),
         }
-        make_folder(folder, WHAT, about, lambda made: save_head(made, teacher.model, kept))
+        make_folder(folder, WHAT, about, lambda made: save_head(made, model, kept))
     processes.barrier()
     stored = read_about(folder)["teacher"]["vocabulary"]
     if stored != vocabulary:
@@ -353,7 +353,7 @@ def _estimate(cache: TokenCache, dataset: _Rows, count: int) -> None:
     check_room(cache.folder, WHAT, size, "choose form topk")
 
 
-def _write(writer: TokenWriter, teacher: ModelTeacher, found: _Batch, cache: TokenCache, processes: Processes) -> None:
+def _write(writer: TokenWriter, teacher: Teacher, found: _Batch, cache: TokenCache, processes: Processes) -> None:
     """One micro-batch through the teacher and into the cache."""
     batch = found.batch.to(processes.device)
     batch = replace(batch, teacher=batch.student)  # it is alone there

@@ -21,12 +21,9 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Term
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.interface import Processor
-from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.models.sequence_parallel import SequenceParallel
-from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.shared_vision import sees_as
-from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.training.build import (
     build_terms,
     check_evaluations,
@@ -66,21 +63,20 @@ class Models:
         whole = section and section.model_copy(update={"placement": "replicate", "cache": None})
         here: Any = SimpleNamespace(device=torch.device("cpu"))
         self.student, teacher = load_models(config.model_copy(update={"teacher": whole}), here)
-        self.teacher = teacher.model if isinstance(teacher, ModelTeacher) else None
+        self.teacher = teacher.model if teacher is not None else None
         self.guides = teacher is not None and any("teacher" in term.loss.needs for term in self.terms)
         #: How many of its likeliest tokens are all that is known of the teacher, if they are.
         self.likeliest: int | None = None
         self.cache = None if section is None else section.cache
-        self.grouped = self.teacher is not None and pair_vocabularies(config, self.student, self.teacher, self.terms)
-        if isinstance(teacher, ServedTeacher):
-            teacher.align(self.student)
-            self.likeliest = teacher.top
-        elif self.cache is not None and self.cache.form == "topk":
+        self.grouped = teacher is not None and pair_vocabularies(config, self.student, teacher, self.terms)
+        if teacher is not None:
+            self.likeliest = teacher.likeliest
+        if self.cache is not None and self.cache.form == "topk":
             check_likeliest(self.cache, self.student.head.vocabulary or 0)
             self.likeliest = self.cache.k
         prepare_losses(self.terms, self.student, teacher if self.guides else None)
         #: The teacher is the student's own base.
-        self.shared = isinstance(self.teacher, WithoutAdapters)
+        self.shared = section is not None and section.from_student
         guide = self.teacher if self.guides and self.cache is None else None
         check_packing(config.data.train, self.student, guide, self.grouped)
         check_evaluations(config, self.student, self.teacher)
@@ -91,7 +87,7 @@ class Models:
         self.packed, self.told = packing.packed, packing.told
         if any(self.packed):
             self.told += ("rows are packed as if the models kept samples in one row apart, which the run tries",)
-        if isinstance(teacher, ServedTeacher):
+        if section is not None and section.server is not None:
             self.told += ("the teacher's server and the time in which it answers are not planned",)
         if config.on_policy is not None:
             self.told += ("the time in which the student draws its answers is not planned",)

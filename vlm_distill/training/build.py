@@ -41,7 +41,7 @@ from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
 from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
-from vlm_distill.models.vocabulary import Teaching, align_heads, same_tokens, separate_heads
+from vlm_distill.models.vocabulary import same_tokens
 
 from .engine import Processes, load_sharded
 from .loss_mistakes import loss_mistakes
@@ -113,7 +113,8 @@ def prepare_losses(terms: Sequence[Term | FeatureTerm], student: VisionLanguageM
         if isinstance(term, Term):
             term.loss.prepare(vocabulary)
             continue
-        assert isinstance(teacher, ModelTeacher)
+        assert teacher is not None
+        assert teacher.model is not None
         mine, others = term.loss.student_features, term.loss.teacher_features
         shapes = []
         for role, model, names in (("student", student, mine), ("teacher", teacher.model, others)):
@@ -318,7 +319,8 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
     """The student, with what trains of it marked."""
     section = config.student
     if section.from_teacher is not None:
-        assert isinstance(teacher, ModelTeacher)
+        assert teacher is not None
+        assert teacher.model is not None
         settings = dict(section.from_teacher)
         layers = settings.pop("layers", None)
         if layers is None or settings:
@@ -416,7 +418,7 @@ def write_student(
 
 
 def pair_vocabularies(
-    config: RunConfig, student: VisionLanguageModel, teacher: Teaching, terms: Sequence[Term | FeatureTerm]
+    config: RunConfig, student: VisionLanguageModel, teacher: Teacher, terms: Sequence[Term | FeatureTerm]
 ) -> bool:
     """Cuts both heads to the tokens that are compared; true where groups of tokens are, the tokenizers being different.
 
@@ -424,8 +426,10 @@ def pair_vocabularies(
         UserError: different tokenizers, and a loss that compares them token by token or answers that are placeholders.
     """
     try:
-        align_heads(student, teacher)
+        teacher.align(student)
     except UserError as error:
+        if teacher.head is None:
+            raise
         learning = [term for term in terms if "teacher" in term.loss.needs]
         others = [term.name for term in learning if not _spans_tokenizers(term)]
         if others:
@@ -437,7 +441,7 @@ def pair_vocabularies(
                 f"loss {reading[0]} reads the answers where tokenizers differ, and {unlabelled[0]} is not "
                 "labelled; leave one out"
             ) from None
-        separate_heads(student, teacher)
+        teacher.separate(student)
         return bool(learning)
     return False
 

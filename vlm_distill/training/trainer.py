@@ -28,9 +28,8 @@ from vlm_distill.models.common import DTYPES
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.served import ServedTeacher
 from vlm_distill.models.shared_vision import sees_as, share
-from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
+from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.tracking import Tracker
 
@@ -104,25 +103,19 @@ class Trainer(Loop):
         # A teacher that no loss learns from is only there to be scored beside the student.
         self.guide = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
         # Where the tokenizers differ, groups of tokens are compared.
-        model = self.teacher.model if isinstance(self.teacher, ModelTeacher) else None
-        taught = self.teacher if isinstance(self.teacher, CachedTeacher) else model
-        self.grouped = taught is not None and pair_vocabularies(config, student, taught, terms)
-        if isinstance(self.teacher, ServedTeacher):
-            self.teacher.align(student)
-        elif isinstance(self.teacher, CachedTeacher):
+        self.grouped = self.teacher is not None and pair_vocabularies(config, student, self.teacher, terms)
+        if self.teacher is not None and self.teacher.cache is not None:
             self.told = [*self.told, *check_cache(config, sources, self.teacher)]
         shown_to = None if self.guide is None else self.guide.processor
         self.told = [*self.told, *template_remarks(config.data, student.processor, shown_to, self.grouped)]
         prepare_losses(terms, student, self.guide)
         self.sequence = processes.share_sequences(config.training.sequence_parallel)
-        guide = model if self.guide is not None else None
+        guide = self.guide.model if self.guide is not None else None
         if self.sequence is not None:
             divide_sequences(config, self.sequence, student, guide, terms, self.grouped)
         # What both see with, frozen, runs in the teacher alone, which runs in the student's precision.
         self.same_encoder = (
-            isinstance(self.guide, ModelTeacher)
-            and self.guide.model.dtype == DTYPES[config.training.dtype]
-            and sees_as(student, self.guide.model)
+            guide is not None and guide.dtype == DTYPES[config.training.dtype] and sees_as(student, guide)
         )
         self.shared_vision = self.same_encoder and config.student.vision_cache is None
         self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.shared_vision else [])})
@@ -165,20 +158,18 @@ class Trainer(Loop):
         self.told = [*self.told, *late_warmup("optimizer.warmup", warmup, max(1, self.steps), "steps")]
 
         self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
-        if isinstance(self.teacher, CachedTeacher):
+        if self.teacher is not None and self.teacher.parameters is not None:
             self.parameters["teacher"] = self.teacher.parameters
-        elif model is not None:
-            self.parameters["teacher"] = sum(count_parameters(model).values())
         self.operations = Operations(
             student,
             guide,
             processes.device,
             bf16=config.training.dtype == "bf16",
             shared_vision=self.shared_vision,
-            head=self.guide.head if isinstance(self.guide, CachedTeacher) else None,
+            head=self.guide.head if self.guide is not None and guide is None else None,
         )
         check_packing(config.data.train, student, guide, self.grouped)
-        self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)
+        self.evaluations.prepare(student, self.teacher)
         task = DistillationTask(
             student,
             terms,
@@ -196,8 +187,8 @@ class Trainer(Loop):
         )
         self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
         if self.same_encoder and config.deepspeed.stage < 3:
-            assert isinstance(self.guide, ModelTeacher)
-            share(student, self.guide.model)
+            assert guide is not None
+            share(student, guide)
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
         if config.deepspeed.stage == 3:
@@ -215,9 +206,8 @@ class Trainer(Loop):
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
         steps = make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
-        if isinstance(self.guide, ServedTeacher) and self.on_policy is None:
-            return self.guide.asked_ahead(steps)
-        return steps
+        # Answers that are still to be drawn cannot be asked about.
+        return steps if self.guide is None or self.on_policy is not None else self.guide.prefetch(steps)
 
     def locate_samples(self, step: Step, number: int) -> str:
         return self.dataset.locate_samples(step.index, number)
@@ -230,9 +220,9 @@ class Trainer(Loop):
         if self.on_policy is None:
             return step
         taken = self.on_policy.prepare_step(step)
-        if isinstance(self.guide, ServedTeacher):
+        if self.guide is not None:
             for batch in taken.batches:
-                self.guide.ask(batch)
+                self.guide.request(batch)
         return taken
 
     def local_counts(self, step: Step) -> dict[str, float]:
@@ -266,7 +256,7 @@ class Trainer(Loop):
         return self.engine(batch, targets, scales)
 
     def skip_step(self, step: Step) -> None:
-        if isinstance(self.guide, ServedTeacher):
+        if self.guide is not None:
             for batch in step.batches:
                 self.guide.forget(batch)
 
@@ -328,8 +318,9 @@ class Trainer(Loop):
             tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
         if self.seen is not None:
             tracker.say(self.seen)
-        told = isinstance(self.guide, ModelTeacher | CachedTeacher) and done < self.steps
-        checked = self._teacher_loss(self.guide) if self.guide is not None and told else None
+        checked = None
+        if self.guide is not None and self.guide.head is not None and done < self.steps:
+            checked = self._teacher_loss(self.guide)
         if checked is not None:
             loss, limit = checked
             if loss > limit:
