@@ -18,7 +18,7 @@ from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
 from data.mixture import Mixture
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.models.interface import Processor
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
 from vlm_distill.training.build import (

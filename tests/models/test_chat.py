@@ -10,8 +10,9 @@ from chat_templates import JINJA, PYTHON, SPECIAL, conversation, processor
 from data.collate import Collator, Turns, encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.models.chat import whole_thought
-from vlm_distill.models.composed import ComposedProcessor, load_tokenizer
-from vlm_distill.models.vision_encoders import ImageTransform
+from vlm_distill.models.composed_processor import ComposedProcessor
+from vlm_distill.models.image_transform import ImageTransform
+from vlm_distill.models.tokenizer import load_tokenizer
 
 THINKING = ("block", "unthinking", "opened", "channels")
 ASK, MORE = ("user", "What colour?"), ("user", "How many?")

@@ -20,8 +20,8 @@ from data.collate import Collator, collate, encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.caching.token_records import image_digest
 from vlm_distill.models import load_vlm
-from vlm_distill.models.features import SIGHT
-from vlm_distill.models.pretrained import Expanded
+from vlm_distill.models.decoder_features import SIGHT
+from vlm_distill.models.pretrained_processor import Expanded
 from vlm_distill.models.shared_vision import handed_on
 from vlm_distill.training.operations import Costs
 

@@ -10,7 +10,8 @@ from data.collate import Collator
 from data.conversation import Document
 from vlm_distill.losses import CrossEntropy, ForwardKL, Term, fused_linear
 from vlm_distill.models import load_vlm
-from vlm_distill.models.composed import ComposedProcessor, ComposedVLM
+from vlm_distill.models.composed import ComposedVLM
+from vlm_distill.models.composed_processor import ComposedProcessor
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import align_heads
 

@@ -11,7 +11,7 @@ from data.errors import UserError
 from data.sources import open_source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
-from vlm_distill.models.interface import Answer, Sampling, _Choice
+from vlm_distill.models.answers import Answer, Sampling, _Choice
 from vlm_distill.training.engine import Processes
 from vlm_distill.training.trainer import Trainer
 

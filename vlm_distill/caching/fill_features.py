@@ -18,10 +18,10 @@ from data.errors import BadSample, UserError
 from data.sources import Source, TextSource
 from data.workers import make_loader
 from vlm_distill.config.sections import TEACHERS, RunConfig
-from vlm_distill.models.common import DTYPES, first_line
-from vlm_distill.models.composed import cast_parameters
+from vlm_distill.models.common import DTYPES, cast_parameters, first_line
 from vlm_distill.models.fingerprint import digest_text
-from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.launch import cores
 from vlm_distill.training.build import image_loader, load_models, open_sources

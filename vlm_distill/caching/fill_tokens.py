@@ -24,18 +24,12 @@ from data.sources import Source, TextSource
 from data.workers import make_loader
 from vlm_distill.config.sections import CacheSection, RunConfig, TeacherSection
 from vlm_distill.losses import HiddenTargets
+from vlm_distill.models.cached_teacher import cached_fields, cached_values, describe_teacher, save_head, whole_head
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import read_template
 from vlm_distill.models.fingerprint import digest_text, fingerprint
-from vlm_distill.models.interface import Processor
-from vlm_distill.models.teacher import (
-    Teacher,
-    cached_fields,
-    cached_values,
-    describe_teacher,
-    save_head,
-    whole_head,
-)
+from vlm_distill.models.processor import Processor
+from vlm_distill.models.teacher import Teacher
+from vlm_distill.models.tokenizer import read_template
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores
 from vlm_distill.training.build import build_terms, check_packing, load_student, load_teacher, open_sources, turns

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from data.errors import UserError
 
@@ -113,3 +114,28 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, KeyError):
         told = f"KeyError: {told}"
     return told[:300]
+
+
+def generation_ends(model: Any) -> set[int]:
+    """End tokens that the model's own generation settings name."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+
+
+def tied_names(module: nn.Module) -> set[str]:
+    """Names of parameters that are also there under an earlier name."""
+    seen: set[int] = set()
+    aliases = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            aliases.add(name)
+        seen.add(id(parameter))
+    return aliases
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Floating-point parameters to ``dtype``; buffers stay (rotary frequencies and running means need float32)."""
+    if dtype is not None:
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)

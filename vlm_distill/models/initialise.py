@@ -11,9 +11,10 @@ from torch import nn
 from data.errors import UserError
 
 from .composed import ComposedVLM
-from .features import decoder_layers
+from .decoder_features import decoder_layers
 from .interface import VisionLanguageModel
-from .pretrained import PretrainedVLM, lm_head
+from .lm_head import lm_head
+from .pretrained import PretrainedVLM
 
 
 def spaced_layers(count: int, total: int) -> list[int]:

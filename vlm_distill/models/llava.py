@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
-from .common import first_line
-from .composed import ComposedVLM, cast_parameters
-from .pretrained import PretrainedProcessor, PretrainedVLM
+from .common import cast_parameters, first_line
+from .composed import ComposedVLM
+from .families import FAMILIES, family
+from .image_transform import INTERPOLATION
+from .pretrained import PretrainedVLM
+from .pretrained_processor import PretrainedProcessor
 from .projectors import MLPProjector
-from .vision_encoders import INTERPOLATION, VisionEncoder
+from .vision_encoders import VisionEncoder
 
-DECODERS = ("llama", "mistral", "qwen2")
 IMAGE = "<image>"
 #: Share of the largest hidden state by which LLaVA's may differ from ours: the same sums in another order.
 TOLERANCE = {torch.float32: 1e-4}
@@ -66,8 +68,9 @@ def as_llava(model: ComposedVLM) -> PretrainedVLM:
         kind = model.projector_settings.get("type", "mlp")
         raise _refusal(f"projector {kind} is none of its two linear layers", "use mlp with depth 2")
     head = decoder.get_output_embeddings()
-    if text.model_type not in DECODERS or head.bias is not None or model.head.scale != 1:
-        raise _refusal(f"decoder {text.model_type} is none that it is checked with", f"use {', '.join(DECODERS)}")
+    if not family(text.model_type).llava or head.bias is not None or model.head.scale != 1:
+        known = ", ".join(name for name, facts in FAMILIES.items() if facts.llava)
+        raise _refusal(f"decoder {text.model_type} is none that it is checked with", f"use {known}")
     vision, tower, classed = _tower(encoder)
     tokenizer = copy.deepcopy(model.processor.tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)

@@ -18,12 +18,15 @@ from data.batch import Encoded, ModelInputs
 from data.errors import UserError
 
 from .adapters import ADAPTER, adapted_layers
+from .answers import Answer, Sampling
 from .common import first_line
 from .composed import ComposedVLM
 from .folder import ADAPTER_CONFIG, read_object
-from .interface import Answer, LMHead, Outputs, Prompt, Sampling, VisionLanguageModel
+from .interface import Outputs, VisionLanguageModel
+from .lm_head import LMHead
 from .loading import Report
 from .pretrained import PretrainedVLM
+from .processor import Prompt
 
 #: peft's own name for an adapter's weights.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -20,9 +20,11 @@ from data.errors import BadSample, UserError
 from vlm_distill.endpoint import Endpoint, Refused
 from vlm_distill.losses import TopKTargets
 
+from .answers import Answer
 from .chat import plain_messages
-from .interface import Answer, Processor, Prompt, VisionLanguageModel
-from .pretrained import PretrainedProcessor, template_ends
+from .interface import VisionLanguageModel
+from .pretrained_processor import PretrainedProcessor
+from .processor import Processor, Prompt, template_ends
 from .teacher import Teacher, TeacherOutputs
 from .vocabulary import cut_head
 from .weightless import weightless

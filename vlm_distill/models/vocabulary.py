@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from data.errors import UserError
 
-from .interface import LMHead, VisionLanguageModel
+from .interface import VisionLanguageModel
+from .lm_head import LMHead
 
 
 class HasTokens(Protocol):

@@ -20,7 +20,7 @@ from vlm_distill.caching.fill_tokens import check_likeliest
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Term
 from vlm_distill.models.common import DTYPES, first_line
-from vlm_distill.models.interface import Processor
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_vision import sees_as

@@ -17,7 +17,7 @@ from data.errors import BadSample, UserError
 from data.mixture import Mixture
 from data.sources import Source, TextSource
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.models.interface import Processor
+from vlm_distill.models.processor import Processor
 from vlm_distill.training.build import image_loader, open_sources
 
 from .models import Models

@@ -20,8 +20,9 @@ from data.batch import DistillationBatch, ModelInputs
 from vlm_distill.losses import HiddenTargets, Term, TopKTargets, fused_linear
 from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
-from vlm_distill.models.features import SIGHT
-from vlm_distill.models.interface import LMHead, Outputs, VisionLanguageModel
+from vlm_distill.models.decoder_features import SIGHT
+from vlm_distill.models.interface import Outputs, VisionLanguageModel
+from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.shared_vision import handed_on
 from vlm_distill.models.weightless import Weightless, tensors_in
 

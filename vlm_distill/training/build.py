@@ -32,15 +32,18 @@ from vlm_distill.config.sections import (
 )
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
+from vlm_distill.models.cached_teacher import CachedTeacher
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
+from vlm_distill.models.composed import ComposedVLM
 from vlm_distill.models.initialise import keep_layers
-from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
-from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
+from vlm_distill.models.teacher import ModelTeacher, Teacher
+from vlm_distill.models.tokenizer import load_tokenizer, read_template
 from vlm_distill.models.vocabulary import same_tokens
 
 from .engine import Processes, load_sharded

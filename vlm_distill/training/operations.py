@@ -10,7 +10,8 @@ from torch import nn
 
 from data.batch import DistillationBatch, ModelBatch
 from vlm_distill.models.initialise import size_of
-from vlm_distill.models.interface import LMHead, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.projectors import Projector
 from vlm_distill.runtime.devices import known_device
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data.batch import DistillationBatch
 from data.errors import UserError
 from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
-from vlm_distill.models.features import SIGHT
+from vlm_distill.models.decoder_features import SIGHT
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_vision import handed_on

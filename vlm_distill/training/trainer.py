@@ -25,7 +25,7 @@ from vlm_distill.caching.fill_tokens import check_cache
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.features import SIGHT
+from vlm_distill.models.decoder_features import SIGHT
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.shared_vision import sees_as, share

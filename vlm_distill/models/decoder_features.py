@@ -1,9 +1,4 @@
-"""Features by name: which hidden states a decoder must return, and queries, keys and values of its last layer.
-
-Transformers returns hidden states with its own ``output_hidden_states``, which takes the wanted indices and is closed
-when the forward ends, so that a recomputed layer adds nothing. Queries, keys and values are made again from the last
-layer's input by its own norm and projections: position by position, thus only where they are wanted.
-"""
+"""Decoder activations by name: hidden states, and the last layer's queries, keys and values."""
 
 from __future__ import annotations
 
@@ -14,13 +9,12 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 
+from .families import family
+
 #: Of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind. No loss reads ``sight``.
 ATTENTION = ("queries", "keys", "values")
 IMAGES = ("vision", "projector")
 SIGHT = "sight"
-
-#: Decoders whose attention reads the hidden state itself: their norms come after attention and MLP.
-NORM_AFTER = ("olmo2", "olmo3", "exaone4")
 
 
 def decoder_layers(body: Any) -> tuple[nn.ModuleList, str] | None:
@@ -110,7 +104,7 @@ def attention_widths(body: Any) -> dict[str, int]:
     else:
         others = [attention.k_proj.out_features, attention.v_proj.out_features]
         whole = attention.q_proj.out_features == queries  # some models put a gate into it as well
-    known = hasattr(layer, "input_layernorm") or body.config.model_type in NORM_AFTER
+    known = hasattr(layer, "input_layernorm") or family(body.config.model_type).norm_after
     if not (queries and whole and known) or any(not n or n % width for n in others):
         raise _unknown(body)
     return dict(zip(ATTENTION, [queries, *others], strict=True))
