@@ -32,7 +32,6 @@ from .pretrained import PretrainedVLM
 from .processor import Processor
 from .templates import limit_templates
 from .tokenizer import load_tokenizer, read_template
-from .weightless import weightless
 
 __all__ = [
     "Answer",
@@ -184,8 +183,7 @@ def _load_adapted(
         tokenizer=tokenizer,
         chat_template=template,
     )
-    if not weightless():
-        merge_adapter(model, folder)
+    merge_adapter(model, folder)
     return model
 
 

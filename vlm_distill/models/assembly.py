@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,10 @@ from .common import (
 from .composed import ComposedVLM
 from .composed_processor import ComposedProcessor
 from .folder import check_settings
-from .loading import check_size, from_pretrained
+from .loading import check_new_size, from_pretrained
 from .projectors import build_projector
 from .tokenizer import load_tokenizer, read_template
 from .vision_encoders import build_vision_encoder
-from .weightless import weightless
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,9 @@ def new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping[
     try:
         check_settings(options, "decoder.config")
         config = AutoConfig.for_model(model_type, **(defaults | options))
-        if not weightless():
-            with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **attention)
-            check_size("decoder.config", empty)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **attention)
+        create = partial(AutoModelForCausalLM.from_config, config, trust_remote_code=False, **attention)
+        check_new_size("decoder.config", create)
+        return create()
     except UserError:
         raise
     except Exception as error:  # the configuration classes' own checks, of many kinds

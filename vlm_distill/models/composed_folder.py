@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from data.errors import UserError
 
@@ -26,7 +25,7 @@ from .folder import check_open_clip_config, check_settings, check_timm_options, 
 from .loading import Report, check_finite, check_report, check_shapes
 from .tokenizer import load_tokenizer
 from .vision_towers import VisionEncoderSettings
-from .weightless import weightless
+from .weightless import needs_weights
 
 
 def load_composed(
@@ -50,18 +49,13 @@ def load_composed(
     folder = Path(folder)
     check_attention(attn_implementation)
     config = _read_composed(folder / CONFIG_NAME)
-    try:
-        weights = {} if weightless() else load_file(folder / WEIGHTS_NAME)
-    except Exception as error:
-        raise UserError(f"model: '{folder}' cannot be read: {first_line(error)}; is the copy complete?") from error
     tokenizer = load_tokenizer(str(folder)) if tokenizer is None else tokenizer
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     decoder = new_decoder(config["decoder"], tokenizer, attention)
     decoder.generation_config.eos_token_id = config["end_tokens"]
     model = assemble(decoder, tokenizer, config["vision_encoder"], config["projector"], attn_implementation)
     cast_parameters(model, as_dtype(config["dtype"]))
-    if not weightless():
-        _fill(model, weights, str(folder))
+    _fill(model, folder)
     cast_parameters(model, as_dtype(dtype))
     return model
 
@@ -112,8 +106,14 @@ def _read_composed(path: Path) -> dict[str, Any]:
     return config
 
 
-def _fill(model: ComposedVLM, weights: dict[str, Tensor], name: str) -> None:
-    """Put a file's weights into the model, all of them and no others."""
+@needs_weights
+def _fill(model: ComposedVLM, folder: Path) -> None:
+    """Put the saved weights into the model, all of them and no others."""
+    name = str(folder)
+    try:
+        weights = load_file(folder / WEIGHTS_NAME)
+    except Exception as error:
+        raise UserError(f"model: '{name}' cannot be read: {first_line(error)}; is the copy complete?") from error
     wanted = model.state_dict()
     mismatched = tuple(
         (key, tuple(weights[key].shape), tuple(wanted[key].shape))

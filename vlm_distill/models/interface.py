@@ -20,7 +20,6 @@ from data.errors import BadSample
 from .answers import Answer, Sampling, TokenChoice
 from .chat import special_ids
 from .lm_head import LMHead
-from .packing_trial import keeps_apart
 from .processor import Processor, Prompt
 from .thinking import decode_with_marks, mark_tokens, opening_mark
 
@@ -146,10 +145,6 @@ class VisionLanguageModel(nn.Module, ABC):
             folder: made if need be.
             state: the weights to write, where the model's own are sharded over ranks.
         """
-
-    def keeps_samples_apart(self) -> bool:
-        """Whether samples in one row, told by positions that start again, see nothing of each other."""
-        return keeps_apart(self)
 
     @abstractmethod
     def checkpoint_activations(self) -> None:

@@ -27,6 +27,7 @@ from .lm_head import LMHead
 from .loading import Report
 from .pretrained import PretrainedVLM
 from .processor import Prompt
+from .weightless import needs_weights
 
 #: peft's own name for an adapter's weights.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -128,6 +129,7 @@ def save_adapter(
     model.processor.save_pretrained(folder)
 
 
+@needs_weights
 def merge_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
     """Adds a saved adapter to the weights of its base.
 
@@ -268,9 +270,6 @@ class WithoutAdapters(VisionLanguageModel):
     def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
         with self._off():
             return self.model.encode_images(rows)
-
-    def keeps_samples_apart(self) -> bool:
-        return self.model.keeps_samples_apart()
 
     def answer(
         self, rows: Sequence[Encoded], *, max_new_tokens: int = 64, sampling: Sampling | None = None

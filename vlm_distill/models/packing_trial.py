@@ -20,7 +20,7 @@ from .packed_rows import is_by_token
 
 
 @torch.no_grad()
-def keeps_apart(model: VisionLanguageModel) -> bool:
+def keeps_samples_apart(model: VisionLanguageModel) -> bool:
     """Whether samples in one row see nothing of each other, found by trying.
 
     Two rows hold the same samples in the middle, between others: pictures in one row, as many tokens of text in the
@@ -33,7 +33,8 @@ def keeps_apart(model: VisionLanguageModel) -> bool:
         return samples is not None
     picture, text, *middle = samples
     rows = [model.processor.join([edge, *middle, edge]) for edge in (picture, text)]
-    device, training = next(model.parameters()).device, model.training
+    # A student's base, its adapters off, has no parameters of its own.
+    device, training = next(model.body.parameters()).device, model.training
     length, first = len(rows[0].input_ids), len(picture.input_ids)
     places = torch.arange(first, length - first)
     batches = [([row], places) for row in rows]

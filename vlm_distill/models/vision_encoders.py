@@ -17,7 +17,6 @@ from .folder import check_settings
 from .image_transform import INTERPOLATION, ImageTransform
 from .loading import Report, check_finite, check_report
 from .vision_towers import BUILDERS, Tower, VisionEncoderSettings, as_pair
-from .weightless import weightless
 
 #: The most pixels a side that an encoder is built for.
 MOST_PIXELS = 16_384
@@ -170,7 +169,7 @@ def build_vision_encoder(settings: Mapping[str, Any], attn_implementation: str |
             check_settings(s.config, "vision_encoder.config")
         tower = BUILDERS[s.source](s, attn_implementation)
         encoder = VisionEncoder(tower, s)
-        if s.pretrained and not weightless():
+        if s.pretrained:
             name = s.name or "vision_encoder"
             check_report(name, Report(tower.missing & encoder.seeing))
             check_finite(name, encoder)

@@ -16,7 +16,7 @@ from .common import checkpoint_layers
 from .families import CLIP, IMAGENET, tower_normalisation
 from .folder import timm_loader_options
 from .image_transform import INTERPOLATION
-from .loading import Report, check_size, read_config, with_report
+from .loading import Report, check_new_size, read_config, with_report
 from .weightless import weightless
 
 
@@ -97,9 +97,7 @@ def _timm(s: VisionEncoderSettings, attn_implementation: str | None) -> Tower:
     size = None if s.image_size is None else as_pair(s.image_size)
 
     def create(**options: Any) -> nn.Module:
-        return timm.create_model(
-            name, pretrained=bool(s.pretrained) and not weightless(), num_classes=0, global_pool="", **options
-        )
+        return timm.create_model(name, pretrained=_loads(s), num_classes=0, global_pool="", **options)
 
     def create_sized() -> nn.Module:
         if size is None or "img_size" in config:
@@ -109,18 +107,20 @@ def _timm(s: VisionEncoderSettings, attn_implementation: str | None) -> Tower:
         except TypeError:
             return create(**config)
 
-    _check_size(s, create_sized, pretrained=bool(s.pretrained))
+    if not s.pretrained:
+        check_new_size(_what(s), create_sized)
     module = create_sized()
     data = resolve_model_data_config(module)
     return _timm_tower(module, s, config, data, size)
 
 
-def _check_size(s: VisionEncoderSettings, create: Callable[[], nn.Module], pretrained: bool = False) -> None:
-    """Refuse a tower with new weights that is larger than this machine; published ones are not."""
-    if pretrained or weightless():
-        return
-    with torch.device("meta"):
-        check_size(f"vision_encoder {s.name or 'config'}", create())
+def _what(s: VisionEncoderSettings) -> str:
+    return f"vision_encoder {s.name or 'config'}"
+
+
+def _loads(s: VisionEncoderSettings) -> bool:
+    """Whether published weights are loaded; without weights, towers of timm and open_clip are built as new ones."""
+    return bool(s.pretrained) and not weightless()
 
 
 def _timm_tower(
@@ -159,7 +159,7 @@ def _open_clip(s: VisionEncoderSettings, attn_implementation: str | None) -> Tow
     from open_clip.transformer import QuickGELU
 
     config = dict(s.config or {})
-    if s.pretrained and not weightless():
+    if _loads(s):
         tag = s.pretrained if isinstance(s.pretrained, str) else None
         size = None if s.image_size is None else as_pair(s.image_size)
         whole = open_clip.create_model(s.name, pretrained=tag, force_image_size=size, require_pretrained=True)
@@ -180,7 +180,7 @@ def _open_clip(s: VisionEncoderSettings, attn_implementation: str | None) -> Tow
         if s.image_size is not None:
             vision["image_size"] = as_pair(s.image_size)
         build = partial(_build_vision_tower, config["embed_dim"], vision, config["quick_gelu"])
-        _check_size(s, build)
+        check_new_size(_what(s), build)
         visual = build()
     size = as_pair(visual.image_size)
     config["vision_cfg"] = config["vision_cfg"] | {"image_size": list(size), "timm_model_pretrained": False}
@@ -242,7 +242,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
         # known which weights reach the features.
         module, report = with_report(AutoModel, name, config=config, dtype=torch.float32, **extra)
     else:
-        _check_size(s, lambda: AutoModel.from_config(config, trust_remote_code=False, **extra))
+        check_new_size(_what(s), lambda: AutoModel.from_config(config, trust_remote_code=False, **extra))
         module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **extra)
     own = getattr(config, "image_size", None)
     wanted = s.image_size if s.image_size is not None else own

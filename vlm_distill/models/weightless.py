@@ -6,7 +6,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Self
+from functools import wraps
+from typing import Any, ParamSpec, Self
 
 import torch
 from torch import nn
@@ -15,12 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
+P = ParamSpec("P")
+
 _on: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
 def weightless() -> bool:
     """Whether models are being built without weights."""
     return _on.get()
+
+
+def needs_weights(function: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a function that reads or checks weights, or asks a server: without weights it does nothing."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not weightless():
+            function(*args, **kwargs)
+
+    return checked
 
 
 class _Fake(FakeTensorMode):

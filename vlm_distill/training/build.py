@@ -38,6 +38,7 @@ from vlm_distill.models.composed import ComposedVLM
 from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters, add_lora, save_adapter
+from vlm_distill.models.packing_trial import keeps_samples_apart
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.sequence_parallel import SequenceParallel
@@ -174,7 +175,7 @@ def check_packing(
     if grouped:
         raise UserError(f"{text}: plain text needs a student with the teacher's tokenizer (student.tokenizer: teacher)")
     for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None and (model.processor.has_vision or not model.keeps_samples_apart()):
+        if model is not None and (model.processor.has_vision or not keeps_samples_apart(model)):
             raise UserError(
                 f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models whose "
                 "layers are attention alone and that make their masks by position, such as Llama, Qwen2 or GPT-NeoX"
