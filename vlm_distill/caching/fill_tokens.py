@@ -68,6 +68,8 @@ def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[
         found["chat template"] = digest_text(read_template(teacher.chat_template))
     if teacher.template_arguments:
         found["template arguments"] = json.dumps(teacher.template_arguments, sort_keys=True, default=str)
+    if teacher.image:
+        found["image sizes"] = json.dumps(teacher.image, sort_keys=True, default=str)
     return {
         "form": cache.form if cache.form == "hidden" else f"{cache.form} {cache.k}",
         **found,

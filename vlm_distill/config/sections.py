@@ -55,7 +55,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher.
 
-    ``template_arguments`` are given to its chat template wherever it is used: ``{enable_thinking: false}``.
+    ``template_arguments`` are given to its chat template wherever it is used: ``{enable_thinking: false}``. ``image``
+    sets sizes of its image processor: ``{longest_edge: 512}``.
     """
 
     path: str | None = None
@@ -65,6 +66,7 @@ class ModelSection(Section):
     tokenizer: str | None = None
     chat_template: str | None = None
     template_arguments: dict[str, Any] = {}
+    image: dict[str, Any] = {}
     from_teacher: dict[str, Any] | None = None
     dtype: DType | None = None
     attn_implementation: str | None = None
@@ -229,6 +231,8 @@ class TeacherSection(ModelSection):
             here = [key for key in ("dtype", "attn_implementation") if getattr(self, key) is not None]
             here += ["placement"] if self.placement != "replicate" else []
             here += [key for key in ("quantize", "cache") if getattr(self, key) is not None]
+            if self.image:
+                raise ValueError("server: it makes its own sizes of images; leave image out, and set them there")
             if here:
                 raise ValueError(f"server: the teacher's weights are there; leave {', '.join(here)} out")
         return self

@@ -63,6 +63,23 @@ FAMILIES = {
 #: image size only when told to, and this normalisation if they come without an image processor.
 TOWERS = {"clip": CLIP, "siglip": HALF, "vit": HALF}
 
+#: What a configuration can set of an image processor, by the beginning of its class's name (which ends in Pil or not):
+#: keys, and the attribute behind each. Image processors that are not here make images of one size.
+_IMAGE_KEYS = {
+    "GotOcr2ImageProcessor": {"min_patches": "min_patches", "max_patches": "max_patches"},
+    "Idefics2ImageProcessor": {"shortest_edge": "size.shortest_edge", "longest_edge": "size.longest_edge"},
+    "Idefics3ImageProcessor": {"longest_edge": "size.longest_edge"},
+    "Phi4MultimodalImageProcessor": {"dynamic_hd": "dynamic_hd"},
+    "PixtralImageProcessor": {"longest_edge": "size.longest_edge"},
+    "Qwen2VLImageProcessor": {"min_pixels": "size.shortest_edge", "max_pixels": "size.longest_edge"},
+    "SmolVLMImageProcessor": {"longest_edge": "size.longest_edge"},
+}
+
+
+def image_keys(image_processor: str) -> dict[str, str]:
+    """Return what can be set of an image processor of this class: the attribute behind each key."""
+    return _IMAGE_KEYS.get(image_processor.removesuffix("Pil").removesuffix("Fast"), {})
+
 
 def family(model_type: str) -> Family:
     """Return the facts about a model type; one without a row is in no way special."""

@@ -126,6 +126,8 @@ def adapted_processor(config: Any, processor: Any, model: Any = None) -> Pretrai
     if image_token_id is None or not isinstance(getattr(processor, "image_token", None), str):
         raise UserError(refusal)
     wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)
+    side = getattr(config.vision_config, "image_size", None)
+    wrapped.largest_image = side if isinstance(side, int) else None
     try:
         wrapped.dummy()
     except BadSample as bad:

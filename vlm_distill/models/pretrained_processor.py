@@ -18,11 +18,12 @@ from transformers import BatchFeature
 
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, count_images
-from data.errors import BadSample
+from data.errors import BadSample, UserError
 
 from .answer_spans import Span, find_answers
 from .chat import held, plain_messages, rendered, special_ids, written_texts
 from .common import first_line
+from .image_settings import with_image_settings
 from .packed_rows import is_by_token, joined, row_positions
 from .processor import Processor
 from .supervision import mark_tokens, token_places
@@ -63,6 +64,8 @@ class PretrainedProcessor(Processor):
     """
 
     has_vision = True
+    #: The longest side in pixels that the vision encoder has positions for; ``None``: unknown.
+    largest_image: int | None = None
 
     def __init__(self, processor: Any, image_token_id: int, model: Any = None) -> None:
         self.processor = processor
@@ -83,6 +86,17 @@ class PretrainedProcessor(Processor):
     def set_chat_template(self, template: Any) -> None:
         self.processor = copy.copy(self.processor)
         self.processor.chat_template = template
+
+    def set_image_sizes(self, settings: Mapping[str, Any], where: str) -> None:
+        if not settings:
+            return
+        self.processor = with_image_settings(self.processor, settings, where, self.largest_image)
+        self._dummy = None
+        for size in ((64, 64), (1024, 768)):
+            try:
+                self.pictured([Image.new("RGB", size)])
+            except BadSample as bad:
+                raise UserError(f"{where}: the image processor fails on {size} pixels: {bad.detail}") from bad
 
     def _render(
         self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, Document
-from data.errors import BadSample
+from data.errors import BadSample, UserError
 
 from .packed_rows import join
 from .template_arguments import with_arguments
@@ -56,6 +56,16 @@ class Processor(ABC):
         """Give the chat template these arguments from now on; raises as :func:`~.chat.with_arguments`."""
         if arguments:
             self.set_chat_template(with_arguments(self.chat_template, arguments, where))
+
+    def set_image_sizes(self, settings: Mapping[str, Any], where: str) -> None:
+        """Set the sizes that images are brought to; ``where`` is the section of the configuration, for errors.
+
+        Raises:
+            UserError: a key that this model's image processor does not read, or a value that it cannot take.
+        """
+        if settings:
+            what = "set vision_encoder.image_size" if self.has_vision else "this model sees no images"
+            raise UserError(f"{where}: is for vision-language models of Transformers; {what}, and leave it out")
 
     @property
     def frame(self) -> Frame:

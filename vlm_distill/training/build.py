@@ -357,8 +357,13 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
 
 
 def give_arguments(processor: Processor, section: ModelSection, role: str) -> None:
-    """Give a model's chat template its section's arguments. Raises ``UserError`` where it does not read one."""
+    """Give a model's chat template and image processor what its section sets of them.
+
+    Raises:
+        UserError: an argument that the template does not read, or a size that the image processor does not take.
+    """
     processor.set_template_arguments(section.template_arguments, f"{role}.template_arguments")
+    processor.set_image_sizes(section.image, f"{role}.image")
 
 
 def template_remarks(
