@@ -20,10 +20,10 @@ from data.collate import Collator, collate, encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.caching.token_records import image_digest
 from vlm_distill.models import load_vlm
-from vlm_distill.models.decoder_features import SIGHT
+from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.packing_trial import keeps_samples_apart
 from vlm_distill.models.pretrained_processor import Expanded
-from vlm_distill.models.shared_vision import handed_on
+from vlm_distill.models.shared_vision import with_vision_features
 from vlm_distill.training.operations import Costs
 
 HERE = Path(__file__).parent
@@ -151,8 +151,8 @@ def test_features_stand_for_images(name, load, samples):
         return
     with torch.no_grad():
         for images in ([own.blank()], *(images for _, images in samples(name))):
-            for group in own.seen_together(images):
-                row = own.pictured(group)
+            for group in own.image_groups(images):
+                row = own.image_row(group)
                 (features,) = model.encode_images([row])
                 # Where rows are packed, features are put in order by the images' tokens.
                 assert len(features) == own.image_tokens(row).sum()
@@ -181,8 +181,8 @@ def test_what_the_teacher_saw_goes_to_its_place_among_packed_rows(name, load, sa
         batch = collate(pairs, own, own, packed=packed)
         assert not batch.student.image_tokens.equal(batch.teacher.image_tokens)
         with torch.no_grad():
-            seen = model(batch.teacher.inputs, batch.teacher.positions, [SIGHT]).features[SIGHT]
-            got = model(handed_on(batch, seen), batch.student.positions)
+            seen = model(batch.teacher.inputs, batch.teacher.positions, [VISION_FEATURES]).features[VISION_FEATURES]
+            got = model(with_vision_features(batch, seen), batch.student.positions)
             close(got.hidden, model(batch.student.inputs, batch.student.positions).hidden)
 
 

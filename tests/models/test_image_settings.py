@@ -27,7 +27,7 @@ def processor(tmp_path_factory, make_tokenizer):
 
 
 def tokens(processor, size=(1024, 768)):
-    return int(processor.image_tokens(processor.pictured([Image.new("RGB", size)])).sum())
+    return int(processor.image_tokens(processor.image_row([Image.new("RGB", size)])).sum())
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def training_processors(
 def sight_of(model: VisionLanguageModel) -> dict[str, nn.Module]:
     """The parts of which the cache keeps what they give. Raises ``UserError`` where there are none, or one trains."""
     try:
-        sight = model.sight
+        sight = model.image_parts
     except UserError as error:
         raise UserError(f"student.vision_cache: {error}; leave it out") from error
     for name, part in sight.items():
@@ -84,7 +84,7 @@ def _identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, str]:
     weights = {f"{part}.{name}": t.float() for part, m in sight_of(model).items() for name, t in m.state_dict().items()}
     return {
         "vision encoder": fingerprint(weights)[:16],
-        "settings": digest_text(json.dumps(model.sight_settings, sort_keys=True, default=str)),
+        "settings": digest_text(json.dumps(model.vision_settings, sort_keys=True, default=str)),
         "dtype": config.training.dtype,
     }
 
@@ -112,10 +112,10 @@ class _Rows(Dataset[dict[int, Encoded]]):
             try:
                 sample = self.sources[source][row]
                 images = [] if isinstance(sample, Document) else [self.load(image) for image in sample.images]
-                for group in self.processor.seen_together(images):
+                for group in self.processor.image_groups(images):
                     digest = image_digest(group)
                     if digest not in found and digest not in self.cache:
-                        found[digest] = self.processor.pictured(group)
+                        found[digest] = self.processor.image_row(group)
             except BadSample:  # which the training counts
                 continue
         return found

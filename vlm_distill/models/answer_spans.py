@@ -53,7 +53,7 @@ class Span:
 
 
 def find_answers(
-    render: Render, messages: Sequence[dict[str, Any]], frame: Frame, learn_block: bool = False
+    render: Render, messages: Sequence[dict[str, Any]], frame: Frame, learn_answer_prefix: bool = False
 ) -> tuple[str, list[Span]]:
     """Return the rendered conversation and the place of every supervised answer in it.
 
@@ -65,7 +65,7 @@ def find_answers(
         render: the template.
         messages: ending with an answer, or with context after it.
         frame: of the template.
-        learn_block: supervise what the template writes before a plain answer, too.
+        learn_answer_prefix: supervise what the template writes before a plain answer, too.
 
     Raises:
         BadSample: the template refuses the messages, or does not show an answer as it is.
@@ -86,7 +86,7 @@ def find_answers(
             _check_answer(message, frame)
             opening = MarkedText(rendered(render, marked[:k], True))
             own = split_thought(message)[1]
-            turn = _Turn(render, plain[k], own, marked, k, number, places, frame, learn_block)
+            turn = _Turn(render, plain[k], own, marked, k, number, places, frame, learn_answer_prefix)
             text, span = turn.located(text, anchor, opening)
             spans.append(span)
         anchor = max(anchor, end)
@@ -152,7 +152,7 @@ class _Turn:
     number: int
     places: dict[str, int]
     frame: Frame
-    learn_block: bool
+    learn_answer_prefix: bool
 
     def located(self, text: str, anchor: int, opening: MarkedText) -> tuple[str, Span]:
         """Return the text, changed where it hides the thought of the last answer, and the answer's place.
@@ -177,8 +177,8 @@ class _Turn:
         return not any(message["role"] in ("user", "assistant") for message in self.marked[self.k + 1 :])
 
     def _start(self, text: str, header: int, first: int) -> int:
-        block = self.frame.block
-        if self.learn_block:
+        block = self.frame.answer_prefix
+        if self.learn_answer_prefix:
             return header
         if THOUGHT in self.places:
             plain = text.startswith(block, header) and header + len(block) <= self.places[THOUGHT]

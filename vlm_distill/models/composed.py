@@ -22,7 +22,7 @@ from .common import (
     tied_names,
 )
 from .composed_processor import ComposedProcessor
-from .decoder_features import IMAGES, SIGHT, decoder_features, decoder_width, wanted_states
+from .decoder_features import IMAGES, VISION_FEATURES, decoder_features, decoder_width, wanted_states
 from .interface import Outputs, VisionLanguageModel
 from .lm_head import lm_head
 from .packed_rows import wants_one_row
@@ -112,13 +112,13 @@ class ComposedVLM(VisionLanguageModel):
         return {"vision_encoder": images * seen, "projector": images * self.processor.tokens}
 
     @property
-    def sight(self) -> dict[str, nn.Module]:
+    def image_parts(self) -> dict[str, nn.Module]:
         if self.vision_encoder is None:
             raise UserError("a language model sees no images")
         return {"vision_encoder": self.vision_encoder}
 
     @property
-    def sight_settings(self) -> dict[str, Any]:
+    def vision_settings(self) -> dict[str, Any]:
         assert self.vision_encoder is not None
         return dict(self.vision_encoder.settings)
 
@@ -140,7 +140,7 @@ class ComposedVLM(VisionLanguageModel):
         projected = self.projector(features)
         mask = inputs["image_mask"].unsqueeze(-1)
         embeddings = embeddings.masked_scatter(mask, projected.to(embeddings.dtype))
-        return embeddings, {"vision": features, SIGHT: features, "projector": projected}
+        return embeddings, {"vision": features, VISION_FEATURES: features, "projector": projected}
 
     def _sequence(self, inputs: ModelInputs) -> dict[str, Tensor]:
         names = ("attention_mask", "position_ids") if self._takes_positions else ("attention_mask",)
@@ -166,9 +166,9 @@ class ComposedVLM(VisionLanguageModel):
         for settings in (self.decoder.config.get_text_config(), self.decoder.generation_config):
             settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
             settings.eos_token_id = sorted(ends)
-        learn_block = self.processor.learn_block
+        learn_answer_prefix = self.processor.learn_answer_prefix
         self.processor = ComposedProcessor(tokenizer, self.processor.transform, self.processor.tokens)
-        self.processor.learn_block = learn_block
+        self.processor.learn_answer_prefix = learn_answer_prefix
         self.processor.one_row = wants_one_row(self.decoder.base_model.config)
         self.head = lm_head(self.decoder)
         self._ends = template_ends(self.processor)

@@ -88,7 +88,7 @@ class ComposedProcessor(Processor):
         if generation:
             text = rendered(render, plain_messages(messages, frame), True)
         else:
-            text, spans = find_answers(render, messages, frame, self.learn_block)
+            text, spans = find_answers(render, messages, frame, self.learn_answer_prefix)
         if text.count(IMAGE) != len(images):
             raise BadSample("chat template drops or repeats images", f"{text.count(IMAGE)} of {len(images)}")
 
@@ -146,18 +146,18 @@ class ComposedProcessor(Processor):
         )
 
     def dummy(self) -> Encoded:
-        return self.pictured([] if self.transform is None else [self.blank()])
+        return self.image_row([] if self.transform is None else [self.blank()])
 
     def blank(self) -> Image.Image:
         assert self.transform is not None
         return self.transform.blank()
 
-    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+    def image_row(self, images: Sequence[Image.Image]) -> Encoded:
         ids = [-1] * self.tokens * len(images) + [self._pad]
         nothing = [False] * len(ids)
         return self._encoded(ids, nothing, nothing, images)
 
-    def seen_together(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
+    def image_groups(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
         return [[image] for image in images]
 
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:

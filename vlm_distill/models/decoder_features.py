@@ -11,10 +11,10 @@ from data.errors import UserError
 
 from .families import family
 
-#: Of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind. No loss reads ``sight``.
+#: Of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind. No loss reads ``vision_features``.
 ATTENTION = ("queries", "keys", "values")
 IMAGES = ("vision", "projector")
-SIGHT = "sight"
+VISION_FEATURES = "vision_features"
 
 
 def decoder_layers(body: Any) -> tuple[nn.ModuleList, str] | None:
@@ -32,7 +32,7 @@ def hidden_index(name: str, layers: int) -> int | None:
         UserError: no feature has this name, or the decoder has no such layer.
     """
     kind, _, text = name.partition(".")
-    if name in (*ATTENTION, *IMAGES, SIGHT):
+    if name in (*ATTENTION, *IMAGES, VISION_FEATURES):
         return None
     if kind != "hidden" or not text.removeprefix("-").isdecimal():
         raise UserError(f"no feature is called {name!r}; there are hidden.K, {', '.join(IMAGES + ATTENTION)}")

@@ -44,7 +44,7 @@ class PaliGemmaProcessor(PretrainedProcessor):
         row.tensors["token_type_ids"][:, len(prompt.input_ids) :] = 1
         return row
 
-    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+    def image_row(self, images: Sequence[Image.Image]) -> Encoded:
         return self._suffixed(self.placeholder * len(images), None, images)
 
     def _suffixed(self, text: str, answer: str | None, images: Sequence[Image.Image]) -> Encoded:

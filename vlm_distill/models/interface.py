@@ -84,7 +84,7 @@ class VisionLanguageModel(nn.Module, ABC):
                   K-th layer's output; the last, which is also −1, is after the final norm: ``Outputs.hidden`` itself.
                 - ``vision``: ``[images, tokens, C]``, what the vision encoder gives to the projector.
                 - ``projector``: ``[images, tokens, H]``, what the projector gives to the decoder.
-                - ``sight``: what may stand in the images' place as ``vision_features``; see :attr:`sight`.
+                - ``vision_features``: what may stand in the images' place as ``vision_features``; see :attr:`sight`.
                 - ``queries``, ``keys``, ``values``: ``[N, heads · head width]``, the outputs of the projections in the
                   last layer's attention at ``positions``, before rotary positions and norms of single heads; where
                   several queries share a key, keys and values have fewer heads.
@@ -113,7 +113,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def sight(self) -> dict[str, nn.Module]:
+    def image_parts(self) -> dict[str, nn.Module]:
         """The parts that make of images what may stand in their place among the inputs, as ``vision_features``.
 
         Raises:
@@ -122,7 +122,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def sight_settings(self) -> dict[str, Any]:
+    def vision_settings(self) -> dict[str, Any]:
         """What decides, beside the weights of :attr:`sight`, what an image becomes."""
 
     @abstractmethod

@@ -260,12 +260,12 @@ class WithoutAdapters(VisionLanguageModel):
         return self.model.vision_positions(inputs)
 
     @property
-    def sight(self) -> dict[str, nn.Module]:
-        return self.model.sight
+    def image_parts(self) -> dict[str, nn.Module]:
+        return self.model.image_parts
 
     @property
-    def sight_settings(self) -> dict[str, Any]:
-        return self.model.sight_settings
+    def vision_settings(self) -> dict[str, Any]:
+        return self.model.vision_settings
 
     def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
         with self._off():

@@ -19,7 +19,7 @@ from data.errors import UserError
 
 from .adapters import plain_state
 from .common import checkpoint_layers, generation_ends
-from .decoder_features import IMAGES, SIGHT, decoder_features, decoder_width, wanted_states
+from .decoder_features import IMAGES, VISION_FEATURES, decoder_features, decoder_width, wanted_states
 from .families import family
 from .interface import Outputs, VisionLanguageModel
 from .lm_head import lm_head
@@ -92,7 +92,7 @@ class PretrainedVLM(VisionLanguageModel):
         found: dict[str, Tensor] = {}
         if "vision_features" in given:
             given["mm_encoder_outputs"] = {"image": self._seen(given.pop("vision_features"))}
-        if any(name in (*IMAGES, SIGHT) for name in features) and "pixel_values" in inputs:
+        if any(name in (*IMAGES, VISION_FEATURES) for name in features) and "pixel_values" in inputs:
             # The tower runs here, once, and the model goes on from what it gave.
             seen = base.get_image_features(**self._image_inputs(inputs), return_dict=True)
             given = {k: v for k, v in given.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": seen}}
@@ -115,7 +115,7 @@ class PretrainedVLM(VisionLanguageModel):
         # Grids and sizes are asked for where images are cut into tiles or keep their shape.
         various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
         # Families that cut tiles do it by an image's shape.
-        wide = self.processor.pictured([Image.new("RGB", (256, 64))])
+        wide = self.processor.image_row([Image.new("RGB", (256, 64))])
         whole = all(
             "pixel_values" in s.tensors and s.tensors["pixel_values"].shape[:-3].numel() == 1 for s in (dummy, wide)
         )
@@ -164,13 +164,13 @@ class PretrainedVLM(VisionLanguageModel):
         return hasattr(base, "get_image_features") and "mm_encoder_outputs" in signature(base.forward).parameters
 
     @property
-    def sight(self) -> dict[str, nn.Module]:
+    def image_parts(self) -> dict[str, nn.Module]:
         if not self._takes_features:
             raise UserError(f"{self.model.config.model_type} takes no features in place of images")
         return {name: part for name, part in self.parts.items() if name != "decoder"}
 
     @property
-    def sight_settings(self) -> dict[str, Any]:
+    def vision_settings(self) -> dict[str, Any]:
         config = self.model.config.to_dict()
         here = ("text_config", "dtype", "transformers_version", "_name_or_path", "architectures")
         images = self.processor.processor.image_processor.to_dict()
@@ -181,7 +181,7 @@ class PretrainedVLM(VisionLanguageModel):
         return [self._flat(self._look(row)) for row in rows]
 
     def _look(self, row: Encoded) -> Any:
-        parameter = next(next(iter(self.sight.values())).parameters())
+        parameter = next(next(iter(self.image_parts.values())).parameters())
         inputs = self._image_inputs(self.processor.collate([row]).to(parameter.device, parameter.dtype))
         return self.model.base_model.get_image_features(**inputs, return_dict=True)
 
@@ -214,8 +214,8 @@ class PretrainedVLM(VisionLanguageModel):
     def _image_features(self, seen: Any, features: Sequence[str]) -> dict[str, Tensor]:
         """Features of images, of what ``get_image_features`` returned."""
         found: dict[str, Tensor] = {}
-        if SIGHT in features:
-            found[SIGHT] = self._flat(seen)
+        if VISION_FEATURES in features:
+            found[VISION_FEATURES] = self._flat(seen)
         if "projector" in features:
             projected = seen.pooler_output
             found["projector"] = projected if isinstance(projected, Tensor) else torch.stack(list(projected))

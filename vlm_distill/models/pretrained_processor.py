@@ -94,7 +94,7 @@ class PretrainedProcessor(Processor):
         self._dummy = None
         for size in ((64, 64), (1024, 768)):
             try:
-                self.pictured([Image.new("RGB", size)])
+                self.image_row([Image.new("RGB", size)])
             except BadSample as bad:
                 raise UserError(f"{where}: the image processor fails on {size} pixels: {bad.detail}") from bad
 
@@ -113,7 +113,7 @@ class PretrainedProcessor(Processor):
         if generation:
             text = rendered(render, plain_messages(messages, self.frame), True)
         else:
-            text, spans = find_answers(render, messages, self.frame, self.learn_block)
+            text, spans = find_answers(render, messages, self.frame, self.learn_answer_prefix)
         if text.count(self.placeholder) != len(images):
             raise BadSample("images and placeholders differ in number", f"{text.count(self.placeholder)} placeholders")
         return self._encoded(text, spans, images, add_special_tokens=self._lacks_start(text))
@@ -183,12 +183,12 @@ class PretrainedProcessor(Processor):
     def blank(self) -> Image.Image:
         return Image.new("RGB", (64, 64))
 
-    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+    def image_row(self, images: Sequence[Image.Image]) -> Encoded:
         return self._encoded(self.placeholder * len(images), [], images)
 
     def dummy(self) -> Encoded:
         if self._dummy is None:
-            self._dummy = self.pictured([self.blank()])
+            self._dummy = self.image_row([self.blank()])
         return self._dummy
 
     def with_features(self, features: Callable[[Sequence[Image.Image]], Tensor]) -> Self:

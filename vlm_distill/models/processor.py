@@ -33,7 +33,7 @@ class Processor(ABC):
     #: Whether the model wants all samples that share a row in one; the model sets it.
     one_row: bool = False
     #: Whether what the chat template writes before a plain answer is supervised (``data.template_text: learn``).
-    learn_block: bool = False
+    learn_answer_prefix: bool = False
     _frame: Frame | None = None
     _framed: Any = None
 
@@ -117,7 +117,7 @@ class Processor(ABC):
         return Encoded(input_ids, supervised, torch.zeros_like(supervised), prompt.images, tensors)
 
     @abstractmethod
-    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
+    def image_row(self, images: Sequence[Image.Image]) -> Encoded:
         """A row with these images, of which there is at least one, and nothing supervised."""
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Processor(ABC):
     def dummy(self) -> Encoded:
         """A row with one blank image (no image for a text model) and no supervised token."""
 
-    def seen_together(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
+    def image_groups(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
         """A sample's images in the groups within which what is seen of one may depend on the others."""
         return [images] if images else []
 
@@ -136,7 +136,7 @@ class Processor(ABC):
         """The same processor, which gives what :meth:`VisionLanguageModel.see` made of images in place of pixels.
 
         Args:
-            features: of a group that :meth:`seen_together` makes, ``[tokens, C]``.
+            features: of a group that :meth:`image_groups` makes, ``[tokens, C]``.
         """
         other = copy.copy(self)
         other.features = features

@@ -18,7 +18,7 @@ class Frame:
 
     Attributes:
         opening: what opens the assistant's turn for generation; ``None``: could not be found.
-        block: what stands between that opening and a plain answer, such as an empty thought; blanks do not count.
+        answer_prefix: what stands between that opening and a plain answer, such as an empty thought; blanks do not count.
         closed: whether a special token ends the assistant's turn.
         reasoning: whether ``reasoning_content`` is shown.
         inline: whether a thought inside the content is known as one; ``False``: it is part of a plain answer.
@@ -28,7 +28,7 @@ class Frame:
     """
 
     opening: str | None = None
-    block: str = ""
+    answer_prefix: str = ""
     closed: bool = True
     reasoning: bool = False
     inline: bool = True
@@ -70,7 +70,7 @@ def _probe(render: Render, question: list[dict[str, Any]], frame: Frame) -> tupl
     frame = replace(
         frame,
         opening=opened[common_prefix(opened, render(question, False)) :],
-        block=block if block.strip() else "",
+        answer_prefix=block if block.strip() else "",
         closed=tail.lstrip().startswith(frame.special),
         reasoning=_shows(render, question, {**answer, "reasoning_content": "c"}, THOUGHT),
         inline=not block.strip() or not _shows_after(render, question, block),

@@ -23,7 +23,7 @@ from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.models.sequence_parallel import SequenceParallel
-from vlm_distill.models.shared_vision import sees_as
+from vlm_distill.models.shared_vision import has_same_vision
 from vlm_distill.training.build import (
     build_terms,
     check_evaluations,
@@ -96,7 +96,7 @@ class Models:
             guide is not None
             and (section is None or section.placement == "replicate")
             and guide.dtype == DTYPES[config.training.dtype]
-            and sees_as(self.student, guide)
+            and has_same_vision(self.student, guide)
         )
         features = config.student.vision_cache is not None
         self.shared_vision = self.same_encoder and not features
@@ -199,7 +199,7 @@ class Models:
         whole = sum(p.nbytes for p in self.teacher.parameters())
         if placement == "replicate" and self.same_encoder and stage < 3:
             size = 2 if self.bf16 and stage > 0 else 4
-            sight = nn.ModuleDict(self.teacher.sight).parameters()
+            sight = nn.ModuleDict(self.teacher.image_parts).parameters()
             whole -= sum(p.nbytes for p in sight if p.itemsize == size) if not self.shared else 0
         packed = quantised_weights(self.teacher) if placement in BITS else []
         return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8
@@ -213,7 +213,7 @@ class Models:
         sizes = tuple(image.size for image in images)
         if sizes not in self._shapes:
             with torch.no_grad():
-                (seen,) = self.student.encode_images([self.student.processor.pictured(images)])
+                (seen,) = self.student.encode_images([self.student.processor.image_row(images)])
             self._shapes[sizes] = seen.shape
         return torch.zeros(self._shapes[sizes], dtype=DTYPES[self.config.training.dtype])
 
@@ -221,7 +221,7 @@ class Models:
         """What a run reads of a sample's images from such a cache."""
         if not self.cached_sight:
             return 0
-        return sum(self._features(group).nbytes for group in self.student.processor.seen_together(images))
+        return sum(self._features(group).nbytes for group in self.student.processor.image_groups(images))
 
     def run(self, meter: Meter, pairs: Sequence[Pair]) -> Micro:
         """A micro-batch of these, measured.

@@ -251,7 +251,7 @@ def load_model(
 def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguageModel, Teacher | None]:
     """The student, with what trains of it marked, and the teacher: wherever it runs, or what is cached of it."""
     teacher: Teacher | None
-    learn_block = config.data.template_text == "learn"
+    learn_answer_prefix = config.data.template_text == "learn"
     if config.teacher is not None and config.teacher.cache is not None:
         teacher = open_cached(config.teacher, config.teacher.cache, processes)
     else:
@@ -263,7 +263,7 @@ def load_models(config: RunConfig, processes: Processes) -> tuple[VisionLanguage
         teacher = ModelTeacher(WithoutAdapters(student))
     for processor in (student.processor, teacher.processor if teacher is not None else None):
         if isinstance(processor, Processor):
-            processor.learn_block = learn_block
+            processor.learn_answer_prefix = learn_answer_prefix
     return student, teacher
 
 
@@ -298,7 +298,7 @@ def load_teacher(config: RunConfig, processes: Processes) -> Teacher | None:
         offload = section.placement == "offload"
         teacher = ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
     give_arguments(teacher.model.processor, section, "teacher")
-    teacher.model.processor.learn_block = config.data.template_text == "learn"
+    teacher.model.processor.learn_answer_prefix = config.data.template_text == "learn"
     return teacher
 
 
@@ -372,10 +372,10 @@ def template_remarks(
     """Say what the chat templates decide about what is learnt, a line each."""
     remarks = []
     frame = student.frame
-    if frame.block:
-        use = "learnt" if student.learn_block else "part of the prompt"
+    if frame.answer_prefix:
+        use = "learnt" if student.learn_answer_prefix else "part of the prompt"
         remarks.append(
-            f"the student's template writes {frame.block!r} before a plain answer: {use} (data.template_text)"
+            f"the student's template writes {frame.answer_prefix!r} before a plain answer: {use} (data.template_text)"
         )
     if not frame.closed:
         remarks.append(

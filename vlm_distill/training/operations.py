@@ -47,7 +47,7 @@ class Operations:
     ) -> None:
         self._student = Costs(student, trains=True)
         if shared_vision:
-            self._student.at |= dict.fromkeys(student.sight, 0.0)
+            self._student.at |= dict.fromkeys(student.image_parts, 0.0)
         self._teacher = None if teacher is None else Costs(teacher, trains=False)
         self._head = 0 if head is None else 2 * _size(head.parameters[:1])
         found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -25,10 +25,10 @@ from vlm_distill.caching.fill_tokens import check_cache
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.decoder_features import SIGHT
+from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.shared_vision import sees_as, share
+from vlm_distill.models.shared_vision import has_same_vision, share_vision_weights
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.tracking import Tracker
@@ -115,10 +115,10 @@ class Trainer(Loop):
             divide_sequences(config, self.sequence, student, guide, terms, self.grouped)
         # What both see with, frozen, runs in the teacher alone, which runs in the student's precision.
         self.same_encoder = (
-            guide is not None and guide.dtype == DTYPES[config.training.dtype] and sees_as(student, guide)
+            guide is not None and guide.dtype == DTYPES[config.training.dtype] and has_same_vision(student, guide)
         )
         self.shared_vision = self.same_encoder and config.student.vision_cache is None
-        self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.shared_vision else [])})
+        self.features = sorted({*losses.wanted_features(terms)[1], *([VISION_FEATURES] if self.shared_vision else [])})
         processors, self.seen = training_processors(config, student, self.guide, self.same_encoder)
         if config.training.activation_checkpointing:
             student.checkpoint_activations()
@@ -188,7 +188,7 @@ class Trainer(Loop):
         self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
         if self.same_encoder and config.deepspeed.stage < 3:
             assert guide is not None
-            share(student, guide)
+            share_vision_weights(student, guide)
         self.student, self.terms = student, terms
         student.synced = config.deepspeed.stage == 3 and processes.world > 1
         if config.deepspeed.stage == 3:
