@@ -35,10 +35,10 @@ class Span:
     """An answer in the rendered text, in characters.
 
     Attributes:
-        start, stop: what is supervised, its end of turn aside.
-        pieces: (number, start, stop) of its thought and of its text, as :func:`data.conversation.answer_pieces` numbers
-            them.
-        closed: whether the template ends a turn by a token of its own.
+        start, stop: the supervised text, without the end of turn.
+        pieces: (number, start, stop) of its thought and of its text, numbered by
+            :func:`data.conversation.answer_pieces`.
+        closed: whether the template ends the turn with a token of its own.
     """
 
     start: int
@@ -47,7 +47,7 @@ class Span:
     closed: bool = True
 
     def moved(self, shift: int) -> Span:
-        """The same answer, so many characters later."""
+        """Return the same answer, ``shift`` characters later."""
         pieces = tuple((number, start + shift, stop + shift) for number, start, stop in self.pieces)
         return replace(self, start=self.start + shift, stop=self.stop + shift, pieces=pieces)
 
@@ -55,17 +55,17 @@ class Span:
 def find_answers(
     render: Render, messages: Sequence[dict[str, Any]], frame: Frame, learn_answer_prefix: bool = False
 ) -> tuple[str, list[Span]]:
-    """Return the rendered conversation and the place of every supervised answer in it.
+    """Return the rendered conversation and the span of every supervised answer in it.
 
     An answer begins where the text departs from the template's opening for generation. What the template writes between
-    that and a plain answer is part of the prompt. An answer with a thought is supervised from the opening on: the model
-    has to write all of it. Where the final rendering leaves an earlier thought out, only what it shows is supervised.
+    the opening and a plain answer belongs to the prompt. An answer with a thought is supervised from the opening on,
+    since the model must write all of it. If the rendering drops an earlier thought, only what it shows is supervised.
 
     Args:
         render: the template.
         messages: ending with an answer, or with context after it.
         frame: of the template.
-        learn_answer_prefix: supervise what the template writes before a plain answer, too.
+        learn_answer_prefix: also supervise what the template writes before a plain answer.
 
     Raises:
         BadSample: the template refuses the messages, or does not show an answer as it is.
@@ -109,7 +109,7 @@ def _check_answer(message: dict[str, Any], frame: Frame) -> None:
 def _by_message(
     messages: Sequence[dict[str, Any]], marks: Iterable[tuple[str, int]]
 ) -> list[tuple[dict[str, int], int]]:
-    """Where each message's marks stand, and the last of them; an answer that is missing or there twice is refused."""
+    """Return the position of each message's marks, and of its last one. Refuse a missing or repeated answer."""
     waiting, found = list(marks), list[tuple[dict[str, int], int]]()
     for message in messages:
         places: dict[str, int] = {}
@@ -121,7 +121,7 @@ def _by_message(
             if mark in places:
                 raise BadSample("chat template repeats an answer", _named(message))
             places[mark] = place
-        # Templates also write a call's name in its header, or in the header of the tool's reply.
+        # Templates may write a call's name again, in its header or in the header of the tool's reply.
         end = max(places.values(), default=0)
         while last == CALL and waiting and waiting[0][0] == CALL:
             end = waiting.pop(0)[1]
@@ -132,16 +132,16 @@ def _by_message(
 
 
 def _named(message: Mapping[str, Any]) -> str:
-    """The beginning of an answer's text, or its tool calls."""
+    """Return the beginning of an answer's text, or its tool calls."""
     called = ", ".join(str(call.get("function", call)["name"]) for call in message.get("tool_calls", ()))
     return f"tool calls: {called}"[:80] if called else repr(split_thought(message)[1][:40])
 
 
 @dataclass
 class _Turn:
-    """The answer in message ``k``, the ``number``-th of the conversation, and where its marks stand.
+    """The answer in message ``k``, the ``number``-th answer of the conversation, and the positions of its marks.
 
-    ``own`` is its text as the data has it, of which the template may be given less.
+    ``own`` is its text in the data; the template may be given less of it.
     """
 
     render: Render
@@ -155,11 +155,11 @@ class _Turn:
     learn_answer_prefix: bool
 
     def located(self, text: str, anchor: int, opening: MarkedText) -> tuple[str, Span]:
-        """Return the text, changed where it hides the thought of the last answer, and the answer's place.
+        """Return the answer's span and the text, which is changed if it hides the last answer's thought.
 
         Args:
             text: the rendered conversation.
-            anchor: where the answer before this one ends in it.
+            anchor: where the previous answer ends in it.
             opening: the messages before this answer, opened for generation.
         """
         since = opening.text[opening.marks[-1][1] if opening.marks else 0 :]
@@ -169,7 +169,7 @@ class _Turn:
         if split_thought(self.message)[0] and THOUGHT not in self.places and self._is_last():
             return self._reopened(text, header, rest)
         if rest and (header > first or self.frame.opening is None or len(rest) > len(self.frame.opening)):
-            header = first  # the two have parted before the opening, or by chance run on into the answer
+            header = first  # the two differ before the opening, or agree by chance into the answer
         closed = self.frame.closed or CALL in self.places
         return text, Span(self._start(text, header, first), self._stop(text), self._pieces(), closed)
 
@@ -201,7 +201,7 @@ class _Turn:
         return stop + len(blanks) * text.startswith(blanks, stop)
 
     def _end_of_calls(self, text: str) -> int:
-        """Where the tool calls end: before the last special token that the template writes when nothing follows."""
+        """Return where the tool calls end: before the last special token that is written when nothing follows."""
         alone = MarkedText(rendered(self.render, self.marked[: self.k + 1], False))
         earlier = rendered(self.render, self.marked[: self.k], True).count(CALL)
         first = [place for mark, place in alone.marks if mark == CALL][earlier]
@@ -212,7 +212,7 @@ class _Turn:
         return call + len(written[:end].rstrip())
 
     def _pieces(self) -> tuple[tuple[int, int, int], ...]:
-        """Places of thought and text; a text whose beginning the template drops is placed by its end."""
+        """Return thought and text with their positions; a text whose beginning is dropped is placed by its end."""
         pieces = []
         if THOUGHT in self.places and THOUGHT_END in self.places:
             pieces.append((2 * self.number, self.places[THOUGHT], self.places[THOUGHT_END]))
@@ -226,7 +226,7 @@ class _Turn:
         return tuple(pieces)
 
     def _reopened(self, text: str, header: int, rest: str) -> tuple[str, Span]:
-        """The text with the answer written after the opening, as the model does, where a template hides its thought."""
+        """Write the answer after the opening, as the model does, if the template hides its thought."""
         opened = text[:header] + rest
         if not opened.rstrip().endswith("<think>") or CALL in self.places:
             raise BadSample("chat template drops the thought", "give a chat_template that shows it")

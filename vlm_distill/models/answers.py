@@ -17,10 +17,11 @@ class Answer:
 
     Attributes:
         text: without special tokens.
-        token_ids, logprobs: with the end token; log-probabilities in nats.
-        complete: false where the answer was cut at the longest that was allowed, so that it has no end token.
-        marked: the text with the marks around thoughts, where ``text`` lacks them: those that are special tokens, and
-            the one that the chat template's opening ends with (``<think>``). ``None`` where it equals ``text``.
+        token_ids: with the end token.
+        logprobs: of these tokens, in nats.
+        complete: whether the answer ended by itself; false if it was cut at the maximum length.
+        marked: the text with marks around thoughts that ``text`` lacks: special tokens, and the ``<think>`` with which
+            the chat template's opening ends. ``None`` if it equals ``text``.
     """
 
     text: str
@@ -32,11 +33,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn, each from random numbers of its own: it depends on no other answer beside it.
+    """How answers are drawn: each from a random generator of its own, so that the batch around it does not matter.
 
     Attributes:
-        temperature: the logits are divided by it; at 0 the likeliest of the tokens that may be drawn are taken.
-        generators: one for each prompt. An answer takes a number for each of its tokens.
+        temperature: divides the logits; 0 takes the likeliest of the allowed tokens.
+        generators: one for each prompt, asked for one number a token.
     """
 
     temperature: float
@@ -44,15 +45,15 @@ class Sampling:
 
 
 class TokenChoice(LogitsProcessor):
-    """Chooses each token, the likeliest or a drawn one, and records its log-probability; keeps no logits.
+    """Chooses each token, greedily or by drawing, and records its log-probability; keeps no logits.
 
-    A token is drawn by inverting the cumulative distribution at one uniform number. Generation stays greedy and finds
-    only that token possible: no random state of the process, nor the rows beside it, has a part in the choice.
+    A token is drawn by inverting the cumulative distribution at one uniform number. All other tokens become impossible,
+    so that greedy generation takes it: neither the process's random state nor other rows influence the choice.
 
     Args:
-        sampling: ``None`` for the likeliest tokens.
-        vocabulary: ids from here on are never drawn; ``None``: all may be.
-        barred: further ids that are not.
+        sampling: ``None``: greedy.
+        vocabulary: ids from here on are never drawn; ``None``: no limit.
+        barred: further ids that are never drawn.
     """
 
     def __init__(self, sampling: Sampling | None, vocabulary: int | None, barred: set[int]) -> None:
@@ -69,8 +70,8 @@ class TokenChoice(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
 
     def _drawn(self, scores: Tensor, sampling: Sampling) -> Tensor:
-        """One id a row, ``[B, 1]``."""
-        # In float64: a sum of so many small numbers is rounded too much otherwise.
+        """Draw one id a row, ``[B, 1]``."""
+        # In float64: a sum of this many small numbers is too inexact in float32.
         logits = scores.double()
         if self.vocabulary is not None:
             logits[:, self.vocabulary :] = -torch.inf

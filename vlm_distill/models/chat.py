@@ -14,7 +14,7 @@ from .common import first_line
 from .template_frame import Frame
 from .template_marks import Render, text_parts
 
-#: For tokenizers that come without a template.
+#: Used for tokenizers that come without a template.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}\n"
@@ -27,9 +27,9 @@ _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\n*(?=\s*\S)")
 
 
 def plain_messages(messages: Sequence[dict[str, Any]], frame: Frame | None = None) -> list[dict[str, Any]]:
-    """The messages as templates are given them: an answer's texts in one part, a call's arguments as an object.
+    """Return messages in the form that templates get: an answer's texts in one part, a call's arguments as an object.
 
-    With the ``frame`` of a template that knows thoughts as ``reasoning_content`` alone, they go there.
+    With the ``frame`` of a template that recognises thoughts only as ``reasoning_content``, thoughts are moved there.
     """
     plain = []
     for message in messages:
@@ -45,7 +45,7 @@ def plain_messages(messages: Sequence[dict[str, Any]], frame: Frame | None = Non
 
 
 def _without_thought(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's content without its ``<think>…</think>``, and what that holds as ``reasoning_content``."""
+    """Return a message's content without its ``<think>…</think>``, and the thought as ``reasoning_content``."""
     before, thought, _, text = thought_parts(message)
     if "<think>" in before:
         return {"content": text_parts(text.lstrip("\n")), "reasoning_content": thought.strip("\n")}
@@ -54,7 +54,7 @@ def _without_thought(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call with its arguments as an object, which templates expect; servers send them as JSON."""
+    """Return a tool call with its arguments as an object, as templates expect; servers send them as JSON text."""
     function = dict(call.get("function", call))
     if isinstance(function.get("arguments"), str):
         try:
@@ -73,20 +73,20 @@ def whole_thought(answer: str) -> str:
 
 
 def rendered(render: Render, messages: Sequence[dict[str, Any]], generation: bool) -> str:
-    """The text of a conversation; a template that refuses it makes a ``BadSample``."""
+    """Render a conversation to text. Raise ``BadSample`` if the template refuses it."""
     try:
         return render(messages, generation)
-    except Exception as error:  # Jinja's errors, and whatever a template raises to refuse a conversation
+    except Exception as error:  # Jinja's errors, and whatever a template itself raises
         raise BadSample("chat template refuses the conversation", first_line(error)[:120]) from error
 
 
 def held(tokens: Sequence[str], texts: Sequence[str]) -> str | None:
-    """The first of the tokens that stands in one of the texts."""
+    """Return the first of the tokens that occurs in one of the texts."""
     return next((token for token in tokens if any(token in text for text in texts)), None)
 
 
 def written_texts(message: Mapping[str, Any]) -> list[str]:
-    """Every text of a message that a template renders. Its parts are joined, as the template joins them."""
+    """Return every text of a message that a template renders; parts are joined, as the template joins them."""
     texts = ["".join(part["text"] for part in message["content"] if part["type"] == "text")]
     texts += [str(message[key]) for key in ("reasoning_content", "name") if message.get(key)]
     if message.get("tool_calls"):
@@ -95,6 +95,6 @@ def written_texts(message: Mapping[str, Any]) -> list[str]:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of every token the tokenizer holds for special, the end token above all."""
+    """Return the ids of all tokens that the tokenizer treats as special."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)

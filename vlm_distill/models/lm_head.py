@@ -15,7 +15,7 @@ from .families import family
 
 
 class LMHead:
-    """Reads a decoder's output layer without owning it: ``softcap(scale · (h Wᵀ + b))`` with softcap(z) = c·tanh(z/c).
+    """A decoder's output layer, read but not owned: ``softcap(scale · (h Wᵀ + b))`` with softcap(z) = c·tanh(z/c).
 
     Args:
         linear: the output layer; its parameters stay registered where they are (they may be tied to the embedding).
@@ -23,8 +23,8 @@ class LMHead:
         scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
         softcap: c, or ``None`` for no cap (Gemma 2's ``final_logit_softcapping``).
 
-    ``vocabulary`` restricts the head to its first ids; ``gather`` makes parameters whole where they are sharded and is
-    installed by the training engine.
+    ``vocabulary`` cuts the head to its first ids. ``gather``, which the training engine installs, makes sharded
+    parameters whole.
     """
 
     def __init__(self, linear: nn.Linear, scale: float = 1.0, softcap: float | None = None) -> None:
@@ -36,39 +36,39 @@ class LMHead:
         self._adapters = True
 
     def rebind(self, linear: nn.Linear) -> None:
-        """Reads this layer from now on: the output layer with adapters around it, or without them again."""
+        """Read this layer from now on: the output layer with adapters around it, or without them again."""
         self._linear = linear
 
     def without_adapters(self) -> LMHead:
-        """The same head with the adapters on its layer left out."""
+        """Return the same head, ignoring the adapters on its layer."""
         plain = copy.copy(self)
         plain._adapters = False
         return plain
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What :meth:`weight` and :attr:`bias` read."""
+        """The parameters that :meth:`weight` and :attr:`bias` read."""
         return list(self._linear.parameters())
 
     @contextmanager
     def weight(self) -> Iterator[Tensor]:
-        """The weight ``[V, H]``, whole and cut to the shared vocabulary; inside, :attr:`bias` may be read."""
+        """Give the weight ``[V, H]``, whole and cut to ``vocabulary``; :attr:`bias` can be read inside."""
         with self.gather(self.parameters):
             weight = with_adapters(self._linear) if self._adapters else self._linear.weight
             yield weight[: self.vocabulary]
 
     @property
     def bias(self) -> Tensor | None:
-        """``[V]`` or ``None``; to be read inside :meth:`weight`."""
+        """``[V]`` or ``None``; read it inside :meth:`weight`."""
         return None if self._linear.bias is None else self._linear.bias[: self.vocabulary]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``[N, V]`` of ``hidden [N, H]``: the definition that the chunked losses are held to."""
+        """Compute float32 logits ``[N, V]`` of ``hidden [N, H]``: the definition that the chunked losses must match."""
         with self.weight() as weight:
             return self.logits_with(hidden, weight)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
-        """Log-probabilities ``[N]`` of the tokens ``targets [N]``, from logits of so many rows at a time."""
+        """Compute log-probabilities ``[N]`` of the tokens ``targets [N]``, from the logits of ``rows`` at a time."""
         found = [hidden.new_zeros(0, dtype=torch.float32)]
         with self.weight() as weight:
             for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -77,7 +77,7 @@ class LMHead:
         return torch.cat(found)
 
     def logits_with(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """The same with the weight that :meth:`weight` has given, for what makes them part by part."""
+        """Compute logits with a weight from :meth:`weight`, for callers that work chunk by chunk."""
         logits = hidden.float() @ weight.float().T
         if self.bias is not None:
             logits = logits + self.bias.float()
@@ -86,7 +86,7 @@ class LMHead:
 
 
 def lm_head(model: Any) -> LMHead:
-    """The output layer of a Transformers model with the scale and the soft-cap that its class applies to the logits."""
+    """Return a Transformers model's output layer, with the scale and soft-cap that its class applies to the logits."""
     config, text = model.config, model.config.get_text_config()
     composite = text is not config
     scale, softcap = 1.0, None

@@ -1,31 +1,32 @@
-"""Join several samples in one row, told apart by position ids that restart with each sample."""
+"""Join several samples in one row, told apart by position ids that restart with each sample.
+
+A packed row has no attention mask: from the position ids Transformers makes one for each kind of attention, block by
+block, or the lengths that a variable-length kernel takes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data.batch import Encoded
 
-if TYPE_CHECKING:
-    pass
-
 
 def is_by_token(sample: Encoded, name: str) -> bool:
-    """Whether a tensor of a sample, ``[L]`` or ``[1, L]``, has a value for each of its tokens."""
+    """Return whether a sample's tensor has one value a token: ``[L]`` or ``[1, L]``."""
     shape, length = sample.tensors[name].shape, len(sample.input_ids)
     return shape in ((length,), (1, length))
 
 
 def join(samples: Sequence[Encoded], positions: Sequence[Tensor]) -> Encoded:
-    """Samples one after the other in one row, their images in the same order.
+    """Join samples one after another in one row, their images in the same order.
 
     Args:
         samples: at least one.
-        positions: of each sample's tokens, from 0: ``[L]``, or ``[4, L]`` with those of M-RoPE behind the text's.
+        positions: of each sample's tokens, from 0: ``[L]``, or ``[4, L]`` with M-RoPE's after the text's.
 
     Returns:
         A row with ``position_ids`` and without ``attention_mask`` among its tensors.
@@ -54,7 +55,7 @@ def join(samples: Sequence[Encoded], positions: Sequence[Tensor]) -> Encoded:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Along the first dimension, the others padded with zeros at their end to the largest."""
+    """Concatenate along the first dimension; pad the others at their end with zeros to the largest."""
     sizes = [max(size) for size in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
 
     def grown(tensor: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def row_positions(rows: Sequence[Encoded], length: int) -> Tensor:
-    """``position_ids`` ``[B, length]`` or ``[4, B, length]`` of rows, packed or not; padding is one more sample."""
+    """Return ``position_ids`` ``[B, length]`` or ``[4, B, length]`` of rows; padding counts as one more sample."""
 
     def grown(row: Encoded) -> Tensor:
         own = row.tensors.get("position_ids", torch.arange(len(row.input_ids)))
@@ -75,5 +76,5 @@ def row_positions(rows: Sequence[Encoded], length: int) -> Tensor:
 
 
 def wants_one_row(config: Any) -> bool:
-    """Whether a decoder's attention takes samples apart in a single row alone: FlashAttention's variable lengths."""
+    """Return whether a decoder's attention separates samples in a single row only (FlashAttention's varlen kernel)."""
     return str(config._attn_implementation).startswith("flash")

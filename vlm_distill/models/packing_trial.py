@@ -1,8 +1,12 @@
-"""Find out by trial whether a model keeps samples that share a row apart."""
+"""Find out by trial whether a model keeps samples that share a row apart.
+
+Transformers builds the attention mask of a packed row from its restarting ``position_ids``. Some classes silently do
+not, so each model is tried before it trains.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,22 +15,20 @@ from data.batch import Encoded
 from data.conversation import Conversation
 from data.errors import BadSample
 
-from .weightless import weightless
-
-if TYPE_CHECKING:
-    from .interface import VisionLanguageModel
-    from .processor import Processor
+from .interface import VisionLanguageModel
 from .packed_rows import is_by_token
+from .processor import Processor
+from .weightless import weightless
 
 
 @torch.no_grad()
 def keeps_samples_apart(model: VisionLanguageModel) -> bool:
-    """Whether samples in one row see nothing of each other, found by trying.
+    """Find out whether samples that share a row see nothing of each other.
 
-    Two rows hold the same samples in the middle, between others: pictures in one row, as many tokens of text in the
-    other. The hidden states in the middle must be the same. Layers with a state or a convolution run on from one
-    sample into the next, and some masks take places in the row for places in the sample. Without weights, which tell
-    nothing, the model is taken to do it.
+    Two rows hold the same samples in the middle; the samples around them are pictures in one row and as many tokens of
+    text in the other. The hidden states in the middle must not differ. They do if layers carry a state or a convolution
+    from one sample into the next, or if masks confuse positions in the row with positions in the sample. Without
+    weights the answer is taken to be yes.
     """
     samples = _trial(model.processor)
     if samples is None or weightless():
@@ -42,7 +44,7 @@ def keeps_samples_apart(model: VisionLanguageModel) -> bool:
         batches = [(rows, torch.cat([places, length + places]))]
     model.eval()
     try:
-        # FlashAttention takes 16 bits alone.
+        # FlashAttention takes 16 bits only.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             found = [
                 model(model.processor.collate(batch).to(device, model.dtype), where.to(device)).hidden
@@ -55,7 +57,7 @@ def keeps_samples_apart(model: VisionLanguageModel) -> bool:
 
 
 def _trial(processor: Processor) -> list[Encoded] | None:
-    """Two rows of one length, the first with an image where the model takes any, and samples to stand between them."""
+    """Return two samples of one length, the first with an image if the model takes any, and the samples between."""
     if not processor.has_vision:
         rows = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [4, 5, 6, 7]])
         nothing = torch.zeros(4, dtype=torch.bool)
@@ -69,7 +71,7 @@ def _trial(processor: Processor) -> list[Encoded] | None:
             )
             for content, images in (([image, word], [_picture()]), ([word], []))
         )
-    except BadSample:  # it takes no conversation without an image, or no conversation at all
+    except BadSample:  # it takes no conversation without an image, or none at all
         return None
     return [picture, _repeated(text, len(picture.input_ids)), picture, text]
 
@@ -81,7 +83,7 @@ def _picture() -> Any:
 
 
 def _repeated(sample: Encoded, length: int) -> Encoded:
-    """A sample's tokens over and over, up to so many."""
+    """Repeat a sample's tokens up to ``length``."""
 
     def grown(tensor: Tensor) -> Tensor:
         times = -(-length // tensor.shape[-1])

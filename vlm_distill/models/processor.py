@@ -24,13 +24,17 @@ Prompt = tuple[Conversation, Sequence[Image.Image]]
 
 
 class Processor(ABC):
-    """Turns conversations into one model's inputs and marks the supervised tokens."""
+    """Turns conversations into one model's inputs and marks the supervised tokens.
+
+    In a run: :meth:`encode` (or :meth:`encode_document`) for each sample, :meth:`join` for samples that share a row,
+    and :meth:`collate` for a micro-batch. For generation: :meth:`encode` with ``generation``, then :meth:`collate`.
+    """
 
     tokenizer: Any
     has_vision: bool
-    #: What is known of images without their pixels; see :meth:`with_features`.
+    #: Gives image features in place of pixels; see :meth:`with_features`.
     features: Callable[[Sequence[Image.Image]], Tensor] | None = None
-    #: Whether the model wants all samples that share a row in one; the model sets it.
+    #: Whether the model can pack samples into a single row only, not into a batch of rows; the model sets it.
     one_row: bool = False
     #: Whether what the chat template writes before a plain answer is supervised (``data.template_text: learn``).
     learn_answer_prefix: bool = False
@@ -40,20 +44,20 @@ class Processor(ABC):
     @property
     @abstractmethod
     def chat_template(self) -> Any:
-        """The Jinja template of conversations; ``None`` where there is no chat."""
+        """The Jinja template of conversations; ``None`` for a model without chat."""
 
     @abstractmethod
     def set_chat_template(self, template: Any) -> None:
-        """Take another template, in this processor alone."""
+        """Replace the template, in this processor alone."""
 
     @abstractmethod
     def _render(
         self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
-        """Return a conversation as text; the only place where a chat template is run."""
+        """Render a conversation to text. Nothing else runs the chat template."""
 
     def set_template_arguments(self, arguments: Mapping[str, Any], where: str) -> None:
-        """Give the chat template these arguments from now on; raises as :func:`~.chat.with_arguments`."""
+        """Fix these arguments of the chat template; raises as :func:`~.template_arguments.with_arguments`."""
         if arguments:
             self.set_chat_template(with_arguments(self.chat_template, arguments, where))
 
@@ -69,7 +73,7 @@ class Processor(ABC):
 
     @property
     def frame(self) -> Frame:
-        """What the chat template writes around messages. It is probed once, and again when the template changes."""
+        """What the chat template writes around messages, probed once for each template."""
         if self._frame is None or self._framed != self.chat_template:
             self._framed, self._frame = self.chat_template, None
             self._frame = probe_frame(self.tokenizer, self._render)
@@ -77,23 +81,35 @@ class Processor(ABC):
 
     @abstractmethod
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
-        """Token ids with the supervised ones marked.
+        """Return the token ids of a conversation, with the supervised ones marked.
+
+        A worked example, with a ChatML template and one token a word::
+
+            conversation  user: "What is it?"   assistant: "A cat"
+            rendered      <|im_start|>user⏎What is it?<|im_end|>⏎<|im_start|>assistant⏎A cat<|im_end|>⏎
+            tokens        <|im_start|> user ⏎ What is it ? <|im_end|> ⏎ <|im_start|> assistant ⏎ A cat <|im_end|> ⏎
+            supervised         0        0   0  0   0  0  0     0      0      0           0     0 1  1      1      0
+            ends               0        0   0  0   0  0  0     0      0      0           0     0 0  0      1      0
+
+        The answer's own text and the end token after it are supervised; the role header and the line break after the
+        end token are not. With ``generation`` the text ends after ``<|im_start|>assistant⏎``, and nothing is
+        supervised. An image part becomes as many tokens as this model gives an image, none of them supervised.
 
         Args:
-            conversation: ends with an assistant message, or with a user message when ``generation`` is set.
+            conversation: ends with an assistant message, or with a user message if ``generation`` is set.
             images: RGB, one for each image part.
-            generation: end with the template's opening of the assistant's turn; nothing is supervised.
+            generation: end with the template's opening of the assistant's turn.
 
         Raises:
             BadSample: the chat template or the model cannot take this conversation.
         """
 
     def encode_document(self, document: Document) -> Encoded:
-        """A document's tokens with what the tokenizer puts around a text, and its end token where it ends.
+        """Return a document's tokens: the tokenizer's start token, the text, and the end token where it ends.
 
         All but the first are supervised. ``supervised`` and ``ends`` are as in :class:`~data.batch.Encoded`.
         """
-        # Its length is nobody's mistake, and an end token that is written out in it is text.
+        # No warning about its length; an end token written out in a document is plain text.
         ids = list(self.tokenizer(document.text, verbose=False, split_special_tokens=True)["input_ids"])
         eos = self.tokenizer.eos_token_id
         if document.last and eos is not None and ids[-1:] != [eos]:
@@ -105,11 +121,11 @@ class Processor(ABC):
         return Encoded(input_ids, torch.arange(len(ids)) > 0, ends)
 
     def answered(self, prompt: Encoded, ids: Sequence[int]) -> Encoded:
-        """A prompt that was encoded for generation with an answer's tokens after it, all of them supervised."""
+        """Return a prompt, encoded for generation, followed by an answer's tokens, all of them supervised."""
         length, new = len(prompt.input_ids), len(ids)
         tensors = dict(prompt.tensors)
         for name, tensor in tensors.items():
-            if tensor.shape in ((length,), (1, length)):  # one value a token; zero is text, but for the mask of padding
+            if tensor.shape in ((length,), (1, length)):  # one value a token: 0 means text, except in the padding mask
                 rest = tensor.new_full((*tensor.shape[:-1], new), int(name == "attention_mask"))
                 tensors[name] = torch.cat([tensor, rest], -1)
         input_ids = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.long)])
@@ -118,25 +134,25 @@ class Processor(ABC):
 
     @abstractmethod
     def image_row(self, images: Sequence[Image.Image]) -> Encoded:
-        """A row with these images, of which there is at least one, and nothing supervised."""
+        """Return a sample of these images (at least one) alone, with nothing supervised."""
 
     @abstractmethod
     def blank(self) -> Image.Image:
-        """The image of a dummy row."""
+        """Return the image of the dummy sample."""
 
     @abstractmethod
     def dummy(self) -> Encoded:
-        """A row with one blank image (no image for a text model) and no supervised token."""
+        """Return a sample with one blank image (none for a text model) and no supervised token."""
 
     def image_groups(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
-        """A sample's images in the groups within which what is seen of one may depend on the others."""
+        """Group a sample's images: within a group, one image's features may depend on the others."""
         return [images] if images else []
 
     def with_features(self, features: Callable[[Sequence[Image.Image]], Tensor]) -> Self:
-        """The same processor, which gives what :meth:`VisionLanguageModel.see` made of images in place of pixels.
+        """Return a copy that gives features in place of pixels, such as :meth:`VisionLanguageModel.encode_images` made.
 
         Args:
-            features: of a group that :meth:`image_groups` makes, ``[tokens, C]``.
+            features: maps a group of :meth:`image_groups` to its features ``[tokens, C]``.
         """
         other = copy.copy(self)
         other.features = features
@@ -144,37 +160,37 @@ class Processor(ABC):
 
     @abstractmethod
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
-        """Samples padded into one batch; ``input_ids`` and ``attention_mask`` are ``[B, L]``.
+        """Pad samples into one batch; ``input_ids`` and ``attention_mask`` are ``[B, L]``.
 
-        Where samples were joined there is no ``attention_mask``: ``position_ids`` ``[B, L]`` or ``[4, B, L]`` start
-        again with each of them, and padding is one more sample.
+        If samples were joined there is no ``attention_mask``: ``position_ids`` ``[B, L]`` or ``[4, B, L]`` restart with
+        each of them, and padding counts as one more sample.
         """
 
     def join(self, samples: Sequence[Encoded]) -> Encoded:
-        """Samples in one row, told apart by positions that start again: see :mod:`.packing`."""
+        """Join samples in one row, told apart by position ids that restart; see :mod:`.packed_rows`."""
         return join(samples, [self.positions(sample) for sample in samples])
 
     def positions(self, sample: Encoded) -> Tensor:
-        """``position_ids`` of a sample's tokens, ``[L]``, or ``[4, L]`` for M-RoPE: of text, time, height and width."""
+        """Return ``position_ids`` of a sample: ``[L]``, or ``[4, L]`` for M-RoPE (text, time, height, width)."""
         return torch.arange(len(sample.input_ids))
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer and image processing beside the model's weights."""
+        """Write tokenizer and image processor beside the model's weights."""
 
     @abstractmethod
     def image_tokens(self, sample: Encoded) -> Tensor:
-        """Bool ``[L]``: which tokens of an encoded sample stand for images."""
+        """Return which tokens of an encoded sample stand for images, bool ``[L]``."""
 
 
 def template_ends(processor: Processor) -> set[int]:
-    """The tokens with which the chat template ends an answer, found by encoding one."""
+    """Return the tokens with which the chat template ends an answer, found by encoding one."""
     messages = [
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in (("user", "a"), ("assistant", "b"))
     ]
     try:
         sample = processor.encode(Conversation(tuple(messages)), [])
-    except BadSample:  # a template that always wants an image or a system prompt: the tokenizer's end token must do
+    except BadSample:  # the template always wants an image or a system prompt: the tokenizer's end token must do
         return set()
     return set(sample.input_ids[sample.ends].tolist())

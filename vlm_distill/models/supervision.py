@@ -15,13 +15,13 @@ def mark_tokens(
 ) -> tuple[list[bool], list[bool]]:
     """Return which tokens are supervised, and which of those are end tokens.
 
-    A token is supervised when it lies in an answer, or between its text and its end token. The end token is the first
-    token after the answer's text, blanks aside, if it is a special one and the template ends turns by one. A token that
-    runs from the prompt into the answer belongs to the answer only if its part of the prompt is blank.
+    A token is supervised if it lies in an answer, or between an answer's text and its end token. The end token is the
+    first token after the text, blanks aside, if it is special and the template ends turns with a special token. A token
+    that reaches from the prompt into the answer counts as the answer's only if its part of the prompt is blank.
 
     Args:
         text: the rendered conversation.
-        offsets: of each token, characters of ``text``.
+        offsets: start and stop of each token in ``text``.
         ids: token ids.
         spans: from :func:`find_answers`.
         special: ids of special tokens.
@@ -61,11 +61,11 @@ def token_places(
     ends: Sequence[bool],
     spans: Sequence[Span],
 ) -> Tensor:
-    """Return where the supervised tokens stand in the answers' own texts.
+    """Return where the supervised tokens lie in the answers' own texts.
 
     Args:
-        text: the rendered text.
-        offsets: of each token, characters of the rendered text.
+        text: the rendered conversation.
+        offsets: start and stop of each token in ``text``.
         supervised, ends: from :func:`mark_tokens`.
         spans: from :func:`find_answers`.
 
@@ -80,14 +80,14 @@ def token_places(
         while answer + 1 < len(spans) and spans[answer + 1].start < b:
             answer += 1
         number, start, own = _piece_of(text, a, b, spans[answer].pieces)
-        # An end token belongs to the text that it ends, whatever the template writes between them.
+        # An end token belongs to the text that it ends, whatever the template writes between the two.
         number = spans[answer].pieces[-1][0] if end else number if own else -1 - number
         places.append((number, a - start, b - start))
     return torch.tensor(places, dtype=torch.int64).reshape(-1, 3)
 
 
 def _piece_of(text: str, a: int, b: int, pieces: Sequence[tuple[int, int, int]]) -> tuple[int, int, bool]:
-    """The piece that a token belongs to, or stands next to: its number, its start, and whether the token is its own."""
+    """Return the piece that a token belongs to or is next to: number, start, and whether the token belongs to it."""
     for number, start, stop in pieces:
         overlaps = a < stop and b > start
         blank_before = b <= start and not text[a:start].strip()

@@ -10,19 +10,19 @@ from typing import Any
 
 from data.errors import UserError
 
-#: Names that a template is given in any case.
+#: Names that every template is given anyway.
 _OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 
 
 def with_arguments(template: Any, arguments: Mapping[str, Any], where: str) -> Any:
-    """Return a chat template in which these arguments have these values, unless it is given others.
+    """Return a chat template with these values as its arguments' defaults.
 
-    They become part of the template, so that they go wherever it goes: into caches' names and exported students.
+    They become part of the template, so they go wherever it goes: into cache identities and exported students.
 
     Args:
         template: a Jinja template, or several by name.
-        arguments: as :class:`~vlm_distill.config.sections.ModelSection` has them.
-        where: whose they are, for errors.
+        arguments: values by name, as in ``student.template_arguments``.
+        where: the section of the configuration, for errors.
 
     Raises:
         UserError: there is no template, or it does not read an argument.
@@ -47,7 +47,7 @@ def with_arguments(template: Any, arguments: Mapping[str, Any], where: str) -> A
 
 
 def _literal(value: Any) -> str:
-    """A value of YAML as Jinja writes it."""
+    """Write a YAML value as a Jinja literal."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):

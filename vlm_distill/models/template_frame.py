@@ -8,7 +8,7 @@ from typing import Any
 
 from .template_marks import TEXT, TEXT_END, THOUGHT, MarkedText, Render, common_prefix, mark_answer, text_parts
 
-#: Added tokens that frame an image, or a part of one, by their names in the families of Transformers.
+#: Added tokens that frame an image or a part of one, by their names in Transformers' families.
 _OF_IMAGES = re.compile(r"im(g|age)|vision|video|audio|tile|patch|row_\d", re.IGNORECASE)
 
 
@@ -17,12 +17,12 @@ class Frame:
     """What a chat template writes around messages, found once by rendering a question and an answer.
 
     Attributes:
-        opening: what opens the assistant's turn for generation; ``None``: could not be found.
-        answer_prefix: what stands between that opening and a plain answer, such as an empty thought; blanks do not count.
+        opening: the text that opens the assistant's turn for generation; ``None`` if it was not found.
+        answer_prefix: the text between that opening and a plain answer, such as an empty thought; blanks do not count.
         closed: whether a special token ends the assistant's turn.
         reasoning: whether ``reasoning_content`` is shown.
-        inline: whether a thought inside the content is known as one; ``False``: it is part of a plain answer.
-        earlier: whether an answer looks the same when another question follows.
+        inline: whether a thought inside the content is recognised; ``False``: it is treated as part of a plain answer.
+        earlier: whether an answer is rendered the same when another question follows.
         control: the tokens that frame a conversation or an image.
         special: the contents of all special tokens.
     """
@@ -38,13 +38,13 @@ class Frame:
 
 
 def probe_frame(tokenizer: Any, render: Render) -> Frame:
-    """Probe a template. One that refuses every probe gives a frame in which nothing is known."""
+    """Probe a template. One that refuses every probe gives a frame that knows nothing."""
     added = list(tokenizer.added_tokens_decoder.values())
     special = tuple(token.content for token in added if token.special)
     control = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
     control |= {token.content for token in added if _OF_IMAGES.search(token.content)}
     frame = Frame(special=special)
-    # A template may want an image, or a system message.
+    # A template may require an image or a system message.
     image = [{"type": "image"}, *text_parts("a")]
     system = [{"role": "system", "content": text_parts("s")}]
     for before in ([], system):
@@ -52,7 +52,7 @@ def probe_frame(tokenizer: Any, render: Render) -> Frame:
             question = [*before, {"role": "user", "content": asked}]
             try:
                 frame, written = _probe(render, question, frame)
-            except Exception:  # it refuses this probe; `rendered` reports what it refuses of the data
+            except Exception:  # it refuses this probe; `rendered` reports a refusal of real data
                 continue
             control |= {token for token in special if token in written}
             return replace(frame, control=tuple(sorted(control)))
@@ -60,7 +60,7 @@ def probe_frame(tokenizer: Any, render: Render) -> Frame:
 
 
 def _probe(render: Render, question: list[dict[str, Any]], frame: Frame) -> tuple[Frame, str]:
-    """Return the frame that a question shows, and everything that was rendered."""
+    """Return the frame found by a question, and everything that was rendered."""
     answer = {"role": "assistant", "content": text_parts("b")}
     shown = MarkedText(render([*question, mark_answer(answer)], False))
     opened = render(question, True)
@@ -87,7 +87,7 @@ def _shows(render: Render, question: list[dict[str, Any]], answer: dict[str, Any
 
 
 def _shows_after(render: Render, question: list[dict[str, Any]], block: str) -> bool:
-    """Whether a thought inside the content stands after what the template writes before a plain answer."""
+    """Return whether a thought inside the content comes after the template's own text before a plain answer."""
     answer = {"role": "assistant", "content": text_parts("<think>\nc\n</think>\n\nb")}
     try:
         before, shown, _ = render([*question, mark_answer(answer)], False).partition(THOUGHT)
@@ -97,7 +97,7 @@ def _shows_after(render: Render, question: list[dict[str, Any]], block: str) -> 
 
 
 def _looks_alike(render: Render, question: list[dict[str, Any]], before: str) -> bool:
-    """Whether an answer with a thought, or a plain one, looks the same when another question follows."""
+    """Return whether answers, with a thought and without, are rendered the same when another question follows."""
     for answer in ("b", "<think>\nc\n</think>\n\nb"):
         turn = mark_answer({"role": "assistant", "content": text_parts(answer)})
         again = {"role": "user", "content": text_parts("d")}

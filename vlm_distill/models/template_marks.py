@@ -9,10 +9,10 @@ from typing import Any
 
 from data.conversation import count_images, split_thought, thought_parts
 
-#: Messages and ``add_generation_prompt`` to text.
+#: Renders messages to text; the second argument is ``add_generation_prompt``.
 Render = Callable[[Sequence[dict[str, Any]], bool], str]
 #: Private-use characters that no tokenizer ever sees: around a thought, around a text, after a tool call's name, in
-#: place of an image, and inside a control token that a user writes out.
+#: place of an image, and inside a control token that a user wrote out.
 THOUGHT, THOUGHT_END, TEXT, TEXT_END, CALL = "\U0010fff0", "\U0010fff1", "\U0010fff2", "\U0010fff3", "\U0010fff4"
 IMAGE, BREAK = "\U0010fffd", "\U0010fffc"
 PRIVATE = (THOUGHT, THOUGHT_END, TEXT, TEXT_END, CALL, BREAK, IMAGE)
@@ -24,7 +24,7 @@ def text_parts(text: str) -> list[dict[str, Any]]:
 
 
 class MarkedText:
-    """A rendered text without its marks, and where these stood: (mark, characters before it)."""
+    """A rendered text without its marks, and where each was: (mark, number of characters before it)."""
 
     def __init__(self, text: str) -> None:
         self.marks: list[tuple[str, int]] = []
@@ -37,7 +37,7 @@ class MarkedText:
 
 
 def mark_answer(message: dict[str, Any]) -> dict[str, Any]:
-    """An assistant's message with marks around its own text, inside the blanks that a template may trim."""
+    """Mark an assistant message's own text, inside the blanks that a template may trim; return others as they are."""
     if message["role"] != "assistant" or count_images((message,)):
         return message
     (before, thought, between, text) = thought_parts(message)
@@ -62,7 +62,7 @@ def _wrapped(text: str, start: str, stop: str) -> str:
 
 
 def last_mark(message: dict[str, Any]) -> str | None:
-    """The mark that ends a message."""
+    """Return the mark that ends a message."""
     if count_images((message,)):
         return None
     if message.get("tool_calls"):
@@ -74,6 +74,6 @@ def last_mark(message: dict[str, Any]) -> str | None:
 
 
 def common_prefix(one: str, other: str) -> int:
-    """The length of the longest common prefix."""
-    # Bisection over slices: comparing them costs far less than comparing characters in Python.
+    """Return the length of the longest common prefix."""
+    # Bisection over slices: far cheaper than comparing single characters in Python.
     return bisect_right(range(min(len(one), len(other))), 0, key=lambda i: one[: i + 1] != other[: i + 1])

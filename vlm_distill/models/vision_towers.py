@@ -153,35 +153,44 @@ def _timm_tower(
     )
 
 
-def _open_clip(s: VisionEncoderSettings, attn_implementation: str | None) -> Tower:
+def _load_open_clip(s: VisionEncoderSettings) -> tuple[Any, dict[str, Any]]:
+    """Load a published tower; return it and the configuration that builds it again."""
     import open_clip
-    from open_clip.model import _build_vision_tower
     from open_clip.transformer import QuickGELU
 
+    tag = s.pretrained if isinstance(s.pretrained, str) else None
+    size = None if s.image_size is None else as_pair(s.image_size)
+    whole: Any = open_clip.create_model(s.name, pretrained=tag, force_image_size=size, require_pretrained=True)
+    named = open_clip.factory.get_model_config(s.name) or {}
+    config = {"embed_dim": named.get("embed_dim", 0), "vision_cfg": dict(named.get("vision_cfg", {}))}
+    if not config["vision_cfg"]:
+        raise UserError(f"vision_encoder.name: open_clip knows no architecture called '{s.name}'")
+    config["quick_gelu"] = any(isinstance(m, QuickGELU) for m in whole.visual.modules())
+    return whole.visual, config
+
+
+def _new_open_clip(s: VisionEncoderSettings) -> tuple[Any, dict[str, Any]]:
+    """Build a tower with new weights; return it and the configuration that builds it again."""
+    import open_clip
+    from open_clip.model import _build_vision_tower
+
     config = dict(s.config or {})
-    if _loads(s):
-        tag = s.pretrained if isinstance(s.pretrained, str) else None
-        size = None if s.image_size is None else as_pair(s.image_size)
-        whole = open_clip.create_model(s.name, pretrained=tag, force_image_size=size, require_pretrained=True)
-        visual: Any = whole.visual
-        named = open_clip.factory.get_model_config(s.name) or {}
-        config = {"embed_dim": named.get("embed_dim", 0), "vision_cfg": dict(named.get("vision_cfg", {}))}
-        if not config["vision_cfg"]:
+    if not config:
+        named = open_clip.factory.get_model_config(s.name)
+        if named is None:
             raise UserError(f"vision_encoder.name: open_clip knows no architecture called '{s.name}'")
-        config["quick_gelu"] = any(isinstance(m, QuickGELU) for m in visual.modules())
-    else:
-        if not config:
-            named = open_clip.factory.get_model_config(s.name)
-            if named is None:
-                raise UserError(f"vision_encoder.name: open_clip knows no architecture called '{s.name}'")
-            config = {k: v for k, v in named.items() if k in ("embed_dim", "vision_cfg", "quick_gelu")}
-        config = {"embed_dim": 16, "quick_gelu": False} | config
-        vision = dict(config["vision_cfg"])
-        if s.image_size is not None:
-            vision["image_size"] = as_pair(s.image_size)
-        build = partial(_build_vision_tower, config["embed_dim"], vision, config["quick_gelu"])
-        check_new_size(_what(s), build)
-        visual = build()
+        config = {k: v for k, v in named.items() if k in ("embed_dim", "vision_cfg", "quick_gelu")}
+    config = {"embed_dim": 16, "quick_gelu": False} | config
+    vision = dict(config["vision_cfg"])
+    if s.image_size is not None:
+        vision["image_size"] = as_pair(s.image_size)
+    build = partial(_build_vision_tower, config["embed_dim"], vision, config["quick_gelu"])
+    check_new_size(_what(s), build)
+    return build(), config
+
+
+def _open_clip(s: VisionEncoderSettings, attn_implementation: str | None) -> Tower:
+    visual, config = _load_open_clip(s) if _loads(s) else _new_open_clip(s)
     size = as_pair(visual.image_size)
     config["vision_cfg"] = config["vision_cfg"] | {"image_size": list(size), "timm_model_pretrained": False}
     own = getattr(visual, "preprocess_cfg", None) or {}
