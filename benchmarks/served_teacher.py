@@ -20,8 +20,8 @@ from scoring_server import serving
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.served import ServedTeacher
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,29 +24,12 @@ from vlm_distill.models.loading import check_finite
 
 from . import cifar
 from . import weights as files
+from .inputs import InputSettings
 
 assert cifar  # importing it registers its architectures with timm
 
 #: Modules that timm lists as a first feature level although no stage has run yet.
 _STEM = re.compile(r"(features\.)?(stem|conv_stem|conv1|act1|bn1|norm0|conv1_1)\b")
-
-
-@dataclass(frozen=True)
-class InputSettings:
-    """How a classifier wants its images.
-
-    Attributes:
-        size: height and width in pixels.
-        mean, std: of the normalisation, for red, green and blue in 0..1.
-        interpolation: for resizing, by timm's names.
-        crop_pct: share of the resized image's side that the centre crop of an evaluation keeps.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
 
 
 class Outputs(NamedTuple):
@@ -281,12 +264,12 @@ def load_classifier(
         source, name_or_folder = "open_clip", f"local-dir:{folder}"
     saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name_or_folder))
     if source == "open_clip" or saved.get("source") == "open_clip":
-        from . import zero_shot
+        from . import zero_shot  # late: open_clip takes seconds to import
 
         if saved.get("source") == "open_clip":
-            classifier = zero_shot.rebuild(folder, saved, num_classes)
+            parts = zero_shot.rebuild(folder, saved, num_classes)
         else:
-            classifier = zero_shot.load(
+            parts = zero_shot.load(
                 name_or_folder,
                 pretrained=pretrained,
                 weights=weights,
@@ -296,7 +279,7 @@ def load_classifier(
                 config=config or None,
                 templates=templates,
             )
-        classifier.inputs = _inputs(classifier.inputs, None, mean, std)
+        classifier = Classifier(*parts._replace(inputs=_inputs(parts.inputs, None, mean, std)))
     else:
         name = f"local-dir:{folder}" if saved else name_or_folder
         options = dict(config or {})

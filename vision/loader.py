@@ -20,12 +20,12 @@ from data.images import MAX_PIXELS, load_image
 from data.loader import check_split, places_in_words, problem_of
 from data.mixture import Mixture
 
+from .inputs import InputSettings
 from .transforms import Augmentation, build_transform, kept_randomness, seed_randomness
 
 if TYPE_CHECKING:
     from data.classification import LabelledImages
 
-    from .classifier import InputSettings
 
 _FREE, _FIXED = 0, 1
 

@@ -36,7 +36,8 @@ from .metrics import Answers, measure, summarise, together
 if TYPE_CHECKING:
     from data.classification import LabelledImage, LabelledImages
 
-    from .classifier import Classifier, InputSettings
+    from .classifier import Classifier
+    from .inputs import InputSettings
 
 # Pictures that are kept for the report: mostly of wrong answers, where models differ.
 _WRONG_PICTURES, _RIGHT_PICTURES = 60, 20

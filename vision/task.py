@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, on_logits, wanted_features
 
 from .classifier import Classifier, Outputs
-from .transforms import Views
+from .device_views import Views
 
 
 @dataclass(frozen=True)

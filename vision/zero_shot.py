@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -24,9 +24,19 @@ from data.errors import UserError
 from vlm_distill.models.common import first_line
 
 from .classes import words
-from .classifier import Classifier, InputSettings
+from .inputs import InputSettings
 
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+
+
+class Parts(NamedTuple):
+    """What a :class:`~vision.classifier.Classifier` is made of, in the order of its arguments."""
+
+    model: nn.Module
+    inputs: InputSettings
+    classes: Sequence[str] | None
+    settings: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
 
 class ImageTower(nn.Module):
@@ -91,7 +101,7 @@ def load(
     image_size: int | None = None,
     config: Mapping[str, Any] | None = None,
     templates: str | Sequence[str] = "openai",
-) -> Classifier:
+) -> Parts:
     """A zero-shot classifier, or with ``num_classes`` an image tower under a new linear layer.
 
     Args:
@@ -136,10 +146,10 @@ def load(
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     inputs = InputSettings((height, width), tuple(mean), tuple(std), known.get("interpolation", "bicubic"))
-    return Classifier(ImageTower(model.visual, head, normalise), inputs, classes, settings, notes)
+    return Parts(ImageTower(model.visual, head, normalise), inputs, classes, settings, notes)
 
 
-def rebuild(folder: Path, saved: Mapping[str, Any], num_classes: int | None = None) -> Classifier:
+def rebuild(folder: Path, saved: Mapping[str, Any], num_classes: int | None = None) -> Parts:
     """The classifier that ``save_pretrained`` wrote; with another ``num_classes`` under a new linear layer."""
     try:
         config = saved["config"]
@@ -154,10 +164,10 @@ def rebuild(folder: Path, saved: Mapping[str, Any], num_classes: int | None = No
         raise UserError(f"{folder}: not an open_clip classifier as saved: {first_line(error)}") from error
     settings = {k: v for k, v in saved.items() if k not in ("inputs", "classes")}
     if num_classes is None or num_classes == outputs:
-        return Classifier(tower, inputs, saved["classes"], settings)
+        return Parts(tower, inputs, saved["classes"], settings)
     tower.reset_classifier(num_classes)
     note = f"{folder}: its weights know {outputs} classes; the layer for these {num_classes} starts untrained"
-    return Classifier(tower, inputs, None, {**settings, "bias": True}, [note])
+    return Parts(tower, inputs, None, {**settings, "bias": True}, [note])
 
 
 def _prompts(templates: str | Sequence[str]) -> Sequence[Any]:

@@ -30,7 +30,7 @@ from data.mixture import Mixture
 from data.sources import open_source, open_text
 from data.tsv import TsvTable
 from data.workers import make_loader
-from vision.classifier import InputSettings
+from vision.inputs import InputSettings
 from vision.loader import ImageSteps
 from vision.transforms import Augmentation
 from vlm_distill.demo import make_tokenizer

@@ -9,7 +9,7 @@ from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.families import image_keys
-from vlm_distill.training.build import give_arguments
+from vlm_distill.training.loading import set_processor
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_a_configuration_sets_the_students_and_the_teachers(processor, tmp_path)
     plain["teacher"]["image"] = {"max_pixels": 1568}
     config = RunConfig.model_validate(plain)
     student, teacher = processor("smolvlm"), processor("qwen2_vl")
-    give_arguments(student, config.student, "student")
-    give_arguments(teacher, config.teacher, "teacher")
+    set_processor(student, config.student, "student")
+    set_processor(teacher, config.teacher, "teacher")
     assert student.processor.image_processor.size.longest_edge == 28
     assert teacher.processor.image_processor.size.longest_edge == 1568
 

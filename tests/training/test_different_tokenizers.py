@@ -13,7 +13,8 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.inspection import Inspection
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.training.build import build_terms, pair_vocabularies
+from vlm_distill.training.compatibility import pair_vocabularies
+from vlm_distill.training.terms import build_terms
 
 
 @pytest.fixture(scope="module")

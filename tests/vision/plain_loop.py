@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from vision import trainer as trainer_module
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
+from vision.device_views import DeviceViews
 from vision.trainer import Trainer
-from vision.transforms import DeviceViews
 from vlm_distill.runtime.launch import leave
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 STEPS, LR, DECAY = 5, 0.05, 5e-4
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from data.errors import UserError
-from vision.classifier import Classifier, InputSettings, class_names, load_classifier
+from vision.classifier import Classifier, class_names, load_classifier
+from vision.inputs import InputSettings
 
 # One of each kind of head and of features: BatchNorm, a convolution as head, two heads, tokens, channels last.
 KINDS = {

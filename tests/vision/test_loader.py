@@ -14,9 +14,10 @@ from PIL import Image
 from data.errors import BadSample, UserError
 from data.mixture import Mixture
 from data.workers import make_loader
-from vision.classifier import InputSettings
+from vision.device_views import DeviceViews
+from vision.inputs import InputSettings
 from vision.loader import ImageSteps
-from vision.transforms import Augmentation, DeviceViews, Erasing, Mixing
+from vision.transforms import Augmentation, Erasing, Mixing
 from vlm_distill.caching.class_logits import TeacherCache
 
 INPUTS = InputSettings((16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
-from vision.classifier import InputSettings
+from vision.device_views import DeviceViews
+from vision.inputs import InputSettings
 from vision.loader import ImageBatch
 from vision.transforms import (
     Augmentation,
-    DeviceViews,
     Erasing,
     Mixing,
     build_transform,

@@ -19,7 +19,9 @@ from data.errors import BadSample, UserError
 from data.images import load_image
 from data.loader import problem_of
 from data.sources import Source, TextSource
-from vlm_distill.config.sections import Measure, RunConfig, split_batch
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.fields import Measure
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.benchmark import Benchmark
 from vlm_distill.evaluation.benchmark_run import open_benchmarks, published, run_benchmark, score_answers
 from vlm_distill.evaluation.benchmarks import data_folder, entry_name, get
@@ -41,12 +43,12 @@ from vlm_distill.evaluation.runner import (
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 
-from .build import check_evaluations, image_loader, open_sources, turns
 from .checkpoint import completed
-from .engine import Processes
 from .intake import FIRST_ROWS, reasons
+from .open_data import image_loader, open_sources, turns
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}
 
@@ -125,14 +127,9 @@ class Evaluations:
         return best, next(m for m in get_args(Measure) if m == wanted)
 
     def prepare(self, student: VisionLanguageModel, teacher: Teacher | None) -> None:
-        """Take the models. A teacher that does not run here is not evaluated.
-
-        Raises:
-            UserError: something that is to be measured cannot be, of these two.
-        """
+        """Take the models, after ``check_evaluations``. A teacher that does not run here is not evaluated."""
         data = self.config.data
         self.student, self.teacher = student, teacher.model if teacher is not None else None
-        check_evaluations(self.config, student, self.teacher)
         self.guide = teacher if "kl" in self.settings.measures else None
 
         def collator(one: VisionLanguageModel, other: VisionLanguageModel | None) -> Collator:
