@@ -21,20 +21,20 @@ from .tokenizer import load_tokenizer
 from .vocabulary import align_heads, separate_heads
 
 _HEAD, _TOKENIZER = "head.safetensors", "tokenizer"
-# Rows of logits at a time when the likeliest tokens are chosen.
+# Tokens whose logits are computed at a time to choose the likeliest.
 _ROWS = 512
 
 
 class CachedTeacher(Teacher):
-    """A teacher whose outputs lie on disk; nothing of it is loaded but its tokenizer and, for hidden states, its head.
+    """A teacher whose outputs are on disk; only its tokenizer and, for hidden states, its head are loaded.
 
     Args:
-        folder: of a cache that ``vlm-distill cache`` made.
-        device: where the head lies.
+        folder: a cache made by ``vlm-distill cache``.
+        device: the head's device.
         trust_remote_code: run code that comes with the tokenizer.
 
     Attributes:
-        head: in a cache of likeliest tokens it has no width and tells only the size of the vocabulary.
+        head: for a cache of likeliest tokens it has width 0 and only says how large the vocabulary is.
     """
 
     processor: CachedRows
@@ -79,16 +79,15 @@ class CachedTeacher(Teacher):
         ids = values["ids"].long()
         if values["ids"].dtype == torch.int16:
             ids &= 0xFFFF
-        # Rounding has moved their sum from 1 a little.
+        # Rounding moved their sum slightly away from 1.
         known = torch.cat([values["logprobs"].float(), values["tail"].float()], -1).log_softmax(-1)
         return TeacherOutputs(TopKTargets(ids, known[:, :-1], known[:, -1]))
 
 
 def cached_fields(head: dict[str, Tensor] | None, k: int, vocabulary: int) -> Fields:
-    """What a cache keeps of a position: the hidden state that a head reads, or without a head the k likeliest tokens.
+    """Return a cache record's fields for one token: its hidden state, or without a head the k likeliest tokens.
 
-    Log-probabilities are kept in 16 bits (docs/teachers.md has the measured error), ids in 16 where the vocabulary
-    allows.
+    Log-probabilities take 16 bits (docs/teachers.md has the measured error), ids 16 if the vocabulary allows.
     """
     if head is not None:
         return {"hidden": (head["weight"].dtype, head["weight"].shape[1])}
@@ -97,7 +96,7 @@ def cached_fields(head: dict[str, Tensor] | None, k: int, vocabulary: int) -> Fi
 
 
 def cached_values(targets: HiddenTargets, fields: Fields) -> dict[str, Tensor]:
-    """The same of a teacher's outputs, ``[N, width]`` by name; collective where the teacher is sharded."""
+    """Return these fields of a teacher's outputs, ``[N, width]`` by name; collective if the teacher is sharded."""
     if "hidden" in fields:
         return {"hidden": targets.hidden}
     head, k = targets.head, fields["ids"][1]
@@ -113,7 +112,7 @@ def cached_values(targets: HiddenTargets, fields: Fields) -> dict[str, Tensor]:
 
 
 def describe_teacher(teacher: Teacher, vocabulary: int) -> dict[str, Any]:
-    """The part of ``cache.json`` that :class:`CachedTeacher` reads."""
+    """Return the part of ``cache.json`` that :class:`CachedTeacher` reads."""
     assert teacher.head is not None
     return {
         "parameters": teacher.parameters,
@@ -125,14 +124,14 @@ def describe_teacher(teacher: Teacher, vocabulary: int) -> dict[str, Any]:
 
 
 def save_head(folder: Path, model: VisionLanguageModel, head: dict[str, Tensor] | None) -> None:
-    """Writes what :class:`CachedTeacher` loads."""
+    """Write the files that :class:`CachedTeacher` loads."""
     model.processor.tokenizer.save_pretrained(folder / _TOKENIZER)
     if head is not None:
         save_file(head, folder / _HEAD)
 
 
 def whole_head(head: LMHead) -> dict[str, Tensor]:
-    """A head's weight and bias on the CPU; collective where the teacher is sharded."""
+    """Return a head's weight and bias on the CPU; collective if the teacher is sharded."""
     with head.weight() as weight:
         found = {"weight": weight, "bias": head.bias}
         return {name: t.detach().cpu().clone().contiguous() for name, t in found.items() if t is not None}

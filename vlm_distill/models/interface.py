@@ -1,4 +1,4 @@
-"""What a teacher or a student is to the rest of the suite: one interface over assembled and pretrained models."""
+"""VisionLanguageModel: the interface that the suite sees, over assembled and pretrained models alike."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .thinking import decode_with_marks, mark_tokens, opening_mark
 
 @dataclass
 class Outputs:
-    """What a forward gives.
+    """The result of a forward.
 
     Attributes:
-        hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the asked positions.
-        features: further activations that were asked for, by the names of :meth:`VisionLanguageModel.forward`.
+        hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the requested positions.
+        features: the requested features, by the names of :meth:`VisionLanguageModel.forward`.
     """
 
     hidden: Tensor
@@ -38,7 +38,7 @@ class Outputs:
 
 
 def _last_answer(row: Encoded) -> Tensor:
-    """Places of the tokens of a sample's last answer, its end tokens left out."""
+    """Return the indices of the tokens of a sample's last answer, without end tokens."""
     tokens = (row.supervised & ~row.ends).nonzero().flatten()
     if not len(tokens):
         raise BadSample("empty answer", "the chat template renders it as nothing")
@@ -50,11 +50,9 @@ class VisionLanguageModel(nn.Module, ABC):
     """Vision encoder, projector and decoder behind one interface; without the first two, a language model.
 
     Attributes:
-        vision_encoder, projector: ``None`` for a language model.
-        decoder: the language model, its output layer included.
         head: the output layer as the losses read it.
-        processor: conversations to inputs.
-        synced: set by the engine when ranks must leave ``generate`` together (parameters sharded over ranks).
+        processor: turns conversations into inputs.
+        synced: set by the engine if ranks must leave ``generate`` together, since parameters are sharded over them.
     """
 
     processor: Processor
@@ -64,32 +62,32 @@ class VisionLanguageModel(nn.Module, ABC):
     @property
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
-        """``vision_encoder``, ``projector`` and ``decoder``, those that there are."""
+        """The model's parts by name, those it has: ``vision_encoder``, ``projector``, ``decoder`` (with lm head)."""
 
     @property
     @abstractmethod
     def body(self) -> nn.Module:
-        """The decoder without its output layer: what takes embeddings and gives hidden states."""
+        """The decoder without its lm head: embeddings in, hidden states out."""
 
     @abstractmethod
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
-        """Hidden states, never logits.
+        """Compute hidden states, never logits.
 
         Args:
             inputs: from ``processor.collate``, on this model's device.
             positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the sequence.
-            features: names of further activations to return. Nothing is kept of those not asked for.
+            features: names of features to return as well; others are not kept.
 
-                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings with the images', K the
-                  K-th layer's output; the last, which is also −1, is after the final norm: ``Outputs.hidden`` itself.
-                - ``vision``: ``[images, tokens, C]``, what the vision encoder gives to the projector.
-                - ``projector``: ``[images, tokens, H]``, what the projector gives to the decoder.
-                - ``vision_features``: what may stand in the images' place as ``vision_features``; see :attr:`sight`.
+                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings (the images' included),
+                  K the output of the K-th layer; the last, also −1, is ``Outputs.hidden``, after the final norm.
+                - ``vision``: ``[images, tokens, C]``, the vision encoder's output.
+                - ``projector``: ``[images, tokens, H]``, the projector's output.
+                - ``vision_features``: the output of :attr:`image_parts`, which can replace the images in a later input.
                 - ``queries``, ``keys``, ``values``: ``[N, heads · head width]``, the outputs of the projections in the
-                  last layer's attention at ``positions``, before rotary positions and norms of single heads; where
-                  several queries share a key, keys and values have fewer heads.
+                  last layer's attention at ``positions``, before rotary positions and norms of single heads. With
+                  grouped queries, keys and values have fewer heads.
 
-                Those of images are there when the batch has an image, dummy rows' images among them.
+                Features of images are returned if the batch has an image, those of dummy samples included.
 
         Raises:
             UserError: there is no such feature, or this model cannot give it.
@@ -97,7 +95,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def feature_shape(self, name: str) -> tuple[int | None, int]:
-        """A feature's number of tokens an image (``None``: not one of images, or known by running alone) and its width.
+        """Return a feature's tokens an image (``None``: not of images, or known only by running) and its width.
 
         Raises:
             UserError: as in :meth:`forward`.
@@ -105,45 +103,45 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
-        """At how many positions ``vision_encoder`` and ``projector`` compute for a batch, to count their operations.
+        """Return at how many positions ``vision_encoder`` and ``projector`` compute, to count their operations.
 
-        Those of an encoder are patches with class tokens, those of a projector what it makes of them. 0 for what does
-        not run, and for an encoder whose layers differ in theirs, as a convolutional one's do.
+        An encoder's positions are patches and class tokens, a projector's are its outputs. 0 for a part that does not
+        run, and for an encoder whose layers differ in their positions, such as a convolutional one.
         """
 
     @property
     @abstractmethod
     def image_parts(self) -> dict[str, nn.Module]:
-        """The parts that make of images what may stand in their place among the inputs, as ``vision_features``.
+        """The parts whose output can replace images among the inputs, as ``vision_features``.
 
         Raises:
-            UserError: this model sees no images, or takes nothing in their place.
+            UserError: this model sees no images, or takes no features in their place.
         """
 
     @property
     @abstractmethod
     def vision_settings(self) -> dict[str, Any]:
-        """What decides, beside the weights of :attr:`sight`, what an image becomes."""
+        """Settings that, with the weights of :attr:`image_parts`, decide an image's features."""
 
     @abstractmethod
     def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
-        """What :attr:`sight` makes of each row's images, ``[tokens, C]``.
+        """Compute the features ``[tokens, C]`` that :attr:`image_parts` make of each sample's images.
 
         Args:
-            rows: each with at least one image.
+            rows: encoded samples, each with at least one image.
         """
 
     @abstractmethod
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
-        """New token ids ``[B, T]`` only, for left-padded inputs."""
+        """Generate; return the new token ids only, ``[B, T]``. Inputs are padded on the left."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes configuration, safetensors and processor; ``load_vlm`` reads them back bit for bit.
+        """Write configuration, safetensors and processor; ``load_vlm`` reads them back bit for bit.
 
         Args:
-            folder: made if need be.
-            state: the weights to write, where the model's own are sharded over ranks.
+            folder: created if needed.
+            state: the weights to write, if the model's own are sharded over ranks.
         """
 
     @abstractmethod
@@ -151,11 +149,11 @@ class VisionLanguageModel(nn.Module, ABC):
         """Recompute the decoder's and the vision encoder's layers in the backward instead of keeping them."""
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[Answer]:
-        """Greedy answers to conversations that end with a user message.
+        """Answer conversations greedily.
 
         Args:
-            prompts: conversations (an assistant message at their end is left out) with all of their images.
-            max_new_tokens: longest answer.
+            prompts: conversations with all of their images; an assistant message at the end is left out.
+            max_new_tokens: length of the longest answer.
         """
         return self.answer([self.encode_prompt(*prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
 
@@ -163,14 +161,14 @@ class VisionLanguageModel(nn.Module, ABC):
     def answer(
         self, rows: Sequence[Encoded], *, max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> list[Answer]:
-        """Answers to encoded prompts.
+        """Answer encoded prompts.
 
-        Drawn answers hold no special tokens but end tokens (an image token in an answer would be one without an image),
-        and none beyond the vocabulary that the head is cut to.
+        Drawn answers contain no special tokens but end tokens (an image token would have no image), and no token beyond
+        the vocabulary that the head is cut to.
 
         Args:
-            rows: from :meth:`encode_prompt`. Where ranks leave ``generate`` together, there may be none on some.
-            max_new_tokens: longest answer.
+            rows: from :meth:`encode_prompt`. If ranks leave ``generate`` together, some may have none.
+            max_new_tokens: length of the longest answer.
             sampling: how to draw; ``None``: greedy.
         """
         encoded = list(rows)
@@ -246,8 +244,8 @@ class VisionLanguageModel(nn.Module, ABC):
         return [[next(scores) for _ in texts] for texts in options]
 
     def encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        """A conversation for the model to answer; an assistant message at its end is left out."""
-        # Only an answer at the very end is left out: after a question the earlier answers are its history.
+        """Encode a conversation for the model to answer; an assistant message at its end is left out."""
+        # Only an answer at the very end is left out: earlier answers are the question's history.
         if conversation.messages[-1]["role"] == "assistant":
             conversation = conversation.prompt()
         return self.processor.encode(conversation, images[: count_images(conversation.messages)], generation=True)
@@ -279,7 +277,7 @@ class VisionLanguageModel(nn.Module, ABC):
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, but that a frozen vision encoder says the same of an image in training as elsewhere."""
+        """As in torch, except that a frozen vision encoder stays in evaluation mode."""
         super().train(mode)
         encoder = self.parts.get("vision_encoder")
         if encoder is not None and not any(p.requires_grad for p in encoder.parameters()):
@@ -287,7 +285,7 @@ class VisionLanguageModel(nn.Module, ABC):
         return self
 
     def set_trainable(self, parts: Iterable[str]) -> None:
-        """Trains the named parts and freezes the others."""
+        """Train the named parts and freeze the others."""
         chosen = set(parts)
         for name, part in self.parts.items():
             part.requires_grad_(name in chosen)

@@ -1,4 +1,4 @@
-"""What student and teacher both see images with, frozen: it runs once a micro-batch, and lies there once."""
+"""A frozen vision encoder that student and teacher share: it runs once a micro-batch and is in memory once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .weightless import weightless
 
 
 def has_same_vision(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
-    """Whether the student's sight is frozen and is the teacher's: the same modules, or equal settings and weights.
+    """Return whether the student's image parts are frozen and the same as the teacher's, by settings and weights.
 
-    Of models that are whole on this rank. Weights are compared in the teacher's precision; where there are none, they
-    are taken to be equal.
+    Both models must be whole on this rank. Weights are compared in the teacher's precision; without weights they are
+    taken to be equal.
     """
     student, teacher = _whole(student), _whole(teacher)
     try:
@@ -35,9 +35,9 @@ def has_same_vision(student: VisionLanguageModel, teacher: VisionLanguageModel) 
 
 
 def share_vision_weights(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
-    """Lets the student's sight lie where the teacher's does, after :func:`has_same_vision` found them to be the same.
+    """Let the student's image parts use the teacher's memory, after :func:`has_same_vision` found them to be the same.
 
-    To be called when the student is where it will be. Parameters in different precisions stay two.
+    Call this when the student is on its device. Parameters in different precisions stay separate.
     """
     mine, other = (nn.ModuleDict(_whole(model).image_parts) for model in (student, teacher))
     for parameter, theirs in zip(mine.parameters(), other.parameters(), strict=True):
@@ -50,11 +50,11 @@ def _whole(model: VisionLanguageModel) -> VisionLanguageModel:
 
 
 def with_vision_features(batch: DistillationBatch, seen: Tensor) -> ModelInputs:
-    """The student's inputs with what the teacher saw, its feature ``vision_features``, in place of pixels."""
+    """Return the student's inputs with the teacher's ``vision_features`` in place of pixels."""
     if batch.images:  # not the dummy row's
         ours, theirs = batch.student, batch.teacher
         assert theirs is not None
-        # An image each, or what goes to the images' tokens, of which there are various numbers.
+        # One entry an image, or one a token if images have different numbers of tokens.
         images = seen.dim() == 3
         mine, other = (ours.images, theirs.images) if images else (ours.image_tokens, theirs.image_tokens)
         seen = seen[other][mine.argsort()]

@@ -24,14 +24,14 @@ from .vocabulary import align_heads, separate_heads
 
 @dataclass
 class TeacherOutputs:
-    """A teacher's side of a micro-batch: what the losses on logits learn from, and its features by name."""
+    """A teacher's side of a micro-batch: targets for the losses on logits, and features by name."""
 
     targets: HiddenTargets | TopKTargets
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Teacher(ABC):
-    """Gives targets for a micro-batch. It is never trained, and never part of a checkpoint.
+    """Gives targets for a micro-batch. A teacher is never trained and never part of a checkpoint.
 
     In a run, :meth:`align` is called once, before training; then, for every micro-batch, :meth:`request` as early as
     possible and either :meth:`outputs` or :meth:`forget`. :meth:`prefetch` calls :meth:`request` one step ahead.
@@ -42,8 +42,8 @@ class Teacher(ABC):
         head: turns the teacher's hidden states into logits; ``None`` if a server keeps it to itself.
         cache: the cache that the outputs are read from, if any.
         likeliest: how many of the likeliest tokens are known at each position; ``None``: the whole distribution is.
-        parameters: number of parameters; ``None`` if nobody here knows.
-        needs_images: whether it reads conversations with images from ``batch.conversations``, not from tokens.
+        parameters: number of parameters; ``None`` if unknown (on a server).
+        needs_images: whether it reads conversations with images from ``batch.conversations`` instead of tokens.
     """
 
     processor: Processor | CachedRows
@@ -84,22 +84,22 @@ class Teacher(ABC):
 
     @abstractmethod
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
-        """What the losses learn from at the positions of ``batch.teacher``.
+        """Return the losses' targets at the positions of ``batch.teacher``.
 
-        Hidden states ``[N, H]`` with the head that makes logits of them, or the likeliest tokens alone.
+        These are hidden states ``[N, H]`` with the head that turns them into logits, or the likeliest tokens alone.
 
         Args:
             batch: on this rank's device.
-            features: names of further activations, as in ``VisionLanguageModel.forward``.
+            features: names of further features, as in ``VisionLanguageModel.forward``.
         """
 
 
 class ModelTeacher(Teacher):
-    """A model that runs here, whole on this rank or in shards.
+    """A model that runs here, whole on this rank or sharded.
 
     Args:
-        model: frozen and in evaluation mode from here on.
-        run: calls the model; an engine's call where the parameters are sharded (default: the model itself).
+        model: is frozen and set to evaluation mode.
+        run: calls the model; an engine's call if parameters are sharded (default: the model itself).
     """
 
     processor: Processor

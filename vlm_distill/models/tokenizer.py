@@ -16,11 +16,11 @@ from .folder import check_folder
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -> Any:
-    """A pretrained tokenizer, made with further ``options``; ``UserError`` where there is none."""
+    """Load a pretrained tokenizer; ``options`` go to ``from_pretrained``. Raise ``UserError`` if there is none."""
     check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-        tokenizer("a")  # some settings of the wrong type are only met here
+        tokenizer("a")  # some settings of the wrong type fail only here
         return tokenizer
     except Exception as error:
         raise UserError(
@@ -29,7 +29,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
 
 
 def read_template(template: str) -> str:
-    """A chat template given as text or as the path of a file."""
+    """Return a chat template that is given as text or as the path of a file."""
     if "{" in template:
         return template
     path = Path(template)
