@@ -129,7 +129,7 @@ class Loop(Hooks):
                 tracker.flush()
                 self._save(done)
             if stop and done < self.steps:
-                tracker.say(f"stopped after step {done} with a checkpoint; start the run again to go on")
+                tracker.say(f"stopped after step {done} with a checkpoint; start the run again to continue")
                 return done, stop
             if evaluates:
                 self._evaluate(done, tracker)

@@ -93,7 +93,7 @@ class Past:
             shown += f"; and {len(differences) - 4} more"
         raise UserError(
             f"output: {self.folder} holds a run with other settings: {shown}. Put them back to resume it; or choose "
-            "another output, to start anew or from this run's student "
+            "another output, to start afresh or from this run's student "
             f"(student.path={self.folder / 'student'}; `vlm-distill export` writes that of an unfinished run)"
         )
 
