@@ -51,10 +51,10 @@ def test_zero_stages_train_the_same_student(trained, name, stage):
     plain, weights = trained(name, "plain")
     sharded, others = trained(name, "sharded", stage=stage)
     assert len(set(plain)) == 4
-    # Eight bits are rounded by blocks of 256, which begin elsewhere in ZeRO's flat tensors.
-    tolerance = 1e-2 if name == "adamw8bit" else 1e-5
-    assert sharded == pytest.approx(plain, rel=tolerance)
-    assert torch.allclose(others, weights, atol=tolerance)
+    # Eight bits are rounded by blocks of 256, which begin elsewhere in ZeRO's flat tensors: where a gradient is hardly
+    # more than rounding, AdamW takes a whole step of the learning rate, 0.01, in either direction.
+    assert sharded == pytest.approx(plain, rel=1e-2 if name == "adamw8bit" else 1e-5)
+    assert torch.allclose(others, weights, atol=0.05 if name == "adamw8bit" else 1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
