@@ -195,7 +195,7 @@ def test_an_evaluation_that_leaves_out_most_ends_with_the_reason(material, capsy
         "data: 5 of 6 questions left out, more than --max-bad 0.5 allows: image not found (5), as in data, line "
         in told
     )
-    assert told.rstrip().endswith("; name their folder by --images")
+    assert told.rstrip().endswith("; name their folder with --images")
     assert json.loads((tmp_path / "a" / "data" / "scores.json").read_text())["n"] == 1
     assert evaluate.main([*words, "--out", str(tmp_path / "b"), "--max-bad", "0.9"]) == 0
 

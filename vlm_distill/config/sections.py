@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from data.errors import UserError
-from vlm_distill.evaluation.scoring.base import Rules
+from vlm_distill.evaluation.scoring.scores import Rules
 
 from . import deepspeed_keys
 
