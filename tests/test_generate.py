@@ -68,8 +68,10 @@ def test_interrupted_and_resumed_equals_straight(config, monkeypatch, capsys):
     interrupt(monkeypatch, 6, str(config), "--out", str(resumed), *DRAWN)
     assert not resumed.exists()
     asked = []
-    counted = generate._draw
-    monkeypatch.setattr(generate, "_draw", lambda *given: asked.append(given[-1]) or counted(*given))
+    counted = generate._Drawing.generate
+    monkeypatch.setattr(
+        generate._Drawing, "generate", lambda *given, **options: asked.append(given) or counted(*given, **options)
+    )
     assert generate.main([str(config), "--out", str(resumed), *DRAWN]) == 0
     assert resumed.read_bytes() == straight.read_bytes()
     assert len(asked) == 10 - 6  # of two samples: four batches of the first source, one of the second
