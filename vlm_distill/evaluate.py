@@ -5,13 +5,12 @@ The launchers start it on several processes as they start training; each answers
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from vlm_distill.neighbours import check_neighbours
 
@@ -19,13 +18,14 @@ check_neighbours()  # before anything of `data` is imported
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.cli.evaluation import RankEvalOptions
+from vlm_distill.cli.options import parse
 from vlm_distill.evaluation.answering import Asking, Feedback
 from vlm_distill.evaluation.kept_answers import AnswerFolder
 from vlm_distill.evaluation.left_out import too_much_left_out
 from vlm_distill.evaluation.model_identity import identity, student_of
 from vlm_distill.evaluation.progress import progress_line
 from vlm_distill.evaluation.rank_share import RankShare
-from vlm_distill.evaluation.scoring.scores import Rules
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import guarded, leave
 
@@ -37,132 +37,20 @@ if TYPE_CHECKING:
     from vlm_distill.models.teacher import ModelTeacher
     from vlm_distill.training.engine import Processes
 
-Number = TypeVar("Number", int, float)
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Return a type of argparse: a whole number with a bound."""
-
-    def number(text: str) -> int:
-        value = _number(int, text)
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"{value} is too small: at least {smallest}")
-        return value
-
-    return number
-
-
-def rate(text: str) -> float:
-    """Return a number of requests a minute, as a type of argparse."""
-    value = _number(float, text)
-    if not 0.001 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is too small or too large: at least 0.001")
-    return value
-
-
-def share(text: str) -> float:
-    """Return a number from 0 to 1, as a type of argparse."""
-    value = _number(float, text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _number(kind: type[Number], text: str) -> Number:
-    try:
-        return kind(text)
-    except ValueError:
-        whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
-
-
-def mapping(text: str) -> dict[str, Any]:
-    """Return a mapping that is written in YAML, as a type of argparse."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping; write it as '{{name: value}}'")
-    return value
-
-
-def mapping_of(flag: str, text: str | None) -> dict[str, Any]:
-    """Return the mapping that an option outside argparse gives, or an empty one.
-
-    Raises:
-        UserError: the text is no mapping.
-    """
-    try:
-        return {} if text is None else mapping(text)
-    except argparse.ArgumentTypeError as mistake:
-        raise UserError(f"{flag}: {mistake}") from None
-
-
-def renaming(text: str) -> dict[str, str]:
-    """Return a mapping of names to names, as a type of argparse."""
-    value = mapping(text)
-    for ours, theirs in value.items():
-        if not isinstance(theirs, str):
-            raise argparse.ArgumentTypeError(f"{ours}: {theirs!r} is not a name; put it in quotes")
-    return value
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as everywhere else."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of this module's options; ``vlm-distill eval`` has the same ones."""
-    found = _Parser(prog="vlm_distill.evaluate", description=__doc__, allow_abbrev=False)
-    add = found.add_argument
-    add("--model", required=True, help="folder or name of a model, or a run's folder")
-    add("--benchmarks", action="append", default=[], help="names or YAML files; may be repeated")
-    add("--data", action="append", default=[], help="files of questions, or the benchmarks' folder")
-    add("--columns", type=renaming, help="keys of the data by our names, as '{image: image_path, question: q}'")
-    add("--rules", choices=get_args(Rules), default="vlmevalkit")
-    add("--format", choices=["tsv", "huggingface", "official", "source", "text"], help="of the files")
-    add("--score", choices=["generate", "likelihood"], default="generate")
-    add("--measures", default="exact", help="of data: exact, rouge_l, perplexity, kl; commas between")
-    add("--teacher", help="a model that kl is measured from")
-    add("--template-arguments", type=mapping, help="of the model's chat template, as '{enable_thinking: false}'")
-    add("--teacher-template-arguments", type=mapping, help="of the teacher's")
-    add("--max-length", type=at_least(1), default=2048, help="most tokens of a sample, for perplexity and kl")
-    add("--judge", help="base address of an OpenAI-compatible endpoint")
-    add("--judge-model", default="judge", help="the judge's name there")
-    add("--judge-rate", type=rate, help="most requests a minute")
-    add("--images", type=Path, help="folder that image paths are relative to")
-    add("--root", type=Path, action="append", default=[], help="read no image outside; may be repeated")
-    add("--out", type=Path, default=Path("runs/eval"), help="folder for predictions and scores")
-    add("--max-bad", type=share, default=0.5, help="most of the questions to leave out, 0 to 1")
-    add("--limit", type=at_least(1), help="ask this many questions, evenly spaced")
-    add("--batch-size", type=at_least(1), default=64)
-    add("--max-new-tokens", type=at_least(1), help="default: the benchmark's own, or 32; more for models that think")
-    add("--dtype", choices=["fp32", "bf16"], help="default: as saved; fp32 on a CPU")
-    add("--shard", action="store_true", help="each process holds its share of the weights (ZeRO-3)")
-    add("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    return found
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer and score; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return guarded(lambda: run(parser().parse_args(given)))
+    return guarded(lambda: run(parse(RankEvalOptions, given, "vlm_distill.evaluate", __doc__)))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: RankEvalOptions) -> None:
     """Ask everything that the options name, score the answers, write and print the scores."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from vlm_distill.training.engine import Processes
 
     # Report mistakes before a model is loaded.
     options.model = student_of(options.model)
-    _check_together(options)
     benchmarks = _open_benchmarks(options) if options.benchmarks else None
     sources = [] if options.benchmarks else _open_sources(options)
 
@@ -181,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         report_failures(failures)
 
 
-def _load_model(options: argparse.Namespace, processes: Processes) -> tuple[VisionLanguageModel, Any]:
+def _load_model(options: RankEvalOptions, processes: Processes) -> tuple[VisionLanguageModel, Any]:
     """Return the model in evaluation mode, and the engine that holds its shards, if any."""
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
@@ -198,7 +86,7 @@ def _load_model(options: argparse.Namespace, processes: Processes) -> tuple[Visi
     return model, engine
 
 
-def _load_teacher(options: argparse.Namespace, model: VisionLanguageModel, processes: Processes) -> ModelTeacher | None:
+def _load_teacher(options: RankEvalOptions, model: VisionLanguageModel, processes: Processes) -> ModelTeacher | None:
     """Return the model that kl is measured from, if any."""
     from vlm_distill.models import load_vlm
     from vlm_distill.models.teacher import ModelTeacher
@@ -213,7 +101,7 @@ def _load_teacher(options: argparse.Namespace, model: VisionLanguageModel, proce
     return ModelTeacher(teacher)
 
 
-def _dtype(options: argparse.Namespace, processes: Processes) -> str | None:
+def _dtype(options: RankEvalOptions, processes: Processes) -> str | None:
     # A CPU gains nothing from 16 bits, and some of its layers refuse them.
     return options.dtype or ("fp32" if processes.device.type == "cpu" else None)
 
@@ -231,20 +119,7 @@ def report_failures(failures: Mapping[str, str]) -> None:
         raise mistake
 
 
-def _check_together(options: argparse.Namespace) -> None:
-    """Raise ``UserError`` for an option that would do nothing beside the others."""
-    default = parser().get_default
-    benchmarks = bool(options.benchmarks)
-    for_the_other = ("columns", "measures", "teacher") if benchmarks else ("judge", "rules", "score")
-    for name in for_the_other:
-        if getattr(options, name) != default(name):
-            about = "data, not benchmarks" if benchmarks else "benchmarks (--benchmarks), not data"
-            raise UserError(f"--{name}: is about {about}; leave it out")
-    if options.teacher_template_arguments and options.teacher is None:
-        raise UserError("--teacher-template-arguments: there is no --teacher; leave it out")
-
-
-def _open_sources(options: argparse.Namespace) -> list[Any]:
+def _open_sources(options: RankEvalOptions) -> list[Any]:
     """Open the data sources, after checking that they can be measured as asked."""
     from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
     from vlm_distill.config.sections import Measure
@@ -270,7 +145,7 @@ def _open_sources(options: argparse.Namespace) -> list[Any]:
     return sources
 
 
-def _open_benchmarks(options: argparse.Namespace) -> OpenBenchmarks:
+def _open_benchmarks(options: RankEvalOptions) -> OpenBenchmarks:
     """Open the benchmarks, and print what is wrong with their files."""
     from vlm_distill.evaluation.benchmark_run import open_benchmarks
 
@@ -296,7 +171,7 @@ def _open_benchmarks(options: argparse.Namespace) -> OpenBenchmarks:
 
 
 def _run_sources(
-    options: argparse.Namespace,
+    options: RankEvalOptions,
     sources: Sequence[Any],
     model: VisionLanguageModel,
     teacher: ModelTeacher | None,
@@ -346,7 +221,7 @@ def _print_source(name: str, result: SourceResult, folder: Path) -> None:
 
 
 def _run_benchmarks(
-    options: argparse.Namespace, opened: OpenBenchmarks, model: VisionLanguageModel, ranks: RankShare
+    options: RankEvalOptions, opened: OpenBenchmarks, model: VisionLanguageModel, ranks: RankShare
 ) -> dict[str, str]:
     """Ask and score benchmarks; return name and reason of those without a valid score."""
     from data.images import load_image
@@ -399,11 +274,11 @@ def _run_benchmarks(
     return failures
 
 
-def _benchmark_names(options: argparse.Namespace) -> list[str]:
+def _benchmark_names(options: RankEvalOptions) -> list[str]:
     return [name for listed in options.benchmarks for name in listed.split(",")]
 
 
-def _identity(options: argparse.Namespace, model: VisionLanguageModel) -> dict[str, Any]:
+def _identity(options: RankEvalOptions, model: VisionLanguageModel) -> dict[str, Any]:
     """Return what the answers depend on besides the questions."""
     return {**identity(options.model, model), "roots": [str(root.resolve()) for root in options.root]}
 
