@@ -182,7 +182,7 @@ def _run_sources(
     from data.images import load_image
     from vlm_distill.evaluation.source_run import Measuring, run_source
 
-    collator = Collator(model.processor, teacher and teacher.processor, options.max_length)
+    collator = Collator(model.processor, None if teacher is None else teacher.processor, options.max_length)
     measuring = Measuring(options.measures.split(","), collator, teacher)
     asking = Asking(
         batch_size=options.batch_size,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.errors import UserError
 
-from .benchmark_entry import Benchmark, Format, Rules, load_benchmark
+from .benchmark_entry import Benchmark, Rules, load_benchmark
 from .benchmark_questions import BenchmarkQuestions
 from .benchmarks import BENCHMARKS
 
@@ -61,7 +61,7 @@ def find_questions(
     data: str | Path | None = None,
     *,
     rules: Rules = "vlmevalkit",
-    format: Format | None = None,
+    format: str | None = None,
     images: Path | None = None,
 ) -> BenchmarkQuestions:
     """Opens a benchmark's questions.

@@ -14,7 +14,7 @@ from data.errors import UserError
 from vlm_distill.models.interface import Answer, Processor, Prompt
 
 from .answering import Answerer, Asking, Feedback, evaluate
-from .benchmark_entry import Benchmark, Format
+from .benchmark_entry import Benchmark
 from .benchmark_lookup import find_questions, get_benchmark
 from .benchmark_questions import BenchmarkQuestions
 from .benchmark_results import Result, write_result
@@ -75,7 +75,7 @@ def open_benchmarks(
     data: str | Path | None,
     rules: Rules,
     *,
-    format: Format | None = None,
+    format: str | None = None,
     images: Path | None = None,
     limit: int | None = None,
     likelihood: bool = False,
