@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vlm_distill.evaluation.source_run import SourceResult
     from vlm_distill.models.interface import VisionLanguageModel
     from vlm_distill.models.teacher import ModelTeacher
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: RankEvalOptions) -> None:
     """Ask everything that the options name, score the answers, write and print the scores."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
 
     # Report mistakes before a model is loaded.
     options.model = student_of(options.model)
@@ -122,7 +122,7 @@ def report_failures(failures: Mapping[str, str]) -> None:
 def _open_sources(options: RankEvalOptions) -> list[Any]:
     """Open the data sources, after checking that they can be measured as asked."""
     from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
-    from vlm_distill.config.sections import Measure
+    from vlm_distill.config.fields import Measure
     from vlm_distill.evaluation.held_out import OF_ANSWERS
 
     measures = options.measures.split(",")

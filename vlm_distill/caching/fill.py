@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 from . import fill_features as vision_cache
 from . import fill_tokens as teacher_cache

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.batch import Encoded
@@ -17,76 +15,23 @@ from data.conversation import Document
 from data.errors import BadSample, UserError
 from data.sources import Source, TextSource
 from data.workers import make_loader
-from vlm_distill.config.sections import TEACHERS, RunConfig
+from vlm_distill.config.model_sections import TEACHERS
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.composed import cast_parameters
-from vlm_distill.models.fingerprint import digest_text
 from vlm_distill.models.interface import Processor, VisionLanguageModel
-from vlm_distill.models.teacher import Teacher
+from vlm_distill.run import Run
 from vlm_distill.runtime.launch import cores
-from vlm_distill.training.build import image_loader, load_models, open_sources
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.training.open_data import image_loader, open_sources
 
+from .check_features import feature_identity
 from .fill_tokens import Told, say
 from .image_features import FeatureCache, FeatureWriter
-from .store import ABOUT, check_not_filling, compare, fingerprint, in_words, make_folder, read_about
+from .store import ABOUT, compare, in_words, make_folder, read_about
 from .token_records import image_digest
 
 WHAT = "the vision encoder's features"
-
-
-def training_processors(
-    config: RunConfig, student: VisionLanguageModel, teacher: Teacher | None, same_encoder: bool
-) -> tuple[tuple[Any, Any], str | None]:
-    """What encodes the student's and the teacher's samples, reading features where there is a cache; and words on that.
-
-    Args:
-        same_encoder: the teacher sees as the student does, so that the cache is of both.
-
-    Raises:
-        UserError: there is no cache, or it is of another encoder.
-    """
-    own, other = student.processor, None if teacher is None else teacher.processor
-    if config.student.vision_cache is None:
-        return (own, other), None
-    folder, identity = Path(config.student.vision_cache), _identity(config, student)
-    # How many images there are to be, it does not tell.
-    check_not_filling(folder, "student.vision_cache")
-    if not (folder / ABOUT).is_file():
-        raise UserError(f"student.vision_cache: {folder} holds no cache; fill it: vlm-distill cache CONFIG")
-    cache = FeatureCache(folder)
-    compare(folder, "features", cache.about.get("identity", {}), identity)
-    if same_encoder:
-        assert isinstance(other, Processor)
-        other = other.with_features(cache)
-    whose = "student's and the teacher's" if same_encoder else "student's"
-    told = f"the {whose} vision encoder does not run in training: {folder} holds features of {len(cache):,} images"
-    return (own.with_features(cache), other), told
-
-
-def sight_of(model: VisionLanguageModel) -> dict[str, nn.Module]:
-    """The parts of which the cache keeps what they give. Raises ``UserError`` where there are none, or one trains."""
-    try:
-        sight = model.sight
-    except UserError as error:
-        raise UserError(f"student.vision_cache: {error}; leave it out") from error
-    for name, part in sight.items():
-        if any(p.requires_grad for p in part.parameters()):
-            raise UserError(
-                f"student.vision_cache: features of this model are what its {name} gives, which trains; leave it out "
-                "of student.train and lora.parts, or leave vision_cache out"
-            )
-    return sight
-
-
-def _identity(config: RunConfig, model: VisionLanguageModel) -> dict[str, str]:
-    """Everything that decides the features of an image, each a short text by its name."""
-    weights = {f"{part}.{name}": t.float() for part, m in sight_of(model).items() for name, t in m.state_dict().items()}
-    return {
-        "vision encoder": fingerprint(weights)[:16],
-        "settings": digest_text(json.dumps(model.sight_settings, sort_keys=True, default=str)),
-        "dtype": config.training.dtype,
-    }
 
 
 class _Rows(Dataset[dict[int, Encoded]]):
@@ -136,9 +81,9 @@ def fill(config: RunConfig, processes: Processes) -> None:
     sources = open_sources(config.data.train, config.data.max_length)
     # As the run loads it: cut from its teacher, or with its tokenizer. One from a path needs no teacher.
     alone = config.student.path is not None and config.student.tokenizer != TEACHERS
-    model = load_models(config.model_copy(update={"teacher": None}) if alone else config, processes)[0]
+    model = Run(config.model_copy(update={"teacher": None}) if alone else config, processes).student
     model.to(processes.device)
-    identity = _identity(config, model)
+    identity = feature_identity(config, model)
     cast_parameters(model, dtype)
     model.eval()
     blank = _try(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,110 +21,33 @@ from data.images import load_image
 from data.loader import ProblemLog, problem_of
 from data.sources import Source, TextSource
 from data.workers import make_loader
-from vlm_distill.config.sections import CacheSection, RunConfig, TeacherSection
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import HiddenTargets
-from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import read_template
-from vlm_distill.models.fingerprint import digest_text, fingerprint
-from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import Processor
 from vlm_distill.models.teacher import (
-    CachedTeacher,
-    ModelTeacher,
+    Teacher,
     cached_fields,
     cached_values,
     describe_teacher,
     save_head,
     whole_head,
 )
-from vlm_distill.models.vocabulary import align_heads
+from vlm_distill.run import Run
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores
-from vlm_distill.training.build import build_terms, check_packing, load_student, load_teacher, open_sources, turns
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.training.compatibility import check_packing
+from vlm_distill.training.open_data import turns
 
-from .store import ABOUT, check_not_filling, check_room, compare, in_words, make_folder, read_about
+from .check_tokens import cache_sections, check_likeliest, compare_contents, identity
+from .store import ABOUT, check_room, in_words, make_folder, read_about
 from .token_records import TokenCache, TokenWriter, bytes_a_token, digest_of
 
 WHAT = "the teacher's outputs"
-_OF_FILES = ("weights", "configuration", "tokenizer", "image processor")
 # Samples of which the size of the whole is estimated, and micro-batches among which rows are sorted by length.
 _MEASURED, _WINDOW = 32, 64
 # Seconds between two lines about how far it is, and micro-batches after which ranks wait for each other.
 _TOLD_EVERY, _TOGETHER = 10.0, 64
-
-
-def _sections(config: RunConfig) -> tuple[TeacherSection, CacheSection]:
-    """The teacher and its cache."""
-    assert config.teacher is not None
-    assert config.teacher.cache is not None
-    return config.teacher, config.teacher.cache
-
-
-def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[str, str]:
-    """Everything that decides a cache's content beside the samples themselves, each a short text by its name.
-
-    What the teacher's files would say and are not here is left out.
-    """
-    teacher, cache = _sections(config)
-    assert teacher.path is not None
-    data = config.data
-    found = fingerprint(teacher.path)
-    if teacher.tokenizer is not None:
-        found["tokenizer"] = fingerprint(teacher.tokenizer).get("tokenizer", teacher.tokenizer)
-    if teacher.chat_template is not None:
-        found["chat template"] = digest_text(read_template(teacher.chat_template))
-    if teacher.template_arguments:
-        found["template arguments"] = json.dumps(teacher.template_arguments, sort_keys=True, default=str)
-    return {
-        "form": cache.form if cache.form == "hidden" else f"{cache.form} {cache.k}",
-        **found,
-        "dtype": str(DTYPES[teacher.dtype or config.training.dtype]).removeprefix("torch."),
-        "quantize": teacher.quantize or "none",
-        "data": ", ".join(f"{source.name} ({len(source)} rows)" for source in sources),
-        "data.max_length": str(data.max_length),
-        "data.answers": data.answers,
-        "data.turns": data.turns,
-        "data.template_text": data.template_text,
-        "data.max_prompt": str(data.max_prompt),
-        "data.max_response": str(data.max_response),
-    }
-
-
-def _compare(folder: Path, wanted: Mapping[str, str]) -> list[str]:
-    """What of the teacher's files could not be compared. Raises ``UserError`` where something differs."""
-    found = read_about(folder).get("identity", {})
-    unknown = [key for key in _OF_FILES if key in found and key not in wanted]
-    compare(folder, "contents", {k: v for k, v in found.items() if k not in unknown}, wanted)
-    return unknown
-
-
-def check_cache(config: RunConfig, sources: Sequence[Source | TextSource], teacher: CachedTeacher) -> list[str]:
-    """Remarks on a cache that a run is to learn from.
-
-    Raises:
-        UserError: it is of something else, not whole, or of likeliest tokens among others than the run compares.
-    """
-    cache, remarks = teacher.cache, list[str]()
-    unknown = _compare(cache.folder, identity(config, sources))
-    if unknown:
-        remarks.append(f"the teacher's {', '.join(unknown)} cannot be compared with the cache's: no such files here")
-    missing = len(cache.missing())
-    if missing:
-        check_not_filling(cache.folder, "teacher.cache")
-        raise UserError(
-            f"teacher.cache: {cache.folder} holds {sum(cache.sources.values()) - missing:,} of "
-            f"{sum(cache.sources.values()):,} rows; fill it: vlm-distill cache CONFIG"
-        )
-    stored, compared = cache.about["teacher"]["vocabulary"], teacher.head.vocabulary
-    if "hidden" not in cache.fields and compared != stored:
-        raise UserError(
-            f"teacher.cache: {cache.folder} holds the likeliest of {stored:,} tokens, and this student shares "
-            f"{compared:,} with the teacher; use form hidden, or name another folder"
-        )
-    if config.evaluation.teacher and (config.data.eval or config.evaluation.benchmarks):
-        remarks.append("the teacher is not evaluated: with teacher.cache it is never loaded")
-    return remarks
 
 
 @dataclass
@@ -232,26 +154,27 @@ def fill(config: RunConfig, processes: Processes) -> None:
     Raises:
         UserError: the cache is of something else, or has no room, or a row is a bad sample that must not be.
     """
-    _, section = _sections(config)
-    build_terms(config)
-    folder = Path(section.folder)
-    sources = open_sources(config.data.train, config.data.max_length)
+    _, section = cache_sections(config)
+    run = Run(config, processes)
+    _ = run.terms
+    folder, sources = Path(section.folder), run.sources
     wanted = identity(config, sources)
     if (folder / ABOUT).exists():
-        _compare(folder, wanted)
+        compare_contents(folder, wanted)
         if not TokenCache(folder).missing():
             if processes.first:
                 say(f"{folder} is whole: {TokenCache(folder).tokens:,} tokens")
             return
-    teacher = load_teacher(config, processes)
-    assert isinstance(teacher, ModelTeacher)  # one on a server has no cache
+    teacher = run.uncached.teacher
+    assert teacher is not None
+    assert teacher.model is not None
     check_packing(config.data.train, None, teacher.model, False)
-    _open(config, folder, sources, wanted, teacher, processes)
+    _open(run, folder, wanted, teacher, processes)
     cache = TokenCache(folder)
     # Rows that could not be used are tried again: an image may have been mended.
     micro = config.training.micro_batch_size or max(1, config.training.batch_size // processes.world)
     rows = _micro_batches(cache, sources, micro)
-    dataset = _Rows(config, sources, teacher.processor, rows)
+    dataset = _Rows(config, sources, teacher.model.processor, rows)
     missing = sum(map(len, rows))
     if processes.first:
         _estimate(cache, dataset, missing)
@@ -275,33 +198,27 @@ def fill(config: RunConfig, processes: Processes) -> None:
     _report(folder, processes.gather(problems), processes)
 
 
-def _open(
-    config: RunConfig,
-    folder: Path,
-    sources: Sequence[Source | TextSource],
-    wanted: Mapping[str, str],
-    teacher: ModelTeacher,
-    processes: Processes,
-) -> None:
+def _open(run: Run, folder: Path, wanted: Mapping[str, str], teacher: Teacher, processes: Processes) -> None:
     """Makes the folder if there is none, and agrees on the vocabulary that likeliest tokens are chosen from."""
-    _, section = _sections(config)
-    head, kept = teacher.model.head, None
+    config = run.config
+    _, section = cache_sections(config)
+    model, kept = teacher.model, None
+    assert model is not None
     if section.form == "topk":
         # The distribution is over the tokens that the student shares.
-        vocabulary = align_heads(load_student(config, teacher), teacher.model)
+        vocabulary = teacher.align(run.uncached.student)
         check_likeliest(section, vocabulary)
     else:
-        kept = whole_head(head)
+        kept = whole_head(model.head)
         vocabulary = len(kept["weight"])
     if processes.first and not (folder / ABOUT).exists():
         fields = cached_fields(kept, section.k, vocabulary)
-        parameters = sum(count_parameters(teacher.model).values())
         about = {
             "identity": dict(wanted),
-            "teacher": describe_teacher(teacher.model, parameters, vocabulary),
-            **TokenCache.describe({source.name: len(source) for source in sources}, config.data.max_length, fields),
+            "teacher": describe_teacher(teacher, vocabulary),
+            **TokenCache.describe({source.name: len(source) for source in run.sources}, config.data.max_length, fields),
         }
-        make_folder(folder, WHAT, about, lambda made: save_head(made, teacher.model, kept))
+        make_folder(folder, WHAT, about, lambda made: save_head(made, model, kept))
     processes.barrier()
     stored = read_about(folder)["teacher"]["vocabulary"]
     if stored != vocabulary:
@@ -309,12 +226,6 @@ def _open(
             f"{folder}: holds the likeliest of {stored:,} tokens, and this student shares {vocabulary:,} with the "
             "teacher; name another folder"
         )
-
-
-def check_likeliest(section: CacheSection, vocabulary: int) -> None:
-    """Raises ``UserError`` where no token would be left beside the likeliest."""
-    if section.form == "topk" and section.k >= vocabulary:
-        raise UserError(f"teacher.cache.k: {section.k} of {vocabulary:,} tokens; choose fewer, or form hidden")
 
 
 def _micro_batches(
@@ -353,7 +264,7 @@ def _estimate(cache: TokenCache, dataset: _Rows, count: int) -> None:
     check_room(cache.folder, WHAT, size, "choose form topk")
 
 
-def _write(writer: TokenWriter, teacher: ModelTeacher, found: _Batch, cache: TokenCache, processes: Processes) -> None:
+def _write(writer: TokenWriter, teacher: Teacher, found: _Batch, cache: TokenCache, processes: Processes) -> None:
     """One micro-batch through the teacher and into the cache."""
     batch = found.batch.to(processes.device)
     batch = replace(batch, teacher=batch.student)  # it is alone there

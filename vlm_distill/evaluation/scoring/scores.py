@@ -6,14 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Rules = Literal["vlmevalkit", "lmms-eval", "official"]
-
+from vlm_distill.config.fields import Rules as Rules
 
 Row = Mapping[str, Any]
-
-
 Table = Sequence[Row]
 
 

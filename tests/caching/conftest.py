@@ -1,0 +1,12 @@
+"""What the tests of caches share."""
+
+import pytest
+
+from vlm_distill.runtime.processes import Processes
+
+
+@pytest.fixture(scope="module")
+def processes():
+    opened = Processes("cpu")
+    yield opened
+    opened.close()
