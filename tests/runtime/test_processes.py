@@ -1,5 +1,6 @@
 """Ranks: their sums and seeds, the device that each takes, and the place where they meet."""
 
+import os
 import socket
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from data.errors import UserError
 from vlm_distill.runtime.processes import Processes, own_gpu
-from vlm_distill.runtime.slurm import first_host, port_of_step
+from vlm_distill.runtime.slurm import adopt_step, first_host, port_of_step
 
 
 @pytest.fixture
@@ -74,3 +75,15 @@ def test_steps_of_slurm_that_share_a_machine_meet_at_different_ports(monkeypatch
             found.add(port_of_step())
     assert len(found) == 6
     assert all(10_000 <= port < 29_000 for port in found)
+
+
+def test_a_task_of_srun_takes_its_rank_and_keeps_what_is_set(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    given = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+    for name, value in {**given, "SLURM_STEP_NODELIST": "gpu[03-04]", "MASTER_PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
+    adopt_step()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["5", "1", "8", "gpu03", "1234"]
