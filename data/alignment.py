@@ -58,10 +58,10 @@ def match_tokens(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> t
 
 
 def _by_piece(role: str, row: Encoded) -> dict[int, list[_Token]]:
-    assert row.places is not None, f"the {role}'s processor does not say where its tokens stand in the answers"
+    assert row.spans is not None, f"the {role}'s processor does not say where its tokens stand in the answers"
     found: dict[int, list[_Token]] = {}
     ids, ends = row.input_ids[row.supervised].tolist(), row.ends[row.supervised].tolist()
-    for number, (token, (piece, start, stop), end) in enumerate(zip(ids, row.places.tolist(), ends, strict=True)):
+    for number, (token, (piece, start, stop), end) in enumerate(zip(ids, row.spans.tolist(), ends, strict=True)):
         found.setdefault(piece, []).append(_Token(number, token, start, stop, end))
     return found
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .datasets_library import open_dataset
 from .errors import BadSample, UserError
+from .huggingface import without_media
 from .image_arrays import is_cifar, is_idx, open_cifar, open_idx
 from .image_lists import ANNOTATIONS, open_list
 from .image_values import images_of
@@ -28,8 +29,7 @@ from .labelled import (
     labels_of,
     read_classes,
 )
-from .places import SPLITS, check_regular, choose_split
-from .sources import without_media
+from .paths import SPLITS, check_regular, choose_split
 from .tar_images import TarImages
 from .tars import find_shards, is_shard_pattern
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .places import SPLITS, choose_split
+from .paths import SPLITS, choose_split
 
 _SUFFIXES = (".parquet", ".arrow")
 #: How the library names a part of a split: ``train-00000-of-00004``.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadSample, UserError
-from .places import check_regular
+from .paths import check_regular
 from .sources import IndexedFile
 from .tsv import table_records
 

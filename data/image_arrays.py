@@ -16,7 +16,7 @@ from PIL import Image
 
 from .errors import UserError
 from .labelled import LabelledImage, LabelledImages, Labels, read_classes
-from .places import choose_split
+from .paths import choose_split
 from .plain_pickle import read_plain_pickle
 
 #: The class names of Fashion-MNIST, as its README lists them.

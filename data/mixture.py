@@ -91,14 +91,14 @@ class Mixture(Generic[S]):
         self._longest = self._find_longest() if longest_first else 0
 
     @property
-    def epoch_rows(self) -> int:
+    def epoch_samples(self) -> int:
         """Rows of one epoch, the same in every epoch."""
         return sum(self._shares)
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch, the smaller last one counted."""
-        return math.ceil(self.epoch_rows / self.batch_size)
+        return math.ceil(self.epoch_samples / self.batch_size)
 
     def samples_of(self, step: int) -> list[tuple[int, int]]:
         """The (source, row) pairs of optimizer step ``step``, counted from 0 through all epochs."""
@@ -115,7 +115,7 @@ class Mixture(Generic[S]):
 
     def _find_longest(self) -> int:
         """The batch of the first epoch with the longest row. The smaller last batch is none: it stays the last."""
-        whole = self.epoch_rows // self.batch_size * self.batch_size
+        whole = self.epoch_samples // self.batch_size * self.batch_size
         if not whole:
             return 0
         rows = self._order(0)[:whole]
@@ -139,7 +139,7 @@ class Mixture(Generic[S]):
         """All rows of an epoch in order, numbered through all sources; the latest epoch is kept."""
         if self._epoch[0] != epoch:
             taken = [self._first[i] + self._deal(i, epoch) for i in range(len(self.sources))]
-            order = np.concatenate(taken)[self._random(0, epoch).permutation(self.epoch_rows)]
+            order = np.concatenate(taken)[self._random(0, epoch).permutation(self.epoch_samples)]
             self._epoch = (epoch, order)
         return self._epoch[1]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from .conversation import Conversation, ImageSource
 from .errors import BadSample, UserError
+from .huggingface import without_media
 from .image_values import images_of
-from .sources import Source, without_media
+from .sources import Source
 
 Row = dict[str, Any]
 

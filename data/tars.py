@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import BadSample, UserError
 from .labelled import is_image_name
-from .places import SPLITS, check_regular, choose_split
+from .paths import SPLITS, check_regular, choose_split
 
 _OPEN_SHARDS = 64  # a process may usually hold 1024 files open, and a rank has several workers
 #: The largest member that is read: what is larger is damaged, and would fill the memory.

@@ -19,8 +19,7 @@ import pandas as pd
 
 from .conversation import ImageSource
 from .errors import BadSample, UserError
-from .places import check_regular
-from .sources import MAX_LINE, bounded_lines
+from .paths import MAX_LINE, bounded_lines, check_regular
 from .tables import Row, Table
 
 #: A cell of ``image`` that is no longer holds the index of the row whose image is meant.
@@ -161,7 +160,7 @@ def table_records(
 
     Raises:
         UserError: the file is not UTF-8, a quotation mark is never closed, or a record is longer than
-            :data:`data.sources.MAX_LINE`.
+            :data:`data.paths.MAX_LINE`.
     """
     position = line = 0
     rows = -1  # the first record is the header

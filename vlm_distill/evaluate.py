@@ -230,7 +230,8 @@ def _check_together(options: argparse.Namespace) -> None:
 
 
 def _sources(options: argparse.Namespace) -> list[Any]:
-    from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
+    from data.opening import open_source, open_text
+    from data.plain_text import CHARACTERS_PER_TOKEN
     from vlm_distill.config.sections import Measure
     from vlm_distill.evaluation.held_out import OF_ANSWERS
 

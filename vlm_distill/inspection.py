@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from data.batch import Encoded, Problem
-from data.collate import Collator, Pair
+from data.collate import Collator
 from data.conversation import Conversation, Document
+from data.encoding import Pair
 from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
 from data.mixture import Mixture

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import DistillationBatch
-from vlm_distill.caching.token_records import CachedRows, Fields, TokenCache
+from vlm_distill.caching.cached_processor import CachedProcessor
+from vlm_distill.caching.token_records import Fields, TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
 from .composed import load_tokenizer
@@ -40,7 +41,7 @@ class Teacher(ABC):
         needs_images: whether it reads conversations with images from ``batch.conversations``, not from tokens.
     """
 
-    processor: Processor | CachedRows
+    processor: Processor | CachedProcessor
     needs_images: bool = False
 
     @property
@@ -103,11 +104,11 @@ class CachedTeacher(Teacher):
         parameters: how many the teacher has.
     """
 
-    processor: CachedRows
+    processor: CachedProcessor
 
     def __init__(self, folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> None:
         self.cache = TokenCache(folder)
-        self.processor = CachedRows(self.cache, load_tokenizer(str(folder / _TOKENIZER), trust_remote_code))
+        self.processor = CachedProcessor(self.cache, load_tokenizer(str(folder / _TOKENIZER), trust_remote_code))
         about = self.cache.about["teacher"]
         self.parameters: int = about["parameters"]
         self._ends = set(about["end_tokens"])

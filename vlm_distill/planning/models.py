@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.batch import DistillationBatch
-from data.collate import Collator, Pair
+from data.collate import Collator
+from data.encoding import Pair
 from data.errors import UserError
-from vlm_distill.caching.fill_features import sight_of
-from vlm_distill.caching.fill_tokens import check_likeliest
+from vlm_distill.caching.reading import check_top_k, frozen_vision
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Term
 from vlm_distill.models.common import DTYPES, first_line
@@ -76,7 +76,7 @@ class Models:
             teacher.align(self.student)
             self.likeliest = teacher.top
         elif self.cache is not None and self.cache.form == "topk":
-            check_likeliest(self.cache, self.student.head.vocabulary or 0)
+            check_top_k(self.cache, self.student.head.vocabulary or 0)
             self.likeliest = self.cache.k
         prepare_losses(self.terms, self.student, teacher if self.guides else None)
         #: The teacher is the student's own base.
@@ -113,7 +113,7 @@ class Models:
         own: Any = self.student.processor
         other: Any = teacher.processor if teacher is not None and self.guides else None
         if features:
-            sight_of(self.student)  # refuses as the run would
+            frozen_vision(self.student)  # refuses as the run would
             own = own.with_features(self._features)
             other = other.with_features(self._features) if self.same_encoder else other
         self.processors: tuple[Processor, Processor | None] = own, other

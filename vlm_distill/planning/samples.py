@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from data.batch import Encoded
-from data.collate import Pair
 from data.conversation import Conversation, Document
+from data.encoding import Pair
 from data.errors import BadSample, UserError
 from data.mixture import Mixture
-from data.sources import Source, TextSource
+from data.plain_text import TextSource
+from data.sources import Source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.interface import Processor
 from vlm_distill.training.build import image_loader, open_sources

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.collate import Turns, encode_pair
 from data.conversation import Conversation, ImageSource
+from data.encoding import Turns, encode_pair
 from data.errors import BadSample, UserError
 from data.images import load_image
-from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
+from data.opening import open_source, open_text
+from data.plain_text import CHARACTERS_PER_TOKEN, TextSource
+from data.sources import Source
 from vlm_distill import losses, models
+from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.store import ABOUT, check_not_filling
-from vlm_distill.caching.token_records import CachedRows
 from vlm_distill.config.sections import (
     TEACHERS,
     CacheSection,
@@ -356,7 +358,7 @@ def give_arguments(processor: Processor, section: ModelSection, role: str) -> No
 
 
 def template_remarks(
-    data: DataSection, student: Processor, teacher: Processor | CachedRows | None, grouped: bool
+    data: DataSection, student: Processor, teacher: Processor | CachedProcessor | None, grouped: bool
 ) -> list[str]:
     """Say what the chat templates decide about what is learnt, a line each."""
     remarks = []

@@ -18,7 +18,8 @@ from data.conversation import Conversation, Document, ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
 from data.loader import problem_of
-from data.sources import Source, TextSource
+from data.plain_text import TextSource
+from data.sources import Source
 from vlm_distill.config.sections import Measure, RunConfig, split_batch
 from vlm_distill.evaluation.benchmark import Benchmark
 from vlm_distill.evaluation.benchmark_run import open_benchmarks, published, run_benchmark, score_answers

@@ -266,7 +266,7 @@ class Loop(ABC):
         left_out = len(step.problems)
         step = self.prepare_step(step)
         counts = self.local_counts(step) | {"problems": len(step.problems), "waited": waited}
-        counts |= {"rows": step.rows, "left_out": left_out}
+        counts |= {"rows": step.consumed, "left_out": left_out}
         counts |= self.stopping.counts() | {"failed": self._failure is not None}
         totals = dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
         if totals["failed"]:
@@ -315,7 +315,7 @@ class Loop(ABC):
         self.tally.left_out += round(totals["left_out"] / shared)
         self.tally.empty_steps += empty
         limit, last = self.settings.data.max_bad, step.index + 1 == self.steps
-        if self.tally.exceeds(limit, self.dataset.mixture.epoch_rows, last=last):
+        if self.tally.exceeds(limit, self.dataset.mixture.epoch_samples, last=last):
             summary = self.processes.gather(self.problems and self.problems.summary())[0]
             raise too_many_left_out(self.tally, limit, summary)
 
@@ -533,10 +533,10 @@ class Loop(ABC):
         """Encode the first rows after step ``done``, and return what came of it."""
         found, mixture = FirstRows(), self.dataset.mixture
         rows = chain.from_iterable(mixture.samples_of(step) for step in range(done, self.steps))
-        for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_rows)):
+        for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_samples)):
             found.tried += 1
             try:
-                images, apart = self.dataset.try_row(source, row)
+                images, apart = self.dataset.try_sample((source, row))
             except BadSample as bad:
                 found.problems.append(problem_of(mixture.sources[source], row, bad, "skip"))
                 continue

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from data.batch import Encoded, Step
-from data.collate import Pair, Turns, encode_pair
 from data.conversation import Conversation, Document, ImageSource
+from data.encoding import Pair, Turns, encode_pair
 from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
 from vlm_distill.config.sections import RunConfig
@@ -125,7 +125,7 @@ class OnPolicy:
         elif kind == "replay":
             stream = self._random(step.index, "replay")
             entries = stream.sample(self.kept, len(self.dataset.mixture.samples_of(step.index)))
-            taken = self._step(step, [self._replayed(step, part) for part in self.dataset.deal(entries)])
+            taken = self._step(step, [self._replayed(step, part) for part in self.dataset.split.micro_batches(entries)])
         self.counted = {
             "on_policy": float(kind != "data"),
             "replayed": float(kind == "replay"),
@@ -200,7 +200,7 @@ class OnPolicy:
             batch = self.dataset.collator.batch(pairs)
             batches.append(replace(batch, drawn=True, conversations=conversations))
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
-        return replace(step, batches=batches, tokens=tokens, samples=[])
+        return replace(step, batches=batches, tokens=tokens, conversations=[])
 
     def _drawn(self, step: Step) -> list[list[tuple[_Prompt, list[int]]]]:
         """The step's own questions, with answers drawn now."""
@@ -210,12 +210,13 @@ class OnPolicy:
         sources = self.dataset.mixture.sources
         parts = [
             [(s, row) for s, row in part if (sources[s].name, sources[s].line(row)) not in bad]
-            for part in self.dataset.deal(self.dataset.mixture.samples_of(step.index))
+            for part in self.dataset.split.micro_batches(self.dataset.mixture.samples_of(step.index))
         ]
         prompts = [[prompt for prompt in self._prompts(step, part) if prompt is not None] for part in parts]
         waiting = [prompt for part in prompts for prompt in part]
         # The same number of calls on every rank: under ZeRO-3 they answer together.
-        calls = math.ceil(self.dataset.accumulation * self.dataset.micro_batch_size / self.settings.batch_size)
+        split = self.dataset.split
+        calls = math.ceil(split.accumulation * split.micro_batch_size / self.settings.batch_size)
         answers: list[Answer] = []
         for call in range(calls):
             asked = waiting[call * self.settings.batch_size : (call + 1) * self.settings.batch_size]

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from data.batch import DistillationBatch, Problem, Step
-from data.collate import Pair
+from data.collate import Collator
 from data.conversation import Conversation, Document, is_answer
+from data.encoding import Pair
 from data.errors import BadSample
-from data.loader import StepDataset
+from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
 from data.workers import make_loader
 from vlm_distill import losses
-from vlm_distill.caching.fill_features import training_processors
-from vlm_distill.caching.fill_tokens import check_cache
+from vlm_distill.caching.reading import check_tokens, training_processors
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
 from vlm_distill.models.common import DTYPES
@@ -110,7 +110,7 @@ class Trainer(Loop):
         if isinstance(self.teacher, ServedTeacher):
             self.teacher.align(student)
         elif isinstance(self.teacher, CachedTeacher):
-            self.told = [*self.told, *check_cache(config, sources, self.teacher)]
+            self.told = [*self.told, *check_tokens(config, sources, self.teacher)]
         shown_to = None if self.guide is None else self.guide.processor
         self.told = [*self.told, *template_remarks(config.data, student.processor, shown_to, self.grouped)]
         prepare_losses(terms, student, self.guide)
@@ -145,19 +145,16 @@ class Trainer(Loop):
                 window=packing.window,
                 longest_first=True,
             ),
-            *processors,
-            rank=processes.rank // config.training.sequence_parallel,
-            world=processes.world // config.training.sequence_parallel,
-            micro_batch_size=self.micro,
-            accumulation=self.accumulation,
-            max_length=data.max_length,
-            roots=[Path(root) for root in data.roots],
-            max_pixels=data.max_pixels,
+            Collator(*processors, data.max_length, turns(data), self.grouped, packing.packed),
+            StepSplit(
+                self.micro,
+                self.accumulation,
+                rank=processes.rank // config.training.sequence_parallel,
+                world=processes.world // config.training.sequence_parallel,
+            ),
+            load=self.load_image,
             on_bad=data.bad_samples,
-            keep_samples=self.guide is not None and self.guide.needs_images,
-            grouped=self.grouped,
-            turns=turns(data),
-            packed=packing.packed,
+            keep_conversations=self.guide is not None and self.guide.needs_images,
         )
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
