@@ -1,7 +1,16 @@
-"""The tiny processor, for the tests of caches."""
+"""What the tests of caches share: one rank, and a tiny processor."""
 
 import pytest
 from characters import CharacterProcessor
+
+from vlm_distill.training.engine import Processes
+
+
+@pytest.fixture(scope="module")
+def processes():
+    opened = Processes("cpu")
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
