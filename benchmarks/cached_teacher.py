@@ -36,8 +36,8 @@ from vlm_distill.caching.fill import fill
 from vlm_distill.config.file import load_config
 from vlm_distill.demo import prepare
 from vlm_distill.losses import TopKTargets
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "cached_teacher.csv"
 TEMPLATE = (

@@ -19,8 +19,8 @@ from typing import Any
 from vlm_distill import models
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 WORDS = [f"w{i}" for i in range(500)]
 

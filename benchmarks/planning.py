@@ -183,8 +183,8 @@ class _Live(TorchDispatchMode):
 
 def measure(config: RunConfig) -> int:
     """The peak of this rank's live tensor bytes in the second optimizer step."""
-    from vlm_distill.training.engine import Processes
-    from vlm_distill.training.trainer import Trainer
+    from vlm_distill.runtime.processes import Processes
+    from vlm_distill.trainer import Trainer
 
     processes = Processes(config.training.device)
     on_gpu = processes.device.type == "cuda"

@@ -20,8 +20,8 @@ from scoring_server import serving
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.served import ServedTeacher
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
-    ahead = ServedTeacher.asked_ahead
+    ahead = ServedTeacher.prefetch
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = tiny.write_data(folder / "data", rows=64, text_only=tuple(range(64)))
@@ -45,7 +45,7 @@ def main() -> None:
                 server.delay = 0.0
                 trainer = Trainer(RunConfig.model_validate(plain), processes)
                 server.delay = options.delay
-                ServedTeacher.asked_ahead = way or (lambda self, steps: iter(steps))  # type: ignore[method-assign]
+                ServedTeacher.prefetch = way or (lambda self, steps: iter(steps))  # type: ignore[method-assign]
                 trainer.run()
                 lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
                 ends = [line["seconds"] for line in lines if line["kind"] == "train"]

@@ -48,8 +48,8 @@ from transformers import (
 
 from vlm_distill.caching.fill import fill
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parent))
 from losses import peak_bytes, processor  # benchmarks/losses.py

@@ -53,7 +53,7 @@ from data.batch import Step
 from vision.config import ClassifierConfig
 from vision.loader import ImageBatch
 from vision.trainer import Trainer
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 sys.path.append(str(Path(__file__).parent))
 from losses import peak_bytes, processor  # benchmarks/losses.py
@@ -160,7 +160,7 @@ class Bench:
         self.images = write_images(images, case)
         self.trainer = our_trainer(case, self.images, folder / "run", processes)
         self.trainer.engine.train()
-        teacher = self.trainer.guide
+        teacher = self.trainer.loss_teacher
         assert teacher is not None
         inputs = self.trainer.student.inputs
         generator = torch.Generator().manual_seed(0)

@@ -25,10 +25,11 @@ from run_files import CLASSIFIER, GOOD, write
 from vision.config import ClassifierConfig
 from vision.train import check
 from vlm_distill import cli
+from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
-from vlm_distill.config.sections import RunConfig, split_batch
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.benchmarks import get
-from vlm_distill.training.build import build_terms
+from vlm_distill.training.terms import build_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

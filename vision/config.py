@@ -6,18 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vlm_distill.config.sections import (
-    DeepSpeedSection,
-    DType,
-    Fraction,
-    LossSection,
-    NotNegative,
-    Positive,
-    Section,
-    TrainingSection,
-    check_weights,
-    deepspeed_keys,
-)
+from vlm_distill.config import deepspeed_keys
+from vlm_distill.config.checks import check_weights
+from vlm_distill.config.fields import DType, Fraction, NotNegative, Positive, Section
+from vlm_distill.config.sections import DeepSpeedSection, LossSection, TrainingSection
 
 from .transforms import Augmentation, Erasing, Mixing
 

@@ -114,7 +114,7 @@ def train(job: Job) -> Path:
 
     config = load_config(configs_folder() / "demo" / "vision" / job.config, job.overrides, ClassifierConfig)
     # And here: a mistake in a configuration is told without waiting for DeepSpeed.
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
 
     from . import trainer
 

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """The model, and the teacher if there is one, on the data; scores are written and shown."""
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
 
     for name in ("limit", "batch_size", "num_classes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:

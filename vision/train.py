@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_distill import train
+from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
-from vlm_distill.config.sections import split_batch
 from vlm_distill.runtime.launch import leave
 
 from .config import ClassifierConfig

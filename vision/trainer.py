@@ -24,12 +24,14 @@ from vlm_distill.caching.store import fingerprint
 from vlm_distill.evaluation.runner import evenly_spaced
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
 from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
-from vlm_distill.training.engine import Engine, Processes
+from vlm_distill.training.engine import Engine
 from vlm_distill.training.intake import FIRST_ROWS, reasons
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.loss_mistakes import loss_mistakes
+from vlm_distill.training.optimizers import classifier_optimizer
 
 from . import losses
 from .classes import map_classes
@@ -38,7 +40,7 @@ from .config import ClassifierConfig, ClassifierSection
 from .device_views import DeviceViews
 from .ema import Average
 from .loader import ImageBatch, ImageSteps
-from .optimizer import Schedule, build_optimizer
+from .optimizer import Schedule
 from .predict import in_words, predict
 from .task import AnyTerm, BatchTerm, ClassificationTask
 
@@ -251,7 +253,7 @@ class Trainer(Loop):
                     model.compile()
         gather = processes.gather_rows if training.gather and processes.world > 1 else None
         task = ClassificationTask(student, terms, views=views, gather=gather)
-        optimizer = build_optimizer(task, config.optimizer, config.deepspeed.stage)
+        optimizer = classifier_optimizer(task.student.model, task.losses, config.optimizer, config.deepspeed.stage)
         self.engine = Engine(
             task, optimizer, config, processes, read_parameters=task.read_parameters(), autocast=self.dtype is not None
         )

@@ -18,7 +18,7 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms as torchvision_transforms
 
-from vlm_distill.config.sections import Section
+from vlm_distill.config.fields import Section
 
 from .inputs import InputSettings
 

@@ -149,7 +149,8 @@ def run(options: argparse.Namespace) -> None:
     from vlm_distill.models.common import DTYPES
     from vlm_distill.models.teacher import ModelTeacher
     from vlm_distill.models.vocabulary import align_heads
-    from vlm_distill.training.engine import Processes, load_sharded
+    from vlm_distill.runtime.processes import Processes
+    from vlm_distill.training.engine import load_sharded
 
     # Mistakes are reported before a model is loaded.
     options.model = model_of(options.model)
@@ -232,7 +233,7 @@ def _check_together(options: argparse.Namespace) -> None:
 def _sources(options: argparse.Namespace) -> list[Any]:
     from data.opening import open_source, open_text
     from data.plain_text import CHARACTERS_PER_TOKEN
-    from vlm_distill.config.sections import Measure
+    from vlm_distill.config.fields import Measure
     from vlm_distill.evaluation.held_out import OF_ANSWERS
 
     measures = options.measures.split(",")

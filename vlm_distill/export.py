@@ -100,14 +100,15 @@ def _student(run: Path) -> tuple[Any, Record | None]:
         raise UserError(f"{run}: nothing to export yet, neither a finished student nor a checkpoint")
     for path, reason in found.damaged.items():
         print(f"vlm-distill: {path.name} is damaged ({reason}); exporting {found.path.name}", file=sys.stderr)
-    from vlm_distill.training.build import load_models
-    from vlm_distill.training.engine import Processes, checkpoint_weights
+    from vlm_distill.run import Run
+    from vlm_distill.runtime.processes import Processes
+    from vlm_distill.training.engine import checkpoint_weights
 
     # The checkpoint's own: the run may have been started again with another stage since.
     record = Record.read(found.path)
     config = RunConfig.model_validate(record.configuration)
     processes = Processes("cpu")
-    model, _ = load_models(config, processes)
+    model = Run(config, processes).student
     weights = checkpoint_weights(found.path, config.deepspeed.stage)
     prefix = "student."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})

@@ -40,7 +40,7 @@ from vlm_distill.runtime.launch import guarded, leave
 
 if TYPE_CHECKING:
     from vlm_distill.models.interface import Answer, Prompt, VisionLanguageModel
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> None:
     if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     from vlm_distill.runtime.output import claim
-    from vlm_distill.training.build import image_loader, open_sources
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
+    from vlm_distill.training.open_data import image_loader, open_sources
 
     _check(config, options)
     sources: list[Any] = open_sources(config.data.train, config.data.max_length)
@@ -131,7 +131,7 @@ def _asks(
         about = f"{identity(section.path) if section.path else ''} {settings} {config.training.dtype}"
     if options.model is None and section is not None and section.server is not None:
         from vlm_distill.models.served import ServedAnswers
-        from vlm_distill.training.build import open_served
+        from vlm_distill.training.loading import open_served
 
         served, workers = open_served(section, section.server), section.server.workers
 
@@ -152,13 +152,13 @@ def _asks(
 def _load(config: RunConfig, name: str | None, processes: Processes) -> VisionLanguageModel:
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
-    from vlm_distill.models.teacher import ModelTeacher
-    from vlm_distill.training.build import load_teacher
+    from vlm_distill.run import Run
 
     if name is not None:
         return load_vlm(name, dtype=DTYPES[config.training.dtype]).to(processes.device).eval()
-    teacher = load_teacher(config, processes)
-    assert isinstance(teacher, ModelTeacher)
+    teacher = Run(config, processes).uncached.teacher
+    assert teacher is not None
+    assert teacher.model is not None
     return teacher.model
 
 

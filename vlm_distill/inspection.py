@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from PIL import Image
 
 from data.batch import Encoded, Problem
@@ -17,21 +15,12 @@ from data.conversation import Conversation, Document
 from data.encoding import Pair
 from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
-from data.mixture import Mixture
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.interface import Processor
-from vlm_distill.models.served import ServedTeacher
-from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
-from vlm_distill.training.build import (
-    build_terms,
-    image_loader,
-    load_models,
-    open_sources,
-    pair_vocabularies,
-    turns,
-)
+from vlm_distill.run import Run
+from vlm_distill.training.open_data import turns
 
 
 @dataclass
@@ -66,25 +55,17 @@ class Inspection:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
         self.log, self.samples = ProblemLog(), 0
-        self.sources = open_sources(config.data.train, config.data.max_length)
-        self.load_image = image_loader(config.data)
         if config.teacher is not None:
-            plain = config.teacher.model_copy(update={"cache": None, "placement": "replicate", "quantize": None})
+            plain = config.teacher.model_copy(update={"cache": None, "quantize": None})
             config = config.model_copy(update={"teacher": plain})
-        terms = build_terms(config)
-        here: Any = SimpleNamespace(device=torch.device("cpu"))
+        self.run = Run(config)
+        self.sources = self.run.sources
         with Weightless():
-            student, teacher = load_models(config, here)
-            if isinstance(teacher, ModelTeacher):
-                grouped = pair_vocabularies(config, student, teacher.model, terms)
-            else:
-                grouped = False
-                if isinstance(teacher, ServedTeacher):
-                    teacher.align(student)
+            grouped, student, teacher = self.run.grouped, self.run.student, self.run.loss_teacher
         self.processors: dict[str, Processor] = {"student": student.processor}
-        if isinstance(teacher, ModelTeacher | ServedTeacher) and any("teacher" in term.loss.needs for term in terms):
+        if teacher is not None:
+            assert isinstance(teacher.processor, Processor)  # no cache is opened here
             self.processors["teacher"] = teacher.processor
         both = self.processors["student"], self.processors.get("teacher")
         self.collator = Collator(*both, config.data.max_length, turns(config.data), grouped)
@@ -122,9 +103,7 @@ class Inspection:
 
     def _first(self, count: int) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0
-        weights = [section.weight for section in self.config.data.train]
-        mixture = Mixture(self.sources, weights, seed=self.config.training.seed, batch_size=count, window=0)
-        return (self._read(source, row) for source, row in mixture.samples_of(0))
+        return (self._read(source, row) for source, row in self.run.first_rows(count))
 
     def _every(self) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0
@@ -138,7 +117,7 @@ class Inspection:
             read.sample = source[row]
             read.line = read.sample.line or read.line
             if isinstance(read.sample, Conversation):
-                read.images = [self.load_image(image) for image in read.sample.images]
+                read.images = [self.run.load_image(image) for image in read.sample.images]
             read.pairs = self.collator.encode(read.sample, read.images)
         except BadSample as bad:
             read.problem = problem_of(source, row, bad, "skip")

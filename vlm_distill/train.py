@@ -24,7 +24,7 @@ from vlm_distill.runtime.launch import guarded, leave
 def main(
     arguments: Sequence[str] | None = None,
     kind: type[Any] = RunConfig,
-    trainer: str = "vlm_distill.training.trainer",
+    trainer: str = "vlm_distill.trainer",
     work: str = "train",
 ) -> int:
     """Trains; returns the exit code.
@@ -46,7 +46,7 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> No
     if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Imported late: DeepSpeed chooses its accelerator when it is imported, and takes seconds.
-    from vlm_distill.training.engine import Processes
+    from vlm_distill.runtime.processes import Processes
 
     run = getattr(import_module(trainer), work)
     from vlm_distill.runtime.failures import explain, start_again

@@ -3,7 +3,7 @@
 import pytest
 from characters import CharacterProcessor
 
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 
 @pytest.fixture(scope="module")

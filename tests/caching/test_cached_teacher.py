@@ -23,9 +23,9 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.inspection import Inspection
 from vlm_distill.models import build_vlm
 from vlm_distill.models.fingerprint import fingerprint
-from vlm_distill.training import build
-from vlm_distill.training.operations import Operations
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
+from vlm_distill.training import loading
+from vlm_distill.training.flops import StepFlops
 
 
 @pytest.fixture(scope="session")
@@ -124,8 +124,8 @@ def test_the_teacher_itself_is_never_loaded(cached, processes, monkeypatch, capf
     folder, make = cached
     (folder / "teacher/model.safetensors").unlink()
     loaded = []
-    load = build.load_model
-    monkeypatch.setattr(build, "load_model", lambda *words: loaded.append(words[0]) or load(*words))
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *words: loaded.append(words[0]) or load(*words))
     config = make(data__eval=[{"path": str(folder / "data/data.jsonl"), "name": "questions"}])
     trainer = Trainer(config, processes)
     assert [section.path for section in loaded] == [None]  # the student's
@@ -142,8 +142,8 @@ def test_the_teacher_itself_is_never_loaded(cached, processes, monkeypatch, capf
 def test_its_head_is_all_of_the_teacher_that_is_counted(cached, processes):
     trainer = Trainer(cached[1](), processes)
     batch = trainer.dataset[0].batches[0]
-    student = Operations(trainer.student, None, processes.device, bf16=False).of(batch)
-    assert trainer.operations.of(batch) - student == 2 * len(batch.targets) * trainer.teacher.head.parameters[0].numel()
+    student = StepFlops(trainer.student, None, processes.device, bf16=False).count(batch)
+    assert trainer.flops.count(batch) - student == 2 * len(batch.targets) * trainer.teacher.head.parameters[0].numel()
 
 
 def spoil_weights(folder):
@@ -322,8 +322,8 @@ def test_losses_that_need_more_than_is_cached_are_refused(own, processes, cache,
     ("section", "values", "message"),
     [
         ("student", {"from_teacher": {"layers": 1}}, "which teacher.cache never loads"),
-        ("evaluation", {"measures": ["kl"]}, "kl asks the teacher itself"),
-        ("teacher", {"decoder": {"name": "x"}, "cache": {"folder": "y"}}, "only a teacher with a path"),
+        ("evaluation", {"measures": ["kl"]}, "'kl' runs the teacher, which teacher.cache never loads"),
+        ("teacher", {"decoder": {"name": "x"}, "cache": {"folder": "y"}}, "a cache records its teacher by path"),
         ("teacher", {"from_student": True, "cache": {"folder": "y"}}, "leave cache out"),
         ("teacher", {"path": "x", "cache": {"folder": "y", "form": "logits"}}, "teacher.cache.form"),
     ],

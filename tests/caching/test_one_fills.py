@@ -20,7 +20,7 @@ from vlm_distill.caching.store import filling
 from vlm_distill.caching.token_records import TokenCache
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.launch import launch
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
 
 KEYS = ["teacher.cache", "student.vision_cache"]
 

@@ -11,15 +11,14 @@ from counted_runs import trained
 from PIL import Image
 
 from data.errors import UserError
+from vlm_distill import run as module
 from vlm_distill.caching.fill import fill
 from vlm_distill.caching.image_features import FeatureCache
 from vlm_distill.caching.record_files import RecordWriter
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
-from vlm_distill.planning import models as planned_models
 from vlm_distill.planning import plan
-from vlm_distill.training import trainer as module
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
 
 PARTS = ["projector", "decoder"]
 
@@ -73,7 +72,7 @@ def test_the_encoder_does_not_run_and_nothing_else_changes(folder, processes, ca
         assert gap.float().mean() < 1e-3 if name == "bf16" else gap.max() < tolerance, key
     assert cached.flops < live.flops
     # One encoder lies there once; of models that have one each, two.
-    ours, theirs = (m.vision_encoder for m in (cached.trainer.student, cached.trainer.guide.model))
+    ours, theirs = (m.vision_encoder for m in (cached.trainer.student, cached.trainer.loss_teacher.model))
     together = [a.data_ptr() == b.data_ptr() for a, b in zip(ours.parameters(), theirs.parameters(), strict=False)]
     assert all(together) if not teacher_runs else not any(together)
     capsys.readouterr()
@@ -255,7 +254,7 @@ def test_the_plan_of_models_of_transformers(folder, family, monkeypatch, tmp_pat
         return plan(settings(folder, tmp_path / "run", cache, **changes), device="cpu", memory=1)
 
     once, never = planned(), planned(tmp_path / "cache")
-    monkeypatch.setattr(planned_models, "sees_as", lambda *_: False)
+    monkeypatch.setattr(module, "sees_as", lambda *_: False)
     twice = planned()
     assert never.flops < once.flops < twice.flops
     # For each of an image's tokens three features of 32 numbers, two of them for deeper layers.

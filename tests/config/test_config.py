@@ -8,11 +8,12 @@ from run_files import CLASSIFIER, GOOD, write
 
 from data.errors import UserError
 from vision.config import ClassifierConfig
+from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config, read_saved, save_config
-from vlm_distill.config.sections import RunConfig, split_batch
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Standardised
-from vlm_distill.training.build import build_terms
 from vlm_distill.training.on_policy import check_on_policy
+from vlm_distill.training.terms import build_terms
 
 
 @pytest.mark.parametrize(
@@ -40,14 +41,14 @@ from vlm_distill.training.on_policy import check_on_policy
         (
             {"student": {"from_teacher": {"layers": 2}}, "teacher": {"path": "a", "placement": "shard"}},
             [],
-            ["no student can be cut from a sharded teacher"],
+            ["a student cannot be cut from a sharded teacher"],
         ),
         (
             {"student": {"name": "resnet20"}},
             [],
             ["this file configures an image classifier"],
         ),
-        ({"evaluation": {"measures": ["kl"]}, "teacher": None}, [], ["kl is that from a teacher, and there is none"]),
+        ({"evaluation": {"measures": ["kl"]}, "teacher": None}, [], ["measures: 'kl' needs a teacher section"]),
         ({"deepspeed": {"stage": 4}}, [], ["deepspeed.stage", "4"]),
         ({"deepspeed": {"stage": 2, "zero_optimization": {"stage": 3}}}, [], ["is another one than stage"]),
         ({}, ["training.steps"], ["section.key=value"]),
@@ -297,16 +298,16 @@ OWN = {"teacher": {"from_student": True}}
     [
         ({"student": {**LORA, "train": ["decoder"]}}, "train and lora.parts both name the decoder"),
         ({"student": {"path": "base", "lora": {"rnk": 8}}}, r"student\.lora\.rnk: unknown key; did you mean 'rank'"),
-        ({"student": {"decoder": {"config": {}}, "lora": {"merge": False}}}, "whose base must be on disk"),
+        ({"student": {"decoder": {"config": {}}, "lora": {"merge": False}}}, "an adapter refers to a base on disk"),
         ({"student": {"path": "base", "quantize": "nf4"}}, "add lora, or leave quantize out"),
         ({"student": {**LORA, "quantize": "nf4"}}, "set lora.merge to false"),
         (
             {"student": {"path": "b", "quantize": "nf4", "lora": {"merge": False}}, "deepspeed": {"stage": 3}},
-            "ZeRO-3 does not shard weights of 4 bits",
+            "ZeRO-3 cannot shard 4-bit weights",
         ),
         ({**OWN, "student": {"path": "base"}}, "from_student needs a student trained by student.lora alone"),
         ({**OWN, "student": {**LORA, "train": ["projector"]}}, "needs a student trained by student.lora alone"),
-        ({**OWN, "student": {"from_teacher": {"layers": 2}, "lora": {}}}, "one of the two must be on disk"),
+        ({**OWN, "student": {"from_teacher": {"layers": 2}, "lora": {}}}, "one of the two models must be on disk"),
         ({"student": LORA, "teacher": {"from_student": True, "dtype": "bf16"}}, "leave dtype out"),
         (
             {"student": LORA, "teacher": {"from_student": True, "path": "x"}},

@@ -14,9 +14,10 @@ from data.errors import UserError
 from vision.config import ClassifierConfig
 from vision.train import check
 from vlm_distill import cli
+from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
-from vlm_distill.config.sections import RunConfig, split_batch
-from vlm_distill.training.build import build_terms
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.training.terms import build_terms
 
 VLM = {
     "student": {"path": "student", "lora": {"rank": 4, "parts": ["projector"]}, "train": ["decoder"]},

@@ -7,8 +7,10 @@ from run_files import CLASSIFIER, write
 
 from data.errors import UserError
 from vision.config import ClassifierConfig
+from vlm_distill.config import deepspeed_keys
+from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
-from vlm_distill.config.sections import RunConfig, deepspeed_keys, split_batch
+from vlm_distill.config.sections import RunConfig
 
 TRAINING = {"training": {"steps": 6, "batch_size": 8, "micro_batch_size": 2, "dtype": "fp32"}}
 BF16 = {"training": {**TRAINING["training"], "dtype": "bf16"}}
@@ -153,7 +155,7 @@ def test_a_file_of_deepspeed_is_read_and_overrides_lie_on_top(tmp_path):
         ("{", "not readable as JSON"),
         ("[1]", "a mapping"),
         ('{"stage": NaN}', "no finite number"),
-        ('{"stage": 1, "stage": 2}', "stage stands there twice"),
+        ('{"stage": 1, "stage": 2}', "stage is there twice"),
     ):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UserError, match=says):

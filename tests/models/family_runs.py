@@ -12,8 +12,8 @@ import tiny
 
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.launch import leave
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 
 def main(folder: Path) -> None:

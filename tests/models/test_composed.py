@@ -13,7 +13,7 @@ from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.chat import IMAGE
-from vlm_distill.training.operations import Costs
+from vlm_distill.training.flops import ModelFlops
 
 PROJECTORS = {
     "linear": {"type": "linear"},
@@ -148,14 +148,14 @@ def test_operations_are_those_that_pytorch_counts(kind, tower, settings, tokeniz
     rows = [model.processor.encode(talk([None, "What?"], "It is red."), [picture(i)]) for i in range(3)]
     inputs = model.processor.collate(rows)
     real = multiplied(model, inputs)
-    costs = Costs(model, trains=False)
-    counted = costs.of(ModelBatch(inputs, *[torch.arange(0)] * 3, 0))
+    costs = ModelFlops(model, trains=False)
+    counted = costs.count(ModelBatch(inputs, *[torch.arange(0)] * 3, 0))
     for part, operations in counted.items():
         if part in real and (tower, part) != ("convnet", "vision_encoder"):
             assert operations == pytest.approx(real[part], rel=0.08), part
     assert (counted["vision_encoder"] > 0) == (tower == "vit")  # of a convolutional one they are not known
     features = torch.stack(model.encode_images(rows))
-    known = costs.of(ModelBatch({**inputs, "vision_features": features}, *[torch.arange(0)] * 3, 0))
+    known = costs.count(ModelBatch({**inputs, "vision_features": features}, *[torch.arange(0)] * 3, 0))
     assert known == {**counted, "vision_encoder": 0}
 
 

@@ -24,7 +24,7 @@ from vlm_distill.models import load_vlm
 from vlm_distill.models.features import SIGHT
 from vlm_distill.models.pretrained import Expanded
 from vlm_distill.models.shared_vision import handed_on
-from vlm_distill.training.operations import Costs
+from vlm_distill.training.flops import ModelFlops
 
 HERE = Path(__file__).parent
 PALIGEMMA = ("paligemma", "paligemma2")
@@ -122,7 +122,7 @@ def test_operations_are_those_that_pytorch_counts(name, load, samples):
     model = load(name)
     collator = Collator(model.processor, None, 2048)
     rows = collator.batch([pair for sample in samples(name) for pair in collator.encode(*sample)]).student
-    counted = Costs(model, trains=False).of(rows)
+    counted = ModelFlops(model, trains=False).count(rows)
     if name == "paligemma2":  # whose soft-cap keeps attention from being fused, so that PyTorch counts it
         counted["decoder"] += counted["attention"]
     for part, real in multiplied(model, rows.inputs).items():

@@ -44,7 +44,7 @@ def test_packed_equals_padded(load, talk, picture, student_name, teacher_name, p
     assert plan.packed == packs
     assert plan.window == (0 if all(packs) else WINDOW)
     padded = [role for role, packed in zip(("student", "teacher"), packs, strict=True) if not packed]
-    assert [line.split()[2] for line in plan.told] == padded
+    assert [line.split()[2] for line in plan.remarks] == padded
 
     teacher = ModelTeacher(model)
     samples = [
@@ -82,6 +82,6 @@ def test_packed_equals_padded(load, talk, picture, student_name, teacher_name, p
 def test_a_window_that_was_asked_for_stays(load):
     plan = plan_packing(section(data__length_window=5), load("gemma3", "student"), None)
     assert (plan.packed, plan.window) == ((False, False), 5)
-    assert "within 5 batches" in plan.told[0]
+    assert "within 5 batches" in plan.remarks[0]
     off = tiny.config("run", "data.jsonl", "teacher", data__length_window=5)
     assert plan_packing(RunConfig.model_validate(off).data, None, None).window == 5

@@ -14,8 +14,8 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.quantize import quantization
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 # Bytes of a weight, and the most that logits of its like may be off, as a share of their spread.
 KINDS = {"int8": (1, 0.1), "nf4": (0.5, 0.5), "fp8": (1, 0.3)}

@@ -11,8 +11,8 @@ from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.models.sequence_parallel import SequenceParallel
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_what_only_long_sequences_would_show_is_known(tmp_path, processes, setti
 )
 def test_runs_that_need_whole_sequences(tmp_path, processes, monkeypatch, loss, data, message):
     monkeypatch.setattr(processes, "world", 2)
-    monkeypatch.setattr(Processes, "share_sequences", lambda self, size: SequenceParallel(None, 0, size))
+    monkeypatch.setattr(Processes, "neighbours", lambda self, size: None)
     talks = tiny.write_data(tmp_path / "data", text_only=tuple(range(24)))
     source = {"path": str(tiny.write_text(tmp_path / "text")), **data} if data else {"path": str(talks)}
     student = {"decoder": tiny.settings()["decoder"]}

@@ -18,8 +18,8 @@ from vlm_distill.models import load_vlm
 from vlm_distill.models.composed import ComposedProcessor
 from vlm_distill.models.interface import Answer
 from vlm_distill.models.served import ServedModel, ServedTeacher, _read_answer
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def losses(run):
 def test_targets_are_those_of_the_logits(folder, server, model):
     here = trainer(folder, None, "here", loss=[{"name": "forward_kl"}])
     batch = here.dataset[0].batches[0]
-    hidden = here.guide.outputs(batch).targets
+    hidden = here.loss_teacher.outputs(batch).targets
     expected = TopKTargets.of(hidden.head.logits(hidden.hidden), 5)
     found = served(server, model).outputs(batch).targets
     assert torch.equal(found.ids, expected.ids)
@@ -97,7 +97,7 @@ def test_targets_are_those_of_the_logits(folder, server, model):
 def test_ids_that_the_student_lacks_are_left_out_as_a_cut_head_does(folder, server, model):
     here = trainer(folder, None, "cut", loss=[{"name": "forward_kl"}])
     batch = here.dataset[0].batches[0]
-    hidden = here.guide.outputs(batch).targets
+    hidden = here.loss_teacher.outputs(batch).targets
     logits = hidden.head.logits(hidden.hidden)
     n = logits.shape[-1] - 3
     teacher = served(server, model, top=logits.shape[-1])
@@ -175,7 +175,7 @@ def test_another_chat_template_there_is_told(tmp_path, template, tells_ids):
         plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 1}
         run = Trainer(RunConfig.model_validate(plain), opened())
         with pytest.raises(UserError, match="chat template is not that of"):
-            run.guide.outputs(run.dataset[0].batches[0])
+            run.loss_teacher.outputs(run.dataset[0].batches[0])
 
 
 def test_a_start_token_that_no_template_writes_is_there_too(tmp_path):
@@ -193,7 +193,7 @@ def test_a_start_token_that_no_template_writes_is_there_too(tmp_path):
         run = Trainer(RunConfig.model_validate(plain), opened())
         rows = run.dataset[0].batches[0]
         assert rows.teacher.inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
-        assert len(run.guide.outputs(rows).targets.ids) == len(rows.teacher.positions)
+        assert len(run.loss_teacher.outputs(rows).targets.ids) == len(rows.teacher.positions)
 
 
 def test_a_conversation_goes_to_the_server_with_all_that_a_template_reads(tmp_path, talk):
@@ -218,7 +218,7 @@ def test_a_sample_that_the_server_refuses_is_named(tmp_path):
         run = Trainer(RunConfig.model_validate(plain), opened())
         server.refused = {"messages": 400}
         with pytest.raises(UserError, match=r"^data, line [1-4]: teacher.server: .* HTTP 400 .*; leave it out"):
-            run.guide.outputs(run.dataset[0].batches[0])
+            run.loss_teacher.outputs(run.dataset[0].batches[0])
 
 
 def test_a_model_that_no_server_loads_is_told(tmp_path, server):
@@ -273,8 +273,10 @@ def test_requests_are_under_way_at_once_and_while_the_student_learns(folder, ser
     run = trainer(folder, server, "ahead", **changes)
     server.delay, asked = 0.2, len(server.bodies)
     ahead = []
-    learn = Trainer.learn
-    monkeypatch.setattr(Trainer, "learn", lambda *given: ahead.append(len(run.guide._ahead)) or learn(*given))
+    forward = Trainer.forward_batch
+    monkeypatch.setattr(
+        Trainer, "forward_batch", lambda *given: ahead.append(len(run.loss_teacher._ahead)) or forward(*given)
+    )
     run.run()
     # Four micro-batches of two samples are a step. While one is learnt, the next step's are on their way too.
     assert ahead == [8, 7, 6, 5] * 2 + [4, 3, 2, 1]
@@ -293,7 +295,7 @@ def test_a_step_without_a_sample_leaves_no_reply_behind(folder, server, tmp_path
     run.run()
     assert 0 < run.tally.empty_steps < 12
     assert len(server.bodies) - asked == 12 - run.tally.empty_steps
-    assert not run.guide._ahead
+    assert not run.loss_teacher._ahead
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,13 @@ from data.errors import UserError
 from vlm_distill import cli
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
-from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.planning import plan
 from vlm_distill.planning.models import Models
 from vlm_distill.planning.simulation import Meter
 from vlm_distill.reporting.report import write_report
 from vlm_distill.runtime.launch import reserved_port
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer, train
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer, train
 
 benchmark = by_path.load(Path(__file__).parents[2] / "benchmarks" / "planning.py")
 SLOW = pytest.mark.slow
@@ -269,7 +268,7 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
             {"on_policy": {"fraction": 0.5}, "loss": [{"name": "cross_entropy"}]},
             "reads right answers",
         ),
-        ("llama", "llama", {"on_policy": {"fraction": 0.5}, "data": "text"}, "plain text, which nobody answers"),
+        ("llama", "llama", {"on_policy": {"fraction": 0.5}, "data": "text"}, "plain text and has no questions"),
         ("llama", "llama", {"training__sequence_parallel": 2, "data__packing": True}, "a divided one has one sample"),
         ("llama", "llama", {"training__sequence_parallel": 2, "data": "text"}, "a divided one has one sample"),
         (
@@ -308,8 +307,7 @@ def test_what_a_run_refuses_is_refused_by_its_plan(models, monkeypatch, student,
     ranks = config.training.sequence_parallel
     with pytest.raises(UserError, match=message) as planned:
         plan(config, gpus=ranks)
-    group = SequenceParallel(None, 0, ranks) if ranks > 1 else None  # the others are not here
-    monkeypatch.setattr(Processes, "share_sequences", lambda self, size: group)
+    monkeypatch.setattr(Processes, "neighbours", lambda self, size: None)  # the others are not here
     processes = Processes("cpu")
     processes.world = ranks
     try:

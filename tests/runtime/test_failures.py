@@ -18,8 +18,9 @@ import yaml
 from vlm_distill import train
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.training.engine import Engine, Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
+from vlm_distill.training.engine import Engine
 
 _ROOT = Path(__file__).parents[2]
 
@@ -134,14 +135,14 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(run, tmp_p
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_vanished_data_file_is_named(run, tmp_path, monkeypatch, workers):
-    stepped = Trainer.stepped
+    after_update = Trainer.after_update
     path = tmp_path / "data" / "data.jsonl"
 
     def remove(self, step):
-        stepped(self, step)
+        after_update(self, step)
         path.unlink(missing_ok=True)
 
-    monkeypatch.setattr(Trainer, "stepped", remove)
+    monkeypatch.setattr(Trainer, "after_update", remove)
     code, line = run(data__workers=workers, data__prefetch=1, training__steps=20)
     assert code == 2
     assert f"{path} cannot be read any more: No such file or directory; put it back" in line
@@ -153,7 +154,7 @@ def test_a_data_file_cut_short_is_named_and_not_taken_for_bad_samples(run, tmp_p
     def cut(self, step):
         os.truncate(path, 10)
 
-    monkeypatch.setattr(Trainer, "stepped", cut)
+    monkeypatch.setattr(Trainer, "after_update", cut)
     code, line = run()
     assert code == 2
     assert f"{path} ends before its line " in line
@@ -167,7 +168,7 @@ def test_a_killed_worker_is_told_in_one_line(run, monkeypatch):
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(Trainer, "stepped", kill)
+    monkeypatch.setattr(Trainer, "after_update", kill)
     code, line = run(data__workers=1, data__prefetch=1, training__steps=50)
     assert code == 2
     assert "a worker that reads the data (process " in line
@@ -190,13 +191,13 @@ class Full:
     """A student's forward for which memory ends where a micro-batch has more than so many rows."""
 
     def __init__(self, rows):
-        self.rows, self.learn = rows, Trainer.forward_batch
+        self.rows, self.forward = rows, Trainer.forward_batch
 
     def __get__(self, trainer, _):
         def forward_batch(step, micro, scales):
             if step.index >= 2 and micro.samples > self.rows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-            return self.forward_batch(trainer, step, micro, scales)
+            return self.forward(trainer, step, micro, scales)
 
         return forward_batch
 
@@ -225,7 +226,7 @@ def test_the_cpus_memory_ends_alike(run, monkeypatch):
     monkeypatch.setattr(Trainer, "forward_batch", lambda *_: torch.empty(10**15))
     code, line = run(training__micro_batch_size=1, training__on_oom="halve")
     assert code == 3
-    assert "training.on_oom: halve has nothing left, the micro-batch is 1" in line
+    assert "training.on_oom: halve cannot help, the micro-batch is already 1" in line
 
 
 def command(broken, *words):
@@ -240,7 +241,7 @@ def command(broken, *words):
 
 
 PATCHED = (
-    "from vlm_distill import launch; real = launch.launch; "
+    "from vlm_distill.runtime import launch; real = launch.launch; "
     "launch.launch = lambda module, words, n: real('broken_ranks', words, n)"
 )
 

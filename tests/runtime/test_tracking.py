@@ -41,7 +41,7 @@ def test_tensorboard_is_written(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     with Tracker(tmp_path, 10, 0, first=False, wandb=False, settings={}) as tracker:
         tracker.log("train", 1, {"loss": 1.0})
-        tracker.show(1, {"loss": 1.0})
+        tracker.show(1, "loss 1")
         tracker.say("hello")
     assert list(tmp_path.iterdir()) == []
 
@@ -92,7 +92,7 @@ def test_square_brackets_are_printed_as_they_are(tmp_path, capsys):
     with Tracker(folder, 10, 0, first=True, wandb=False, settings={}) as tracker:
         tracker.say("[/red] written to [data] :smile:")
         tracker.warn("no [/] such")
-        tracker.show(10, {"a[/]": 1.0})
+        tracker.show(10, "a[/] 1")
     told = capsys.readouterr().err
     assert "[/red] written to [data] :smile:" in told
     assert "warning: no [/] such" in told

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 from vlm_distill.models.pretrained import PretrainedVLM
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
 
 
 def trained(config, processes):
@@ -19,7 +19,7 @@ def trained(config, processes):
 
     hooks = [
         _encoder(model).register_forward_hook(count(who))
-        for who, model in (("student", trainer.student), ("teacher", trainer.guide.model))
+        for who, model in (("student", trainer.student), ("teacher", trainer.loss_teacher.model))
     ]
     # Training alone is counted.
     trainer.introduce = lambda *_: None

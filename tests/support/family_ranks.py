@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.runtime.launch import leave
-from vlm_distill.training.engine import Processes, load_sharded
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
+from vlm_distill.training.engine import load_sharded
 
 FAMILIES = ("qwen2_5_vl", "gemma3", "smolvlm", "internvl", "qwen3_vl")
 STAGES = (0, 2, 3)

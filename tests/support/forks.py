@@ -61,7 +61,7 @@ def main():
     import torch.utils.tensorboard  # noqa: F401
 
     import vision.trainer  # noqa: F401
-    import vlm_distill.training.trainer  # noqa: F401
+    import vlm_distill.trainer  # noqa: F401
     from vlm_distill.runtime.launch import reserved_port
 
     replies = os.fdopen(os.dup(1), "w")

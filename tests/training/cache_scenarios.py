@@ -23,9 +23,9 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models.teacher import ModelTeacher, TeacherOutputs
 from vlm_distill.runtime.launch import leave
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 from vlm_distill.training import engine
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
 
 K = 5
 # Runs with the teacher itself; each is followed by one from a cache, NAME_cached.
@@ -126,7 +126,7 @@ class LiveTopK(ModelTeacher):
 def run(settings: RunConfig, processes: Processes) -> dict[str, Any]:
     trainer = Trainer(settings, processes)
     if "topk" in settings.output and settings.teacher.cache is None:
-        trainer.guide = LiveTopK(trainer.teacher.model)
+        trainer.loss_teacher = LiveTopK(trainer.teacher.model)
     assert (settings.teacher.cache is None) == isinstance(trainer.teacher, ModelTeacher)
     folder = trainer.run()
     state = trainer.engine.whole_state(trainer.student)

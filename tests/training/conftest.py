@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.launch import leave
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 from vlm_distill.training import engine
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
 
 # ZeRO-3 shards the smallest parameters too, which DeepSpeed would keep whole.
 WHOLLY_SHARDED = {"stage3_param_persistence_threshold": 0}
@@ -324,7 +324,7 @@ def held_out(trainer: Trainer, processes: Processes) -> float:
     trainer.engine.train(False)
     sums = []
     for batch in trainer.dataset[0].batches:
-        targets = trainer.guide.outputs(batch, trainer.features) if trainer.guide is not None else None
+        targets = trainer.loss_teacher.outputs(batch, trainer.features) if trainer.loss_teacher is not None else None
         loss, _ = trainer.engine(batch, targets)
         assert not loss.requires_grad
         sums.append(loss)

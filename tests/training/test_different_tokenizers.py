@@ -13,7 +13,9 @@ from vlm_distill import models
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.inspection import Inspection
-from vlm_distill.training.build import build_terms, pair_vocabularies
+from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.training.compatibility import pair_vocabularies
+from vlm_distill.training.terms import build_terms
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def configure(material, *losses, labelled=True):
 def paired(config, student_tokenizer=None):
     teacher = models.load_vlm(config.teacher.path)
     student = models.build_vlm(tiny.settings(), tokenizer=student_tokenizer or tiny.pieces_tokenizer("student"))
-    return student, teacher, pair_vocabularies(config, student, teacher, build_terms(config))
+    return student, teacher, pair_vocabularies(config, student, ModelTeacher(teacher), build_terms(config))
 
 
 def test_uld_and_images_are_compared_with_heads_of_their_own(material):

@@ -10,8 +10,8 @@ from data.errors import UserError
 from vision.config import ClassifierConfig
 from vision.trainer import Trainer as ClassifierTrainer
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.trainer import Trainer
 from vlm_distill.training.effects import idle_settings, late_warmup
-from vlm_distill.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_run_that_could_do_nothing_is_refused(material, kind, changes, says):
         (language, {"evaluation__rules": "official"}, "evaluation.rules: is for benchmarks"),
         (language, {"evaluation__benchmark_data": "x"}, "evaluation.benchmark_data: is for benchmarks"),
         (language, {"data__eval": [{"path": "x", "weight": 2.0}]}, "data.eval.0.weight: is for training data"),
-        (language, {"data__train": [{"path": "x", "weight": 2.0}]}, "data.train.0.weight: of one source alone"),
+        (language, {"data__train": [{"path": "x", "weight": 2.0}]}, "data.train.0.weight: with a single source"),
         (language, {"data__prefetch": 4}, "data.prefetch: nothing is read ahead"),
         (
             language,

@@ -19,8 +19,8 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.runner import read_predictions
 from vlm_distill.models import load_vlm
 from vlm_distill.runtime.launch import launch
+from vlm_distill.trainer import train
 from vlm_distill.training import evaluations
-from vlm_distill.training.trainer import train
 
 FIRST = 12
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_scored_does_not_end_the_run(material, processes, monkeyp
     ],
 )
 def test_mistakes_are_told_before_models_load(material, processes, monkeypatch, changes, said):
-    monkeypatch.setattr("vlm_distill.training.trainer.load_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("vlm_distill.run.load_teacher", lambda *_: pytest.fail("loaded"))
     changes = dict(changes)
     if changes.pop("twice", False):
         changes["benchmarks"] = [str(material[3])] * 2

@@ -16,8 +16,8 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.losses import FeatureTerm, wanted_features
 from vlm_distill.models.teacher import ModelTeacher
-from vlm_distill.training.build import build_terms, prepare_losses
 from vlm_distill.training.task import DistillationTask
+from vlm_distill.training.terms import build_terms, prepare_losses
 
 FEATURES = [
     {"name": "hidden_states", "layers": {-1: -1, 0: 1}},

@@ -13,7 +13,7 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.inspection import Inspection
 from vlm_distill.models import build_vlm, load_vlm
-from vlm_distill.training.trainer import Trainer, train
+from vlm_distill.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

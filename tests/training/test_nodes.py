@@ -13,8 +13,8 @@ import yaml
 
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.launch import reserved_port
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import train
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import train
 
 ROOT = Path(__file__).parents[2]
 

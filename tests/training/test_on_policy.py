@@ -12,8 +12,8 @@ from data.opening import open_source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
 from vlm_distill.models.interface import Answer, Sampling, _Choice
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_replay_brings_back_what_was_drawn(folder):
     answers = sorted(ids for _, ids in own.kept)
     again = run.prepare_step(run.dataset[replayed[0]])
     assert sorted(ids for batch in again.batches for ids in supervised(batch)) == answers
-    assert own.counted["answering"] > 0
+    assert own.counts["answering"] > 0
     # Two answers to one question stay two.
     own.kept[:2] = [(own.kept[2][0], [5, 6]), (own.kept[2][0], [7])]
     again = run.prepare_step(run.dataset[replayed[0]])

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
 
 RATES = {"vision_encoder": 1e-5, "projector": 1e-3}
 

@@ -16,9 +16,9 @@ from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.export import export_student
+from vlm_distill.trainer import train
 from vlm_distill.training import resume
 from vlm_distill.training.resume import Rule
-from vlm_distill.training.trainer import train
 
 
 def leaves(kind, prefix=""):
@@ -120,7 +120,7 @@ REFUSED = {
 def test_what_would_make_it_another_run_is_refused_before_a_model_is_loaded(material, processes, monkeypatch, case):
     changes, words = REFUSED[case]
     before = content(material / "stopped")
-    monkeypatch.setattr("vlm_distill.training.trainer.load_models", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vlm_distill.run.load_teacher", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError) as caught:
         train(configuration(material, "stopped", **changes), processes)
     told = str(caught.value)

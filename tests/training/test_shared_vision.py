@@ -7,11 +7,11 @@ import tiny
 import torch
 from counted_runs import trained
 
+from vlm_distill import run as module
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.shared_vision import sees_as
-from vlm_distill.training import trainer as module
-from vlm_distill.training.engine import Processes
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
 
 FROZEN = {"from_teacher": {"layers": 2}, "train": ["projector", "decoder"]}
 LOSS = [{"name": "taid", "t_start": 0.4}, {"name": "projector_features", "weight": 0.5}]

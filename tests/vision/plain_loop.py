@@ -18,7 +18,7 @@ from vision.config import ClassifierConfig
 from vision.device_views import DeviceViews
 from vision.trainer import Trainer
 from vlm_distill.runtime.launch import leave
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 STEPS, LR, DECAY = 5, 0.05, 5e-4
 

@@ -20,7 +20,7 @@ from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vision.trainer import Trainer
 from vlm_distill.runtime.launch import leave
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 # ZeRO-3 shards the smallest parameters too, which DeepSpeed would keep whole.
 WHOLLY_SHARDED = {"stage3_param_persistence_threshold": 0}

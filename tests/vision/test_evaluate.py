@@ -46,7 +46,7 @@ def command(monkeypatch):
         monkeypatch.setitem(sys.modules, "data.classification", data)
         monkeypatch.setitem(sys.modules, "vision.classifier", classifiers)
         monkeypatch.setitem(sys.modules, "vision.classes", classes)
-        monkeypatch.setattr("vlm_distill.training.engine.Processes", Single)
+        monkeypatch.setattr("vlm_distill.runtime.processes.Processes", Single)
         return lambda *arguments: evaluate.main([*arguments, "--workers", "0"])
 
     return stand_in

@@ -199,7 +199,7 @@ def test_a_teachers_answers_to_fixed_views_are_kept(tmp_path):
                 assert torch.equal(cache().read(rows, view, checks), images.float().mean((2, 3))[:, [0, 1, 2, 0, 1]])
     other = make(fixed_views=2, augmentations=(WEAK, Augmentation(color_jitter=0)))
     rows, view, checks, _ = list(parts(other, 6))[1]
-    with pytest.raises(UserError, match=r"^train, row \d+, view 1: not the pixels"):
+    with pytest.raises(UserError, match=r"^train, sample \d+, view 1: not the pixels"):
         cache().read(rows, view, checks)
 
 

@@ -17,11 +17,12 @@ import torch
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vision.losses import CrossEntropy
-from vision.optimizer import Schedule, build_optimizer
+from vision.optimizer import Schedule
 from vision.task import ClassificationTask
 from vision.trainer import build_terms, load
+from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
-from vlm_distill.config.sections import split_batch
+from vlm_distill.training.optimizers import classifier_optimizer
 
 CONFIGS = Path("configs")
 FILES = [
@@ -208,7 +209,7 @@ def test_everything_decays_that_is_learnt():
     """As in the papers' code, where CTKD's temperature is a parameter like others."""
     config = read(CONFIGS / "cifar100" / "resnet56_resnet20" / "ctkd.yaml")
     task = ClassificationTask(load_classifier("cifar_resnet20", num_classes=100), build_terms(config))
-    groups = build_optimizer(task, config.optimizer, stage=0).param_groups
+    groups = classifier_optimizer(task.student.model, task.losses, config.optimizer, stage=0).param_groups
     assert {group["weight_decay"] for group in groups} == {5e-4}
     assert sum(len(group["params"]) for group in groups) == len(list(task.parameters()))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 from .fill_features import FeatureFilling
 from .fill_loop import Filling, run

@@ -11,18 +11,16 @@ from torch import Tensor
 from data.batch import Encoded, SampleId
 from data.conversation import Document
 from data.errors import BadSample, UserError
-from data.plain_text import TextSource
-from data.sources import Source
 from vlm_distill.config.sections import TEACHERS, RunConfig
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.composed import cast_parameters
 from vlm_distill.models.interface import Processor, VisionLanguageModel
-from vlm_distill.training.build import image_loader, load_models, open_sources
-from vlm_distill.training.engine import Processes
+from vlm_distill.run import Run
+from vlm_distill.runtime.processes import Processes
 
+from .check_features import compare_features, feature_identity
 from .fill_loop import Filling, SampleBatches, say
 from .image_features import FeatureCache, FeatureWriter
-from .reading import compare_features, feature_identity
 from .store import ABOUT, in_words, make_folder
 from .token_records import image_digest
 
@@ -37,15 +35,14 @@ class _NewImages(SampleBatches[dict[int, Encoded]]):
 
     def __init__(
         self,
-        config: RunConfig,
-        sources: Sequence[Source | TextSource],
+        run: Run,
         sample_ids: Sequence[Sequence[SampleId]],
         processor: Processor,
         cache: FeatureCache,
     ) -> None:
         super().__init__(sample_ids)
-        self.sources, self.processor, self.cache = sources, processor, cache
-        self.load = image_loader(config.data)
+        self.sources, self.load = run.sources, run.load_image
+        self.processor, self.cache = processor, cache
 
     def __getitem__(self, number: int) -> dict[int, Encoded]:
         found: dict[int, Encoded] = {}
@@ -81,11 +78,12 @@ class FeatureFilling(Filling[dict[int, Encoded]]):
     def prepare(self) -> _NewImages:
         config, processes = self.config, self.processes
         dtype = DTYPES[config.training.dtype]
-        sources = open_sources(config.data.train, config.data.max_length)
+        run = Run(config, processes)
+        sources = run.sources
 
-        # Load the model as the run does: cut from its teacher, or with its tokenizer. One from a path needs no teacher.
+        # The student may be cut from its teacher, or take its tokenizer. Otherwise no teacher is needed.
         alone = config.student.path is not None and config.student.tokenizer != TEACHERS
-        self.model = load_models(config.model_copy(update={"teacher": None}) if alone else config, processes)[0]
+        self.model = Run(config.model_copy(update={"teacher": None}), processes).student if alone else run.student
         self.model.to(processes.device)
         identity = feature_identity(config, self.model)
         cast_parameters(self.model, dtype)
@@ -109,7 +107,7 @@ class FeatureFilling(Filling[dict[int, Encoded]]):
         everything = [(number, index) for number, source in enumerate(sources) for index in range(len(source))]
         size = self.micro_batch_size
         sample_ids = [everything[i : i + size] for i in range(0, len(everything), size)]
-        batches = _NewImages(config, sources, sample_ids, self.model.processor, self.cache)
+        batches = _NewImages(run, sample_ids, self.model.processor, self.cache)
         batches.take_share(processes)
         return batches
 

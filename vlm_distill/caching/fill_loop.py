@@ -16,7 +16,7 @@ from data.workers import make_loader
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores
-from vlm_distill.training.engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 T = TypeVar("T")
 

@@ -20,30 +20,22 @@ from data.plain_text import TextSource
 from data.sources import Source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import HiddenTargets
-from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import Processor
 from vlm_distill.models.teacher import (
-    ModelTeacher,
+    Teacher,
     cached_fields,
     cached_values,
     describe_teacher,
     save_head,
     whole_head,
 )
-from vlm_distill.models.vocabulary import align_heads
-from vlm_distill.training.build import (
-    build_terms,
-    check_packing,
-    image_loader,
-    load_student,
-    load_teacher,
-    open_sources,
-    turns,
-)
-from vlm_distill.training.engine import Processes
+from vlm_distill.run import Run
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.training.compatibility import check_packing
+from vlm_distill.training.open_data import turns
 
+from .check_tokens import cache_sections, check_top_k, compare_tokens, token_identity
 from .fill_loop import Filling, SampleBatches, say
-from .reading import cache_sections, check_top_k, compare_tokens, token_identity
 from .store import ABOUT, check_room, in_words, make_folder, read_about
 from .token_records import TokenCache, TokenWriter, bytes_a_token, digest_of
 
@@ -75,16 +67,14 @@ class _TeacherSteps(SampleBatches[Step]):
 
     def __init__(
         self,
-        config: RunConfig,
-        sources: Sequence[Source | TextSource],
+        run: Run,
         processor: Processor,
         sample_ids: Sequence[Sequence[SampleId]],
     ) -> None:
         super().__init__(sample_ids)
-        data = config.data
-        self.sources, self.processor = sources, processor
+        data = run.config.data
+        self.sources, self.load, self.processor = run.sources, run.load_image, processor
         self.max_length, self.turns, self.on_bad = data.max_length, turns(data), data.bad_samples
-        self.load = image_loader(data)
         self.collator = Collator(processor, None, data.max_length)
 
     def __getitem__(self, number: int) -> Step:
@@ -126,12 +116,13 @@ class TokenFilling(Filling[Step]):
         super().__init__(config, processes)
         self.section = cache_sections(config)[1]
         self.folder = Path(self.section.folder)
+        self.run = Run(config, processes)
         self.problems: list[Problem] = []
 
     def prepare(self) -> _TeacherSteps | None:
         config, processes = self.config, self.processes
-        build_terms(config)
-        sources = open_sources(config.data.train, config.data.max_length)
+        _ = self.run.terms  # checks them
+        sources = self.run.sources
         identity = token_identity(config, sources)
         if (self.folder / ABOUT).exists():
             compare_tokens(self.folder, identity)
@@ -140,15 +131,16 @@ class TokenFilling(Filling[Step]):
                     say(f"{self.folder} is complete: {TokenCache(self.folder).tokens:,} tokens")
                 return None
 
-        teacher = load_teacher(config, processes)
-        assert isinstance(teacher, ModelTeacher)  # one on a server has no cache
+        teacher = self.run.uncached.teacher
+        assert teacher is not None
+        assert teacher.model is not None  # one on a server has no cache
         check_packing(config.data.train, None, teacher.model, False)
-        self.teacher = teacher
-        self._open(sources, identity)
+        self.teacher: Teacher = teacher
+        self._open(identity)
         self.cache = TokenCache(self.folder)
         self.writer = TokenWriter(self.cache)
 
-        batches = _TeacherSteps(config, sources, teacher.processor, self._missing(sources))
+        batches = _TeacherSteps(self.run, teacher.model.processor, self._missing(sources))
         missing = sum(map(len, batches.sample_ids))
         if processes.first:
             _estimate(self.cache, batches, missing)
@@ -158,24 +150,23 @@ class TokenFilling(Filling[Step]):
         batches.take_share(processes)
         return batches
 
-    def _open(self, sources: Sequence[Source | TextSource], identity: Mapping[str, str]) -> None:
+    def _open(self, identity: Mapping[str, str]) -> None:
         """Create the folder if there is none, and check the vocabulary from which likeliest tokens are chosen."""
-        model = self.teacher.model
-        head = None
+        model, head = self.teacher.model, None
+        assert model is not None
         if self.section.form == "topk":
             # The distribution is over the tokens that the student shares.
-            vocabulary = align_heads(load_student(self.config, self.teacher), model)
+            vocabulary = self.teacher.align(self.run.uncached.student)
             check_top_k(self.section, vocabulary)
         else:
             head = whole_head(model.head)
             vocabulary = len(head["weight"])
         if self.processes.first and not (self.folder / ABOUT).exists():
             fields = cached_fields(head, self.section.k, vocabulary)
-            parameters = sum(count_parameters(model).values())
-            counts = {source.name: len(source) for source in sources}
+            counts = {source.name: len(source) for source in self.run.sources}
             about = {
                 "identity": dict(identity),
-                "teacher": describe_teacher(model, parameters, vocabulary),
+                "teacher": describe_teacher(self.teacher, vocabulary),
                 **TokenCache.describe(counts, self.config.data.max_length, fields),
             }
             make_folder(self.folder, WHAT, about, lambda made: save_head(made, model, head))

@@ -24,16 +24,15 @@ def train(run: RunOptions, nproc: Processes = 1) -> None:
     An interrupted run resumes from its latest checkpoint when started again. On many nodes, use DeepSpeed's own
     launcher and a hostfile: deepspeed --module vlm_distill.train CONFIG.
     """
+    from vlm_distill.config.batch_split import split_batch
     from vlm_distill.config.file import load_config
-    from vlm_distill.config.sections import split_batch
 
     # Report mistakes before processes start, and before imports that take seconds.
     config = load_config(run.config, run.overrides or ())
     split_batch(config, nproc)
-    from vlm_distill.training.build import build_terms
-    from vlm_distill.training.on_policy import check_on_policy
+    from vlm_distill.run import Run
 
-    check_on_policy(config, build_terms(config))
+    _ = Run(config).terms
     raise typer.Exit(launch_training("vlm_distill.train", words_of(run), nproc))
 
 

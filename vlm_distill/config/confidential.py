@@ -1,4 +1,4 @@
-"""What must not be written into a run's folder: keys, tokens and passwords in a configuration or a command line."""
+"""Find keys, tokens and passwords in configurations and command lines, which are saved with a run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _FROM_ENVIRONMENT = re.compile(rf"\$\{{\s*oc\.env\s*:\s*['\"]?({_NAME})['\"]?\s*[,}}]", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"\w://[^/\s@]+@")
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[opsur]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
-# Shorter values, such as `true`, stand in many places that have nothing to do with the variable.
+# Shorter values, such as `true`, occur in many places that have nothing to do with the variable.
 _SHORTEST = 8
 
 
 def secret_in(text: str) -> str | None:
-    """What a text gives away, in words that do not repeat it; ``None`` where nothing is found.
+    """Return which secret a text contains, in words that do not repeat it; ``None`` if none is found.
 
-    Found are interpolations of environment variables with such names (``HF_TOKEN``, ``WANDB_API_KEY``), their values
-    wherever they come from, user and password in a URL, and tokens of known forms.
+    Recognised are interpolations of environment variables named like secrets (``HF_TOKEN``, ``WANDB_API_KEY``), the
+    values of such variables, user and password in a URL, and tokens of known forms.
     """
     if named := _FROM_ENVIRONMENT.search(text):
         return f"the environment variable {named[1]}"

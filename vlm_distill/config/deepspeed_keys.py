@@ -1,4 +1,4 @@
-"""The keys of DeepSpeed's configuration: known ones with their types, those that the run sets, those it has elsewhere.
+"""Keys of DeepSpeed's configuration: the known ones with their types, and those that the run sets itself.
 
 Importing DeepSpeed takes seconds, so its keys are listed here; ``tests/config/test_deepspeed_keys.py`` compares the
 list with the installed version. DeepSpeed ignores unknown keys at the top level; here they are refused.
@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-#: In Hugging Face's files: the value that the run has.
+#: In Hugging Face's files: the run's own value.
 AUTO = "auto"
 
 _DEVICES = ("none", "cpu", "nvme")
@@ -187,14 +187,14 @@ _DTYPES = {"bf16": ("bf16", "bfloat16", "torch.bfloat16"), "fp32": ("fp32", "flo
 
 
 class Set(NamedTuple):
-    """A value that the run sets itself, and the key of ours that says so."""
+    """A value that the run sets itself, and our key that sets it."""
 
     value: Any
     key: str
 
 
 def without_auto(section: Any) -> Any:
-    """Return a copy of a ``deepspeed`` section without ``auto`` and what is empty, at every level."""
+    """Return a copy of a ``deepspeed`` section without ``auto`` and empty values, at every level."""
     if not isinstance(section, Mapping):
         return section
     kept = {key: without_auto(value) for key, value in section.items()}
@@ -202,10 +202,10 @@ def without_auto(section: Any) -> Any:
 
 
 def check_keys(section: Mapping[Any, Any], known: Mapping[str, Any] = KNOWN, at: str = "") -> None:
-    """Check names and types of a section's keys, ``stage`` left out.
+    """Check names and types of a section's keys, except ``stage``.
 
     Raises:
-        ValueError: a key is unknown, has no use here, or has a value of another type.
+        ValueError: a key is unknown, has no use here, or has a value of the wrong type.
     """
     for key, value in section.items():
         name = f"{at}{key}"
@@ -238,7 +238,7 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _hint(key: str, known: Mapping[str, Any], at: str) -> str:
-    """Where a key belongs, or the nearest ones, for a message."""
+    """Return where a key belongs, or the most similar keys, for a message."""
     levels = dict(_levels(KNOWN))
     elsewhere = [level for level, keys in levels.items() if key in keys and level != at]
     if elsewhere:
@@ -252,7 +252,7 @@ def _hint(key: str, known: Mapping[str, Any], at: str) -> str:
 
 
 def _levels(known: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every level of keys under its dotted name, which ends with a dot; the top level's is empty."""
+    """Yield every level of keys with its dotted name, which ends with a dot; the top level's is empty."""
     yield at, known
     for key, inner in known.items():
         if isinstance(inner, dict):
@@ -260,11 +260,11 @@ def _levels(known: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Mappi
 
 
 def set_by_run(config: Any, autocast: bool) -> dict[str, Set]:
-    """Return what the run sets itself, by DeepSpeed's keys, as far as no number of ranks is needed.
+    """Return what the run sets itself, by DeepSpeed's keys, as far as it does not depend on the number of ranks.
 
     Args:
         config: a run of either path.
-        autocast: whether bf16 is torch's autocast, and not DeepSpeed's.
+        autocast: whether bf16 uses torch's autocast instead of DeepSpeed's.
     """
     bf16 = config.training.dtype == "bf16"
     return {
@@ -285,10 +285,10 @@ def set_by_run(config: Any, autocast: bool) -> dict[str, Set]:
 
 
 def check_equal(section: Mapping[str, Any], values: Mapping[str, Set]) -> None:
-    """Check that a section says nothing else than the run.
+    """Check that a section does not contradict the run.
 
     Raises:
-        ValueError: a key has another value than the run, or is a parameter of the run's own optimizer or schedule.
+        ValueError: a key differs from the run's value, or is a parameter of the run's own optimizer or schedule.
     """
     for dotted, (value, key) in values.items():
         found = _at(section, dotted)

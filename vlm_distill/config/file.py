@@ -1,4 +1,4 @@
-"""A configuration's file: YAML with its bases and ``key=value`` overrides; every mistake is reported in one line."""
+"""Read configuration files: YAML, its bases and ``key=value`` overrides; every mistake is one line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from pydantic import BaseModel, ValidationError
 from data.errors import UserError
 
 from .confidential import secret_in
+from .fields import Section
 from .interpolations import check_expansion, escaped
-from .sections import AnyRun, RunConfig, Section
+from .sections import AnyRun, RunConfig
 
 T = TypeVar("T", bound=BaseModel)
-#: In a configuration with its aliases written out.
+#: Values in a configuration with its YAML aliases written out.
 _MOST_NODES = 100_000
 _MOST_BYTES = 10_000_000
 
@@ -35,15 +36,15 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[T]) -> T:
 def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[BaseModel] = RunConfig) -> Any:
     """Read, merge and validate a run's configuration.
 
-    Each file, and the overrides together, are a layer. What a layer sets replaces what those below it set, and of keys
-    that exclude each other (``Section.replaces``) it replaces the others as well.
+    Each file is a layer, and all overrides together are one. A layer's values replace those of the layers below, and
+    also the values of keys that they exclude (``Section.replaces``).
 
     Args:
         path: a YAML file. A key ``base`` names another file, relative to this one, that this one is merged onto, or a
             list of files, each merged onto those before it. ``deepspeed`` may name a JSON file, relative to this one
-            (in an override to the working directory), in place of what is below.
+            (in an override, to the working directory), and replaces the section below.
         overrides: ``section.key=value``; list items by number, as in ``loss.0.weight=0.5``.
-        kind: what the file configures.
+        kind: the model of the file.
 
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
@@ -59,14 +60,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Base
 
 
 def save_config(config: AnyRun, path: Path, comments: Sequence[str] = ()) -> None:
-    """Write the resolved configuration, comments above it; running it again repeats the run."""
+    """Write the resolved configuration below the comments; running the file repeats the run."""
     plain = escaped(config.model_dump(exclude_none=True))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     path.write_text("".join(f"# {comment}\n" for comment in comments) + text, encoding="utf-8")
 
 
 def read_saved(path: Path) -> Any:
-    """Return what :func:`save_config` wrote, as plain values, not validated. Raises ``UserError`` for anything else."""
+    """Return what :func:`save_config` wrote, as plain values, not validated. Raise ``UserError`` for anything else."""
     return _resolved(read_yaml(path), str(path))
 
 
@@ -74,16 +75,16 @@ def read_saved(path: Path) -> Any:
 
 
 class _Layers:
-    """Files and overrides of one kind of configuration, laid one over the other; interpolations are not resolved."""
+    """Files and overrides of one kind of configuration, merged in layers; interpolations are not resolved."""
 
     def __init__(self, kind: type[BaseModel]) -> None:
         self.sections = sorted(kind.model_fields)
         self.replaces = _replaces(kind)
-        # A file that many build on is read once: else files that each name the one before twice would take for ever.
+        # Each file is read once: a chain of files that each name the next one twice would otherwise take forever.
         self.known: dict[Path, dict[Any, Any]] = {}
 
     def read(self, path: Path, above: tuple[Path, ...] = ()) -> dict[Any, Any]:
-        """Return a file merged onto its bases; ``above`` has the files that build on it."""
+        """Return a file merged onto its bases; ``above`` holds the files that name it as their base."""
         if not _is_file(path):
             raise UserError(f"{str(path)[:200]}: no such configuration file; the ones that ship are under configs/")
         resolved = path.resolve()
@@ -98,7 +99,7 @@ class _Layers:
         if not isinstance(layer, dict):
             raise UserError(f"{path}: a configuration is a mapping with sections such as student, loss and data")
         if len(above) > 1 and layer and not layer.keys() & {"base", *self.sections}:
-            # Its keys are not shown: a base may be any file, also one that its reader should not see.
+            # Its keys are not shown: a base may be any file, even one that the user should not see.
             raise UserError(f"{path}: base: has none of a configuration's sections, {', '.join(self.sections)}")
         merged: dict[Any, Any] = {}
         for base in _bases(layer, path):
@@ -116,7 +117,7 @@ class _Layers:
         _merge(lower, upper)
 
     def override(self, merged: dict[Any, Any], overrides: Sequence[str]) -> None:
-        """Lay the overrides, which are one layer, over the files, in place; a file of DeepSpeed's lies below them."""
+        """Merge the overrides into the files, in place, as one layer; a file of DeepSpeed's goes below them."""
         values = []
         for text in overrides:
             key, value = _parsed(text)
@@ -132,7 +133,7 @@ class _Layers:
                 raise UserError(f"override {text[:200]!r}: {error.args[0]}") from None
 
     def _make_room(self, lower: dict[Any, Any], settings: Iterable[tuple[str, Any]]) -> None:
-        """Remove what a layer's settings replace; what excludes each other within the layer stays, to be refused."""
+        """Remove what a layer's settings exclude. Conflicts within the layer stay, and are refused later."""
         chosen = {key for key, value in settings if not _neutral(value)}
         for key in chosen:
             for other in self.replaces.get(key, ()):
@@ -149,7 +150,7 @@ def _bases(layer: dict[Any, Any], path: Path) -> list[str]:
 
 
 def _evaluated(layer: dict[Any, Any], key: str, path: Path) -> Any:
-    """One value of a layer, its interpolations resolved within it."""
+    """Return one value of a layer, with interpolations resolved within the layer."""
     check_expansion(layer, str(path))
     try:
         value = OmegaConf.create(layer)[key]
@@ -159,7 +160,7 @@ def _evaluated(layer: dict[Any, Any], key: str, path: Path) -> Any:
 
 
 def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
-    """The section ``deepspeed`` from a file as DeepSpeed and Hugging Face's Trainer have it."""
+    """Return the section ``deepspeed`` from a JSON file for DeepSpeed or Hugging Face's Trainer."""
     if not _is_file(path):
         raise UserError(f"{where}: {str(path)[:200]}: no such file of DeepSpeed's configuration")
     try:
@@ -172,15 +173,15 @@ def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raise ``ValueError`` for a key that it has twice: JSON's reader takes the last in silence."""
+    """Return a JSON object. Raise ``ValueError`` for a duplicate key, of which JSON's reader would keep the last."""
     twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"{twice} stands there twice")
+        raise ValueError(f"{twice} is there twice")
     return dict(pairs)
 
 
 def _merge(lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
-    """Sections are merged key by key; lists and values are replaced."""
+    """Merge ``upper`` into ``lower``: sections key by key; lists and values are replaced."""
     for key, value in upper.items():
         if isinstance(value, dict) and isinstance(lower.get(key), dict):
             _merge(lower[key], value)
@@ -189,7 +190,7 @@ def _merge(lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
 
 
 def _parsed(text: str) -> tuple[str, Any]:
-    """An override's dotted key and its value, which is read as YAML."""
+    """Return an override's dotted key, and its value read as YAML."""
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise UserError(f"override {text[:200]!r}: write it as section.key=value")
@@ -200,12 +201,12 @@ def _parsed(text: str) -> tuple[str, Any]:
     try:
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
         return key, plain["value"]  # type: ignore[index, call-overload]
-    except Exception as error:  # of odd values the library makes almost anything
+    except Exception as error:  # the library raises many kinds of errors for odd values
         raise UserError(f"override {text[:200]!r}: {_first_line(error)}") from None
 
 
 def _put(tree: Any, keys: Sequence[str], value: Any) -> None:
-    """Set a value by its dotted key. Raises ``LookupError``, with a sentence, where there is no such place."""
+    """Set a value by its dotted key. Raise ``LookupError`` with a sentence if there is no such place."""
     for depth, key in enumerate(keys):
         name = ".".join(keys[:depth])
         index: Any = key
@@ -236,14 +237,14 @@ def _numbered(entries: Sequence[Any]) -> str:
 
 
 def _tree(key: str, value: Any) -> Any:
-    """A value under its dotted key."""
+    """Return nested mappings with a value at its dotted key."""
     for step in reversed(key.split(".")):
         value = {step: value}
     return value
 
 
 def _settings(tree: Mapping[Any, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    """Every section and value with its dotted key; what is inside lists is left out."""
+    """Yield every section and value with its dotted key, except inside lists."""
     for key, value in tree.items():
         yield f"{at}{key}", value
         if isinstance(value, dict):
@@ -251,7 +252,7 @@ def _settings(tree: Mapping[Any, Any], at: str = "") -> Iterator[tuple[str, Any]
 
 
 def _neutral(value: Any) -> bool:
-    """Whether a value chooses nothing, so that what a layer below has chosen stays."""
+    """Return whether a value chooses nothing, so that it excludes no key of the layers below."""
     return value is None or value is False or value in ("auto", "replicate", "multistep")
 
 
@@ -264,7 +265,7 @@ def _drop(tree: Any, key: str) -> None:
 
 
 def _replaces(kind: type[BaseModel], at: str = "") -> dict[str, list[str]]:
-    """``Section.replaces`` of all sections of a configuration, with whole dotted keys."""
+    """Return ``Section.replaces`` of all sections of a configuration, with full dotted keys."""
     found = {}
     if issubclass(kind, Section):
         found = {f"{at}{key}": [f"{at}{other}" for other in others] for key, others in kind.replaces.items()}
@@ -279,12 +280,12 @@ def _replaces(kind: type[BaseModel], at: str = "") -> dict[str, list[str]]:
 
 
 def _resolved(tree: Any, where: str) -> Any:
-    """A configuration with its interpolations resolved, every value checked before and after."""
+    """Return a configuration with interpolations resolved; every value is checked before and after."""
     _check_leaves(tree, where)
     check_expansion(tree, where)
     try:
         plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except Exception as error:  # interpolations in a circle, to a function that fails
+    except Exception as error:  # circular interpolations, functions that fail
         raise UserError(f"{where}: {_first_line(error)}") from None
     _check_leaves(plain, where)
     return plain
@@ -303,19 +304,21 @@ def _check_leaves(tree: Any, where: str) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return a YAML file as plain values, interpolations not resolved. Raises ``UserError`` for anything else."""
+    """Return a YAML file as plain values, interpolations not resolved. Raise ``UserError`` for anything else."""
     try:
         text = _text_of(path)
-        # In Python, whose stack ends in an error: OmegaConf's parser is C, and a file nested deeply would be the end.
+        # Parsed in Python first, where deep nesting raises an error; OmegaConf's C parser would crash the process.
         if _nodes(yaml.compose(text, Loader=yaml.SafeLoader), {}) > _MOST_NODES:
-            raise ValueError(f"its aliases make more than {_MOST_NODES:,} values of it, or name each other in a circle")
+            raise ValueError(
+                f"with its aliases written out it has more than {_MOST_NODES:,} values, or they are circular"
+            )
         loaded = OmegaConf.load(path)
         return OmegaConf.to_container(loaded) if OmegaConf.is_config(loaded) else loaded
     except yaml.MarkedYAMLError as error:
-        # Without the text around it, which the library quotes: a base may be any file, and not one to be shown.
+        # Without the text around it, which the library quotes: a base may be any file, and must not be shown.
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         raise UserError(f"{path}{place}: not readable as YAML: {_without_quotes(error)}") from None
-    except Exception as error:  # of dates that are none, tags, bytes that are no text, anything
+    except Exception as error:  # invalid dates, tags, bytes that are not text, and more
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
 
 
@@ -326,7 +329,7 @@ def _text_of(path: Path) -> str:
 
 
 def _without_quotes(error: yaml.MarkedYAMLError) -> str:
-    """What a parser of YAML found wrong, without the names that it quotes."""
+    """Return what the YAML parser found wrong, without the names that it quotes."""
     return re.sub(r"'[^']{2,}'", "'…'", error.problem or "") or type(error).__name__
 
 
@@ -338,7 +341,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _nodes(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """How many values a document has once its aliases are written out; infinitely many where they go in a circle."""
+    """Return how many values a document has with aliases written out; infinity if they are circular."""
     if node is None or id(node) in known:
         return known.get(id(node), 0.0)
     known[id(node)] = math.inf
@@ -349,7 +352,7 @@ def _nodes(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a configuration with its dotted key."""
+    """Yield every value of a configuration with its dotted key."""
     if isinstance(tree, dict | list):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -358,7 +361,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check(where: str, value: Any) -> None:
-    """Refuses what no setting is, and what must not be saved beside the results."""
+    """Refuse values that no setting can have, and secrets, which would be saved with the results."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: {value} is no finite number")
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -371,7 +374,7 @@ def _check(where: str, value: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """An error's message as one line; of OmegaConf's, which end in lines of their own, the key first."""
+    """Return an error's message as one line; the key that OmegaConf appends comes first."""
     message, _, ending = str(error).partition("\n    full_key: ")
     key = ending.partition("\n")[0]
     said = f"{key}: {message}" if key else message
@@ -382,7 +385,7 @@ def _first_line(error: Exception) -> str:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first few errors of validating ``root``, each as ``key: what is wrong``, in one line."""
+    """Return the first few errors of validating ``root`` in one line, each as ``key: what is wrong``."""
     parts = []
     for item in error.errors()[:3]:
         where = ".".join(_without_alternatives(root, item["loc"]))
@@ -407,7 +410,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def _hint(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    """What an unknown key may have been meant for."""
+    """Return what an unknown key may have been meant for."""
     key, known = str(location[-1]), sorted(_fields_at(root, location[:-1]))
     homes = [name for name, field in root.model_fields.items() if key in _keys_of(field.annotation)]
     if len(homes) == 1 and homes[0] != location[0]:
@@ -422,7 +425,7 @@ def _keys_of(annotation: Any) -> set[str]:
 
 
 def _without_alternatives(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """A dotted key's parts, without the names that pydantic has for the types of a value that may be of several."""
+    """Return a dotted key's parts, without the names that pydantic inserts for the members of a union."""
     model: Any = root
     parts: list[str] = []
     for step in location:
@@ -441,10 +444,10 @@ def _shown(value: Any) -> str:
 
 
 def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys a section knows, found by walking the models' annotations along an error's location."""
+    """Return the keys of a section, found by walking the models' annotations along an error's location."""
     model: Any = root
     for step in location:
-        if isinstance(step, int) or step == model.__name__:  # the latter where a value may be of several types
+        if isinstance(step, int) or step == model.__name__:  # the model's name is inserted for a union
             continue
         model = _section_of(model.model_fields[step].annotation)
     return list(model.model_fields)

@@ -1,4 +1,4 @@
-"""Limits of OmegaConf's interpolations (``${section.key}``, ``${oc.env:NAME}``), and how to write text as it is."""
+"""Limits for OmegaConf's interpolations (``${section.key}``, ``${oc.env:NAME}``), and escaping of plain text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data.errors import UserError
 
 #: In a configuration with its interpolations resolved.
 _MOST_CHARACTERS = 1_000_000
-#: What an interpolation counts beside its value: resolving one takes about a millisecond.
+#: What an interpolation counts in addition to its value: resolving one takes about a millisecond.
 _EACH = 100
 _DEEPEST = 50
 _INNERMOST = re.compile(r"\$\{([^{}]*)\}")
@@ -18,7 +18,7 @@ _NESTED = "\0"
 
 
 def escaped(tree: Any) -> Any:
-    """Return values such that OmegaConf reads them as they are: a bare ``${`` would begin an interpolation."""
+    """Escape ``${`` in all values, which OmegaConf would read as an interpolation."""
     if isinstance(tree, dict):
         return {key: escaped(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -29,10 +29,10 @@ def escaped(tree: Any) -> Any:
 
 
 def check_expansion(tree: Any, where: str) -> None:
-    """Check that interpolations do not multiply without bounds, before any is resolved.
+    """Check, before any interpolation is resolved, that they do not multiply without bounds.
 
     Raises:
-        UserError: resolved, the configuration would be too large, or one leads to the next too often.
+        UserError: the resolved configuration would be too large, or interpolations are nested too deeply.
     """
     try:
         fits = _Expansion(tree).size((), ()) <= _MOST_CHARACTERS
@@ -47,14 +47,14 @@ class _TooLarge(Exception):
 
 
 class _Expansion:
-    """Sizes of a configuration's values, in characters, once their interpolations are resolved."""
+    """Sizes of a configuration's values in characters, with interpolations resolved."""
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree
         self.known: dict[tuple[Any, ...], int] = {}
 
     def size(self, way: tuple[Any, ...], above: tuple[tuple[Any, ...], ...]) -> int:
-        """The size of what lies at a path of keys; ``above`` has the paths from which interpolations led here."""
+        """Return the size of the value at a path of keys; ``above`` holds the paths whose interpolations led here."""
         if way in above:
             return 0  # a circle, which OmegaConf reports
         if way not in self.known:
@@ -74,7 +74,7 @@ class _Expansion:
         return len(value) + sum(_EACH + self._target(inner, way, above) for inner in _innermost_first(value))
 
     def _target(self, inner: str, way: tuple[Any, ...], above: tuple[tuple[Any, ...], ...]) -> int:
-        """The size of what the inside of ``${…}`` stands for."""
+        """Return the size of the value that ``${inner}`` resolves to."""
         function, colon, arguments = inner.partition(":")
         if not colon:
             name = inner
@@ -83,14 +83,14 @@ class _Expansion:
         elif function.strip() == "oc.env":
             return len(os.environ.get(arguments.partition(",")[0].strip(), ""))
         else:
-            return 0  # what is nested in it has been counted
+            return 0  # interpolations nested in it have been counted
         if _NESTED in name:
-            # Which value it means is known only then: the largest it could be is all of them.
+            # It is not known yet which value is meant: at most, all of them.
             return self.size((), (*above, way))
         return self.size(self._path(name.strip(), way), (*above, way))
 
     def _path(self, name: str, way: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The path that a reference at ``way`` names; leading dots are relative to the section that it lies in."""
+        """Return the path that a reference at ``way`` names; leading dots are relative to its section."""
         rest = name.lstrip(".")
         dots = len(name) - len(rest)
         start = way[: max(len(way) - dots, 0)] if dots else ()
@@ -109,7 +109,7 @@ class _Expansion:
 
 
 def _innermost_first(text: str) -> list[str]:
-    """The insides of all interpolations of a text; those that were nested in another are marked there."""
+    """Return the insides of all interpolations in a text, innermost first; nested ones are replaced by a mark."""
     found: list[str] = []
     while inner := _INNERMOST.findall(text):
         found += inner

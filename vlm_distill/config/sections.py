@@ -1,340 +1,148 @@
-"""The typed configuration of a run: its sections, and what they refuse by themselves."""
+"""The typed configuration of a VLM run, section by section. Rules between sections are in `checks`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-
-from data.errors import UserError
-from vlm_distill.evaluation.scoring.base import Rules
+from pydantic import ConfigDict, Field, model_validator
 
 from . import deepspeed_keys
-
-DType = Literal["fp32", "bf16"]
-Measure = Literal["exact", "rouge_l", "perplexity", "kl"]
-#: In place of a tokenizer's name: the student takes its teacher's.
-TEACHERS = "teacher"
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Part = Literal["vision_encoder", "projector", "decoder"]
-
-
-def _takes_truth(annotation: Any) -> bool:
-    """Return whether true and false are values of a field of this type; pydantic takes them for 1 and 0."""
-    return annotation in (bool, Any) or any(_takes_truth(part) for part in get_args(annotation))
-
-
-class Section(BaseModel):
-    """A section of a configuration, or all of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    #: Keys, and those that each replaces when a later layer (an override, a file that builds on another) sets it:
-    #: alternatives of which a configuration has one. Set in one layer, they are refused.
-    replaces: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _means_something(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse empty text, a home folder's ``~``, which nothing expands, and ``true`` for a number."""
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.strip():
-                raise ValueError("is empty; give a value, or leave the key out")
-            if isinstance(text, str) and text.startswith("~/"):
-                raise ValueError("~ is not expanded; write ${oc.env:HOME} or the whole path")
-        field = cls.model_fields.get(info.field_name or "")
-        if isinstance(value, bool) and field is not None and not _takes_truth(field.annotation):
-            raise ValueError("give a value other than true or false")
-        return value
-
-
-class ModelSection(Section):
-    """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher.
-
-    ``template_arguments`` are given to its chat template wherever it is used: ``{enable_thinking: false}``.
-    """
-
-    path: str | None = None
-    vision_encoder: dict[str, Any] | None = None
-    projector: dict[str, Any] | None = None
-    decoder: dict[str, Any] | None = None
-    tokenizer: str | None = None
-    chat_template: str | None = None
-    template_arguments: dict[str, Any] = {}
-    from_teacher: dict[str, Any] | None = None
-    dtype: DType | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-
-    #: Keys of which one says where the model comes from.
-    ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_teacher")
-    replaces = {
-        "path": ("decoder", "vision_encoder", "projector", "from_teacher"),
-        "decoder": ("path", "from_teacher"),
-        "decoder.name": ("decoder.config",),
-        "decoder.config": ("decoder.name",),
-        "from_teacher": ("path", "decoder", "vision_encoder", "projector"),
-    }
-
-    @model_validator(mode="after")
-    def _one_way(self) -> ModelSection:
-        ways = [name for name in self.ways if getattr(self, name) not in (None, False)]
-        if len(ways) != 1:
-            found = " and ".join(ways) or "none of them"
-            raise ValueError(f"name exactly one of {', '.join(self.ways)} (found {found})")
-        return self
-
-
-class LoraSection(Section):
-    """Low-rank adapters on linear layers; ``alpha`` left out is 2 · ``rank``."""
-
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    parts: Annotated[list[Part], Field(min_length=1)] = ["decoder"]
-    rslora: bool = False
-    merge: bool = True
-
-
-class StudentSection(ModelSection):
-    """The student. ``train`` names what trains whole: everything, or with ``lora`` nothing unless it is said.
-
-    With ``vision_cache``, ``vlm-distill cache`` keeps a frozen vision encoder's features in that folder, where a run
-    reads them.
-    """
-
-    train: list[Part] | None = None
-    lora: LoraSection | None = None
-    quantize: Literal["nf4"] | None = None
-    vision_cache: str | None = None
-
-    @property
-    def trained_whole(self) -> list[Part]:
-        if self.train is not None:
-            return self.train
-        return list(get_args(Part)) if self.lora is None else []
-
-    @property
-    def base(self) -> str | None:
-        """The name or folder of the model that an adapter would be for; ``None`` where the model is nowhere on disk."""
-        alone = self.decoder is not None and self.vision_encoder is None
-        return self.decoder.get("name") if self.decoder is not None and alone else self.path
-
-    @model_validator(mode="after")
-    def _frozen_vision(self) -> StudentSection:
-        adapted = [] if self.lora is None else self.lora.parts
-        if self.vision_cache is not None and "vision_encoder" in [*self.trained_whole, *adapted]:
-            raise ValueError(
-                "vision_cache: features change while the vision encoder trains; leave it out of train and lora.parts"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _lora(self) -> StudentSection:
-        if self.lora is None:
-            if self.quantize is not None:
-                raise ValueError("quantize: weights of 4 bits are not trained; add lora, or leave quantize out")
-            return self
-        both = [part for part in self.trained_whole if part in self.lora.parts]
-        if both:
-            raise ValueError(f"train and lora.parts both name the {both[0]}; it trains whole or by LoRA")
-        if not self.lora.merge:
-            if self.base is None:
-                raise ValueError("lora.merge: false keeps an adapter, whose base must be on disk; give its path")
-            if "decoder" in self.trained_whole:
-                raise ValueError("lora.merge: false keeps an adapter, and a decoder trained whole is none; merge")
-        elif self.quantize is not None:
-            raise ValueError("quantize: nothing is merged into 4 bits; set lora.merge to false (export merges)")
-        return self
-
-
-class CacheSection(Section):
-    """Where a teacher's outputs lie on disk: hidden states at supervised tokens, or the ``k`` likeliest tokens."""
-
-    folder: str
-    form: Literal["hidden", "topk"] = "hidden"
-    k: Positive = 64
-
-
-class ServerSection(Section):
-    """An OpenAI-compatible server that scores and answers for the teacher.
-
-    ``model`` left out is the teacher's path. Each rank has ``workers`` requests under way at once, of which each may
-    take ``timeout`` seconds.
-    """
-
-    url: str
-    model: str | None = None
-    top_logprobs: Positive = 20
-    workers: Positive = 16
-    timeout: Positive = 300
-
-
-class TeacherSection(ModelSection):
-    """The teacher. ``from_student`` makes it of a LoRA student's own weights, its adapters off.
-
-    ``placement`` is where its weights lie: whole on every rank, each rank's share on its device (``shard``) or in main
-    memory, to be fetched layer by layer (``offload``). ``quantize`` keeps those of its linear layers in fewer bits.
-
-    With ``cache``, ``vlm-distill cache`` fills that folder, and a run learns from it without loading the teacher.
-
-    With ``server``, it runs there, and of its ``path`` only tokenizer and image processing are read.
-    """
-
-    ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
-    replaces = {
-        "path": ("decoder", "vision_encoder", "projector", "from_student"),
-        "decoder": ("path", "from_student", "server"),
-        "decoder.name": ("decoder.config",),
-        "decoder.config": ("decoder.name",),
-        "from_student": (*ModelSection.model_fields, "server", "placement", "quantize", "cache"),
-        "server": ("dtype", "attn_implementation", "placement", "quantize", "cache", "from_student"),
-        "cache": ("server",),
-        "placement": ("server", "quantize"),
-        "quantize": ("server", "placement"),
-    }
-    server: ServerSection | None = None
-    from_student: bool = False
-    placement: Literal["replicate", "shard", "offload"] = "replicate"
-    quantize: Literal["int8", "nf4", "fp8"] | None = None
-    cache: CacheSection | None = None
-
-    @model_validator(mode="after")
-    def _cached(self) -> TeacherSection:
-        if self.cache is not None and self.path is None and not self.from_student:
-            raise ValueError("cache: only a teacher with a path can be told from others; save it, and name its folder")
-        return self
-
-    @model_validator(mode="after")
-    def _own_weights(self) -> TeacherSection:
-        if self.from_teacher is not None:
-            raise ValueError("from_teacher is for the student; a teacher has a path, or parts")
-        more = sorted(self.model_fields_set - {"from_student"})
-        if self.from_student and any(getattr(self, name) != type(self).model_fields[name].default for name in more):
-            raise ValueError(f"from_student is the student's base as it is; leave {', '.join(more)} out")
-        if self.quantize is not None and self.placement != "replicate":
-            raise ValueError(
-                f"quantize: ZeRO-3 does not {self.placement} weights of fewer bits; use placement: replicate"
-            )
-        if self.server is not None:
-            if self.path is None:
-                raise ValueError(
-                    "server: give the teacher's path too, whose tokenizer and image processing are read here"
-                )
-            here = [key for key in ("dtype", "attn_implementation") if getattr(self, key) is not None]
-            here += ["placement"] if self.placement != "replicate" else []
-            here += [key for key in ("quantize", "cache") if getattr(self, key) is not None]
-            if here:
-                raise ValueError(f"server: the teacher's weights are there; leave {', '.join(here)} out")
-        return self
+from .checks import check_run
+from .fields import (
+    AboveZero,
+    AtLeastZero,
+    Beta,
+    DType,
+    Fraction,
+    Measure,
+    NotNegative,
+    Part,
+    Positive,
+    Replaces,
+    Rules,
+    Section,
+)
+from .model_sections import StudentSection, TeacherSection
 
 
 class LossSection(Section):
-    """One term of the loss; parameters beyond name and weight go to the loss itself."""
+    """One term of the loss; parameters beyond name and weight are the loss's own."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    name: str = Field(description="The loss: a name such as `taid`.")
+    weight: AtLeastZero = Field(1.0, description="Factor on the loss in the sum of all terms.")
 
 
 class SourceSection(Section):
-    """One source of samples. Where it is not ``labelled``, its answers are placeholders that no loss may read.
+    """One source of samples."""
 
-    ``columns`` says which keys of the records hold what: our name, then theirs, as ``{image: image_path}``.
-    """
-
-    path: str
-    name: str | None = None
-    images: str | None = None
-    format: Literal["auto", "json", "jsonl", "csv", "tsv", "huggingface", "webdataset", "text"] = "auto"
-    split: str | None = None
-    config: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    labelled: bool = True
-    limit: Positive | None = None
-    columns: dict[str, str] = {}
+    path: str = Field(description="File, folder, or name of a dataset.")
+    name: str | None = Field(None, description="Name in metrics and messages; by default made from the path.")
+    images: str | None = Field(None, description="Folder that relative image paths start from.")
+    format: Literal["auto", "json", "jsonl", "csv", "tsv", "huggingface", "webdataset", "text"] = Field(
+        "auto", description="Layout of the data; `auto` tells it from the path."
+    )
+    split: str | None = Field(None, description="Split of a Hugging Face dataset.")
+    config: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
+    weight: AboveZero = Field(1.0, description="How often each row is seen in an epoch; 0.5 is every other epoch.")
+    labelled: bool = Field(True, description="`false`: answers are placeholders, and losses that need labels refuse.")
+    limit: Positive | None = Field(None, description="Use the first rows alone, this many.")
+    columns: dict[str, str] = Field(
+        {}, description="Which column holds what: our name, then the data's, as in `{image: image_path}`."
+    )
 
 
 class DataSection(Section):
-    """``answers: last``, ``max_prompt`` and ``max_response`` are about conversations' last answers (``data.Turns``).
+    """Training and evaluation data, and how samples become batches."""
 
-    With ``turns: split`` each answer of a conversation is a sample of its own. ``template_text`` says whether what a
-    chat template writes before a plain answer, such as an empty thought, is learnt.
-    A run that leaves out more than the share ``max_bad`` of its samples ends.
-    """
-
-    train: list[SourceSection] = Field(min_length=1)
-    eval: list[SourceSection] = []
-    roots: list[str] = []
-    max_length: Positive = 2048
-    max_prompt: Positive | None = None
-    max_response: Positive | None = None
-    answers: Literal["all", "last"] = "all"
-    turns: Literal["together", "split"] = "together"
-    template_text: Literal["prompt", "learn"] = "prompt"
-    max_pixels: Positive = 89_478_485
-    bad_samples: Literal["skip", "fail"] = "skip"
-    max_bad: Fraction = 0.5
-    length_window: NotNegative = 0
-    packing: bool = False
-    workers: NotNegative = 2
-    prefetch: Positive = 2
+    train: list[SourceSection] = Field(min_length=1, description="Sources to train on.")
+    eval: list[SourceSection] = Field([], description="Sources to evaluate on.")
+    roots: list[str] = Field([], description="The only folders that images are read from; by default any.")
+    max_length: Positive = Field(2048, description="Longest sample in tokens, image tokens included.")
+    max_prompt: Positive | None = Field(
+        None, description="Longest prompt before the last answer, in tokens (needs `answers: last`)."
+    )
+    max_response: Positive | None = Field(None, description="Longest last answer, in tokens (needs `answers: last`).")
+    answers: Literal["all", "last"] = Field("all", description="Which answers of a conversation are learnt.")
+    turns: Literal["together", "split"] = Field(
+        "together", description="`split` makes each answer of a conversation a sample of its own."
+    )
+    template_text: Literal["prompt", "learn"] = Field(
+        "prompt",
+        description="Whether text that a chat template writes before an answer, such as an empty thought, is learnt.",
+    )
+    max_pixels: Positive = Field(89_478_485, description="Largest image, in pixels; larger ones are bad samples.")
+    bad_samples: Literal["skip", "fail"] = Field("skip", description="What to do with a sample that cannot be used.")
+    max_bad: Fraction = Field(0.5, description="The run ends when it leaves out a larger share of its samples.")
+    length_window: NotNegative = Field(
+        0, description="Sort the rows of this many consecutive batches by length, against padding; 0 keeps the order."
+    )
+    packing: bool = Field(False, description="Put several samples into one row instead of padding.")
+    workers: NotNegative = Field(2, description="Loader processes per rank.")
+    prefetch: Positive = Field(2, description="Steps that each loader process prepares ahead.")
 
 
 class OptimizerSection(Section):
-    """``part_lr`` has learning rates of single parts, in place of ``lr``."""
+    """The optimizer and its learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    part_lr: dict[Part, Annotated[float, Field(gt=0)]] = {}
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0)] = 0.0
-    min_lr_ratio: Fraction = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    name: Literal["adamw", "sgd", "adamw8bit", "muon"] = Field(
+        "adamw", description="AdamW, SGD with momentum, AdamW with 8-bit states (bitsandbytes), or Muon with AdamW."
+    )
+    lr: AboveZero = Field(1e-4, description="Peak learning rate.")
+    muon_lr: AboveZero = Field(0.02, description="Peak learning rate of the matrices that Muon updates.")
+    part_lr: dict[Part, AboveZero] = Field({}, description="Learning rates of single parts, in place of `lr`.")
+    weight_decay: AtLeastZero = Field(0.01, description="Weight decay of matrices; decoupled, except with SGD.")
+    momentum: Beta = Field(0.9, description="Momentum of SGD and Muon.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of its two moments.")
+    eps: AboveZero = Field(1e-8, description="AdamW's term against division by zero.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup: AtLeastZero = Field(0.0, description="Warm-up in steps; below 1, a share of the run.")
+    min_lr_ratio: Fraction = Field(0.0, description="Learning rate at the end, as a share of the peak.")
+    max_grad_norm: AboveZero | None = Field(1.0, description="Clip the gradient to this norm; `null` does not clip.")
 
 
 class WandbSection(Section):
-    """Where Weights & Biases shows a run. ``mode: offline`` keeps it on disk, to be sent by ``wandb sync``."""
+    """Weights & Biases."""
 
-    project: str | None = None
-    group: str | None = None
-    name: str | None = None
-    tags: list[str] = []
-    entity: str | None = None
-    mode: Literal["online", "offline", "disabled"] | None = None
+    project: str | None = Field(None, description="Project that shows the run.")
+    group: str | None = Field(None, description="Group of runs shown together.")
+    name: str | None = Field(None, description="Name of the run.")
+    tags: list[str] = Field([], description="Tags of the run.")
+    entity: str | None = Field(None, description="User or team that owns the run.")
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        None, description="`offline` keeps the run on disk until `wandb sync` sends it."
+    )
 
 
 class TrainingSection(Section):
-    """``timeout`` is in minutes: so long a rank waits for the others. ``on_oom: halve`` starts again with half the
-    micro-batch where memory ran out, under this suite's own commands. A run that was told to stop ends with
-    ``stopped_exit_code``; left out, it is 130 after SIGINT and 143 after SIGTERM.
-    """
+    """Length, batch, precision and bookkeeping of a run; shared by both paths."""
 
-    replaces = {"epochs": ("steps",), "steps": ("epochs",)}
+    replaces: ClassVar[Replaces] = {"epochs": ("steps",), "steps": ("epochs",)}
 
-    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    steps: Positive | None = None
-    batch_size: Positive = 64
-    micro_batch_size: Positive | None = None
-    dtype: DType = "fp32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    activation_checkpointing: bool = False
-    seed: NotNegative = 0
-    checkpoint_every: Positive = 500
-    keep_checkpoints: Positive = 2
-    resume: bool = True
-    timeout: Annotated[float, Field(gt=0)] = 30
-    on_oom: Literal["fail", "halve"] = "fail"
-    stopped_exit_code: Annotated[int, Field(ge=0, le=255)] | None = None
-    wandb: bool | WandbSection = False
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="Length of the run in epochs.")
+    steps: Positive | None = Field(None, description="Length of the run in optimizer steps, in place of `epochs`.")
+    batch_size: Positive = Field(64, description="Samples of an optimizer step, over all ranks.")
+    micro_batch_size: Positive | None = Field(
+        None, description="Samples of one forward on one rank; by default a rank's whole share of the step."
+    )
+    dtype: DType = Field("fp32", description="Precision of the forward; optimizer and losses stay in float32.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` uses a GPU if there is one.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward to save memory.")
+    seed: NotNegative = Field(0, description="Seed of weights, data order and everything drawn.")
+    checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
+    keep_checkpoints: Positive = Field(2, description="Number of checkpoints kept.")
+    resume: bool = Field(True, description="Continue from the output folder's checkpoint; `false` refuses instead.")
+    timeout: AboveZero = Field(30, description="Minutes that a rank waits for the others before the run ends.")
+    on_oom: Literal["fail", "halve"] = Field(
+        "fail",
+        description="`halve` restarts with half the micro-batch when memory runs out, under this suite's own commands.",
+    )
+    stopped_exit_code: Annotated[int, Field(ge=0, le=255)] | None = Field(
+        None, description="Exit code of a run that was told to stop; by default 130 after SIGINT, 143 after SIGTERM."
+    )
+    wandb: bool | WandbSection = Field(False, description="Show the run in Weights & Biases: `true`, or its settings.")
 
     @model_validator(mode="after")
     def _length(self) -> TrainingSection:
@@ -344,26 +152,25 @@ class TrainingSection(Section):
 
 
 class LanguageTrainingSection(TrainingSection):
-    """``recompute_logits`` forms the logits in tiles, twice, to save memory.
+    """What only the VLM path has."""
 
-    ``sequence_parallel`` ranks share the tokens of their samples, which are the same.
-    """
-
-    recompute_logits: bool = False
-    sequence_parallel: Positive = 1
+    recompute_logits: bool = Field(False, description="Form the logits twice, in tiles, to save memory.")
+    sequence_parallel: Positive = Field(1, description="Ranks that share the tokens of the same samples.")
 
 
 class DeepSpeedSection(Section):
-    """``stage`` of ZeRO, and what else DeepSpeed's own configuration knows, which is passed on.
+    """ZeRO's stage, and further keys of DeepSpeed's own configuration, which are passed on.
 
-    What the run sets itself (``deepspeed_keys.set_by_run``) may be repeated here, with the run's value or as ``auto``.
+    Keys that the run sets itself (``deepspeed_keys.set_by_run``) may be repeated here with the run's value or ``auto``.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    replaces = {"stage": ("zero_optimization.stage",), "zero_optimization.stage": ("stage",)}
+    replaces: ClassVar[Replaces] = {"stage": ("zero_optimization.stage",), "zero_optimization.stage": ("stage",)}
 
-    stage: Literal[0, 1, 2, 3] = 2
+    stage: Literal[0, 1, 2, 3] = Field(
+        2, description="What ZeRO shards: nothing (0), optimizer states (1), gradients too (2), parameters too (3)."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -412,30 +219,33 @@ class DeepSpeedSection(Section):
 
 
 class OnPolicySection(Section):
-    """Steps that learn from the student's own answers: a share of all, or with ``adaptive`` one that grows.
+    """Steps that learn from the student's own answers."""
 
-    At temperature 0 answers are the likeliest tokens, not drawn.
-    """
-
-    fraction: Fraction
-    max_new_tokens: Positive = 256
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    batch_size: Positive = 64
-    replay: Positive | None = None
-    adaptive: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Fraction = Field(description="Share of steps that learn from the student's own answers.")
+    max_new_tokens: Positive = Field(256, description="Longest answer, in tokens.")
+    temperature: AtLeastZero = Field(1.0, description="Temperature of drawing; 0 takes the likeliest token.")
+    batch_size: Positive = Field(64, description="Answers drawn at once on a rank.")
+    replay: Positive | None = Field(None, description="Number of latest answers that are kept and learnt from again.")
+    adaptive: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Let the share grow by this much whenever the evaluation shows no progress."
+    )
 
 
 class EvaluationSection(Section):
-    every: Positive | None = None
-    limit: Positive | None = None
-    batch_size: Positive = 64
-    max_new_tokens: Positive | None = None
-    measures: Annotated[list[Measure], Field(min_length=1)] = ["exact"]
-    teacher: bool = True
-    benchmarks: list[str] = []
-    benchmark_data: str | None = None
-    rules: Rules = "vlmevalkit"
-    best: str | None = None
+    """What is evaluated, when, and by which measures."""
+
+    every: Positive | None = Field(None, description="Steps between evaluations; by default only at the end.")
+    limit: Positive | None = Field(None, description="Samples of each source while training; all of them at the end.")
+    batch_size: Positive = Field(64, description="Samples answered at once on a rank.")
+    max_new_tokens: Positive | None = Field(None, description="Longest answer, in tokens.")
+    measures: Annotated[list[Measure], Field(min_length=1)] = Field(
+        ["exact"], description="Measures of `data.eval`: `exact`, `rouge_l`, `perplexity`, `kl`."
+    )
+    teacher: bool = Field(True, description="Evaluate the teacher, too, at the end.")
+    benchmarks: list[str] = Field([], description="Benchmarks by name.")
+    benchmark_data: str | None = Field(None, description="Folder of the benchmarks' files.")
+    rules: Rules = Field("vlmevalkit", description="Whose prompts and scoring benchmarks follow.")
+    best: str | None = Field(None, description="Data or benchmark whose score chooses the best student kept.")
 
     @model_validator(mode="after")
     def _best_of_several(self) -> EvaluationSection:
@@ -445,18 +255,20 @@ class EvaluationSection(Section):
 
 
 class RunConfig(Section):
-    """A run. ``teacher`` may be absent: then only losses that need none are allowed (plain fine-tuning)."""
+    """A run that trains a vision-language or language model."""
 
-    student: StudentSection
-    teacher: TeacherSection | None = None
-    loss: list[LossSection] = Field(min_length=1)
-    data: DataSection
-    optimizer: OptimizerSection = OptimizerSection()
-    training: LanguageTrainingSection
-    deepspeed: DeepSpeedSection = DeepSpeedSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    on_policy: OnPolicySection | None = None
-    output: str
+    student: StudentSection = Field(description="The model that is trained.")
+    teacher: TeacherSection | None = Field(
+        None, description="The model to learn from; without one, only losses that need none (plain fine-tuning)."
+    )
+    loss: list[LossSection] = Field(min_length=1, description="Terms of the loss.")
+    data: DataSection = Field(description="Training and evaluation data.")
+    optimizer: OptimizerSection = Field(OptimizerSection(), description="Optimizer and learning-rate schedule.")
+    training: LanguageTrainingSection = Field(description="Length, batch, precision and bookkeeping.")
+    deepspeed: DeepSpeedSection = Field(DeepSpeedSection(), description="ZeRO, and DeepSpeed's own keys.")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="What is evaluated, and when.")
+    on_policy: OnPolicySection | None = Field(None, description="Learning from the student's own answers.")
+    output: str = Field(description="Folder of the run.")
 
     @model_validator(mode="before")
     @classmethod
@@ -464,97 +276,17 @@ class RunConfig(Section):
         student = plain.get("student") if isinstance(plain, dict) else None
         if isinstance(student, dict) and "name" in student and not {"path", "decoder", "from_teacher"} & student.keys():
             raise ValueError(
-                "this file configures an image classifier (student.name), which only vlm-distill classify takes"
+                "this file configures an image classifier (student.name); run it with vlm-distill classify"
             )
         return plain
 
     @model_validator(mode="after")
-    def _does_something(self) -> RunConfig:
-        check_weights(self.loss)
-        if self.evaluation.every is not None and not (self.data.eval or self.evaluation.benchmarks):
-            raise ValueError(
-                "evaluation.every: there is nothing to evaluate; name data.eval or evaluation.benchmarks, or leave "
-                "every out"
-            )
+    def _between_sections(self) -> RunConfig:
+        deepspeed_keys.check_equal(
+            self.deepspeed.extra, deepspeed_keys.set_by_run(self, autocast=self.deepspeed.stage == 0)
+        )
+        check_run(self)
         return self
-
-    @model_validator(mode="after")
-    def _one_voice(self) -> RunConfig:
-        values = deepspeed_keys.set_by_run(self, autocast=self.deepspeed.stage == 0)
-        deepspeed_keys.check_equal(self.deepspeed.extra, values)
-        return self
-
-    @model_validator(mode="after")
-    def _on_policy(self) -> RunConfig:
-        section = self.on_policy
-        if section is not None:
-            if self.teacher is None:
-                raise ValueError("on_policy: the student's own answers are compared with a teacher; add a teacher")
-            if section.adaptive is not None and self.evaluation.best is None:
-                raise ValueError("on_policy.adaptive: goes by the score that evaluation.best names; name one")
-            if self.teacher.cache is not None:
-                raise ValueError("on_policy: no cache holds a teacher's outputs for answers yet to be drawn")
-            if self.student.vision_cache is not None:
-                raise ValueError("on_policy: the student sees images when it draws answers; leave vision_cache out")
-            if self.training.sequence_parallel > 1:
-                raise ValueError("on_policy: ranks that share sequences draw no answers; leave sequence_parallel out")
-            if section.replay is not None and section.replay < self.training.batch_size:
-                raise ValueError("on_policy.replay: fewer answers than a step has samples; keep training.batch_size")
-        return self
-
-    @model_validator(mode="after")
-    def _student_needs_teacher(self) -> RunConfig:
-        if self.teacher is not None and self.teacher.server is not None:
-            if self.student.from_teacher is not None:
-                raise ValueError("student.from_teacher: the teacher's weights are on its server; name a student")
-            if any(source.format == "text" for source in self.data.train):
-                raise ValueError("teacher.server scores conversations alone; leave plain text out of data.train")
-            if "kl" in self.evaluation.measures:
-                raise ValueError("evaluation.measures: kl needs the teacher here, not on a server; leave it out")
-            if self.training.recompute_logits:
-                raise ValueError("training.recompute_logits: a server tells no hidden states; leave it out")
-            if self.data.packing:
-                raise ValueError("data.packing: a server scores samples one by one; leave it out")
-        if self.student.from_teacher is not None and self.teacher is None:
-            raise ValueError("student.from_teacher needs a teacher section to cut from")
-        if self.student.from_teacher is not None and self.teacher is not None and self.teacher.quantize is not None:
-            raise ValueError("student.from_teacher: no student is cut from weights of fewer bits; leave quantize out")
-        if self.student.from_teacher is not None and self.teacher is not None and self.teacher.placement != "replicate":
-            raise ValueError(
-                "student.from_teacher: no student can be cut from a sharded teacher; use placement: replicate"
-            )
-        if "kl" in self.evaluation.measures and self.teacher is None:
-            raise ValueError("evaluation.measures: kl is that from a teacher, and there is none; leave it out")
-        if self.student.tokenizer == TEACHERS and self.teacher is None:
-            raise ValueError("student.tokenizer: teacher needs a teacher section to take it from")
-        return self
-
-    @model_validator(mode="after")
-    def _without_its_body(self) -> RunConfig:
-        if self.teacher is not None and self.teacher.cache is not None:
-            if self.student.from_teacher is not None:
-                raise ValueError("student.from_teacher cuts the teacher itself, which teacher.cache never loads")
-            if "kl" in self.evaluation.measures:
-                raise ValueError("evaluation.measures: kl asks the teacher itself, which teacher.cache never loads")
-        return self
-
-    @model_validator(mode="after")
-    def _base_as_teacher(self) -> RunConfig:
-        student, stage = self.student, self.deepspeed.stage
-        if self.teacher is not None and self.teacher.from_student:
-            if student.lora is None or student.trained_whole:
-                raise ValueError("teacher.from_student needs a student trained by student.lora alone: its base stays")
-            if student.from_teacher is not None:
-                raise ValueError("teacher.from_student and student.from_teacher: one of the two must be on disk")
-        if student.quantize is not None and stage == 3:
-            raise ValueError("student.quantize: ZeRO-3 does not shard weights of 4 bits; choose stage 0, 1 or 2")
-        return self
-
-
-def check_weights(losses: Sequence[LossSection]) -> None:
-    """Raise ``ValueError`` where all losses have weight 0, so that nothing would be learnt."""
-    if all(section.weight == 0 for section in losses):
-        raise ValueError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
 
 
 class AnyRun(Protocol):
@@ -583,42 +315,3 @@ class AnyData(Protocol):
 class AnyOptimizer(Protocol):
     @property
     def max_grad_norm(self) -> float | None: ...
-
-
-def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
-    """Return a rank's micro-batch and the micro-batches of a step; their product over ranks is the batch size.
-
-    Ranks that share their samples count as one.
-
-    Raises:
-        UserError: the batch size is no multiple of them, or the ``deepspeed`` section says something else.
-    """
-    shared = getattr(config.training, "sequence_parallel", 1)
-    if world % shared:
-        raise UserError(f"training.sequence_parallel: {world} rank(s) are no multiple of {shared}; change one of them")
-    world //= shared
-    batch = config.training.batch_size
-    micro = config.training.micro_batch_size or max(1, batch // world)
-    if batch % (micro * world):
-        per = micro * world
-        near = sorted({max(per, batch // per * per), (batch // per + 1) * per})
-        raise UserError(
-            f"training.batch_size: {batch} is not divisible by micro_batch_size {micro} × {world} rank(s); "
-            f"nearest that are: {', '.join(map(str, near))}"
-        )
-    accumulation = batch // (micro * world)
-    source = f"training.batch_size and micro_batch_size on {world} rank(s)"
-    values = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
-    try:
-        deepspeed_keys.check_equal(
-            config.deepspeed.extra, {key: deepspeed_keys.Set(value, source) for key, value in values.items()}
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return micro, accumulation
-
-
-def halved(config: AnyRun, world: int) -> int | None:
-    """The largest micro-batch up to half of the run's with which its batch still comes out even; ``None`` after 1."""
-    micro, accumulation = split_batch(config, world)
-    return next((m for m in range(micro // 2, 0, -1) if micro * accumulation % m == 0), None)

@@ -10,8 +10,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data.errors import UserError
 from data.tables import Table
+from vlm_distill.config.fields import Positive, Section
 from vlm_distill.config.file import explain
-from vlm_distill.config.sections import Positive, Section
 
 from . import prompts
 from .files import HuggingFace, Layout, Official, SourceFile, Tsv, selected

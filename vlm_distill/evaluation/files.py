@@ -19,7 +19,7 @@ from data.json_tables import Records, joined, json_table, read_records
 from data.opening import open_source
 from data.tables import HuggingFaceTable, Selection, SourceTable, Table
 from data.tsv import TsvTable
-from vlm_distill.config.sections import Section
+from vlm_distill.config.fields import Section
 
 
 class Layout(Section):

@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -160,9 +160,12 @@ class ServedTeacher(Teacher):
         UserError: the server does not tell so many log-probabilities of the prompt.
     """
 
+    processor: Processor
+    likeliest: int
+
     def __init__(self, served: ServedModel, top: int, workers: int) -> None:
-        self.served, self.top = served, top
-        self.processor: Processor = served.processor
+        self.served, self.likeliest = served, top
+        self.processor = served.processor
         self.needs_images = self.processor.has_vision
         self._vocabulary: int | None = None
         self._pool = ThreadPoolExecutor(workers)
@@ -176,25 +179,23 @@ class ServedTeacher(Teacher):
     def end_tokens(self) -> set[int]:
         return self.served.end_tokens
 
-    def align(self, student: VisionLanguageModel) -> None:
-        """Cuts the student's head, and what the server tells, to the ids that both share; raises as ``cut_head``."""
+    def align(self, student: VisionLanguageModel) -> int:
+        """Cut the student's head and the server's replies to the tokens that both share, and return their number."""
         self._vocabulary = cut_head(student, self.processor.tokenizer)
+        return self._vocabulary
 
-    def ask(self, batch: DistillationBatch) -> None:
-        """Sends a micro-batch's requests, whose replies :meth:`outputs` takes when its turn comes."""
+    def request(self, batch: DistillationBatch) -> None:
         self._ahead.append((batch.origins, self._requests(batch)))
 
     def forget(self, batch: DistillationBatch) -> None:
-        """Drop the replies to a micro-batch that :meth:`outputs` will not be called for."""
         if self._ahead and self._ahead[0][0] == batch.origins:
             self._ahead.popleft()
 
-    def asked_ahead(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """The steps, each with the requests of the one after it on their way."""
+    def prefetch(self, steps: Iterator[Step]) -> Iterator[Step]:
         current: Step | None = None
         for step in steps:
             for batch in step.batches:
-                self.ask(batch)
+                self.request(batch)
             if current is not None:
                 yield current
             current = step
@@ -274,7 +275,7 @@ class ServedTeacher(Teacher):
     def _asked(self) -> dict[str, Any]:
         # One token is generated since servers refuse to generate none; it is not looked at. Before its version 1 engine
         # vLLM divided these log-probabilities by the temperature too.
-        return {"max_tokens": 1, "prompt_logprobs": self.top, "temperature": 1.0}
+        return {"max_tokens": 1, "prompt_logprobs": self.likeliest, "temperature": 1.0}
 
     def _likeliest(self, told: Mapping[str, Any] | None, own: int) -> Likeliest:
         """One place in vLLM's form, ``{"token id": {"logprob": number, "rank": …}}``, the prompt's own token among it.
@@ -312,9 +313,9 @@ class ServedTeacher(Teacher):
             # As a head that is cut to the shared ids, whose softmax leaves the others out.
             others = sum(math.exp(p) for i, p in likeliest.items() if i not in shared)
             scale = math.log1p(-min(others, 1 - _LEAST_TAIL))
-            ranked = sorted(shared.items(), key=lambda entry: -entry[1])[: self.top]
+            ranked = sorted(shared.items(), key=lambda entry: -entry[1])[: self.likeliest]
             rows.append([(i, p - scale) for i, p in ranked])
-        k = min((len(row) for row in rows), default=self.top)
+        k = min((len(row) for row in rows), default=self.likeliest)
         ids = torch.tensor([[i for i, _ in row[:k]] for row in rows], dtype=torch.int64).reshape(len(rows), k)
         logprobs = torch.tensor([[p for _, p in row[:k]] for row in rows], dtype=torch.float64).reshape(len(rows), k)
         tail = (1 - logprobs.exp().sum(-1)).clamp(min=_LEAST_TAIL).log()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.batch import DistillationBatch
+from data.batch import DistillationBatch, Step
+from data.errors import UserError
 from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.token_records import Fields, TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
 from .composed import load_tokenizer
+from .initialise import count_parameters
 from .interface import LMHead, Outputs, Processor, VisionLanguageModel
+from .vocabulary import align_heads, separate_heads
 
 _HEAD, _TOKENIZER = "head.safetensors", "tokenizer"
 # Rows of logits at a time when the likeliest tokens are chosen.
@@ -36,13 +39,48 @@ class TeacherOutputs:
 class Teacher(ABC):
     """Gives targets for a micro-batch. It is never trained, and never part of a checkpoint.
 
+    In a run, :meth:`align` is called once, before training; then, for every micro-batch, :meth:`request` as early as
+    possible and either :meth:`outputs` or :meth:`forget`. :meth:`prefetch` calls :meth:`request` one step ahead.
+
     Attributes:
         processor: turns conversations into the teacher's own inputs.
+        model: the model that runs here; ``None`` if the outputs come from a cache or a server.
+        head: turns the teacher's hidden states into logits; ``None`` if a server keeps it to itself.
+        cache: the cache that the outputs are read from, if any.
+        likeliest: how many of the likeliest tokens are known at each position; ``None``: the whole distribution is.
+        parameters: number of parameters; ``None`` if nobody here knows.
         needs_images: whether it reads conversations with images from ``batch.conversations``, not from tokens.
     """
 
     processor: Processor | CachedProcessor
+    model: VisionLanguageModel | None = None
+    head: LMHead | None = None
+    cache: TokenCache | None = None
+    likeliest: int | None = None
+    parameters: int | None = None
     needs_images: bool = False
+
+    @abstractmethod
+    def align(self, student: VisionLanguageModel) -> int:
+        """Cut the student's head and this teacher's to the tokens that both share, and return their number.
+
+        Raises:
+            UserError: the tokenizers differ, or an end token of the student is not shared.
+        """
+
+    def separate(self, student: VisionLanguageModel) -> None:
+        """Cut each head to the tokens of its own tokenizer, for losses that compare groups of tokens."""
+        raise UserError("this teacher has no head here, so that only a student with its tokenizer can learn from it")
+
+    def prefetch(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Return the same steps; a teacher on a server is asked about the next step while one is trained on."""
+        return steps
+
+    def request(self, batch: DistillationBatch) -> None:
+        """Start to fetch a micro-batch's outputs, if fetching takes time. :meth:`outputs` collects them in order."""
+
+    def forget(self, batch: DistillationBatch) -> None:
+        """Drop what was requested for a micro-batch that :meth:`outputs` will not be called for."""
 
     @property
     def end_tokens(self) -> set[int]:
@@ -71,11 +109,26 @@ class ModelTeacher(Teacher):
     """
 
     processor: Processor
+    model: VisionLanguageModel
 
     def __init__(self, model: VisionLanguageModel, run: Callable[..., Any] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.processor = model.processor
         self._run = run or model
+
+    @property
+    def head(self) -> LMHead:  # type: ignore[override]
+        return self.model.head
+
+    @property
+    def parameters(self) -> int:  # type: ignore[override]
+        return sum(count_parameters(self.model).values())
+
+    def align(self, student: VisionLanguageModel) -> int:
+        return align_heads(student, self.model)
+
+    def separate(self, student: VisionLanguageModel) -> None:
+        separate_heads(student, self.model)
 
     @property
     def end_tokens(self) -> set[int]:
@@ -99,26 +152,33 @@ class CachedTeacher(Teacher):
         trust_remote_code: run code that comes with the tokenizer.
 
     Attributes:
-        cache: of the outputs.
-        head: makes logits of hidden states; of likeliest tokens it has only the number of tokens, and no width.
-        parameters: how many the teacher has.
+        head: in a cache of likeliest tokens it has no width and tells only the size of the vocabulary.
     """
 
     processor: CachedProcessor
+    cache: TokenCache
+    head: LMHead
 
     def __init__(self, folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> None:
         self.cache = TokenCache(folder)
         self.processor = CachedProcessor(self.cache, load_tokenizer(str(folder / _TOKENIZER), trust_remote_code))
         about = self.cache.about["teacher"]
-        self.parameters: int = about["parameters"]
+        self.parameters = about["parameters"]
         self._ends = set(about["end_tokens"])
         hidden = "hidden" in self.cache.fields
+        self.likeliest = None if hidden else self.cache.fields["ids"][1]
         state = load_file(folder / _HEAD, str(device)) if hidden else {"weight": torch.empty(about["vocabulary"], 0)}
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.weight = nn.Parameter(state["weight"], requires_grad=False)
         if "bias" in state:
             linear.bias = nn.Parameter(state["bias"], requires_grad=False)
         self.head = LMHead(linear, about["scale"], about["softcap"])
+
+    def align(self, student: VisionLanguageModel) -> int:
+        return align_heads(student, self)
+
+    def separate(self, student: VisionLanguageModel) -> None:
+        separate_heads(student, self)
 
     @property
     def end_tokens(self) -> set[int]:
@@ -170,14 +230,15 @@ def cached_values(targets: HiddenTargets, fields: Fields) -> dict[str, Tensor]:
     }
 
 
-def describe_teacher(model: VisionLanguageModel, parameters: int, vocabulary: int) -> dict[str, Any]:
+def describe_teacher(teacher: Teacher, vocabulary: int) -> dict[str, Any]:
     """The part of ``cache.json`` that :class:`CachedTeacher` reads."""
+    assert teacher.head is not None
     return {
-        "parameters": parameters,
-        "end_tokens": sorted(model.end_tokens),
+        "parameters": teacher.parameters,
+        "end_tokens": sorted(teacher.end_tokens),
         "vocabulary": vocabulary,
-        "scale": model.head.scale,
-        "softcap": model.head.softcap,
+        "scale": teacher.head.scale,
+        "softcap": teacher.head.softcap,
     }
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from data.errors import UserError
 
-from .interface import VisionLanguageModel
-from .teacher import CachedTeacher
+from .interface import LMHead, VisionLanguageModel
 
-Teaching = VisionLanguageModel | CachedTeacher
+
+class HasTokens(Protocol):
+    """What is needed of a model, or of a teacher with a head, to compare and cut its vocabulary."""
+
+    @property
+    def head(self) -> LMHead: ...
+    @property
+    def processor(self) -> Any: ...
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
@@ -46,7 +52,7 @@ def same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
     return True
 
 
-def separate_heads(*models: Teaching) -> None:
+def separate_heads(*models: HasTokens) -> None:
     """Cuts each model's head to the ids that its own tokenizer has: what embeddings are padded with is no token."""
     for model in models:
         model.head.vocabulary = None
@@ -54,7 +60,7 @@ def separate_heads(*models: Teaching) -> None:
             model.head.vocabulary = min(max(model.processor.tokenizer.get_vocab().values()) + 1, weight.shape[0])
 
 
-def align_heads(student: VisionLanguageModel, teacher: Teaching) -> int:
+def align_heads(student: VisionLanguageModel, teacher: HasTokens) -> int:
     """Cuts both heads to the ids that both models share, and returns their number.
 
     Raises:

@@ -1,8 +1,8 @@
-"""A run's cost before it is paid: parameters, memory by ZeRO stage and placement, operations, bytes read, time.
+"""What a run will cost: parameters, memory by ZeRO stage and teacher placement, operations, bytes read, time.
 
-No weight is loaded. The models are built without numbers (``models``), and a micro-batch of the run's own data
+No weight is loaded. The models are built without values (``models``), and a micro-batch of the run's own data
 (``samples``) goes through them, forward and backward (``simulation``); what ZeRO holds beside that follows from its
-stage (``memory``). docs/planning.md says what is counted, and how far it was from what was measured.
+stage (``memory``). docs/planning.md says what is counted and compares it with measurements.
 """
 
 from __future__ import annotations
@@ -13,34 +13,37 @@ from types import SimpleNamespace
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill.config.sections import RunConfig, split_batch
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.devices import DEVICES
 from vlm_distill.training.evaluations import Evaluations
 
 from .memory import Memory, rank_memory
-from .models import Models, Part
-from .samples import Sequences, open_training, sample
+from .models import Models, Part, PlannedRun
+from .samples import Sequences, full_row, has_data, sample
 from .simulation import Meter
 
 STAGES = (0, 1, 2, 3)
-#: Share of a GPU's peak that a training is taken to reach.
+#: The share of a GPU's peak operations that training is assumed to reach.
 UTILISATION = 0.35
-#: Not of tensors: CUDA's context and kernels and NCCL's buffers, in bytes, and the share lost between blocks.
+#: Memory outside tensors: bytes of CUDA's context and kernels and NCCL's buffers, and the share lost to fragmentation.
 CONTEXT, FRAGMENTATION = 1.5e9, 0.05
-#: Micro-batches up to this are planned beside one of eight times their size.
+#: Up to this micro-batch, the second simulated one has eight times its size; above, it has one sample.
 _FAR = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's cost.
+    """The cost of a run.
 
     Attributes:
-        configured: index in ``memory`` of what the configuration says.
-        budget: bytes of a GPU; ``allowance``: of these, what is not tensors.
+        memory: of a rank, for every ZeRO stage and placement of the teacher that is worth comparing.
+        configured: index in ``memory`` of the configured one.
+        budget: bytes of a GPU.
+        allowance: bytes of the budget that are kept free for what is not tensors.
         flops: of an optimizer step, all ranks together.
-        seconds: of the training on ``gpus``, evaluation and waiting for data not counted; ``None`` without a device.
-        told: remarks on what is planned.
+        seconds: of the training, without evaluation and waiting for data; ``None`` on a CPU.
+        told: what the plan assumes.
     """
 
     parts: tuple[Part, ...]
@@ -69,64 +72,63 @@ class Plan:
         return None if self.seconds is None else self.tokens / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, as ``plan.json`` has it."""
+        """Return plain data, for ``plan.json``."""
         return asdict(self) | {"gpu_hours": self.gpu_hours, "tokens_per_second": self.tokens_per_second}
 
 
 def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, device: str = "h100") -> Plan:
-    """What a run will cost.
+    """Compute what a run will cost.
 
     Args:
-        config: the run's.
-        gpus: ranks.
+        config: of the run.
+        gpus: number of ranks.
         memory: of a GPU, in GB; default: the device's.
-        device: of ``devices.DEVICES``, or ``cpu``.
+        device: a name in ``devices.DEVICES``, or ``cpu``.
 
     Raises:
-        UserError: an unknown device, a model whose configuration cannot be read, or what the run would refuse.
+        UserError: the device is unknown, a model's configuration cannot be read, or the run itself would be refused.
     """
-    if device not in {*DEVICES, "cpu"}:
-        raise UserError(f"--device: {device} is not known; choose cpu or one of {', '.join(DEVICES)}")
-    if device == "cpu" and memory is None:
-        raise UserError("--memory: say how many GB a rank has on a cpu")
-    budget = 1e9 * (memory or DEVICES[device].memory)
+    budget = _budget(device, memory)
     allowance = 0.0 if device == "cpu" else CONTEXT + FRAGMENTATION * budget
     micro, accumulation = split_batch(config, gpus)
-    sources = open_training(config)
-    if sources is not None:
-        # Where the data are, what the run is evaluated on is to be there too: it refuses what the run would.
+
+    # Check what needs no model: if the data is here, what the run is evaluated on must be here too.
+    run = PlannedRun(config)
+    _ = run.terms
+    available = has_data(run)
+    if available:
         ranks: Any = SimpleNamespace(world=gpus)
         Evaluations(config, ranks)
+
+    # Build the models without weights, and simulate micro-batches of two sizes and one of typical samples.
     with Meter() as meter:
-        models = Models(config, device)
-        pairs, sequences, epoch_steps = sample(config, sources, models)
+        models = Models(run, device)
+        pairs, sequences = sample(run) if available else full_row(run)
         longest = max(pairs, key=lambda pair: len(pair.student.input_ids))
         sizes = (micro, 8 * micro if micro <= _FAR else 1)
-        points = {size: models.run(meter, [longest] * size) for size in sizes}
-        typical = points[micro] if sequences.sampled == 0 else models.run(meter, (pairs * micro)[:micro])
-    own, placements = models.placements()
-    limit = budget - allowance
-    rows: list[Memory] = []
-    configured = 0
-    for placement in placements:
-        for stage in STAGES:
-            if stage == 3 and config.student.quantize is not None:
-                continue  # which no run does
-            if stage == config.deepspeed.stage and placement == own:
-                configured = len(rows)
-            rows.append(rank_memory(models.sizes, points, micro, stage, placement, gpus, accumulation, limit))
-    steps = config.training.steps or math.ceil((config.training.epochs or 0) * epoch_steps)
-    flops = float(typical.student_flops + typical.teacher_flops) * accumulation * gpus
+        points = {size: models.measure(meter, [longest] * size) for size in sizes}
+        typical = points[micro] if sequences.sampled == 0 else models.measure(meter, (pairs * micro)[:micro])
+
+    # Add what ZeRO holds, by stage and placement of the teacher.
+    configured, placements = models.placements()
+    choices = [
+        (stage, placement)
+        for placement in placements
+        for stage in STAGES
+        if stage < 3 or config.student.quantize is None  # ZeRO-3 cannot shard a quantized student
+    ]
+    rows = [
+        rank_memory(models.sizes, points, micro, *choice, gpus, accumulation, budget - allowance) for choice in choices
+    ]
+
+    steps = config.training.steps or math.ceil((config.training.epochs or 0) * run.epoch_steps)
     samples = steps * config.training.batch_size
-    seconds = None
-    if device != "cpu":
-        speed = DEVICES[device].bf16 if config.training.dtype == "bf16" else DEVICES[device].fp32
-        seconds = steps * flops / (gpus * speed * UTILISATION)
+    flops = float(typical.student_flops + typical.teacher_flops) * accumulation * gpus
     return Plan(
         parts=models.parts(),
         sequences=sequences,
         memory=tuple(rows),
-        configured=configured,
+        configured=choices.index((config.deepspeed.stage, configured)),
         gpus=gpus,
         device=device,
         budget=budget,
@@ -137,6 +139,25 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
         flops=flops,
         tokens=samples * sequences.mean,
         bytes_read=samples * sequences.bytes,
-        seconds=seconds,
-        told=models.told,
+        seconds=_seconds(config, steps * flops, gpus, device),
+        told=models.remarks,
     )
+
+
+def _budget(device: str, memory: float | None) -> float:
+    """Return the bytes of memory of a rank."""
+    if device not in {*DEVICES, "cpu"}:
+        raise UserError(f"--device: {device} is not known; choose cpu or one of {', '.join(DEVICES)}")
+    if memory is not None:
+        return 1e9 * memory
+    if device == "cpu":
+        raise UserError("--memory: say how many GB a rank has on a cpu")
+    return 1e9 * DEVICES[device].memory
+
+
+def _seconds(config: RunConfig, flops: float, gpus: int, device: str) -> float | None:
+    """Return the seconds that a training takes; ``None`` on a CPU, whose peak is unknown."""
+    if device == "cpu":
+        return None
+    peak = DEVICES[device].bf16 if config.training.dtype == "bf16" else DEVICES[device].fp32
+    return flops / (gpus * peak * UTILISATION)

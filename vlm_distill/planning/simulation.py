@@ -1,7 +1,7 @@
-"""A micro-batch of a run computed without weights: which bytes are alive at once, and how many operations it takes.
+"""Simulation of a micro-batch without weights: the bytes alive at once, and the floating-point operations.
 
-The model's own code runs, forward and backward, activation checkpointing included; only the numbers are missing. What
-of the output layer is computed in chunks is the exception: its buffers and operations follow from their definition.
+The model's own code runs, forward and backward, with activation checkpointing; only the values are missing. The one
+exception is the lm head with the losses, which is computed in chunks: its cost follows from the chunks' definition.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ aten = torch.ops.aten
 
 
 class Meter(Weightless):
-    """Counts floating-point operations of everything computed while it is open, and bytes alive while it is told to.
+    """Measures what is computed without weights, inside :meth:`counting`.
 
     Attributes:
-        flops: two for each multiplication with addition, in matrix products, convolutions and attention.
-        live, peak: bytes of tensors made since :meth:`counting` began that are alive, and the most of them at once.
-        gradients: bytes among these that are parameters' gradients.
-        passing: the most of what is alive beside parameters' gradients.
+        flops: floating-point operations of matrix products, convolutions and attention; a multiply-add counts as two.
+        live: bytes of the tensors made since :meth:`counting` began that are alive.
+        peak: the most bytes alive at once.
+        gradients: bytes of parameters' gradients among those alive.
+        passing: the most bytes alive at once beside parameters' gradients.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Meter(Weightless):
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Inside, from nothing, bytes and operations are counted."""
+        """Context manager: inside it, bytes and operations are counted from zero."""
         self.flops = self.live = self.peak = self.gradients = self.passing = 0
         self._counting = True
         try:
@@ -58,7 +59,7 @@ class Meter(Weightless):
         kwargs = kwargs or {}
         result, fake = self.compute(func, args, kwargs)
         if self._counting:
-            # Views and what is written in place share a storage that is known, or one that was there before.
+            # Views and in-place results share a storage that is known, or one from before the counting.
             given = {id(x.untyped_storage()) for x in tensors_in((args, kwargs))}
             for tensor in tensors_in(result):
                 storage = tensor.untyped_storage()
@@ -81,6 +82,7 @@ class Meter(Weightless):
 
 
 def _flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Return the floating-point operations of one call of an operator."""
     packet = func._overloadpacket
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         query, key, value = args[:3]
@@ -97,11 +99,11 @@ def _flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: An
 
 @dataclass(frozen=True)
 class HeadCost:
-    """What the losses hold beside their gradients, and how much they multiply.
+    """The cost of lm heads and losses.
 
     Attributes:
-        transient: bytes while the losses are computed.
-        flops: of all products of both heads.
+        transient: bytes of buffers while the losses are computed, gradients aside.
+        flops: of all matrix products with both heads.
     """
 
     transient: int
@@ -118,16 +120,16 @@ def losses_cost(
     recompute: bool,
     on_cpu: bool,
 ) -> HeadCost:
-    """What ``fused_linear`` holds and multiplies.
+    """Compute the cost of ``fused_linear``.
 
     Args:
-        meter: open, and what the models were built under.
-        terms: of the run.
-        heads: the student's, and the teacher's where it guides, with the rows of hidden states that go through.
-        likeliest: how many of the teacher's likeliest tokens are known, where no more is.
-        grouped: rows are grouped across tokenizers.
-        recompute: from tiles of tokens × vocabulary.
-        on_cpu: its limits are a CPU's.
+        meter: the open meter that the models were built under.
+        terms: the run's losses on logits.
+        heads: the student's head, and the teacher's if losses read its hidden states, with their numbers of positions.
+        likeliest: how many of the teacher's likeliest tokens are known, if no more is.
+        grouped: whether groups of tokens are compared across tokenizers.
+        recompute: whether logits are recomputed in tiles of tokens × vocabulary.
+        on_cpu: whether the limits of a CPU apply.
     """
     rows = heads[0][1]
     if not terms or not rows:
@@ -155,7 +157,7 @@ def _block(
     weights: Sequence[Tensor],
     likeliest: int | None,
 ) -> int:
-    """Bytes that the losses hold for a block of rows, its logits aside, found by letting them run on one."""
+    """Return the bytes that the losses hold for a block of rows beside its logits, by running them on one."""
     rows = min(heads[0][1], max(1, BLOCK_BYTES_CPU // (4 * len(weights[0]))))
     hidden = [w.new_empty(rows, w.shape[1]) for w in weights]
     hidden[0].requires_grad_()
@@ -174,7 +176,7 @@ def _block(
 
 
 class _Losses(torch.autograd.Function):
-    """In place of the losses: their buffers, and gradients of the right shapes, made in float32 and cast once."""
+    """Stands in for the losses: allocates their buffers, and gradients in float32 that are cast once."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, transient: int) -> Tensor:
@@ -194,15 +196,15 @@ class _Losses(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch, measured.
+    """The cost of a micro-batch. All bytes include the micro-batch itself.
 
     Attributes:
-        teacher: bytes alive at the teacher's peak, the micro-batch itself among them as in all of these.
-        student: bytes alive at the peak of the student's forward, losses and backward, where each gradient goes as soon
-            as it is made.
-        keeping: the same where gradients stay.
-        student_flops, teacher_flops: forward, and backward of what trains, recomputation included; both heads are the
-            student's.
+        teacher: bytes alive at the peak of the teacher's forward.
+        student: bytes alive at the peak of the student's forward, losses and backward, if each parameter's gradient is
+            freed as soon as it is complete.
+        keeping: the same if gradients are kept.
+        student_flops: forward and backward, recomputation included, with the products of both heads.
+        teacher_flops: forward, without the head.
     """
 
     teacher: int
@@ -223,16 +225,17 @@ def simulate(
     cached: int = 0,
     shared_vision: bool = False,
 ) -> Micro:
-    """Runs a micro-batch without weights.
+    """Run a micro-batch without weights.
 
     Args:
-        meter: open, and what the models were built under.
-        student, teacher: what they are in training.
-        batch: of real token ids, masks and positions.
-        head: what the losses take.
-        autocast: the student computes in bf16 from float32 parameters.
-        cached: bytes of what is read from disk in place of a teacher's outputs.
-        shared_vision: the student takes what the teacher saw.
+        meter: the open meter that the models were built under.
+        student: as in training.
+        teacher: as in training; ``None`` if it does not run.
+        batch: with real token ids, masks and positions.
+        head: cost of heads and losses.
+        autocast: whether the student computes in bf16 from float32 parameters.
+        cached: bytes of teacher outputs that are read from disk.
+        shared_vision: whether the student reuses what the teacher's vision encoder gives.
     """
     inputs = _bytes(batch)
     kept, teacher_peak, teacher_flops = cached, 0, 0
@@ -271,7 +274,7 @@ def _forward(
 
 @contextmanager
 def _gradients(meter: Meter, model: nn.Module) -> Iterator[None]:
-    """Inside, the meter knows which bytes are gradients that are complete."""
+    """Context manager: inside it, the meter knows which bytes are complete gradients."""
 
     def made(parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -1,4 +1,4 @@
-"""What any launched process of ours has: ranks, signals, failures, output, tracking."""
+"""What every launched process needs: ranks, signals, failures, the output folder, tracking."""
 
 from vlm_distill.neighbours import check_neighbours
 

@@ -1,4 +1,4 @@
-"""What known GPUs can do at best, by their makers' data sheets."""
+"""Peak speed and memory of known GPUs, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Device:
     """A GPU.
 
     Attributes:
-        matches: words that stand in the name that the driver gives it, all of them.
-        bf16, fp32: floating-point operations a second: matrix units without sparsity, and plain float32.
+        matches: words that all occur in the name reported by the driver.
+        bf16, fp32: floating-point operations per second: matrix units without sparsity, and plain float32.
         memory: GB (10⁹ bytes).
-        bandwidth: of its memory, bytes a second.
+        bandwidth: of its memory, in bytes per second.
     """
 
     matches: tuple[str, ...]
@@ -25,8 +25,7 @@ class Device:
 
 # NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU", "DGX B200" and "HGX B200" (an eighth of each
 # sum), "A100 Tensor Core GPU", "L40S", "L4", "A10" and "Ada GPU architecture" (RTX 4090, products summed in float32),
-# AMD's "Instinct MI300X". Numbers that a sheet gives with sparsity are halved. Of names that several match, the first
-# counts.
+# AMD's "Instinct MI300X". Numbers that a sheet gives with sparsity are halved. If several match, the first counts.
 DEVICES = {
     "b200": Device(("B200",), 2.25e15, 75e12, 180, 8e12),
     "h200": Device(("H200",), 989e12, 67e12, 141, 4.8e12),
@@ -43,7 +42,7 @@ DEVICES = {
 
 
 def known_device(name: str) -> Device | None:
-    """The device of a name as the driver gives it."""
+    """Return the device with a name as the driver reports it."""
     words = name.replace("-", " ").split()
     for device in DEVICES.values():
         if all(word in words for word in device.matches):

@@ -1,4 +1,4 @@
-"""From what a run can end of to one line for a person: memory, a vanished file, a worker, numbers that are none."""
+"""Turn fatal conditions (out of memory, missing file, dead worker, NaN) into one-line errors."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from pathlib import Path
 import torch
 
 from data.errors import UserError
-from vlm_distill.config.sections import AnyRun, halved
+from vlm_distill.config.batch_split import halved
+from vlm_distill.config.sections import AnyRun
 
 from .launch import MISTAKE, OUT_OF_MEMORY, RESTART, Failure, mistake_of
 
-# What PyTorch says of the memory of a CPU, for which it has no class of error.
+# PyTorch has no error class for the memory of a CPU; it is recognised by its text.
 _CPU_MEMORY = re.compile(r"can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the CPU had no memory left."""
+    """Return whether an error says that a GPU or the CPU ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _CPU_MEMORY.search(str(error)) is not None
 
 
 def explain(error: Exception, phase: str, device: torch.device) -> Failure | None:
-    """What an exception is to a person; ``None`` where it is a fault of this program, and its traceback says more.
+    """Return a one-line reason for an exception; ``None`` for a bug, whose traceback says more.
 
     Args:
         error: what was raised.
-        phase: what the rank was doing, after "in".
-        device: its own.
+        phase: what the rank was doing, to follow "in".
+        device: this rank's.
     """
     if isinstance(error, Failure):
         return error
@@ -41,7 +42,7 @@ def explain(error: Exception, phase: str, device: torch.device) -> Failure | Non
         return Failure(mistake, MISTAKE)
     if out_of_memory(error):
         batch = "on_policy" if phase.endswith("drawing answers") else "evaluation"
-        remedy = f"a smaller {batch}.batch_size, a higher deepspeed.stage or a sharded teacher need less"
+        remedy = f"lower {batch}.batch_size, raise deepspeed.stage or shard the teacher"
         return Failure(f"out of memory in {phase}: {_peak(device)}; {remedy}", OUT_OF_MEMORY)
     return None
 
@@ -49,37 +50,39 @@ def explain(error: Exception, phase: str, device: torch.device) -> Failure | Non
 def out_of_memory_in_step(
     error: Exception, config: AnyRun, world: int, device: torch.device, *, phase: str, shape: str, recomputes: bool
 ) -> Failure:
-    """The end of a run whose step did not fit, with the overrides that would make it fit if it is to be halved.
+    """Return the failure of a step that did not fit, with overrides to restart with if ``on_oom`` is ``halve``.
 
     Args:
-        error: of which :func:`out_of_memory` is true.
+        error: one that :func:`out_of_memory` recognises.
         config: the run's.
         world: number of ranks.
         device: this rank's.
         phase: what the rank was doing.
-        shape: of the micro-batch, in words.
-        recomputes: whether ``training.recompute_logits`` is a remedy that is left.
+        shape: size of the micro-batch, in words.
+        recomputes: whether to suggest ``training.recompute_logits``.
     """
     smaller, training = halved(config, world), config.training
     remedies = [f"training.micro_batch_size={smaller}"] if smaller else []
     remedies += ["training.recompute_logits=true"] if recomputes else []
     remedies += [] if training.activation_checkpointing else ["training.activation_checkpointing=true"]
     remedies += [] if config.deepspeed.stage == 3 or world == 1 else [f"deepspeed.stage={config.deepspeed.stage + 1}"]
-    try_these = f"try {', '.join(remedies)}" if remedies else "the model needs more memory than there is"
+    try_these = (
+        f"try {', '.join(remedies)}" if remedies else "no setting is left that would help; the model needs more memory"
+    )
     said = f"out of memory in {phase}, a micro-batch of {shape}: {_peak(device)}; {try_these}"
     if training.on_oom == "fail":
         return Failure(said, OUT_OF_MEMORY)
     if smaller is None:
-        return Failure(f"{said}; training.on_oom: halve has nothing left, the micro-batch is 1", OUT_OF_MEMORY)
+        return Failure(f"{said}; training.on_oom: halve cannot help, the micro-batch is already 1", OUT_OF_MEMORY)
     if RESTART not in os.environ:
-        said += "; training.on_oom: halve is for vlm-distill train, this launcher does not start again"
+        said += "; training.on_oom: halve works under vlm-distill train; this launcher does not restart"
     return Failure(said, OUT_OF_MEMORY, [f"training.micro_batch_size={smaller}", "training.resume=true"])
 
 
 def start_again(failure: Failure) -> None:
-    """Leaves to the command that has started this rank what the run would go on with."""
+    """Leave the overrides to restart with, for the command that started this rank."""
     if failure.again and RESTART in os.environ:
-        # Several ranks may do this at once, and they write the same.
+        # Several ranks may do this at once; all write the same.
         path = Path(os.environ[RESTART])
         aside = path.with_name(f"{path.name}.{os.getpid()}")
         aside.write_text(" ".join(failure.again))
@@ -87,13 +90,13 @@ def start_again(failure: Failure) -> None:
 
 
 def not_finite(step: int, terms: Sequence[str], found: Sequence[str], *, gradient: bool) -> UserError:
-    """The end of a run whose loss or gradient is not finite.
+    """Return the error of a run whose loss or gradient is NaN or infinite.
 
     Args:
         step: counted from 1.
         terms: names of the losses that are not finite.
-        found: micro-batches of which they are, with their rank and samples, over all ranks.
-        gradient: whether the losses are finite, and their gradient or the weights that it gave are not.
+        found: the micro-batches concerned, with their rank and samples, over all ranks.
+        gradient: whether every loss is finite and the gradient is not.
     """
     if gradient:
         what = f"step {step}: the gradient is not finite, though every loss is"
@@ -108,7 +111,7 @@ def not_finite(step: int, terms: Sequence[str], found: Sequence[str], *, gradien
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU since that was last reset, or this process's resident memory."""
+    """Return the peak in bytes: allocated on the GPU since the last reset, or this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -14,7 +14,7 @@ _passed: Counter[str] = Counter()
 
 
 def point(name: str) -> None:
-    """Sends this process a signal here, if :data:`VARIABLE` asks for it; nothing is flushed or cleaned up."""
+    """Send this process a signal here, if :data:`VARIABLE` asks for it; nothing is flushed or cleaned up."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return

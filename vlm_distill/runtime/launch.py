@@ -1,4 +1,4 @@
-"""Starts a module on several processes of this machine, and ends commands on a person's mistakes in one line."""
+"""Start a module on several processes of this machine; end commands with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from data.errors import UserError
 MISTAKE = 2
 OUT_OF_MEMORY = 3
 WAITED = 4
-#: Names the file in which a rank that ran out of memory leaves the overrides to start again with.
+#: Names the file in which a rank that ran out of memory leaves overrides to restart with.
 RESTART = "VLM_DISTILL_RESTART"
-# Holds the id of the process that has started this one as a rank.
+# Holds the id of the process that started this one as a rank.
 _LAUNCHER = "VLM_DISTILL_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES)
-# Seconds after a rank has failed: the others may end by themselves, then they are asked to, then they are killed.
+# Seconds after a rank has failed: the others may end by themselves, then get SIGTERM, then are killed.
 _BY_THEMSELVES = 2.0
 _OTHERS_ARE_STOPPED = 4.0
 _PATIENCE = 10.0
@@ -40,12 +40,12 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class Failure(Exception):
-    """Why a run ends, in one line, where it is nobody's mistake.
+    """The end of a run that is not the user's mistake.
 
     Args:
-        message: the line.
+        message: the reason, in one line.
         code: the process's exit code.
-        again: overrides with which the run would go on.
+        again: overrides to restart the run with.
     """
 
     def __init__(self, message: str, code: int, again: Sequence[str] = ()) -> None:
@@ -55,7 +55,7 @@ class Failure(Exception):
 
 
 class Stopped(SystemExit):
-    """Ends a command that was told to stop, with this exit code. Whatever is worth keeping has been saved."""
+    """Ends a command that was told to stop, with this exit code, after everything was saved."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -63,7 +63,7 @@ class Stopped(SystemExit):
 
 
 def launch_training(module: str, arguments: Sequence[str], nproc: int) -> int:
-    """What :func:`launch` does, for a training: out of memory, it is started again as its ranks say, if they do."""
+    """Launch a training; restart it after it ran out of memory, if its ranks left overrides for that."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "overrides"
         os.environ[RESTART] = str(path)
@@ -79,14 +79,14 @@ def launch_training(module: str, arguments: Sequence[str], nproc: int) -> int:
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
-    """Runs ``python -m module arguments`` on ``nproc`` processes, and returns the exit code.
+    """Run ``python -m module arguments`` on ``nproc`` processes, and return the exit code.
 
-    SIGTERM and SIGINT are passed on to every process: they decide what to do, and their exit code is returned.
+    SIGTERM and SIGINT are passed on to every process, which decides what to do.
 
     Args:
         module: an entry point such as ``vlm_distill.train``.
         arguments: its command line.
-        nproc: processes on this machine; one a GPU.
+        nproc: processes on this machine, one per GPU.
     """
     settle_accelerator()
     environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
@@ -102,14 +102,14 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
 
 
 def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
-    """Runs a command once in each of these environments; returns the exit code."""
+    """Run a command once in each of these environments. Return the exit code."""
     ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _: object) -> None:
         for process in ranks:
             process.send_signal(number)
 
-    # Not DeepSpeed's launcher, which ends with an error when it is told to stop, and kills ranks one after the other.
+    # DeepSpeed's launcher ends with an error when it is told to stop, and kills ranks one after the other.
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for environment in environments:
@@ -123,7 +123,7 @@ def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> i
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits for all ranks, and ends the others after one has failed; returns the first failure's exit code."""
+    """Wait for all ranks, and end the others after one has failed. Return the first failure's exit code."""
     running, code, since = dict(enumerate(ranks)), 0, 0.0
     while running:
         for rank, process in running.items():
@@ -132,7 +132,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
                 _tell_signal(rank, process.pid, -code)
         running = {rank: process for rank, process in running.items() if process.returncode is None}
         waited = time.monotonic() - since
-        # Ranks that were told to stop end together, and the first may still have to send away its metrics.
+        # Ranks that were told to stop end together; the first may still be sending its metrics.
         waited -= _PATIENCE if code in _STOPPED else 0.0
         for process in running.values() if code else ():
             if code < 0 or waited > _PATIENCE:
@@ -144,7 +144,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _tell_signal(rank: int, process: int, number: int) -> None:
-    """Names a rank that the system has killed, which could not say so itself."""
+    """Name a rank that the system killed, since it cannot say so itself."""
     if number in _LIKELY:
         print(
             f"vlm-distill: rank {rank} (process {process}) was killed by {signal.Signals(number).name}"
@@ -155,7 +155,7 @@ def _tell_signal(rank: int, process: int, number: int) -> None:
 
 
 _LIKELY: dict[int, str] = {
-    signal.SIGKILL: ", perhaps because this machine ran out of memory (dmesg tells; fewer data.workers need less)",
+    signal.SIGKILL: ", perhaps because this machine ran out of memory (see dmesg; fewer data.workers need less)",
     signal.SIGBUS: ", perhaps because a data file was cut short while it was read, or /dev/shm is full",
     signal.SIGSEGV: "",
     signal.SIGABRT: "",
@@ -163,7 +163,7 @@ _LIKELY: dict[int, str] = {
 
 
 def settle_accelerator() -> None:
-    """Tells DeepSpeed, before it is imported, that there is no GPU; else it warns of it in every process."""
+    """Tell DeepSpeed before it is imported if there is no GPU, or it warns in every process."""
     import torch
 
     if not torch.cuda.is_available():
@@ -173,8 +173,8 @@ def settle_accelerator() -> None:
 def guarded(command: Callable[[], object]) -> int:
     """Run a command and return its exit code.
 
-    A person's mistake becomes one line on standard error and exit code 2, without a traceback; SIGINT and SIGTERM
-    become one line and 128 + their number. A rank ends with the process that has started it, however that ends.
+    A user's mistake becomes one line on standard error and exit code 2, without a traceback; SIGINT and SIGTERM become
+    one line and 128 + their number. A rank ends when the process that started it does, however that ends.
     """
     _end_with_launcher()
     try:
@@ -184,7 +184,7 @@ def guarded(command: Callable[[], object]) -> int:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
         if where:
-            # Most mistakes are every rank's: the first tells it, and stops the others before they say it again.
+            # Most mistakes are found on every rank: the first prints them, and stops the others before they do.
             time.sleep(_OTHERS_ARE_STOPPED)
         print(f"vlm-distill{where}: {mistake}", file=sys.stderr, flush=True)
         return MISTAKE
@@ -198,9 +198,9 @@ def guarded(command: Callable[[], object]) -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """While it is open, SIGINT and SIGTERM end this process by :class:`Stopped`, which leaves every ``with`` in order.
+    """Context manager: inside it, SIGINT and SIGTERM raise :class:`Stopped`, which leaves every ``with`` in order.
 
-    One of several ranks ends at once instead: to leave in order, it would wait for the others.
+    One of several ranks ends at once instead: leaving in order could mean waiting for the others.
     """
 
     def end(number: int, _: object) -> None:
@@ -217,7 +217,7 @@ def _ended_by_signals() -> Iterator[None]:
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # A job in the background of a shell is not to be interrupted.
+            # A shell's background job ignores SIGINT; keep it so.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, end)
     try:
@@ -228,12 +228,12 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _end_with_launcher() -> None:
-    """Have the system kill this rank when the process that has started it is gone, killed by SIGKILL for example."""
-    launcher = os.environ.pop(_LAUNCHER, None)  # what this process starts has another
+    """Have the system kill this rank when the process that started it is gone, for example by SIGKILL."""
+    launcher = os.environ.pop(_LAUNCHER, None)  # processes started from here have another launcher
     if launcher is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it was gone before the system was asked
+    if os.getppid() != int(launcher):  # it ended before prctl was called
         leave(128 + signal.SIGKILL)
 
 
@@ -248,22 +248,22 @@ def _with_paths_told(command: Callable[[], object]) -> None:
 
 
 def mistake_of(error: Exception) -> str | None:
-    """A path that no file can have or that may not be read, or a full disk, in one line; ``None``: something else."""
+    """Return one line for an impossible or unreadable path or a full disk; ``None`` for other errors."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        # Of a copy the second name is that of the file that was written.
+        # When a copy fails, the second name is the file that was written.
         return f"{error.filename2 or error.filename or 'output'}: {os.strerror(error.errno).lower()}"
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename is not None:
         return f"{str(error.filename)[:200]}: {error.strerror}; check the path"
-    # Of `Path.resolve`, before Python 3.13.
+    # Raised by `Path.resolve` before Python 3.13.
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return f"{error}; check the path"
     return None
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank's process, of which everything has been written and closed, without unloading libraries.
+    """End a rank's process without unloading libraries, after everything was written and closed.
 
-    With several ranks on a CPU a process aborts now and then while the threads of its communication are torn down.
+    With several ranks on a CPU, tearing down the communication threads aborts the process now and then.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -273,12 +273,12 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A TCP port on which nothing on this machine listens, and which the system gives to nobody else inside it.
+    """Context manager: a free TCP port of this machine, which the system gives to nobody else inside it.
 
-    Ranks name it seconds later, to meet there, and get it.
+    Ranks that ask for this port seconds later, to meet there, get it.
     """
     with socket.socket() as held:
-        # Linux lets a socket listen where another with this option is bound and does not listen, if it names the port.
+        # On Linux a socket may listen at a port where another with this option is bound without listening.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
@@ -288,5 +288,5 @@ def reserved_port() -> Iterator[int]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""A file that one process at a time holds, and in which it says who it is."""
+"""A lock file that one process at a time holds, and that names its holder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
-# What a file system says of a lock that somebody else has; that it has none at all it says otherwise.
+# Errors for a lock that another process holds; a file system without locks reports another.
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 
@@ -17,13 +17,13 @@ class Taken(Exception):
 
 
 def hold(path: Path) -> IO[str]:
-    """Takes a file, made if there is none, for as long as what is returned stays open.
+    """Lock a file, created if missing, until the returned file is closed.
 
-    The lock is the system's, so that it ends with the process, however that ends, and not with those that it started.
-    A file system without locks gives the file to everyone.
+    The operating system holds the lock: it ends with this process, however that ends, and is not inherited by
+    processes started from it. On a file system without locks everyone gets it.
 
     Raises:
-        Taken: another process has it.
+        Taken: another process holds it.
         OSError: it cannot be written.
     """
     file = path.open("a+", encoding="utf-8")
@@ -35,9 +35,9 @@ def hold(path: Path) -> IO[str]:
 
 
 def holder(path: Path) -> str | None:
-    """Which other process holds a file; ``None`` where none does, or nobody can know.
+    """Return which other process holds a file; ``None`` if none does, or nobody can know.
 
-    Not to be asked by the holder, from whom the system would take it.
+    The holder must not call this: closing the file would release its own lock.
     """
     try:
         with path.open(encoding="utf-8") as file:

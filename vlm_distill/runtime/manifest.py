@@ -15,12 +15,12 @@ from data.errors import UserError
 from data.json_files import read_object
 
 NAME = "manifest.json"
-#: Bytes that are read at once to be hashed.
+#: Bytes read and hashed at once.
 _CHUNK = 2**22
 
 
 class Damaged(UserError):
-    """A file is not what its manifest says, or there is no manifest that can be read."""
+    """A file differs from its manifest, or the manifest is missing or unreadable."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Entry:
 
 
 class HashedWriter:
-    """A file being written from its beginning to its end, hashed on the way.
+    """A file that is hashed while it is written from beginning to end.
 
     Args:
         file: open for writing, in binary mode.
@@ -53,7 +53,7 @@ class HashedWriter:
 
     @property
     def entry(self) -> Entry:
-        """Of what has been written."""
+        """Size and checksum of what has been written."""
         return Entry(self._size, self._hash.hexdigest())
 
 
@@ -73,9 +73,9 @@ def entries_of(
     """Return the entries of all files under a folder by their relative paths.
 
     Args:
-        folder: is read, except for what is known.
+        folder: its files are read, except those that are known.
         known: entries of files that were hashed while they were written, perhaps by other machines.
-        left_out: files that get none, as the manifest itself.
+        left_out: files without an entry, such as the manifest itself.
     """
     found = dict(known or {})
     for path in sorted(folder.rglob("*")):
@@ -86,7 +86,7 @@ def entries_of(
 
 
 def write(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
-    """Write the manifest of a folder, whose files are on the disk already, and wait until it is there too."""
+    """Write the manifest of a folder whose files are on disk already, and wait until it is on disk too."""
     files = {name: {"size": entry.size, "xxh3": entry.xxh3} for name, entry in entries_of(folder, known).items()}
     with (folder / NAME).open("w", encoding="utf-8") as file:
         file.write(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
@@ -95,7 +95,7 @@ def write(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
 
 
 def read(folder: Path) -> dict[str, Entry]:
-    """Return the entries of a folder's manifest. Raise ``Damaged`` where there is none that can be read."""
+    """Return the entries of a folder's manifest. Raise ``Damaged`` if it is missing or unreadable."""
     path = folder / NAME
     if not path.is_file():
         raise Damaged(f"{path}: missing")
@@ -111,17 +111,17 @@ def read(folder: Path) -> dict[str, Entry]:
 
 
 def entries_from(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Entry]:
-    """Return entries as JSON has them: ``{name: {"size": …, "xxh3": …}}``."""
+    """Return entries from their JSON form ``{name: {"size": …, "xxh3": …}}``."""
     return {name: Entry(**cast(Any, about)) for name, about in files.items()}
 
 
 def check(folder: Path, files: Mapping[str, Entry], names: Sequence[str] | None = None) -> None:
-    """Raise ``Damaged`` where a file is missing, has another size or another checksum; sizes are compared first.
+    """Raise ``Damaged`` if a file is missing or has another size or checksum; sizes are compared first.
 
     Args:
-        folder: with the files; those that have no entry do not matter.
+        folder: the files; those without an entry do not matter.
         files: their entries.
-        names: of those to look at; ``None`` for all.
+        names: the files to check; ``None`` for all.
     """
     wanted = list(files) if names is None else names
     for name in wanted:

@@ -1,4 +1,4 @@
-"""The run's folder: that it can be written, that no other run writes there, and what is told where a write fails."""
+"""The run's folder: claim it for one run, write into it so that a crash leaves no half, explain failed writes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def claim(folder: Path) -> IO[str]:
-    """Makes the folder and takes it for this process, for as long as what is returned stays open.
+    """Create the folder and lock it for this process, until the returned file is closed.
 
     Raises:
-        UserError: it cannot be written, or another process has it.
+        UserError: it cannot be written, or another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,21 +39,21 @@ def claim(folder: Path) -> IO[str]:
 
 
 def cause_of(error: BaseException, path: Path) -> str | None:
-    """The operating system's reason why something could not be written, in words; ``None`` for other errors.
+    """Return the operating system's reason why a write failed, in words; ``None`` for other errors.
 
     Args:
-        error: what was raised, perhaps by PyTorch in consequence of the system's error.
-        path: told where the error names none.
+        error: what was raised, perhaps by PyTorch because of the system's error.
+        path: named if the error names no file.
     """
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__cause__ or seen.__context__
-    # safetensors gives the system's number in its text alone.
+    # safetensors gives the system's error number in its text only.
     quoted = re.search(r"\(os error (\d+)\)", str(error))
     number = seen.errno if seen is not None else int(quoted[1]) if quoted else None
     if number is None:
         return None
-    # Of a copy, such as DeepSpeed makes of a script of its own, the second name is that of the file that was written.
+    # When a copy fails, the second name is the file that was written.
     named = (seen.filename2 or seen.filename) if seen is not None else None
     what = f"{named or path}: {os.strerror(number).lower()}"
     if number not in _FULL:
@@ -68,22 +68,22 @@ def _free(path: Path) -> int:
 
 
 def size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def put_in_place(folder: Path, write: Callable[[Path], None], point: str) -> None:
-    """Write a folder and its manifest aside and put it in the place of one of the same name; one rank calls this.
+    """Write a folder and its manifest aside, then move it into place, replacing an older one; one rank calls this.
 
-    A crash may leave none, but never half of one.
+    A crash may leave no folder, but never half of one.
 
     Args:
-        folder: where it is to be.
+        folder: its final path.
         write: fills a folder.
-        point: the name of the place between old and new, for tests that kill there.
+        point: name of the moment between old and new, for tests that kill there.
 
     Raises:
-        UserError: the system could not write it, as on a full disk; what was there stays.
+        UserError: it could not be written, for example on a full disk; the older folder stays.
     """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -104,14 +104,14 @@ def put_in_place(folder: Path, write: Callable[[Path], None], point: str) -> Non
 
 
 def flush_all(folder: Path) -> None:
-    """Waits until all files in a folder are on the disk."""
+    """Wait until all files in a folder are on disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             flush(path)
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list of names, is on disk."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop: SIGTERM, as schedulers and launchers send it, or Ctrl-C."""
+"""How a run stops on SIGTERM, which schedulers and launchers send, or on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any, NoReturn, Self
 from .launch import Failure, leave
 from .watchdog import Watch
 
-# Seconds. A terminal and a launcher may each pass on one Ctrl-C.
+# Seconds. A terminal and a launcher may each pass on the same Ctrl-C.
 _ONCE_MORE = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopping:
-    """While it is open, SIGTERM and SIGINT are noted instead of ending the process.
+    """Context manager: inside it, SIGTERM and SIGINT are noted instead of ending the process.
 
-    A second Ctrl-C ends it at once. A second SIGTERM changes nothing: launchers and schedulers repeat it, and have
-    SIGKILL.
+    A second Ctrl-C ends the process at once. A second SIGTERM changes nothing: launchers and schedulers repeat it, and
+    can use SIGKILL.
 
     Args:
-        watch: of this rank; the first tells what happens.
-        code: exit code of a run that was stopped; ``None``: 128 + the signal's number, as shells have it.
+        watch: this rank's; the first rank reports what happens.
+        code: exit code of a stopped run; ``None``: 128 + the signal's number, as in shells.
 
     Attributes:
-        asked: the first signal that has come to this rank, 0 before. Others may not have got it: they must be told.
+        asked: the first signal that reached this rank, 0 before. Other ranks may not have got it.
     """
 
     def __init__(self, watch: Watch, code: int | None = None) -> None:
@@ -50,20 +50,20 @@ class Stopping:
             signal.signal(number, handler)
 
     def counts(self) -> dict[str, float]:
-        """Return what ranks add up to know whether one of them was told to stop, and by which signal."""
+        """Return counts that ranks add up to learn whether one of them was told to stop, and by which signal."""
         return {number.name: float(self.asked == number) for number in _SIGNALS}
 
     def signal_of(self, totals: Mapping[str, float]) -> int:
-        """Return the signal that some rank has got, by the sums of :meth:`counts`; 0: none has."""
+        """Return the signal that some rank has got, from the sums of :meth:`counts`; 0: none."""
         return next((int(number) for number in _SIGNALS if totals[number.name]), 0)
 
     def exit_code(self, number: int) -> int:
-        """Return the exit code of a run that was stopped by a signal."""
+        """Return the exit code of a run that a signal stopped."""
         return 128 + number if self.code is None else self.code
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside it a signal ends all ranks at once: the checkpoint of this step is written."""
+        """Context manager: inside it, a signal ends all ranks at once; the checkpoint of this step is written."""
         self._nothing_to_lose = True
         if self.asked:
             self._leave()
@@ -86,6 +86,6 @@ class Stopping:
                 print(told, file=sys.stderr, flush=True)
 
     def _leave(self) -> NoReturn:
-        # Others may not have got the signal, and would wait for this rank.
+        # Other ranks may not have got the signal, and would wait for this one.
         said = "told to stop: the checkpoint is written; start the run again to go on"
         self.watch.end(Failure(said, self.exit_code(self.asked)))

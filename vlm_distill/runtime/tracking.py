@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics as JSON lines and in TensorBoard, W&B when asked, a bar in the terminal."""
+"""Metrics of a run: JSON lines, TensorBoard, Weights & Biases on request, and a progress bar in the terminal."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _WANDB_ID = "wandb_id"
 
 
 class Tracker:
-    """Writes a run's metrics; on ranks other than the first it does nothing.
+    """Writes a run's metrics; does nothing on ranks other than the first.
 
     Args:
         run: the run's folder.
         steps: optimizer steps of the whole run.
-        start: steps that a checkpoint has already done; later lines of ``metrics.jsonl`` are cut off.
+        start: steps done by the checkpoint; later lines of ``metrics.jsonl`` are cut off.
         first: whether this is the rank that writes.
-        wandb: also log to Weights & Biases; a run that is resumed goes on there as the same one.
+        wandb: also log to Weights & Biases, where a resumed run continues as the same one.
         settings: the resolved configuration, for W&B.
 
     Attributes:
-        failure: why a metric could not be written, on a full disk for example. Not raised: all ranks must end together.
+        failure: why a metric could not be written, for example on a full disk. Not raised: all ranks must end together.
     """
 
     failure: str | None = None
@@ -91,14 +91,14 @@ class Tracker:
                 self._wandb.finish()
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics after ``step`` finished optimizer steps."""
+        """Log metrics after ``step`` finished optimizer steps."""
         if not self.first:
             return
         with self._noting():
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
         faults.point("log")
-        # Evaluations on several data have a curve each.
+        # Evaluations on several sources get a curve each.
         prefix = f"{kind}/{values['data']}" if "data" in values else kind
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         with self._noting():
@@ -108,7 +108,7 @@ class Tracker:
             self._wandb.log(numbers, step=step)
 
     def flush(self) -> None:
-        """Waits until all metrics are on the disk, before a checkpoint of their step is."""
+        """Wait until all metrics are on disk, before the checkpoint of their step."""
         if self.first:
             with self._noting():
                 os.fsync(self._file.fileno())
@@ -123,35 +123,34 @@ class Tracker:
             self.failure = self.failure or cause_of(error, self._path)
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        """TensorBoard writes in a thread of its own, whose failure is told at the next write, without a traceback."""
+        """Suppress the traceback of TensorBoard's writer thread; its failure is raised again at the next write."""
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
             self._hook(failed)
 
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Moves the bar; where there is no terminal, prints a line now and then."""
+    def show(self, step: int, text: str) -> None:
+        """Move the bar, with a text beside it; without a terminal, print a line now and then."""
         if not self.first:
             return
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._bar.update(self._task, completed=step, values=text)
         if self._bar.disable and (step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps):
             self.console.print(f"step {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
-        """Print a remark for the person who watches."""
+        """Print a remark."""
         if self.first:
             self.console.print(text)
 
     def warn(self, text: str) -> None:
-        """Print a remark that a person should not overlook."""
+        """Print a warning."""
         if self.first:
             self.console.print(Text.assemble(("warning:", "bold red"), " ", text))
 
 
 def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -> Any:
-    """Return W&B's run of this folder, whose id is kept there.
+    """Return W&B's run for this folder, which keeps its id.
 
     Raises:
-        UserError: W&B cannot begin, without a key or a network for example.
+        UserError: W&B cannot start, for example without a key or a network.
     """
     import wandb as client
 
@@ -161,7 +160,7 @@ def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -
     given = {"name": run.name} | section.model_dump(exclude_none=True)
     try:
         return client.init(dir=str(run), id=path.read_text(), resume="allow", config=dict(settings), **given)
-    except Exception as error:  # its own classes of errors, the network's, and the service's
+    except Exception as error:  # its own errors, the network's, the service's
         raise UserError(
             f"training.wandb: {' '.join(str(error).split())[:300]}; log in (wandb login), or set "
             "training.wandb.mode=offline"
@@ -169,9 +168,9 @@ def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -
 
 
 def _cut_back(path: Path, start: int) -> None:
-    """Drop what will be logged again, and a last line that a crash left half-written.
+    """Drop lines that will be logged again, and a last line that a crash left half-written.
 
-    That is everything after step ``start``, and the evaluation of that step: it follows its checkpoint.
+    Those are all lines after step ``start``, and the evaluation of that step, which follows its checkpoint.
     """
     if not path.exists():
         return

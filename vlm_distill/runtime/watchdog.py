@@ -1,4 +1,4 @@
-"""What the ranks know of each other: where each one is, which one the others wait for, and why a run ends."""
+"""Watchdog: which phase each rank is in, which rank the others wait for, and why a run ends."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ import torch.distributed as dist
 from .launch import WAITED, Failure, leave
 
 _INTERVAL = 1.0  # seconds between a rank's signs of life
-_SILENT = 3  # intervals without one, after which a rank is held for stopped or gone
+_SILENT = 3  # intervals without one, after which a rank counts as stopped or gone
 _WARNED = 0.2  # of the limit, after which a slow rank is named
-_PATIENCE = 3.0  # seconds that a rank waits for the word of the one whose fault it is
-# Of errors that only say that another rank is not there any more.
+_PATIENCE = 3.0  # seconds that a rank waits for the one at fault to give its reason
+# Words in errors that only say that another rank is gone.
 _OF_OTHERS = ("gloo", "nccl", "processgroup", "connection closed", "connection reset", "broken pipe", "tcpstore")
 
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's sign of life: the phase it is in, the number of that phase, and for how many seconds."""
+    """A rank's sign of life: its phase, the number of that phase, and its seconds in it."""
 
     number: int
     phases: int
@@ -41,16 +41,16 @@ class Sign:
 
 
 class Watch:
-    """Watches over the ranks of a run, from a thread of each.
+    """Watches the ranks of a run, from a thread on each rank.
 
-    A loop says by :meth:`phase` what it does, which costs nothing: the thread tells the others, through the store by
-    which the ranks have found each other. All ranks go through the same phases in the same order, so that they wait
-    for those with the fewest. A rank that has spent ``limit`` in one phase, or in waiting for the others, names them
-    and ends; a rank that fails leaves its reason for all the others, which end with it.
+    The loop announces each :meth:`phase`, which costs nothing; the thread publishes it in the store through which the
+    ranks found each other. All ranks go through the same phases in the same order, so the ranks waited for are those
+    with the fewest phases. A rank that has spent ``limit`` in one phase, or waiting for the others, names them and
+    ends. A rank that fails leaves its reason for the others, which end with it.
 
     Args:
-        rank, world: this process's place; of a single one there is nothing to watch.
-        limit: seconds.
+        rank, world: this rank's number, and the number of ranks; a single rank is not watched.
+        limit: in seconds.
     """
 
     def __init__(self, rank: int, world: int, limit: float) -> None:
@@ -62,7 +62,7 @@ class Watch:
         self._warned = -1
         self._store: dist.Store = dist.HashStore()
         if world > 1:
-            # A connection of its own: the process group's may be busy for as long as a rank is waited for.
+            # A separate connection: the process group's is busy while a rank is waited for.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
             self._store = dist.PrefixStore("vlm-distill/watch", store)
@@ -71,41 +71,41 @@ class Watch:
             self._thread.start()
 
     def phase(self, name: str, *, limited: bool = True) -> None:
-        """Says that this rank goes on to the next phase, with a new count of its seconds.
+        """Announce this rank's next phase, and start counting its seconds.
 
         Args:
-            name: as messages have it, after "has been in".
-            limited: whether it may take ``limit`` at most.
+            name: for messages, to follow "has been in".
+            limited: whether ``limit`` applies to it.
         """
         self._phases += 1
         self._phase, self._limited, self._since = name, limited, time.monotonic()
 
     @property
     def where(self) -> str:
-        """The phase that this rank is in."""
+        """This rank's phase."""
         return self._phase
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what all ranks do together: it has the limit in any phase."""
+        """Context manager around collective operations: inside it, ``limit`` applies in any phase."""
         limited = self._limited
         self._limited, self._since = True, time.monotonic()
         yield
         self._limited, self._since = limited, time.monotonic()
 
     def close(self) -> None:
-        """Ends the watch: this rank is done."""
+        """Stop watching: this rank is done."""
         self._closed.set()
 
     def end(self, error: Failure, *, own: bool = True) -> NoReturn:
-        """Ends this rank, and so all others, with the reason; one of them tells it.
+        """End this rank, and so all others, for a reason that one of them prints.
 
         Args:
             error: the reason.
-            own: whether it is this rank's own, not another's that it has read.
+            own: whether it is this rank's own reason, not one that it read.
         """
         _do_not_stop()
-        self._ending.acquire()  # for good: thread and loop may both come here, and the process ends
+        self._ending.acquire()  # never released: thread and loop may both get here, and the process ends
         reason = json.dumps({"rank": self.rank, "code": error.code, "message": str(error)})
         told = False
         try:
@@ -114,7 +114,7 @@ class Watch:
                 self._tell(found["message"], 0 if own and found["message"] == str(error) else found["rank"])
                 self._store.set("told", "yes")
                 told = True
-                # The store is the first rank's: it leaves last.
+                # The store lives on the first rank, which must leave last.
                 self._await([f"left {rank}" for rank in range(1, self.world)])
             else:
                 told = self._await(["told"])
@@ -126,15 +126,15 @@ class Watch:
         leave(found["code"])
 
     def fail(self, error: Exception, failure: Failure | None) -> NoReturn:
-        """Ends this rank because of an exception.
+        """End this rank because of an exception.
 
         Args:
-            error: what was raised, which may be no more than the echo of another rank's end.
-            failure: what it is to a person; ``None`` where it is a fault of the program.
+            error: what was raised, perhaps only because another rank ended.
+            failure: its one-line reason; ``None`` for a bug.
         """
         _do_not_stop()
         if failure is None and _of_others(error):
-            # That rank may still be about to say why. If it does not, then it has fallen silent.
+            # The other rank may still give its reason. If it does not, it was killed.
             self._wait_for_reason()
             lost = self._behind(silent_only=True)
             if lost:
@@ -162,7 +162,7 @@ class Watch:
                 if self._limited and time.monotonic() - self._since > _WARNED * self.limit:
                     self._look()
             except RuntimeError:
-                # The store lived with the first rank. Its loop may have come to its end, and so may this one's.
+                # The store lived on the first rank, which has ended; this rank may be about to end as well.
                 if not self._closed.wait(_PATIENCE):
                     self.end(Failure(f"rank 0 has ended, while this one was in {self._phase}. {_ENDED}", WAITED))
 
@@ -172,12 +172,12 @@ class Watch:
         self._store.set(f"rank {self.rank}", json.dumps(asdict(sign)))
 
     def _follow(self) -> None:
-        """Ends with the reason that another rank has left."""
+        """End with the reason that another rank has left."""
         found = json.loads(self._store.get("reason"))
         self.end(Failure(found["message"], found["code"]), own=False)
 
     def _look(self) -> None:
-        """Names those that are waited for: in a warning at first, and at the end of the limit as the reason."""
+        """Name the ranks that are waited for: first in a warning, and at the limit as the reason to end."""
         behind = self._behind()
         seconds, phase = time.monotonic() - self._since, self._phase
         if not behind or (self.rank in behind and len(behind) < self.world):
@@ -185,7 +185,7 @@ class Watch:
         if seconds > self.limit:
             self.end(Failure(f"{self._in_words(behind)}; the others wait for it. {_REMEDY}", WAITED))
         speaker = next((rank for rank in range(self.world) if rank not in behind), 0)
-        # As many seconds again, since those that are silent are known only after a while of listening.
+        # Twice as long, since silent ranks are recognised only after listening for a while.
         if self.rank == speaker and self._warned != self._phases and seconds > 2 * _WARNED * self.limit:
             self._warned = self._phases
             print(
@@ -201,10 +201,10 @@ class Watch:
         }
 
     def _behind(self, *, silent_only: bool = False) -> dict[int, tuple[Sign, float]]:
-        """The ranks that are waited for: those that are silent, or else those with the fewest phases.
+        """Return the ranks that are waited for: the silent ones, or else those with the fewest phases.
 
         Returns:
-            Their last signs, and for how many seconds each has been silent (0: it is not).
+            Their last signs, and for how many seconds each has been silent (0 if it is not).
         """
         try:
             signs, now = self._signs(), time.monotonic()
@@ -241,7 +241,7 @@ class Watch:
             return False
 
     def _await(self, keys: list[str]) -> bool:
-        """Waits a while for all of these; whether they have come."""
+        """Wait a while for all of these keys. Return whether they have been set."""
         began = time.monotonic()
         while not (come := self._store.check(keys)) and time.monotonic() - began < _PATIENCE:
             time.sleep(0.05)
@@ -254,7 +254,7 @@ class Watch:
             time.sleep(self._interval / 4)
 
 
-_ENDED = "All ranks end; what was learnt since the last checkpoint is lost, start the command again to resume"
+_ENDED = "All ranks end; the steps since the last checkpoint are lost. Start the command again to resume"
 _REMEDY = (
     "All ranks end: look at that machine (its disk, network and GPU), and start the command again to resume; "
     "training.timeout is the limit in minutes"
@@ -262,7 +262,7 @@ _REMEDY = (
 
 
 def _do_not_stop() -> None:
-    """A launcher stops all ranks as soon as one has ended, which may be before the reason is told."""
+    """Ignore SIGTERM: a launcher stops all ranks once one has ended, perhaps before the reason is printed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

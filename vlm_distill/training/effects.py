@@ -1,14 +1,23 @@
-"""Settings that are given and do nothing in this run: each is named when the run begins."""
+"""Settings that are given but have no effect in this run; each is named when the run begins."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vlm_distill.config.sections import AnyRun, Section
+from vlm_distill.config.fields import Section
+from vlm_distill.config.sections import AnyRun, OptimizerSection
+
+# Which optimizers of the VLM path read a setting.
+_READ_BY = {
+    "betas": ("adamw", "adamw8bit", "muon"),
+    "eps": ("adamw", "adamw8bit", "muon"),
+    "momentum": ("sgd", "muon"),
+    "muon_lr": ("muon",),
+}
 
 
 def idle_settings(config: AnyRun) -> list[str]:
-    """Return a remark on every setting that was given and has no effect, beside those that are refused."""
+    """Return a remark on every given setting that has no effect and is not refused either."""
     return [
         *_of_evaluation(config),
         *_of_data(config),
@@ -19,12 +28,13 @@ def idle_settings(config: AnyRun) -> list[str]:
 
 
 def late_warmup(key: str, warmup: float, run: float, unit: str) -> list[str]:
-    """Return a remark on a warm-up that the run ends in.
+    """Return a remark on a warm-up that is longer than the run, if it is.
 
     Args:
         key: the setting.
-        warmup, run: how long both are.
-        unit: in what.
+        warmup: length of the warm-up.
+        run: length of the run.
+        unit: of both lengths.
     """
     if warmup <= run:
         return []
@@ -32,32 +42,34 @@ def late_warmup(key: str, warmup: float, run: float, unit: str) -> list[str]:
 
 
 def _given(section: Section, *names: str) -> list[str]:
-    """Which of these settings were given another value than their default."""
+    """Return those of these settings whose value is not the default."""
     fields = type(section).model_fields
     return [name for name in names if name in fields and getattr(section, name) != fields[name].default]
 
 
 def _of_evaluation(config: Any) -> list[str]:
-    section, said = config.evaluation, []
+    section, remarks = config.evaluation, []
     period = "every" if hasattr(section, "every") else "every_epochs"
     if _given(section, "limit") and getattr(section, period) is None:
-        said.append(f"evaluation.limit: is for evaluations during training; set evaluation.{period}, or leave it out")
+        remarks.append(
+            f"evaluation.limit: is for evaluations during training; set evaluation.{period}, or leave it out"
+        )
     if not getattr(section, "benchmarks", []):
         for name in _given(section, "benchmark_data", "rules"):
-            said.append(f"evaluation.{name}: is for benchmarks, and none is named; leave it out")
+            remarks.append(f"evaluation.{name}: is for benchmarks, and none is named; leave it out")
     for number, source in enumerate(config.data.eval):
         for name in _given(source, "weight", "labelled"):
-            said.append(f"data.eval.{number}.{name}: is for training data; leave it out")
-    return said
+            remarks.append(f"data.eval.{number}.{name}: is for training data; leave it out")
+    return remarks
 
 
 def _of_data(config: Any) -> list[str]:
-    data, said = config.data, []
+    data, remarks = config.data, []
     if len(data.train) == 1 and config.training.steps is not None and _given(data.train[0], "weight"):
-        said.append("data.train.0.weight: of one source alone it changes nothing but the length of an epoch")
+        remarks.append("data.train.0.weight: with a single source it changes nothing but the length of an epoch")
     if data.workers == 0 and _given(data, "prefetch"):
-        said.append("data.prefetch: nothing is read ahead with data.workers=0")
-    return said
+        remarks.append("data.prefetch: nothing is read ahead with data.workers=0")
+    return remarks
 
 
 def _of_the_optimizer(config: Any) -> list[str]:
@@ -68,19 +80,26 @@ def _of_the_optimizer(config: Any) -> list[str]:
         "decay_epochs": ("step",),
         "decay_rate": ("step", "multistep"),
     }
-    return [
+    said = [
         f"optimizer.{name}: has no effect with schedule: {section.schedule}"
         for name in _given(section, *needed)
         if section.schedule not in needed[name]
     ]
+    if isinstance(section, OptimizerSection):
+        said += [
+            f"optimizer.{name}: has no effect with name: {section.name}"
+            for name in _given(section, *_READ_BY)
+            if section.name not in _READ_BY[name]
+        ]
+    return said
 
 
 def _of_the_teacher(config: Any) -> list[str]:
-    said = []
+    remarks = []
     policy = getattr(config, "on_policy", None)
     if policy is not None and policy.fraction == 0 and policy.adaptive is None:
-        said.append("on_policy: with fraction 0 no step is on-policy; raise it, or leave the section out")
-    return said
+        remarks.append("on_policy: with fraction 0 no step is on-policy; raise it, or leave the section out")
+    return remarks
 
 
 def _of_deepspeed(config: AnyRun) -> list[str]:
@@ -88,15 +107,15 @@ def _of_deepspeed(config: AnyRun) -> list[str]:
     if stage == 0:
         names = [name for name, value in zero.items() if value != {"device": "none"}]
         return [f"deepspeed.zero_optimization: {', '.join(names)} has no effect at stage 0"] if names else []
-    said = []
+    remarks = []
     sharded = [name for name in zero if stage < 3 and name.startswith("stage3_")]
     if stage < 3 and config.deepspeed.offloads_parameters:
         sharded.append("offload_param")
     if sharded:
-        said.append(f"deepspeed.zero_optimization: {', '.join(sharded)} has no effect at stage {stage}, only at 3")
+        remarks.append(f"deepspeed.zero_optimization: {', '.join(sharded)} has no effect at stage {stage}, only at 3")
     if stage < 3 and zero.get("offload_optimizer", {}).get("device") == "nvme":
-        said.append(
+        remarks.append(
             f"deepspeed.zero_optimization.offload_optimizer: at stage {stage} nvme means main memory; only stage 3 "
             "writes to NVMe"
         )
-    return said
+    return remarks

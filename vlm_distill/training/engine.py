@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
 
 import deepspeed
 import torch
@@ -24,183 +21,44 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from transformers.integrations import HfDeepSpeedConfig
 
 from data.errors import UserError
-from vlm_distill.config.sections import AnyRun, split_batch
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.sections import AnyRun
 from vlm_distill.models.common import first_line
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.loading import not_finite
-from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.runtime import faults
 from vlm_distill.runtime.failures import out_of_memory
-from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.manifest import Entry, HashedWriter
-from vlm_distill.runtime.watchdog import Watch
+from vlm_distill.runtime.processes import Processes
 
 from .shards import Whole, read_whole, written_by
 
-T = TypeVar("T")
-
 SAVED_BY = "engine"
+#: Optimizers whose state can only be restored on as many ranks, and at the ZeRO stage, that saved it.
+_BOUND_TO_RANKS = ("adamw8bit", "muon")
 DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
 
 
-class Processes:
-    """The ranks of this run and what they exchange.
+# DeepSpeed's own all-reduce for CPUs needs a compiler on its first use, and 69 MB of shared memory a rank: more than a
+# container has by default, and it is never freed. gloo does without.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Which optimizers work at which stage is checked by `training.optimizers`.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in str(record.msg))
 
-    The ranks come from the environment that DeepSpeed's launcher, torchrun or srun made; else it is a single process.
 
-    Args:
-        device: ``auto``, ``cpu`` or ``cuda``.
-        timeout: for how many minutes a rank waits for the others.
-
-    Attributes:
-        watch: what the ranks know of each other.
-
-    Raises:
-        UserError: CUDA asked for where there is none, or the port at which ranks are to meet is taken.
-    """
-
-    def __init__(self, device: str = "auto", timeout: float = 30) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("training.device: cuda was asked for, but PyTorch finds no CUDA device; use cpu or auto")
-        for slurm, ours in (("SLURM_PROCID", "RANK"), ("SLURM_LOCALID", "LOCAL_RANK"), ("SLURM_NTASKS", "WORLD_SIZE")):
-            if slurm in os.environ and "SLURM_STEP_ID" in os.environ:
-                os.environ.setdefault(ours, os.environ[slurm])
-        if "SLURM_STEP_NODELIST" in os.environ:
-            os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-            os.environ.setdefault("MASTER_PORT", str(_port_of_step()))
-        self._alone = {}
-        if "RANK" not in os.environ:
-            # DeepSpeed asks for all of them; nothing is opened at that port.
-            self._alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            self._alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-            os.environ.update(self._alone)
-        self.rank = int(os.environ["RANK"])
-        self.world = int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        use_cuda = torch.cuda.is_available() and device != "cpu"
-        if use_cuda:
-            local = _own_gpu(local, torch.cuda.device_count())
-            os.environ["LOCAL_RANK"] = str(local)  # by which DeepSpeed chooses, too
-        self.device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
-        if use_cuda:
-            torch.cuda.set_device(self.device)
-        elif "OMP_NUM_THREADS" not in os.environ:
-            # Oversubscribed threads are many times slower: every rank gets its share of the cores.
-            local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world)
-            torch.set_num_threads(max(1, cores() // local_world))
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed 0.19 calls what torch 2.14 has renamed.
-        renamed = "`torch.distributed.(all_gather_into|reduce_scatter)_tensor`"
-        warnings.filterwarnings("ignore", renamed, FutureWarning)
-        # Which optimizers work under which stage is looked at before one gets here.
-        logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in str(record.msg))
-        # DeepSpeed's own all-reduce for CPUs needs a compiler on its first use, and 69 MB of shared memory a rank: more
-        # than a container has by default, and they stay there after the run. gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():
-            # Before communication itself gives up, which names no rank, the watch has.
-            limit = timedelta(minutes=timeout + 1)
-            backend = "nccl" if use_cuda else "gloo"
-            if self._alone:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-            try:
-                deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
-            except dist.DistNetworkError as error:
-                if "address already in use" not in str(error).lower():
-                    raise
-                raise UserError(
-                    f"MASTER_PORT: port {os.environ['MASTER_PORT']} of this machine is taken, perhaps by another run; "
-                    "give the launcher another (--master_port of deepspeed), or wait for that run"
-                ) from None
-        self.watch = Watch(self.rank, self.world, 60 * timeout)
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the rank that prints and writes."""
-        return self.rank == 0
-
-    def sum(self, values: Sequence[float | Tensor]) -> list[float]:
-        """The sum of each number or 0-d tensor over all ranks, in float64; waits for the device once."""
-        tensors = [(i, v) for i, v in enumerate(values) if isinstance(v, Tensor)]
-        if self.world == 1 and not tensors:
-            return [float(v) for v in values]
-        # All numbers cross to the device in one copy.
-        numbers = [0.0 if isinstance(v, Tensor) else v for v in values]
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        if tensors:
-            own = torch.stack([v.to(self.device, torch.float64) for _, v in tensors])
-            tensor = torch.cat([tensor, own])
-        with self.watch.waiting():
-            if self.world > 1:
-                dist.all_reduce(tensor)
-            sums = tensor.tolist()
-        for (i, _), total in zip(tensors, sums[len(values) :], strict=True):
-            sums[i] = total
-        return sums[: len(values)]
-
-    def seed(self, seed: int) -> None:
-        """Seeds torch's random numbers on the CPU and on this rank's device."""
-        # torch.manual_seed would also leave word for every kind of device that is not there: a fifth of a millisecond.
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index].manual_seed(seed)
-
-    def gather(self, item: Any) -> list[Any]:
-        """Every rank's item, on every rank, in the order of ranks."""
-        items = [item] * self.world
-        if self.world > 1:
-            with self.watch.waiting():
-                dist.all_gather_object(items, item)
-        return items
-
-    def on_first(self, work: Callable[[], T]) -> T:
-        """Return on every rank what ``work`` returns on the first; its ``UserError`` is raised on all. Collective."""
-        answer: tuple[T | None, str | None] = None, None
-        if self.first:
-            try:
-                answer = work(), None
-            except UserError as error:
-                answer = None, str(error)
-        result, mistake = self.gather(answer)[0]
-        if mistake is not None:
-            raise UserError(mistake)
-        return cast(T, result)
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """All ranks' rows ``[n, …]`` one after the other; a gradient flows to this rank's own alone."""
-        if self.world == 1:
-            return rows
-        counts = [int(count) for count in self.gather(len(rows))]
-        padded = rows.detach().new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows.detach()
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
-        parts[self.rank] = rows
-        return torch.cat(parts)
-
-    def share_sequences(self, size: int) -> SequenceParallel | None:
-        """This rank's group of so many neighbouring ones, which share their samples' tokens; ``None`` where one is."""
-        if size == 1:
-            return None
-        # Every rank takes part in making every group.
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.world, size)]
-        return SequenceParallel(groups[self.rank // size], self.rank % size, size)
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            with self.watch.waiting():
-                dist.barrier()
-
-    def close(self) -> None:
-        self.watch.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            # DeepSpeed 0.19 keeps its copy of the group, which the next training of this process could not use.
-            deepspeed.utils.groups._WORLD_GROUP = None
-        # Nothing is left for what this process starts or does next to take for its own ranks.
-        for name in self._alone:
-            os.environ.pop(name, None)
+def _adopt_group(processes: Processes) -> None:
+    """Have DeepSpeed use the process group that ``processes`` has opened."""
+    # DeepSpeed 0.19 calls what torch 2.14 has renamed.
+    renamed = "`torch.distributed.(all_gather_into|reduce_scatter)_tensor`"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
+    backend = "nccl" if processes.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    groups = deepspeed.utils.groups
+    try:
+        dist.get_rank(groups._WORLD_GROUP)
+    except ValueError:  # DeepSpeed 0.19 keeps its copy of an earlier run's group, which is closed
+        groups._WORLD_GROUP = None
 
 
 class Engine:
@@ -226,11 +84,14 @@ class Engine:
         read_parameters: Sequence[nn.Parameter] = (),
         autocast: bool = False,
     ) -> None:
+        _adopt_group(processes)
         self.task = task
         self.processes = processes
         self.stage = config.deepspeed.stage
         micro, accumulation = split_batch(config, processes.world)
         settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
+        name = getattr(config.optimizer, "name", None)
+        self._bound_to_ranks = name if name in _BOUND_TO_RANKS else None
         named = {id(parameter): name for name, parameter in task.named_parameters()}
         self._names = [[named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         self._engine = _initialize(task, optimizer, settings)
@@ -344,6 +205,11 @@ class Engine:
                     f"{folder}: DeepSpeed finds no checkpoint in it; remove it to go on from an earlier one"
                 )
             return client["run"]
+        if self._bound_to_ranks is not None:
+            raise UserError(
+                f"{folder}: other ranks or another ZeRO stage wrote it, which {self._bound_to_ranks} cannot be "
+                "restored from; use as many ranks and the same deepspeed.stage"
+            )
         whole = read_whole(folder / SAVED_BY, self._names)
         self._restore(folder, whole)
         return whole.client
@@ -532,6 +398,20 @@ def _refused(error: Exception) -> UserError:
     return UserError(f"deepspeed: DeepSpeed refuses this section: {' '.join(str(error).split())[:300]}")
 
 
+def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return DeepSpeed's Muon, whose ZeRO stages 1 and 2 reassemble each matrix before its update.
+
+    Args:
+        groups: of parameters; ``use_muon`` says whether Muon or AdamW updates a group.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]  # ZeRO looks for it there
+    return MuonWithAuxAdam(groups)
+
+
 class ShardedModel:
     """A frozen model in an inference engine of its own, its parameters sharded over the ranks by ZeRO-3."""
 
@@ -557,6 +437,7 @@ def load_sharded(
     Returns:
         The model, whose ``generate`` and ``score_options`` all ranks must call together, and what calls its forward.
     """
+    _adopt_group(processes)
     settings = _inference_config(dtype, offload)
     with loading_in_shards(settings):
         model = load()
@@ -598,29 +479,3 @@ def _inference_config(dtype: torch.dtype, offload: bool = False) -> dict[str, An
         "bf16": {"enabled": dtype is torch.bfloat16},
         "steps_per_print": 2**31,
     }
-
-
-def _port_of_step() -> int:
-    """A port for a job step of SLURM, the same on all its nodes, below those that systems give to whoever asks for any.
-
-    Steps and jobs that share a machine get different ones, if they are not many.
-    """
-    job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return 10_000 + (16 * job + step) % 19_000
-
-
-def _own_gpu(local: int, visible: int) -> int:
-    """Which of the GPUs that this process sees is its own: the one of its number on this machine."""
-    if local < visible:
-        return local
-    if visible == 1 and "SLURM_LOCALID" in os.environ:
-        return 0  # srun --gpus-per-task=1 shows each its own alone
-    raise UserError(
-        f"LOCAL_RANK: rank {local} of this machine sees {visible} GPU{'s'[: visible != 1]}; start no more ranks on a "
-        "machine than it has GPUs"
-    )
-
-
-def _first_host(nodelist: str) -> str:
-    """The first host of SLURM's compressed list: ``gpu[03-07,12]-ib`` gives ``gpu03-ib``."""
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodelist).split(",")[0]

@@ -20,7 +20,9 @@ from data.images import load_image
 from data.loader import problem_of
 from data.plain_text import TextSource
 from data.sources import Source
-from vlm_distill.config.sections import Measure, RunConfig, split_batch
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.fields import Measure
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.benchmark import Benchmark
 from vlm_distill.evaluation.benchmark_run import open_benchmarks, published, run_benchmark, score_answers
 from vlm_distill.evaluation.benchmarks import data_folder, entry_name, get
@@ -41,13 +43,13 @@ from vlm_distill.evaluation.runner import (
 )
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.models.teacher import Teacher
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 
-from .build import check_evaluations, image_loader, open_sources, turns
 from .checkpoint import completed
-from .engine import Processes
 from .intake import FIRST_ROWS, reasons
+from .open_data import image_loader, open_sources, turns
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}
 
@@ -125,24 +127,19 @@ class Evaluations:
                 raise UserError(f"evaluation.best: the right answers of {best} are not published; choose another")
         return best, next(m for m in get_args(Measure) if m == wanted)
 
-    def prepare(self, student: VisionLanguageModel, teacher: ModelTeacher | None) -> None:
-        """Takes the models.
-
-        Raises:
-            UserError: something that is to be measured cannot be, of these two.
-        """
+    def prepare(self, student: VisionLanguageModel, teacher: Teacher | None) -> None:
+        """Take the models, after ``check_evaluations``. A teacher that does not run here is not evaluated."""
         data = self.config.data
-        check_evaluations(self.config, student, teacher.model if teacher is not None else None)
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher = student, teacher.model if teacher is not None else None
         self.guide = teacher if "kl" in self.settings.measures else None
 
-        def collator(one: VisionLanguageModel, other: ModelTeacher | None) -> Collator:
+        def collator(one: VisionLanguageModel, other: VisionLanguageModel | None) -> Collator:
             beside = other.processor if other is not None else None
             return Collator(one.processor, beside, data.max_length, turns(data))
 
-        self.collators = {"student": collator(student, self.guide)}
-        if teacher is not None:
-            self.collators["teacher"] = collator(teacher.model, None)
+        self.collators = {"student": collator(student, None if self.guide is None else self.teacher)}
+        if self.teacher is not None:
+            self.collators["teacher"] = collator(self.teacher, None)
 
     def mistake(self) -> str | None:
         """Return which source or benchmark has no question that the student can be asked; ``None``: each has one.
@@ -210,7 +207,7 @@ class Evaluations:
         models = {"student": self.student}
         end = f"after step {done}" if final else None
         if final and self.teacher is not None and self.settings.teacher:
-            models["teacher"] = self.teacher.model
+            models["teacher"] = self.teacher
         self.identities = {}
         if final:
             templates = {who: model.processor.chat_template for who, model in models.items()}

@@ -1,4 +1,4 @@
-"""On-policy steps: the student's own answers in place of the data's, new ones or earlier ones of a buffer."""
+"""On-policy steps: train on the student's own answers instead of the data's, drawn now or kept in a replay buffer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +26,7 @@ from vlm_distill.losses import FeatureTerm, Term
 from vlm_distill.models.chat import whole_thought
 from vlm_distill.models.interface import Answer, Processor, Sampling, VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
-
-from .engine import Processes
+from vlm_distill.runtime.processes import Processes
 
 _FILE = "on_policy.json"
 _DECODE_THREADS = 4
@@ -35,28 +35,28 @@ Place = tuple[int, int]
 
 
 def learns_from_drawn(term: Term | FeatureTerm) -> bool:
-    """Whether a loss learns anything where the answers are the student's own, and nothing is known to be right."""
+    """Return whether a loss can learn from the student's own answers, which nobody knows to be right."""
     return "targets" not in term.loss.needs
 
 
 def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> None:
-    """Raises ``UserError`` where there is nothing that on-policy steps could learn, or nobody that could answer."""
+    """Raise ``UserError`` if no loss can learn from on-policy steps, or there are no questions to answer."""
     if config.on_policy is None:
         return
     if not any(learns_from_drawn(term) for term in terms):
         names = ", ".join(term.name for term in terms)
         raise UserError(
-            f"on_policy: of its own answers a student learns by comparing with its teacher, and {names} reads right "
+            f"on_policy: a student learns from its own answers by comparing with its teacher, and {names} reads right "
             "answers; add a divergence such as jsd"
         )
     text = next((source.path for source in config.data.train if source.format == "text"), None)
     if text is not None:
-        raise UserError(f"on_policy: {text} is plain text, which nobody answers; leave one of the two out")
+        raise UserError(f"on_policy: {text} is plain text and has no questions; leave one of the two out")
 
 
 @dataclass
 class _Prompt:
-    """A question that fits both models."""
+    """A question, encoded for both models."""
 
     place: Place
     conversation: Conversation
@@ -65,28 +65,38 @@ class _Prompt:
     teacher: Encoded
 
 
-class OnPolicy:
-    """Decides which steps learn from the student's own answers, and makes these (GKD, DistiLLM).
+#: Questions of a micro-batch, each with the token ids of its answer.
+Drawn = list[tuple[_Prompt, list[int]]]
 
-    With probability ``fraction`` a step is on-policy: as a whole, by (seed, step), so that all ranks decide alike. The
-    last answer of each of its conversations is then drawn from the student as it is, and the student compared with its
-    teacher on that answer (Agarwal et al. 2024, arXiv 2306.13649). With ``replay``, the latest answers of all ranks are
-    kept; once there are so many, a share of the on-policy steps that grows with the run takes answers from there. With
+
+class OnPolicy:
+    """Decides which steps learn from the student's own answers, and draws these (GKD, DistiLLM).
+
+    With probability ``fraction`` a step is on-policy; that depends on (seed, step) alone, so that all ranks agree. In
+    such a step the last answer of each conversation is drawn from the student as it is now, and the student is compared
+    with its teacher on that answer (Agarwal et al. 2024, arXiv 2306.13649). With ``replay``, the latest answers of all
+    ranks are kept; once the buffer is full, a growing share of the on-policy steps takes its answers from there. With
     ``adaptive``, the fraction rises whenever an evaluation is no better than the one before (Ko et al. 2024,
     arXiv 2402.03898).
 
-    An answer is drawn by random numbers of (seed, step, source, line). Up to rounding, neither the number of ranks nor
+    An answer's random numbers depend on (seed, step, source, line). Up to rounding, neither the number of ranks nor
     the batch in which it is drawn changes it.
 
     Args:
-        config: the run's, with a section ``on_policy``.
+        config: the run, with a section ``on_policy``.
         dataset: this rank's steps.
-        student: the student under training.
-        teacher: what it is compared with.
+        student: the student in training.
+        teacher: the teacher that it is compared with.
         load: decodes an image.
         processes: the ranks.
-        steps: of the run.
+        steps: optimizer steps of the run.
         lower_is_better: whether a better evaluation has a lower score.
+
+    Attributes:
+        fraction: probability that a step is on-policy.
+        score: of the last evaluation.
+        kept: the replay buffer: the latest answers with their questions' places, the same on every rank.
+        counts: this rank's counts of the last prepared step, to be summed over ranks.
     """
 
     def __init__(
@@ -110,45 +120,48 @@ class OnPolicy:
         self._mixed = config.training.dtype == "bf16" and config.deepspeed.stage == 0
         self.fraction = self.settings.fraction
         self.score: float | None = None
-        #: The latest answers with their questions' places, the same on every rank.
         self.kept: list[tuple[Place, list[int]]] = []
-        self.counted: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
 
     def prepare_step(self, step: Step) -> Step:
-        """The step as it is learnt: as the data have it, or with answers of the student; every rank calls this."""
+        """Return the step with the data's answers or with the student's; every rank calls this."""
         began, kind = time.monotonic(), self._kind(step.index)
-        taken, answers = step, list[list[int]]()
+        prepared, answers = step, list[list[int]]()
         if kind == "draw":
-            found = self._drawn(step)
-            taken, answers = self._step(step, found), [ids for part in found for _, ids in part]
-            self._keep(found)
+            drawn = self._draw(step)
+            prepared, answers = self._step(step, drawn), [ids for part in drawn for _, ids in part]
+            self._keep(drawn)
         elif kind == "replay":
             stream = self._random(step.index, "replay")
             entries = stream.sample(self.kept, len(self.dataset.mixture.samples_of(step.index)))
-            taken = self._step(step, [self._replayed(step, part) for part in self.dataset.split.micro_batches(entries)])
-        self.counted = {
+            prepared = self._step(
+                step, [self._replay(step, part) for part in self.dataset.split.micro_batches(entries)]
+            )
+        self.counts = {
             "on_policy": float(kind != "data"),
             "replayed": float(kind == "replay"),
             "answers": len(answers),
             "answer_tokens": sum(map(len, answers)),
             "answering": time.monotonic() - began if kind != "data" else 0.0,
         }
-        return taken
+        return prepared
 
     def metrics(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """What is told of a step, from the sums of :attr:`counted` over ranks."""
+        """Return a step's metrics from the sums of :attr:`counts` over ranks."""
         world, answers = self.processes.world, totals["answers"]
-        told = {
+        metrics = {
             "on_policy/step": totals["on_policy"] / world,
             "on_policy/fraction": self.fraction,
             "on_policy/tokens": totals["answer_tokens"],
             "on_policy/length": totals["answer_tokens"] / answers if answers else 0.0,
             "on_policy/time": totals["answering"] / world / seconds,
         }
-        return told | ({"on_policy/replayed": totals["replayed"] / world} if self.settings.replay else {})
+        if self.settings.replay:
+            metrics["on_policy/replayed"] = totals["replayed"] / world
+        return metrics
 
-    def evaluated(self, score: float | None) -> None:
-        """Takes an evaluation's score, which is the first rank's: the fraction rises where it is no better."""
+    def after_evaluation(self, score: float | None) -> None:
+        """Raise the fraction if an evaluation is no better than the one before. The first rank has the score."""
         score = self.processes.gather(score)[0]
         if self.settings.adaptive is None or score is None:
             return
@@ -157,14 +170,14 @@ class OnPolicy:
         self.score = score
 
     def save(self, folder: Path) -> None:
-        """Writes what a resumed run goes on from into a checkpoint; the same on every rank."""
+        """Write the state that a resumed run needs into a checkpoint; every rank calls this."""
         if self.processes.first:
             kept = [[*place, ids] for place, ids in self.kept]
             state = {"fraction": self.fraction, "score": self.score, "kept": kept}
             (folder / _FILE).write_text(json.dumps(state), "utf-8")
 
     def restore(self, folder: Path) -> None:
-        """Reads it."""
+        """Read the state from a checkpoint. Raise ``UserError`` if it has none."""
         path = folder / _FILE
         if not path.is_file():
             raise UserError(f"{folder}: of a run without on_policy; leave the section out, or choose another output")
@@ -175,20 +188,21 @@ class OnPolicy:
         self.kept = [((source, row), ids) for source, row, ids in state["kept"]]
 
     def _random(self, *key: object) -> random.Random:
-        # A text as seed is hashed by SHA-512, the same in every process and version.
+        # A string seed is hashed by SHA-512, the same in every process and Python version.
         return random.Random(" ".join(map(str, (self.seed, *key))))
 
     def _kind(self, step: int) -> str:
+        """Return where a step's answers come from: ``data``, ``draw`` or ``replay``."""
         number, fraction = self._random(step).random(), self.fraction
         full = self.settings.replay is not None and len(self.kept) >= self.settings.replay
         if number < (fraction * (1 - step / self.steps) if full else fraction):
             return "draw"
         return "replay" if full and number < fraction else "data"
 
-    def _step(self, step: Step, found: Sequence[Sequence[tuple[_Prompt, list[int]]]]) -> Step:
-        """A step of these questions and answers, micro-batch by micro-batch."""
+    def _step(self, step: Step, drawn: Sequence[Drawn]) -> Step:
+        """Return the step with these questions and answers, given by micro-batch."""
         batches, tokens = [], 0
-        for part in found:
+        for part in drawn:
             pairs, conversations = [], []
             for prompt, ids in part:
                 answered = self._answered(prompt.conversation, ids)
@@ -196,48 +210,57 @@ class OnPolicy:
                     pairs.append(self._pair(prompt, ids, answered))
                     conversations.append((answered, prompt.images))
                 except BadSample as bad:
-                    self._leave_out(step, prompt.place, bad, "skip")  # nobody could mend what the student said
+                    self._leave_out(step, prompt.place, bad, "skip")  # nobody can repair the student's answer
             batch = self.dataset.collator.batch(pairs)
             batches.append(replace(batch, drawn=True, conversations=conversations))
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
         return replace(step, batches=batches, tokens=tokens, conversations=[])
 
-    def _drawn(self, step: Step) -> list[list[tuple[_Prompt, list[int]]]]:
-        """The step's own questions, with answers drawn now."""
+    def _draw(self, step: Step) -> list[Drawn]:
+        """Return the step's own questions by micro-batch, with answers drawn now."""
         self.processes.watch.phase(f"step {step.index + 1}, drawing answers")
-        # What was no sample of the data is no question either.
-        bad = {(problem.source, problem.line) for problem in step.problems}
+        prompts = []
+        for part in self.dataset.split.micro_batches(self.dataset.mixture.samples_of(step.index)):
+            asked = self._prompts(step, self._usable(step, part))
+            prompts.append([prompt for prompt in asked if prompt is not None])
+        answers = iter(self._answers(step.index, list(chain.from_iterable(prompts))))
+        drawn = []
+        for questions in prompts:
+            drawn.append([(prompt, next(answers).token_ids) for prompt in questions])
+        return drawn
+
+    def _usable(self, step: Step, places: Sequence[Place]) -> list[Place]:
+        """Return the places without the step's bad samples."""
         sources = self.dataset.mixture.sources
-        parts = [
-            [(s, row) for s, row in part if (sources[s].name, sources[s].line(row)) not in bad]
-            for part in self.dataset.split.micro_batches(self.dataset.mixture.samples_of(step.index))
-        ]
-        prompts = [[prompt for prompt in self._prompts(step, part) if prompt is not None] for part in parts]
-        waiting = [prompt for part in prompts for prompt in part]
+        bad = {(problem.source, problem.line) for problem in step.problems}
+        return [(source, row) for source, row in places if (sources[source].name, sources[source].line(row)) not in bad]
+
+    def _answers(self, step: int, prompts: Sequence[_Prompt]) -> list[Answer]:
+        """Draw the student's answers to this rank's questions."""
+        size = self.settings.batch_size
         # The same number of calls on every rank: under ZeRO-3 they answer together.
         split = self.dataset.split
-        calls = math.ceil(split.accumulation * split.micro_batch_size / self.settings.batch_size)
+        calls = math.ceil(split.accumulation * split.micro_batch_size / size)
         answers: list[Answer] = []
         for call in range(calls):
-            asked = waiting[call * self.settings.batch_size : (call + 1) * self.settings.batch_size]
+            asked = prompts[call * size : (call + 1) * size]
             lines = [f"{prompt.conversation.source} {prompt.conversation.line}" for prompt in asked]
-            sampling = Sampling(self.settings.temperature, [self._random(step.index, line) for line in lines])
+            sampling = Sampling(self.settings.temperature, [self._random(step, line) for line in lines])
             with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self._mixed):
                 answers += self.student.answer(
                     [prompt.student for prompt in asked],
                     max_new_tokens=self.settings.max_new_tokens,
                     sampling=sampling,
                 )
-        answered = iter(answers)
-        return [[(prompt, next(answered).token_ids) for prompt in part] for part in prompts]
+        return answers
 
-    def _replayed(self, step: Step, entries: Sequence[tuple[Place, list[int]]]) -> list[tuple[_Prompt, list[int]]]:
-        """Earlier answers with their questions, read again."""
+    def _replay(self, step: Step, entries: Sequence[tuple[Place, list[int]]]) -> Drawn:
+        """Return earlier answers with their questions, which are read again."""
         prompts = self._prompts(step, [place for place, _ in entries])
         return [(prompt, ids) for prompt, (_, ids) in zip(prompts, entries, strict=True) if prompt is not None]
 
     def _prompts(self, step: Step, places: Sequence[Place]) -> list[_Prompt | None]:
-        """The questions of some rows, their images decoded by threads; ``None`` for those that are left out."""
+        """Return the questions at some places, their images decoded by threads; ``None`` for what is left out."""
         found: list[_Prompt | None] = []
         with ThreadPoolExecutor(_DECODE_THREADS) as pool:
             read = [self._read(source, row, pool) for source, row in places]
@@ -252,13 +275,13 @@ class OnPolicy:
     def _read(
         self, source: int, row: int, pool: ThreadPoolExecutor
     ) -> Callable[[], tuple[Conversation, list[Image.Image]]]:
-        """A row's question; what is wrong with it is raised when it is asked for."""
+        """Start to read a sample's question. Return a function that returns it, or raises ``BadSample``."""
         try:
             sample = self.dataset.mixture.sources[source][row]
             assert not isinstance(sample, Document)
             conversation = sample.before_last_answer()
         except BadSample as error:
-            bad = error  # the name in the clause ends with it
+            bad = error  # Python deletes `error` at the end of the clause
 
             def fail() -> tuple[Conversation, list[Image.Image]]:
                 raise bad
@@ -268,6 +291,7 @@ class OnPolicy:
         return lambda: (conversation, list(images))
 
     def _encode(self, place: Place, conversation: Conversation, images: list[Image.Image]) -> _Prompt:
+        """Encode a question for both models. Raise ``BadSample`` if it leaves no room for an answer."""
         limit = self.dataset.collator.max_length
         student = self.student.encode_prompt(conversation, images)
         teacher = self._asks.encode(conversation, images, generation=True)
@@ -277,16 +301,17 @@ class OnPolicy:
         return _Prompt(place, conversation, images, student, teacher)
 
     def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:
+        """Return the conversation with the student's answer."""
         text = whole_thought(self.student.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
         message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
         return replace(conversation, messages=(*conversation.messages, message))
 
     def _pair(self, prompt: _Prompt, ids: list[int], answered: Conversation) -> Pair:
-        """Both models' rows of a question and an answer.
+        """Encode a question and its answer for both models.
 
-        With one tokenizer, both get the very tokens that were drawn, as many as there is room for: of an answer that is
-        cut, what there is of it is learnt all the same. With two, or a teacher that is given text, both encode the
-        answer's text.
+        If the models share a tokenizer, both get exactly the tokens that were drawn, as many as fit: even the beginning
+        of an answer that is cut is learned. If they do not, or if the teacher is sent text, both encode the answer's
+        text.
         """
         collator = self.dataset.collator
         if collator.grouped or (self.teacher.needs_images and prompt.images):
@@ -301,17 +326,21 @@ class OnPolicy:
         ends = self.student.end_tokens - self.teacher.end_tokens
         return Pair(student, teacher, ours, theirs, torch.tensor([token not in ends for token in ids]))
 
-    def _keep(self, found: Sequence[Sequence[tuple[_Prompt, list[int]]]]) -> None:
-        """Adds all ranks' answers to the buffer, in the order that they have on one rank."""
+    def _keep(self, drawn: Sequence[Drawn]) -> None:
+        """Add all ranks' answers to the buffer, in the order that one rank would have."""
         if self.settings.replay is None:
             return
-        mine = [[(prompt.place, ids) for prompt, ids in part] for part in found]
-        ranks = self.processes.gather(mine)
-        self.kept += [entry for parts in zip(*ranks, strict=True) for part in parts for entry in part]
+        mine = []
+        for part in drawn:
+            mine.append([(prompt.place, ids) for prompt, ids in part])
+        # A step deals its micro-batches to the ranks in turn.
+        for parts in zip(*self.processes.gather(mine), strict=True):
+            self.kept += chain.from_iterable(parts)
         del self.kept[: -self.settings.replay]
 
     def _leave_out(
         self, step: Step, place: Place, bad: BadSample, on_bad: Literal["skip", "fail"] | None = None
     ) -> None:
+        """Note that a sample is left out of the step."""
         source, row = place
         step.problems.append(problem_of(self.dataset.mixture.sources[source], row, bad, on_bad or self.on_bad))

@@ -18,12 +18,12 @@ class Packing:
     Attributes:
         packed: whether conversations share rows, of the student's and of the teacher's.
         window: batches within which samples are grouped by length.
-        told: remarks for a person.
+        remarks: for a person.
     """
 
     packed: tuple[bool, bool]
     window: int
-    told: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def plan_packing(data: DataSection, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> Packing:
@@ -34,9 +34,9 @@ def plan_packing(data: DataSection, student: VisionLanguageModel, teacher: Visio
     packed = {role: model is not None and model.keeps_samples_apart() for role, model in models.items()}
     padded = [role for role, model in models.items() if model is not None and not packed[role]]
     window = data.length_window or (WINDOW if padded else 0)
-    told = [
+    remarks = [
         f"data.packing: the {role} does not keep samples in one row apart; its rows are padded, "
         f"and samples are grouped by length within {window} batches"
         for role in padded
     ]
-    return Packing((packed["student"], packed["teacher"]), window, tuple(told))
+    return Packing((packed["student"], packed["teacher"]), window, tuple(remarks))

@@ -13,14 +13,14 @@ from vlm_distill.config.file import save_config
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.runtime import manifest
 from vlm_distill.runtime.output import cause_of
+from vlm_distill.runtime.processes import Processes
 
 from . import checkpoint
-from .engine import Processes
 from .resume import Record, compare, compare_data, in_words, steering
 
 
 class Past:
-    """What this run finds in its folder. The loop calls the constructor, ``finished``, ``find`` and ``go_on`` in turn.
+    """What this run finds in its folder. The loop calls the constructor, ``finished``, ``agree``, ``find``, ``go_on``.
 
     All methods are collective: the first rank looks, and all ranks come to the same answer.
 
@@ -130,6 +130,28 @@ class Past:
             self.remarks.append(f"the finished student is damaged, and written anew: {error}")
             return False
         return True
+
+    def agree(self, sources: Sequence[Rows]) -> None:
+        """Raise ``UserError`` if the ranks, on machines with disks of their own, see other checkpoints or other data.
+
+        They would continue from different steps, or draw different rows for one step, and nobody would notice.
+        """
+        saved = checkpoint.completed(self._checkpoints)
+        mine = saved[-1][1].name if saved else "no checkpoint"
+        rows = {source.name: f"{len(source):,} rows" for source in sources}
+        this = self.processes.rank
+        for rank, (theirs, their_rows) in enumerate(self.processes.gather((mine, rows))):
+            if theirs != mine:
+                raise UserError(
+                    f"output: {self.folder}: rank {this} finds {mine} there, rank {rank} {theirs}; all machines must "
+                    "see one and the same folder"
+                )
+            for name in rows:
+                if rows[name] != their_rows.get(name):
+                    raise UserError(
+                        f"data: {name}: rank {this} finds {rows[name]}, rank {rank} {their_rows.get(name)}; every "
+                        "machine needs the same files"
+                    )
 
     def find(self, lr: Callable[[int], float]) -> Path | None:
         """Return the newest whole checkpoint of this run, ``None`` where it starts from its beginning.

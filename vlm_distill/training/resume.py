@@ -194,8 +194,8 @@ def compare(old: Record, config: AnyRun, new: Record) -> tuple[list[str], dict[s
     allowed: dict[str, Any] = {}
     for key in [*now, *(key for key in before if key not in now)]:
         rule, values = rule_of(key), [before.get(key), now.get(key)]
-        if key == "optimizer.lr" and any(name.startswith("optimizer.part_lr.") for name in now):
-            rule = Rule.FIXED  # the optimizer's state has the parts' learning rates as factors on it
+        if key == "optimizer.lr" and _has_factors(now):
+            rule = Rule.FIXED  # the optimizer's state has other learning rates as factors on it
         if rule is Rule.FILES and key in old.models and key in new.models:
             # Whatever they are called: the files say what they are.
             kinds = [kind for kind, digest in new.models[key].items() if old.models[key].get(kind, digest) != digest]
@@ -207,6 +207,11 @@ def compare(old: Record, config: AnyRun, new: Record) -> tuple[list[str], dict[s
         else:
             refused.append(f"{key}: {_shown(values[0])} → {_shown(values[1])}")
     return refused, allowed
+
+
+def _has_factors(leaves: Mapping[str, Any]) -> bool:
+    """Return whether some parameters have a learning rate that is a factor on ``optimizer.lr``."""
+    return leaves.get("optimizer.name") == "muon" or any(name.startswith("optimizer.part_lr.") for name in leaves)
 
 
 def compare_data(old: Record, new: Record) -> list[str]:

@@ -1,4 +1,4 @@
-"""Learning rates over a run, and which parameters decay."""
+"""The learning rate over a run, and parameter groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from data.errors import UserError
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float, min_ratio: float) -> float:
-    """The factor on the peak learning rate during optimizer step ``step`` (counted from 0) of ``steps``.
+    """Return the factor on the peak learning rate in an optimizer step.
 
     Args:
+        step: counted from 0.
+        steps: of the run.
         schedule: ``cosine``, ``linear`` or ``constant``; the first two fall to ``min_ratio`` at the last step.
         warmup: steps of linear warm-up; below 1, a share of ``steps``.
         min_ratio: factor at the end.
@@ -30,10 +32,10 @@ def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float, mi
 
 
 def lr_scales(parts: Mapping[str, nn.Module], part_lr: Mapping[Any, float], lr: float) -> dict[nn.Parameter, float]:
-    """Factors on the learning rate ``lr`` of the parameters in parts that have one of their own.
+    """Return factors on the learning rate ``lr`` for the parameters of parts with their own learning rate.
 
     Raises:
-        UserError: there is no such part, or it does not train.
+        UserError: a part does not exist, or is not trained.
     """
     scales: dict[nn.Parameter, float] = {}
     for name, own in part_lr.items():
@@ -49,10 +51,10 @@ def lr_scales(parts: Mapping[str, nn.Module], part_lr: Mapping[Any, float], lr: 
 def parameter_groups(
     model: nn.Module, weight_decay: float, scales: Mapping[nn.Parameter, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices decay; biases, norms, embeddings and learned tokens do not.
+    """Group trained parameters: matrices decay; biases, norms, embeddings and learned tokens do not.
 
-    Frozen parameters are in neither, so they take no optimizer state. A tied matrix counts as the embedding it is.
-    With ``scales`` there are two groups for each factor on the learning rate, which is the group's ``lr_scale``.
+    Frozen parameters are in no group, so they take no optimizer state. A tied matrix counts as an embedding.
+    With ``scales`` there are two groups for each factor on the learning rate, stored as the group's ``lr_scale``.
     """
     no_decay: dict[int, nn.Parameter] = {}
     decay: dict[int, nn.Parameter] = {}

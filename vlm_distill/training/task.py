@@ -1,4 +1,4 @@
-"""DistillationTask: a student and its losses, which is what an engine steps. The teacher stays outside."""
+"""DistillationTask: the module that the engine trains, a student with its losses. The teacher stays outside."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class DistillationTask(nn.Module):
     """A student and a weighted sum of losses.
 
     Args:
-        student: trained in the parts that it has set trainable.
-        terms: the losses, by unique names; those on features are prepared.
-        recompute_logits: form the logits in tiles, twice, to save memory; see ``fused_linear``.
-        sequence: the ranks that share this one's samples, each of which learns from its share of the positions.
-        shared_vision: the teacher sees as the student does, and gives what it saw, ``sight``.
+        student: the student, with its trained parts marked.
+        terms: the losses under unique names, prepared.
+        recompute_logits: compute the logits twice, in tiles, to save memory; see ``fused_linear``.
+        sequence: the ranks that share this one's samples; each computes the losses of its share of the positions.
+        shared_vision: take what the vision encoder gives from the teacher (its feature ``sight``), for both models.
     """
 
     def __init__(
@@ -45,27 +45,29 @@ class DistillationTask(nn.Module):
         self.terms = [term for term in terms if isinstance(term, Term)]
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.features = wanted_features(terms)[0]
-        # Registered for their parameters and for their state in a checkpoint.
+        # Registered so that their parameters are trained and their state is saved.
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
 
     def read_parameters(self) -> list[nn.Parameter]:
-        """Parameters that ``forward`` reads without calling their module."""
+        """Return the parameters that ``forward`` reads without calling their module."""
         return self.student.head.parameters if self.terms else []
 
     def forward(
         self, batch: DistillationBatch, teacher: TeacherOutputs | None, scales: Mapping[str, float] | None = None
     ) -> tuple[Tensor, dict[str, TermSums]]:
-        """The loss of a micro-batch and its terms.
+        """Compute the loss of a micro-batch and its terms.
 
         Args:
             batch: on this rank's device.
-            teacher: what the teacher gives for this batch, if there is one.
-            scales: a factor for each term's sum over rows, by name; 1 where none is given.
+            teacher: the teacher's outputs for this batch, if there is a teacher.
+            scales: factors on the terms' sums, by name; the default is 1.
 
         Returns:
             The differentiable weighted sum (0-d), and the detached sums of each term.
         """
         scales = scales or {}
+
+        # The student's forward.
         inputs = batch.student.inputs
         if self.shared_vision and teacher is not None:
             inputs = handed_on(batch, teacher.features[SIGHT])
@@ -73,7 +75,8 @@ class DistillationTask(nn.Module):
         outputs = self.student(inputs, batch.student.positions, self.features)
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}
-        # Nothing is known to be right of answers that the student has drawn.
+
+        # Losses on logits. Answers that the student has drawn are no targets.
         terms = [term for term in self.terms if not (batch.drawn and "targets" in term.loss.needs)]
         sums |= {term.name: TermSums(outputs.hidden.new_zeros(())) for term in self.terms if term not in terms}
         if terms:
@@ -91,12 +94,14 @@ class DistillationTask(nn.Module):
             )
             losses.append(found.loss)
             sums |= found.terms
+
+        # Losses on features.
         for term in self.feature_terms:
             assert teacher is not None
-            rows = self._compare(term, batch, outputs.features, teacher.features)
-            losses.append(term.weight * scales.get(term.name, 1.0) * rows.sum())
-            sums[term.name] = TermSums(rows.detach().sum(), len(rows))
-        # A plain tuple with the tensor in it: ZeRO-3 hangs its backward hooks on the tensors it finds in an output.
+            values = self._compare(term, batch, outputs.features, teacher.features)
+            losses.append(term.weight * scales.get(term.name, 1.0) * values.sum())
+            sums[term.name] = TermSums(values.detach().sum(), len(values))
+        # The tensor must be in a plain tuple: ZeRO-3 attaches its backward hooks to the tensors that it finds there.
         return torch.stack(losses).sum(), sums
 
     def _compare(
@@ -106,33 +111,26 @@ class DistillationTask(nn.Module):
         student: Mapping[str, Tensor],
         teacher: Mapping[str, Tensor],
     ) -> Tensor:
-        """A loss's value for each of its tokens or images, ``[n]``; it hangs in the graph where n is 0, too."""
-        loss = term.loss
-        samples = batch.sample_of
+        """Return a loss's value for each of its tokens or images, ``[n]``, attached to the graph even if n is 0."""
+        loss, samples = term.loss, batch.sample_of
         if loss.unit == "image":
             assert batch.teacher is not None
-            sides = [
-                {name: _images(term.name, role, features[name], rows.images) for name in names}
-                for role, features, names, rows in (
-                    ("student", student, loss.student_features, batch.student),
-                    ("teacher", teacher, loss.teacher_features, batch.teacher),
-                )
-            ]
+            images = batch.student.images, batch.teacher.images
+            mine = {n: _images(term.name, "student", student[n], images[0]) for n in loss.student_features}
+            theirs = {n: _images(term.name, "teacher", teacher[n], images[1]) for n in loss.teacher_features}
         else:
             samples = samples[batch.distilled]
-            sides = [
-                {name: features[name][batch.distilled] for name in names}
-                for features, names in ((student, loss.student_features), (teacher, loss.teacher_features))
-            ]
+            mine = {name: student[name][batch.distilled] for name in loss.student_features}
+            theirs = {name: teacher[name][batch.distilled] for name in loss.teacher_features}
         with torch.autocast(batch.targets.device.type, enabled=False):
-            return loss(*sides, samples)
+            return loss(mine, theirs, samples)
 
 
 def _images(name: str, role: str, features: Tensor, images: Tensor) -> Tensor:
-    """The features of the samples' images, in the samples' order."""
+    """Return the features of the samples' images, in the order of the samples."""
     count = len(images)
     if count and len(features) != count:
         raise UserError(
-            f"loss {name}: the {role} cuts {count} image(s) into {len(features)} tiles; it compares whole images alone"
+            f"loss {name}: the {role} cuts {count} image(s) into {len(features)} tiles; it compares only whole images"
         )
     return features[images]

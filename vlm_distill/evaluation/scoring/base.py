@@ -11,11 +11,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from data.errors import UserError
+from vlm_distill.config.fields import Rules as Rules
 
-Rules = Literal["vlmevalkit", "lmms-eval", "official"]
 Row = Mapping[str, Any]
 Table = Sequence[Row]
 

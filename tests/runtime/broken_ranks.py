@@ -7,7 +7,7 @@ import torch
 
 from vlm_distill import train
 from vlm_distill.runtime.launch import leave
-from vlm_distill.training.trainer import Trainer
+from vlm_distill.trainer import Trainer
 
 
 def forward_batch(self, step, micro, scales, real=Trainer.forward_batch):

@@ -10,7 +10,7 @@ from data.opening import open_source
 from vlm_distill.models import build_vlm
 from vlm_distill.planning.simulation import HeadCost, Meter, simulate
 from vlm_distill.runtime.devices import DEVICES, known_device
-from vlm_distill.training.operations import Operations
+from vlm_distill.training.flops import StepFlops
 
 
 def test_devices_are_known_by_their_drivers_names():
@@ -32,7 +32,7 @@ def test_operations_from_parameters_are_those_of_the_model_s_own_code(tmp_path, 
         with model.head.weight() as weight:
             products = 2 * len(batch.targets) * weight.numel() * (2 + weight.requires_grad)
         found = simulate(meter, model, None, batch, HeadCost(0, products), autocast=False)
-        counted = Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
+        counted = StepFlops(model, None, torch.device("cpu"), bf16=False).count(batch)
     assert counted == pytest.approx(found.student_flops, rel=0.1)
 
 
@@ -43,7 +43,7 @@ def test_of_experts_those_are_counted_that_a_token_is_sent_to():
         model = build_vlm({"decoder": {"config": config}}, tokenizer=tiny.make_tokenizer(tiny.WORDS))
         batch = Collator(model.processor, None, 64).batch([])
         assert batch.student.inputs["input_ids"].numel() == 1
-        return Operations(model, None, torch.device("cpu"), bf16=False).of(batch)
+        return StepFlops(model, None, torch.device("cpu"), bf16=False).count(batch)
 
     # One token, two layers of width 16, in each a router with a row for each expert: forward and two gradients.
     assert operations(8) - operations(4) == 6 * 2 * 16 * 4

@@ -13,51 +13,33 @@ import torch
 from torch import Tensor
 
 from data.batch import DistillationBatch, Problem, Step
-from data.collate import Collator
 from data.conversation import Conversation, Document, is_answer
 from data.encoding import Pair
 from data.errors import BadSample
-from data.loader import StepDataset, StepSplit
-from data.mixture import Mixture
+from data.loader import StepDataset
 from data.workers import make_loader
 from vlm_distill import losses
-from vlm_distill.caching.reading import check_tokens, training_processors
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
-from vlm_distill.models.common import DTYPES
-from vlm_distill.models.features import SIGHT
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.served import ServedTeacher
-from vlm_distill.models.shared_vision import sees_as, share
-from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
+from vlm_distill.models.shared_vision import share
+from vlm_distill.models.teacher import Teacher
+from vlm_distill.run import Run
 from vlm_distill.runtime.launch import cores
+from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
-
-from .build import (
-    build_terms,
-    check_packing,
-    divide_sequences,
-    image_loader,
-    load_models,
-    open_sources,
-    pair_vocabularies,
-    prepare_losses,
-    template_remarks,
-    trained_parameters,
-    turns,
-    write_student,
-)
-from .effects import late_warmup
-from .engine import Engine, Processes, gather_parameters
-from .evaluations import Evaluations
-from .intake import FirstRows
-from .loop import Loop
-from .on_policy import OnPolicy, check_on_policy, learns_from_drawn
-from .operations import Operations
-from .packing_plan import plan_packing
-from .schedule import learning_rate_factor, lr_scales, parameter_groups
-from .task import DistillationTask
+from vlm_distill.training.effects import late_warmup
+from vlm_distill.training.engine import Engine, gather_parameters
+from vlm_distill.training.evaluations import Evaluations
+from vlm_distill.training.flops import StepFlops
+from vlm_distill.training.intake import FirstRows
+from vlm_distill.training.loading import trained_parameters, write_student
+from vlm_distill.training.loop import Loop
+from vlm_distill.training.on_policy import OnPolicy, learns_from_drawn
+from vlm_distill.training.optimizers import build_optimizer
+from vlm_distill.training.schedule import learning_rate_factor, lr_scales
+from vlm_distill.training.task import DistillationTask
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
 _SUSPECT_TEACHER = 0.5
@@ -65,7 +47,7 @@ _CHECKED_SAMPLES = 16
 
 
 def train(config: RunConfig, processes: Processes, *, until: int | None = None) -> Path:
-    """Trains a student, evaluates it and its teacher, and exports it.
+    """Train a student, evaluate it and its teacher, and export it.
 
     Args:
         config: the run.
@@ -76,13 +58,13 @@ def train(config: RunConfig, processes: Processes, *, until: int | None = None) 
         The run's folder.
 
     Raises:
-        UserError: the configuration asks for what cannot be.
+        UserError: the configuration cannot be run.
     """
     return Trainer(config, processes).run(until)
 
 
 class Trainer(Loop):
-    """Everything of a run, built in the order in which its mistakes are cheapest to find."""
+    """Trains a student on image-text data. Whatever is cheap to check is checked before a model is loaded."""
 
     command, speed = "train", "tokens_per_second"
     student: VisionLanguageModel
@@ -90,120 +72,80 @@ class Trainer(Loop):
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:
         super().__init__(config, processes)
-        self.config = config
-        terms = build_terms(config)
-        check_on_policy(config, terms)
-        sources = open_sources(config.data.train, config.data.max_length)
+        self.config, self.parts = config, Run(config, processes)
+        parts = self.parts
+
+        # Open data and benchmarks before anything is loaded.
+        self.terms, self.sources = parts.terms, parts.sources
         self.evaluations = Evaluations(config, processes)
         self.compared_by = self.evaluations.compared_by if self.evaluations.best is not None else None
         self.lower_is_better = self.evaluations.lower_is_better
-        self.told = self.evaluations.told
         self.evaluate_every = config.evaluation.every
 
-        student, self.teacher = load_models(config, processes)
-        # A teacher that no loss learns from is only there to be scored beside the student.
-        self.guide = self.teacher if any("teacher" in term.loss.needs for term in terms) else None
-        # Where the tokenizers differ, groups of tokens are compared.
-        model = self.teacher.model if isinstance(self.teacher, ModelTeacher) else None
-        taught = self.teacher if isinstance(self.teacher, CachedTeacher) else model
-        self.grouped = taught is not None and pair_vocabularies(config, student, taught, terms)
-        if isinstance(self.teacher, ServedTeacher):
-            self.teacher.align(student)
-        elif isinstance(self.teacher, CachedTeacher):
-            self.told = [*self.told, *check_tokens(config, sources, self.teacher)]
-        shown_to = None if self.guide is None else self.guide.processor
-        self.told = [*self.told, *template_remarks(config.data, student.processor, shown_to, self.grouped)]
-        prepare_losses(terms, student, self.guide)
-        self.sequence = processes.share_sequences(config.training.sequence_parallel)
-        guide = model if self.guide is not None else None
-        if self.sequence is not None:
-            divide_sequences(config, self.sequence, student, guide, terms, self.grouped)
-        # What both see with, frozen, runs in the teacher alone, which runs in the student's precision.
-        self.same_encoder = (
-            isinstance(self.guide, ModelTeacher)
-            and self.guide.model.dtype == DTYPES[config.training.dtype]
-            and sees_as(student, self.guide.model)
-        )
-        self.shared_vision = self.same_encoder and config.student.vision_cache is None
-        self.features = sorted({*losses.wanted_features(terms)[1], *([SIGHT] if self.shared_vision else [])})
-        processors, self.seen = training_processors(config, student, self.guide, self.same_encoder)
-        if config.training.activation_checkpointing:
-            student.checkpoint_activations()
+        # Load the models.
+        parts.prepare()
+        self.student, self.teacher, self.loss_teacher = parts.student, parts.teacher, parts.loss_teacher
+        self.sequence, self.shared_vision, self.features = parts.sequence, parts.shared_vision, parts.teacher_features
 
-        data = config.data
-        if processes.device.type == "cuda":
-            student.to(processes.device)
-        packing = plan_packing(data, student, guide)
-        self.told = [*self.told, *packing.told]
-        self.load_image = image_loader(data)
-        self.dataset = StepDataset(
-            Mixture(
-                sources,
-                [section.weight for section in data.train],
-                seed=config.training.seed,
-                batch_size=config.training.batch_size,
-                window=packing.window,
-                longest_first=True,
-            ),
-            Collator(*processors, data.max_length, turns(data), self.grouped, packing.packed),
-            StepSplit(
-                self.micro,
-                self.accumulation,
-                rank=processes.rank // config.training.sequence_parallel,
-                world=processes.world // config.training.sequence_parallel,
-            ),
-            load=self.load_image,
-            on_bad=data.bad_samples,
-            keep_conversations=self.guide is not None and self.guide.needs_images,
-        )
+        self.dataset = parts.dataset
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
-        warmup = config.optimizer.warmup  # below 1 a share of the run
-        self.told = [*self.told, *late_warmup("optimizer.warmup", warmup, max(1, self.steps), "steps")]
+        warmup = late_warmup("optimizer.warmup", config.optimizer.warmup, max(1, self.steps), "steps")
+        self.told = [*self.evaluations.told, *parts.remarks, *warmup]
 
-        self.parameters = {"student": sum(count_parameters(student).values()), "trained": trained_parameters(student)}
-        if isinstance(self.teacher, CachedTeacher):
-            self.parameters["teacher"] = self.teacher.parameters
-        elif model is not None:
-            self.parameters["teacher"] = sum(count_parameters(model).values())
-        self.operations = Operations(
-            student,
-            guide,
-            processes.device,
-            bf16=config.training.dtype == "bf16",
+        # Count parameters and operations while the models are whole.
+        self.parameters = self._count_parameters()
+        self.flops = self._step_flops()
+        self.evaluations.prepare(self.student, self.teacher)
+        self.engine = self._start_engine()
+        self.on_policy = self._open_on_policy()
+
+    def _count_parameters(self) -> dict[str, int]:
+        counts = {"student": sum(count_parameters(self.student).values()), "trained": trained_parameters(self.student)}
+        if self.teacher is not None and self.teacher.parameters is not None:
+            counts["teacher"] = self.teacher.parameters
+        return counts
+
+    def _step_flops(self) -> StepFlops:
+        teacher, running = self.loss_teacher, self.parts.running_teacher
+        return StepFlops(
+            self.student,
+            running,
+            self.processes.device,
+            bf16=self.config.training.dtype == "bf16",
             shared_vision=self.shared_vision,
-            head=self.guide.head if isinstance(self.guide, CachedTeacher) else None,
+            head=teacher.head if teacher is not None and running is None else None,
         )
-        check_packing(config.data.train, student, guide, self.grouped)
-        self.evaluations.prepare(student, self.teacher if isinstance(self.teacher, ModelTeacher) else None)
+
+    def _start_engine(self) -> Engine:
+        """Hand student, losses and optimizer to DeepSpeed, which shards them over the ranks."""
+        config, student = self.config, self.student
         task = DistillationTask(
             student,
-            terms,
+            self.terms,
             recompute_logits=config.training.recompute_logits,
             sequence=self.sequence,
             shared_vision=self.shared_vision,
         )
         section = config.optimizer
-        optimizer = torch.optim.AdamW(
-            parameter_groups(task, section.weight_decay, lr_scales(student.parts, section.part_lr, section.lr)),
-            lr=section.lr,
-            betas=section.betas,
-            eps=section.eps,
-            fused=config.deepspeed.offloads_optimizer or None,
-        )
-        self.engine = Engine(task, optimizer, config, processes, read_parameters=task.read_parameters())
-        if self.same_encoder and config.deepspeed.stage < 3:
-            assert isinstance(self.guide, ModelTeacher)
-            share(student, self.guide.model)
-        self.student, self.terms = student, terms
-        student.synced = config.deepspeed.stage == 3 and processes.world > 1
+        scales = lr_scales(student.parts, section.part_lr, section.lr)
+        optimizer = build_optimizer(task, section, config.deepspeed, scales, student.head.parameters)
+        engine = Engine(task, optimizer, config, self.processes, read_parameters=task.read_parameters())
+        running = self.parts.running_teacher
+        if self.parts.same_encoder and config.deepspeed.stage < 3:
+            assert running is not None
+            share(student, running)
+        student.synced = config.deepspeed.stage == 3 and self.processes.world > 1
         if config.deepspeed.stage == 3:
-            student.head.gather = gather_parameters  # for what reads the head outside the task's forward
-        self.on_policy: OnPolicy | None = None
-        if config.on_policy is not None:
-            assert self.guide is not None
-            rest = self.load_image, processes, self.steps, self.lower_is_better
-            self.on_policy = OnPolicy(config, self.dataset, student, self.guide, *rest)
+            student.head.gather = gather_parameters  # for reads of the head outside the task's forward
+        return engine
+
+    def _open_on_policy(self) -> OnPolicy | None:
+        if self.config.on_policy is None:
+            return None
+        assert self.loss_teacher is not None
+        rest = self.parts.load_image, self.processes, self.steps, self.lower_is_better
+        return OnPolicy(self.config, self.dataset, self.student, self.loss_teacher, *rest)
 
     def train_step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
         with nullcontext() if self.sequence is None else self.sequence.shared():
@@ -212,9 +154,8 @@ class Trainer(Loop):
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
         steps = make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
-        if isinstance(self.guide, ServedTeacher) and self.on_policy is None:
-            return self.guide.asked_ahead(steps)
-        return steps
+        # Answers that are still to be drawn cannot be asked about.
+        return steps if self.loss_teacher is None or self.on_policy is not None else self.loss_teacher.prefetch(steps)
 
     def locate_samples(self, step: Step, number: int) -> str:
         return self.dataset.locate_samples(step.index, number)
@@ -227,9 +168,9 @@ class Trainer(Loop):
         if self.on_policy is None:
             return step
         taken = self.on_policy.prepare_step(step)
-        if isinstance(self.guide, ServedTeacher):
+        if self.loss_teacher is not None:
             for batch in taken.batches:
-                self.guide.ask(batch)
+                self.loss_teacher.request(batch)
         return taken
 
     def local_counts(self, step: Step) -> dict[str, float]:
@@ -241,8 +182,8 @@ class Trainer(Loop):
             "samples": samples,
             "filled": sum(rows.tokens for rows in sides),
             "places": sum(rows.inputs["input_ids"].numel() for rows in sides),
-            "flops": sum(self.operations.of(batch) for batch in step.batches),
-            **({} if self.on_policy is None else self.on_policy.counted),
+            "flops": sum(self.flops.count(batch) for batch in step.batches),
+            **({} if self.on_policy is None else self.on_policy.counts),
         }
         if self.sequence is not None and self.sequence.rank:
             return dict.fromkeys(counts, 0)  # the first of those that share the samples counts them
@@ -259,13 +200,13 @@ class Trainer(Loop):
         self, step: Step, micro: DistillationBatch, scales: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, TermSums]]:
         batch = micro.to(self.processes.device)
-        targets = self.guide.outputs(batch, self.features) if self.guide is not None else None
+        targets = self.loss_teacher.outputs(batch, self.features) if self.loss_teacher is not None else None
         return self.engine(batch, targets, scales)
 
     def skip_step(self, step: Step) -> None:
-        if isinstance(self.guide, ServedTeacher):
+        if self.loss_teacher is not None:
             for batch in step.batches:
-                self.guide.forget(batch)
+                self.loss_teacher.forget(batch)
 
     def lr(self, step: int) -> float:
         section = self.config.optimizer
@@ -277,7 +218,7 @@ class Trainer(Loop):
         return {
             "supervised_tokens": int(totals["supervised"]),
             "padding": 1 - totals["filled"] / totals["places"],
-            **self.operations.metrics(totals["flops"], seconds, self.processes.world),
+            **self.flops.metrics(totals["flops"], seconds, self.processes.world),
             **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),
             self.speed: totals["tokens"] / seconds,
         }
@@ -313,7 +254,7 @@ class Trainer(Loop):
         first = chain.from_iterable(mixture.samples_of(step) for step in range(self.steps))
         for source, row in islice(first, rows):
             try:
-                sample = mixture.sources[source][row]
+                sample = self.sources[source][row]
             except BadSample:
                 continue
             if isinstance(sample, Conversation) and sum(map(is_answer, sample.messages)) > 1:
@@ -323,10 +264,16 @@ class Trainer(Loop):
     def introduce(self, tracker: Tracker, done: int) -> None:
         if self.shared_vision:
             tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
-        if self.seen is not None:
-            tracker.say(self.seen)
-        told = isinstance(self.guide, ModelTeacher | CachedTeacher) and done < self.steps
-        checked = self._teacher_loss(self.guide) if self.guide is not None and told else None
+        cache = self.parts.feature_cache
+        if cache is not None:
+            whose = "student's and the teacher's" if self.parts.same_encoder else "student's"
+            tracker.say(
+                f"the {whose} vision encoder does not run in training: {cache.folder} holds features of "
+                f"{len(cache):,} images"
+            )
+        checked = None
+        if self.loss_teacher is not None and self.loss_teacher.head is not None and done < self.steps:
+            checked = self._teacher_loss(self.loss_teacher)
         if checked is not None:
             loss, limit = checked
             if loss > limit:
@@ -349,9 +296,9 @@ class Trainer(Loop):
             if not data.train[source].labelled:
                 continue
             try:
-                sample = self.dataset.mixture.sources[source][row]
+                sample = self.sources[source][row]
                 wanted = () if isinstance(sample, Document) else sample.images
-                images = [self.load_image(image) for image in wanted]
+                images = [self.parts.load_image(image) for image in wanted]
                 pairs += self.dataset.collator.encode(sample, images, (source, row))
             except BadSample:
                 continue
@@ -371,7 +318,7 @@ class Trainer(Loop):
     def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
         score, problems = self.evaluations.run(done, tracker, self.began, final=final)
         if self.on_policy is not None:
-            self.on_policy.evaluated(score)
+            self.on_policy.after_evaluation(score)
         return score, problems
 
     def save_more(self, folder: Path) -> None:

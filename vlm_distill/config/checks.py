@@ -1,0 +1,183 @@
+"""Rules that hold between sections of a VLM run, as a table: when a run is wrong, and what to say then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+# A run is `sections.RunConfig`, whose validation reads this table; imported here, that would be a circle.
+Run = Any
+
+
+class Rule(NamedTuple):
+    """A rule between sections.
+
+    Attributes:
+        broken: whether a run breaks it.
+        message: the key, why its value cannot work, and what to do.
+    """
+
+    broken: Callable[[Run], bool]
+    message: str
+
+
+class Weighted(Protocol):
+    """A term of the loss."""
+
+    @property
+    def weight(self) -> float: ...
+
+
+def check_run(run: Run) -> None:
+    """Raise ``ValueError`` with the message of the first rule that a run breaks."""
+    check_weights(run.loss)
+    for rule in RULES:
+        if rule.broken(run):
+            raise ValueError(rule.message)
+
+
+def check_weights(losses: Sequence[Weighted]) -> None:
+    """Raise ``ValueError`` where all losses have weight 0, so that nothing would be learnt."""
+    if all(section.weight == 0 for section in losses):
+        raise ValueError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
+
+
+def _served(run: Run) -> bool:
+    return run.teacher is not None and run.teacher.server is not None
+
+
+def _cached(run: Run) -> bool:
+    return run.teacher is not None and run.teacher.cache is not None
+
+
+def _cut(run: Run) -> bool:
+    """Return whether the student is cut from a teacher that is given."""
+    return run.student.from_teacher is not None and run.teacher is not None
+
+
+def _own_base(run: Run) -> bool:
+    """Return whether the student's base is the teacher."""
+    return run.teacher is not None and run.teacher.from_student
+
+
+def _measures_kl(run: Run) -> bool:
+    return "kl" in run.evaluation.measures
+
+
+RULES = (
+    Rule(
+        lambda run: run.evaluation.every is not None and not (run.data.eval or run.evaluation.benchmarks),
+        "evaluation.every: there is nothing to evaluate; name data.eval or evaluation.benchmarks, or leave every out",
+    ),
+    # On-policy answers: drawn by the student while it trains, so that nothing about them can be known before.
+    Rule(
+        lambda run: run.on_policy is not None and run.teacher is None,
+        "on_policy needs a teacher section to compare the student's answers with",
+    ),
+    Rule(
+        lambda run: run.on_policy is not None and run.on_policy.adaptive is not None and run.evaluation.best is None,
+        "on_policy.adaptive follows the score that evaluation.best names; name one",
+    ),
+    Rule(
+        lambda run: run.on_policy is not None and _cached(run),
+        "on_policy: a cache cannot hold a teacher's outputs for answers yet to be drawn; leave teacher.cache out",
+    ),
+    Rule(
+        lambda run: run.on_policy is not None and run.student.vision_cache is not None,
+        "on_policy: the student needs the images themselves to draw answers; leave student.vision_cache out",
+    ),
+    Rule(
+        lambda run: run.on_policy is not None and run.training.sequence_parallel > 1,
+        "on_policy: ranks that share sequences cannot draw answers; leave training.sequence_parallel out",
+    ),
+    Rule(
+        lambda run: (
+            run.on_policy is not None
+            and run.on_policy.replay is not None
+            and run.on_policy.replay < run.training.batch_size
+        ),
+        "on_policy.replay: holds fewer answers than a step has samples; make it at least training.batch_size",
+    ),
+    # A teacher behind a server: it scores conversations token by token, and its weights are elsewhere.
+    Rule(
+        lambda run: _served(run) and run.student.from_teacher is not None,
+        "student.from_teacher: the teacher's weights are on its server; name a student",
+    ),
+    Rule(
+        lambda run: _served(run) and any(source.format == "text" for source in run.data.train),
+        "teacher.server scores conversations, not plain text; leave plain text out of data.train",
+    ),
+    Rule(
+        lambda run: _served(run) and _measures_kl(run),
+        "evaluation.measures: 'kl' needs the teacher's weights, which are on its server; leave 'kl' out",
+    ),
+    Rule(
+        lambda run: _served(run) and run.training.recompute_logits,
+        "training.recompute_logits: a server returns no hidden states; leave it out",
+    ),
+    Rule(
+        lambda run: _served(run) and run.data.packing,
+        "data.packing: a server scores samples one by one; leave it out",
+    ),
+    # A student cut from its teacher: whole weights in full precision are at hand.
+    Rule(
+        lambda run: run.student.from_teacher is not None and run.teacher is None,
+        "student.from_teacher needs a teacher section to cut from",
+    ),
+    Rule(
+        lambda run: _cut(run) and run.teacher.quantize is not None,
+        "student.from_teacher: a student cannot be cut from quantized weights; leave teacher.quantize out",
+    ),
+    Rule(
+        lambda run: _cut(run) and run.teacher.placement != "replicate",
+        "student.from_teacher: a student cannot be cut from a sharded teacher; use teacher.placement: replicate",
+    ),
+    Rule(
+        lambda run: _measures_kl(run) and run.teacher is None,
+        "evaluation.measures: 'kl' needs a teacher section",
+    ),
+    Rule(
+        lambda run: run.student.tokenizer == "teacher" and run.teacher is None,
+        "student.tokenizer: 'teacher' needs a teacher section",
+    ),
+    # A cached teacher is never loaded.
+    Rule(
+        lambda run: _cached(run) and run.student.from_teacher is not None,
+        "student.from_teacher cuts the teacher's own weights, which teacher.cache never loads; leave one of them out",
+    ),
+    Rule(
+        lambda run: _cached(run) and _measures_kl(run),
+        "evaluation.measures: 'kl' runs the teacher, which teacher.cache never loads; leave one of them out",
+    ),
+    # The student's own base as the teacher: it must stay as it is.
+    Rule(
+        lambda run: _own_base(run) and (run.student.lora is None or bool(run.student.trained_whole)),
+        "teacher.from_student needs a student trained by student.lora alone, whose base never changes",
+    ),
+    Rule(
+        lambda run: _own_base(run) and run.student.from_teacher is not None,
+        "teacher.from_student and student.from_teacher: one of the two models must be on disk",
+    ),
+    # Optimizers: ZeRO hands them flat slices of all parameters, and may keep their states in main memory.
+    Rule(
+        lambda run: run.optimizer.name == "muon" and run.deepspeed.stage == 3,
+        "optimizer.name: 'muon' reads whole matrices, which ZeRO 3 cuts up; choose deepspeed.stage 0, 1 or 2",
+    ),
+    Rule(
+        lambda run: run.optimizer.name == "muon" and run.optimizer.max_grad_norm is not None,
+        "optimizer.max_grad_norm: ZeRO would clip the updates of 'muon', not its gradients; set it to null",
+    ),
+    Rule(
+        lambda run: run.optimizer.name == "adamw8bit" and run.deepspeed.stage == 3,
+        "optimizer.name: 'adamw8bit' does not work under ZeRO 3; choose deepspeed.stage 0, 1 or 2",
+    ),
+    Rule(
+        lambda run: run.optimizer.name in ("adamw8bit", "muon") and run.deepspeed.offloads_optimizer,
+        "optimizer.name: 'adamw8bit' and 'muon' cannot step in main memory; leave offload_optimizer out, or choose "
+        "'adamw' or 'sgd'",
+    ),
+    Rule(
+        lambda run: run.student.quantize is not None and run.deepspeed.stage == 3,
+        "student.quantize: ZeRO-3 cannot shard 4-bit weights; choose deepspeed.stage 0, 1 or 2",
+    ),
+)

@@ -1,0 +1,269 @@
+"""Run: the parts that a configuration describes, made in one order by every command that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.batch import SampleId
+from data.collate import Collator
+from data.conversation import ImageSource
+from data.loader import StepDataset, StepSplit
+from data.mixture import Mixture
+from data.plain_text import TextSource
+from data.sources import Source
+from vlm_distill.caching.check_features import open_features
+from vlm_distill.caching.check_tokens import check_tokens
+from vlm_distill.caching.image_features import FeatureCache
+from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.losses import wanted_features
+from vlm_distill.models.common import DTYPES
+from vlm_distill.models.features import SIGHT
+from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.lora import WithoutAdapters
+from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.models.shared_vision import sees_as
+from vlm_distill.models.teacher import ModelTeacher, Teacher
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.training.compatibility import (
+    check_evaluations,
+    check_packing,
+    divide_sequences,
+    pair_vocabularies,
+    template_remarks,
+)
+from vlm_distill.training.loading import load_student, load_teacher
+from vlm_distill.training.on_policy import check_on_policy
+from vlm_distill.training.open_data import image_loader, open_sources, turns
+from vlm_distill.training.packing_plan import Packing, plan_packing
+from vlm_distill.training.terms import AnyTerm, build_terms, prepare_losses
+
+AnySource = Source | TextSource
+
+
+class Run:
+    """The parts of a run. Each is made when it is first asked for, and what it is made from before it.
+
+    What needs no model comes first, since mistakes are cheapest to find there::
+
+        terms      the loss's terms
+        sources    the readers of data.train
+        teacher    loaded, sharded, on its server or opened from its cache
+        student    loaded after the teacher, so that its first weights do not depend on there being one
+        grouped    vocabularies paired: both heads cut to the tokens that are compared
+        prepare()  losses, models and data made to fit each other, or refused
+        dataset    this rank's micro-batches
+
+    Args:
+        config: the run.
+        processes: the ranks; every rank makes the same parts. ``None``: models have no weights (the caller keeps
+            ``models.weightless.Weightless`` open while they are made), and no server or cache is opened.
+    """
+
+    def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
+        self.config, self.processes = config, processes
+        self._cache_remarks: list[str] = []
+
+    @cached_property
+    def terms(self) -> list[AnyTerm]:
+        """The terms of the loss."""
+        terms = build_terms(self.config)
+        check_on_policy(self.config, terms)
+        return terms
+
+    @cached_property
+    def sources(self) -> list[AnySource]:
+        """The readers of ``data.train``."""
+        return open_sources(self.config.data.train, self.config.data.max_length)
+
+    @cached_property
+    def load_image(self) -> Callable[[ImageSource], Image.Image]:
+        """Decodes an image within the limits of the data section."""
+        return image_loader(self.config.data)
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The teacher, whether a loss learns from it or it is only evaluated beside the student."""
+        section = self.config.teacher
+        if section is not None and section.from_student:
+            return ModelTeacher(WithoutAdapters(self.student))
+        return load_teacher(self.config, self.processes)
+
+    @cached_property
+    def uncached(self) -> Run:
+        """The same run with the teacher itself in place of its cache: to fill that, or to ask the teacher questions."""
+        section = self.config.teacher
+        if section is None or section.cache is None:
+            return self
+        plain = section.model_copy(update={"cache": None})
+        return Run(self.config.model_copy(update={"teacher": plain}), self.processes)
+
+    @cached_property
+    def student(self) -> VisionLanguageModel:
+        """The student, with its trained parts marked."""
+        section = self.config.teacher
+        teacher = None if section is not None and section.from_student else self.teacher
+        # The seed is set once the teacher is loaded: a student starts from the same weights with and without one.
+        torch.manual_seed(self.config.training.seed)
+        return load_student(self.config, teacher)
+
+    @cached_property
+    def loss_teacher(self) -> Teacher | None:
+        """The teacher, if a loss learns from it."""
+        return self.teacher if any("teacher" in term.loss.needs for term in self.terms) else None
+
+    @cached_property
+    def running_teacher(self) -> VisionLanguageModel | None:
+        """The teacher's model that runs beside the student in training; ``None`` if it is cached or on a server."""
+        cached = self.config.teacher is not None and self.config.teacher.cache is not None
+        return None if self.loss_teacher is None or cached else self.loss_teacher.model
+
+    @cached_property
+    def grouped(self) -> bool:
+        """Whether groups of tokens are compared, since the tokenizers differ. Cuts both heads to what is compared."""
+        return self.teacher is not None and pair_vocabularies(self.config, self.student, self.teacher, self.terms)
+
+    @cached_property
+    def sequence(self) -> SequenceParallel | None:
+        """The ranks that share this one's samples, if ranks do."""
+        size = self.config.training.sequence_parallel
+        if size == 1:
+            return None
+        if self.processes is None:
+            return SequenceParallel(None, 0, size)
+        return SequenceParallel(self.processes.neighbours(size), self.processes.rank % size, size)
+
+    @cached_property
+    def same_encoder(self) -> bool:
+        """Whether the student sees as the running teacher does, in the same precision, with frozen parts."""
+        section, teacher = self.config.teacher, self.running_teacher
+        return (
+            teacher is not None
+            and (section is None or section.placement == "replicate")
+            and teacher.dtype == DTYPES[self.config.training.dtype]
+            and sees_as(self.student, teacher)
+        )
+
+    @property
+    def shared_vision(self) -> bool:
+        """Whether the vision encoder runs in the teacher alone, for both models."""
+        return self.same_encoder and self.config.student.vision_cache is None
+
+    @property
+    def teacher_features(self) -> list[str]:
+        """Names of the teacher's activations that are needed beside its logits."""
+        shared = [SIGHT] if self.shared_vision else []
+        return sorted({*wanted_features(self.terms)[1], *shared})
+
+    @cached_property
+    def feature_cache(self) -> FeatureCache | None:
+        """The cache of what the student's vision encoder makes of images, if there is one."""
+        return open_features(self.config, self.student)
+
+    @cached_property
+    def image_features(self) -> Callable[[Sequence[Image.Image]], Tensor] | None:
+        """Return what a frozen vision encoder makes of images, if processors read that in place of pixels."""
+        return self.feature_cache
+
+    @cached_property
+    def processors(self) -> tuple[Any, Any]:
+        """What encodes samples for the student and for the teacher that losses learn from."""
+        student, teacher = self.student.processor, None
+        if self.loss_teacher is not None:
+            teacher = self.loss_teacher.processor
+        if self.image_features is not None:
+            student = student.with_features(self.image_features)
+            if self.same_encoder:
+                assert isinstance(teacher, Processor)
+                teacher = teacher.with_features(self.image_features)
+        return student, teacher
+
+    @cached_property
+    def packing(self) -> Packing:
+        """Whether conversations share rows."""
+        return plan_packing(self.config.data, self.student, self.running_teacher)
+
+    def prepare(self) -> None:
+        """Make losses, models and data fit each other, in the only order that works; called once.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        config, student, teacher = self.config, self.student, self.running_teacher
+
+        # Cut the heads before anything reads their vocabulary.
+        grouped = self.grouped
+        if self.teacher is not None and self.teacher.cache is not None:
+            self._cache_remarks = check_tokens(config, self.sources, self.teacher)
+        prepare_losses(self.terms, student, self.loss_teacher)
+
+        # Divide the decoders while they are whole, and compare the vision encoders while both are as they were loaded.
+        if self.sequence is not None:
+            divide_sequences(config, self.sequence, student, teacher, self.terms, grouped)
+        _ = self.same_encoder, self.processors
+        if config.training.activation_checkpointing:
+            student.checkpoint_activations()
+        if self.processes is not None and self.processes.device.type == "cuda":
+            student.to(self.processes.device)
+
+        # Whether a model keeps packed samples apart is found by running it, where it will run.
+        _ = self.packing
+        check_packing(config.data.train, student, teacher, grouped)
+        check_evaluations(config, student, self.teacher.model if self.teacher is not None else None)
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What a person should know about cache, chat templates and packing, after :meth:`prepare`."""
+        other = None if self.loss_teacher is None or self.grouped else self.loss_teacher.processor
+        compared = other if isinstance(other, Processor) else None
+        templates = template_remarks(self.student.processor, compared, self.config.data.max_length)
+        return [*self._cache_remarks, *templates, *self.packing.remarks]
+
+    @cached_property
+    def collator(self) -> Collator:
+        """Turns samples into micro-batches."""
+        data = self.config.data
+        return Collator(*self.processors, data.max_length, turns(data), self.grouped, self.packing.packed)
+
+    @cached_property
+    def dataset(self) -> StepDataset:
+        """This rank's micro-batches, step by step."""
+        config, processes = self.config, self.processes
+        assert processes is not None
+        micro, accumulation = split_batch(config, processes.world)
+        sharing = config.training.sequence_parallel
+        return StepDataset(
+            self._mixture(config.training.batch_size, window=self.packing.window, longest_first=True),
+            self.collator,
+            StepSplit(micro, accumulation, rank=processes.rank // sharing, world=processes.world // sharing),
+            load=self.load_image,
+            on_bad=self.config.data.bad_samples,
+            keep_conversations=self.loss_teacher is not None and self.loss_teacher.needs_images,
+        )
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self._mixture(self.config.training.batch_size).steps_per_epoch
+
+    def first_rows(self, count: int) -> list[SampleId]:
+        """Return the first samples that training meets."""
+        return self._mixture(count).samples_of(0)
+
+    def _mixture(
+        self, batch_size: int, window: int = 0, *, longest_first: bool = False
+    ) -> Mixture[Source | TextSource]:
+        return Mixture(
+            self.sources,
+            [section.weight for section in self.config.data.train],
+            seed=self.config.training.seed,
+            batch_size=batch_size,
+            window=window,
+            longest_first=longest_first,
+        )

@@ -1,0 +1,149 @@
+"""Whether student, teacher, losses and data fit each other, and what of them is cut or divided to make them fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data.conversation import Conversation
+from data.encoding import encode_pair
+from data.errors import BadSample, UserError
+from vlm_distill.config.sections import RunConfig, SourceSection
+from vlm_distill.losses import FeatureTerm, Term
+from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.models.teacher import Teacher
+from vlm_distill.models.vocabulary import same_tokens
+
+from .terms import AnyTerm
+
+
+def pair_vocabularies(
+    config: RunConfig, student: VisionLanguageModel, teacher: Teacher, terms: Sequence[AnyTerm]
+) -> bool:
+    """Cut both heads to the tokens that are compared. Return whether groups of tokens are, not single ones.
+
+    Groups are compared if the tokenizers differ; each head is then cut to its own tokenizer's tokens.
+
+    Raises:
+        UserError: the tokenizers differ, and a loss compares single tokens, or a source's answers are placeholders.
+    """
+    try:
+        teacher.align(student)
+    except UserError as error:
+        if teacher.head is None:
+            raise
+        learning = [term for term in terms if "teacher" in term.loss.needs]
+        others = [term.name for term in learning if not _spans_tokenizers(term)]
+        if others:
+            raise UserError(f"{error}, or learn from this teacher by uld alone, without {', '.join(others)}") from None
+        unlabelled = [source.path for source in config.data.train if not source.labelled]
+        reading = [term.name for term in learning if isinstance(term, Term)]
+        if reading and unlabelled:
+            raise UserError(
+                f"loss {reading[0]} reads the answers where tokenizers differ, and {unlabelled[0]} is not "
+                "labelled; leave one out"
+            ) from None
+        teacher.separate(student)
+        return bool(learning)
+    return False
+
+
+def _spans_tokenizers(term: AnyTerm) -> bool:
+    """Return whether a loss can learn from a teacher with another tokenizer."""
+    return term.loss.takes_groups if isinstance(term, Term) else term.loss.unit == "image"
+
+
+def check_packing(
+    sections: Sequence[SourceSection],
+    student: VisionLanguageModel | None,
+    teacher: VisionLanguageModel | None,
+    grouped: bool,
+) -> None:
+    """Raise ``UserError`` if a source is plain text and a model cannot keep packed documents apart."""
+    text = next((section.path for section in sections if section.format == "text"), None)
+    if text is None:
+        return
+    if grouped:
+        raise UserError(f"{text}: plain text needs a student with the teacher's tokenizer (student.tokenizer: teacher)")
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and (model.processor.has_vision or not model.keeps_samples_apart()):
+            raise UserError(
+                f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models whose "
+                "layers are attention alone and that make their masks by position, such as Llama, Qwen2 or GPT-NeoX"
+            )
+
+
+def check_evaluations(config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> None:
+    """Raise ``UserError`` if these two models cannot be measured as the evaluation section asks."""
+    if "kl" in config.evaluation.measures:
+        assert teacher is not None
+        if not same_tokens(student.processor.tokenizer, teacher.processor.tokenizer):
+            raise UserError("evaluation.measures: kl needs a student with the teacher's tokenizer; leave it out")
+    check_packing(config.data.eval, student, teacher, False)
+
+
+def divide_sequences(
+    config: RunConfig,
+    ranks: SequenceParallel,
+    student: VisionLanguageModel,
+    teacher: VisionLanguageModel | None,
+    terms: Sequence[AnyTerm],
+    grouped: bool,
+) -> None:
+    """Shard both models' decoders over the tokens of each sample. All ranks of the group call it.
+
+    Raises:
+        UserError: something needs whole sequences, or a decoder cannot be divided.
+    """
+    if grouped or any(isinstance(term, FeatureTerm) for term in terms):
+        raise UserError(
+            "training.sequence_parallel: losses on features and across tokenizers need whole sequences; leave them or "
+            "it out"
+        )
+    text = next((source.path for source in config.data.train if source.format == "text"), None)
+    packed = text or ("data.packing" if config.data.packing else None)
+    if packed is not None:
+        raise UserError(f"training.sequence_parallel: {packed}: rows are packed, and a divided one has one sample")
+    ranks.divide(student, "student", config.data.max_length)
+    if teacher is not None:
+        ranks.divide(teacher, "teacher", config.data.max_length)
+
+
+def template_remarks(student: Processor, teacher: Processor | None, max_length: int) -> list[str]:
+    """Return what the chat templates decide about what is learned, one line each.
+
+    Args:
+        student: the student's processor.
+        teacher: the teacher's, if single tokens are compared and it is here.
+        max_length: the most tokens in a row.
+    """
+    remarks = []
+    frame = student.frame
+    if frame.block:
+        use = "learnt" if student.learn_block else "part of the prompt"
+        remarks.append(
+            f"the student's template writes {frame.block!r} before a plain answer: {use} (data.template_text)"
+        )
+    if not frame.closed:
+        remarks.append(
+            "the student's template writes no end token: where to stop is not learnt; set student.chat_template"
+        )
+    if teacher is not None and _differ_beside_answers(student, teacher, max_length):
+        remarks.append(
+            "the two templates write different text beside an answer: tokens that hold some of it are learnt from the "
+            "data alone (cross_entropy), the rest from the teacher"
+        )
+    return remarks
+
+
+def _differ_beside_answers(student: Processor, teacher: Processor, max_length: int) -> bool:
+    """Return whether some of an answer's own tokens differ between the models, by encoding an example."""
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "What is it?"), ("assistant", "It is a red circle."))
+    ]
+    try:
+        pair = encode_pair(Conversation(tuple(messages)), [], student, teacher, max_length)
+    except BadSample:  # the template needs more than text; real samples report it
+        return False
+    return not bool(pair.distilled[~pair.student.ends[pair.student_tokens]].all())

@@ -1,0 +1,54 @@
+"""What the ``data`` section names: sources, how images are decoded, and which answers of a conversation are learned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from data.conversation import ImageSource
+from data.encoding import Turns
+from data.errors import UserError
+from data.images import load_image
+from data.opening import open_source, open_text
+from data.plain_text import CHARACTERS_PER_TOKEN, TextSource
+from data.sources import Source
+from vlm_distill.config.sections import DataSection, SourceSection
+
+
+def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Source | TextSource]:
+    """Open the readers of a configuration's sources.
+
+    Args:
+        sections: of the configuration.
+        max_length: the most tokens in a row.
+
+    Raises:
+        UserError: a source cannot be read, or two sources have the same name, so that neither problems nor scores
+            could tell them apart.
+    """
+    sources: list[Source | TextSource] = []
+    for section in sections:
+        named = section.model_dump(include={"split", "config", "name", "limit", "columns"})
+        if section.format == "text":
+            sources.append(open_text(section.path, CHARACTERS_PER_TOKEN * max_length, **named))
+        else:
+            images = Path(section.images) if section.images else None
+            sources.append(open_source(section.path, images=images, format=section.format, **named))
+    name, count = Counter(source.name for source in sources).most_common(1)[0] if sources else ("", 0)
+    if count > 1:
+        raise UserError(f"data: {count} sources are called {name}; give each a name of its own (key name)")
+    return sources
+
+
+def image_loader(data: DataSection) -> Callable[[ImageSource], Image.Image]:
+    """Return a function that decodes an image within the limits of the data section."""
+    return partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
+
+
+def turns(data: DataSection) -> Turns:
+    """Return which answers of a conversation are learned, and how long prompt and answer may be."""
+    return Turns(data.answers == "last", data.turns == "split", data.max_prompt, data.max_response)
