@@ -14,7 +14,7 @@ from launches import on_one_rank_and_two
 from PIL import Image
 
 from data.errors import UserError
-from vlm_distill.caching import fill_loop, fill_tokens
+from vlm_distill.caching import fill_loop
 from vlm_distill.caching.fill import check, fill
 from vlm_distill.caching.store import _checksum
 from vlm_distill.caching.token_records import TokenCache, TokenWriter
@@ -264,7 +264,7 @@ def test_what_was_killed_goes_on_and_the_rest_is_not_run_again(own, processes, m
     assert set(written[4:]).isdisjoint(before)
     Trainer(make(), processes)
     # Whole: nothing is loaded.
-    monkeypatch.setattr(fill_tokens, "load_teacher", None)
+    monkeypatch.setattr("vlm_distill.run.load_teacher", None)
     fill(make(), processes)
     assert "is complete: " in capfd.readouterr().err
 

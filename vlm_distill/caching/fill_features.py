@@ -11,7 +11,8 @@ from torch import Tensor
 from data.batch import Encoded, SampleId
 from data.conversation import Document
 from data.errors import BadSample, UserError
-from vlm_distill.config.sections import TEACHERS, RunConfig
+from vlm_distill.config.model_sections import TEACHERS
+from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.composed import cast_parameters
 from vlm_distill.models.interface import Processor, VisionLanguageModel
