@@ -13,7 +13,7 @@ from .errors import BadSample, UserError
 from .huggingface import HuggingFaceSource
 from .json_sources import open_json
 from .layouts import COLUMNS
-from .paths import check_regular
+from .paths import check_regular, folder_of
 from .plain_text import TextFiles, TextSource
 from .sources import Source
 from .tars import find_shards, is_shard_pattern
@@ -65,12 +65,7 @@ def open_source(
         UserError: the path does not exist, has no samples or an unknown format, or no record has a key of ``columns``.
     """
     path, given = Path(path_or_name), str(path_or_name)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit of {given} is {limit}; it must be at least 1, or left out for all rows")
-    if images is not None and not images.is_dir():
-        raise UserError(f"image folder {images} of {given} does not exist; correct `images`")
-    if unknown := next((ours for ours in columns or {} if ours not in COLUMNS), None):
-        raise UserError(f"columns of {given} names {unknown!r}; known are {', '.join(COLUMNS)}")
+    _check_options(given, images, limit, columns)
     kind = _format(path, given, format)
     if kind not in ("huggingface", "webdataset") and (split or config):
         raise UserError(f"{given} is a {kind} file and has no split or config; leave them out")
@@ -78,7 +73,7 @@ def open_source(
         raise UserError(f"{given} is read as WebDataset, which has no config or image folder; leave it out")
 
     shared: dict[str, Any] = {"limit": limit, "answers_required": answers_required, "columns": columns}
-    folder = images or _folder_of(path)
+    folder = images or folder_of(path)
     source: Source
     if kind == "huggingface":
         dataset = open_dataset(path, given, split, config)
@@ -98,11 +93,14 @@ def open_source(
     return source
 
 
-def _folder_of(path: Path) -> Path:
-    """Return the folder that relative image paths start from by default."""
-    if path.is_dir():
-        return path
-    return path.parent if path.exists() else Path()
+def _check_options(given: str, images: Path | None, limit: int | None, columns: Mapping[str, str] | None) -> None:
+    """Raise ``UserError`` if an option is wrong whatever the format."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit of {given} is {limit}; it must be at least 1, or left out for all rows")
+    if images is not None and not images.is_dir():
+        raise UserError(f"image folder {images} of {given} does not exist; correct `images`")
+    if unknown := next((ours for ours in columns or {} if ours not in COLUMNS), None):
+        raise UserError(f"columns of {given} names {unknown!r}; known are {', '.join(COLUMNS)}")
 
 
 def _dataset_name(path: Path, given: str) -> str:

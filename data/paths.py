@@ -34,6 +34,13 @@ def choose_split(given: str, split: str | None, splits: Sequence[str]) -> str:
     return split
 
 
+def folder_of(path: Path) -> Path:
+    """Return the folder that relative image paths start from by default: the path, or the folder of a file."""
+    if path.is_dir():
+        return path
+    return path.parent if path.exists() else Path()
+
+
 def check_regular(path: Path) -> None:
     """Raise ``UserError`` for a pipe, which would block forever, or a device, which would never end."""
     if path.exists() and not path.is_file():

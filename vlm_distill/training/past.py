@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.digest import Rows, digest_rows
+from data.digest import Rows, digest_source
 from data.errors import UserError
 from vlm_distill.config.file import save_config
 from vlm_distill.config.sections import AnyRun
@@ -98,7 +98,7 @@ class Past:
         """
 
         def look() -> bool:
-            self.record = self.record.planned(steps, [digest_rows(source) for source in sources])
+            self.record = self.record.planned(steps, [digest_source(source) for source in sources])
             if self._known is None:
                 return False
             self._refuse(compare_data(self._known, self.record))
