@@ -39,7 +39,9 @@ from vlm_distill.models.chat import whole_thought
 from vlm_distill.runtime.launch import guarded, leave
 
 if TYPE_CHECKING:
-    from vlm_distill.models.interface import Answer, Prompt, VisionLanguageModel
+    from vlm_distill.models.answers import Answer
+    from vlm_distill.models.interface import VisionLanguageModel
+    from vlm_distill.models.processor import Prompt
     from vlm_distill.runtime.processes import Processes
 
 
@@ -166,7 +168,7 @@ def _draw(
     model: VisionLanguageModel, options: argparse.Namespace, seed: int, sample: int, prompts: Sequence[Prompt]
 ) -> list[Answer]:
     """Drawn answers, each by random numbers of its own question and sample."""
-    from vlm_distill.models.interface import Sampling
+    from vlm_distill.models.answers import Sampling
 
     rows = [model.encode_prompt(*prompt) for prompt in prompts]
     keys = [f"{seed} {sample} {conversation.source} {conversation.line}" for conversation, _ in prompts]

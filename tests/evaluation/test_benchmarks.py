@@ -22,7 +22,7 @@ from vlm_distill.evaluation.files import Tsv
 from vlm_distill.evaluation.prompts import LETTER, SHORT, ask, parts
 from vlm_distill.evaluation.runner import evaluate
 from vlm_distill.evaluation.scoring.registry import rules_of, score
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "scoring"
 CASES = [json.loads(line) for line in (GOLDEN / "vlmevalkit__load_tsv.jsonl").read_text().splitlines()]

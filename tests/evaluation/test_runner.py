@@ -20,7 +20,7 @@ from vlm_distill.evaluation.runner import (
     summarise,
     wilson_interval,
 )
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "teal": (0, 128, 128)}
 

@@ -17,7 +17,7 @@ from vlm_distill.evaluation.benchmark_run import run_benchmark
 from vlm_distill.evaluation.judge import UNREADABLE
 from vlm_distill.evaluation.pictures import find_picture
 from vlm_distill.evaluation.runner import read_predictions
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 from vlm_distill.reporting.report import write_report
 
 N = 40

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from vlm_distill.evaluation import benchmarks
 from vlm_distill.evaluation.benchmark_run import run_benchmark
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 
 
 class Table:

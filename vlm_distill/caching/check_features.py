@@ -43,7 +43,7 @@ def compare_features(folder: Path, identity: Mapping[str, str]) -> None:
 def frozen_vision(model: VisionLanguageModel) -> dict[str, nn.Module]:
     """Return the parts whose output the cache keeps. Raise ``UserError`` if there are none, or one is trained."""
     try:
-        parts = model.sight
+        parts = model.image_parts
     except UserError as error:
         raise UserError(f"student.vision_cache: {error}; leave it out") from error
     for name, part in parts.items():
@@ -63,6 +63,6 @@ def feature_identity(config: RunConfig, model: VisionLanguageModel) -> dict[str,
             weights[f"{part}.{name}"] = tensor.float()
     return {
         "vision encoder": fingerprint(weights)[:16],
-        "settings": digest_text(json.dumps(model.sight_settings, sort_keys=True, default=str)),
+        "settings": digest_text(json.dumps(model.vision_settings, sort_keys=True, default=str)),
         "dtype": config.training.dtype,
     }

@@ -20,15 +20,9 @@ from data.plain_text import TextSource
 from data.sources import Source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import HiddenTargets
-from vlm_distill.models.interface import Processor
-from vlm_distill.models.teacher import (
-    Teacher,
-    cached_fields,
-    cached_values,
-    describe_teacher,
-    save_head,
-    whole_head,
-)
+from vlm_distill.models.cached_teacher import cached_fields, cached_values, describe_teacher, save_head, whole_head
+from vlm_distill.models.processor import Processor
+from vlm_distill.models.teacher import Teacher
 from vlm_distill.run import Run
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.compatibility import check_packing

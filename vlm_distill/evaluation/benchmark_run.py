@@ -19,7 +19,8 @@ from data.batch import Problem
 from data.conversation import ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
-from vlm_distill.models.interface import Answer, Prompt
+from vlm_distill.models.answers import Answer
+from vlm_distill.models.processor import Prompt
 
 from . import benchmarks
 from .benchmark import Benchmark, Format, Rules

@@ -19,7 +19,8 @@ from data.batch import Problem
 from data.conversation import Conversation, ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
-from vlm_distill.models.interface import Answer, Processor, Prompt
+from vlm_distill.models.answers import Answer
+from vlm_distill.models.processor import Processor, Prompt
 from vlm_distill.models.thinking import split_thought
 
 from .kept import PREDICTIONS, Kept, Store, kept_answer, matched, question_digest
