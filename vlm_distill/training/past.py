@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.digest import Rows, digest_source
+from data.digest import Digestible, digest_source
 from data.errors import UserError
 from vlm_distill.config.file import save_config
 from vlm_distill.config.sections import AnyRun
@@ -86,7 +86,7 @@ class Past:
             f"(student.path={self.folder / 'student'}; `vlm-distill export` writes that of an unfinished run)"
         )
 
-    def finished(self, steps: int, sources: Sequence[Rows]) -> bool:
+    def finished(self, steps: int, sources: Sequence[Digestible]) -> bool:
         """Return whether there is nothing left to do, after saying so.
 
         Args:
@@ -131,7 +131,7 @@ class Past:
             return False
         return True
 
-    def agree(self, sources: Sequence[Rows]) -> None:
+    def agree(self, sources: Sequence[Digestible]) -> None:
         """Raise ``UserError`` if the ranks, on machines with disks of their own, see other checkpoints or other data.
 
         They would continue from different steps, or draw different rows for one step, and nobody would notice.
