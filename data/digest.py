@@ -20,6 +20,9 @@ from .labelled import LabelledImage
 LOOKED_AT = 128
 # Bytes of an image's file that are read.
 _HEAD = 2**16
+_NO_FILE = b"no file"
+# The most missing images that are kept.
+_NAMED = 8
 
 
 class Digestible(Protocol):
@@ -40,12 +43,14 @@ class SourceDigest:
         rows: number of samples.
         content: digest of some samples as they are read, and of the sizes and first bytes of their images.
         classes: digest of the names of its classes; empty if it has none.
+        missing: the first images of these samples that were not found.
     """
 
     name: str
     rows: int
     content: str
     classes: str = ""
+    missing: tuple[str, ...] = ()
 
 
 def digest_source(source: Digestible) -> SourceDigest:
@@ -56,16 +61,27 @@ def digest_source(source: Digestible) -> SourceDigest:
     """
     digest = hashlib.blake2b(digest_size=8)
     read = np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(np.int64))
+    missing: list[str] = []
     for index in read.tolist():
         try:
-            parts = _parts(source[index])
+            sample = source[index]
+            parts = _parts(sample)
+            missing += _missing(sample)
         except BadSample as bad:
             parts = [bad.reason.encode()]
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
     classes = getattr(source, "classes", None)
     names = "" if classes is None else hashlib.blake2b(json.dumps(classes).encode(), digest_size=8).hexdigest()
-    return SourceDigest(source.name, len(source), digest.hexdigest(), names)
+    return SourceDigest(source.name, len(source), digest.hexdigest(), names, tuple(missing[:_NAMED]))
+
+
+def _missing(sample: Conversation | Document | LabelledImage) -> list[str]:
+    """Return the paths of a sample's images that are not found."""
+    if isinstance(sample, Document):
+        return []
+    images = [sample.image] if isinstance(sample, LabelledImage) else sample.images
+    return [str(image) for image in images if isinstance(image, str | Path) and _image(image) == _NO_FILE]
 
 
 def _parts(sample: Conversation | Document | LabelledImage) -> Iterable[bytes]:
@@ -90,7 +106,7 @@ def _image(image: ImageSource) -> bytes:
                 return f"{path.stat().st_size} ".encode() + file.read(_HEAD)
     except (OSError, ValueError):
         pass
-    return b"no file"
+    return _NO_FILE
 
 
 def differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -102,5 +118,10 @@ def differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, 
         if old.get("rows") != new["rows"]:
             found.append(f"{new['name']}: {old.get('rows')} rows → {new['rows']}")
         elif any(old.get(key) != new[key] for key in ("content", "classes")):
-            found.append(f"{new['name']}: other content in its {new['rows']} rows")
+            before_missing, missing = old.get("missing", ()), new["missing"]
+            what = f"other content in its {new['rows']} rows"
+            if len(missing) > len(before_missing):
+                gone = [path for path in missing if path not in before_missing]
+                what = f"image not found: {gone[0]}"
+            found.append(f"{new['name']}: {what}")
     return found

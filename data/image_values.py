@@ -39,10 +39,7 @@ def images_of(value: Any, folder: Path, unread: Counter[str] | None = None) -> l
     if isinstance(value, bytes | Image.Image):
         return [value]
     if isinstance(value, list | tuple):
-        found: list[ImageSource] = []
-        for item in value:
-            found += images_of(item, folder, unread)
-        return found
+        return [image for item in value for image in images_of(item, folder, unread)]
     if isinstance(value, Mapping):
         return _images_of_object(value, folder, Counter() if unread is None else unread)
     raise BadSample("unknown kind of image", f"a value of type {type(value).__name__}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ def _member(name: str, images: Mapping[str, bytes], fields: Mapping[str, str]) -
 def _named(value: Any) -> list[str | bytes]:
     """Return the images of a value: names of members, or bytes that the record itself holds."""
     if isinstance(value, list):
-        return list(chain.from_iterable(map(_named, value)))
+        return [one for item in value for one in _named(item)]
     if isinstance(value, dict):
         return _named(one_of(value, ("bytes", *IMAGE_KEYS)))
     return [one for one in images_of(value, Path()) if isinstance(one, str | bytes)]
