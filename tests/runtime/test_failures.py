@@ -280,7 +280,7 @@ def test_a_killed_rank_ends_the_run_with_the_cause(tmp_path, teacher):
     plain = tiny.config(tmp_path / "out", tiny.write_data(tmp_path / "data"), teacher)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
     code, errors = command("killed", "train", str(tmp_path / "run.yaml"), "--nproc", "2")
-    assert code == 128 + signal.SIGKILL
+    assert code == 128 + signal.SIGKILL, errors[-3000:]
     said = [line for line in errors.splitlines() if line.startswith("vlm-distill")]
     assert len(said) == 1, errors
     assert re.search(r"rank 1 \(process \d+\) was killed by SIGKILL, .*; start the command again", said[0])
