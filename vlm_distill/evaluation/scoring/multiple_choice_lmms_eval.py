@@ -102,7 +102,7 @@ def mmstar_match(answer: str, target: str) -> bool:
 
 
 def realworldqa_match(answer: str, target: str) -> bool:
-    """Return whether a RealWorldQA answer is right: as MMStar for a letter, else equal but for case and final periods."""
+    """Return whether a RealWorldQA answer is right: as in MMStar for a letter, else equal but for case and periods."""
     target = target.strip()
     if target.upper() in ("A", "B", "C", "D"):
         return mmstar_match(answer, target)
