@@ -88,7 +88,10 @@ class Judge:
         self._replies: dict[str, str] = {}
         for entry in kept:
             if isinstance(entry, dict) and isinstance(key := entry.get("key"), str):
-                self._replies[key] = str(entry.get("reply"))
+                if entry.get("reply") is None:  # forgotten
+                    self._replies.pop(key, None)
+                else:
+                    self._replies[key] = str(entry["reply"])
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """Return the replies in the order of the prompts; equal prompts are sent once.
@@ -109,6 +112,13 @@ class Judge:
                     future.cancel()
                 raise
         return [self._replies[self._key(prompt)] for prompt in prompts]
+
+    def forget(self, prompts: Sequence[str]) -> None:
+        """Drop the replies to these prompts from the cache, so that the next command asks again."""
+        for prompt in prompts:
+            key = self._key(prompt)
+            if self._replies.pop(key, None) is not None:
+                jsonl.append(self.cache, {"key": key, "model": self.model, "prompt": prompt, "reply": None})
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(f"{self.model}\0{prompt}".encode()).hexdigest()
@@ -253,7 +263,7 @@ def ask_judge(judge: Judge, scorer: str, rules: str, rows: Sequence[dict[str, An
     """Fill the column ``judge`` of a benchmark's rows.
 
     A reply is read without the reasoning before it and must have the form that the prompt asks for. If it has another
-    form, the judge is asked once more with a reminder.
+    form, the judge is asked once more with a reminder. Replies that remain unreadable are not kept.
 
     Args:
         judge: who is asked.
@@ -270,9 +280,11 @@ def ask_judge(judge: Judge, scorer: str, rules: str, rows: Sequence[dict[str, An
     prompts = [_prompt(task, row) for row in shown]
     read = [_read(task, reply, row) for reply, row in zip(judge.ask(prompts), shown, strict=True)]
     again = [i for i, verdict in enumerate(read) if verdict is None]
-    replies = judge.ask([f"{prompts[i]}\n\nReply with {task.form} and nothing else." for i in again])
-    for i, reply in zip(again, replies, strict=True):
+    reminders = [f"{prompts[i]}\n\nReply with {task.form} and nothing else." for i in again]
+    for i, reply in zip(again, judge.ask(reminders), strict=True):
         read[i] = _read(task, reply, shown[i])
+    unread = [place for place, i in enumerate(again) if read[i] is None]
+    judge.forget([*(prompts[again[place]] for place in unread), *(reminders[place] for place in unread)])
     for row, verdict in zip(rows, read, strict=True):
         row["judge"] = task.unreadable if verdict is None else verdict
     return read.count(None)
