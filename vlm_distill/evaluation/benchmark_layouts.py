@@ -211,7 +211,8 @@ class Official(Layout):
             rows = joined(rows, join.by, other, files=(folder / self._names()[0], path))
         if self.only is not None:
             rows = self._chosen(self.only, folder, rows)
-        rows = [row for row in rows if all(row.get(column) is not None for column in self.required)]
+        for column in self.required:
+            rows = [row for row in rows if row.get(column) is not None]
         beside = folder / self.folder
         where = images or (beside if beside.is_dir() else folder)
         return json_table(folder.name, rows, [folder / name for name in self._names()], where, self.image)
@@ -262,18 +263,17 @@ def selected(table: Table, where: dict[str, Any]) -> Table:
     Raises:
         UserError: there is no such row.
     """
-    wanted = {
-        column: {str(value) for value in (values if isinstance(values, list | tuple) else [values])}
-        for column, values in where.items()
-        if column in table.columns
-    }
+    wanted: dict[str, set[str]] = {}
+    for column, values in where.items():
+        if column in table.columns:
+            wanted[column] = set(map(str, values if isinstance(values, list | tuple) else [values]))
     if not wanted:
         return table
-    rows = [
-        number
-        for number, row in enumerate(table[i] for i in range(len(table)))
-        if all(str(row.get(column)) in values for column, values in wanted.items())
-    ]
+
+    def belongs(row: dict[str, Any]) -> bool:
+        return all(str(row.get(column)) in values for column, values in wanted.items())
+
+    rows = [number for number in range(len(table)) if belongs(table[number])]
     if not rows:
         raise UserError(f"{table.name} has no row with {', '.join(f'{key} {value}' for key, value in where.items())}")
     return Selection(table, rows)

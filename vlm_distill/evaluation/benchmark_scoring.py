@@ -24,8 +24,6 @@ from .vlmevalkit_files import read_back
 
 #: Scorers of answers that are yes or no.
 YES_OR_NO = ("pope", "mme", "hallusionbench")
-
-
 # An answer that all rules accept for any question.
 _STAND_IN = "unanswered"
 

@@ -59,7 +59,7 @@ def paired(
     """
     ours = {(p.source, p.index): p for p in a}
     pairs = [(ours[p.source, p.index], p) for p in b if (p.source, p.index) in ours]
-    pairs = [pair for pair in pairs if all(getattr(p, metric) is not None for p in pair)]
+    pairs = [(x, y) for x, y in pairs if getattr(x, metric) is not None and getattr(y, metric) is not None]
     if not pairs:
         raise UserError("nothing to compare: the two sets of predictions have no question in common")
     for x, y in pairs:

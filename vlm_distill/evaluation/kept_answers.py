@@ -173,7 +173,8 @@ def matched(kept: Sequence[Kept], rows: Sequence[int], digest: Callable[[int], s
         digest: returns the digest of the question that a row asks now; ``None`` if it asks none.
     """
     kept = [answer for answer in kept if answer.asked]
-    current = {row: digest(row) for row in {answer.index for answer in kept}}
+    places = {answer.index for answer in kept}
+    current = {row: digest(row) for row in places}
     here = {answer.index: answer for answer in kept if current[answer.index] == answer.asked}
     moved = {answer.asked: answer for answer in kept if current[answer.index] != answer.asked}
     found = {row: here[row] for row in rows if row in here}

@@ -55,10 +55,8 @@ def write_prediction_file(path: Path, rows: Sequence[Mapping[str, Any]], predict
     """
     columns = list(dict.fromkeys(column for row in rows for column in row if column != "prediction"))
     table: list[list[Any]] = [[*columns, "prediction"]]
-    table += [
-        [*(row.get(column) for column in columns), prediction]
-        for row, prediction in zip(rows, predictions, strict=True)
-    ]
+    for row, prediction in zip(rows, predictions, strict=True):
+        table.append([*map(row.get, columns), prediction])
     path.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first, so that a scorer never finds half a file.
     partial = path.with_name(f".{path.name}.partial")
@@ -67,7 +65,8 @@ def write_prediction_file(path: Path, rows: Sequence[Mapping[str, Any]], predict
     elif path.suffix == ".tsv":
         with partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
-            writer.writerows([_cell(value) for value in line] for line in table)
+            for line in table:
+                writer.writerow([_cell(value) for value in line])
     else:
         raise UserError(f"{path}: prediction files are {' or '.join(FORMATS)}")
     partial.replace(path)

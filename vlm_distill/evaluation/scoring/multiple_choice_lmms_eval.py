@@ -147,10 +147,9 @@ def score_mmstar(table: Table) -> Scores:
     def of_means(rows: Sequence[int]) -> float:
         return mean(map(mean, grouped((fine[i] for i in rows), (hits[i] for i in rows)).values()))
 
-    groups = {
-        str(kind): {"average": of_means([i for i, other in enumerate(kinds) if other == kind])}
-        for kind in dict.fromkeys(kinds)
-    }
+    groups = {}
+    for kind in dict.fromkeys(kinds):
+        groups[str(kind)] = {"average": of_means([i for i, other in enumerate(kinds) if other == kind])}
     overall = of_means(range(len(table)))
     return Scores("average", 100 * overall, {"average": overall}, groups, hits)
 

@@ -98,11 +98,11 @@ def _plain(text: str) -> str:
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy in 0…1: each answer in turn is left out, the rest vote, and the scores are averaged.
+    """Return VQA accuracy in 0…1: each answer is left out in turn, the others vote, and the scores are averaged.
 
     One vote is ``min(1, matches among the others / 3)``. As in the official code, prediction and answers are
-    normalised only where the answers are not all the same. With a single reference, where the official rule always
-    gives 0, it is equality after normalisation: data sets with one reference a question would have no score otherwise.
+    normalised only if the answers are not all the same. With a single reference, for which the official rule always
+    gives 0, it is equality after normalisation, so that data sets with one reference per question get a score.
 
     Raises:
         ValueError: there is no answer to compare with.

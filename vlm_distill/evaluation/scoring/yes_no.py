@@ -140,11 +140,10 @@ def score_pope(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
 def _pope_vlmevalkit(table: Table) -> Scores:
     categories = column(table, "category")
     read = read_by_index(table)
-    exploded = [
-        (category, row["answer"] == "Yes", found == "Yes", score)
-        for cell, row, found, score in zip(categories, table, read.words, read.scores, strict=True)
-        for category in ([None] if missing(cell) else str(cell).split(","))
-    ]
+    exploded: list[tuple[str | None, bool, bool, float]] = []
+    for cell, row, found, score in zip(categories, table, read.words, read.scores, strict=True):
+        names = [None] if missing(cell) else str(cell).split(",")
+        exploded += [(name, row["answer"] == "Yes", found == "Yes", score) for name in names]
 
     def metrics(rows: list[tuple[str | None, bool, bool, float]]) -> dict[str, float]:
         found = precision_recall_f1([row[1] for row in rows], [row[2] for row in rows])
@@ -153,8 +152,9 @@ def _pope_vlmevalkit(table: Table) -> Scores:
         return {name: 100 * value for name, value in named.items()}
 
     overall = metrics(exploded)
-    names = dict.fromkeys(row[0] for row in exploded if row[0] is not None)
-    groups = {name: metrics([row for row in exploded if row[0] == name]) for name in names}
+    groups = {}
+    for name in dict.fromkeys(row[0] for row in exploded if row[0] is not None):
+        groups[name] = metrics([row for row in exploded if row[0] == name])
     return Scores("Overall", overall["Overall"], overall, groups, read.scores, read.fallbacks, read.judge)
 
 
@@ -175,7 +175,9 @@ def _pope(table: Table, rules: Rules) -> Scores:
 
     overall = metrics(range(len(table)))
     categories = dict.fromkeys(row["category"] for row in table if not missing(row.get("category")))
-    groups = {str(c): metrics([i for i, row in enumerate(table) if row.get("category") == c]) for c in categories}
+    groups = {}
+    for category in categories:
+        groups[str(category)] = metrics([i for i, row in enumerate(table) if row.get("category") == category])
     unclear = sum(found not in ("yes", "no") for found in extracted)
     f1 = 100 * overall["pope_f1_score"]
     return Scores("pope_f1_score", f1, overall, groups, scores, {"neither yes nor no": unclear})
@@ -222,7 +224,10 @@ def _mme_kit_totals(groups: dict[str, dict[str, float]], partial: bool) -> dict[
     if lacking and not partial:
         raise UserError(f"MME is incomplete: no question of {', '.join(lacking)}")
     totals = {"perception": MME_PERCEPTION, "reasoning": MME_REASONING}
-    return {name: sum(groups[task]["score"] for task in tasks if task not in lacking) for name, tasks in totals.items()}
+    sums = {}
+    for name, tasks in totals.items():
+        sums[name] = sum(groups[task]["score"] for task in tasks if task not in lacking)
+    return sums
 
 
 def _mme_totals(groups: dict[str, dict[str, float]]) -> dict[str, float]:
