@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,8 @@ class Trainer(Loop):
         rest = self.parts.load_image, self.processes, self.steps, self.lower_is_better
         return OnPolicy(self.config, self.dataset, self.student, self.loss_teacher, *rest)
 
-    def train_step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
-        with nullcontext() if self.sequence is None else self.sequence.shared():
-            return super().train_step(step, waited)
+    def step_context(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.sequence is None else self.sequence.shared()
 
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data

@@ -118,7 +118,8 @@ class Loop(Hooks):
         asked = time.monotonic()
         for step in self.batches(done, last):
             waited = time.monotonic() - asked
-            values, stop = self.train_step(step, waited)
+            with self.step_context():
+                values, stop = self.train_step(step, waited)
             done = step.index + 1
             tracker.log("train", done, values)
             tracker.show(done, headline(values, self.speed, self.tally))
