@@ -175,7 +175,7 @@ class Trainer(Loop):
             label_maps.append(None if mapped.labels is None else mapped.labels.tolist())
             told += mapped.notes
         order = mapped.teacher_index
-        self.told = list(dict.fromkeys(told))
+        self.remarks = list(dict.fromkeys(told))
 
         guide = teacher if any("teacher" in term.loss.needs for term in terms) else None
         prepare_losses(terms, student, guide)
@@ -212,7 +212,7 @@ class Trainer(Loop):
         warmups = {"optimizer.warmup_epochs": config.optimizer.warmup_epochs}
         warmups |= {f"loss.{i}.warmup_epochs": section.warmup_epochs for i, section in enumerate(config.loss)}
         for key, length in warmups.items():
-            self.told = [*self.told, *late_warmup(key, length, epochs, "epochs")]
+            self.remarks = [*self.remarks, *late_warmup(key, length, epochs, "epochs")]
         every = settings.every_epochs
         self.evaluate_every = None if every is None else max(1, round(every * self.epoch_steps))
 

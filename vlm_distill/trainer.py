@@ -91,7 +91,7 @@ class Trainer(Loop):
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
         warmup = late_warmup("optimizer.warmup", config.optimizer.warmup, max(1, self.steps), "steps")
-        self.told = [*self.evaluations.told, *parts.remarks, *warmup]
+        self.remarks = [*self.evaluations.remarks, *parts.remarks, *warmup]
 
         # Count parameters and operations while the models are whole.
         self.parameters = self._count_parameters()

@@ -360,8 +360,8 @@ def test_packed_rows_take_less_time(plans):
 
 def test_a_shared_vision_encoder_runs_once(plans):
     assert plans["once"].flops < 0.9 * plans["frozen"].flops
-    assert "runs once" in plans["once"].told[0]
-    assert not plans["frozen"].told
+    assert "runs once" in plans["once"].remarks[0]
+    assert not plans["frozen"].remarks
 
 
 def test_ranks_that_share_sequences_share_the_decoder_s_activations(plans):

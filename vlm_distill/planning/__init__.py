@@ -43,7 +43,7 @@ class Plan:
         allowance: bytes of the budget that are kept free for what is not tensors.
         flops: of an optimizer step, all ranks together.
         seconds: of the training, without evaluation and waiting for data; ``None`` on a CPU.
-        told: what the plan assumes.
+        remarks: what the plan assumes and leaves out.
     """
 
     parts: tuple[Part, ...]
@@ -61,7 +61,7 @@ class Plan:
     tokens: float
     bytes_read: float
     seconds: float | None
-    told: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def gpu_hours(self) -> float | None:
@@ -73,7 +73,9 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for ``plan.json``."""
-        return asdict(self) | {"gpu_hours": self.gpu_hours, "tokens_per_second": self.tokens_per_second}
+        found = asdict(self)
+        found["told"] = found.pop("remarks")  # the file's key
+        return found | {"gpu_hours": self.gpu_hours, "tokens_per_second": self.tokens_per_second}
 
 
 def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, device: str = "h100") -> Plan:
@@ -140,7 +142,7 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
         tokens=samples * sequences.mean,
         bytes_read=samples * sequences.bytes,
         seconds=_seconds(config, steps * flops, gpus, device),
-        told=models.remarks,
+        remarks=models.remarks,
     )
 
 

@@ -35,7 +35,7 @@ def render(found: Plan, console: Console) -> None:
         f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
     )
     _memory(found, console)
-    for remark in found.told:
+    for remark in found.remarks:
         console.print(remark)
     console.print(
         f"{found.steps:,} steps of {found.batch_size}: {found.flops:.3g} FLOPs a step, {found.tokens:,.0f} tokens, "

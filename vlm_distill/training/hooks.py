@@ -40,7 +40,7 @@ class Hooks(ABC):
         parameters: their numbers, by ``student``, ``trained`` and, with a teacher, ``teacher``.
         compared_by: what makes two scores of the student comparable; ``None`` to keep no best student.
         lower_is_better: whether the best student has the lowest score, not the highest.
-        told: remarks on what was found while building.
+        remarks: on what was found while building.
     """
 
     #: The command that starts such a run, and the metric of its speed.
@@ -57,7 +57,7 @@ class Hooks(ABC):
     evaluate_every: int | None = None
     compared_by: Mapping[str, Any] | None = None
     lower_is_better: bool = False
-    told: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     # Hooks: what a step learns from.
 

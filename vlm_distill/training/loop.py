@@ -368,7 +368,7 @@ class Loop(Hooks):
         )
         if counts["student"] > counts.get("teacher", counts["student"]):
             tracker.warn("the student is larger than its teacher")
-        for remark in [*self.told, *self.past.remarks, *idle_settings(config)]:
+        for remark in [*self.remarks, *self.past.remarks, *idle_settings(config)]:
             tracker.warn(remark)
         if done:
             changed = f" with {self.past.changed}" if self.past.changed else ""
