@@ -96,7 +96,7 @@ def test_stages_and_placements_stand_beside_each_other(planned):
     assert found["sequences"]["sampled"] > 0
     assert found["bytes_read"] > 0
     assert "GPU-hours" in output
-    assert "MB a rank at micro-batch 2" in output  # 0.00 GB would say nothing
+    assert "MB per rank at micro-batch 2" in output  # 0.00 GB would say nothing
     assert "micro-batch that fits: ≥ 4096" in " ".join(output.split())
 
 
