@@ -61,7 +61,7 @@ class Evaluations:
         processes: the ranks; every rank builds and runs this.
 
     Attributes:
-        told: what is to be said about the benchmarks' files.
+        remarks: on the benchmarks' files.
         scores: main scores by benchmark and ``student`` or ``teacher``, after the final evaluation, on the first rank.
 
     Raises:
@@ -77,7 +77,7 @@ class Evaluations:
         opened = open_benchmarks(settings.benchmarks, settings.benchmark_data, settings.rules)
         for name, reason in opened.failures.items():
             raise UserError(f"{name}: {reason}")
-        self.benchmarks, self.told = opened.ready, opened.warnings
+        self.benchmarks, self.remarks = opened.ready, opened.warnings
         named = [get(name).name for name in settings.benchmarks]
         # As `vlm-distill score` finds them again.
         self.entries = dict(zip(named, map(entry_name, settings.benchmarks), strict=True))
