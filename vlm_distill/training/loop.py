@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import chain
@@ -240,7 +241,15 @@ class Loop(Hooks):
         sums: list[dict[str, TermSums]] = []
         norm: float | None = None
         for number, micro in enumerate(step.batches, 1):
-            terms, norm = self._train_micro_batch(step, number, micro, scales, lr)
+            where = f"micro-batch {number} of {len(step.batches)}"
+            with self._out_of_memory_explained(micro):
+                self._enter(f"the forward of {where}", step.index)
+                loss, terms = self.forward_batch(step, micro, scales)
+                self._enter(f"the backward of {where}", step.index)
+                self.engine.backward(loss)
+                del loss  # and its graph
+                self._enter(f"the update after {where}", step.index)
+                norm = self.engine.step(lr)  # only the last micro-batch updates
             sums.append(terms)
         self.after_update(step.index)
         self._enter("adding up the ranks' losses", step.index)
@@ -261,18 +270,11 @@ class Loop(Hooks):
             except OSError as error:
                 self._failure = self._failure or cause_of(error, self.folder)
 
-    def _train_micro_batch(
-        self, step: Step, number: int, micro: Any, scales: Mapping[str, float], lr: float
-    ) -> tuple[dict[str, TermSums], float | None]:
-        """Run forward and backward, and the update after the last micro-batch. Return the terms' sums and the norm."""
-        where = f"micro-batch {number} of {len(step.batches)}"
+    @contextmanager
+    def _out_of_memory_explained(self, micro: Any) -> Iterator[None]:
+        """Context manager: say where memory ran out, and what to change, in place of the device's own error."""
         try:
-            self._enter(f"the forward of {where}", step.index)
-            loss, terms = self.forward_batch(step, micro, scales)
-            self._enter(f"the backward of {where}", step.index)
-            self.engine.backward(loss)
-            self._enter(f"the update after {where}", step.index)
-            return terms, self.engine.step(lr)
+            yield
         except Exception as error:
             if not out_of_memory(error):
                 raise
