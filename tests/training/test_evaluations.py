@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.evaluation.runner import read_predictions
+from vlm_distill.evaluation.predictions import read_predictions
 from vlm_distill.models import load_vlm
 from vlm_distill.runtime.launch import launch
 from vlm_distill.trainer import train
