@@ -28,7 +28,7 @@ from vlm_distill.evaluation.predictions import Prediction
 from vlm_distill.evaluation.source_scores import write_answers
 from vlm_distill.export import export_student
 from vlm_distill.models import build_vlm, load_processor, load_vlm
-from vlm_distill.models.composed import load_tokenizer
+from vlm_distill.models.tokenizer import load_tokenizer
 from vlm_distill.reporting.card import run_card
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample, render_html
 from vlm_distill.reporting.report import write_report

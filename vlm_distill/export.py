@@ -43,8 +43,8 @@ def export_student(run: Path, folder: Path, dtype: str | None = None, format: st
         UserError: no run, nothing in it to export, a model of another format in the folder, or a student that no LLaVA
             equals.
     """
-    from vlm_distill.models.common import as_dtype, choose
-    from vlm_distill.models.composed import CONFIG_NAME, ComposedVLM, cast_parameters
+    from vlm_distill.models.common import as_dtype, cast_parameters, choose
+    from vlm_distill.models.composed import CONFIG_NAME, ComposedVLM
     from vlm_distill.models.llava import as_llava
 
     wanted = as_dtype(dtype)

@@ -42,7 +42,9 @@ from vlm_distill.models.chat import whole_thought
 from vlm_distill.runtime.launch import guarded, leave
 
 if TYPE_CHECKING:
-    from vlm_distill.models.interface import Answer, Processor, Prompt, VisionLanguageModel
+    from vlm_distill.models.answers import Answer
+    from vlm_distill.models.interface import VisionLanguageModel
+    from vlm_distill.models.processor import Processor, Prompt
     from vlm_distill.runtime.processes import Processes
 
 
@@ -180,7 +182,7 @@ class _Drawing:
         return self.model.processor
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
-        from vlm_distill.models.interface import Sampling
+        from vlm_distill.models.answers import Sampling
 
         rows = [self.model.encode_prompt(*prompt) for prompt in prompts]
         keys = [f"{self.key} {conversation.source} {conversation.line}" for conversation, _ in prompts]

@@ -15,7 +15,7 @@ from data.conversation import Conversation, Document
 from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.models.interface import Processor
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
 from vlm_distill.run import Run

@@ -23,11 +23,12 @@ from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import wanted_features
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.features import SIGHT
-from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.decoder_features import VISION_FEATURES
+from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.sequence_parallel import SequenceParallel
-from vlm_distill.models.shared_vision import sees_as
+from vlm_distill.models.shared_vision import has_same_vision
 from vlm_distill.models.teacher import ModelTeacher, Teacher
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.compatibility import (
@@ -146,7 +147,7 @@ class Run:
             teacher is not None
             and (section is None or section.placement == "replicate")
             and teacher.dtype == DTYPES[self.config.training.dtype]
-            and sees_as(self.student, teacher)
+            and has_same_vision(self.student, teacher)
         )
 
     @property
@@ -157,7 +158,7 @@ class Run:
     @property
     def teacher_features(self) -> list[str]:
         """Names of the teacher's activations that are needed beside its logits."""
-        shared = [SIGHT] if self.shared_vision else []
+        shared = [VISION_FEATURES] if self.shared_vision else []
         return sorted({*wanted_features(self.terms)[1], *shared})
 
     @cached_property

@@ -23,7 +23,7 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
 from vlm_distill.models.initialise import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.shared_vision import share
+from vlm_distill.models.shared_vision import share_vision_weights
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.run import Run
 from vlm_distill.runtime.launch import cores
@@ -137,7 +137,7 @@ class Trainer(Loop):
         running = self.parts.running_teacher
         if self.parts.same_encoder and config.deepspeed.stage < 3:
             assert running is not None
-            share(student, running)
+            share_vision_weights(student, running)
         student.synced = config.deepspeed.stage == 3 and self.processes.world > 1
         if config.deepspeed.stage == 3:
             student.head.gather = gather_parameters  # for reads of the head outside the task's forward

@@ -102,7 +102,7 @@ def test_models_of_transformers_too(folder, family, processes, monkeypatch, same
 
     cache = folder / f"family_cache_{same}" if cached else None
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sees_as", lambda *_: False)
+        patch.setattr(module, "has_same_vision", lambda *_: False)
         live = trained(run("live"), processes)
     if cached:
         fill(run("fill", cache), processes)
@@ -254,12 +254,12 @@ def test_the_plan_of_models_of_transformers(folder, family, monkeypatch, tmp_pat
         return plan(settings(folder, tmp_path / "run", cache, **changes), device="cpu", memory=1)
 
     once, never = planned(), planned(tmp_path / "cache")
-    monkeypatch.setattr(module, "sees_as", lambda *_: False)
+    monkeypatch.setattr(module, "has_same_vision", lambda *_: False)
     twice = planned()
     assert never.flops < once.flops < twice.flops
     # For each of an image's tokens three features of 32 numbers, two of them for deeper layers.
     processor = load_vlm(family).processor
-    tokens = int(processor.image_tokens(processor.pictured([Image.new("RGB", (20, 16))])).sum())
+    tokens = int(processor.image_tokens(processor.image_row([Image.new("RGB", (20, 16))])).sum())
     more = (never.bytes_read - once.bytes_read) / (never.steps * never.batch_size)
     assert more == pytest.approx(3 * 32 * 4 * tokens * once.sequences.images)
 

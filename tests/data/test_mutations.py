@@ -34,8 +34,8 @@ from vision.inputs import InputSettings
 from vision.loader import ImageSteps
 from vision.transforms import Augmentation
 from vlm_distill.demo import make_tokenizer
-from vlm_distill.models.composed import ComposedProcessor
-from vlm_distill.models.vision_encoders import ImageTransform
+from vlm_distill.models.composed_processor import ComposedProcessor
+from vlm_distill.models.image_transform import ImageTransform
 
 # Of a worker, beyond what it begins with. One image within the limit of pixels is 270 MB decoded, and as much again
 # while it changes its mode; a bomb would be many gigabytes.

@@ -15,7 +15,7 @@ from vlm_distill.evaluation.predictions import Prediction, read_predictions
 from vlm_distill.evaluation.question_only import question_only_baseline
 from vlm_distill.evaluation.question_source import evenly_spaced
 from vlm_distill.evaluation.source_scores import in_words, summarise, wilson_interval
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "teal": (0, 128, 128)}
 

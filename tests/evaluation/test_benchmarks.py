@@ -23,7 +23,7 @@ from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmar
 from vlm_distill.evaluation.benchmarks import BENCHMARKS
 from vlm_distill.evaluation.prompts import LETTER, SHORT, ask, parts
 from vlm_distill.evaluation.scoring.scorers import rules_of, score
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "scoring"
 CASES = [json.loads(line) for line in (GOLDEN / "vlmevalkit__load_tsv.jsonl").read_text().splitlines()]

@@ -14,7 +14,8 @@ from data.conversation import Document
 from data.errors import BadSample
 from vlm_distill.evaluation.held_out import measure
 from vlm_distill.evaluation.rank_share import RankShare
-from vlm_distill.models.interface import LMHead, Outputs
+from vlm_distill.models.interface import Outputs
+from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.teacher import ModelTeacher
 
 # Row i: what follows the i-th letter, as the model and as its teacher see it.

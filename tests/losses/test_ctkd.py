@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vlm_distill.losses import CTKD, HiddenTargets, Progress, Term, fused_linear
-from vlm_distill.models.interface import LMHead
+from vlm_distill.models.lm_head import LMHead
 
 
 @pytest.fixture

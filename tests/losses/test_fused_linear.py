@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_distill import losses
 from vlm_distill.losses import DistillationLoss, HiddenTargets, Term, fused_linear
-from vlm_distill.models.interface import LMHead
+from vlm_distill.models.lm_head import LMHead
 
 NAMES = list(losses.available(DistillationLoss))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from vlm_distill import losses
 from vlm_distill.losses import HiddenTargets, fused_linear
-from vlm_distill.models.interface import LMHead
+from vlm_distill.models.lm_head import LMHead
 
 
 def test_golden_case(check_golden, golden, golden_case):

@@ -6,7 +6,7 @@ from torch import nn
 
 from vlm_distill import losses
 from vlm_distill.losses import DistillationLoss, HiddenTargets, LossError, Term, fused_linear, on_logits
-from vlm_distill.models.interface import LMHead
+from vlm_distill.models.lm_head import LMHead
 
 N, C = 7, 11
 PARAMS = {

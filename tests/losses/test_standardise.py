@@ -9,7 +9,7 @@ from torch import nn
 from vlm_distill import losses
 from vlm_distill.losses import DistillationLoss, LossError, Progress, Standardised, Term, fused_linear
 from vlm_distill.losses.fused_linear import HiddenTargets
-from vlm_distill.models.interface import LMHead
+from vlm_distill.models.lm_head import LMHead
 
 COMPARING = [n for n in losses.available(DistillationLoss) if n not in ("uld", "cross_entropy", "diagnostics")]
 HELD = ("taid", "adaptive_kl")

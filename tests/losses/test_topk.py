@@ -8,7 +8,7 @@ import torch
 from vlm_distill import losses
 from vlm_distill.losses import Term, TopKTargets, fused_linear
 from vlm_distill.losses.topk import SCRATCH, topk_rows
-from vlm_distill.models.interface import LMHead
+from vlm_distill.models.lm_head import LMHead
 
 N, V = 5, 23
 TAKES = {

@@ -11,7 +11,7 @@ from vlm_distill import losses
 from vlm_distill.losses import HiddenTargets, Term, fused_linear
 from vlm_distill.losses.groups import TokenGroups
 from vlm_distill.losses.uld import _merged
-from vlm_distill.models.interface import LMHead
+from vlm_distill.models.lm_head import LMHead
 
 # Lengths of groups on both sides, and the student's rows before each that are in none.
 SIZES = [(1, 1, 0), (2, 1, 1), (1, 3, 0), (4, 2, 0), (3, 4, 2), (1, 1, 0), (2, 2, 0)]

@@ -10,8 +10,9 @@ from chat_templates import JINJA, PYTHON, SPECIAL, conversation, processor
 from data.collate import Collator, Turns, encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.models.chat import whole_thought
-from vlm_distill.models.composed import ComposedProcessor, load_tokenizer
-from vlm_distill.models.vision_encoders import ImageTransform
+from vlm_distill.models.composed_processor import ComposedProcessor
+from vlm_distill.models.image_transform import ImageTransform
+from vlm_distill.models.tokenizer import load_tokenizer
 
 THINKING = ("block", "unthinking", "opened", "channels")
 ASK, MORE = ("user", "What colour?"), ("user", "How many?")
@@ -83,7 +84,7 @@ def stretches(processor, row):
 @pytest.mark.parametrize("name", JINJA)
 def test_supervised_is_what_an_independent_rendering_says(processors, name, talk, learn):
     made = processors(name)
-    made.learn_block = learn
+    made.learn_answer_prefix = learn
     row = made.encode(conversation(TALKS[talk]), [])
     ids, supervised, ends = expected(made, PYTHON[name](TALKS[talk]), learn)
     assert made.tokenizer.decode(row.input_ids) == made.tokenizer.decode(ids)
@@ -97,7 +98,7 @@ def test_supervised_is_what_an_independent_rendering_says(processors, name, talk
 @pytest.mark.parametrize("name", [*THINKING, "hides"])
 def test_reasoning_content_is_learnt_as_a_thought_in_the_text_is(processors, name):
     made = processors(name)
-    made.learn_block = False
+    made.learn_answer_prefix = False
     for talk in ("thought", "no thought, then one"):
         keyed, literal = (made.encode(conversation(TALKS[talk], key), []) for key in (True, False))
         assert keyed.input_ids.tolist() == literal.input_ids.tolist()
@@ -171,7 +172,7 @@ def test_calls_that_a_template_drops_are_named(processors):
 @pytest.mark.parametrize("name", ["chatml", "headers", "block", "unthinking", "opened", "keyed"])
 def test_an_empty_thought_of_the_data_is_no_thought(processors, name, thought):
     made = processors(name) if name != "keyed" else processors(KEYED)
-    made.learn_block = False
+    made.learn_answer_prefix = False
     row = made.encode(conversation([ASK, ("assistant", f"{thought}Red.")]), [])
     learnt = thought if name in ("chatml", "headers") else ""  # their models have to write it
     (answer,) = stretches(made, row)
@@ -256,7 +257,7 @@ def test_two_templates_share_the_answers_own_tokens(processors, student, teacher
     talk = [ASK, ("assistant", "It is red."), MORE, ("assistant", "There are three.", "hm")]
     made = processors(student), processors(teacher)
     for one in made:
-        one.learn_block = False
+        one.learn_answer_prefix = False
     pair = encode_pair(conversation(talk), [], *made, 500)
     ids = [
         row.input_ids[tokens]
@@ -283,7 +284,7 @@ def test_a_first_token_with_a_templates_blank_is_left_to_cross_entropy(processor
 @pytest.mark.parametrize("name", [*THINKING, "hides"])
 def test_split_trains_each_answer_as_it_is_generated(processors, name, talk):
     made = processors(name)
-    made.learn_block = False
+    made.learn_answer_prefix = False
     pairs = Collator(made, made, 500, Turns(split=True)).encode(conversation(TALKS[talk]))
     assert [pair.samples for pair in pairs] == [1, 0]
     for number, pair in enumerate(pairs):

@@ -12,7 +12,7 @@ from data.batch import ModelBatch
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
-from vlm_distill.models.chat import IMAGE
+from vlm_distill.models.template_marks import IMAGE
 from vlm_distill.training.flops import ModelFlops
 
 PROJECTORS = {

@@ -20,9 +20,10 @@ from data.collate import Collator, collate, encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.caching.token_records import image_digest
 from vlm_distill.models import load_vlm
-from vlm_distill.models.features import SIGHT
-from vlm_distill.models.pretrained import Expanded
-from vlm_distill.models.shared_vision import handed_on
+from vlm_distill.models.decoder_features import VISION_FEATURES
+from vlm_distill.models.packing_trial import keeps_samples_apart
+from vlm_distill.models.pretrained_processor import Expanded
+from vlm_distill.models.shared_vision import with_vision_features
 from vlm_distill.training.flops import ModelFlops
 
 HERE = Path(__file__).parent
@@ -150,8 +151,8 @@ def test_features_stand_for_images(name, load, samples):
         return
     with torch.no_grad():
         for images in ([own.blank()], *(images for _, images in samples(name))):
-            for group in own.seen_together(images):
-                row = own.pictured(group)
+            for group in own.image_groups(images):
+                row = own.image_row(group)
                 (features,) = model.encode_images([row])
                 # Where rows are packed, features are put in order by the images' tokens.
                 assert len(features) == own.image_tokens(row).sum()
@@ -160,7 +161,7 @@ def test_features_stand_for_images(name, load, samples):
     rows, given = ([*(p.encode(*sample) for sample in samples(name)), p.dummy()] for p in (own, blind))
     assert not any(tensor.startswith("pixel_") for row in given for tensor in row.tensors)
     batches = [(rows, given), *(((row,), (other,)) for row, other in zip(rows, given, strict=True))]
-    if model.keeps_samples_apart():
+    if keeps_samples_apart(model):
         batches.append(([own.join(rows)], [blind.join(given)]))
     for live, cached in batches:
         inputs, others = own.collate(live), blind.collate(cached)
@@ -172,7 +173,7 @@ def test_features_stand_for_images(name, load, samples):
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_what_the_teacher_saw_goes_to_its_place_among_packed_rows(name, load, samples):
     model = load(name)
-    if name == "phi4_multimodal" or not model.keeps_samples_apart():
+    if name == "phi4_multimodal" or not keeps_samples_apart(model):
         pytest.skip("takes no features" if name == "phi4_multimodal" else "is never packed")
     own = model.processor
     pairs = [encode_pair(*sample, own, own, 4096) for sample in samples(name)]
@@ -180,8 +181,8 @@ def test_what_the_teacher_saw_goes_to_its_place_among_packed_rows(name, load, sa
         batch = collate(pairs, own, own, packed=packed)
         assert not batch.student.image_tokens.equal(batch.teacher.image_tokens)
         with torch.no_grad():
-            seen = model(batch.teacher.inputs, batch.teacher.positions, [SIGHT]).features[SIGHT]
-            got = model(handed_on(batch, seen), batch.student.positions)
+            seen = model(batch.teacher.inputs, batch.teacher.positions, [VISION_FEATURES]).features[VISION_FEATURES]
+            got = model(with_vision_features(batch, seen), batch.student.positions)
             close(got.hidden, model(batch.student.inputs, batch.student.positions).hidden)
 
 
@@ -389,7 +390,7 @@ NOT_PACKED = {*PALIGEMMA, "gemma3", "qwen3_5", "qwen3_5_moe"}
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_samples_in_one_row_see_nothing_of_each_other(name, load, samples):
     model = load(name)
-    assert model.keeps_samples_apart() == (name not in NOT_PACKED)
+    assert keeps_samples_apart(model) == (name not in NOT_PACKED)
     if name in NOT_PACKED:
         return  # what would come of it depends on the version of Transformers
     rows = encoded(model, samples(name))

@@ -225,7 +225,7 @@ class Stub:
     def dummy(self):
         return self.row
 
-    def pictured(self, images):
+    def image_row(self, images):
         return self.row
 
     def image_tokens(self, sample):

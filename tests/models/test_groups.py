@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.collate import collate, encode_pair
 from vlm_distill.models import load_vlm
-from vlm_distill.models.composed import ComposedProcessor
-from vlm_distill.models.vision_encoders import ImageTransform
+from vlm_distill.models.composed_processor import ComposedProcessor
+from vlm_distill.models.image_transform import ImageTransform
 
 TEXTS = [
     "What colour is the circle? It is dark red.",

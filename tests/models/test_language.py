@@ -10,7 +10,9 @@ from data.collate import Collator
 from data.conversation import Document
 from vlm_distill.losses import CrossEntropy, ForwardKL, Term, fused_linear
 from vlm_distill.models import load_vlm
-from vlm_distill.models.composed import ComposedProcessor, ComposedVLM
+from vlm_distill.models.composed import ComposedVLM
+from vlm_distill.models.composed_processor import ComposedProcessor
+from vlm_distill.models.packing_trial import keeps_samples_apart
 from vlm_distill.models.teacher import ModelTeacher
 from vlm_distill.models.vocabulary import align_heads
 
@@ -65,7 +67,7 @@ def losses(student, teacher, batch):
 )
 def test_packed_equals_unpacked(tokenizer, family, attention):
     student, teacher = build(tokenizer, family, attention), ModelTeacher(build(tokenizer, "llama", hidden_size=16))
-    assert student.keeps_samples_apart()
+    assert keeps_samples_apart(student)
     assert not student.training
     packed, alone = batches(student, 64)
     assert packed.samples == len(TEXTS)
@@ -111,7 +113,7 @@ def test_documents_of_a_tokenizer_with_a_start_token(make_tokenizer):
     ],
 )
 def test_what_cannot_keep_documents_apart(tokenizer, family, changes):
-    assert not build(tokenizer, family, **{"attention": "eager"} | changes).keeps_samples_apart()
+    assert not keeps_samples_apart(build(tokenizer, family, **{"attention": "eager"} | changes))
 
 
 # A student with its teacher's tokenizer.

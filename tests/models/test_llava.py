@@ -118,7 +118,7 @@ def test_pictures_are_resized_alike(make_tokenizer, resize):
     ("changes", "says"),
     [
         ({"projector": {"type": "pixel_shuffle_mlp"}}, "projector pixel_shuffle_mlp"),
-        ({"projector": {"type": "mlp", "depth": 3}}, "projector mlp is none"),
+        ({"projector": {"type": "mlp", "depth": 3}}, "projector mlp is not LLaVA"),
         ({"kind": "gemma"}, "decoder gemma"),
         ({"tower": SIGLIP | {"layer": None}}, "before the final norm; train with vision_encoder.layer"),
         ({"tower": CLIP | {"image_size": 42}}, "positions of 28 pixels are stretched to 42"),

@@ -23,7 +23,7 @@ from transformers import (
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import LMHead, PretrainedVLM, build_vlm, load_vlm
-from vlm_distill.models.pretrained import lm_head
+from vlm_distill.models.lm_head import lm_head
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": 340, "head_dim": 8, "pad_token_id": 0}

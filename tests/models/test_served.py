@@ -15,8 +15,8 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models import load_vlm
-from vlm_distill.models.composed import ComposedProcessor
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
+from vlm_distill.models.composed_processor import ComposedProcessor
 from vlm_distill.models.served import ServedModel, ServedTeacher, _read_answer
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer

@@ -8,7 +8,7 @@ from jinja2.exceptions import SecurityError
 from data.errors import BadSample
 from vlm_distill.models import templates
 from vlm_distill.models.chat import DEFAULT_TEMPLATE
-from vlm_distill.models.composed import ComposedProcessor
+from vlm_distill.models.composed_processor import ComposedProcessor
 
 LOOP = "{% for i in range(99999) %}"
 BOMBS = {

@@ -5,8 +5,10 @@ import torch
 from PIL import Image
 
 from data.errors import UserError
-from vlm_distill.models.composed import cast_parameters
-from vlm_distill.models.vision_encoders import CLIP, HALF, IMAGENET, ImageTransform, build_vision_encoder
+from vlm_distill.models.common import cast_parameters
+from vlm_distill.models.families import CLIP, HALF, IMAGENET
+from vlm_distill.models.image_transform import ImageTransform
+from vlm_distill.models.vision_encoders import build_vision_encoder
 
 VIT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 VIT |= {"image_size": 28, "patch_size": 7}

@@ -18,7 +18,7 @@ from vlm_distill.evaluation.judge import UNREADABLE
 from vlm_distill.evaluation.kept_answers import AnswerFolder
 from vlm_distill.evaluation.pictures import find_picture
 from vlm_distill.evaluation.predictions import read_predictions
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 from vlm_distill.reporting.report import write_report
 
 N = 40

@@ -7,7 +7,7 @@ from vlm_distill.evaluation.answering import Asking
 from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmark
 from vlm_distill.evaluation.benchmark_run import OpenBenchmark, run_benchmark
 from vlm_distill.evaluation.kept_answers import AnswerFolder
-from vlm_distill.models.interface import Answer
+from vlm_distill.models.answers import Answer
 
 
 class Table:

@@ -8,7 +8,7 @@ The Python says which parts of the text a model has to learn: it is what the mar
 import byte_tokenizer
 
 from data.conversation import Conversation
-from vlm_distill.models.composed import ComposedProcessor
+from vlm_distill.models.composed_processor import ComposedProcessor
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|bot|>", "<|assistant|>", "<|sop|>", "<turn>", "<end_turn>")
 SPECIAL += ("<|open|>", "<|close|>", "<|eot|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>")

@@ -18,7 +18,8 @@ from PIL import Image
 
 from data.batch import Encoded
 from data.conversation import Conversation
-from vlm_distill.models.interface import Sampling, VisionLanguageModel
+from vlm_distill.models.answers import Sampling
+from vlm_distill.models.interface import VisionLanguageModel
 
 
 class ScoringServer(ThreadingHTTPServer):

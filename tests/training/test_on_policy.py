@@ -11,7 +11,7 @@ from data.errors import UserError
 from data.sources import open_source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
-from vlm_distill.models.interface import Answer, Sampling, _Choice
+from vlm_distill.models.answers import Answer, Sampling, TokenChoice
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
@@ -44,7 +44,7 @@ def test_draws_follow_the_distribution():
     torch.manual_seed(0)
     logits, count = torch.randn(8), 20_000
     generators = [random.Random(str(i)) for i in range(count)]
-    choice = _Choice(Sampling(0.7, generators), 7, {2})
+    choice = TokenChoice(Sampling(0.7, generators), 7, {2})
     drawn = choice(torch.empty(0), logits.expand(count, -1)).argmax(-1)
     shares = torch.bincount(drawn, minlength=8) / count
     expected = logits / 0.7
@@ -57,7 +57,7 @@ def test_draws_follow_the_distribution():
 
 def test_at_temperature_0_the_likeliest_that_may_be(folder):
     logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
-    choice = _Choice(Sampling(0.0, []), None, {2})
+    choice = TokenChoice(Sampling(0.0, []), None, {2})
     assert choice(torch.empty(0), logits).argmax() == 3
 
 

@@ -9,7 +9,7 @@ from counted_runs import trained
 
 from vlm_distill import run as module
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.models.shared_vision import sees_as
+from vlm_distill.models.shared_vision import has_same_vision
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
@@ -41,7 +41,7 @@ def settings(folder, run="run", **changes):
 def test_the_encoder_runs_once_and_nothing_else_changes(folder, processes, monkeypatch, packing):
     config = settings(folder, f"once{packing}", data__packing=packing)
     once = trained(config, processes)
-    monkeypatch.setattr(module, "sees_as", lambda *_: False)
+    monkeypatch.setattr(module, "has_same_vision", lambda *_: False)
     twice = trained(settings(folder, f"twice{packing}", data__packing=packing), processes)
     assert (once.trainer.shared_vision, twice.trainer.shared_vision) == (True, False)
     # Three steps of four micro-batches.
@@ -76,10 +76,10 @@ def test_weights_decide(folder):
     from vlm_distill.models import load_vlm
 
     student, teacher = (load_vlm(folder / "teacher") for _ in range(2))
-    assert not sees_as(student, teacher)
+    assert not has_same_vision(student, teacher)
     student.set_trainable(["projector", "decoder"])
-    assert sees_as(student, teacher)
-    assert sees_as(student, teacher.to(torch.bfloat16))
+    assert has_same_vision(student, teacher)
+    assert has_same_vision(student, teacher.to(torch.bfloat16))
     with torch.no_grad():
         next(student.vision_encoder.parameters()).flatten()[0] += 1
-    assert not sees_as(student, teacher)
+    assert not has_same_vision(student, teacher)

@@ -37,7 +37,7 @@ def open_features(config: RunConfig, student: VisionLanguageModel) -> FeatureCac
 def sight_of(model: VisionLanguageModel) -> dict[str, nn.Module]:
     """Return the parts whose output the cache keeps. Raise ``UserError`` if there are none, or one is trained."""
     try:
-        sight = model.sight
+        sight = model.image_parts
     except UserError as error:
         raise UserError(f"student.vision_cache: {error}; leave it out") from error
     for name, part in sight.items():
@@ -54,6 +54,6 @@ def feature_identity(config: RunConfig, model: VisionLanguageModel) -> dict[str,
     weights = {f"{part}.{name}": t.float() for part, m in sight_of(model).items() for name, t in m.state_dict().items()}
     return {
         "vision encoder": fingerprint(weights)[:16],
-        "settings": digest_text(json.dumps(model.sight_settings, sort_keys=True, default=str)),
+        "settings": digest_text(json.dumps(model.vision_settings, sort_keys=True, default=str)),
         "dtype": config.training.dtype,
     }

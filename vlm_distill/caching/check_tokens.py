@@ -11,9 +11,9 @@ from data.sources import Source, TextSource
 from vlm_distill.config.model_sections import CacheSection, TeacherSection
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import read_template
 from vlm_distill.models.fingerprint import digest_text, fingerprint
 from vlm_distill.models.teacher import Teacher
+from vlm_distill.models.tokenizer import read_template
 
 from .store import check_not_filling, compare, read_about
 
@@ -42,6 +42,8 @@ def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[
         found["chat template"] = digest_text(read_template(teacher.chat_template))
     if teacher.template_arguments:
         found["template arguments"] = json.dumps(teacher.template_arguments, sort_keys=True, default=str)
+    if teacher.image:
+        found["image sizes"] = json.dumps(teacher.image, sort_keys=True, default=str)
     return {
         "form": cache.form if cache.form == "hidden" else f"{cache.form} {cache.k}",
         **found,

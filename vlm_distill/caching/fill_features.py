@@ -17,9 +17,9 @@ from data.sources import Source, TextSource
 from data.workers import make_loader
 from vlm_distill.config.model_sections import TEACHERS
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.models.common import DTYPES, first_line
-from vlm_distill.models.composed import cast_parameters
-from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.common import DTYPES, cast_parameters, first_line
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.processor import Processor
 from vlm_distill.run import Run
 from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.processes import Processes
@@ -57,10 +57,10 @@ class _Rows(Dataset[dict[int, Encoded]]):
             try:
                 sample = self.sources[source][row]
                 images = [] if isinstance(sample, Document) else [self.load(image) for image in sample.images]
-                for group in self.processor.seen_together(images):
+                for group in self.processor.image_groups(images):
                     digest = image_digest(group)
                     if digest not in found and digest not in self.cache:
-                        found[digest] = self.processor.pictured(group)
+                        found[digest] = self.processor.image_row(group)
             except BadSample:  # which the training counts
                 continue
         return found

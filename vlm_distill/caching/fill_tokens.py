@@ -23,15 +23,9 @@ from data.sources import Source, TextSource
 from data.workers import make_loader
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import HiddenTargets
-from vlm_distill.models.interface import Processor
-from vlm_distill.models.teacher import (
-    Teacher,
-    cached_fields,
-    cached_values,
-    describe_teacher,
-    save_head,
-    whole_head,
-)
+from vlm_distill.models.cached_teacher import cached_fields, cached_values, describe_teacher, save_head, whole_head
+from vlm_distill.models.processor import Processor
+from vlm_distill.models.teacher import Teacher
 from vlm_distill.run import Run
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores

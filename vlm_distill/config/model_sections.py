@@ -32,6 +32,10 @@ class ModelSection(Section):
     template_arguments: dict[str, Any] = Field(
         {}, description="Arguments of the chat template wherever it is used, such as `{enable_thinking: false}`."
     )
+    image: dict[str, Any] = Field(
+        {},
+        description="Sizes of the image processor, such as `{longest_edge: 512}`; its family decides which can be set.",
+    )
     from_teacher: dict[str, Any] | None = Field(
         None, description="Cut the student from the teacher: which layers it keeps, and its sizes."
     )
@@ -205,6 +209,8 @@ class TeacherSection(ModelSection):
             return self
         if self.path is None:
             raise ValueError("server: give the teacher's path too; its tokenizer and image processing are read here")
+        if self.image:
+            raise ValueError("server: images are resized on the server; leave image out, and set their sizes there")
         here = [key for key in ("dtype", "attn_implementation") if getattr(self, key) is not None]
         here += ["placement"] if self.placement != "replicate" else []
         here += [key for key in ("quantize", "cache") if getattr(self, key) is not None]

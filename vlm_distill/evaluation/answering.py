@@ -18,7 +18,8 @@ from data.batch import Problem
 from data.conversation import Conversation, ImageSource
 from data.errors import BadSample
 from data.images import load_image
-from vlm_distill.models.interface import Answer, Processor, Prompt
+from vlm_distill.models.answers import Answer
+from vlm_distill.models.processor import Processor, Prompt
 
 from .kept_answers import AnswerFolder, AnswerStore, Kept, kept_answer, matched, question_digest
 from .predictions import Prediction, score_answer, score_kept

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from data.batch import Problem
 from data.errors import UserError
-from vlm_distill.models.interface import Answer, Processor, Prompt
+from vlm_distill.models.answers import Answer
+from vlm_distill.models.processor import Processor, Prompt
 
 from .answering import Answerer, Asking, Feedback, evaluate
 from .benchmark_entry import Benchmark

@@ -15,26 +15,23 @@ check_neighbours()  # before anything of `data` is imported
 from data.errors import UserError
 
 from . import internvl_chat
-from .common import as_dtype, check_attention, first_line
-from .composed import (
-    CONFIG_NAME,
-    ComposedProcessor,
-    ComposedVLM,
-    build,
-    cast_parameters,
-    load_composed,
-    load_decoder,
-    load_tokenizer,
-    read_template,
-)
-from .families import CAUSAL, WITHOUT_CHAT, adapted, adapted_processor
+from .answers import Answer
+from .assembly import build, load_decoder
+from .common import as_dtype, cast_parameters, check_attention, first_line
+from .composed import CONFIG_NAME, ComposedVLM
+from .composed_folder import load_composed
+from .composed_processor import ComposedProcessor
+from .families import family
+from .family_classes import adapted, adapted_processor
 from .folder import ADAPTER_CONFIG, adapter_base, check_folder
-from .interface import Answer, LMHead, Outputs, Processor, VisionLanguageModel
+from .interface import Outputs, VisionLanguageModel
+from .lm_head import LMHead
 from .loading import from_pretrained, read_config
 from .lora import merge_adapter
 from .pretrained import PretrainedVLM
+from .processor import Processor
 from .templates import limit_templates
-from .weightless import weightless
+from .tokenizer import load_tokenizer, read_template
 
 __all__ = [
     "Answer",
@@ -132,7 +129,7 @@ def _load_transformers(
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
     if (
         type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        or config.model_type in CAUSAL
+        or family(config.model_type).causal
         or "AutoModelForImageTextToText" in remote
     ):
         return _load_image_text(name, config, dtype, options, trust_remote_code, tokenizer, template)
@@ -156,7 +153,7 @@ def load_processor(
     template = None if chat_template is None else read_template(chat_template)
     try:
         config = read_config(name, trust_remote_code)
-        sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.model_type in CAUSAL
+        sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or family(config.model_type).causal
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code) if sees else None
     except UserError:
         raise
@@ -186,8 +183,7 @@ def _load_adapted(
         tokenizer=tokenizer,
         chat_template=template,
     )
-    if not weightless():
-        merge_adapter(model, folder)
+    merge_adapter(model, folder)
     return model
 
 
@@ -202,7 +198,7 @@ def _load_image_text(
 ) -> PretrainedVLM:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-    kind = AutoModelForCausalLM if config.model_type in CAUSAL else AutoModelForImageTextToText
+    kind = AutoModelForCausalLM if family(config.model_type).causal else AutoModelForImageTextToText
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = from_pretrained(kind, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
@@ -229,10 +225,10 @@ def _prepared(name: str, config: Any, processor: Any, tokenizer: Any, template: 
         processor.tokenizer = tokenizer
     if not processor.tokenizer.is_fast:
         raise UserError(f"tokenizer: '{name}' has no fast tokenizer; character offsets need one")
-    if template is not None and config.model_type in WITHOUT_CHAT:
+    if template is not None and not family(config.model_type).chat:
         raise UserError(f"chat_template: '{name}' is a {config.model_type}, which has no chat; leave it out")
     # Some processors (Phi-4-multimodal) leave their template to the tokenizer.
     processor.chat_template = template or processor.chat_template or processor.tokenizer.chat_template
-    if processor.chat_template is None and config.model_type not in WITHOUT_CHAT:
+    if processor.chat_template is None and family(config.model_type).chat:
         raise UserError(f"model: '{name}' has no chat template; give one as 'chat_template'")
     return processor

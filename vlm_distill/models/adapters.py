@@ -1,4 +1,4 @@
-"""Layers with LoRA on them (peft's), found and read without peft: their weights, in a model and in a state dict."""
+"""Find and read layers with peft's LoRA without importing peft: weights in a model and in a state dict."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: What peft calls an adapter that was given no name.
+#: peft's name for an adapter that was given none.
 ADAPTER = "default"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers with LoRA on them, by their paths."""
+    """Return the layers with LoRA by path."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
 
 
 def with_adapters(layer: Any) -> Tensor:
-    """The weight of a linear layer with what peft's LoRA adds to it, differentiable in both."""
+    """Return a linear layer's weight plus what peft's LoRA adds to it, differentiable in both."""
     weight = layer.weight
     if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
         return weight
@@ -33,11 +33,11 @@ def with_adapters(layer: Any) -> Tensor:
 
 
 def plain_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A model's state dict under the names, and with the weights, that it has when its adapters are merged.
+    """Return the state dict that a model would have with its adapters merged.
 
     Args:
-        model: with adapters or without; stays as it is.
-        state: its weights, where its own are sharded over ranks.
+        model: with adapters or without; unchanged.
+        state: its weights, if its own are sharded over ranks.
     """
     state = model.state_dict() if state is None else state
     layers = adapted_layers(model)
@@ -55,14 +55,14 @@ def plain_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dic
 
 
 def _owners(key: str) -> Iterator[str]:
-    """The paths of the modules around a parameter."""
+    """Yield the paths of the modules around a parameter, innermost first."""
     while "." in key:
         key = key.rpartition(".")[0]
         yield key
 
 
 def _merged(weight: Tensor, layer: Any, state: dict[str, Tensor], owner: str) -> Tensor:
-    """W + s·B·A from a state dict, in float32 and back in W's dtype."""
+    """Compute W + s·B·A from a state dict in float32; return it in W's dtype."""
     low, high = (state[f"{owner}.lora_{side}.{ADAPTER}.weight"].float() for side in "AB")
     delta = layer.scaling[ADAPTER] * (high @ low)
     return (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)

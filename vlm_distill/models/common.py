@@ -1,4 +1,4 @@
-"""Small helpers of all models: settings checked and read, data types by name, attention, activation checkpointing."""
+"""Helpers of all models: checked settings, data types by name, attention, parameters, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from data.errors import UserError
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 def check_keys(where: str, settings: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises ``UserError`` for the first key of ``settings`` that is not ``known``, naming the nearest one."""
+    """Raise ``UserError`` for the first key of ``settings`` that is not ``known``, naming the nearest one."""
     known = list(known)
     for key in settings:
         if key not in known:
@@ -26,7 +27,7 @@ def check_keys(where: str, settings: Mapping[str, Any], known: Iterable[str]) ->
 
 
 def read_settings(kind: type[T], where: str, settings: Mapping[str, Any]) -> T:
-    """A settings dataclass filled from a mapping; unknown and missing keys raise ``UserError``."""
+    """Fill a settings dataclass from a mapping. Raise ``UserError`` for unknown and missing keys."""
     if not isinstance(settings, Mapping):
         raise UserError(f"{where}: expected a mapping of settings, got {settings!r}")
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -39,7 +40,7 @@ def read_settings(kind: type[T], where: str, settings: Mapping[str, Any]) -> T:
 
 
 def choose(where: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises ``UserError`` unless ``value`` is one of ``choices``."""
+    """Raise ``UserError`` unless ``value`` is one of ``choices``."""
     choices = list(choices)
     if value not in choices:
         raise UserError(f"{where}: '{value}' is not one of {', '.join(choices)}")
@@ -56,7 +57,7 @@ DTYPES = {
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by its name (``bfloat16`` or ``bf16`` …); ``None`` and dtypes pass through."""
+    """Return a dtype by its name (``bfloat16`` or ``bf16`` …); ``None`` and dtypes pass through."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     choose("dtype", dtype, DTYPES)
@@ -64,7 +65,7 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def check_attention(attn_implementation: str | None) -> None:
-    """Raises ``UserError`` when FlashAttention is asked for and is not installed."""
+    """Raise ``UserError`` if FlashAttention is requested but not installed."""
     if attn_implementation and attn_implementation.startswith("flash_attention"):
         from transformers.utils import is_flash_attn_2_available
 
@@ -77,9 +78,9 @@ def check_attention(attn_implementation: str | None) -> None:
 
 @contextmanager
 def built_whole() -> Iterator[None]:
-    """Inside, Transformers makes whole parameters even while ZeRO-3 loading is on (``HfDeepSpeedConfig`` alive).
+    """Context manager: inside it, Transformers makes whole parameters even while ZeRO-3 loading is on.
 
-    A part that is measured or filled by us must be whole; the engine shards it afterwards.
+    ``HfDeepSpeedConfig`` is alive then. A part that we measure or fill must be whole; the engine shards it afterwards.
     """
     from transformers.integrations import deepspeed as integration
 
@@ -92,7 +93,7 @@ def built_whole() -> Iterator[None]:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Recompute a Transformers model's layers in the backward, where its class can."""
+    """Recompute a Transformers model's layers in the backward, if its class supports it."""
     if model.supports_gradient_checkpointing:
         # Transformers renamed the method within version 5; the first argument is the same.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -100,7 +101,7 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's message in one line: its first, and the next where that only announces the cause (``…:``)."""
+    """Return an error's message as one line: its first, and the next if the first only announces the cause (``…:``)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -109,7 +110,32 @@ def first_line(error: BaseException) -> str:
         if not told.endswith(":"):
             break
         told = f"{told} {line}"
-    # A message that is a key alone ("'model_type'") says nothing without the kind of the error.
+    # A message that is only a key ("'model_type'") says nothing without the kind of error.
     if isinstance(error, KeyError):
         told = f"KeyError: {told}"
     return told[:300]
+
+
+def generation_ends(model: Any) -> set[int]:
+    """Return the end tokens that the model's generation settings name."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+
+
+def tied_names(module: nn.Module) -> set[str]:
+    """Return the names of parameters that also have an earlier name."""
+    seen: set[int] = set()
+    aliases = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            aliases.add(name)
+        seen.add(id(parameter))
+    return aliases
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast floating-point parameters to ``dtype``; buffers stay (rotary frequencies, running means need float32)."""
+    if dtype is not None:
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Students cut from their teachers, and the size of a model by part."""
+"""Cut students from their teachers, and count parameters by part."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import nn
 from data.errors import UserError
 
 from .composed import ComposedVLM
-from .features import decoder_layers
+from .decoder_features import decoder_layers
 from .interface import VisionLanguageModel
-from .pretrained import PretrainedVLM, lm_head
+from .lm_head import lm_head
+from .pretrained import PretrainedVLM
 
 
 def spaced_layers(count: int, total: int) -> list[int]:
-    """``count`` of ``total`` layers, maximally spaced with the first and the last among them (Shleifer & Rush 2020)."""
+    """Return ``count`` of ``total`` layers, maximally spaced, first and last included (Shleifer & Rush 2020)."""
     if count == 1:
         return [0]
     steps = count - 1
@@ -25,11 +26,11 @@ def spaced_layers(count: int, total: int) -> list[int]:
 
 
 def keep_layers(model: VisionLanguageModel, layers: int | list[int]) -> VisionLanguageModel:
-    """A copy of ``model`` with only some of its decoder layers; everything else is copied whole.
+    """Return a copy of ``model`` with only some of its decoder layers; everything else is copied whole.
 
     Args:
-        model: stays as it is.
-        layers: which layers, in ascending order, or how many: then they are evenly spaced, first and last included.
+        model: unchanged.
+        layers: which layers, ascending; or how many, evenly spaced with the first and the last included.
 
     Raises:
         UserError: a number or an index that the decoder does not have.
@@ -45,7 +46,7 @@ def keep_layers(model: VisionLanguageModel, layers: int | list[int]) -> VisionLa
         raise UserError(f"from_teacher.layers: {layers} must be ascending indices from 0 to {total - 1}")
 
     dropped = [layer for i, layer in enumerate(stack) if i not in layers]
-    # In the memo, so that the copies of layers nobody wants are never made; the processor is shared.
+    # In the memo, so that dropped layers are never copied and the processor is shared.
     memo: dict[int, Any] = {id(layer): nn.Identity() for layer in dropped}
     memo[id(model.processor)] = model.processor
     memo[id(model.head)] = model.head
@@ -60,7 +61,7 @@ def keep_layers(model: VisionLanguageModel, layers: int | list[int]) -> VisionLa
     for index, layer in enumerate(kept):
         modules: Iterator[Any] = layer.modules()
         for module in modules:
-            if hasattr(module, "layer_idx"):  # where the key-value cache keeps this layer's entries
+            if hasattr(module, "layer_idx"):  # the layer's index in the key-value cache
                 module.layer_idx = index
     whole = student.decoder if isinstance(student, ComposedVLM) else student.model
     for config in {id(c): c for c in (body.config, whole.config.get_text_config())}.values():
@@ -84,7 +85,7 @@ def _layers(body: Any) -> tuple[nn.ModuleList, str]:
 
 
 def count_parameters(model: VisionLanguageModel) -> dict[str, int]:
-    """Number of parameters of each part; one that several modules share counts once, where it comes first."""
+    """Return the number of parameters of each part; a shared one counts once, where it first appears."""
     seen: set[int] = set()
     counts = {}
     for name, part in model.parts.items():
@@ -95,6 +96,6 @@ def count_parameters(model: VisionLanguageModel) -> dict[str, int]:
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """Of a parameter as it was before ZeRO-3 sharded it, or bitsandbytes packed two into a byte."""
+    """Return a parameter's size before ZeRO-3 sharded it or bitsandbytes packed two values into a byte."""
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())

@@ -1,12 +1,9 @@
-"""What a teacher or a student is to the rest of the suite: one interface over assembled and pretrained models."""
+"""VisionLanguageModel: the interface that the suite sees, over assembled and pretrained models alike."""
 
 from __future__ import annotations
 
-import copy
-import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,138 +11,34 @@ from typing import Any, Self
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from data.batch import Encoded, ModelInputs
-from data.conversation import Conversation, Document, count_images
+from data.conversation import Conversation, count_images
 from data.errors import BadSample
 
-from .adapters import with_adapters
-from .chat import Frame, probe_frame, special_ids, with_arguments
-from .packing import join, keeps_apart
+from .answers import Answer, Sampling, TokenChoice
+from .chat import special_ids
+from .lm_head import LMHead
+from .processor import Processor, Prompt
 from .thinking import decode_with_marks, mark_tokens, opening_mark
-
-Prompt = tuple[Conversation, Sequence[Image.Image]]
 
 
 @dataclass
 class Outputs:
-    """What a forward gives.
+    """The result of a forward.
 
     Attributes:
-        hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the asked positions.
-        features: further activations that were asked for, by the names of :meth:`VisionLanguageModel.forward`.
+        hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the requested positions.
+        features: the requested features, by the names of :meth:`VisionLanguageModel.forward`.
     """
 
     hidden: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class Answer:
-    """A model's answer.
-
-    Attributes:
-        text: without special tokens.
-        token_ids, logprobs: with the end token; log-probabilities in nats.
-        complete: false where the answer was cut at the longest that was allowed, so that it has no end token.
-        marked: the text with the marks around thoughts, where ``text`` lacks them: those that are special tokens, and
-            the one that the chat template's opening ends with (``<think>``). ``None`` where it equals ``text``.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    complete: bool = True
-    marked: str | None = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn, each from random numbers of its own: it depends on no other answer beside it.
-
-    Attributes:
-        temperature: the logits are divided by it; at 0 the likeliest of the tokens that may be drawn are taken.
-        generators: one for each prompt. An answer takes a number for each of its tokens.
-    """
-
-    temperature: float
-    generators: Sequence[random.Random]
-
-
-class LMHead:
-    """Reads a decoder's output layer without owning it: ``softcap(scale · (h Wᵀ + b))`` with softcap(z) = c·tanh(z/c).
-
-    Args:
-        linear: the output layer; its parameters stay registered where they are (they may be tied to the embedding).
-            With LoRA on it (peft), the weight is that of the layer plus its active adapters' products.
-        scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
-        softcap: c, or ``None`` for no cap (Gemma 2's ``final_logit_softcapping``).
-
-    ``vocabulary`` restricts the head to its first ids; ``gather`` makes parameters whole where they are sharded and is
-    installed by the training engine.
-    """
-
-    def __init__(self, linear: nn.Linear, scale: float = 1.0, softcap: float | None = None) -> None:
-        self._linear = linear
-        self.scale = scale
-        self.softcap = softcap
-        self.vocabulary: int | None = None
-        self.gather: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = lambda parameters: nullcontext()
-        self._adapters = True
-
-    def rebind(self, linear: nn.Linear) -> None:
-        """Reads this layer from now on: the output layer with adapters around it, or without them again."""
-        self._linear = linear
-
-    def without_adapters(self) -> LMHead:
-        """The same head with the adapters on its layer left out."""
-        plain = copy.copy(self)
-        plain._adapters = False
-        return plain
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What :meth:`weight` and :attr:`bias` read."""
-        return list(self._linear.parameters())
-
-    @contextmanager
-    def weight(self) -> Iterator[Tensor]:
-        """The weight ``[V, H]``, whole and cut to the shared vocabulary; inside, :attr:`bias` may be read."""
-        with self.gather(self.parameters):
-            weight = with_adapters(self._linear) if self._adapters else self._linear.weight
-            yield weight[: self.vocabulary]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """``[V]`` or ``None``; to be read inside :meth:`weight`."""
-        return None if self._linear.bias is None else self._linear.bias[: self.vocabulary]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``[N, V]`` of ``hidden [N, H]``: the definition that the chunked losses are held to."""
-        with self.weight() as weight:
-            return self.logits_with(hidden, weight)
-
-    def logprobs(self, hidden: Tensor, targets: Tensor, rows: int = 256) -> Tensor:
-        """Log-probabilities ``[N]`` of the tokens ``targets [N]``, from logits of so many rows at a time."""
-        found = [hidden.new_zeros(0, dtype=torch.float32)]
-        with self.weight() as weight:
-            for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-                logits = self.logits_with(part, weight)
-                found.append(logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
-        return torch.cat(found)
-
-    def logits_with(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """The same with the weight that :meth:`weight` has given, for what makes them part by part."""
-        logits = hidden.float() @ weight.float().T
-        if self.bias is not None:
-            logits = logits + self.bias.float()
-        logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
 def _last_answer(row: Encoded) -> Tensor:
-    """Places of the tokens of a sample's last answer, its end tokens left out."""
+    """Return the indices of the tokens of a sample's last answer, without end tokens."""
     tokens = (row.supervised & ~row.ends).nonzero().flatten()
     if not len(tokens):
         raise BadSample("empty answer", "the chat template renders it as nothing")
@@ -153,190 +46,13 @@ def _last_answer(row: Encoded) -> Tensor:
     return tokens[int(gaps[-1]) + 1 :] if len(gaps) else tokens
 
 
-class Processor(ABC):
-    """Turns conversations into one model's inputs and marks the supervised tokens."""
-
-    tokenizer: Any
-    has_vision: bool
-    #: What is known of images without their pixels; see :meth:`with_features`.
-    features: Callable[[Sequence[Image.Image]], Tensor] | None = None
-    #: Whether the model wants all samples that share a row in one; the model sets it.
-    one_row: bool = False
-    #: Whether what the chat template writes before a plain answer is supervised (``data.template_text: learn``).
-    learn_block: bool = False
-    _frame: Frame | None = None
-    _framed: Any = None
-
-    @property
-    @abstractmethod
-    def chat_template(self) -> Any:
-        """The Jinja template of conversations; ``None`` where there is no chat."""
-
-    @abstractmethod
-    def set_chat_template(self, template: Any) -> None:
-        """Take another template, in this processor alone."""
-
-    @abstractmethod
-    def _render(
-        self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> str:
-        """Return a conversation as text; the only place where a chat template is run."""
-
-    def set_template_arguments(self, arguments: Mapping[str, Any], where: str) -> None:
-        """Give the chat template these arguments from now on; raises as :func:`~.chat.with_arguments`."""
-        if arguments:
-            self.set_chat_template(with_arguments(self.chat_template, arguments, where))
-
-    @property
-    def frame(self) -> Frame:
-        """What the chat template writes around messages. It is probed once, and again when the template changes."""
-        if self._frame is None or self._framed != self.chat_template:
-            self._framed, self._frame = self.chat_template, None
-            self._frame = probe_frame(self.tokenizer, self._render)
-        return self._frame
-
-    @abstractmethod
-    def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
-        """Token ids with the supervised ones marked.
-
-        Args:
-            conversation: ends with an assistant message, or with a user message when ``generation`` is set.
-            images: RGB, one for each image part.
-            generation: end with the template's opening of the assistant's turn; nothing is supervised.
-
-        Raises:
-            BadSample: the chat template or the model cannot take this conversation.
-        """
-
-    def encode_document(self, document: Document) -> Encoded:
-        """A document's tokens with what the tokenizer puts around a text, and its end token where it ends.
-
-        All but the first are supervised. ``supervised`` and ``ends`` are as in :class:`~data.batch.Encoded`.
-        """
-        # Its length is nobody's mistake, and an end token that is written out in it is text.
-        ids = list(self.tokenizer(document.text, verbose=False, split_special_tokens=True)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        if document.last and eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
-        input_ids = torch.tensor(ids, dtype=torch.long)
-        ends = torch.zeros(len(ids), dtype=torch.bool)
-        if document.last and eos is not None:
-            ends[-1] = True
-        return Encoded(input_ids, torch.arange(len(ids)) > 0, ends)
-
-    def answered(self, prompt: Encoded, ids: Sequence[int]) -> Encoded:
-        """A prompt that was encoded for generation with an answer's tokens after it, all of them supervised."""
-        length, new = len(prompt.input_ids), len(ids)
-        tensors = dict(prompt.tensors)
-        for name, tensor in tensors.items():
-            if tensor.shape in ((length,), (1, length)):  # one value a token; zero is text, but for the mask of padding
-                rest = tensor.new_full((*tensor.shape[:-1], new), int(name == "attention_mask"))
-                tensors[name] = torch.cat([tensor, rest], -1)
-        input_ids = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.long)])
-        supervised = torch.arange(length + new) >= length
-        return Encoded(input_ids, supervised, torch.zeros_like(supervised), prompt.images, tensors)
-
-    @abstractmethod
-    def pictured(self, images: Sequence[Image.Image]) -> Encoded:
-        """A row with these images, of which there is at least one, and nothing supervised."""
-
-    @abstractmethod
-    def blank(self) -> Image.Image:
-        """The image of a dummy row."""
-
-    @abstractmethod
-    def dummy(self) -> Encoded:
-        """A row with one blank image (no image for a text model) and no supervised token."""
-
-    def seen_together(self, images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
-        """A sample's images in the groups within which what is seen of one may depend on the others."""
-        return [images] if images else []
-
-    def with_features(self, features: Callable[[Sequence[Image.Image]], Tensor]) -> Self:
-        """The same processor, which gives what :meth:`VisionLanguageModel.see` made of images in place of pixels.
-
-        Args:
-            features: of a group that :meth:`seen_together` makes, ``[tokens, C]``.
-        """
-        other = copy.copy(self)
-        other.features = features
-        return other
-
-    @abstractmethod
-    def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
-        """Samples padded into one batch; ``input_ids`` and ``attention_mask`` are ``[B, L]``.
-
-        Where samples were joined there is no ``attention_mask``: ``position_ids`` ``[B, L]`` or ``[4, B, L]`` start
-        again with each of them, and padding is one more sample.
-        """
-
-    def join(self, samples: Sequence[Encoded]) -> Encoded:
-        """Samples in one row, told apart by positions that start again: see :mod:`.packing`."""
-        return join(samples, [self.positions(sample) for sample in samples])
-
-    def positions(self, sample: Encoded) -> Tensor:
-        """``position_ids`` of a sample's tokens, ``[L]``, or ``[4, L]`` for M-RoPE: of text, time, height and width."""
-        return torch.arange(len(sample.input_ids))
-
-    @abstractmethod
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer and image processing beside the model's weights."""
-
-    @abstractmethod
-    def image_tokens(self, sample: Encoded) -> Tensor:
-        """Bool ``[L]``: which tokens of an encoded sample stand for images."""
-
-
-class _Choice(LogitsProcessor):
-    """Chooses each token, the likeliest or a drawn one, and records its log-probability; keeps no logits.
-
-    A token is drawn by inverting the cumulative distribution at one uniform number. Generation stays greedy and finds
-    only that token possible: no random state of the process, nor the rows beside it, has a part in the choice.
-
-    Args:
-        sampling: ``None`` for the likeliest tokens.
-        vocabulary: ids from here on are never drawn; ``None``: all may be.
-        barred: further ids that are not.
-    """
-
-    def __init__(self, sampling: Sampling | None, vocabulary: int | None, barred: set[int]) -> None:
-        self.sampling, self.vocabulary, self.barred = sampling, vocabulary, barred
-        self.columns: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
-        if self.sampling is None:
-            self.columns.append(scores.max(-1).values - scores.logsumexp(-1))
-            return scores
-        chosen = self._drawn(scores, self.sampling)
-        self.columns.append(scores.gather(-1, chosen).squeeze(-1) - scores.logsumexp(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
-
-    def _drawn(self, scores: Tensor, sampling: Sampling) -> Tensor:
-        """One id a row, ``[B, 1]``."""
-        # In float64: a sum of so many small numbers is rounded too much otherwise.
-        logits = scores.double()
-        if self.vocabulary is not None:
-            logits[:, self.vocabulary :] = -torch.inf
-        logits[:, [token for token in self.barred if token < logits.shape[-1]]] = -torch.inf
-        if not sampling.temperature:
-            return logits.argmax(-1, keepdim=True)
-        numbers = [generator.random() for generator in sampling.generators]
-        numbers += [0.5] * (len(scores) - len(numbers))  # a dummy row
-        total = (logits / sampling.temperature).softmax(-1).cumsum(-1)
-        mark = torch.tensor(numbers, dtype=total.dtype, device=total.device).unsqueeze(-1) * total[:, -1:]
-        return (total <= mark).sum(-1, keepdim=True).clamp_(max=total.shape[-1] - 1)
-
-
 class VisionLanguageModel(nn.Module, ABC):
     """Vision encoder, projector and decoder behind one interface; without the first two, a language model.
 
     Attributes:
-        vision_encoder, projector: ``None`` for a language model.
-        decoder: the language model, its output layer included.
         head: the output layer as the losses read it.
-        processor: conversations to inputs.
-        synced: set by the engine when ranks must leave ``generate`` together (parameters sharded over ranks).
+        processor: turns conversations into inputs.
+        synced: set by the engine if ranks must leave ``generate`` together, since parameters are sharded over them.
     """
 
     processor: Processor
@@ -346,32 +62,32 @@ class VisionLanguageModel(nn.Module, ABC):
     @property
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
-        """``vision_encoder``, ``projector`` and ``decoder``, those that there are."""
+        """The model's parts by name, those it has: ``vision_encoder``, ``projector``, ``decoder`` (with lm head)."""
 
     @property
     @abstractmethod
     def body(self) -> nn.Module:
-        """The decoder without its output layer: what takes embeddings and gives hidden states."""
+        """The decoder without its lm head: embeddings in, hidden states out."""
 
     @abstractmethod
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
-        """Hidden states, never logits.
+        """Compute hidden states, never logits.
 
         Args:
             inputs: from ``processor.collate``, on this model's device.
             positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the sequence.
-            features: names of further activations to return. Nothing is kept of those not asked for.
+            features: names of features to return as well; others are not kept.
 
-                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings with the images', K the
-                  K-th layer's output; the last, which is also −1, is after the final norm: ``Outputs.hidden`` itself.
-                - ``vision``: ``[images, tokens, C]``, what the vision encoder gives to the projector.
-                - ``projector``: ``[images, tokens, H]``, what the projector gives to the decoder.
-                - ``sight``: what may stand in the images' place as ``vision_features``; see :attr:`sight`.
+                - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings (the images' included),
+                  K the output of the K-th layer; the last, also −1, is ``Outputs.hidden``, after the final norm.
+                - ``vision``: ``[images, tokens, C]``, the vision encoder's output.
+                - ``projector``: ``[images, tokens, H]``, the projector's output.
+                - ``vision_features``: the output of :attr:`image_parts`, which can replace the images in a later input.
                 - ``queries``, ``keys``, ``values``: ``[N, heads · head width]``, the outputs of the projections in the
-                  last layer's attention at ``positions``, before rotary positions and norms of single heads; where
-                  several queries share a key, keys and values have fewer heads.
+                  last layer's attention at ``positions``, before rotary positions and norms of single heads. With
+                  grouped queries, keys and values have fewer heads.
 
-                Those of images are there when the batch has an image, dummy rows' images among them.
+                Features of images are returned if the batch has an image, those of dummy samples included.
 
         Raises:
             UserError: there is no such feature, or this model cannot give it.
@@ -379,7 +95,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def feature_shape(self, name: str) -> tuple[int | None, int]:
-        """A feature's number of tokens an image (``None``: not one of images, or known by running alone) and its width.
+        """Return a feature's tokens an image (``None``: not of images, or known only by running) and its width.
 
         Raises:
             UserError: as in :meth:`forward`.
@@ -387,61 +103,57 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
-        """At how many positions ``vision_encoder`` and ``projector`` compute for a batch, to count their operations.
+        """Return at how many positions ``vision_encoder`` and ``projector`` compute, to count their operations.
 
-        Those of an encoder are patches with class tokens, those of a projector what it makes of them. 0 for what does
-        not run, and for an encoder whose layers differ in theirs, as a convolutional one's do.
+        An encoder's positions are patches and class tokens, a projector's are its outputs. 0 for a part that does not
+        run, and for an encoder whose layers differ in their positions, such as a convolutional one.
         """
 
     @property
     @abstractmethod
-    def sight(self) -> dict[str, nn.Module]:
-        """The parts that make of images what may stand in their place among the inputs, as ``vision_features``.
+    def image_parts(self) -> dict[str, nn.Module]:
+        """The parts whose output can replace images among the inputs, as ``vision_features``.
 
         Raises:
-            UserError: this model sees no images, or takes nothing in their place.
+            UserError: this model sees no images, or takes no features in their place.
         """
 
     @property
     @abstractmethod
-    def sight_settings(self) -> dict[str, Any]:
-        """What decides, beside the weights of :attr:`sight`, what an image becomes."""
+    def vision_settings(self) -> dict[str, Any]:
+        """Settings that, with the weights of :attr:`image_parts`, decide an image's features."""
 
     @abstractmethod
     def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
-        """What :attr:`sight` makes of each row's images, ``[tokens, C]``.
+        """Compute the features ``[tokens, C]`` that :attr:`image_parts` make of each sample's images.
 
         Args:
-            rows: each with at least one image.
+            rows: encoded samples, each with at least one image.
         """
 
     @abstractmethod
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
-        """New token ids ``[B, T]`` only, for left-padded inputs."""
+        """Generate; return the new token ids only, ``[B, T]``. Inputs are padded on the left."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes configuration, safetensors and processor; ``load_vlm`` reads them back bit for bit.
+        """Write configuration, safetensors and processor; ``load_vlm`` reads them back bit for bit.
 
         Args:
-            folder: made if need be.
-            state: the weights to write, where the model's own are sharded over ranks.
+            folder: created if needed.
+            state: the weights to write, if the model's own are sharded over ranks.
         """
-
-    def keeps_samples_apart(self) -> bool:
-        """Whether samples in one row, told by positions that start again, see nothing of each other."""
-        return keeps_apart(self)
 
     @abstractmethod
     def checkpoint_activations(self) -> None:
         """Recompute the decoder's and the vision encoder's layers in the backward instead of keeping them."""
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[Answer]:
-        """Greedy answers to conversations that end with a user message.
+        """Answer conversations greedily.
 
         Args:
-            prompts: conversations (an assistant message at their end is left out) with all of their images.
-            max_new_tokens: longest answer.
+            prompts: conversations with all of their images; an assistant message at the end is left out.
+            max_new_tokens: length of the longest answer.
         """
         return self.answer([self.encode_prompt(*prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
 
@@ -449,14 +161,14 @@ class VisionLanguageModel(nn.Module, ABC):
     def answer(
         self, rows: Sequence[Encoded], *, max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> list[Answer]:
-        """Answers to encoded prompts.
+        """Answer encoded prompts.
 
-        Drawn answers hold no special tokens but end tokens (an image token in an answer would be one without an image),
-        and none beyond the vocabulary that the head is cut to.
+        Drawn answers contain no special tokens but end tokens (an image token would have no image), and no token beyond
+        the vocabulary that the head is cut to.
 
         Args:
-            rows: from :meth:`encode_prompt`. Where ranks leave ``generate`` together, there may be none on some.
-            max_new_tokens: longest answer.
+            rows: from :meth:`encode_prompt`. If ranks leave ``generate`` together, some may have none.
+            max_new_tokens: length of the longest answer.
             sampling: how to draw; ``None``: greedy.
         """
         encoded = list(rows)
@@ -467,7 +179,7 @@ class VisionLanguageModel(nn.Module, ABC):
             return []
         parameter = next(self.parameters())
         inputs = self.processor.collate(encoded, padding_side="left").to(parameter.device, self.dtype)
-        choice = _Choice(sampling, self.head.vocabulary, special_ids(self.processor.tokenizer) - self.end_tokens)
+        choice = TokenChoice(sampling, self.head.vocabulary, special_ids(self.processor.tokenizer) - self.end_tokens)
         training = self.training
         self.eval()
         try:
@@ -532,8 +244,8 @@ class VisionLanguageModel(nn.Module, ABC):
         return [[next(scores) for _ in texts] for texts in options]
 
     def encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        """A conversation for the model to answer; an assistant message at its end is left out."""
-        # Only an answer at the very end is left out: after a question the earlier answers are its history.
+        """Encode a conversation for the model to answer; an assistant message at its end is left out."""
+        # Only an answer at the very end is left out: earlier answers are the question's history.
         if conversation.messages[-1]["role"] == "assistant":
             conversation = conversation.prompt()
         return self.processor.encode(conversation, images[: count_images(conversation.messages)], generation=True)
@@ -565,7 +277,7 @@ class VisionLanguageModel(nn.Module, ABC):
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, but that a frozen vision encoder says the same of an image in training as elsewhere."""
+        """As in torch, except that a frozen vision encoder stays in evaluation mode."""
         super().train(mode)
         encoder = self.parts.get("vision_encoder")
         if encoder is not None and not any(p.requires_grad for p in encoder.parameters()):
@@ -573,7 +285,7 @@ class VisionLanguageModel(nn.Module, ABC):
         return self
 
     def set_trainable(self, parts: Iterable[str]) -> None:
-        """Trains the named parts and freezes the others."""
+        """Train the named parts and freeze the others."""
         chosen = set(parts)
         for name, part in self.parts.items():
             part.requires_grad_(name in chosen)

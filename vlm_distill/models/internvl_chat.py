@@ -19,9 +19,10 @@ from torch import Tensor
 from data.errors import UserError
 
 from .common import built_whole, first_line
-from .composed import load_tokenizer
+from .families import IMAGENET
 from .loading import check_finite
 from .sentencepiece import load_sentencepiece
+from .tokenizer import load_tokenizer
 from .weightless import weightless
 
 MODEL_TYPE = "internvl_chat"
@@ -32,7 +33,6 @@ IMAGE_TOKENS = {
     # Transformers' processor wants one. It has no row in the matrices, and the processor lets none through.
     "video_token": "<video>",
 }
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 #: Language models of Transformers whose names and computation are those in these checkpoints.
 SAME = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Phi3ForCausalLM": "phi3"}
@@ -364,7 +364,7 @@ def _processor(config: Mapping[str, Any], native: Any, tokenizer: Any) -> Any:
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
     side = {"height": _side(config), "width": _side(config)}
-    pixels: dict[str, Any] = {"size": side, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    pixels: dict[str, Any] = {"size": side, "image_mean": IMAGENET[0], "image_std": IMAGENET[1]}
     tiled = config.get("dynamic_image_size", False)
     images = GotOcr2ImageProcessor(
         **pixels,

@@ -1,10 +1,10 @@
-"""Assembled students as LLaVA of Transformers: CLIP or SigLIP, an mlp, a Llama, Qwen2 or Mistral decoder."""
+"""Export assembled students as Transformers' LLaVA: CLIP or SigLIP, an MLP, a Llama, Qwen2 or Mistral decoder."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 
-from .common import first_line
-from .composed import ComposedVLM, cast_parameters
-from .pretrained import PretrainedProcessor, PretrainedVLM
+from .common import cast_parameters, first_line
+from .composed import ComposedVLM
+from .families import FAMILIES, family
+from .image_transform import INTERPOLATION
+from .pretrained import PretrainedVLM
+from .pretrained_processor import PretrainedProcessor
 from .projectors import MLPProjector
-from .vision_encoders import INTERPOLATION, VisionEncoder
+from .vision_encoders import VisionEncoder
 
-DECODERS = ("llama", "mistral", "qwen2")
 IMAGE = "<image>"
-#: Share of the largest hidden state by which LLaVA's may differ from ours: the same sums in another order.
+#: Largest difference between LLaVA's hidden states and ours, relative to the largest: rounding in another order.
 TOLERANCE = {torch.float32: 1e-4}
 
-# Content that is a list of parts becomes the text that the tokenizer's own template has seen in training.
+# Turns content that is a list of parts into the text that the tokenizer's own template saw in training.
 _FLATTEN = """\
 {%- set flat = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
@@ -44,68 +46,96 @@ _FLATTEN = """\
 
 @torch.no_grad()
 def as_llava(model: ComposedVLM) -> PretrainedVLM:
-    """The same model as ``LlavaForConditionalGeneration`` with a ``LlavaProcessor``, compared with the original.
+    """Return the same model as ``LlavaForConditionalGeneration`` with a ``LlavaProcessor``, compared with the original.
 
-    Weights are copied, in the model's dtype. The vocabulary gets an image token, ``<image>``, whose row in both
-    matrices is the mean of all others: its logit is never the largest.
+    Weights are copied in the model's dtype. The vocabulary gets an image token, ``<image>``, whose row in both matrices
+    is the mean of all others, so that its logit is never the largest.
 
     Args:
         model: on the CPU; left in evaluation mode.
 
     Raises:
-        UserError: a part that LLaVA has no equal for, by name, or one that turns out to compute something else.
+        UserError: a part without an equal in LLaVA, by name, or a model that turns out to compute something else.
     """
-    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+    from transformers import LlavaForConditionalGeneration
 
-    encoder, projector, decoder = model.vision_encoder, model.projector, model.decoder
-    text = decoder.config
-    if encoder is None:
-        raise _refusal("it has no vision encoder", "export it without --format")
-    if not isinstance(projector, MLPProjector) or len(projector.layers) != 3:
-        kind = model.projector_settings.get("type", "mlp")
-        raise _refusal(f"projector {kind} is none of its two linear layers", "use mlp with depth 2")
-    head = decoder.get_output_embeddings()
-    if text.model_type not in DECODERS or head.bias is not None or model.head.scale != 1:
-        raise _refusal(f"decoder {text.model_type} is none that it is checked with", f"use {', '.join(DECODERS)}")
+    encoder = _check_parts(model)
     vision, tower, classed = _tower(encoder)
     tokenizer = copy.deepcopy(model.processor.tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    rows = decoder.get_input_embeddings().num_embeddings
-    tied = head.weight is decoder.get_input_embeddings().weight
-    changes = {"vocab_size": max(rows, image_id + 1), "tie_word_embeddings": tied}
-    # vLLM asks the text's configuration for its class.
-    text = type(text).from_dict(text.to_dict() | changes | {"architectures": [type(decoder).__name__]})
-    selected: Literal["default", "full"] = "default" if classed and encoder.settings["select"] == "patch" else "full"
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=image_id,
-        image_seq_length=encoder.tokens,
-        vision_feature_layer=-1,  # layers behind it are gone
-        vision_feature_select_strategy=selected,
-        tie_word_embeddings=tied,
-    )
-    llava: Any = LlavaForConditionalGeneration(config)
-    state = {f"model.vision_tower.{name}": weight for name, weight in tower.items()}
-    for ours, theirs in (("layers.0", "linear_1"), ("layers.2", "linear_2")):
-        for name in ("weight", "bias"):
-            state[f"model.multi_modal_projector.{theirs}.{name}"] = projector.state_dict()[f"{ours}.{name}"]
-    body = decoder.base_model.state_dict()
-    state |= {f"model.language_model.{name}": weight for name, weight in body.items()}
-    state["lm_head.weight"] = head.weight
-    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
-        state[name] = _with_image_row(state[name], image_id)
-    wrong = llava.load_state_dict(state, strict=False)
-    # What LLaVA's towers have behind the layer that is read is never used.
-    lacking = [name for name in wrong.missing_keys if "post_layernorm" not in name]
-    if lacking or wrong.unexpected_keys:
-        raise _refusal(f"{(lacking + wrong.unexpected_keys)[0]} has no equal", "export it without --format")
+
+    llava: Any = LlavaForConditionalGeneration(_config(model, encoder, vision, classed, image_id))
+    _fill(llava, model, tower, image_id)
     cast_parameters(llava, model.dtype)
     llava.generation_config.eos_token_id = sorted(model.end_tokens)
     llava.generation_config.bos_token_id = tokenizer.bos_token_id
     llava.generation_config.pad_token_id = model.pad_token
+
+    processor = _processor(encoder, tokenizer, llava.config, classed)
+    made = PretrainedVLM(llava, PretrainedProcessor(processor, image_id)).eval()
+    _compare(model.eval(), made)
+    return made
+
+
+def _check_parts(model: ComposedVLM) -> VisionEncoder:
+    """Return the vision encoder of a model whose projector and decoder LLaVA has too."""
+    projector, decoder = model.projector, model.decoder
+    if model.vision_encoder is None:
+        raise _refusal("it has no vision encoder", "export it without --format")
+    if not isinstance(projector, MLPProjector) or len(projector.layers) != 3:
+        kind = model.projector_settings.get("type", "mlp")
+        raise _refusal(f"projector {kind} is not LLaVA's, which has two linear layers", "use mlp with depth 2")
+    text = decoder.config
+    if not family(text.model_type).llava or decoder.get_output_embeddings().bias is not None or model.head.scale != 1:
+        known = ", ".join(name for name, facts in FAMILIES.items() if facts.llava)
+        raise _refusal(f"decoder {text.model_type} has not been checked inside a LLaVA", f"use {known}")
+    return model.vision_encoder
+
+
+def _config(model: ComposedVLM, encoder: VisionEncoder, vision: Any, classed: bool, image_id: int) -> Any:
+    from transformers import LlavaConfig
+
+    decoder = model.decoder
+    rows = decoder.get_input_embeddings().num_embeddings
+    tied = decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
+    changes = {"vocab_size": max(rows, image_id + 1), "tie_word_embeddings": tied}
+    # vLLM asks the text's configuration for its class.
+    changes["architectures"] = [type(decoder).__name__]
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=type(decoder.config).from_dict(decoder.config.to_dict() | changes),
+        image_token_index=image_id,
+        image_seq_length=encoder.tokens,
+        vision_feature_layer=-1,  # the layers behind it were removed
+        vision_feature_select_strategy="default" if classed and encoder.settings["select"] == "patch" else "full",
+        tie_word_embeddings=tied,
+    )
+
+
+def _fill(llava: Any, model: ComposedVLM, tower: Mapping[str, Tensor], image_id: int) -> None:
+    """Copy the weights under LLaVA's names. Raise ``UserError`` if one is left over or missing."""
+    assert model.projector is not None
+    state = {f"model.vision_tower.{name}": weight for name, weight in tower.items()}
+    projector = model.projector.state_dict()
+    for ours, theirs in (("layers.0", "linear_1"), ("layers.2", "linear_2")):
+        for name in ("weight", "bias"):
+            state[f"model.multi_modal_projector.{theirs}.{name}"] = projector[f"{ours}.{name}"]
+    body = model.decoder.base_model.state_dict()
+    state |= {f"model.language_model.{name}": weight for name, weight in body.items()}
+    state["lm_head.weight"] = model.decoder.get_output_embeddings().weight
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        state[name] = _with_image_row(state[name], image_id)
+    wrong = llava.load_state_dict(state, strict=False)
+    # LLaVA's towers have a norm behind the layer that is read, which is never used.
+    lacking = [name for name in wrong.missing_keys if "post_layernorm" not in name]
+    if lacking or wrong.unexpected_keys:
+        raise _refusal(f"{(lacking + wrong.unexpected_keys)[0]} has no equal", "export it without --format")
+
+
+def _processor(encoder: VisionEncoder, tokenizer: Any, config: Any, classed: bool) -> Any:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
     transform = encoder.transform
     (height, width), cropped = transform.size, transform.resize == "crop"
@@ -119,20 +149,16 @@ def as_llava(model: ComposedVLM) -> PretrainedVLM:
         image_std=list(transform.std),
         **padded,
     )
-    template = _FLATTEN + tokenizer.chat_template
-    processor = LlavaProcessor(
+    tokenizer.chat_template = _FLATTEN + tokenizer.chat_template
+    return LlavaProcessor(
         images,
         tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=selected,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(classed),
-        chat_template=template,
+        chat_template=tokenizer.chat_template,
         image_token=IMAGE,
     )
-    tokenizer.chat_template = template
-    made = PretrainedVLM(llava, PretrainedProcessor(processor, image_id)).eval()
-    _compare(model.eval(), made)
-    return made
 
 
 def _refusal(what: str, remedy: str) -> UserError:
@@ -140,7 +166,7 @@ def _refusal(what: str, remedy: str) -> UserError:
 
 
 def _with_image_row(weight: Tensor, image: int) -> Tensor:
-    """The matrix with the mean of all other rows as the image token's; rows without a token may lie between."""
+    """Return the matrix with an image token's row, the mean of the rows before it; some may have no token."""
     mean = weight[: min(image, len(weight))].float().mean(0, keepdim=True).to(weight.dtype)
     missing = max(0, image + 1 - len(weight))
     whole = torch.cat([weight, mean.expand(missing, -1)])
@@ -149,12 +175,12 @@ def _with_image_row(weight: Tensor, image: int) -> Tensor:
 
 
 def _tower(encoder: VisionEncoder) -> tuple[Any, dict[str, Tensor], bool]:
-    """A vision configuration of CLIP or SigLIP, the weights under its names, and whether it has a class token."""
+    """Return a CLIP or SigLIP configuration, the weights under its names, and whether there is a class token."""
     source = encoder.settings["source"]
     module: Any = encoder.tower
     height, width = encoder.transform.size
     if height != width:
-        raise _refusal(f"images of {height}×{width} are no square", "use a square image_size")
+        raise _refusal(f"images of {height}×{width} are not square", "use a square image_size")
     if source == "transformers":
         own = encoder.settings["config"]
         classed = own["model_type"] == "clip_vision_model"
@@ -203,7 +229,7 @@ def _activation(module: nn.Module) -> str:
     return "gelu_pytorch_tanh" if tanh else "gelu"
 
 
-#: Parts of the names of timm and open_clip, and of Transformers.
+#: Parts of weight names in timm and open_clip, and what Transformers calls them.
 _NAMES = {
     "cls_token": "embeddings.class_embedding",
     "class_embedding": "embeddings.class_embedding",
@@ -246,7 +272,7 @@ def _renamed(state: Mapping[str, Tensor], classed: bool) -> dict[str, Tensor]:
 
 
 def _compare(ours: ComposedVLM, theirs: PretrainedVLM) -> None:
-    """Refuses what renders, tokenizes or computes otherwise than the original."""
+    """Raise ``UserError`` if the LLaVA renders, tokenizes or computes differently from the original."""
     picture = Image.radial_gradient("L").convert("RGB")
     question = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": "\nthis? 1 word."}]
     messages = (
@@ -261,7 +287,9 @@ def _compare(ours: ComposedVLM, theirs: PretrainedVLM) -> None:
     masks = [model.processor.image_tokens(row) for model, row in zip((ours, theirs), rows, strict=True)]
     ids = [row.input_ids[~mask].tolist() for row, mask in zip(rows, masks, strict=True)]
     if ids[0] != ids[1] or not torch.equal(*masks):
-        raise _refusal("text around an image becomes other tokens there", "write the start token in its chat template")
+        raise _refusal(
+            "the text around an image becomes different tokens", "write the start token in its chat template"
+        )
     inputs = [model.processor.collate([row]) for model, row in zip((ours, theirs), rows, strict=True)]
     inputs[1]["pixel_values"] = inputs[0]["pixel_values"]  # resized by another library, the picture differs a little
     places = torch.arange(len(rows[0].input_ids))

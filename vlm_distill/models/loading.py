@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from data.errors import UserError
 
 from .common import built_whole
 from .folder import ADAPTER_CONFIG, check_folder, check_weight_files
-from .weightless import weightless
+from .weightless import needs_weights, weightless
 
 # Where a library leaves trust_remote_code out, Transformers would ask on the terminal, and take a `y` from a pipe.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
@@ -189,6 +189,13 @@ def check_size(name: str, model: nn.Module, dtype: Any = None, limit: int | None
             f"and this machine has {limit / 1e9:,.1f} GB of memory; choose a smaller model, fewer bytes a parameter, "
             "or placement: shard over more machines"
         )
+
+
+@needs_weights
+def check_new_size(where: str, create: Callable[[], nn.Module]) -> None:
+    """Refuse a model with new weights, built by ``create``, that this machine's main memory cannot hold."""
+    with torch.device("meta"):
+        check_size(where, create())
 
 
 def machine_memory() -> int:

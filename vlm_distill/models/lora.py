@@ -18,12 +18,16 @@ from data.batch import Encoded, ModelInputs
 from data.errors import UserError
 
 from .adapters import ADAPTER, adapted_layers
+from .answers import Answer, Sampling
 from .common import first_line
 from .composed import ComposedVLM
 from .folder import ADAPTER_CONFIG, read_object
-from .interface import Answer, LMHead, Outputs, Prompt, Sampling, VisionLanguageModel
+from .interface import Outputs, VisionLanguageModel
+from .lm_head import LMHead
 from .loading import Report
 from .pretrained import PretrainedVLM
+from .processor import Prompt
+from .weightless import needs_weights
 
 #: peft's own name for an adapter's weights.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -125,6 +129,7 @@ def save_adapter(
     model.processor.save_pretrained(folder)
 
 
+@needs_weights
 def merge_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
     """Adds a saved adapter to the weights of its base.
 
@@ -255,19 +260,16 @@ class WithoutAdapters(VisionLanguageModel):
         return self.model.vision_positions(inputs)
 
     @property
-    def sight(self) -> dict[str, nn.Module]:
-        return self.model.sight
+    def image_parts(self) -> dict[str, nn.Module]:
+        return self.model.image_parts
 
     @property
-    def sight_settings(self) -> dict[str, Any]:
-        return self.model.sight_settings
+    def vision_settings(self) -> dict[str, Any]:
+        return self.model.vision_settings
 
     def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
         with self._off():
             return self.model.encode_images(rows)
-
-    def keeps_samples_apart(self) -> bool:
-        return self.model.keeps_samples_apart()
 
     def answer(
         self, rows: Sequence[Encoded], *, max_new_tokens: int = 64, sampling: Sampling | None = None

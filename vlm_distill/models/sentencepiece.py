@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
-from tokenizers.models import BPE
+from tokenizers import AddedToken, processors
 
 from data.errors import UserError
 
 MODEL_NAME = "tokenizer.model"
 #: What a piece is, in sentencepiece's own numbers.
-_NORMAL, _USER_DEFINED, _BPE_MODEL = 1, 4, 2
+_USER_DEFINED, _BPE_MODEL = 4, 2
 
 
 def load_sentencepiece(folder: Path, **options: Any) -> Any:
@@ -30,8 +29,7 @@ def load_sentencepiece(folder: Path, **options: Any) -> Any:
         UserError: a file is missing, the model is not BPE, or an added token cannot have its id.
     """
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import import_protobuf
-    from transformers.tokenization_utils_base import generate_merges
+    from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
 
     for name in (MODEL_NAME, "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -47,19 +45,8 @@ def load_sentencepiece(folder: Path, **options: Any) -> Any:
 
     added = _added_tokens(folder, config)
     pieces = [added[i].content if i in added else piece.piece for i, piece in enumerate(model.pieces)]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    # Control symbols, bytes and replaced pieces are never made by merging letters.
-    whole = {pieces[i] for i, piece in enumerate(model.pieces) if piece.type != _NORMAL or i in added}
-    bpe = BPE(
-        vocabulary,
-        generate_merges(vocabulary, {pieces[i]: piece.score for i, piece in enumerate(model.pieces)}, whole),
-        unk_token=pieces[model.trainer_spec.unk_id],
-        fuse_unk=True,
-        byte_fallback=model.trainer_spec.byte_fallback,
-    )
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = _normalizer(model.normalizer_spec)
-    tokenizer.decoder = _decoder(model.normalizer_spec.add_dummy_prefix)
+    tokenizer = SpmConverter.build_tokenizer_from_spm_proto(model, {piece: i for i, piece in enumerate(pieces)})
+    # User-defined pieces are whole words, whatever stands around them.
     symbols = [piece.piece for i, piece in enumerate(model.pieces) if piece.type == _USER_DEFINED and i not in added]
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
     for i, token in sorted(added.items()):
@@ -102,17 +89,3 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
     path = folder / "added_tokens.json"
     tokens = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {i: AddedToken(token, normalized=False, special=True) for token, i in tokens.items()}
-
-
-def _normalizer(spec: Any) -> Any:
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-
-
-def _decoder(dummy_prefix: bool) -> Any:
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps)

@@ -1,7 +1,7 @@
-"""Ulysses: the decoder's tokens divided among ranks, its heads while they attend (Jacobs et al. 2023).
+"""Ulysses: split the decoder's tokens over ranks, and its heads during attention (Jacobs et al. 2023).
 
-Every rank of a group has the same samples. Between attentions it holds a share of each row's tokens; for attention an
-all-to-all gives it all tokens of a share of the heads, and another one takes that back.
+All ranks of a group have the same samples. Outside attention each holds a share of every row's tokens; for attention an
+all-to-all gives it all tokens of a share of the heads, and a second one reverses that.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ NAME = "ulysses"
 
 
 class SequenceParallel:
-    """A group of ranks that share their samples' tokens, while it is entered; outside of that each has its own.
+    """A group of ranks that divide each sequence among them inside :meth:`shared`.
 
     Args:
-        group: the process group; ``None``: the others are not there, and a rank's part is only planned.
-        rank: this one's number in it.
-        size: how many they are.
+        group: the process group; ``None``: there are no other ranks, and one rank's share is only planned.
+        rank: this rank's number in the group.
+        size: number of ranks in the group.
     """
 
     def __init__(self, group: Any, rank: int, size: int) -> None:
@@ -40,7 +40,7 @@ class SequenceParallel:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Inside, decoders that were :meth:`divided <divide>` work together; backwards belong inside as well."""
+        """Context manager: inside it, the group shards each sequence. Backwards belong inside, too."""
         global _active
         _active = self
         try:
@@ -49,25 +49,24 @@ class SequenceParallel:
             _active = None
 
     def share(self, rows: int) -> slice:
-        """This rank's part of so many rows, which all ranks have."""
+        """Return this rank's slice of ``rows`` rows that all ranks have."""
         return slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
 
     @torch.no_grad()
     def divide(self, model: VisionLanguageModel, role: str, longest: int) -> None:
-        """Prepares a model's decoder. All ranks of the group call it.
+        """Prepare a model's decoder for sharding. All ranks of the group call this.
 
         Args:
-            model: of which the decoder is to be divided.
-            role: its name in messages.
-            longest: the most tokens that a row may have.
+            model: its decoder is prepared.
+            role: ``student`` or ``teacher``, for messages.
+            longest: the most tokens that a row can have.
 
         Raises:
-            UserError: its hidden states are not the same when it is divided; without weights, which tell nothing, they
-                are taken to be.
+            UserError: sharding changes the decoder's hidden states (not checked without weights).
         """
         inputs = model.processor.collate([model.processor.dummy()])
         body: Any = model.body
-        parameter = next(body.parameters())  # a student's base, its adapters off, has none of its own
+        parameter = next(body.parameters())  # WithoutAdapters has no parameters of its own
         inputs = inputs.to(parameter.device, model.dtype)
         places = torch.arange(inputs["input_ids"].numel(), device=parameter.device)
         training = model.training
@@ -99,22 +98,22 @@ class SequenceParallel:
 
 
 def prepare(model: VisionLanguageModel) -> None:
-    """Makes a model's decoder one that is divided while ranks share sequences."""
+    """Hook a model's decoder, so that it is sharded while ranks share sequences."""
     body: Any = model.body
-    if body.config._attn_implementation != NAME:  # as a teacher does that is its student's base
+    if body.config._attn_implementation != NAME:  # already done if the teacher is the student's base
         body.register_forward_pre_hook(_own_tokens, with_kwargs=True)
         body.config._attn_implementation = NAME
 
 
 def _changes_with_length(config: Any, longest: int) -> str | None:
-    """What a decoder does to rows of so many tokens and not to the short one that it is tried with, in words."""
+    """Describe what a decoder does to rows of ``longest`` tokens but not to the short row of the trial."""
     window = getattr(config, "sliding_window", None)
     if window is not None and window < longest and not getattr(config, "layer_types", None):
         return f"it has a sliding window of {window} tokens, and data.max_length is {longest}"
     rope = getattr(config, "rope_parameters", None) or {}
     for settings in rope.values() if "rope_type" not in rope else [rope]:
         kind = settings.get("rope_type", "") if isinstance(settings, dict) else ""
-        # Its frequencies go by the largest position in a row, which ranks with other parts of it do not know.
+        # Its frequencies depend on the largest position in a row, which a rank with another share does not know.
         if kind != "longrope" and "dynamic" not in kind:
             continue
         limit = settings.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -127,10 +126,10 @@ _active: SequenceParallel | None = None
 
 
 def at_positions(hidden: Tensor, positions: Tensor, length: int) -> Tensor:
-    """Hidden states ``[N, H]`` at positions of the flattened ``[B·length]``, on every rank.
+    """Return hidden states ``[N, H]`` at positions of the flattened ``[B·length]``, on every rank.
 
     Args:
-        hidden: ``[B, length, H]``; where ranks share tokens, this one's ``[B, ceil(length / size), H]``.
+        hidden: ``[B, length, H]``; if ranks share tokens, this rank's ``[B, ceil(length / size), H]``.
         positions: int64 ``[N]``.
         length: L.
     """
@@ -145,7 +144,7 @@ def at_positions(hidden: Tensor, positions: Tensor, length: int) -> Tensor:
 
 
 def _own_tokens(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """A decoder's arguments, of this rank's tokens; those that pad rows to a multiple of the ranks repeat the last."""
+    """Cut a decoder's arguments to this rank's tokens; the last token pads rows to a multiple of the ranks."""
     if _active is None:
         return args, given
     unknown = {name for name, value in given.items() if isinstance(value, Tensor)}
@@ -159,7 +158,7 @@ def _own_tokens(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, An
     if positions is None:
         positions = torch.arange(length, device=embeddings.device).unsqueeze(0)
     own = torch.arange(_active.rank * share, (_active.rank + 1) * share, device=embeddings.device).clamp_max(length - 1)
-    # No mask: rows are padded on the right, where nothing that counts looks.
+    # No mask: rows are padded on the right, and attention is causal.
     return args, {
         **given,
         "inputs_embeds": embeddings[:, own],
@@ -170,7 +169,7 @@ def _own_tokens(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, An
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
-    """Attention of Transformers' interface: ``[B, heads, tokens, width]`` to ``[B, tokens, heads, width]``."""
+    """Attention in Transformers' interface: ``[B, heads, tokens, width]`` to ``[B, tokens, heads, width]``."""
     core = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if _active is None:
         return core(module, query, key, value, mask, **more)
@@ -179,7 +178,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
         raise ValueError(f"its {heads} heads are no multiple of {_active.size} ranks")
     reader: Any = module
     if shared % _active.size:
-        # Fewer keys than ranks: each query gets its own, and the core no module that would have it repeat them.
+        # Fewer key heads than ranks: repeat them for each query, and pass a module that does not repeat them again.
         key, value = (x.repeat_interleave(heads // shared, dim=1) for x in (key, value))
         reader = SimpleNamespace(is_causal=True)
     query, key, value = (_Exchange.apply(x, 1, 2, _active) for x in (query, key, value))
@@ -196,7 +195,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
 class _Exchange(torch.autograd.Function):
-    """An all-to-all: a dimension is divided among ranks, and another one, so far divided, made whole."""
+    """An all-to-all: split one dimension over ranks and make another one, so far split, whole."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, divided: int, whole: int, ranks: SequenceParallel) -> Tensor:
@@ -218,7 +217,7 @@ def _exchange(tensor: Tensor, divided: int, whole: int, ranks: SequenceParallel)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks, on all of them; and of its gradients, since each of them learns from a part of it."""
+    """All-reduce in forward and in backward: each rank computes the losses of a part, so gradients add up, too."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: SequenceParallel) -> Tensor:

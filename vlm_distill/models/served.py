@@ -20,12 +20,14 @@ from data.errors import BadSample, UserError
 from vlm_distill.endpoint import Endpoint, Refused
 from vlm_distill.losses import TopKTargets
 
+from .answers import Answer
 from .chat import plain_messages
-from .interface import Answer, Processor, Prompt, VisionLanguageModel
-from .pretrained import PretrainedProcessor, template_ends
+from .interface import VisionLanguageModel
+from .pretrained_processor import PretrainedProcessor
+from .processor import Processor, Prompt, template_ends
 from .teacher import Teacher, TeacherOutputs
 from .vocabulary import cut_head
-from .weightless import weightless
+from .weightless import needs_weights
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # A server computes in float32 at best: what is left beside its likeliest tokens is not known more exactly than this.
@@ -78,13 +80,15 @@ class ServedModel:
         eos = processor.tokenizer.eos_token_id
         self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
         self.context: int | None = None
-        if weightless():
-            return  # nobody need be there yet
-        contexts = endpoint.ask("models", None, _read_contexts, _ADVICE)
-        if name not in contexts:
+        self._compare_with_server()
+
+    @needs_weights
+    def _compare_with_server(self) -> None:
+        contexts = self.endpoint.ask("models", None, _read_contexts, _ADVICE)
+        if self.name not in contexts:
             served = ", ".join(contexts) or "nothing"
-            raise UserError(f"teacher.server.model: {endpoint.url} serves {served[:300]}, not {name}")
-        self.context = contexts[name]
+            raise UserError(f"teacher.server.model: {self.endpoint.url} serves {served[:300]}, not {self.name}")
+        self.context = contexts[self.name]
         self.tells = self._compare_tokenizers()
 
     def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
@@ -171,8 +175,6 @@ class ServedTeacher(Teacher):
         self._pool = ThreadPoolExecutor(workers)
         #: What is asked ahead: origins of a micro-batch, and its rows' replies.
         self._ahead: deque[tuple[Any, list[Future[list[Likeliest]]]]] = deque()
-        if weightless():
-            return  # nobody need be there yet
         self._try()
 
     @property
@@ -295,6 +297,7 @@ class ServedTeacher(Teacher):
             )
         return found
 
+    @needs_weights
     def _try(self) -> None:
         """Finds out before training whether the server tells so much."""
         token = next(iter(self.end_tokens), 0)

@@ -1,4 +1,4 @@
-"""What student and teacher both see images with, frozen: it runs once a micro-batch, and lies there once."""
+"""A frozen vision encoder that student and teacher share: it runs once a micro-batch and is in memory once."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from .lora import WithoutAdapters
 from .weightless import weightless
 
 
-def sees_as(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
-    """Whether the student's sight is frozen and is the teacher's: the same modules, or equal settings and weights.
+def has_same_vision(student: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
+    """Return whether the student's image parts are frozen and the same as the teacher's, by settings and weights.
 
-    Of models that are whole on this rank. Weights are compared in the teacher's precision; where there are none, they
-    are taken to be equal.
+    Both models must be whole on this rank. Weights are compared in the teacher's precision; without weights they are
+    taken to be equal.
     """
     student, teacher = _whole(student), _whole(teacher)
     try:
-        mine, other = (nn.ModuleDict(model.sight) for model in (student, teacher))
+        mine, other = (nn.ModuleDict(model.image_parts) for model in (student, teacher))
     except UserError:
         return False
     if type(student) is not type(teacher) or any(p.requires_grad for p in mine.parameters()):
         return False
     weights, others = mine.state_dict(), other.state_dict()
-    if student.sight_settings != teacher.sight_settings or weights.keys() != others.keys():
+    if student.vision_settings != teacher.vision_settings or weights.keys() != others.keys():
         return False
     return weightless() or all(
         torch.equal(weights[name].to(theirs.device, theirs.dtype), theirs) for name, theirs in others.items()
     )
 
 
-def share(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
-    """Lets the student's sight lie where the teacher's does, after :func:`sees_as` found them to be the same.
+def share_vision_weights(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
+    """Let the student's image parts use the teacher's memory, after :func:`has_same_vision` found them to be the same.
 
-    To be called when the student is where it will be. Parameters in different precisions stay two.
+    Call this when the student is on its device. Parameters in different precisions stay separate.
     """
-    mine, other = (nn.ModuleDict(_whole(model).sight) for model in (student, teacher))
+    mine, other = (nn.ModuleDict(_whole(model).image_parts) for model in (student, teacher))
     for parameter, theirs in zip(mine.parameters(), other.parameters(), strict=True):
         if (parameter.dtype, parameter.device) == (theirs.dtype, theirs.device):
             parameter.data = theirs.data
@@ -49,12 +49,12 @@ def _whole(model: VisionLanguageModel) -> VisionLanguageModel:
     return model.model if isinstance(model, WithoutAdapters) else model
 
 
-def handed_on(batch: DistillationBatch, seen: Tensor) -> ModelInputs:
-    """The student's inputs with what the teacher saw, its feature ``sight``, in place of pixels."""
+def with_vision_features(batch: DistillationBatch, seen: Tensor) -> ModelInputs:
+    """Return the student's inputs with the teacher's ``vision_features`` in place of pixels."""
     if batch.images:  # not the dummy row's
         ours, theirs = batch.student, batch.teacher
         assert theirs is not None
-        # An image each, or what goes to the images' tokens, of which there are various numbers.
+        # One entry an image, or one a token if images have different numbers of tokens.
         images = seen.dim() == 3
         mine, other = (ours.images, theirs.images) if images else (ours.image_tokens, theirs.image_tokens)
         seen = seen[other][mine.argsort()]

@@ -1,4 +1,4 @@
-"""What two models must share for their token distributions to be compared: the same tokens under the same ids."""
+"""Compare two models' vocabularies, and cut both lm heads to the tokens that they share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any, Protocol
 
 from data.errors import UserError
 
-from .interface import LMHead, VisionLanguageModel
+from .interface import VisionLanguageModel
+from .lm_head import LMHead
 
 
 class HasTokens(Protocol):
-    """What is needed of a model, or of a teacher with a head, to compare and cut its vocabulary."""
+    """A model, or a teacher with a head, whose vocabulary can be compared and cut."""
 
     @property
     def head(self) -> LMHead: ...
@@ -19,13 +20,12 @@ class HasTokens(Protocol):
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
-    """n: ids 0..n−1 are the same tokens in both tokenizers.
+    """Return n such that ids 0..n−1 are the same tokens in both tokenizers.
 
-    Beyond n either tokenizer may have tokens that were added to it (an image token, say); any other difference means
-    that the two do not speak the same language.
+    Beyond n, either may have added tokens only (an image token, say); any other difference makes them incomparable.
 
     Raises:
-        UserError: a difference among tokens of which at least one is of the vocabulary proper; it shows the first.
+        UserError: the vocabularies proper differ; the message shows the first difference.
     """
     student = student_tokenizer.convert_ids_to_tokens(list(range(len(student_tokenizer))))
     teacher = teacher_tokenizer.convert_ids_to_tokens(list(range(len(teacher_tokenizer))))
@@ -44,7 +44,7 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
 
 
 def same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
-    """Whether two tokenizers are the same but for added tokens."""
+    """Return whether two tokenizers differ in added tokens only."""
     try:
         shared_vocabulary(student_tokenizer, teacher_tokenizer)
     except UserError:
@@ -53,7 +53,7 @@ def same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
 
 
 def separate_heads(*models: HasTokens) -> None:
-    """Cuts each model's head to the ids that its own tokenizer has: what embeddings are padded with is no token."""
+    """Cut each model's head to the ids of its own tokenizer; padding of the embeddings is not a token."""
     for model in models:
         model.head.vocabulary = None
         with model.head.weight() as weight:
@@ -61,10 +61,10 @@ def separate_heads(*models: HasTokens) -> None:
 
 
 def align_heads(student: VisionLanguageModel, teacher: HasTokens) -> int:
-    """Cuts both heads to the ids that both models share, and returns their number.
+    """Cut both heads to the ids that both models share, and return their number.
 
     Raises:
-        UserError: different tokenizers, or an end token of the student outside what they share.
+        UserError: the tokenizers differ, or an end token of the student is not shared.
     """
     teacher.head.vocabulary = None
     with teacher.head.weight() as weight:
@@ -74,12 +74,12 @@ def align_heads(student: VisionLanguageModel, teacher: HasTokens) -> int:
 
 
 def cut_head(student: VisionLanguageModel, teacher_tokenizer: Any, known: int | None = None) -> int:
-    """Cuts the student's head to the ids that it shares with a teacher, and returns their number.
+    """Cut the student's head to the ids that it shares with a teacher, and return their number.
 
     Args:
         student: the student.
         teacher_tokenizer: the teacher's.
-        known: ids of which the teacher has logits; ``None``: those of its tokenizer.
+        known: number of ids that the teacher has logits for; ``None``: those of its tokenizer.
 
     Raises:
         UserError: as :func:`align_heads`.

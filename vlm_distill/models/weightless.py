@@ -1,4 +1,4 @@
-"""Models without weights: shapes and dtypes of everything, numbers of nothing, to plan a run before it is paid."""
+"""Models without weights: shapes and dtypes but no values, to plan a run before paying for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Self
+from functools import wraps
+from typing import Any, ParamSpec, Self
 
 import torch
 from torch import nn
@@ -15,16 +16,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
+P = ParamSpec("P")
+
 _on: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
 def weightless() -> bool:
-    """Whether models are being built without weights."""
+    """Return whether models are being built without weights."""
     return _on.get()
 
 
+def needs_weights(function: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a function that reads or checks weights, or asks a server: without weights it does nothing."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not weightless():
+            function(*args, **kwargs)
+
+    return checked
+
+
 class _Fake(FakeTensorMode):
-    """PyTorch's own, which looks for a GPU's driver at every operation, as long as it finds none."""
+    """PyTorch's own mode, which without this looks for a GPU driver at every operation if there is none."""
 
     def __init__(self) -> None:
         self._no_device = super().avoid_device_init
@@ -35,13 +49,13 @@ class _Fake(FakeTensorMode):
         return self._no_device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # tensors carry their mode, and a copied model's are to be computed with the others
+        return self  # tensors carry their mode; those of a copied model must mix with the others
 
 
 class Weightless(TorchDispatchMode):
-    """While it is open, parameters of new modules are fake, and so is everything computed from them.
+    """Context manager: inside it, parameters of new modules are fake, and so is everything computed from them.
 
-    What depends on no parameter (token ids, masks, grids of images) is computed as ever: Models look at these numbers.
+    What depends on no parameter (token ids, masks, image grids) is computed as usual, since models read these values.
     """
 
     def __init__(self) -> None:
@@ -55,13 +69,13 @@ class Weightless(TorchDispatchMode):
         self._token = _on.set(True)
         self._quiet = warnings.catch_warnings()
         self._quiet.__enter__()
-        # As torch itself does where it copies a fake parameter.
+        # torch itself does this when it copies a fake parameter.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        # It tells what it cannot do before it raises that.
+        # It logs what it cannot do before it raises the same.
         _LOG.disabled = True
         self._uninitialised = no_init_weights()
         self._uninitialised.__enter__()
-        # What ties embeddings and output layer, too, and is left out otherwise.
+        # This also ties embeddings and output layer, which would be skipped otherwise.
         PreTrainedModel.init_weights = lambda model: model.tie_weights(recompute_mapping=False)  # type: ignore[method-assign]
         self._register = nn.Module.register_parameter
         register, fake = self._register, self.fake
@@ -73,7 +87,7 @@ class Weightless(TorchDispatchMode):
             register(module, name, parameter)
 
         nn.Module.register_parameter = register_fake  # type: ignore[method-assign,assignment]
-        # A module's own way of casting itself swaps parameters, which fake ones do not allow.
+        # Modules cast themselves by swapping parameters, which fake ones do not allow.
         self._apply, nn.Module._apply = nn.Module._apply, _apply  # type: ignore[method-assign]
         super().__enter__()
         return self
@@ -91,7 +105,7 @@ class Weightless(TorchDispatchMode):
         return self.compute(func, args, kwargs or {})[0]
 
     def compute(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
-        """An operation's result, and whether it is fake."""
+        """Return an operation's result, and whether it is fake."""
         given = list(tensors_in((args, kwargs)))
         known = [x for x in given if not isinstance(x, FakeTensor)]
         if len(known) == len(given):
@@ -114,7 +128,7 @@ _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an operation's arguments or results."""
+    """Yield the tensors in an operation's arguments or results."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, tuple | list):
@@ -133,13 +147,13 @@ def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], 
 
 
 def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Products of rows with their expert's matrix, or of rows of each expert: PyTorch has fake ones in bf16 alone."""
+    """Return a grouped product's shape: rows times their expert's matrix. PyTorch can fake it in bf16 only."""
     sums = [len(offsets)] if a.ndim == b.ndim == 2 else []
     return a.new_empty(*sums, a.shape[-2], b.shape[-1])
 
 
 def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Masks that are known, as the places where they are true: of a fake mask nobody knows how many there are."""
+    """Turn known masks into indices: how many entries of a fake mask are true would be unknown."""
     found: list[torch.Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):

@@ -57,7 +57,7 @@ class PlannedRun(Run):
         sizes = tuple(image.size for image in images)
         if sizes not in self._shapes:
             with torch.no_grad():
-                (seen,) = self.student.encode_images([self.student.processor.pictured(images)])
+                (seen,) = self.student.encode_images([self.student.processor.image_row(images)])
             self._shapes[sizes] = seen.shape
         return torch.zeros(self._shapes[sizes], dtype=DTYPES[self.config.training.dtype])
 
@@ -65,7 +65,7 @@ class PlannedRun(Run):
         """Return how many bytes the run reads from its cache of features for a sample's images."""
         if self.image_features is None:
             return 0
-        return sum(self.blank_features(group).nbytes for group in self.student.processor.seen_together(images))
+        return sum(self.blank_features(group).nbytes for group in self.student.processor.image_groups(images))
 
 
 class Models:
@@ -189,7 +189,7 @@ class Models:
         whole = sum(p.nbytes for p in self.teacher.parameters())
         if placement == "replicate" and self.same_encoder and stage < 3:
             size = 2 if self.bf16 and stage > 0 else 4
-            sight = nn.ModuleDict(self.teacher.sight).parameters()
+            sight = nn.ModuleDict(self.teacher.image_parts).parameters()
             whole -= sum(p.nbytes for p in sight if p.itemsize == size) if not self.shared else 0
         packed = quantised_weights(self.teacher) if placement in BITS else []
         return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8

@@ -14,7 +14,7 @@ from data.batch import Encoded
 from data.collate import Pair
 from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
-from vlm_distill.models.interface import Processor
+from vlm_distill.models.processor import Processor
 
 from .models import PlannedRun
 

@@ -20,9 +20,10 @@ from data.batch import DistillationBatch, ModelInputs
 from vlm_distill.losses import HiddenTargets, Term, TopKTargets, fused_linear
 from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
-from vlm_distill.models.features import SIGHT
-from vlm_distill.models.interface import LMHead, Outputs, VisionLanguageModel
-from vlm_distill.models.shared_vision import handed_on
+from vlm_distill.models.decoder_features import VISION_FEATURES
+from vlm_distill.models.interface import Outputs, VisionLanguageModel
+from vlm_distill.models.lm_head import LMHead
+from vlm_distill.models.shared_vision import with_vision_features
 from vlm_distill.models.weightless import Weightless, tensors_in
 
 aten = torch.ops.aten
@@ -242,13 +243,13 @@ def simulate(
     given = batch.student.inputs
     if teacher is not None and batch.teacher is not None:
         with meter.counting(), torch.no_grad():
-            wanted = [SIGHT] if shared_vision else []
+            wanted = [VISION_FEATURES] if shared_vision else []
             taught = _forward(teacher, batch.teacher.inputs, batch.teacher.positions, wanted, autocast=False)
         teacher_peak, teacher_flops = meter.peak, meter.flops
         kept = taught.hidden.nbytes + sum(t.nbytes for t in taught.features.values())
     with meter.counting(), _gradients(meter, student):
         if shared_vision:
-            given = handed_on(batch, taught.features[SIGHT])
+            given = with_vision_features(batch, taught.features[VISION_FEATURES])
         states = _forward(student, given, batch.student.positions, autocast=autocast).hidden
         with student.head.weight() as weight:
             loss = _Losses.apply(states, weight, head.transient)

@@ -9,7 +9,9 @@ from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.config.sections import RunConfig, SourceSection
 from vlm_distill.losses import FeatureTerm, Term
-from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.packing_trial import keeps_samples_apart
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.models.vocabulary import same_tokens
@@ -66,7 +68,7 @@ def check_packing(
     if grouped:
         raise UserError(f"{text}: plain text needs a student with the teacher's tokenizer (student.tokenizer: teacher)")
     for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None and (model.processor.has_vision or not model.keeps_samples_apart()):
+        if model is not None and (model.processor.has_vision or not keeps_samples_apart(model)):
             raise UserError(
                 f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models whose "
                 "layers are attention alone and that make their masks by position, such as Llama, Qwen2 or GPT-NeoX"
@@ -119,10 +121,10 @@ def template_remarks(student: Processor, teacher: Processor | None, max_length: 
     """
     remarks = []
     frame = student.frame
-    if frame.block:
-        use = "learnt" if student.learn_block else "part of the prompt"
+    if frame.answer_prefix:
+        use = "learnt" if student.learn_answer_prefix else "part of the prompt"
         remarks.append(
-            f"the student's template writes {frame.block!r} before a plain answer: {use} (data.template_text)"
+            f"the student's template writes {frame.answer_prefix!r} before a plain answer: {use} (data.template_text)"
         )
     if not frame.closed:
         remarks.append(

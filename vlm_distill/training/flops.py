@@ -10,7 +10,8 @@ from torch import nn
 
 from data.batch import DistillationBatch, ModelBatch
 from vlm_distill.models.initialise import size_of
-from vlm_distill.models.interface import LMHead, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.projectors import Projector
 from vlm_distill.runtime.devices import known_device
 
@@ -45,7 +46,7 @@ class StepFlops:
     ) -> None:
         self._student = ModelFlops(student, trains=True)
         if shared_vision:
-            self._student.per_position |= dict.fromkeys(student.sight, 0.0)
+            self._student.per_position |= dict.fromkeys(student.image_parts, 0.0)
         self._teacher = None if teacher is None else ModelFlops(teacher, trains=False)
         self._head = 0 if head is None else 2 * _size(head.parameters[:1])
         self._peak = _peak(device, bf16)

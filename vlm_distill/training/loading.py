@@ -14,14 +14,17 @@ from vlm_distill.caching.store import ABOUT, check_not_filling
 from vlm_distill.config.model_sections import TEACHERS, CacheSection, ModelSection, ServerSection, TeacherSection
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.endpoint import Endpoint
+from vlm_distill.models.cached_teacher import CachedTeacher
 from vlm_distill.models.common import DTYPES
-from vlm_distill.models.composed import ComposedVLM, load_tokenizer, read_template
+from vlm_distill.models.composed import ComposedVLM
 from vlm_distill.models.initialise import keep_layers
-from vlm_distill.models.interface import Processor, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import add_lora, save_adapter
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
-from vlm_distill.models.teacher import CachedTeacher, ModelTeacher, Teacher
+from vlm_distill.models.teacher import ModelTeacher, Teacher
+from vlm_distill.models.tokenizer import load_tokenizer, read_template
 from vlm_distill.runtime.processes import Processes
 
 from .engine import load_sharded
@@ -67,7 +70,7 @@ def load_teacher(config: RunConfig, processes: Processes | None) -> Teacher | No
     if section.server is None:
         return _load_here(config, processes)
     teacher = _served_teacher(section, section.server, config.data.max_length)
-    teacher.processor.learn_block = config.data.template_text == "learn"
+    teacher.processor.learn_answer_prefix = config.data.template_text == "learn"
     return teacher
 
 
@@ -83,8 +86,8 @@ def _load_here(config: RunConfig, processes: Processes | None) -> Teacher:
     else:
         offload = section.placement == "offload"
         teacher = ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
-    set_template_arguments(teacher.processor, section, "teacher")
-    teacher.processor.learn_block = config.data.template_text == "learn"
+    set_processor(teacher.processor, section, "teacher")
+    teacher.processor.learn_answer_prefix = config.data.template_text == "learn"
     return teacher
 
 
@@ -120,7 +123,7 @@ def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
         tokenizer=tokenizer,
         chat_template=section.chat_template,
     )
-    set_template_arguments(processor, section, "teacher")
+    set_processor(processor, section, "teacher")
     endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE, timeout=server.timeout)
     return ServedModel(processor, endpoint, server.model or section.path, section.template_arguments)
 
@@ -139,8 +142,8 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
         student = _cut_from(teacher.model, section.from_teacher)
     else:
         student = _load_own(config, teacher)
-    set_template_arguments(student.processor, section, "student")
-    student.processor.learn_block = config.data.template_text == "learn"
+    set_processor(student.processor, section, "student")
+    student.processor.learn_answer_prefix = config.data.template_text == "learn"
     missing = [part for part in section.trained_whole if part not in student.parts]
     if missing and section.train is not None:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
@@ -190,9 +193,14 @@ def _take_tokenizer(student: VisionLanguageModel, teacher: Teacher, chat_templat
         student.processor.tokenizer.chat_template = read_template(chat_template)
 
 
-def set_template_arguments(processor: Processor, section: ModelSection, role: str) -> None:
-    """Give a model's chat template its section's arguments. Raise ``UserError`` if the template reads none of them."""
+def set_processor(processor: Processor, section: ModelSection, role: str) -> None:
+    """Give a model's chat template and image processor what its section sets of them.
+
+    Raises:
+        UserError: an argument that the template does not read, or a size that the image processor does not take.
+    """
     processor.set_template_arguments(section.template_arguments, f"{role}.template_arguments")
+    processor.set_image_sizes(section.image, f"{role}.image")
 
 
 def trained_parameters(model: VisionLanguageModel) -> int:

@@ -23,8 +23,10 @@ from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, Term
+from vlm_distill.models.answers import Answer, Sampling
 from vlm_distill.models.chat import whole_thought
-from vlm_distill.models.interface import Answer, Processor, Sampling, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.processor import Processor
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.processes import Processes
 

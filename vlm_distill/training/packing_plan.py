@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vlm_distill.config.sections import DataSection
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.packing_trial import keeps_samples_apart
 
 #: ``data.length_window`` where a model's rows have to be padded although packing was asked for.
 WINDOW = 16
@@ -31,7 +32,7 @@ def plan_packing(data: DataSection, student: VisionLanguageModel, teacher: Visio
     if not data.packing:
         return Packing((False, False), data.length_window)
     models = {"student": student, "teacher": teacher}
-    packed = {role: model is not None and model.keeps_samples_apart() for role, model in models.items()}
+    packed = {role: model is not None and keeps_samples_apart(model) for role, model in models.items()}
     padded = [role for role, model in models.items() if model is not None and not packed[role]]
     window = data.length_window or (WINDOW if padded else 0)
     remarks = [

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from data.batch import DistillationBatch
 from data.errors import UserError
 from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
-from vlm_distill.models.features import SIGHT
+from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
-from vlm_distill.models.shared_vision import handed_on
+from vlm_distill.models.shared_vision import with_vision_features
 from vlm_distill.models.teacher import TeacherOutputs
 
 
@@ -25,7 +25,7 @@ class DistillationTask(nn.Module):
         terms: the losses under unique names, prepared.
         recompute_logits: compute the logits twice, in tiles, to save memory; see ``fused_linear``.
         sequence: the ranks that share this one's samples; each computes the losses of its share of the positions.
-        shared_vision: take what the vision encoder gives from the teacher (its feature ``sight``), for both models.
+        shared_vision: take the vision encoder's output from the teacher (its feature ``vision_features``), for both.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DistillationTask(nn.Module):
         # The student's forward.
         inputs = batch.student.inputs
         if self.shared_vision and teacher is not None:
-            inputs = handed_on(batch, teacher.features[SIGHT])
+            inputs = with_vision_features(batch, teacher.features[VISION_FEATURES])
         inputs = inputs.to(batch.targets.device, self.student.dtype)
         outputs = self.student(inputs, batch.student.positions, self.features)
         losses: list[Tensor] = []

@@ -8,7 +8,8 @@ from PIL import Image
 
 from data.conversation import Conversation
 from data.images import load_image
-from vlm_distill.models.interface import Prompt, VisionLanguageModel
+from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.processor import Prompt
 
 
 def prompt(parts: Sequence[str | Image.Image]) -> Prompt:

@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 
 from data.errors import UserError
 from vlm_distill.models import load_vlm
-from vlm_distill.models.interface import Prompt
+from vlm_distill.models.processor import Prompt
 
 from .harness_prompts import answers, prompt
 

@@ -1,8 +1,8 @@
-"""Features by name: which hidden states a decoder must return, and queries, keys and values of its last layer.
+"""Decoder activations by name: hidden states, and the last layer's queries, keys and values.
 
-Transformers returns hidden states with its own ``output_hidden_states``, which takes the wanted indices and is closed
-when the forward ends, so that a recomputed layer adds nothing. Queries, keys and values are made again from the last
-layer's input by its own norm and projections: position by position, thus only where they are wanted.
+Hidden states come from Transformers' own ``output_hidden_states``, given the wanted indices; it is off again when the
+forward ends, so that a recomputed layer adds nothing. Queries, keys and values are computed again from the last layer's
+input by its own norm and projections: these act position by position, so only the wanted positions are computed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 
-#: Of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind. No loss reads ``sight``.
+from .families import family
+
+#: Features of the last decoder layer's attention, and of images; ``hidden.K`` is the third kind. No loss reads the
+#: features that can stand in the images' place.
 ATTENTION = ("queries", "keys", "values")
 IMAGES = ("vision", "projector")
-SIGHT = "sight"
-
-#: Decoders whose attention reads the hidden state itself: their norms come after attention and MLP.
-NORM_AFTER = ("olmo2", "olmo3", "exaone4")
+VISION_FEATURES = "vision_features"
 
 
 def decoder_layers(body: Any) -> tuple[nn.ModuleList, str] | None:
-    """A decoder's layers and the name they have in it; ``None`` where they are not found."""
+    """Return a decoder's layers and their name in it; ``None`` if they are not found."""
     for name, module in body.named_children():
         if isinstance(module, nn.ModuleList) and len(module) == body.config.num_hidden_layers:
             return module, name
@@ -32,13 +32,13 @@ def decoder_layers(body: Any) -> tuple[nn.ModuleList, str] | None:
 
 
 def hidden_index(name: str, layers: int) -> int | None:
-    """K of ``hidden.K``, counted from 0 (the embeddings) to ``layers``; ``None`` for another kind of name.
+    """Return K of ``hidden.K``, from 0 (the embeddings) to ``layers``; ``None`` for another kind of name.
 
     Raises:
         UserError: no feature has this name, or the decoder has no such layer.
     """
     kind, _, text = name.partition(".")
-    if name in (*ATTENTION, *IMAGES, SIGHT):
+    if name in (*ATTENTION, *IMAGES, VISION_FEATURES):
         return None
     if kind != "hidden" or not text.removeprefix("-").isdecimal():
         raise UserError(f"no feature is called {name!r}; there are hidden.K, {', '.join(IMAGES + ATTENTION)}")
@@ -49,9 +49,9 @@ def hidden_index(name: str, layers: int) -> int | None:
 
 
 def wanted_states(features: Iterable[str], body: Any) -> list[int]:
-    """The hidden states that the decoder has to return for ``features``, ascending.
+    """Return the indices of the hidden states that the decoder must return for ``features``, ascending.
 
-    The last one is not among them: it is the output that every forward gives.
+    The last one is not among them: every forward returns it.
     """
     layers = body.config.num_hidden_layers
     wanted = {layers - 1 if name in ATTENTION else hidden_index(name, layers) for name in features}
@@ -61,10 +61,10 @@ def wanted_states(features: Iterable[str], body: Any) -> list[int]:
 def decoder_features(
     features: Sequence[str], body: Any, hidden: Tensor, states: Sequence[Tensor | None] | None, positions: Tensor
 ) -> dict[str, Tensor]:
-    """What of ``features`` a decoder gives, at ``positions`` alone.
+    """Return the decoder's features by name, at ``positions`` only.
 
     Args:
-        features: names of any kind; those of images are passed over.
+        features: names of any kind; those of images are skipped.
         body: the decoder without its output layer.
         hidden: ``[N, H]``, the last hidden states.
         states: the decoder's hidden states ``[B, L, H]``, those of :func:`wanted_states` at least.
@@ -89,17 +89,17 @@ def decoder_features(
 
 
 def decoder_width(name: str, body: Any) -> int:
-    """The width of one of a decoder's features; ``UserError`` where there is no such feature."""
+    """Return the width of a decoder's feature. Raise ``UserError`` if it has no such feature."""
     if hidden_index(name, body.config.num_hidden_layers) is None:
         return attention_widths(body)[name]
     return body.config.hidden_size
 
 
 def attention_widths(body: Any) -> dict[str, int]:
-    """Widths of the last layer's queries, keys and values, all heads together.
+    """Return the widths of the last layer's queries, keys and values, all heads together.
 
     Raises:
-        UserError: it is not known how to make them for this decoder.
+        UserError: it is not known how this decoder computes them.
     """
     layer, attention = _last_attention(body)
     heads, width = getattr(body.config, "num_attention_heads", 0), getattr(attention, "head_dim", 0)
@@ -109,22 +109,22 @@ def attention_widths(body: Any) -> dict[str, int]:
         whole = sum(others) + queries == attention.qkv_proj.out_features
     else:
         others = [attention.k_proj.out_features, attention.v_proj.out_features]
-        whole = attention.q_proj.out_features == queries  # some models put a gate into it as well
-    known = hasattr(layer, "input_layernorm") or body.config.model_type in NORM_AFTER
+        whole = attention.q_proj.out_features == queries  # some models put a gate into it too
+    known = hasattr(layer, "input_layernorm") or family(body.config.model_type).norm_after
     if not (queries and whole and known) or any(not n or n % width for n in others):
         raise _unknown(body)
     return dict(zip(ATTENTION, [queries, *others], strict=True))
 
 
 def _queries_keys_values(body: Any, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``[N, heads · head width]`` each of the last layer, whose input is ``state [N, H]``.
+    """Compute the last layer's queries, keys and values ``[N, heads · head width]`` from its input ``state [N, H]``.
 
-    They are the projections' outputs: before rotary positions, and before norms of single heads where there are any.
+    These are the projections' outputs: before rotary positions, and before any norms of single heads.
     """
     layer, attention = _last_attention(body)
     widths = attention_widths(body)
-    # The layer's own modules are called, never their weights read: where parameters are sharded, a module's call makes
-    # them whole, and once more in the backward.
+    # Call the layer's own modules, never read their weights: a call makes sharded parameters whole, and again in the
+    # backward.
     normed = layer.input_layernorm(state) if hasattr(layer, "input_layernorm") else state
     if hasattr(attention, "qkv_proj"):
         queries, keys, values = attention.qkv_proj(normed).split([widths[name] for name in ATTENTION], -1)

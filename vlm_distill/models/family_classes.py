@@ -1,0 +1,135 @@
+"""Classes for the families that differ from PretrainedVLM and PretrainedProcessor in what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from data.batch import Encoded, ModelInputs
+from data.conversation import Conversation, is_answer, message_text
+from data.errors import BadSample, UserError
+
+from .pretrained import PretrainedVLM
+from .pretrained_processor import PretrainedProcessor
+
+
+class PaliGemmaProcessor(PretrainedProcessor):
+    """PaliGemma 1 and 2: images, a question seen in both directions, and its answer, which is seen token by token.
+
+    There is no chat. The answer goes in as the processor's ``suffix``: as text it would see itself in both directions.
+    """
+
+    def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
+        messages = conversation.messages
+        self._check(conversation, images)
+        prompt = messages if generation else messages[:-1]
+        if any(message["role"] == "assistant" for message in prompt):
+            raise BadSample("PaliGemma takes one question and its answer", f"{len(messages)} messages")
+        meant = [key for message in messages for key in ("reasoning_content", "tool_calls") if message.get(key)]
+        if meant or conversation.tools:
+            raise BadSample("PaliGemma takes one question and its answer", f"no {(meant or ['tools'])[0]}")
+        if not images:
+            raise BadSample("PaliGemma needs an image", "there is none")
+        if not generation and not is_answer(messages[-1]):
+            raise BadSample("no supervised token", "the only answer is masked")
+        text = self.placeholder * len(images) + "\n".join(message_text(message) for message in prompt)
+        return self._suffixed(text, None if generation else message_text(messages[-1]), images)
+
+    def answered(self, prompt: Encoded, ids: Sequence[int]) -> Encoded:
+        row = super().answered(prompt, ids)
+        row.tensors["token_type_ids"][:, len(prompt.input_ids) :] = 1
+        return row
+
+    def image_row(self, images: Sequence[Image.Image]) -> Encoded:
+        return self._suffixed(self.placeholder * len(images), None, images)
+
+    def _suffixed(self, text: str, answer: str | None, images: Sequence[Image.Image]) -> Encoded:
+        tensors, _ = self._process(text, images, **({} if answer is None else {"suffix": [answer]}))
+        tensors.pop("labels")
+        input_ids, offsets = tensors.pop("input_ids")[0], tensors.pop("offset_mapping")[0]
+        supervised = tensors["token_type_ids"][0] == 1
+        # The last token is the end token that the processor puts behind an answer.
+        ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)
+        # Of the first answer's text; see `data.conversation.answer_pieces`.
+        places = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
+        return Encoded(input_ids, supervised, ends, len(images), tensors, places)
+
+
+class InternVLImages(PretrainedProcessor):
+    """Of any InternVL, converted or not: several images share the tiles that one alone may have, as in its training."""
+
+    def _process(self, text: str, images: Sequence[Image.Image], **options: Any) -> Any:
+        if len(images) > 1:
+            cut = self.processor.image_processor
+            options["max_patches"] = max(cut.min_patches, cut.max_patches // len(images))
+        return super()._process(text, images, **options)
+
+
+class Phi4MultimodalVLM(PretrainedVLM):
+    """Phi-4-multimodal: a causal LM to Transformers, whose embedding layer holds the vision encoder."""
+
+    def __init__(self, model: Any, processor: PretrainedProcessor) -> None:
+        super().__init__(model, processor)
+        # Marked as causal in Transformers 5.23, which sdpa believes where no tile of a batch has padding: an image's
+        # features would depend on the other images.
+        for module in self.parts["vision_encoder"].modules():
+            if hasattr(module, "is_causal"):
+                setattr(module, "is_causal", False)  # noqa: B010
+
+    def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
+        if "image_pixel_values" not in inputs:
+            return super().vision_positions(inputs)
+        # Tiles that only pad a batch run with the others; ends of lines are put in before the projector.
+        tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        return {"vision_encoder": self._patches(inputs["image_pixel_values"]), "projector": tokens}
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        base = self.model.base_model
+        images = base.embed_tokens_extend.image_embed
+        tower = images.img_processor
+        projector = [module for module in images.children() if module is not tower]
+        separators = nn.ParameterList([images.global_img_feature_extensor, images.sub_img_feature_extensor])
+        decoder = [module for module in base.children() if module is not base.embed_tokens_extend]
+        return {
+            "vision_encoder": tower,
+            "projector": nn.ModuleList([*projector, separators]),
+            "decoder": nn.ModuleList([*decoder, self.model.get_output_embeddings()]),
+        }
+
+
+#: Model types with a processor or a class of their own here.
+PROCESSORS = {"internvl": InternVLImages, "paligemma": PaliGemmaProcessor}
+MODELS = {"phi4_multimodal": Phi4MultimodalVLM}
+
+
+def adapted(model: Any, processor: Any) -> PretrainedVLM:
+    """A Transformers model and its processor behind the suite's interface."""
+    wrapped = adapted_processor(model.config, processor, model)
+    return MODELS.get(model.config.model_type, PretrainedVLM)(model, wrapped)
+
+
+def adapted_processor(config: Any, processor: Any, model: Any = None) -> PretrainedProcessor:
+    """A Transformers model's processor behind the suite's interface; without the model it packs no M-RoPE positions.
+
+    Raises:
+        UserError: the processor does not tell where an image's tokens stand, so that every sample would be refused.
+    """
+    found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    found.append(getattr(config.vision_config, "image_token_id", None))
+    image_token_id = next((token for token in found if token is not None), None)
+    refusal = f"model: {type(processor).__name__} does not tell how it expands images; choose a family that does"
+    if image_token_id is None or not isinstance(getattr(processor, "image_token", None), str):
+        raise UserError(refusal)
+    wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)
+    side = getattr(config.vision_config, "image_size", None)
+    wrapped.largest_image = side if isinstance(side, int) else None
+    try:
+        wrapped.dummy()
+    except BadSample as bad:
+        raise UserError(f"{refusal} ({bad.reason}: {bad.detail})") from bad
+    return wrapped
