@@ -29,7 +29,7 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine
-from vlm_distill.training.intake import FIRST_ROWS
+from vlm_distill.training.intake import FIRST_SAMPLES
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.loss_mistakes import loss_mistakes
 from vlm_distill.training.optimizers import classifier_optimizer
@@ -390,7 +390,7 @@ class Trainer(Loop):
     def evaluation_mistake(self) -> str | None:
         for source in self.held_out:
             problems = []
-            for row in evenly_spaced(len(source), FIRST_ROWS):
+            for row in evenly_spaced(len(source), FIRST_SAMPLES):
                 try:
                     self.load_image(source[row].image)
                     break

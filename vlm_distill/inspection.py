@@ -104,7 +104,7 @@ class Inspection:
 
     def _first(self, count: int) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0
-        return (self._read(source, row) for source, row in self.run.first_rows(count))
+        return (self._read(source, row) for source, row in self.run.first_samples(count))
 
     def _every(self) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0

@@ -260,8 +260,8 @@ class Run:
         """Optimizer steps of an epoch."""
         return self._mixture(self.config.training.batch_size).steps_per_epoch
 
-    def first_rows(self, count: int) -> list[tuple[int, int]]:
-        """Return the first rows that training meets, as numbers of a source and of its row."""
+    def first_samples(self, count: int) -> list[tuple[int, int]]:
+        """Return the first samples that training meets, as numbers of a source and of its sample."""
         return self._mixture(count).samples_of(0)
 
     def _mixture(

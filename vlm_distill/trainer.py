@@ -33,7 +33,7 @@ from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine, gather_parameters
 from vlm_distill.training.evaluations import Evaluations
 from vlm_distill.training.flops import StepFlops
-from vlm_distill.training.intake import FirstRows
+from vlm_distill.training.intake import FirstSamples
 from vlm_distill.training.loading import trained_parameters, write_student
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.on_policy import OnPolicy, learns_from_drawn
@@ -228,23 +228,25 @@ class Trainer(Loop):
             self.speed: totals["tokens"] / seconds,
         }
 
-    def mistake_in(self, found: FirstRows) -> str | None:
+    def mistake_in(self, found: FirstSamples) -> str | None:
         section = self.config.student
         trained = {*section.trained_whole, *([] if section.lora is None else section.lora.parts)}
         if found.images or "decoder" in trained or not self.student.processor.has_vision:
             return None
         return (
             f"student.train: only {' and '.join(sorted(trained))} would train, and none of the first {found.tried} "
-            "rows has an image, so that nothing would be learnt; train the decoder too, or use data with images"
+            "samples has an image, so that nothing would be learned; train the decoder too, or use data with images"
         )
 
     def evaluation_mistake(self) -> str | None:
         return self.evaluations.mistake()
 
-    def remarks_on(self, found: FirstRows) -> list[str]:
+    def remarks_on(self, found: FirstSamples) -> list[str]:
         remarks = []
         if not found.images and self.student.processor.has_vision:
-            remarks.append(f"the student has a vision encoder, and none of the first {found.tried} rows has an image")
+            remarks.append(
+                f"the student has a vision encoder, and none of the first {found.tried} samples has an image"
+            )
         together = self.config.data.turns == "together" and not self.student.processor.frame.earlier
         if together and self._several_answers(found.tried):
             remarks.append(
@@ -253,11 +255,11 @@ class Trainer(Loop):
             )
         return remarks
 
-    def _several_answers(self, rows: int) -> bool:
+    def _several_answers(self, count: int) -> bool:
         """Return whether one of the first samples is a conversation with several answers."""
         mixture = self.dataset.mixture
         first = chain.from_iterable(mixture.samples_of(step) for step in range(self.steps))
-        for source, row in islice(first, rows):
+        for source, row in islice(first, count):
             try:
                 sample = self.sources[source][row]
             except BadSample:

@@ -41,7 +41,7 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 
 from .checkpoint import completed
-from .intake import FIRST_ROWS
+from .intake import FIRST_SAMPLES
 from .open_data import image_loader, open_sources, turns
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}
@@ -152,7 +152,7 @@ class Evaluations:
     def _unusable(self, source: Any, load: Callable[[ImageSource], Image.Image]) -> list[Problem]:
         """Return the problems of some questions of a source; none if one of them can be used."""
         problems = []
-        for index in evenly_spaced(len(source), FIRST_ROWS):
+        for index in evenly_spaced(len(source), FIRST_SAMPLES):
             try:
                 sample = source[index]
                 if isinstance(sample, Document):

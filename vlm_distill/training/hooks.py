@@ -15,7 +15,7 @@ from vlm_distill.losses import FeatureTerm, Term, TermSums
 from vlm_distill.runtime.tracking import Tracker
 
 from .engine import Engine
-from .intake import FirstRows
+from .intake import FirstSamples
 
 
 class Hooks(ABC):
@@ -114,7 +114,7 @@ class Hooks(ABC):
 
     # Hooks: what is said, evaluated and written.
 
-    def mistake_in(self, found: FirstRows) -> str | None:
+    def mistake_in(self, found: FirstSamples) -> str | None:
         """Return why nothing can be learnt from the rows that can be used; called on the first rank."""
         return None
 
@@ -122,8 +122,8 @@ class Hooks(ABC):
         """Return why the run could not be evaluated: data of which nothing can be used; called on the first rank."""
         return None
 
-    def remarks_on(self, found: FirstRows) -> list[str]:
-        """Return warnings about the first rows, beside the rows left out; called on the first rank."""
+    def remarks_on(self, found: FirstSamples) -> list[str]:
+        """Return warnings about the first samples, beside those left out; called on the first rank."""
         return []
 
     def introduce(self, tracker: Tracker, done: int) -> None:
