@@ -245,7 +245,7 @@ class Trainer(Loop):
         remarks = []
         if not found.images and self.student.processor.has_vision:
             remarks.append(
-                f"the student has a vision encoder, and none of the first {found.tried} samples has an image"
+                f"the student has a vision encoder, but none of the first {found.tried} samples has an image"
             )
         together = self.config.data.turns == "together" and not self.student.processor.frame.earlier
         if together and self._several_answers(found.tried):
@@ -261,7 +261,7 @@ class Trainer(Loop):
         first = chain.from_iterable(mixture.samples_of(step) for step in range(self.steps))
         for source, row in islice(first, count):
             try:
-                sample = self.sources[source][row]
+                sample = mixture.sources[source][row]
             except BadSample:
                 continue
             if isinstance(sample, Conversation) and sum(map(is_answer, sample.messages)) > 1:

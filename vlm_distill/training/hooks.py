@@ -21,7 +21,7 @@ from .intake import FirstSamples
 class Hooks(ABC):
     """What a path sets and answers; :class:`~vlm_distill.training.loop.Loop` calls it.
 
-    1. Once, before the first step: ``mistake_in``, ``evaluation_mistake`` and ``remarks_on`` judge the first rows;
+    1. Once, before the first step: ``mistake_in``, ``evaluation_mistake`` and ``remarks_on`` judge the first samples;
        ``introduce`` says more about the run.
     2. In every step: ``batches`` yields it, ``step_context`` surrounds the rest, ``prepare_step`` may replace its
        samples, ``local_counts`` and ``term_rows`` count it, ``lr`` and ``warm_up`` set its learning rate and weights,
@@ -115,7 +115,7 @@ class Hooks(ABC):
     # Hooks: what is said, evaluated and written.
 
     def mistake_in(self, found: FirstSamples) -> str | None:
-        """Return why nothing can be learnt from the rows that can be used; called on the first rank."""
+        """Return why nothing can be learned from the usable samples; called on the first rank."""
         return None
 
     def evaluation_mistake(self) -> str | None:

@@ -379,7 +379,7 @@ class Loop(Hooks):
         """Try the next rows. Raise ``UserError`` on all ranks if none of them can be used. Collective."""
         if done >= self.steps:
             return
-        self.processes.watch.phase("trying the first rows", limited=False)
+        self.processes.watch.phase("trying the first samples", limited=False)
         found = try_samples(self.dataset, done, self.steps) if self.processes.first else FirstSamples()
         mistake = found.mistake() or self.mistake_in(found)
         if self.processes.first and mistake is None:
