@@ -275,8 +275,8 @@ class Evaluations:
         # Limits decide which images can be read.
         identity |= {"roots": list(data.roots), "max_pixels": data.max_pixels}
         if who == "teacher" and section is not None:
-            files = fingerprint(section.path) if section.path else {}
-            return {**identity, "teacher": section.model_dump(), "files": files}
+            prints = fingerprint(section.path) if section.path else {}
+            return {**identity, "teacher": section.model_dump(), "files": prints}
         # The weights are those of the checkpoint that precedes every evaluation. Only the first rank may see it.
         found = completed(self.folder / "checkpoints") if self.processes.first else []
         latest = found[-1][1] if found else self.folder
