@@ -14,11 +14,11 @@ from .intake import FIRST_SAMPLES, FirstSamples
 def try_samples(dataset: Any, start: int, stop: int) -> FirstSamples:
     """Encode the first samples of the steps ``start`` to ``stop - 1``, and return what came of it."""
     found, mixture = FirstSamples(), dataset.mixture
-    rows = chain.from_iterable(mixture.samples_of(step) for step in range(start, stop))
-    for source, row in islice(rows, min(FIRST_SAMPLES, mixture.epoch_rows)):
+    samples = chain.from_iterable(mixture.samples_of(step) for step in range(start, stop))
+    for source, row in islice(samples, min(FIRST_SAMPLES, mixture.epoch_samples)):
         found.tried += 1
         try:
-            images, apart = dataset.try_row(source, row)
+            images, apart = dataset.try_sample((source, row))
         except BadSample as bad:
             found.problems.append(problem_of(mixture.sources[source], row, bad, "skip"))
             continue
