@@ -65,7 +65,8 @@ def test_two_ranks_equal_one(results, name):
     one, two = results(1, name), results(2, name)
     # CTKD's loss is a small KL times T², and float32's rounding with it.
     assert losses(two) == pytest.approx(losses(one), rel=1e-4 if name.startswith("ctkd") else 1e-5)
-    same_weights(one, two, 1e-5)
+    # Muon's orthogonalisation magnifies rounding where a gradient is small in some direction.
+    same_weights(one, two, 1e-3 if name.startswith("muon") else 1e-5)
     assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3)
 
 
@@ -79,7 +80,7 @@ def test_two_ranks_equal_one(results, name):
 )
 def test_every_zero_stage_equals_none(results, world, name):
     none, some = results(world, f"{name[:-1]}0"), results(world, name)
-    same_weights(none, some, 1e-5)
+    same_weights(none, some, 1e-3 if name.startswith("muon") else 1e-5)
     # Evaluation reads a sharded head as training does.
     assert some["held_out"] == pytest.approx(none["held_out"], rel=1e-3)
 
