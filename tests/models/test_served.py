@@ -235,7 +235,7 @@ def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch)
     with pytest.raises(UserError, match="serves teacher-1, not teacher-2"):
         served(server, model, "teacher-2")
     server.told = False
-    with pytest.raises(UserError, match="tells no prompt_logprobs"):
+    with pytest.raises(UserError, match="returns no prompt_logprobs"):
         served(server, model)
     server.told, server.troubles = True, [400]
     with pytest.raises(UserError, match="refuses: HTTP 400"):
