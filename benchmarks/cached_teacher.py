@@ -129,7 +129,7 @@ def precision(sharpness: float, rows: int = 128, vocabulary: int = 32_768, k: in
     rounded = torch.cat([exact.logprobs.half().float(), exact.tail.unsqueeze(-1)], -1).log_softmax(-1)
     found = []
     for log_p in (torch.cat([exact.logprobs, exact.tail.unsqueeze(-1)], -1), rounded):
-        found.append(losses.topk.topk_rows(loss, q.clone(), exact.ids, log_p, grad=False).loss)
+        found.append(losses.topk.topk_loss_and_grad(loss, q.clone(), exact.ids, log_p, grad=False).loss)
     whole = loss(q, p)
     return {
         "kl": whole.mean().item(),

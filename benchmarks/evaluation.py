@@ -20,7 +20,8 @@ import torch
 from data.images import load_image
 from data.sources import open_source
 from vlm_distill.demo import prepare
-from vlm_distill.evaluation.runner import evaluate, evenly_spaced
+from vlm_distill.evaluation.answering import Asking, evaluate
+from vlm_distill.evaluation.question_source import evenly_spaced
 from vlm_distill.models import load_vlm
 
 
@@ -49,8 +50,8 @@ def main() -> None:
         return answers
 
     def batched() -> list[str]:
-        settings = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
-        return [p.answer for p in evaluate(model, source, limit=options.questions, **settings)]
+        asking = Asking(options.batch_size, options.max_new_tokens, options.questions)
+        return [p.answer for p in evaluate(model, source, asking)]
 
     if batched() != one_at_a_time():  # also the warm-up
         raise SystemExit("the two sides' answers differ")

@@ -29,7 +29,7 @@ import vision.losses
 from vision.losses import mlkd
 from vlm_distill import losses
 from vlm_distill.losses import Progress
-from vlm_distill.losses.base import upcast
+from vlm_distill.losses.softmax import upcast
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 # Relative to max(1, T²)(1 + |reference|) for values, to the largest reference entry for gradients, plus a floor.
@@ -166,7 +166,7 @@ def compare(golden: Golden, case: dict) -> Iterator[Comparison]:
             g, want = term.loss.source.g, next(e["grad_g"] for e in case["expect"] if e["key"] == "paper")
             (by_definition,) = torch.autograd.grad((term.loss(leaf, teacher)[mask]).sum() / count, g)
             made, (slope,) = (
-                term.loss.learned(),
+                term.loss.learned_tensors(),
                 term.loss.loss_and_grad(student[mask], teacher[mask], grad=True).learned,
             )
             by_rows = torch.autograd.grad(made, g, slope)[0] / count

@@ -22,11 +22,14 @@ from PIL import Image
 from data.errors import UserError
 from data.images import load_image
 from data.tsv import TsvTable
-from vlm_distill.evaluation.benchmark import Benchmark
-from vlm_distill.evaluation.files import Tsv
-from vlm_distill.evaluation.prediction_files import read_prediction_file, write_predictions
+from vlm_distill.evaluation.benchmark_entry import Benchmark
+from vlm_distill.evaluation.benchmark_layouts import Tsv
 from vlm_distill.evaluation.prompts import options
-from vlm_distill.evaluation.scoring import base, hallusion, mathvista, mcq, mcq_lmms, mmmu, ocrbench, text, vqa, yes_no
+from vlm_distill.evaluation.scoring import cells, hallusion, mathvista, mmmu, ocrbench, text_match, vqa, yes_no
+from vlm_distill.evaluation.scoring import multiple_choice_lmms_eval as lmms_choice
+from vlm_distill.evaluation.scoring import multiple_choice_vlmevalkit as kit_choice
+from vlm_distill.evaluation.scoring import scores as score_types
+from vlm_distill.evaluation.vlmevalkit_files import read_prediction_file, write_prediction_file
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "scoring"
 TOLERANCE = 1e-9
@@ -132,7 +135,7 @@ def adapter(scorer: str, *rules: str) -> Callable[[Adapter], Adapter]:
 
 def answered(given: dict[str, Any]) -> str:
     """A prediction as VLMEvalKit's and the official per-answer functions take it: no null."""
-    return base.as_text(given["prediction"], "the prediction")
+    return cells.as_text(given["prediction"], "the prediction")
 
 
 def row_of(given: dict[str, Any]) -> dict[str, Any]:
@@ -190,8 +193,11 @@ def _vqa_table(given: dict[str, Any]) -> Any:
 @adapter("vqa_table", "vlmevalkit")
 def _kit_vqa_table(given: dict[str, Any]) -> Any:
     name = given["dataset"]
-    scorers = {"DocVQA": text.score_anls, "InfoVQA": text.score_anls, "ChartQA": text.score_relaxed}
-    scorers |= {"OCRVQA": lambda table, rules: text.score_exact(table, rules=rules, best=True), "GQA": text.score_exact}
+    scorers = {"DocVQA": text_match.score_anls, "InfoVQA": text_match.score_anls, "ChartQA": text_match.score_relaxed}
+    scorers |= {
+        "OCRVQA": lambda table, rules: text_match.score_exact(table, rules=rules, best=True),
+        "GQA": text_match.score_exact,
+    }
     scorer = next((found for key, found in scorers.items() if name.startswith(key)), vqa.score_vqa)
     scores = scorer(given["rows"], rules="vlmevalkit")
     (overall,) = scores.overall.values()
@@ -201,19 +207,19 @@ def _kit_vqa_table(given: dict[str, Any]) -> Any:
 # --- text and numbers ------------------------------------------------------------------------------------------------
 
 
-def _anls_as(rules: base.Rules) -> Adapter:
+def _anls_as(rules: score_types.Rules) -> Adapter:
     def compare(given: dict[str, Any]) -> Any:
         found = answered(given) if rules == "vlmevalkit" else given["prediction"] or ""
-        return {"score": text.anls(found, base.references(row_of(given)), rules=rules)}
+        return {"score": text_match.anls(found, cells.references(row_of(given)), rules=rules)}
 
     return compare
 
 
-def _relaxed_as(rules: base.Rules) -> Adapter:
+def _relaxed_as(rules: score_types.Rules) -> Adapter:
     def compare(given: dict[str, Any]) -> Any:
         if rules == "vlmevalkit":
             answered(given)
-        scores = text.score_relaxed([given], rules=rules)
+        scores = text_match.score_relaxed([given], rules=rules)
         if rules == "vlmevalkit":
             return {"score": scores.rows[0]}
         return dict(scores.overall) | {k: v["relaxed_accuracy"] for k, v in scores.groups.items()}
@@ -221,11 +227,11 @@ def _relaxed_as(rules: base.Rules) -> Adapter:
     return compare
 
 
-def _exact_as(rules: base.Rules, best: bool) -> Adapter:
+def _exact_as(rules: score_types.Rules, best: bool) -> Adapter:
     def compare(given: dict[str, Any]) -> Any:
         if rules == "vlmevalkit":
             answered(given)
-        return {"score": text.score_exact([row_of(given)], rules=rules, best=best).rows[0]}
+        return {"score": text_match.score_exact([row_of(given)], rules=rules, best=best).rows[0]}
 
     return compare
 
@@ -326,16 +332,17 @@ def _ocrbench(given: dict[str, Any]) -> Any:
 @adapter("mcq_letter", "vlmevalkit")
 def _kit_letter(given: dict[str, Any]) -> Any:
     return {
-        "letter": mcq.letter(given["prediction"], given["choices"], verbose=bool(given.get("verbose_env"))) or False
+        "letter": kit_choice.letter(given["prediction"], given["choices"], verbose=bool(given.get("verbose_env")))
+        or False
     }
 
 
 @adapter("mcq_letter", "lmms-eval")
 def _letter(given: dict[str, Any]) -> Any:
-    return {"letter": mcq_lmms.extract_letter(given["response"] or "", given["choices"])}
+    return {"letter": lmms_choice.extract_letter(given["response"] or "", given["choices"])}
 
 
-def _choice_table(scorer: Callable[..., base.Scores]) -> Adapter:
+def _choice_table(scorer: Callable[..., score_types.Scores]) -> Adapter:
     def compare(given: dict[str, Any]) -> Any:
         options = {"mmmu": True} if "MMMU" in given["dataset"] else {}
         scores = scorer(given["rows"], meta=given.get("meta"), **options)
@@ -347,56 +354,56 @@ def _choice_table(scorer: Callable[..., base.Scores]) -> Adapter:
 
 
 for _name, _scorer in (
-    ("mcq_vanilla", mcq.score_choice),
-    ("mmmu", mcq.score_choice),
-    ("mcq_circular", mcq.score_circular),
+    ("mcq_vanilla", kit_choice.score_choice),
+    ("mmmu", kit_choice.score_choice),
+    ("mcq_circular", kit_choice.score_circular),
 ):
     ADAPTERS["vlmevalkit", _name] = _choice_table(_scorer)
 
 
 @adapter("ai2d", "lmms-eval")
 def _ai2d(given: dict[str, Any]) -> Any:
-    filtered = mcq_lmms.ai2d_letter(given["prediction"] or "")
-    return {"filtered": filtered, "exact_match": mcq_lmms.score_ai2d([given]).rows[0]}
+    filtered = lmms_choice.ai2d_letter(given["prediction"] or "")
+    return {"filtered": filtered, "exact_match": lmms_choice.score_ai2d([given]).rows[0]}
 
 
 @adapter("scienceqa", "lmms-eval")
 def _scienceqa(given: dict[str, Any]) -> Any:
-    return {"exact_match": mcq_lmms.score_scienceqa([given]).rows[0]}
+    return {"exact_match": lmms_choice.score_scienceqa([given]).rows[0]}
 
 
 @adapter("realworldqa", "lmms-eval")
 def _realworldqa(given: dict[str, Any]) -> Any:
-    return {"exact_match": mcq_lmms.score_realworldqa([given]).rows[0]}
+    return {"exact_match": lmms_choice.score_realworldqa([given]).rows[0]}
 
 
 @adapter("mmstar_item", "lmms-eval")
 def _mmstar_item(given: dict[str, Any]) -> Any:
-    return {"score": float(mcq_lmms.mmstar_match(given["prediction"] or "", given["answer"]))}
+    return {"score": float(lmms_choice.mmstar_match(given["prediction"] or "", given["answer"]))}
 
 
 @adapter("seedbench_item", "lmms-eval")
 def _seedbench_item(given: dict[str, Any]) -> Any:
     answer = given["prediction"] or ""
-    hit = mcq_lmms.seedbench_match(answer, given["answer"])
-    return {"extracted": mcq_lmms.seedbench_letter(answer), "score": float(hit)}
+    hit = lmms_choice.seedbench_match(answer, given["answer"])
+    return {"extracted": lmms_choice.seedbench_letter(answer), "score": float(hit)}
 
 
 @adapter("mmstar", "lmms-eval")
 def _mmstar(given: dict[str, Any]) -> Any:
-    scores = mcq_lmms.score_mmstar(given["rows"])
+    scores = lmms_choice.score_mmstar(given["rows"])
     return dict(scores.overall) | {name: metrics["average"] for name, metrics in scores.groups.items()}
 
 
 @adapter("seedbench", "lmms-eval")
 def _seedbench(given: dict[str, Any]) -> Any:
-    scores = mcq_lmms.score_seedbench(given["rows"])
+    scores = lmms_choice.score_seedbench(given["rows"])
     return dict(scores.overall) | {name: metrics["accuracy"] for name, metrics in scores.groups.items()}
 
 
 @adapter("mmbench_static", "lmms-eval")
 def _mmbench(given: dict[str, Any]) -> Any:
-    scores = mcq_lmms.score_mmbench(given["rows"])
+    scores = lmms_choice.score_mmbench(given["rows"])
     kinds: dict[str, dict[str, float]] = {"category": {}, "l2-category": {}}
     for name, metrics in scores.groups.items():
         kind, key = name.split(": ", 1)
@@ -412,21 +419,21 @@ def _mmbench(given: dict[str, Any]) -> Any:
 # --- MMMU ------------------------------------------------------------------------------------------------------------
 
 
-def _mmmu(rules: base.Rules, reference: str) -> None:
+def _mmmu(rules: score_types.Rules, reference: str) -> None:
     @adapter("mmmu_parse_multi_choice", reference)
     def parse_choice(given: dict[str, Any]) -> Any:
-        letter = mmmu.choice(base.as_text(given["response"], "a response"), given["index2ans"], rules=rules)
+        letter = mmmu.choice(cells.as_text(given["response"], "a response"), given["index2ans"], rules=rules)
         return {"random": True} if letter is None else {"letter": letter}
 
     @adapter("mmmu_parse_open", reference)
     def parse_open(given: dict[str, Any]) -> Any:
-        parsed = mmmu.open_answers(base.as_text(given["response"], "a response"))
+        parsed = mmmu.open_answers(cells.as_text(given["response"], "a response"))
         numbers = sorted(value for value in parsed if isinstance(value, float))
         return {"parsed": numbers + sorted(value for value in parsed if isinstance(value, str))}
 
     @adapter("mmmu_eval_open", reference)
     def eval_open(given: dict[str, Any]) -> Any:
-        parsed = mmmu.open_answers(base.as_text(given["response"], "a response"))
+        parsed = mmmu.open_answers(cells.as_text(given["response"], "a response"))
         return {"correct": mmmu.open_match(parsed, given["gold"], rules=rules)}
 
     @adapter("mmmu_eval_multi_choice", reference)
@@ -503,10 +510,10 @@ def _prediction_file(given: dict[str, Any]) -> Any:
     rows = [{"index": number} for number in range(len(given["predictions"]))]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model_data.{given['format']}"
-        write_predictions(path, rows, given["predictions"])
+        write_prediction_file(path, rows, given["predictions"])
         read = read_prediction_file(path)
-    texts = [base.prediction(row, "vlmevalkit") for row in read]
-    loaded = [None if base.missing(row["prediction"]) else row["prediction"] for row in read]
+    texts = [cells.prediction(row, "vlmevalkit") for row in read]
+    loaded = [None if score_types.missing(row["prediction"]) else row["prediction"] for row in read]
     return {"loaded": loaded, "as_scored_text": texts}
 
 

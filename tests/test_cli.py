@@ -1,6 +1,5 @@
 """The command line: what a person's mistakes and a person's successes look like from outside."""
 
-import argparse
 import base64
 import csv
 import inspect
@@ -16,7 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from data.errors import UserError
 from vlm_distill import cli, evaluate, train
+from vlm_distill.cli.evaluation import RankEvalOptions
+from vlm_distill.cli.options import parse
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models import build_vlm
 
@@ -195,7 +197,7 @@ def test_an_evaluation_that_leaves_out_most_ends_with_the_reason(material, capsy
         "data: 5 of 6 questions left out, more than --max-bad 0.5 allows: image not found (5), as in data, line "
         in told
     )
-    assert told.rstrip().endswith("; name their folder by --images")
+    assert told.rstrip().endswith("; name their folder with --images")
     assert json.loads((tmp_path / "a" / "data" / "scores.json").read_text())["n"] == 1
     assert evaluate.main([*words, "--out", str(tmp_path / "b"), "--max-bad", "0.9"]) == 0
 
@@ -220,14 +222,17 @@ def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_
         (["--benchmarks", "mmstar", "--rules", "official"], "mmstar has no rules 'official'"),
         (["--benchmarks", "mmstar", "--data", "nowhere"], "mmstar: no data in nowhere; put there MMStar.tsv"),
         (["--benchmarks", "mmstar", "--data", "a", "--data", "b"], "the one folder"),
-        (["--benchmarks", "mmstar", "--batch-size", "0"], "--batch-size: 0 is too small: at least 1"),
-        (["--benchmarks", "mmstar", "--limit", "0"], "--limit: 0 is too small: at least 1"),
-        (["--benchmarks", "mmstar", "--limit", "many"], "--limit: 'many' is not a whole number"),
-        (["--benchmarks", "mmstar", "--max-new-tokens", "-1"], "--max-new-tokens: -1 is too small"),
-        (["--benchmarks", "mmstar", "--max-length", "0"], "--max-length: 0 is too small"),
-        (["--benchmarks", "mmstar", "--judge-rate", "0"], "--judge-rate: 0 is too small"),
-        (["--benchmarks", "mmstar", "--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--benchmark", "mmstar"], "unrecognized arguments"),
+        (["--benchmarks", "mmstar", "--batch-size", "0"], "'--batch-size': Input should be greater than or equal to 1"),
+        (["--benchmarks", "mmstar", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
+        (["--benchmarks", "mmstar", "--limit", "many"], "'--limit': Input should be a valid integer"),
+        (
+            ["--benchmarks", "mmstar", "--max-new-tokens", "-1"],
+            "'--max-new-tokens': Input should be greater than or equal to 1",
+        ),
+        (["--benchmarks", "mmstar", "--max-length", "0"], "'--max-length': Input should be greater than or equal to 1"),
+        (["--benchmarks", "mmstar", "--judge-rate", "0"], "'--judge-rate': 0 is too small"),
+        (["--benchmarks", "mmstar", "--dtype", "fp8"], "'--dtype': 'fp8' is not one of 'fp32', 'bf16'"),
+        (["--benchmark", "mmstar"], "No such option: --benchmark"),
         (["--data", "d", "--columns", "image"], "'image' is not a mapping; write it as '{name: value}'"),
         (["--data", "d", "--columns", "{image: 3}"], "image: 3 is not a name; put it in quotes"),
         (["--data", "d", "--template-arguments", "{a: [}"], "'{a: [}' is not a mapping"),
@@ -251,16 +256,19 @@ def test_the_command_and_the_module_have_the_same_options():
     }
     theirs = {name: None if name == "model" else p.default for name, p in parameters.items()}
     bounds = {name: hints[name].__metadata__[0].min for name in parameters}
-    actions = {a.dest: a for a in evaluate.parser()._actions if a.dest not in ("help", "local_rank")}
-    assert actions.keys() == theirs.keys()
-    for name, action in actions.items():
-        assert (action.default or None) == (theirs[name] or None), name
+    options = vars(parse(RankEvalOptions, ["--model", "m"], "evaluate"))
+    assert options.keys() == theirs.keys()
+    for name, value in options.items():
+        if name != "model":
+            assert (value or None) == (theirs[name] or None), name
         smallest = bounds[name]
         if smallest is None:
             continue
-        assert action.type(str(smallest)) == smallest
-        with pytest.raises(argparse.ArgumentTypeError):
-            action.type(str(smallest - 1))
+        flag = f"--{name.replace('_', '-')}"
+        words = ["--model", "m", "--benchmarks", "pope", flag]
+        assert vars(parse(RankEvalOptions, [*words, str(smallest)], "evaluate"))[name] == smallest
+        with pytest.raises(UserError):
+            parse(RankEvalOptions, [*words, str(smallest - 1)], "evaluate")
 
 
 @pytest.mark.parametrize(
@@ -284,7 +292,7 @@ def test_every_option_of_the_command_reaches_the_module(command, monkeypatch, of
     given = {flag: text for flag, text in given.items() if flag not in of_the_other}
     assert command("eval", "m", *(word for pair in given.items() for word in pair), "--shard", "--nproc", "2")[0] == 0
     ((_, words, processes),) = started
-    parsed = vars(evaluate.parser().parse_args(words))
+    parsed = vars(parse(RankEvalOptions, words, "evaluate"))
     assert processes == 2
     for flag, text in given.items():
         value = parsed[flag.removeprefix("--").replace("-", "_")]

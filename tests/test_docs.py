@@ -28,7 +28,7 @@ from vlm_distill import cli
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.evaluation.benchmarks import get
+from vlm_distill.evaluation.benchmark_lookup import get_benchmark
 from vlm_distill.training.terms import build_terms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +99,7 @@ def test_yaml_of_the_docs_is_a_configuration(here, block):
         path = here / f"{number}.yaml"
         if block.mark == "benchmark":
             path.write_text(text)
-            assert get(str(path)).name
+            assert get_benchmark(str(path)).name
             continue
         if block.mark.startswith("in "):
             text = inside(block.mark.removeprefix("in "), text)

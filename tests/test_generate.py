@@ -17,7 +17,7 @@ from scoring_server import serving
 from data.sources import open_source
 from vlm_distill import generate, train
 from vlm_distill.config.file import load_config
-from vlm_distill.evaluation import runner
+from vlm_distill.evaluation.kept_answers import AnswerStore
 from vlm_distill.models import load_vlm
 from vlm_distill.runtime.launch import launch
 
@@ -43,7 +43,7 @@ def lines(path):
 
 def interrupt(monkeypatch, batches, *words):
     """Starts the command, and interrupts it when so many batches are on the disk."""
-    count, add = [0], runner.Store.add
+    count, add = [0], AnswerStore.add
 
     def counted(self, *entry):
         add(self, *entry)
@@ -52,7 +52,7 @@ def interrupt(monkeypatch, batches, *words):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Store, "add", counted)
+        patch.setattr(AnswerStore, "add", counted)
         with pytest.raises(KeyboardInterrupt):
             generate.main(list(words))
 
@@ -68,8 +68,10 @@ def test_interrupted_and_resumed_equals_straight(config, monkeypatch, capsys):
     interrupt(monkeypatch, 6, str(config), "--out", str(resumed), *DRAWN)
     assert not resumed.exists()
     asked = []
-    counted = generate._draw
-    monkeypatch.setattr(generate, "_draw", lambda *given: asked.append(given[-1]) or counted(*given))
+    counted = generate._Drawing.generate
+    monkeypatch.setattr(
+        generate._Drawing, "generate", lambda *given, **options: asked.append(given) or counted(*given, **options)
+    )
     assert generate.main([str(config), "--out", str(resumed), *DRAWN]) == 0
     assert resumed.read_bytes() == straight.read_bytes()
     assert len(asked) == 10 - 6  # of two samples: four batches of the first source, one of the second

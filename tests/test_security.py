@@ -24,7 +24,8 @@ from vlm_distill.config.confidential import secret_in
 from vlm_distill.config.file import load_config, save_config
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.evaluation.judge import Judge
-from vlm_distill.evaluation.runner import Prediction, write_predictions
+from vlm_distill.evaluation.predictions import Prediction
+from vlm_distill.evaluation.source_scores import write_answers
 from vlm_distill.export import export_student
 from vlm_distill.models import build_vlm, load_processor, load_vlm
 from vlm_distill.models.tokenizer import load_tokenizer
@@ -387,7 +388,7 @@ def test_no_page_carries_what_its_data_say(tmp_path):
             Prediction(i, EVIL, i, EVIL, [EVIL], EVIL, 0.5, right, right, EVIL, [str(picture), EVIL, None][i % 3])
             for i in range(9)
         ]
-        write_predictions(run / "evaluation" / data / who, answers)
+        write_answers(run / "evaluation" / data / who, answers)
     for runs in ([run], {EVIL: run, "b": run}):
         page = Strict(
             write_report(

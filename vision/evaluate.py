@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.batch import Problem
 from data.errors import UserError
-from vlm_distill.evaluate import too_much_left_out
+from vlm_distill.evaluation.left_out import too_much_left_out
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores, guarded, leave
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_distill.evaluation.runner import wilson_interval
+from vlm_distill.evaluation.source_scores import wilson_interval
 
 #: Guo et al. 2017, as most papers after it.
 BINS = 15

@@ -22,13 +22,9 @@ from data.errors import BadSample, UserError
 from data.images import load_image
 from data.workers import make_loader
 from vlm_distill.evaluation.pictures import write_pictures
-from vlm_distill.evaluation.runner import (
-    AllGather,
-    Prediction,
-    evenly_spaced,
-    image_key,
-    write_lines,
-)
+from vlm_distill.evaluation.predictions import Prediction, image_key, write_predictions
+from vlm_distill.evaluation.question_source import evenly_spaced
+from vlm_distill.evaluation.rank_share import AllGather
 
 from . import imagenet
 from .metrics import Answers, measure, summarise, together
@@ -171,7 +167,7 @@ def predict(
         predictions = _predictions(answers, source, names, said, facts)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            write_lines(out / "predictions.jsonl", predictions)
+            write_predictions(out / "predictions.jsonl", predictions)
             (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", "utf-8")
         if pictures is not None:
             wrong = [p for p in predictions if not p.exact]

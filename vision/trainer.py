@@ -21,14 +21,15 @@ from data.mixture import Mixture
 from data.workers import make_loader
 from vlm_distill.caching.class_logits import TeacherCache
 from vlm_distill.caching.store import fingerprint
-from vlm_distill.evaluation.runner import evenly_spaced
+from vlm_distill.evaluation.left_out import reasons
+from vlm_distill.evaluation.question_source import evenly_spaced
 from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, TermSums, wanted_features
 from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine
-from vlm_distill.training.intake import FIRST_ROWS, reasons
+from vlm_distill.training.intake import FIRST_ROWS
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.loss_mistakes import loss_mistakes
 from vlm_distill.training.optimizers import classifier_optimizer

@@ -51,7 +51,9 @@ def run(out: Path, nproc: int) -> None:
         UserError: the data's package is not installed.
     """
     from vlm_distill.evaluation.compare import paired
-    from vlm_distill.evaluation.runner import question_only_baseline, read_predictions, summarise
+    from vlm_distill.evaluation.predictions import read_predictions
+    from vlm_distill.evaluation.question_only import question_only_baseline
+    from vlm_distill.evaluation.source_scores import summarise
     from vlm_distill.export import export_student
     from vlm_distill.reporting.report import write_report
 

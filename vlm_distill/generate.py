@@ -33,15 +33,18 @@ from data.loader import ProblemLog
 from data.sources import Source
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.evaluate import identity
-from vlm_distill.evaluation.runner import Prediction, evaluate
+from vlm_distill.evaluation.answering import Answerer, Asking, Feedback, evaluate
+from vlm_distill.evaluation.kept_answers import AnswerFolder
+from vlm_distill.evaluation.model_identity import identity
+from vlm_distill.evaluation.predictions import Prediction
+from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.models.chat import whole_thought
 from vlm_distill.runtime.launch import guarded, leave
 
 if TYPE_CHECKING:
     from vlm_distill.models.answers import Answer
     from vlm_distill.models.interface import VisionLanguageModel
-    from vlm_distill.models.processor import Prompt
+    from vlm_distill.models.processor import Processor, Prompt
     from vlm_distill.runtime.processes import Processes
 
 
@@ -85,18 +88,20 @@ def run(options: argparse.Namespace) -> None:
                 part = writer.part(number, sample)
                 if any(processes.gather(part.is_file())):
                     continue
+                show = _teller(f"{source.name}, sample {sample + 1}") if processes.first else None
+                model, sizes = asks(sample)
                 evaluate(
-                    source=source,
-                    **asks(sample),
-                    max_new_tokens=options.max_new_tokens,
-                    rank=processes.rank,
-                    world=processes.world,
-                    all_gather=processes.gather,
-                    out=writer.folder,
-                    resume={"part": part.stem},
-                    load=image_loader(config.data),
-                    progress=_teller(f"{source.name}, sample {sample + 1}") if processes.first else None,
-                    references=False,
+                    model,
+                    source,
+                    Asking(
+                        **sizes,
+                        max_new_tokens=options.max_new_tokens,
+                        references=False,
+                        load=image_loader(config.data),
+                    ),
+                    ranks=RankShare(processes.rank, processes.world, processes.gather),
+                    folder=AnswerFolder(writer.folder, identity={"part": part.stem}),
+                    feedback=Feedback(show),
                     finish=partial(_write_part, part),
                 )
         if processes.first:
@@ -123,7 +128,7 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
 
 def _asks(
     config: RunConfig, options: argparse.Namespace, processes: Processes
-) -> tuple[str, Callable[[int], dict[str, Any]]]:
+) -> tuple[str, Callable[[int], tuple[Answerer, dict[str, int]]]]:
     """What tells the model from others, and how ``evaluate`` asks it for the so many-th sample of each question."""
     section, seed = config.teacher, config.training.seed
     about = f"{identity(options.model)} {config.training.dtype}" if options.model is not None else ""
@@ -137,16 +142,16 @@ def _asks(
 
         served, workers = open_served(section, section.server), section.server.workers
 
-        def there(sample: int) -> dict[str, Any]:
+        def there(sample: int) -> tuple[Answerer, dict[str, int]]:
             model = ServedAnswers(served, options.temperature, f"{seed} {sample}")
-            return {"model": model, "batch_size": 1, "at_once": workers}
+            return model, {"batch_size": 1, "at_once": workers}
 
         return f"{about} served as {served.name}", there
     model = _load(config, options.model, processes)
 
-    def here(sample: int) -> dict[str, Any]:
-        ask = partial(_draw, model, options, seed, sample) if options.temperature else None
-        return {"model": model, "batch_size": options.batch_size, "ask": ask}
+    def here(sample: int) -> tuple[Answerer, dict[str, int]]:
+        answerer = _Drawing(model, options.temperature, f"{seed} {sample}") if options.temperature else model
+        return answerer, {"batch_size": options.batch_size}
 
     return about, here
 
@@ -164,16 +169,25 @@ def _load(config: RunConfig, name: str | None, processes: Processes) -> VisionLa
     return teacher.model
 
 
-def _draw(
-    model: VisionLanguageModel, options: argparse.Namespace, seed: int, sample: int, prompts: Sequence[Prompt]
-) -> list[Answer]:
-    """Drawn answers, each by random numbers of its own question and sample."""
-    from vlm_distill.models.answers import Sampling
+@dataclass(frozen=True)
+class _Drawing:
+    """Draws answers, each with random numbers of its own question and of this sample's key."""
 
-    rows = [model.encode_prompt(*prompt) for prompt in prompts]
-    keys = [f"{seed} {sample} {conversation.source} {conversation.line}" for conversation, _ in prompts]
-    sampling = Sampling(options.temperature, [random.Random(key) for key in keys])
-    return model.answer(rows, max_new_tokens=options.max_new_tokens, sampling=sampling)
+    model: VisionLanguageModel
+    temperature: float
+    key: str
+
+    @property
+    def processor(self) -> Processor:
+        return self.model.processor
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
+        from vlm_distill.models.answers import Sampling
+
+        rows = [self.model.encode_prompt(*prompt) for prompt in prompts]
+        keys = [f"{self.key} {conversation.source} {conversation.line}" for conversation, _ in prompts]
+        sampling = Sampling(self.temperature, [random.Random(key) for key in keys])
+        return self.model.answer(rows, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 def _teller(what: str) -> Callable[[int, int], None]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm_distill import models
 from vlm_distill.evaluation.adapters import vlmevalkit
-from vlm_distill.evaluation.adapters.conversations import answers, prompt
+from vlm_distill.evaluation.adapters.harness_prompts import answers, prompt
 
 TASK = """
 task: colours

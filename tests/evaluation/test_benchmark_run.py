@@ -10,12 +10,13 @@ from PIL import Image
 
 from data.batch import Problem
 from data.errors import BadSample, UserError
-from vlm_distill.evaluation.benchmark_run import Result, average, open_benchmarks, write_summary
+from vlm_distill.evaluation.benchmark_results import Result, average, write_summary
+from vlm_distill.evaluation.benchmark_run import open_benchmarks
 from vlm_distill.evaluation.compare import compare_all
-from vlm_distill.evaluation.prediction_files import read_prediction_file
-from vlm_distill.evaluation.runner import read_predictions
-from vlm_distill.evaluation.scoring.base import Scores
+from vlm_distill.evaluation.predictions import read_predictions
+from vlm_distill.evaluation.scoring.scores import Scores
 from vlm_distill.evaluation.scoring.yes_no import MME_PERCEPTION, MME_REASONING
+from vlm_distill.evaluation.vlmevalkit_files import read_prediction_file
 from vlm_distill.reporting.score_tables import main_score
 
 
@@ -117,7 +118,7 @@ def test_likelihood_chooses_among_the_options(tmp_path):
     assert run("pope", tmp_path, ["No"] * 4, likelihood=True).scores.overall["acc"] == 0
     write(tmp_path, "DocVQA_VAL", header[:4], [1, "x" * 70, "What?", "['a']"])
     opened = open_benchmarks(["docvqa", "pope"], tmp_path, "vlmevalkit", likelihood=True)
-    assert [entry.name for entry, _ in opened.ready] == ["pope"]
+    assert [benchmark.name for benchmark in opened.ready] == ["pope"]
     assert "no options to choose from" in opened.failures["docvqa"]
 
 
@@ -264,7 +265,7 @@ def test_what_a_file_alone_shows_is_refused_before_a_question_is_asked(tmp_path)
     choice(tmp_path)
     names = ["mme", "ocrbench", "hallusionbench", "pope", "docvqa", "mmstar"]
     opened = open_benchmarks(names, tmp_path, "vlmevalkit")
-    assert [entry.name for entry, _ in opened.ready] == ["mmstar"]
+    assert [benchmark.name for benchmark in opened.ready] == ["mmstar"]
     for name, said in {
         "mme": "no question of text_translation",
         "ocrbench": "no category 'Poetry'",

@@ -15,13 +15,14 @@ from PIL import Image
 from data.errors import BadSample, UserError
 from data.images import load_image
 from data.tsv import TsvTable
-from vlm_distill.evaluation import benchmarks, files
-from vlm_distill.evaluation.benchmark import Benchmark, load
-from vlm_distill.evaluation.benchmarks import BENCHMARKS, find, get
-from vlm_distill.evaluation.files import Tsv
+from vlm_distill.evaluation import benchmark_layouts, benchmark_lookup
+from vlm_distill.evaluation.answering import Asking, evaluate
+from vlm_distill.evaluation.benchmark_entry import Benchmark, load_benchmark
+from vlm_distill.evaluation.benchmark_layouts import Tsv
+from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmark
+from vlm_distill.evaluation.benchmarks import BENCHMARKS
 from vlm_distill.evaluation.prompts import LETTER, SHORT, ask, parts
-from vlm_distill.evaluation.runner import evaluate
-from vlm_distill.evaluation.scoring.registry import rules_of, score
+from vlm_distill.evaluation.scoring.scorers import rules_of, score
 from vlm_distill.models.answers import Answer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "scoring"
@@ -100,19 +101,19 @@ def test_names_are_found_and_belong_to_one_benchmark():
     owners = {}
     for entry in BENCHMARKS:
         for name in (entry.name, *entry.aliases, entry.dataset):
-            assert owners.setdefault(benchmarks._plain(name), entry.name) == entry.name
-    assert get("MMBench_DEV_EN_V11") is get("mmbench-v11-dev") is get("MMBench")
+            assert owners.setdefault(benchmark_lookup._plain(name), entry.name) == entry.name
+    assert get_benchmark("MMBench_DEV_EN_V11") is get_benchmark("mmbench-v11-dev") is get_benchmark("MMBench")
     with pytest.raises(UserError, match="did you mean 'mmstar'"):
-        get("mmstarr")
+        get_benchmark("mmstarr")
     with pytest.raises(UserError, match="there are mmbench"):
-        get("zzzz")
+        get_benchmark("zzzz")
 
 
 @pytest.mark.parametrize("entry", BENCHMARKS, ids=lambda entry: entry.name)
 def test_missing_data_is_told_in_one_line(entry, tmp_path, monkeypatch):
     monkeypatch.setenv("LMUData", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        find(entry.name)
+        find_questions(entry.name)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{entry.name}: no data in {tmp_path}; put there ")
@@ -122,7 +123,7 @@ def test_missing_data_is_told_in_one_line(entry, tmp_path, monkeypatch):
 
 def test_published_place_and_other_layouts_are_named(tmp_path):
     with pytest.raises(UserError) as caught:
-        find("pope", tmp_path)
+        find_questions("pope", tmp_path)
     assert str(caught.value) == (
         f"pope: no data in {tmp_path}; put there POPE.tsv "
         "(https://opencompass.openxlab.space/utils/VLMEval/POPE.tsv) or the Hugging Face data set lmms-lab/POPE or "
@@ -130,13 +131,13 @@ def test_published_place_and_other_layouts_are_named(tmp_path):
         "(https://github.com/AoiDragon/POPE); or name another folder (--data, $LMUData)"
     )
     with pytest.raises(UserError, match="pope does not come as source; it comes as tsv, huggingface, official"):
-        find("pope", tmp_path, format="source")
+        find_questions("pope", tmp_path, format="source")
 
 
 def test_part_of_the_official_files_is_told(tmp_path):
     write_json(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": []})
     with pytest.raises(UserError, match=r"not v2_mscoco_val2014_annotations.json; put it there \(https://visualqa"):
-        find("vqav2", tmp_path)
+        find_questions("vqav2", tmp_path)
 
 
 # TSV.
@@ -146,9 +147,9 @@ def test_md5_is_checked_unless_the_file_has_another_name(tmp_path):
     columns = ["index", "image", "question", "A", "B"]
     write_tsv(tmp_path / "MMBench_V11.tsv", columns, [1, b64(), "q", "x", "y"])
     with pytest.warns(UserWarning, match="not the published b9276414f57af1308dcc4d0cd9b42e7c"):
-        find("mmbench_test", tmp_path)
+        find_questions("mmbench_test", tmp_path)
     (tmp_path / "MMBench_V11.tsv").rename(tmp_path / "MMBench_TEST_EN_V11.tsv")
-    questions = find("mmbench_test", tmp_path)
+    questions = find_questions("mmbench_test", tmp_path)
     assert questions[0].references == []  # hidden
     assert questions[0].metadata["A"] == "x"
 
@@ -156,11 +157,11 @@ def test_md5_is_checked_unless_the_file_has_another_name(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*md5")
 def test_mmmu_asks_its_validation_rows_with_images_in_place(tmp_path):
     (tmp_path / "MMMU_DEV_VAL.tsv").write_bytes((GOLDEN / "data" / "GoldPublicMMMU.tsv").read_bytes())
-    questions = find("mmmu", tmp_path)
+    questions = find_questions("mmmu", tmp_path)
     assert [row["split"] for row in questions.rows()] == ["validation", "validation"]
     assert [type(part) for part in shown(questions[0])] == [str, tuple, str, tuple, str]
     assert (questions[0].references, questions[1].references) == (["B"], ["0.5", "1/2"])
-    asked = shown(find("mmmu", tmp_path, rules="lmms-eval")[0])
+    asked = shown(find_questions("mmmu", tmp_path, rules="lmms-eval")[0])
     assert asked[2] == f"<image 1> Compare it with <image 2> and answer.\nA. 1\nB. 2\n{LETTER}"
 
 
@@ -173,19 +174,22 @@ def test_rules_put_one_file_differently(tmp_path):
     text = "Hint: Look.\nQuestion: Which one?\nOptions:\nA. cat\nB. dog\n"
     text += "Please select the correct answer from the options above. \n"
     for name in ("mmstar", "scienceqa", "mmbench", "ai2d"):
-        assert shown(find(name, tmp_path)[0]) == [RED, text]
+        assert shown(find_questions(name, tmp_path)[0]) == [RED, text]
     choices = "\nA. cat\nB. dog"
-    asked = {name: shown(find(name, tmp_path, rules="lmms-eval")[0])[1] for name in ("mmstar", "scienceqa", "mmbench")}
+    asked = {
+        name: shown(find_questions(name, tmp_path, rules="lmms-eval")[0])[1]
+        for name in ("mmstar", "scienceqa", "mmbench")
+    }
     assert asked == {
         "mmstar": f"Which one?{choices}{LETTER.rstrip('.')}",
         "scienceqa": f"Context: Look.\nWhich one?{choices}{LETTER}",
         "mmbench": f"Look. Which one? There are several options:{choices}\n{LETTER}",
     }
     # lmms-eval's scorers take these two benchmarks' answers as numbers of options.
-    row = find("ai2d", tmp_path, rules="lmms-eval").row(0)
+    row = find_questions("ai2d", tmp_path, rules="lmms-eval").row(0)
     assert (row["options"], row["answer"]) == (["cat", "dog"], 1)
-    assert find("ai2d", tmp_path, rules="lmms-eval")[0].references == ["B"]
-    assert find("mmstar", tmp_path, rules="lmms-eval").row(0)["l2_category"] == "l"
+    assert find_questions("ai2d", tmp_path, rules="lmms-eval")[0].references == ["B"]
+    assert find_questions("mmstar", tmp_path, rules="lmms-eval").row(0)["l2_category"] == "l"
 
 
 # Official JSON.
@@ -208,13 +212,13 @@ def test_options_keep_their_letters_where_one_is_empty(name, dataset, rules, emp
     header = ["index", "image", "question", "A", "B", "C", "D", "answer", "split", "category"]
     rows = [[0, b64(), "First?", empty, "x1", "y1", "z1", "D"], [1, b64(), "Last?", "w1", "x1", "y1", empty, "D"]]
     write_tsv(tmp_path / f"{dataset}.tsv", header, *([*row, "validation", "Art"] for row in rows))
-    questions = find(name, tmp_path, rules=rules)
+    questions = find_questions(name, tmp_path, rules=rules)
     text = shown(questions[0])[-1]
     assert all(f"{letter}. {option}" in text for letter, option in (("B", "x1"), ("C", "y1"), ("D", "z1")))
     assert "A." not in text
     for answer, hits in (("D", [1, 1]), ("C", [0, 0])):
         table = [row | {"prediction": answer} for row in questions.rows()]
-        found = score(get(name).scorer, table, rules).rows
+        found = score(get_benchmark(name).scorer, table, rules).rows
         # A right answer that is no option can be named all the same, but not under MMMU's rules.
         assert list(found)[: 1 if name == "mmmu" else 2] == hits[: 1 if name == "mmmu" else 2]
 
@@ -233,14 +237,14 @@ def test_options_keep_their_letters_where_one_is_empty(name, dataset, rules, emp
     ],
 )
 def test_answers_are_as_long_as_each_rule_set_allows(name, rules, length):
-    assert get(name).length_for(rules) == length
+    assert get_benchmark(name).length_for(rules) == length
 
 
 def test_chartqa_asks_as_each_rule_set_does():
-    assert ask(get("chartqa").prompt_for("lmms-eval"), {"question": "How many?"}) == (
+    assert ask(get_benchmark("chartqa").prompt_for("lmms-eval"), {"question": "How many?"}) == (
         "How many?\nAnswer the question with a single word."
     )
-    assert ask(get("chartqa").prompt_for("vlmevalkit"), {"question": "How many?"}) == f"How many?{SHORT}"
+    assert ask(get_benchmark("chartqa").prompt_for("vlmevalkit"), {"question": "How many?"}) == f"How many?{SHORT}"
 
 
 def save_images(folder, *names):
@@ -370,7 +374,7 @@ def test_official_files(name, tmp_path):
     for file, value in content.items():
         write_json(folder / file, value)
     save_images(folder, image)
-    questions = find(name, tmp_path, rules="official")
+    questions = find_questions(name, tmp_path, rules="official")
     conversation = questions[0]
     assert shown(conversation) == [Path(image).name, text]
     assert conversation.images == (str(folder / image),)
@@ -380,7 +384,7 @@ def test_official_files(name, tmp_path):
     assert {key: row[key] for key in cells} == cells
     assert len(questions) == (3 if name == "pope" else 1)
     assert questions.size(0) == len(text)
-    again = find(name, tmp_path, rules="official", images=tmp_path / "else")
+    again = find_questions(name, tmp_path, rules="official", images=tmp_path / "else")
     assert again[0].images[0].startswith(str(tmp_path / "else"))
 
 
@@ -388,10 +392,10 @@ def test_a_split_that_asks_for_a_missing_question_is_refused(tmp_path):
     write_json(tmp_path / "problems.json", {"1": {"question": "q", "image": "i"}})
     write_json(tmp_path / "pid_splits.json", {"test": ["1", "4"]})
     with pytest.raises(UserError, match=r"pid_splits.json: split 'test' asks for id 4"):
-        find("scienceqa", tmp_path)
+        find_questions("scienceqa", tmp_path)
     write_json(tmp_path / "pid_splits.json", {"val": ["1"]})
     with pytest.raises(UserError, match="no split 'test'; it has val"):
-        find("scienceqa", tmp_path)
+        find_questions("scienceqa", tmp_path)
 
 
 # Hugging Face.
@@ -421,7 +425,7 @@ def test_a_local_copy_of_lmms_evals_data(tmp_path):
         hint=TEXT,
         subject=TEXT,
     )
-    lmms, kit = find("scienceqa", tmp_path, rules="lmms-eval"), find("scienceqa", tmp_path)
+    lmms, kit = find_questions("scienceqa", tmp_path, rules="lmms-eval"), find_questions("scienceqa", tmp_path)
     assert shown(lmms[0]) == [BLUE, f"Context: H\nWhich?\nA. x\nB. y{LETTER}"]
     assert [lmms.row(0)["answer"], lmms.row(0)["choices"], kit.row(0)["answer"]] == [1, ["x", "y"], "B"]
     assert lmms[0].references == kit[0].references == ["B"]
@@ -441,7 +445,7 @@ def test_gqa_finds_its_images_in_their_own_configuration(tmp_path):
         id=TEXT,
         image=datasets.Image(),
     )
-    questions = find("gqa", tmp_path, rules="lmms-eval")
+    questions = find_questions("gqa", tmp_path, rules="lmms-eval")
     assert shown(questions[0]) == [BLUE, "Is it?" + SHORT]
     assert questions[0].metadata["index"] == "201"
 
@@ -454,7 +458,7 @@ def test_hallusionbench_and_seedbench_get_the_columns_that_other_rules_need(tmp_
         **dict.fromkeys(names, TEXT),
         image=datasets.Image(),
     )
-    row = find("hallusionbench", tmp_path).row(0)
+    row = find_questions("hallusionbench", tmp_path).row(0)
     assert (row["index"], row["answer"], row["l2-category"]) == ("hb_VD_math_0_1_2", "Yes", "math")
     options = {f"choice_{letter}": letter for letter in "abcd"}
     rows = [
@@ -467,7 +471,7 @@ def test_hallusionbench_and_seedbench_get_the_columns_that_other_rules_need(tmp_
         **dict.fromkeys(rows[0], TEXT),
         image=datasets.List(datasets.Image()),
     )
-    questions = find("seedbench", tmp_path)
+    questions = find_questions("seedbench", tmp_path)
     assert [row["index"] for row in questions.rows()] == ["image"]
     assert shown(questions[0])[:2] == [RED, BLUE]
     assert "Options:\nA. a\nB. b\n" in shown(questions[0])[2]
@@ -483,11 +487,11 @@ def test_the_hub_is_asked_only_by_name_of_the_format(tmp_path, monkeypatch):
         rows = [{"image": picture("red"), "question": "q", "answer": "Yes"}]
         return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
-    monkeypatch.setattr(files, "open_dataset", hub)
+    monkeypatch.setattr(benchmark_layouts, "open_dataset", hub)
     with pytest.raises(UserError, match="no data"):
-        find("pope", tmp_path)
+        find_questions("pope", tmp_path)
     assert asked == []
-    assert shown(find("pope", tmp_path, rules="lmms-eval", format="huggingface")[0]) == [RED, "q" + SHORT]
+    assert shown(find_questions("pope", tmp_path, rules="lmms-eval", format="huggingface")[0]) == [RED, "q" + SHORT]
     assert asked == [("lmms-lab/POPE", "test", None), ("lmms-lab-encoder/POPE", "test", None)]
 
 
@@ -525,7 +529,7 @@ def test_rows_of_a_tsv_can_be_scored(entry, rules, tmp_path):
     indices = ["hb_VD_math_0_0_0", "hb_VD_math_0_1_0"] if entry.name == "hallusionbench" else [5, 6]
     rows = [[index, b64(), f"q {index}?", *cells.values()] for index in indices]
     write_tsv(tmp_path / f"{entry.tsv.name}.tsv", ["index", "image", "question", *cells], *rows)
-    questions = find(entry.name, tmp_path, rules=rules)
+    questions = find_questions(entry.name, tmp_path, rules=rules)
     table = [row | {"prediction": right} for row in questions.rows()]
     if (entry.name, rules) in (("hallusionbench", "lmms-eval"), ("mme", "vlmevalkit")):
         # The one needs columns of lmms-eval's data set, the other questions of every task.
@@ -546,7 +550,7 @@ def test_rows_of_official_files_can_be_scored(entry, rules, tmp_path):
     content, _, (_, answers, _) = OFFICIAL[entry.name]
     for file, value in content.items():
         write_json(tmp_path / file, value)
-    questions = find(entry.name, tmp_path, rules=rules)
+    questions = find_questions(entry.name, tmp_path, rules=rules)
     if not answers:
         assert questions[0].references == []
         return
@@ -561,7 +565,7 @@ def test_rows_of_official_files_can_be_scored(entry, rules, tmp_path):
 def test_yaml_gives_a_length_for_each_rule_set(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("tsv: {name: X}\nscorer: choice\nmax_new_tokens: {vlmevalkit: 9, lmms-eval: 7}\n")
-    assert [load(own).length_for(rules) for rules in ("vlmevalkit", "lmms-eval", "official")] == [9, 7, 7]
+    assert [load_benchmark(own).length_for(rules) for rules in ("vlmevalkit", "lmms-eval", "official")] == [9, 7, 7]
 
 
 def test_yaml_adds_a_benchmark(tmp_path, monkeypatch):
@@ -575,27 +579,27 @@ def test_yaml_adds_a_benchmark(tmp_path, monkeypatch):
         ["index", "image", "question", "A", "B", "answer", "level"],
         [1, b64(), "Q?", 1, 2, "A", "x"],
     )
-    questions = find("shapes", tmp_path)
+    questions = find_questions("shapes", tmp_path)
     assert (questions.name, shown(questions[0])) == ("shapes", [RED, "Q?\nA. 1\nB. 2\nLetter, x:"])
     write_json(tmp_path / "own.yaml", "source: {path: rows.jsonl}\nscorer: vqa\n")
     write_json(tmp_path / "rows.jsonl", json.dumps({"question": "<image> so?", "image": "a.png", "answer": "yes"}))
-    own = find(str(tmp_path / "own.yaml"), tmp_path)
+    own = find_questions(str(tmp_path / "own.yaml"), tmp_path)
     assert (own.name, shown(own[0]), own[0].references) == ("own", ["a.png", " so?"], ["yes"])
 
 
 def test_the_shipped_example_is_valid():
-    assert load(Path(__file__).resolve().parents[2] / "configs/benchmarks/example.yaml").name == "example"
+    assert load_benchmark(Path(__file__).resolve().parents[2] / "configs/benchmarks/example.yaml").name == "example"
 
 
 def test_the_manuals_examples_work(tmp_path):
     manual = (Path(__file__).resolve().parents[2] / "docs/evaluation.md").read_text("utf-8")
     _, whole, official = (block.split("```")[0] for block in manual.split("```yaml")[:3])
     write_json(tmp_path / "a.yaml", whole)
-    assert load(tmp_path / "a.yaml").prompt == "{question}{options}\nAnswer with the letter."
+    assert load_benchmark(tmp_path / "a.yaml").prompt == "{question}{options}\nAnswer with the letter."
     write_json(tmp_path / "b.yaml", official + "scorer: vqa")
     write_json(tmp_path / "questions.json", {"questions": [{"id": 7, "picture": "a", "text": "Q?"}]})
     write_json(tmp_path / "answers.json", [{"id": 7, "answer": "yes"}])
-    question = find(str(tmp_path / "b.yaml"), tmp_path)[0]
+    question = find_questions(str(tmp_path / "b.yaml"), tmp_path)[0]
     assert (shown(question), question.references) == (["a.jpg", "Q?"], ["yes"])
 
 
@@ -617,7 +621,7 @@ def test_the_manuals_examples_work(tmp_path):
 def test_mistakes_in_yaml_are_told_in_one_line(tmp_path, text, message):
     write_json(tmp_path / "b.yaml", text)
     with pytest.raises(UserError, match=f"b.yaml: .*{message}") as caught:
-        find(str(tmp_path / "b.yaml"), tmp_path)
+        find_questions(str(tmp_path / "b.yaml"), tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -625,7 +629,7 @@ def test_a_template_that_asks_for_a_missing_column(tmp_path):
     write_json(tmp_path / "b.yaml", "tsv: {name: X}\nscorer: vqa\nprompt: '{question} {level}'")
     write_tsv(tmp_path / "X.tsv", ["index", "image", "question"], [1, b64(), "q"])
     with pytest.raises(UserError, match="the data have no column 'level'; they have index, question"):
-        find(str(tmp_path / "b.yaml"), tmp_path)[0]
+        find_questions(str(tmp_path / "b.yaml"), tmp_path)[0]
 
 
 # Answering.
@@ -658,7 +662,7 @@ def test_the_runner_answers_a_benchmark_and_leaves_out_what_is_broken(tmp_path):
     ]
     write_tsv(tmp_path / "MMStar.tsv", ["index", "image", "question", "A", "B", "answer"], *rows)
     skipped = []
-    predictions = evaluate(Eyes(), find("mmstar", tmp_path), batch_size=2, skipped=skipped)
+    predictions = evaluate(Eyes(), find_questions("mmstar", tmp_path), Asking(batch_size=2), skipped=skipped)
     assert [(p.index, p.answer, p.exact) for p in predictions] == [(0, "A", 1.0), (1, "B", 1.0), (2, "A", 0.0)]
     assert [(problem.source, problem.reason) for problem in skipped] == [("mmstar", "image is not base64")]
 
@@ -667,4 +671,4 @@ def test_an_index_that_is_there_twice_is_warned_of(tmp_path):
     rows = [[7, b64(), "Is it?", "Yes", "random"], [7, b64(), "Is it not?", "No", "random"]]
     write_tsv(tmp_path / "POPE.tsv", ["index", "image", "question", "answer", "category"], *rows)
     with pytest.warns(UserWarning, match="1 values of index are there more than once, the first is 7"):
-        find("pope", tmp_path)
+        find_questions("pope", tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from data.errors import UserError
 from vlm_distill.evaluation.compare import mcnemar, paired
-from vlm_distill.evaluation.runner import Prediction
+from vlm_distill.evaluation.predictions import Prediction
 
 
 def answers(scores, images=None, question="q"):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from asking import picked
 from torch import nn
 
 from data.batch import Encoded, ModelInputs
@@ -12,6 +13,7 @@ from data.collate import Collator
 from data.conversation import Document
 from data.errors import BadSample
 from vlm_distill.evaluation.held_out import measure
+from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.models.interface import Outputs
 from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.teacher import ModelTeacher
@@ -84,8 +86,9 @@ class Texts:
 
 def measured(*rows, teacher=True, **options):
     model, other = Bigrams(MODEL), ModelTeacher(Bigrams(TEACHER))
+    ranks = picked(RankShare, options)
     collator = Collator(model.processor, other.processor if teacher else None, 8)
-    return measure(model, other if teacher else None, Texts(*rows), collator, **options), model
+    return measure(model, other if teacher else None, Texts(*rows), collator, ranks=ranks, **options), model
 
 
 def divergence(p, q):

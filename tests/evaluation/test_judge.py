@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from data.errors import UserError
-from vlm_distill.evaluation.judge import Judge, ask_judge
-from vlm_distill.evaluation.scoring.registry import score
+from vlm_distill.evaluation.judge import Judge, Patience, ask_judge
+from vlm_distill.evaluation.scoring.scorers import score
 
 
 class Server(ThreadingHTTPServer):
@@ -52,7 +52,8 @@ def server():
 
 
 def make(server, tmp_path, **options):
-    return Judge(server.url, "judge-1", tmp_path / "cache.jsonl", **{"wait": 0.01, "retries": 2, **options})
+    patience = Patience(wait=0.01, retries=options.pop("retries", 2), timeout=options.pop("timeout", 120.0))
+    return Judge(server.url, "judge-1", tmp_path / "cache.jsonl", patience=patience, **options)
 
 
 def test_replies_come_in_order_and_equal_prompts_are_sent_once(server, tmp_path, monkeypatch):
@@ -97,7 +98,7 @@ def test_what_does_not_pass_ends_in_one_line_and_keeps_the_rest(server, tmp_path
 
 
 def test_nobody_there(tmp_path):
-    judge = Judge("http://127.0.0.1:9/v1", "judge-1", tmp_path / "cache.jsonl", retries=0)
+    judge = Judge("http://127.0.0.1:9/v1", "judge-1", tmp_path / "cache.jsonl", patience=Patience(retries=0))
     with pytest.raises(UserError, match="did not answer in 1 tries"):
         judge.ask(["a"])
     with pytest.raises(UserError, match="is not an address"):

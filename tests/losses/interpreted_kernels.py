@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from vlm_distill.losses.kernels import RowStatistics, rows, triton_rows, twin
+from vlm_distill.losses.kernels import RowStatistics, loss_and_grad, torch_kernels, triton_kernels
 
 NAMES = [
     "forward_kl at T",
@@ -42,10 +42,10 @@ def special_rows(kernels):
 @pytest.mark.parametrize("name", NAMES)
 def test_special_rows_equal_the_twins(name, kernels):
     loss = kernels.make(name)
-    assert RowStatistics(loss.streamed(), 1, torch.empty(1))._engine is triton_rows
+    assert RowStatistics(loss.kernel_form(), 1, torch.empty(1))._engine is triton_kernels
     student, teacher, targets = special_rows(kernels)
     got = kernels.streamed(loss, student, teacher, targets, 30)
-    want = kernels.streamed(loss, student, teacher, targets, 30, engine=twin)
+    want = kernels.streamed(loss, student, teacher, targets, 30, engine=torch_kernels)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5, equal_nan=True)
     assert got[0].isnan().tolist() == [row == 4 for row in range(8)]
     # TVD's gradient jumps where p = q; row 1's losses are in the hundreds.
@@ -71,7 +71,7 @@ def test_odd_shapes(name, shape, kernels):
 
 def test_rows_of_many_blocks(kernels):
     loss = kernels.make("taid over jsd")
-    student, teacher, _ = kernels.logits(1, 2 * triton_rows.BLOCK + 77)
+    student, teacher, _ = kernels.logits(1, 2 * triton_kernels.BLOCK + 77)
     kernels.close(kernels.streamed(loss, student, teacher, tile=5000), kernels.defined(loss, student, teacher, None))
 
 
@@ -83,9 +83,9 @@ def test_scale_sum_softcap_rounding_and_strides(kernels):
     out = torch.ones(3, 64, dtype=torch.bfloat16)[:, :47]
     twins = torch.ones(3, 47)
     kernels.streamed(loss, student, teacher[:, 13:], tile=20, out=out, **options)
-    kernels.streamed(loss, student, teacher[:, 13:], engine=twin, out=twins, **options)
+    kernels.streamed(loss, student, teacher[:, 13:], engine=torch_kernels, out=twins, **options)
     torch.testing.assert_close(out.float(), twins, rtol=2**-7, atol=0)  # the interpreter truncates
     want = kernels.defined(loss, student, teacher[:, 13:], None)
-    value, gradient, _ = rows(loss.streamed(), student, teacher[:, 13:], grad=True)
+    value, gradient, _ = loss_and_grad(loss.kernel_form(), student, teacher[:, 13:], grad=True)
     assert gradient.data_ptr() == wide.data_ptr()
     kernels.close((value, gradient), want)

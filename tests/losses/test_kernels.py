@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlm_distill import losses
-from vlm_distill.losses.kernels import RowStatistics, rows, twin
+from vlm_distill.losses.kernels import RowStatistics, loss_and_grad, torch_kernels
 
 LOSSES = {
     "forward_kl": {},
@@ -58,7 +58,7 @@ def defined(loss, student, teacher, targets):
 
 def streamed(loss, student, teacher, targets=None, tile=None, engine=None, out=None, **options):
     """Loss, gradient and signals by the kernels, from tiles of that many columns."""
-    form = loss.streamed()
+    form = loss.kernel_form()
     statistics = RowStatistics(form, len(student), student)
     if engine is not None:
         statistics._engine = engine
@@ -69,11 +69,11 @@ def streamed(loss, student, teacher, targets=None, tile=None, engine=None, out=N
         part = slice(start, start + tile)
         tiles.append((student[:, part], teacher[:, part], out[:, part], None if targets is None else targets - start))
     for s, t, _, right in tiles:
-        statistics.gather(s, t, right)
-    statistics.settle()
+        statistics.accumulate(s, t, right)
+    statistics.finalize()
     if form.mixed:
         for s, t, _, _ in tiles:
-            statistics.mix(s, t)
+            statistics.accumulate_mixture(s, t)
     for s, t, o, right in tiles:
         statistics.gradient(s, t, o, right, **options)
     return statistics.loss(), out, statistics.signals()
@@ -220,16 +220,16 @@ def test_whole_rows_leave_the_gradient_in_the_students_memory(name):
     want = defined(loss, student, teacher, None)
     wide = torch.empty(5, 200)
     own = wide[:, :123].copy_(student)
-    value, gradient, _ = rows(loss.streamed(), own, teacher, grad=True)
+    value, gradient, _ = loss_and_grad(loss.kernel_form(), own, teacher, grad=True)
     assert gradient.data_ptr() == wide.data_ptr()
     close((value, gradient), want)
-    assert rows(loss.streamed(), student, teacher, grad=False)[1] is None
+    assert loss_and_grad(loss.kernel_form(), student, teacher, grad=False)[1] is None
 
 
 def test_losses_that_need_whole_rows_say_so():
     whole = [losses.build("taid", power=1.0), losses.build("taid", divergence="adaptive_kl")]
     whole += [losses.build(name) for name in ("adaptive_kl", "dkd", "ctkd", "diagnostics")]
-    assert [loss.streamed() for loss in whole] == [None] * len(whole)
+    assert [loss.kernel_form() for loss in whole] == [None] * len(whole)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -248,7 +248,7 @@ def test_triton_under_its_interpreter():
 def test_triton_equals_its_twin_on_a_gpu(name, shape):
     loss = make(name)
     student, teacher, targets = logits(*shape, device="cuda")
-    want = streamed(loss, student, teacher, targets, engine=twin)
+    want = streamed(loss, student, teacher, targets, engine=torch_kernels)
     close(streamed(loss, student, teacher, targets), want, rtol=2e-5, atol=1e-5)
     close(streamed(loss, student, teacher, targets, -(-shape[1] // 3)), want, rtol=2e-5, atol=1e-5)
     exact = defined(loss, student, teacher, targets)

@@ -8,7 +8,7 @@ from torch import nn
 
 from vlm_distill import losses
 from vlm_distill.losses import DistillationLoss, LossError, Progress, Standardised, Term, fused_linear
-from vlm_distill.losses.fused_linear import HiddenTargets
+from vlm_distill.losses.heads import HiddenTargets
 from vlm_distill.models.lm_head import LMHead
 
 COMPARING = [n for n in losses.available(DistillationLoss) if n not in ("uld", "cross_entropy", "diagnostics")]
@@ -43,7 +43,7 @@ def test_is_the_inner_loss_on_z_scores(name):
 @pytest.mark.parametrize("name", COMPARING)
 def test_closed_form_equals_definition(name):
     loss = make(name)
-    assert loss.streamed() is None
+    assert loss.kernel_form() is None
     student, teacher, targets = logits(31, 123)
     leaf = student.clone().requires_grad_()
     values = loss(leaf, teacher, targets)
@@ -98,7 +98,7 @@ def test_the_inner_losss_own_parts_pass_through():
     ctkd = losses.build("ctkd", standardise=True, instance=True, width=3)
     ctkd.prepare(9)
     assert {n for n, _ in ctkd.named_parameters()} == {f"inner.source.{n}" for n in ("first", "shift", "last", "g")}
-    assert len(ctkd.learned()) == 4
+    assert len(ctkd.learned_tensors()) == 4
 
 
 def test_in_the_chunked_engine():

@@ -82,7 +82,7 @@ def test_commands_refuse_a_shadowed_package(project, module):
 
 
 @pytest.mark.parametrize(
-    "statement", ["from vlm_distill.models import load_vlm", "import vlm_distill.evaluation.runner"]
+    "statement", ["from vlm_distill.models import load_vlm", "import vlm_distill.evaluation.answering"]
 )
 def test_the_rest_of_the_package_refuses_it_too(project, statement):
     done = start(project, "-c", statement)

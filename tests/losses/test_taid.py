@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlm_distill.losses import TAID, LossError, Progress
-from vlm_distill.losses.taid import Pace
+from vlm_distill.losses.taid_pace import Pace
 
 
 def run(loss, signals, steps=None, start=0):
@@ -123,7 +123,7 @@ def test_slope_is_how_the_kl_grows_with_t(power, t):
     loss.t = t
     found = loss.loss_and_grad(student.clone(), teacher.clone(), grad=False).signals["slope"]
     torch.testing.assert_close(found, numeric, rtol=1e-3, atol=1e-6)
-    _, signals = loss.categories(teacher.log_softmax(-1), student.log_softmax(-1))
+    _, signals = loss.loss_over_categories(teacher.log_softmax(-1), student.log_softmax(-1))
     torch.testing.assert_close(signals["slope"], found)
 
 

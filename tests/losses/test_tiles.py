@@ -9,7 +9,7 @@ import torch
 from vlm_distill import losses
 from vlm_distill.losses import HiddenTargets, Term, TopKTargets, fused_linear, tiles
 
-STREAMED = [name for name in losses.available(losses.DistillationLoss) if losses.build(name).streamed() is not None]
+STREAMED = [name for name in losses.available(losses.DistillationLoss) if losses.build(name).kernel_form() is not None]
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def small(monkeypatch):
     def set_tile(tokens, columns, *, teacher=True, itemsize=8):
         monkeypatch.setattr(tiles, "TOKENS_CPU", tokens)
         monkeypatch.setattr(tiles, "COLUMNS", 1)
-        return tokens * columns * (1 + teacher + tiles.TWIN_SCRATCH + 1) * itemsize
+        return tokens * columns * (1 + teacher + tiles.TORCH_SCRATCH + 1) * itemsize
 
     return set_tile
 

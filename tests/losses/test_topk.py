@@ -7,7 +7,7 @@ import torch
 
 from vlm_distill import losses
 from vlm_distill.losses import Term, TopKTargets, fused_linear
-from vlm_distill.losses.topk import SCRATCH, topk_rows
+from vlm_distill.losses.topk import SCRATCH, topk_loss_and_grad
 from vlm_distill.models.lm_head import LMHead
 
 N, V = 5, 23
@@ -39,8 +39,8 @@ def logits():
 
 
 def rows(loss, student, top, grad=True):
-    return topk_rows(
-        loss, student.clone(), top.ids, top.categories(torch.arange(len(student)), student.dtype), grad=grad
+    return topk_loss_and_grad(
+        loss, student.clone(), top.ids, top.log_probs(torch.arange(len(student)), student.dtype), grad=grad
     )
 
 
@@ -49,7 +49,7 @@ def by_hand(loss, student, top):
     q = student.softmax(-1)
     own = q.gather(-1, top.ids)
     log_q = torch.cat([own, 1 - own.sum(-1, keepdim=True)], -1).log()
-    return loss.categories(torch.cat([top.logprobs, top.tail.unsqueeze(-1)], -1), log_q)
+    return loss.loss_over_categories(torch.cat([top.logprobs, top.tail.unsqueeze(-1)], -1), log_q)
 
 
 @pytest.mark.parametrize("k", [1, 4, V - 1])

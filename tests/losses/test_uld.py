@@ -64,7 +64,7 @@ class Setting:
         return [self.hidden, *self.linear.parameters()]
 
     def fused(self, terms, **options):
-        return fused_linear(terms, self.hidden, self.head, self.teacher, self.targets, groups=self.groups, **options)
+        return fused_linear(terms, self.hidden, self.head, self.teacher, self.targets, distilled=self.groups, **options)
 
     def logits(self):
         student = self.linear(self.hidden) * self.head.scale
@@ -142,8 +142,8 @@ def test_definition_and_closed_form_equal_the_slow_way(vocabularies, temperature
     defined = loss(leaf, teacher, targets, groups)
     torch.testing.assert_close(defined, want, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(torch.autograd.grad(defined.sum(), leaf)[0], gradient, rtol=1e-10, atol=1e-14)
-    closed = loss.grouped(student.clone(), teacher.clone(), targets, groups, grad=True)
-    without = loss.grouped(student.clone(), teacher.clone(), targets, groups, grad=False)
+    closed = loss.grouped_loss_and_grad(student.clone(), teacher.clone(), targets, groups, grad=True)
+    without = loss.grouped_loss_and_grad(student.clone(), teacher.clone(), targets, groups, grad=False)
     torch.testing.assert_close(closed.loss, want.detach(), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(closed.grad, gradient, rtol=1e-10, atol=1e-14)
     assert without.grad is None
@@ -152,10 +152,10 @@ def test_definition_and_closed_form_equal_the_slow_way(vocabularies, temperature
 
 def test_other_devices_sort_alike(monkeypatch):
     student, teacher, targets, groups = only_groups(Setting())
-    want = uld().grouped(student.clone(), teacher.clone(), targets, groups, grad=True)
+    want = uld().grouped_loss_and_grad(student.clone(), teacher.clone(), targets, groups, grad=True)
     monkeypatch.setattr("vlm_distill.losses.uld._ascending", lambda x: x.sort(-1).values)
     monkeypatch.setattr("vlm_distill.losses.uld._order", lambda x: x.argsort(-1))
-    got = uld().grouped(student, teacher, targets, groups, grad=True)
+    got = uld().grouped_loss_and_grad(student, teacher, targets, groups, grad=True)
     torch.testing.assert_close((got.loss, got.grad), (want.loss, want.grad), rtol=1e-13, atol=1e-15)
 
 
@@ -168,7 +168,8 @@ def test_groups_of_one_are_plain_rows():
     setting = Setting([(1, 1, 0)] * 9)
     student, teacher = (x.detach()[:9] for x in setting.logits())
     plain = uld().loss_and_grad(student.clone(), teacher.clone(), grad=True)
-    grouped = uld().grouped(student.clone(), teacher.clone(), setting.targets[:9], setting.groups, grad=True)
+    targets, groups = setting.targets[:9], setting.groups
+    grouped = uld().grouped_loss_and_grad(student.clone(), teacher.clone(), targets, groups, grad=True)
     torch.testing.assert_close(plain.loss, grouped.loss, rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(plain.grad, grouped.grad, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(uld()(student, teacher), plain.loss)
@@ -190,7 +191,7 @@ def test_a_merged_row_by_hand():
     teacher = torch.tensor([[0.0, 0.0], [math.log(4.0), 0.0]])
     groups = TokenGroups(torch.tensor([[0, 1]]), torch.tensor([[0, 2]]), torch.tensor([1, 0]))
     # ½ ¼ ¼ against ½ ⅖ ⅒
-    result = uld().grouped(student.clone(), teacher.clone(), torch.tensor([0]), groups, grad=True)
+    result = uld().grouped_loss_and_grad(student.clone(), teacher.clone(), torch.tensor([0]), groups, grad=True)
     torch.testing.assert_close(result.loss, torch.tensor([0.3]))
     torch.testing.assert_close(uld()(student, teacher, torch.tensor([0]), groups), torch.tensor([0.3]))
 
@@ -209,7 +210,7 @@ def test_zero_at_equality_and_never_above_two():
     student, _ = (x.detach() for x in setting.logits())
     student, targets = student[:-1], setting.targets[:-1]
     same = TokenGroups(setting.groups.student, setting.groups.student, targets)
-    result = uld().grouped(student.clone(), student.clone(), targets, same, grad=True)
+    result = uld().grouped_loss_and_grad(student.clone(), student.clone(), targets, same, grad=True)
     assert not result.loss.any()
     assert not result.grad.any()
     sure = torch.full((1, 50_000), -1e4)
@@ -222,23 +223,23 @@ def test_the_order_of_a_vocabulary_does_not_matter():
     generator = torch.Generator().manual_seed(1)
     ours, theirs = (torch.randperm(x.shape[1], generator=generator) for x in (student, teacher))
     moved = TokenGroups(groups.student, groups.teacher, theirs.argsort()[groups.teacher_targets])
-    want = uld().grouped(student.clone(), teacher.clone(), targets, groups, grad=True)
-    got = uld().grouped(student[:, ours], teacher[:, theirs], ours.argsort()[targets], moved, grad=True)
+    want = uld().grouped_loss_and_grad(student.clone(), teacher.clone(), targets, groups, grad=True)
+    got = uld().grouped_loss_and_grad(student[:, ours], teacher[:, theirs], ours.argsort()[targets], moved, grad=True)
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.grad, want.grad[:, ours])
 
 
 def test_gradients_sum_to_zero_over_the_vocabulary():
     student, teacher, targets, groups = only_groups(Setting())
-    gradient = uld().grouped(student, teacher, targets, groups, grad=True).grad
+    gradient = uld().grouped_loss_and_grad(student, teacher, targets, groups, grad=True).grad
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(len(student), dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_what_a_model_rules_out():
     student, teacher, targets, groups = only_groups(Setting())
     padding = torch.full((len(student), 4), -math.inf, dtype=torch.float64)
-    want = uld().grouped(student.clone(), teacher.clone(), targets, groups, grad=True)
-    got = uld().grouped(torch.cat([student, padding], 1), teacher.clone(), targets, groups, grad=True)
+    want = uld().grouped_loss_and_grad(student.clone(), teacher.clone(), targets, groups, grad=True)
+    got = uld().grouped_loss_and_grad(torch.cat([student, padding], 1), teacher.clone(), targets, groups, grad=True)
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.grad[:, :-4], want.grad)
     assert not got.grad[:, -4:].any()
@@ -246,7 +247,7 @@ def test_what_a_model_rules_out():
     later = int(groups.student[3, 0]) + 1
     student[later, targets[later]] = -math.inf
     leaf = student.clone().requires_grad_()
-    result = uld().grouped(student.clone(), teacher.clone(), targets, groups, grad=True)
+    result = uld().grouped_loss_and_grad(student.clone(), teacher.clone(), targets, groups, grad=True)
     values = uld()(leaf, teacher, targets, groups)
     torch.testing.assert_close(result.loss, values.detach())
     torch.testing.assert_close(result.grad, torch.autograd.grad(values.sum(), leaf)[0])
@@ -261,7 +262,7 @@ def test_nan_is_never_hidden(side):
         teacher[groups.teacher[3, 0] + 1, 5] = math.nan
     else:
         student[groups.student[3, 0] + (2 if side == "later" else 0), 5] = math.nan
-    result = uld().grouped(student, teacher, targets, groups, grad=True)
+    result = uld().grouped_loss_and_grad(student, teacher, targets, groups, grad=True)
     assert result.loss.isnan().tolist() == [i == 3 for i in range(len(groups))]
 
 
@@ -384,7 +385,7 @@ def test_what_cannot_be_is_refused():
             HiddenTargets(setting.teacher.hidden[:5], setting.teacher.head),
         )
     with pytest.raises(ValueError, match="no targets"):
-        fused_linear(uld(), setting.hidden, setting.head, setting.teacher, groups=setting.groups)
+        fused_linear(uld(), setting.hidden, setting.head, setting.teacher, distilled=setting.groups)
 
 
 @pytest.mark.gpu

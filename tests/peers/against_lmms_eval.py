@@ -32,9 +32,9 @@ stubs.bare_package("lmms_eval.tasks")
 
 from lmms_eval.api import metrics
 
-from vlm_distill.evaluation import benchmarks
-from vlm_distill.evaluation.scoring.base import cell_text
-from vlm_distill.evaluation.scoring.registry import score
+from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmark
+from vlm_distill.evaluation.scoring.cells import cell_text
+from vlm_distill.evaluation.scoring.scorers import score
 
 ROUNDS = 3
 ROWS = 84
@@ -185,7 +185,7 @@ def rows_of(name: str, dataset: str, draw: random.Random, folder: Path) -> list[
             lists = [[{"answer": text, "answer_id": i} for i, text in enumerate(found)] for found in lists]
         return [{"question_id": 0, "answers": found, "type": "human_test"} for found in lists]
     tables.write(folder, dataset, draw, ROWS)
-    rows = benchmarks.find(name, folder, rules="lmms-eval").rows()
+    rows = find_questions(name, folder, rules="lmms-eval").rows()
     if name == "mmbench":
         return [{**row, "L2-category": row["l2-category"]} for row in rows]
     if name == "ocrbench":
@@ -206,7 +206,7 @@ def _literal(row: Row) -> list[str]:
 
 
 def our_score(name: str, rows: list[Row], answers: list[str]) -> Found:
-    scorer = benchmarks.get(name).scorer
+    scorer = get_benchmark(name).scorer
     found = score(scorer, [row | {"prediction": text} for row, text in zip(rows, answers, strict=True)], "lmms-eval")
     return found.main / {"ocrbench": 1000}.get(name, 100), list(found.rows)
 
@@ -235,7 +235,7 @@ def settings() -> list[str]:
     for name, file in files.items():
         theirs = yaml.safe_load((folder / file).read_text("utf-8")).get("generation_kwargs") or {}
         length = theirs.get("max_new_tokens", 1024)
-        ours = benchmarks.get(name).length_for("lmms-eval")
+        ours = get_benchmark(name).length_for("lmms-eval")
         if length != ours:
             found.append(f"{name}: answers of {length} tokens, ours {ours}")
     print(f"answer lengths of {len(files)} tasks compared")

@@ -34,9 +34,9 @@ from vlmeval.dataset.utils.multiple_choice import can_infer
 from vlmeval.dataset.utils.vqa_eval import hit_calculate
 from vlmeval.smp import dump
 
-from vlm_distill.evaluation import benchmarks
-from vlm_distill.evaluation.benchmark_run import judged
-from vlm_distill.evaluation.scoring.base import Scores
+from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmark
+from vlm_distill.evaluation.benchmark_scoring import judged
+from vlm_distill.evaluation.scoring.scores import Scores
 
 ROUNDS = 3
 ROWS = 84
@@ -102,9 +102,9 @@ def _rows(work: Path, name: str) -> dict[str, float]:
 
 
 def ours(name: str, folder: Path, predictions: list[str]) -> tuple[Scores, dict[str, float]]:
-    entry = benchmarks.get(name)
+    entry = get_benchmark(name)
     # Our MMMU has the validation rows alone.
-    whole = benchmarks.find(entry.model_copy(update={"where": {}}), folder)
+    whole = find_questions(entry.model_copy(update={"where": {}}), folder)
     rows = [row | {"prediction": text} for row, text in zip(whole.rows(), predictions, strict=True)]
     if name == "MMVet":
         for row in rows:

@@ -7,7 +7,8 @@ import random
 import pytest
 from PIL import Image
 
-from vlm_distill.evaluation.runner import Prediction, write_predictions
+from vlm_distill.evaluation.predictions import Prediction
+from vlm_distill.evaluation.source_scores import write_answers
 
 CONFIG = """\
 student:
@@ -78,11 +79,9 @@ def build_run(folder, questions, *, taid=True, accuracy=0.85, teacher=0.99, step
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     if evaluations:
-        write_predictions(folder / "evaluation" / "test" / "student", predict(questions, accuracy, rng))
+        write_answers(folder / "evaluation" / "test" / "student", predict(questions, accuracy, rng))
         if teacher:
-            write_predictions(
-                folder / "evaluation" / "test" / "teacher", predict(questions, teacher, random.Random(99))
-            )
+            write_answers(folder / "evaluation" / "test" / "teacher", predict(questions, teacher, random.Random(99)))
     return folder
 
 

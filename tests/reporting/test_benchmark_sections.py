@@ -12,11 +12,12 @@ import pytest
 from page import read
 from PIL import Image
 
-from vlm_distill.evaluation import benchmarks
-from vlm_distill.evaluation.benchmark_run import run_benchmark
+from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmark
+from vlm_distill.evaluation.benchmark_run import OpenBenchmark, run_benchmark
 from vlm_distill.evaluation.judge import UNREADABLE
+from vlm_distill.evaluation.kept_answers import AnswerFolder
 from vlm_distill.evaluation.pictures import find_picture
-from vlm_distill.evaluation.runner import read_predictions
+from vlm_distill.evaluation.predictions import read_predictions
 from vlm_distill.models.answers import Answer
 from vlm_distill.reporting.report import write_report
 
@@ -61,14 +62,14 @@ def answered(folder, make_run):
 
     def make(name, accuracy=0.7, *, teacher=0.95, seed=1, rules="vlmevalkit", evaluations=0):
         run = make_run(name, evaluations=evaluations)
-        entry = benchmarks.get("pope")
-        questions = benchmarks.find(entry, folder, rules=rules)
+        entry = get_benchmark("pope")
+        benchmark = OpenBenchmark(entry, find_questions(entry, folder, rules=rules), rules)
         models = {"student": Guesser(accuracy, seed)}
         if teacher is not None:
             models["teacher"] = Guesser(teacher, 7)
         place = run / "evaluation" / "pope"
         for who, model in models.items():
-            run_benchmark(model, entry, questions, place / who, rules=rules, name=who, pictures=place / "pictures")
+            run_benchmark(model, benchmark, folder=AnswerFolder(place / who, who, pictures=place / "pictures"))
         lines = [{"step": step, "data": "pope", "score": 50 + step, "n": 20, "seconds": step} for step in (20, 40)]
         with (run / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps({"kind": "eval", **line}) + "\n" for line in lines)

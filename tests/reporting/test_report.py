@@ -7,7 +7,8 @@ import pytest
 from page import Page, read
 
 from data.errors import UserError
-from vlm_distill.evaluation.runner import read_predictions, write_predictions
+from vlm_distill.evaluation.predictions import read_predictions
+from vlm_distill.evaluation.source_scores import write_answers
 from vlm_distill.reporting.gallery import gallery
 from vlm_distill.reporting.report import write_report
 from vlm_distill.reporting.run_folder import load_run
@@ -66,8 +67,8 @@ def test_text_from_outside_is_escaped(make_run, questions):
         type(p)(**{**p.__dict__, "question": evil, "references": [evil], "answer": evil, "question_type": evil})
         for p in predictions
     ]
-    write_predictions(folder, changed)
-    write_predictions(run / "evaluation" / "test" / "teacher", changed)
+    write_answers(folder, changed)
+    write_answers(run / "evaluation" / "test" / "teacher", changed)
     with (run / "config.yaml").open("a") as file:
         file.write(f'note: "{evil}"\n')
     summary = json.loads((run / "summary.json").read_text())

@@ -3,8 +3,10 @@
 import csv
 from types import SimpleNamespace
 
-from vlm_distill.evaluation import benchmarks
-from vlm_distill.evaluation.benchmark_run import run_benchmark
+from vlm_distill.evaluation.answering import Asking
+from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmark
+from vlm_distill.evaluation.benchmark_run import OpenBenchmark, run_benchmark
+from vlm_distill.evaluation.kept_answers import AnswerFolder
 from vlm_distill.models.answers import Answer
 
 
@@ -52,17 +54,10 @@ def choice(folder, name="MMStar"):
 
 
 def run(name, folder, answers, out=None, rules="vlmevalkit", **options):
-    entry, model = benchmarks.get(name), Table(answers)
-    questions = benchmarks.find(entry, folder, rules=rules)
+    entry, model = get_benchmark(name), Table(answers)
+    questions = find_questions(entry, folder, rules=rules)
     load = options.pop("load", lambda image: image)
-    return run_benchmark(
-        model,
-        entry,
-        questions,
-        out or folder / "out",
-        rules=rules,
-        name="some/tiny",
-        load=load,
-        batch_size=3,
-        **options,
-    )
+    asking = Asking(batch_size=3, load=load, limit=options.pop("limit", None))
+    kept = {new: options.pop(old) for old, new in (("resume", "identity"), ("about", "about")) if old in options}
+    answers_in = AnswerFolder(out or folder / "out", "some/tiny", **kept)
+    return run_benchmark(model, OpenBenchmark(entry, questions, rules), asking, folder=answers_in, **options)

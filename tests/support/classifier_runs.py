@@ -11,7 +11,7 @@ from PIL import Image
 
 from vision.metrics import measure, summarise
 from vlm_distill.evaluation.pictures import write_pictures
-from vlm_distill.evaluation.runner import Prediction, write_lines
+from vlm_distill.evaluation.predictions import Prediction, write_predictions
 
 CONFIG = """\
 student: {{name: resnet8x4}}
@@ -63,7 +63,7 @@ def write_evaluation(folder, names, skill, n, seed, teacher=None, data="test"):
         )
         for row in range(n)
     ]
-    write_lines(folder / "predictions.jsonl", predictions)
+    write_predictions(folder / "predictions.jsonl", predictions)
     wrong = [p for p in predictions if not p.exact][:60] + [p for p in predictions if p.exact][:20]
     write_pictures(folder.parent / "pictures", [replace(p) for p in wrong], made.__getitem__, lambda image: image)
     return logits

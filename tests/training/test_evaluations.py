@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.evaluation.runner import read_predictions
+from vlm_distill.evaluation.predictions import read_predictions
 from vlm_distill.models import load_vlm
 from vlm_distill.runtime.launch import launch
 from vlm_distill.trainer import train
@@ -173,7 +173,7 @@ def test_what_cannot_be_scored_does_not_end_the_run(material, processes, monkeyp
         if any(row["prediction"] != "unanswered" for row in rows):
             raise UserError("three answers too few")
 
-    monkeypatch.setattr("vlm_distill.evaluation.benchmark_run.judged", refuse)
+    monkeypatch.setattr("vlm_distill.evaluation.benchmark_scoring.judged", refuse)
     folder = train(settings(material, "refused", best="colours", every=3), processes)
     assert capsys.readouterr().err.count("colours: not scored: three answers too few") == 3
     assert (folder / "student").is_dir()

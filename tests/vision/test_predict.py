@@ -11,7 +11,7 @@ from timm.data import create_transform
 from data.errors import UserError
 from vision.predict import in_words, predict
 from vlm_distill.evaluation.compare import paired
-from vlm_distill.evaluation.runner import read_predictions
+from vlm_distill.evaluation.predictions import read_predictions
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from typing import Any
 from vlm_distill import losses
 from vlm_distill.losses import BatchLoss, DistillationLoss, FeatureLoss, Loss, Registry
 
-from .cross_entropy import CrossEntropy
 from .dist import DIST
-from .features import AttentionTransfer, FitNet, RelationalKD, SimilarityPreserving
 from .hard_labels import HardLabels
+from .label_cross_entropy import CrossEntropy
 from .mlkd import MLKD
+from .stage_features import AttentionTransfer, FitNet, RelationalKD, SimilarityPreserving
 
 __all__ = [
     "DIST",

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from vlm_distill.losses import BatchLoss
-from vlm_distill.losses.base import check_number, upcast
+from vlm_distill.losses.parameters import check_number
+from vlm_distill.losses.softmax import upcast
 
 # Added to the product of the norms in the authors' code: it shows where a column carries little mass.
 _EPS = 1e-8

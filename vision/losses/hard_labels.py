@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlm_distill.losses import DistillationLoss, RowResult
-from vlm_distill.losses.base import upcast
+from vlm_distill.losses.softmax import upcast
 
-from .cross_entropy import CrossEntropy
+from .label_cross_entropy import CrossEntropy
 
 
 class HardLabels(DistillationLoss):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vlm_distill.losses import BatchLoss, LossError
-from vlm_distill.losses.base import check_choice, check_number, upcast
-from vlm_distill.losses.divergences import kl_divergence
+from vlm_distill.losses.parameters import check_choice, check_number
+from vlm_distill.losses.softmax import kl_divergence, upcast
 from vlm_distill.losses.standardise import standardised
 
 # Where the authors' training step takes the weak view's logits for the strong view's.

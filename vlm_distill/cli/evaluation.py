@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from data.errors import UserError
-from vlm_distill.evaluation.scoring.base import Rules
+from vlm_distill.evaluation.scoring.scores import Rules
 from vlm_distill.runtime.launch import launch
 
 from .options import Processes, expanded, mapping, positive_rate, renaming, words_of
@@ -203,10 +203,10 @@ def ask(options: AskOptions) -> None:
     from data.conversation import Conversation
     from data.errors import BadSample
     from data.images import load_image
-    from vlm_distill.evaluate import model_of
+    from vlm_distill.evaluation.model_identity import student_of
     from vlm_distill.models import load_vlm
 
-    asked = [(model_of(options.model), "--template-arguments", options.template_arguments)]
+    asked = [(student_of(options.model), "--template-arguments", options.template_arguments)]
     if options.teacher is not None:
         asked.append((options.teacher, "--teacher-template-arguments", options.teacher_template_arguments))
     try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.errors import UserError
 
-from .runner import Prediction, read_predictions
+from .predictions import Prediction, read_predictions
 
 
 @dataclass(frozen=True)

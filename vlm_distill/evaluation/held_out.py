@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,9 @@ from vlm_distill.losses import CrossEntropy, DistillationLoss, ForwardKL, Term, 
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 
-from .runner import AllGather, in_words, notes_on, share
+from .question_source import share
+from .rank_share import RankShare
+from .source_scores import in_words, notes_on
 
 #: Measures that need answers; the others need one forward.
 OF_ANSWERS = {"exact", "rouge_l"}
@@ -71,75 +73,102 @@ def measure(
     *,
     batch_size: int = 8,
     limit: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    all_gather: AllGather | None = None,
+    ranks: RankShare = RankShare(),  # noqa: B008 - frozen
     load: Callable[[ImageSource], Image.Image] = load_image,
     skipped: list[Problem] | None = None,
 ) -> HeldOut:
-    """One forward of the model, and of the teacher if there is one, over a source's samples.
+    """Run the model, and the teacher if there is one, once over a source's samples.
 
-    Batches are cut once from the source sorted by length and dealt to the ranks in turn; every rank makes the same
-    number of forwards, empty ones too, because under ZeRO-3 ranks wait for each other in them.
+    Batches are cut once from the source sorted by length and dealt to the ranks in turn. Every rank runs the same
+    number of forwards, including empty ones, because under ZeRO-3 ranks wait for each other in them.
 
     Args:
-        teacher: with the same tokens as the model; its processor is the collator's.
+        teacher: must have the model's tokens; its processor is the collator's.
         collator: of the model and the teacher.
-        batch_size: samples in a forward.
-        limit: as in :func:`~.runner.evaluate`.
-        all_gather: needed when ``world`` > 1.
-        skipped: receives the samples that were left out, of all ranks.
+        batch_size: samples per forward.
+        limit: measure only this many samples, evenly spaced.
+        ranks: this process's share. Every rank makes the same call.
+        load: decodes an image.
+        skipped: receives the samples that were left out, from all ranks.
 
     Returns:
         The same on every rank.
     """
-    if world > 1 and all_gather is None:
-        raise ValueError("measuring on several ranks needs all_gather")
     rows = sorted(share(source, limit), key=lambda i: (source.size(i), i))
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     losses: list[DistillationLoss] = [CrossEntropy()] if teacher is None else [CrossEntropy(), ForwardKL()]
     terms = [Term(str(number), loss) for number, loss in enumerate(losses)]
     device = next(model.parameters()).device
-    totals = [0.0] * 5  # samples, then sum and tokens of each term
+    totals = _Totals()
     problems: list[Problem] = []
     training = model.training
     model.eval()
     try:
-        for turn in range(math.ceil(len(batches) / world)):
-            number = turn * world + rank
-            pairs: list[Pair] = []
-            for row in batches[number] if number < len(batches) else []:
-                try:
-                    sample = source[row]
-                    images = [] if isinstance(sample, Document) else [load(image) for image in sample.images]
-                    pairs += collator.encode(sample, images)
-                except BadSample as bad:
-                    problems.append(Problem(source.name, source.line(row), bad.reason, bad.detail))
-            batch = collator.batch(pairs).to(device)
+        for own in ranks.deal(batches):
+            batch = collator.batch(_read_pairs(source, own, collator, load, problems)).to(device)
             targets = None if teacher is None else teacher.outputs(batch).targets
             hidden = model(batch.student.inputs.to(device, model.dtype), batch.student.positions).hidden
             sums = fused_linear(terms, hidden, model.head, targets, batch.targets, distilled=batch.distilled)
-            totals[0] += batch.samples
-            for place, term in enumerate(terms):
-                found = sums.terms[term.name]
-                totals[1 + 2 * place] += float(found.loss)
-                totals[2 + 2 * place] += found.count
+            summed = [sums.terms[term.name] for term in terms]
+            totals.add(batch.samples, [(float(term.loss), term.count) for term in summed])
     finally:
         model.train(training)
-    parts: list[tuple[list[float], list[Problem]]] = [(totals, problems)]
-    if all_gather is not None:
-        parts = [part for gathered in all_gather(parts) for part in gathered]
-    n, loss, tokens, kl, distilled = (math.fsum(column) for column in zip(*(part[0] for part in parts), strict=True))
-    left_out = sorted((problem for part in parts for problem in part[1]), key=lambda problem: problem.line)
+    parts = ranks.gather((totals, problems))
+    found = _Totals.of([part for part, _ in parts])
+    left_out = sorted((problem for _, part in parts for problem in part), key=lambda problem: problem.line)
     if skipped is not None:
         skipped += left_out
     return HeldOut(
-        int(n),
-        int(tokens),
-        math.exp(min(loss / tokens, 700.0)) if tokens else None,
-        kl / distilled if distilled else None,
+        int(found.samples),
+        int(found.tokens),
+        math.exp(min(found.cross_entropy / found.tokens, 700.0)) if found.tokens else None,
+        found.kl / found.distilled if found.distilled else None,
         dict(Counter(problem.reason for problem in left_out)),
     )
+
+
+@dataclass
+class _Totals:
+    """Sums over samples: cross-entropy over supervised tokens, and KL over distilled ones."""
+
+    samples: float = 0.0
+    cross_entropy: float = 0.0
+    tokens: float = 0.0
+    kl: float = 0.0
+    distilled: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence[_Totals]) -> _Totals:
+        """Return the sum over ranks."""
+        return cls(*(math.fsum(column) for column in zip(*map(astuple, parts), strict=True)))
+
+    def add(self, samples: int, sums: Sequence[tuple[float, int]]) -> None:
+        """Add one batch: sum and token count of cross-entropy, and of KL if there is a teacher."""
+        self.samples += samples
+        self.cross_entropy += sums[0][0]
+        self.tokens += sums[0][1]
+        if len(sums) > 1:
+            self.kl += sums[1][0]
+            self.distilled += sums[1][1]
+
+
+def _read_pairs(
+    source: Samples,
+    rows: Sequence[int],
+    collator: Collator,
+    load: Callable[[ImageSource], Image.Image],
+    problems: list[Problem],
+) -> list[Pair]:
+    """Return these rows as the models take them; those that cannot be used become problems."""
+    pairs: list[Pair] = []
+    for row in rows:
+        try:
+            sample = source[row]
+            images = [] if isinstance(sample, Document) else [load(image) for image in sample.images]
+            pairs += collator.encode(sample, images)
+        except BadSample as bad:
+            problems.append(Problem(source.name, source.line(row), bad.reason, bad.detail))
+    return pairs
 
 
 def add_to_scores(folder: Path, measures: Sequence[str], values: Mapping[str, Any]) -> None:

@@ -17,15 +17,30 @@ from vlm_distill.models.thinking import split_thought
 
 from . import jsonl
 from .prompts import options
-from .scoring.base import Row
 from .scoring.mathvista import found_value
-from .scoring.mcq import closed
+from .scoring.multiple_choice_vlmevalkit import closed
+from .scoring.scores import Row
 
 KEY_VARIABLE = "JUDGE_API_KEY"
 #: What ``Scores.fallbacks`` calls the rows about which no reply of a judge could be read.
 UNREADABLE = "an unreadable reply of the judge"
 _LARGEST_REPLY = 4 * 2**20
 _LONGEST_VALUE = 200
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a reply, and how often to try.
+
+    Attributes:
+        retries: tries after the first, on time-outs, lost connections and errors of the server.
+        timeout: seconds for one request in total.
+        wait: seconds before the first retry; each further one waits twice as long.
+    """
+
+    retries: int = 5
+    timeout: float = 120.0
+    wait: float = 1.0
 
 
 class Judge:
@@ -35,11 +50,9 @@ class Judge:
         url: the endpoint's base, as in ``http://localhost:8000/v1``.
         model: the model's name there.
         cache: a JSONL file; a prompt that it holds a reply to is never sent again.
-        requests_per_minute: no more than so many are sent, retries included.
-        workers: requests under way at once.
-        retries: tries after the first, on time-outs, lost connections and the server's own troubles.
-        timeout: seconds for one request in total.
-        wait: seconds before the first retry; each further one waits twice as long.
+        requests_per_minute: the most that are sent, retries included.
+        workers: requests in flight at once.
+        patience: how long to wait for a reply, and how often to try.
         progress: called with (replies, prompts in all) after each reply.
 
     The key, if the endpoint wants one, is read from the environment variable ``JUDGE_API_KEY``.
@@ -53,18 +66,16 @@ class Judge:
         *,
         requests_per_minute: float | None = None,
         workers: int = 4,
-        retries: int = 5,
-        timeout: float = 120.0,
-        wait: float = 1.0,
+        patience: Patience = Patience(),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._endpoint = Endpoint(
             "judge",
             url,
             KEY_VARIABLE,
-            retries=retries,
-            timeout=timeout,
-            wait=wait,
+            retries=patience.retries,
+            timeout=patience.timeout,
+            wait=patience.wait,
             largest=_LARGEST_REPLY,
             turn=self._take_turn,
         )

@@ -11,7 +11,8 @@ from PIL import Image
 from data.conversation import ImageSource
 from data.errors import BadSample
 
-from .runner import Prediction, evenly_spaced
+from .predictions import Prediction
+from .question_source import evenly_spaced
 
 #: Pictures that are kept at most: some 10 kB each.
 _MOST = 200

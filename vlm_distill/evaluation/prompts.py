@@ -10,8 +10,8 @@ from typing import Any
 from data.conversation import ImageSource
 from data.errors import BadSample, UserError
 
-from .scoring.base import literal
-from .scoring.mcq import choices_of
+from .scoring.cells import literal
+from .scoring.multiple_choice_vlmevalkit import choices_of
 
 Row = Mapping[str, Any]
 

@@ -11,22 +11,18 @@ from data.batch import Problem
 from data.conversation import Conversation
 from data.errors import UserError
 
-from . import benchmarks
-from .benchmark import Benchmark
-from .benchmark_run import (
-    Result,
-    check_questions,
-    check_rules,
-    collected_warnings,
-    score_answers,
-    write_result,
-    write_summary,
-)
+from .answering import recalled
+from .benchmark_entry import Benchmark
+from .benchmark_lookup import find_questions, get_benchmark
+from .benchmark_questions import BenchmarkQuestions
+from .benchmark_results import Result, write_result, write_summary
+from .benchmark_run import collected_warnings
+from .benchmark_scoring import check_questions, check_rules, score_answers
 from .judge import Judge
-from .kept import PREDICTIONS, kept_answer, read_asked, unusable_rows, write_asked
-from .questions import BenchmarkQuestions
-from .runner import Prediction, read_predictions, read_question, recalled, score_kept
-from .scoring.base import Rules
+from .kept_answers import PREDICTIONS, kept_answer, read_asked, unusable_rows, write_asked
+from .predictions import Prediction, read_predictions, score_kept
+from .question_source import read_question
+from .scoring.scores import Rules
 
 #: In the ``asked.json`` of scores that were made from kept answers: the folder of these.
 _FROM = "answers"
@@ -142,7 +138,7 @@ def _named(folder: Path) -> str:
 def _score_one(
     folder: Path, about: dict[str, Any], rules: Rules | None, out: Path, judge: Judge | None, data: Path | None
 ) -> Result:
-    entry = benchmarks.get(str(about.get("entry", about["benchmark"])))
+    entry = get_benchmark(str(about.get("entry", about["benchmark"])))
     wanted: Rules = rules or about["rules"]
     check_rules(entry, wanted)
     asked = _open(entry, about, data)
@@ -163,7 +159,7 @@ def _score_one(
 def _open(entry: Benchmark, about: dict[str, Any], data: Path | None) -> BenchmarkQuestions:
     """Return the questions as they were asked."""
     images = about.get("images")
-    return benchmarks.find(
+    return find_questions(
         entry,
         data or about.get("data"),
         rules=about["rules"],

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from .runner import Prediction
+from .predictions import Prediction
 
 _WORD = re.compile(r"[^\W_]+")
 

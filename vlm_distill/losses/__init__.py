@@ -1,32 +1,37 @@
-"""What pulls the student to the teacher: losses by name, and the chunked path from hidden states to their sums."""
+"""Distillation losses by name, and the path from hidden states to their sums without whole logits.
+
+Needs torch and nothing else of this project, so it can be used inside any other. To add a loss: write its class in a
+file of its own and list it in ``REGISTRY``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .adaptive_kl import AdaptiveKL
 from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
 from .ctkd import CTKD
 from .diagnostics import Diagnostics
-from .divergences import JSD, KD, TVD, AdaptiveKL, CrossEntropy, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from .dkd import DKD
 from .errors import LossError
-from .features import (
-    FeatureLoss,
-    FeatureTerm,
-    HiddenStates,
-    MiniLM,
-    ProjectorFeatures,
-    VisionFeatures,
-    wanted_features,
-)
-from .fused_linear import HiddenTargets, fused_linear
+from .feature_distances import HiddenStates, ProjectorFeatures, VisionFeatures
+from .feature_loss import FeatureLoss, FeatureTerm, wanted_features
+from .forward_kl import KD, ForwardKL
+from .fused_linear import fused_linear
 from .groups import TokenGroups
+from .heads import HiddenTargets
+from .jsd import JSD
+from .minilm import MiniLM
 from .on_logits import on_logits
 from .registry import Registry
+from .reverse_kl import ReverseKL
+from .skew_kl import SkewForwardKL, SkewReverseKL
 from .standardise import Standardised
 from .sums import LossSums, TermSums
 from .taid import TAID
+from .token_cross_entropy import CrossEntropy
 from .topk import TopKTargets
+from .tvd import TVD
 from .uld import ULD
 
 __all__ = [
@@ -72,7 +77,7 @@ __all__ = [
     "wanted_features",
 ]
 
-#: The losses that a vision-language model's configuration may name.
+#: The losses that a vision-language model's configuration can name.
 REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
     {
         "taid": TAID,
@@ -98,23 +103,23 @@ REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
 
 
 def available(kind: type[Loss] = Loss) -> dict[str, str]:
-    """The names that ``build`` knows, each with one line about the loss.
+    """Return the names that ``build`` knows, each with one line about the loss.
 
     Args:
-        kind: ``DistillationLoss`` or ``FeatureLoss`` for those alone.
+        kind: ``DistillationLoss`` or ``FeatureLoss`` for those only.
     """
     return REGISTRY.available(kind)
 
 
 def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
-    """A loss by its name.
+    """Build a loss by name.
 
     Args:
         name: one of ``available()``.
-        params: the parameters of its constructor, such as ``t_start`` or ``temperature``; ``standardise=True`` lets a
-            loss between two models' logits see them standardised.
+        params: the parameters of its constructor, such as ``t_start`` or ``temperature``; with ``standardise=True`` a
+            loss between two models' logits sees them standardised.
 
     Raises:
-        LossError: there is no such loss or parameter, or a value is out of its range.
+        LossError: there is no such loss or parameter, or a value is out of range.
     """
     return REGISTRY.build(name, params)

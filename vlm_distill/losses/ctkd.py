@@ -9,28 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import DistillationLoss, Progress, RowResult, check_number, relative_entropy_, softmax_, upcast
-from .divergences import kl_divergence
+from .base import DistillationLoss, Progress, RowResult
 from .errors import LossError
+from .parameters import check_flag, check_number
+from .softmax import kl_divergence, relative_entropy_, softmax_, upcast
 
 
 class CTKD(DistillationLoss):
     """Curriculum temperature KD, T²·KL(p‖q), T = t_start + t_range·sigmoid(g), g learnt to raise it (Li et al., 2023).
 
-    The gradient by what makes g is multiplied by a negative coefficient, so that the optimizer that lowers the loss by
-    the student's weights raises it by g: the task grows harder as the coefficient c goes from 0 to −1. There is one g
-    for all tokens, or, with ``instance``, one for each: what a perceptron of one hidden layer makes of both models'
-    probabilities (concatenated, temperature 1), which are constants to it.
+    The gradient by g is multiplied by a negative coefficient c, so the optimizer that lowers the loss through the
+    student's weights raises it through g; the task grows harder as c goes from 0 to −1. There is one g for all tokens,
+    or with ``instance`` one for each: a perceptron with one hidden layer computes it from both models' probabilities
+    (concatenated, at temperature 1), which are constants to it.
 
     Args:
-        t_start: the least temperature.
+        t_start: the lowest temperature.
         t_range: the span above it.
-        g: where g starts, for every token; 1 in the authors' code.
+        g: initial g of every token; 1 in the authors' code.
         loops: epochs in which c goes from one end of ``decay`` to the other by half a cosine. After e epochs, fractions
             included, c(e) = b + (a − b)/2 · (1 + cos(π·min(e, loops)/loops)).
         decay: a and b, the first and the last c; None is (0, −1), as in the paper.
-        grl_coefficient: a c that stays, in place of ``loops`` and ``decay``.
-        instance: a temperature for each token; ``prepare`` makes its perceptron.
+        grl_coefficient: a constant c, instead of ``loops`` and ``decay``.
+        instance: a temperature for each token; ``prepare`` creates its perceptron.
         width: of the perceptron's hidden layer.
     """
 
@@ -60,10 +61,9 @@ class CTKD(DistillationLoss):
         self.coefficient = self.decay[0]
         if grl_coefficient is not None:
             self.coefficient = check_number("loss ctkd: grl_coefficient", grl_coefficient, -math.inf)
-        if not isinstance(instance, bool):
-            raise LossError(f"loss ctkd: instance is {instance!r}; give true or false")
+        check_flag("loss ctkd: instance", instance)
         self.width = int(check_number("loss ctkd: width", width, 1.0)) if instance else 0
-        # The temperature as of g alone, until `prepare` puts the perceptron in front of it.
+        # g alone, until `prepare` puts the perceptron in front of it.
         self.source = _Source(g=torch.tensor([check_number("loss ctkd: g", g, -math.inf)]))
         if instance:
             self.scratch = 8
@@ -78,19 +78,19 @@ class CTKD(DistillationLoss):
             parts = {"first": first, "shift": torch.zeros(self.width), "last": torch.zeros(1, self.width), "g": g}
             self.source = _Source(**parts)
 
-    def learned(self) -> tuple[Tensor, ...]:
+    def learned_tensors(self) -> tuple[Tensor, ...]:
         values = self.source(self.coefficient)
         self._held = tuple(value.detach() for value in values)
         return values
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         student, teacher = upcast(student_logits), upcast(teacher_logits)
-        temperature = self._temperature(self.learned(), student.detach(), teacher)
+        temperature = self._temperature(self.learned_tensors(), student.detach(), teacher)
         log_p, log_q = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
         return temperature.squeeze(-1) ** 2 * kl_divergence(log_p, log_q)
 
     def _temperature(self, values: Sequence[Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-        """T of each row ``[N, 1]`` from what ``learned`` gives, differentiable in it."""
+        """Compute T of each row ``[N, 1]`` from what ``learned_tensors`` returns, differentiable in it."""
         values = [value.to(student.dtype) for value in values]
         if self.width and len(values) == 1:
             raise RuntimeError("loss ctkd: with instance=True, call prepare(categories) first")
@@ -107,15 +107,15 @@ class CTKD(DistillationLoss):
     ) -> RowResult:
         student, teacher = upcast(student_logits), upcast(teacher_logits)
         with torch.enable_grad():
-            leaves = [value.detach().requires_grad_(grad) for value in self._held or self.learned()]
+            leaves = [value.detach().requires_grad_(grad) for value in self._held or self.learned_tensors()]
             made = self._temperature(leaves, student, teacher)
         temperature = made.detach()
         squared, signals = temperature.squeeze(-1) ** 2, {"temperature": temperature.squeeze(-1)}
         p, q = softmax_(teacher.div_(temperature)), softmax_(student.div_(temperature))
         if not grad:
             return RowResult(squared * relative_entropy_(p, q)[0], None, signals)
-        # The lower limit makes 0·log 0 = 0. Softened logits and log-probabilities differ by a constant, over which the
-        # weights below sum to 0.
+        # The lower limit makes 0·log 0 = 0. Log-probabilities may replace softened logits: they differ by a constant,
+        # and the weights below sum to 0.
         least = torch.finfo(student.dtype).min
         log_p, log_q = p.log_probs.clamp(min=least), q.log_probs.clamp(min=least)
         kl, summands = relative_entropy_(p, q)
@@ -151,16 +151,16 @@ def _ends(decay: Any) -> tuple[float, float]:
 
 
 class _Source(nn.Module):
-    """The parameters behind g; a module of its own: where parameters are sharded, its call is what makes them whole."""
+    """The parameters behind g. A module of its own, because calling it gathers parameters that are sharded."""
 
     g: nn.Parameter
 
     def __init__(self, **values: Tensor) -> None:
         super().__init__()
-        # Not 0-dimensional, which DeepSpeed refuses, and with no name that weight decay would go by.
+        # Not 0-dimensional, which DeepSpeed refuses, and not named like parameters that are exempt from weight decay.
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, coefficient: float) -> tuple[Tensor, ...]:
-        """The values themselves, whose gradients are multiplied by ``coefficient``."""
+        """Return the values; their gradients are multiplied by ``coefficient``."""
         return tuple(p.detach() + coefficient * (p - p.detach()) for p in self.parameters())

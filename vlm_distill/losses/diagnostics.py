@@ -1,11 +1,12 @@
-"""What a student does with its probability mass, measured beside the losses and pulling at nothing."""
+"""Measures how a student spends its probability mass, without training it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, RowResult, entropy, relative_entropy_, softmax_, upcast
+from .base import DistillationLoss, RowResult
+from .softmax import entropy, relative_entropy_, softmax_, upcast
 
 _HEAD_TOKENS, _TAIL_SHARE = 10, 0.2
 # Halvings of the range of log T, from e^-6 to e^6: to a relative 1e-5.
@@ -15,15 +16,15 @@ _RANGE, _HALVINGS = 6.0, 20
 class Diagnostics(DistillationLoss):
     """Measures teacher and student at every step: a term whose loss and gradient are 0, whatever its weight.
 
-    Its signals, means over the distilled tokens of a step:
+    Logs, as means over the distilled tokens of a step:
 
     - ``kl``: KL(p‖q) to the teacher; ``teacher_entropy``, ``student_entropy``: nats;
     - ``head_mass``: the student's mass on the teacher's 10 likeliest tokens;
     - ``tail_mass``: its mass on the fifth of the vocabulary that the teacher finds least likely (both as in table 3 of
       Shing et al., TAID, 2025);
-    - ``agreement``: share of tokens where both find the same one likeliest;
-    - ``temperature``: the one at which the teacher's distribution would have the student's entropy (within e^±6): above
-      1 the student is less sure than its teacher.
+    - ``agreement``: how often both find the same token likeliest;
+    - ``temperature``: at which the teacher's distribution would have the student's entropy (within e^±6); above 1 the
+      student is less certain than its teacher.
     """
 
     signals = ("kl", "teacher_entropy", "student_entropy", "head_mass", "tail_mass", "agreement", "temperature")
@@ -56,7 +57,7 @@ class Diagnostics(DistillationLoss):
 
 
 def _temperature(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The temperature at which each row's softmax has that entropy, by bisection: entropy grows with temperature."""
+    """Find the temperature at which each row's softmax has the wanted entropy, by bisection: entropy grows with it."""
     low, high = torch.full_like(wanted, -_RANGE), torch.full_like(wanted, _RANGE)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

@@ -5,25 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import (
-    DistillationLoss,
-    RowResult,
-    Softmax,
-    check_number,
-    need_targets,
-    relative_entropy_,
-    soften_,
-    softmax_,
-    upcast,
-)
-from .divergences import kl_divergence
+from .base import DistillationLoss, RowResult
+from .parameters import check_number
+from .softmax import Softmax, kl_divergence, need_targets, relative_entropy_, soften_, softmax_, upcast
 
 
 class DKD(DistillationLoss):
     """Decoupled KD, T²·(α·KL(b_t‖b_s) + β·KL(r_t‖r_s)) (Zhao et al., 2022).
 
-    b is (the probability of the right token, that of all others), r the distribution over the others, both at
-    temperature T. With β = 1 − b_t it would be KD; a fixed β keeps what a sure teacher knows of the other tokens.
+    b is the pair (probability of the right token, probability of all others) and r the distribution over the others,
+    both at temperature T. With β = 1 − b_t this is KD; a fixed β keeps what a confident teacher knows about the others.
+
+    Args:
+        alpha: α.
+        beta: β.
+        temperature: T.
     """
 
     needs = frozenset({"teacher", "targets"})
@@ -38,13 +34,13 @@ class DKD(DistillationLoss):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         index = need_targets(targets).unsqueeze(-1)
         student, teacher = upcast(student_logits) / self.temperature, upcast(teacher_logits) / self.temperature
-        log_s, rest_s = self._split(student, index)
-        log_t, rest_t = self._split(teacher, index)
+        log_s, rest_s = self._log_split(student, index)
+        log_t, rest_t = self._log_split(teacher, index)
         loss = self.alpha * kl_divergence(log_t, log_s) + self.beta * kl_divergence(rest_t, rest_s)
         return self.temperature**2 * loss
 
-    def _split(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """log b ``[N, 2]`` and log r ``[N, V]``, −∞ at the right token."""
+    def _log_split(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log b ``[N, 2]`` and log r ``[N, V]``, −∞ at the right token."""
         rest = logits.scatter(-1, index, -torch.inf)
         both = torch.cat([logits.gather(-1, index), rest.logsumexp(-1, keepdim=True)], dim=-1)
         return both.log_softmax(-1), rest.log_softmax(-1)
@@ -55,8 +51,8 @@ class DKD(DistillationLoss):
     ) -> RowResult:
         index = need_targets(targets).unsqueeze(-1)
         student, teacher = soften_(student_logits, teacher_logits, self.temperature)
-        log_s, s = self._split_(student, index)
-        log_t, t = self._split_(teacher, index)
+        log_s, s = self._softmax_split(student, index)
+        log_t, t = self._softmax_split(teacher, index)
         loss = self.alpha * kl_divergence(log_t, log_s)
         others, _ = relative_entropy_(t, s)
         loss = self.temperature**2 * (loss + self.beta * others)
@@ -68,8 +64,8 @@ class DKD(DistillationLoss):
         gradient.scatter_(-1, index, right)
         return RowResult(loss, gradient.mul_(self.temperature))
 
-    def _split_(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Softmax]:
-        """As ``_split``, with r as a softmax in the memory of the logits."""
+    def _softmax_split(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Softmax]:
+        """Return log b and r as a softmax, in the logits' memory."""
         own = logits.gather(-1, index)
         logits.scatter_(-1, index, -torch.inf)
         top = logits.amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Groups of rows taken in pieces: chunks for the matrix products, each of some blocks for the losses."""
+"""Groups of tokens that spell the same text, and how they are cut into chunks and blocks."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class TokenGroups:
 
 @dataclass
 class GroupBlock:
-    """Some whole groups.
+    """Some whole groups, with the positions that they cover.
 
     Attributes:
-        student: int64 ``[n]``, the student's rows that they cover.
-        teacher: int64 ``[m]``, the teacher's.
-        groups: the groups, counted within these rows.
+        student: int64 ``[n]``, the student's positions.
+        teacher: int64 ``[m]``, the teacher's positions.
+        groups: the groups, counted within these positions.
     """
 
     student: Tensor
@@ -53,23 +53,26 @@ class GroupBlock:
 def group_chunks(
     groups: TokenGroups, row_bytes: tuple[int, int], block_bytes: int, chunk_bytes: int
 ) -> Iterator[list[GroupBlock]]:
-    """Chunks of blocks of whole groups, in order.
+    """Yield chunks, each a list of blocks of whole groups, in order.
 
     Args:
         groups: all groups.
-        row_bytes: of a row of the student's logits, and of the teacher's.
+        row_bytes: size of a row of the student's logits, and of the teacher's.
         block_bytes: limit of both models' logits of a block, exceeded only by a single group.
         chunk_bytes: limit of both models' logits of a chunk, exceeded only by a single block.
     """
-    ours, theirs = groups.student.tolist(), groups.teacher.tolist()
-    sizes = [(b - a) * row_bytes[0] + (d - c) * row_bytes[1] for (a, b), (c, d) in zip(ours, theirs, strict=True)]
-    blocks = _packed(sizes, block_bytes)
-    for chunk in _packed([sum(sizes[block]) for block in blocks], chunk_bytes):
-        yield [_block(groups, ours[block], theirs[block]) for block in blocks[chunk]]
+    student_spans, teacher_spans = groups.student.tolist(), groups.teacher.tolist()
+    sizes = []
+    for (first, stop), (teacher_first, teacher_stop) in zip(student_spans, teacher_spans, strict=True):
+        sizes.append((stop - first) * row_bytes[0] + (teacher_stop - teacher_first) * row_bytes[1])
+    blocks = _pack(sizes, block_bytes)
+    block_sizes = [sum(sizes[block]) for block in blocks]
+    for chunk in _pack(block_sizes, chunk_bytes):
+        yield [_block(groups, student_spans[block], teacher_spans[block]) for block in blocks[chunk]]
 
 
-def _packed(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Neighbours put together up to a limit of their sizes' sum."""
+def _pack(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Put neighbours together up to a limit of the sum of their sizes."""
     cuts, total = [0], 0
     for i, size in enumerate(sizes):
         if i > cuts[-1] and total + size > limit:
@@ -79,15 +82,18 @@ def _packed(sizes: Sequence[int], limit: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(sizes)], strict=True) if a < b]
 
 
-def _block(groups: TokenGroups, ours: list[list[int]], theirs: list[list[int]]) -> GroupBlock:
+def _block(groups: TokenGroups, student_spans: list[list[int]], teacher_spans: list[list[int]]) -> GroupBlock:
     device = groups.student.device
-    (student, mine), (teacher, other) = (_closed_up(spans, device) for spans in (ours, theirs))
-    return GroupBlock(student, teacher, TokenGroups(mine, other, groups.teacher_targets[teacher]))
+    student, spans = _close_up(student_spans, device)
+    teacher, other_spans = _close_up(teacher_spans, device)
+    return GroupBlock(student, teacher, TokenGroups(spans, other_spans, groups.teacher_targets[teacher]))
 
 
-def _closed_up(spans: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows that spans cover, and the spans as they are when those rows stand alone."""
-    rows = [row for a, b in spans for row in range(a, b)]
-    lengths = torch.tensor([b - a for a, b in spans])
+def _close_up(spans: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions that spans cover, and the spans counted within these positions."""
+    positions: list[int] = []
+    for first, stop in spans:
+        positions.extend(range(first, stop))
+    lengths = torch.tensor([stop - first for first, stop in spans])
     stops = lengths.cumsum(0)
-    return torch.tensor(rows, device=device), torch.stack([stops - lengths, stops], 1).to(device)
+    return torch.tensor(positions, device=device), torch.stack([stops - lengths, stops], 1).to(device)

@@ -1,4 +1,4 @@
-"""Losses by name: what a configuration's `loss` sections are made into."""
+"""``Registry``: losses by the names that configurations use."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from .base import DistillationLoss, Loss, nearest
+from .base import DistillationLoss, Loss
 from .errors import LossError
+from .parameters import check_flag, nearest
 from .standardise import Standardised
 
 L = TypeVar("L", bound=Loss)
 
 
 class Registry(Generic[L]):
-    """Classes of losses under the names that configurations have for them.
+    """Classes of losses by name.
 
     Args:
-        kinds: the classes, by name.
+        kinds: the classes; a name occurs once.
     """
 
     def __init__(self, kinds: Mapping[str, type[L]]) -> None:
         self.kinds = dict(kinds)
 
     def available(self, kind: type[Loss] = Loss) -> dict[str, str]:
-        """The names that ``build`` knows, each with one line about the loss; those of one kind, if wanted."""
+        """Return the names that ``build`` knows, each with one line about the loss; optionally of one kind only."""
         known = {name: loss for name, loss in self.kinds.items() if issubclass(loss, kind)}
         return {name: (inspect.getdoc(loss) or "").splitlines()[0] for name, loss in known.items()}
 
     def build(self, name: str, params: Mapping[str, Any]) -> L:
-        """A loss by its name and its constructor's parameters; ``standardise`` is a parameter of losses on logits.
+        """Build a loss from its name and its constructor's parameters; losses on logits also take ``standardise``.
 
         Raises:
-            LossError: there is no such loss or parameter, or a value is out of its range.
+            LossError: there is no such loss or parameter, or a value is out of range.
         """
         if name not in self.kinds:
             raise LossError(f"no loss is called {name!r}{nearest(name, self.kinds)}; there are {', '.join(self.kinds)}")
@@ -48,8 +49,13 @@ class Registry(Generic[L]):
 def make(kind: type[L], where: str, params: Mapping[str, Any]) -> L:
     """Return a loss of a class, made with its constructor's parameters.
 
+    Args:
+        kind: the class.
+        where: the loss, for messages.
+        params: parameters of its constructor.
+
     Raises:
-        LossError: there is no such parameter, or a value is of another type or out of its range.
+        LossError: there is no such parameter, or a value has the wrong type or is out of range.
     """
     known = list(inspect.signature(kind).parameters)
     for param in params:
@@ -60,18 +66,18 @@ def make(kind: type[L], where: str, params: Mapping[str, Any]) -> L:
         return kind(**params)
     except LossError:
         raise
-    except (TypeError, ValueError) as error:  # of a value that no check of the loss expects
+    except (TypeError, ValueError) as error:  # a value that the loss does not check for
         given = ", ".join(f"{param}: {value!r}"[:100] for param, value in params.items())
         raise LossError(f"{where}: cannot be made with {given}: {error}") from None
 
 
 def _wants_standardised(name: str, kind: type[Loss], given: Any) -> bool:
-    if not isinstance(given, bool):
-        raise LossError(f"loss {name}: standardise is {given!r}; give true or false")
+    """Return whether to standardise; raise ``LossError`` for a loss that does not compare logits class by class."""
+    wanted = check_flag(f"loss {name}: standardise", given)
     compares = issubclass(kind, DistillationLoss) and "teacher" in kind.needs and not kind.takes_groups
-    if given and not compares:
+    if wanted and not compares:
         raise LossError(
             f"loss {name}: standardise is for losses that compare the student's logits with the teacher's, class by "
             "class; leave it out"
         )
-    return given
+    return wanted

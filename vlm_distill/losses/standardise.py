@@ -1,4 +1,4 @@
-"""Logit standardisation: any loss on logits, after both models' rows are brought to mean 0 and deviation 1."""
+"""Logit standardisation: any loss on logits, after bringing both models' rows to mean 0 and deviation 1."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .base import DistillationLoss, Progress, RowResult, upcast
+from .base import DistillationLoss, Progress, RowResult
+from .softmax import upcast
 
 # Added to the deviation in the authors' code.
 _EPS = 1e-7
 
 
 def standardised(logits: Tensor) -> Tensor:
-    """(z − mean)/(deviation + 1e-7) of each row of ``[N, V]``, V − 1 under the root; differentiable.
+    """Compute (z − mean)/(deviation + 1e-7) of each row of ``[N, V]``, V − 1 under the root; differentiable.
 
-    The authors' code (Sun et al., CVPR 2024). Not defined on −∞.
+    As in the authors' code (Sun et al., CVPR 2024). Undefined for −∞.
     """
     deviation = logits.std(-1, keepdim=True)
     return (logits - logits.mean(-1, keepdim=True)) / (deviation + _EPS)
@@ -27,8 +28,8 @@ def standardised(logits: Tensor) -> Tensor:
 class Standardised(DistillationLoss):
     """A loss on standardised logits (Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024).
 
-    A student then need not match how large its teacher's logits are, only how they relate: a temperature of each row's
-    own, in proportion to the spread of its logits. The gradient flows through the student's mean and deviation.
+    The student then has to match how its teacher's logits relate, not how large they are: each row gets a temperature
+    proportional to the spread of its logits. The gradient flows through the student's mean and deviation.
 
     Args:
         inner: the loss; its temperature divides the standardised logits.
@@ -49,14 +50,14 @@ class Standardised(DistillationLoss):
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         z, teacher = upcast(student_logits), upcast(teacher_logits)
-        _standardise_(teacher)
-        deviation = _standardise_(z)
-        # The inner loss may overwrite what it is given.
+        _standardise_in_place(teacher)
+        deviation = _standardise_in_place(z)
+        # The inner loss may overwrite its arguments.
         result = self.inner.loss_and_grad(z.clone() if grad else z, teacher, targets, grad=grad)
         if result.grad is None:
             return result
         # With s the deviation, z' = (x − mean)/s and g the gradient by z: (g − mean g − z'·Σ g·z/(V − 1))/(s + ε).
-        # A row of equal logits has no direction in which its deviation grows: z is 0 there, and z' taken as 0.
+        # In a row of equal logits no direction increases the deviation: z is 0 there, and z' is set to 0.
         along = result.grad.mul(z).sum(-1, keepdim=True) / (z.shape[-1] - 1)
         stretch = torch.where(deviation > 0, (deviation + _EPS) / deviation, 0.0)
         gradient = result.grad.sub_(result.grad.mean(-1, keepdim=True))
@@ -66,8 +67,8 @@ class Standardised(DistillationLoss):
     def prepare(self, categories: int) -> None:
         self.inner.prepare(categories)
 
-    def learned(self) -> tuple[Tensor, ...]:
-        return self.inner.learned()
+    def learned_tensors(self) -> tuple[Tensor, ...]:
+        return self.inner.learned_tensors()
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
         self.inner.update(signals, progress)
@@ -76,10 +77,10 @@ class Standardised(DistillationLoss):
         return self.inner.metrics()
 
 
-def _standardise_(logits: Tensor) -> Tensor:
-    """``standardised`` in the memory of the logits; returns the rows' deviation ``[N, 1]``."""
+def _standardise_in_place(logits: Tensor) -> Tensor:
+    """Compute ``standardised`` in the logits' memory; return the rows' deviation ``[N, 1]``."""
     logits.sub_(logits.mean(-1, keepdim=True))
-    # Several times as fast as `std` on a CPU.
+    # On a CPU several times as fast as `std`.
     deviation = vector_norm(logits, dim=-1, keepdim=True).div_(math.sqrt(logits.shape[-1] - 1))
     logits.div_(deviation + _EPS)
     return deviation

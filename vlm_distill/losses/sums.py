@@ -1,4 +1,4 @@
-"""Sums of terms over rows whose gradient is made on the way: what the chunked engine and whole logits share."""
+"""Sums of terms over rows, with the gradient computed along the way; shared by ``fused_linear`` and ``on_logits``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .base import RowResult, Term
 
 @dataclass
 class TermSums:
-    """One term of the loss over its rows, detached.
+    """One term's sums over its rows, detached.
 
     Attributes:
-        loss: 0-d, the sum of the rows' losses, neither weighted nor scaled.
+        loss: 0-d, the sum of the rows' losses, without weight or scale.
         count: number of rows.
-        signals: 0-d sums of the loss's ``signals``; all of them also where there was no row.
+        signals: 0-d sums of the loss's ``signals``; complete even without rows.
     """
 
     loss: Tensor
@@ -36,7 +36,12 @@ class LossSums:
 
 
 def check_terms(terms: Sequence[Term], **given: Any) -> None:
-    """That there are terms, of different names, and what they need: ``given`` are ``teacher`` and ``targets``."""
+    """Raise ``ValueError`` without terms, if two share a name, or if one needs what was not given.
+
+    Args:
+        terms: of the loss.
+        given: ``teacher`` and ``targets``, or ``None`` for either.
+    """
     names = [term.name for term in terms]
     if not names:
         raise ValueError("the loss has no term")
@@ -49,6 +54,7 @@ def check_terms(terms: Sequence[Term], **given: Any) -> None:
 
 
 def check_same(what: str, student: int, teacher: int) -> None:
+    """Raise ``ValueError`` if the models' numbers differ."""
     if student != teacher:
         raise ValueError(f"the student has {student} {what}, the teacher {teacher}")
 
@@ -58,25 +64,33 @@ class Sums:
 
     Args:
         terms: the summands.
-        scales: a factor for each term's sum, by name; 1 where none is given.
-        zero: 0-d, of the precision and on the device of the sums.
-        grad: whether gradients are made.
+        scales: a factor for each term's sum, by name; 1 for the others.
+        zero: 0-d, with the precision and device of the sums.
+        grad: whether to compute gradients.
     """
 
     def __init__(self, terms: Sequence[Term], scales: Mapping[str, float], zero: Tensor, *, grad: bool) -> None:
-        # Terms with a teacher last, so that only they may need copies of its logits.
-        self.terms = sorted(terms, key=lambda term: "teacher" in term.loss.needs)
+        # Terms with a teacher come last, so that only they need copies of its logits.
+        self.terms = sorted(terms, key=lambda term: term.has_teacher)
         self.factors = {term.name: term.weight * scales.get(term.name, 1.0) for term in terms}
-        self.sums = {t.name: TermSums(zero.clone(), 0, {s: zero.clone() for s in t.loss.signals}) for t in terms}
+        self.sums = {}
+        for term in terms:
+            signals = {name: zero.clone() for name in term.loss.signals}
+            self.sums[term.name] = TermSums(zero.clone(), 0, signals)
         self.learned: dict[str, list[Tensor]] = {}
         self.grad = grad
 
     def expect_learned(self, learned: Mapping[str, Sequence[Tensor]], dtype: torch.dtype) -> None:
-        """Makes room for the gradients of what the losses learn themselves."""
-        self.learned = {name: [torch.zeros_like(v, dtype=dtype) for v in vs] for name, vs in learned.items()}
+        """Allocate the gradients of the losses' own parameters, given what each term's ``learned_tensors`` returned."""
+        for name, tensors in learned.items():
+            self.learned[name] = [torch.zeros_like(tensor, dtype=dtype) for tensor in tensors]
+
+    def learned_gradients(self) -> list[Tensor]:
+        """Return the gradients of the losses' own parameters, term by term."""
+        return [gradient for gradients in self.learned.values() for gradient in gradients]
 
     def total(self) -> Tensor:
-        """0-d, the weighted sum of all terms."""
+        """Return the weighted sum of all terms, 0-d."""
         return torch.stack([self.factors[name] * sums.loss for name, sums in self.sums.items()]).sum()
 
     def add_block(
@@ -86,43 +100,45 @@ class Sums:
         teacher: Tensor | None,
         evaluate: Callable[[Term, Tensor, Tensor | None, bool], RowResult],
     ) -> None:
-        """Adds a block's sums; leaves the gradient of the weighted sum where the student's logits were.
+        """Add a block's sums; leave the gradient of their weighted sum where the student's logits were.
 
         Args:
-            terms: those that see the block.
+            terms: the terms that see the block.
             student: ``[n, V]``, overwritten.
             teacher: ``[m, V']`` or ``None``; overwritten.
-            evaluate: a term on logits that it may overwrite, with or without the gradient.
+            evaluate: computes a term on logits that it may overwrite, with or without the gradient.
         """
         gradients: list[tuple[Tensor, float]] = []
         for position, term in enumerate(terms, 1):
-            # `rows` overwrites what it is given, so only the last term gets the logits themselves.
-            last = position == len(terms)
+            # Losses may overwrite the logits, so only the last term gets the originals.
+            own, other = student, teacher if term.has_teacher else None
+            if position < len(terms):
+                own, other = own.clone(), None if other is None else other.clone()
             factor = self.factors[term.name]
-            other = teacher if "teacher" in term.loss.needs else None
-            if not last:
-                other = None if other is None else other.clone()
-            grad = self.grad and factor != 0.0
-            result = evaluate(term, student if last else student.clone(), other, grad)
-            sums = self.sums[term.name]
-            sums.loss += result.loss.sum()
-            sums.count += len(result.loss)
-            for name, values in result.signals.items():
-                sums.signals[name] += values.sum()
+            result = evaluate(term, own, other, self.grad and factor != 0.0)
+            self._add_result(term, result)
             if result.grad is not None:
                 gradients.append((result.grad, factor))
-            for total, gradient in zip(self.learned[term.name], result.learned, strict=False):  # none where not grad
-                total.add_(gradient, alpha=factor)
         if not self.grad:
             return
-        # Backwards: the last gradient may lie in the student's buffer, which is written first.
+        # The last gradient may occupy the student's buffer, so that one is written first.
         student.zero_() if not gradients else torch.mul(*gradients.pop(), out=student)
         for gradient, factor in gradients:
             student.add_(gradient, alpha=factor)
 
+    def _add_result(self, term: Term, result: RowResult) -> None:
+        """Add what a term gave for a block, except for the gradient by the logits."""
+        sums = self.sums[term.name]
+        sums.loss += result.loss.sum()
+        sums.count += len(result.loss)
+        for name, values in result.signals.items():
+            sums.signals[name] += values.sum()
+        for total, gradient in zip(self.learned[term.name], result.learned, strict=False):  # empty without a gradient
+            total.add_(gradient, alpha=self.factors[term.name])
+
 
 def with_gradients(total: Tensor, made: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:
-    """``total`` hung into the graph of its inputs, whose gradients ``made`` are known beforehand."""
+    """Return ``total`` as a function of its inputs, whose gradients ``made`` are already known."""
     gradients = [
         None if gradient is None or x is None else _cast(gradient, x.dtype)
         for gradient, x in zip(made, inputs, strict=True)
@@ -131,12 +147,12 @@ def with_gradients(total: Tensor, made: Sequence[Tensor | None], inputs: Sequenc
 
 
 def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    # A gradient in float16 would underflow here: its loss scale arrives only with the backward pass.
+    # float16 would underflow here: its loss scale arrives only with the backward pass.
     return gradient if dtype == torch.float16 else gradient.to(dtype)
 
 
 class _WithGradients(torch.autograd.Function):
-    """A number whose gradients by its inputs are known beforehand."""
+    """A number whose gradients by its inputs are already known; the backward pass scales them."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None) -> Tensor:

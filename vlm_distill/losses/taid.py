@@ -9,32 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import (
-    DistillationLoss,
-    Progress,
-    RowResult,
-    check_choice,
-    check_number,
-    entropy,
-    relative_entropy_,
-    softmax_,
-    upcast,
-)
-from .divergences import (
-    JSD,
-    TVD,
-    AdaptiveKL,
-    Divergence,
-    ForwardKL,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    kl_divergence,
-)
+from . import kernels
+from .adaptive_kl import AdaptiveKL
+from .base import DistillationLoss, Progress, RowResult
+from .divergence import Divergence
 from .errors import LossError
+from .forward_kl import ForwardKL
+from .jsd import JSD
 from .kernels import Form
-from .kernels import rows as kernel_rows
+from .parameters import check_choice, check_flag, check_number
 from .registry import make
+from .reverse_kl import ReverseKL
+from .skew_kl import SkewForwardKL, SkewReverseKL
+from .softmax import entropy, kl_divergence, relative_entropy_, softmax_, upcast
+from .taid_pace import Pace, sigmoid
+from .tvd import TVD
+
+# In the schedule `adaptive`, t never lags behind (n/N)³ of its way: far below the line for most of the run, and t_end
+# at its end.
+_FLOOR_POWER = 3.0
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
 _DIVERGENCES: dict[str, type[Divergence]] = {
@@ -45,28 +38,28 @@ _DIVERGENCES: dict[str, type[Divergence]] = {
 class TAID(DistillationLoss):
     """D(p_t, q), p_t = softmax((1−t)·student, detached, + t·teacher); t grows over training (Shing et al., 2025).
 
+    Only ``update`` moves t; evaluation does not.
+
     Args:
         t_start: t of the first step.
         t_end: t at the end.
-        schedule: how t goes from one to the other, once after every optimizer step; n steps of N are done.
+        schedule: how t moves after each optimizer step, n of N steps being done.
 
-            - ``paper``: the released rule. With J the mean cross-entropy of p_t and q over the step,
-              δ = (J' − J)/(J' + 1e-15) against the step before, m = beta·m + (1−beta)·δ, and
+            - ``paper``: the released rule. With J the mean cross-entropy of p_t and q over the step and J' that of the
+              step before, δ = (J' − J)/(J' + 1e-15), m = beta·m + (1−beta)·δ, and
               t = min(t_end, max(line, t + alpha·sigmoid(m)·(1−t))), line = t_start + (t_end − t_start)·n/N.
-              A non-finite J leaves J' and m alone, and t follows max(line, t). t never falls.
+              A non-finite J changes neither J' nor m, and t becomes max(line, t). t never falls.
             - ``linear``: the line alone.
             - ``cosine``: half a cosine, slow at both ends.
-            - ``exponential``: fast first, t_end − t closing in by a factor e^−rate over the run.
-            - ``adaptive``: ours; see :class:`Pace` and docs/taid.md.
+            - ``exponential``: fast at first; t_end − t shrinks by a factor e^−rate over the run.
+            - ``adaptive``: our own; see :class:`Pace` and docs/taid.md.
         alpha, beta: of the schedule ``paper``.
         rate: of the schedules ``exponential`` and ``adaptive``.
-        divergence: D, a name or ``{name: jsd, beta: 0.1}``. Its gradient takes p_t as constant; for ``forward_kl`` it
+        divergence: D, a name or ``{name: jsd, beta: 0.1}``. Its gradient treats p_t as constant; for ``forward_kl`` it
             is q − p_t.
-        power: the mean by which p_t is formed: 0 mixes logits (the paper), 1 probabilities, any other r > 0 takes
+        power: the mean that forms p_t: 0 mixes logits (the paper), 1 probabilities, any other r > 0 takes
             p_t ∝ ((1−t)·q^r + t·p^r)^(1/r).
         target_entropy: whether to log the target's entropy.
-
-    Evaluation does not move t: only ``update`` does.
     """
 
     signals: tuple[str, ...] = ("kl",)
@@ -86,8 +79,7 @@ class TAID(DistillationLoss):
         super().__init__()
         self.t_start = check_number("loss taid: t_start", t_start, 0.0, 1.0)
         self.t_end = check_number("loss taid: t_end", t_end, 0.0, 1.0)
-        if not isinstance(target_entropy, bool):
-            raise LossError(f"loss taid: target_entropy is {target_entropy!r}; give true or false")
+        check_flag("loss taid: target_entropy", target_entropy)
         if self.t_end < self.t_start:
             raise LossError(f"loss taid: t_end = {t_end} lies below t_start = {t_start}; t must not fall")
         self.alpha = check_number("loss taid: alpha", alpha, 0.0)
@@ -97,24 +89,33 @@ class TAID(DistillationLoss):
         self.power = check_number("loss taid: power", power, 0.0)
         self.divergence = _divergence(divergence)
         self.takes_topk = True
-        # Only the released rule reads the target's entropy, which costs a pass over the logits.
-        if schedule == "paper":
-            self.signals = ("kl", "cross_entropy")
-        elif schedule == "adaptive":
-            self.signals = ("kl", "slope")
-        if target_entropy:
-            self.signals += ("target_entropy",)
-        alone = len(self.signals) == 1 and isinstance(self.divergence, ForwardKL)
-        self.scratch = max(2 if alone else 3 if schedule != "adaptive" else 5, self.divergence.scratch)
+        self._declare_signals(target_entropy)
         # Plain floats and not buffers: casting the module to bfloat16 would round a buffer.
         self._t = self.t_start
         self._momentum = 0.0
         self._previous = math.inf
         self._pace = Pace()
 
+    def _declare_signals(self, target_entropy: bool) -> None:
+        """Set ``signals`` and, since they need buffers, ``scratch``."""
+        # Only the released rule reads the target's entropy, which costs a pass over the logits.
+        if self.schedule == "paper":
+            self.signals = ("kl", "cross_entropy")
+        elif self.schedule == "adaptive":
+            self.signals = ("kl", "slope")
+        if target_entropy:
+            self.signals += ("target_entropy",)
+        if self.schedule == "adaptive":
+            own = 5
+        elif len(self.signals) > 1 or not isinstance(self.divergence, ForwardKL):
+            own = 3
+        else:
+            own = 2
+        self.scratch = max(own, self.divergence.scratch)
+
     @property
     def t(self) -> float:
-        """The share of the teacher in the target, 0 to 1."""
+        """The teacher's share in the target, 0 to 1."""
         return self._t
 
     @t.setter
@@ -124,11 +125,11 @@ class TAID(DistillationLoss):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         student, teacher = upcast(student_logits), upcast(teacher_logits)
         log_target = self._mixed(student.detach().clone(), teacher.clone()).log_softmax(-1)
-        return self.divergence.between(log_target, student.log_softmax(-1))
+        return self.divergence.value(log_target, student.log_softmax(-1))
 
     def _mixed(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The target's logits ``[N, V]``, in the memory of the teacher's."""
-        # 0·∞ counts as 0: a share of nothing leaves the other model's logits as they are.
+        """Compute the target's logits ``[N, V]``, in the memory of the teacher's."""
+        # 0·∞ counts as 0: a model with no share does not change the other's logits.
         if self._t == 0.0:
             return teacher.copy_(student)
         if self._t == 1.0:
@@ -140,13 +141,13 @@ class TAID(DistillationLoss):
         return torch.logaddexp(own, other, out=teacher).div_(self.power)
 
     def _slope(self, size: Tensor, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """dKL(p_t‖q)/d log t ``[N]``, the student held still.
+        """Compute dKL(p_t‖q)/d log t ``[N]`` for a student that stands still.
 
-        With ρ = log p_t/q it is the covariance under p_t of ρ and t·dρ/dt. The latter is ρ itself where logits are
-        mixed, and (1 − e^(−r (ρ + c)))/r for a power r, e^c being the sum that normalises p_t; both up to a constant.
+        With ρ = log p_t/q it is the covariance under p_t of ρ and t·dρ/dt. The latter is ρ itself if logits are mixed,
+        and (1 − e^(−r (ρ + c)))/r for a power r, e^c being the sum that normalises p_t; both up to a constant.
 
         Args:
-            size: ``[N, 1]``, c; not read where logits are mixed.
+            size: ``[N, 1]``, c; not read if logits are mixed.
             p, log_p, log_q: ``[N, V]``.
         """
         ratio = torch.where(p > 0, log_p - log_q, 0.0)
@@ -156,22 +157,24 @@ class TAID(DistillationLoss):
         return (weighted * ratio).sum(-1) - weighted.sum(-1) * ratio.mul_(p).sum(-1)
 
     def _size(self, mixed: Tensor) -> Tensor:
-        """The logarithm ``[N, 1]`` of the sum that normalises a target; 0 for the teacher's own, which is not mixed."""
+        """Compute the logarithm ``[N, 1]`` of the sum that normalises a target; 0 if the target is not mixed."""
         whole = self.power == 0.0 or self._t == 1.0
         return mixed.new_zeros(len(mixed), 1) if whole else mixed.logsumexp(-1, keepdim=True)
 
-    def streamed(self) -> Form | None:
-        # Mixing probabilities takes both normalisers before there is a target.
-        form = self.divergence.streamed() if self.power == 0.0 else None
+    def kernel_form(self) -> Form | None:
+        # Mixing probabilities needs both normalisers before there is a target.
+        form = self.divergence.kernel_form() if self.power == 0.0 else None
         return None if form is None else form._replace(t=self._t, slope="slope" in self.signals)
 
     @torch.no_grad()
     def loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
-        form = self.streamed()
+        form = self.kernel_form()
         if form is not None and student_logits.is_cuda:
-            loss, gradient, measured = kernel_rows(form, upcast(student_logits), upcast(teacher_logits), grad=grad)
+            loss, gradient, measured = kernels.loss_and_grad(
+                form, upcast(student_logits), upcast(teacher_logits), grad=grad
+            )
             return RowResult(loss, gradient, {name: measured[name] for name in self.signals})
         student = upcast(student_logits)
         mixed = self._mixed(student, upcast(teacher_logits))
@@ -183,20 +186,20 @@ class TAID(DistillationLoss):
         if {"cross_entropy", "target_entropy"} & set(self.signals):
             signals["target_entropy"] = entropy(p.log_probs, p.probs)
         if isinstance(self.divergence, ForwardKL):
-            loss, gradient = self.divergence.between_(p, q, grad=grad)
+            loss, gradient = self.divergence.value_and_grad(p, q, grad=grad)
             signals["kl"] = loss
         else:
             signals["kl"] = relative_entropy_(p._replace(log_probs=p.log_probs.clone()), q)[0]
-            loss, gradient = self.divergence.between_(p, q, grad=grad)
+            loss, gradient = self.divergence.value_and_grad(p, q, grad=grad)
         if "cross_entropy" in self.signals:
             signals["cross_entropy"] = signals["target_entropy"] + signals["kl"]
         return RowResult(loss, gradient, {name: signals[name] for name in self.signals})
 
-    def categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_over_categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         own = log_q.detach()
         mixed = self._mixed(own.clone(), log_p.clone())
         target = mixed.log_softmax(-1)
-        loss = self.divergence.between(target, log_q)
+        loss = self.divergence.value(target, log_q)
         signals = {"kl": loss if isinstance(self.divergence, ForwardKL) else kl_divergence(target, own)}
         if {"cross_entropy", "target_entropy"} & set(self.signals):
             signals["target_entropy"] = entropy(target, target.exp())
@@ -221,7 +224,7 @@ class TAID(DistillationLoss):
                 if math.isfinite(self._previous):
                     change = (self._previous - loss) / (self._previous + 1e-15)
                     self._momentum = self.beta * self._momentum + (1.0 - self.beta) * change
-                    proposed = max(proposed, self._t + self.alpha * _sigmoid(self._momentum) * (1.0 - self._t))
+                    proposed = max(proposed, self._t + self.alpha * sigmoid(self._momentum) * (1.0 - self._t))
                 self._previous = loss
         self._t = max(self._t, min(self.t_end, proposed))
 
@@ -245,46 +248,6 @@ class TAID(DistillationLoss):
         self._pace = Pace(*state["pace"])
 
 
-# The floor lags far behind the line for most of the run, and is t_end at its end.
-_FLOOR_POWER = 3.0
-
-
-class Pace:
-    """How fast TAID's adaptive t may go: 0 to 2, 1 where the student's gap shrinks at the rate of e² a run.
-
-    The gap is KL(p_t‖q) less what t itself has done to it: from step to step the logarithm of the KL is lowered by
-    e·Δlog t, e = dlog KL(p_t‖q)/dlog t of a student that does not change, the mean of both steps'. So the gap of a
-    student that learns nothing stays as it is, however t moves. Its logarithm's slope over training is estimated by two
-    exponential means of time constants of 1 and 5 % of the run, whose means lie 4 % of it apart; the pace is
-    2·sigmoid(slope − 2). A non-finite gap leaves everything alone.
-    """
-
-    FAST, SLOW, NEUTRAL = 0.01, 0.05, 2.0
-
-    def __init__(self, *state: float) -> None:
-        self._fast, self._slow, self._seen, self._by_t, self._t, self._elasticity = state or (0.0,) * 6
-
-    def state(self) -> tuple[float, ...]:
-        return self._fast, self._slow, self._seen, self._by_t, self._t, self._elasticity
-
-    def after(self, kl: float, slope: float, t: float, steps: int) -> float:
-        """The pace after one more step of a run of ``steps``, from its KL(p_t‖q), dKL/dlog t, and the t of both."""
-        if math.isfinite(kl) and math.isfinite(slope) and kl > 0.0 and t > 0.0:
-            elasticity = slope / kl
-            if self._t > 0.0:
-                self._by_t += (elasticity + self._elasticity) / 2.0 * math.log(t / self._t)
-            self._t, self._elasticity = t, elasticity
-            gap = kl * math.exp(-self._by_t)
-            self._seen += 1
-            # Plain means until the exponential ones have seen their share: no value before the first weighs in.
-            self._fast += (gap - self._fast) / min(self._seen, max(1.0, self.FAST * steps))
-            self._slow += (gap - self._slow) / min(self._seen, max(1.0, self.SLOW * steps))
-        if self._seen < max(2.0, self.SLOW * steps):
-            return 1.0
-        shrinking = (math.log(self._slow) - math.log(self._fast)) / (self.SLOW - self.FAST)
-        return 2.0 * _sigmoid(shrinking - self.NEUTRAL)
-
-
 def _divergence(given: str | Mapping[str, Any]) -> Divergence:
     where = "loss taid: divergence"
     if not isinstance(given, str | Mapping):
@@ -299,8 +262,3 @@ def _divergence(given: str | Mapping[str, Any]) -> Divergence:
         return make(_DIVERGENCES[name], f"{where} {name}", settings)
     except LossError as error:
         raise LossError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None
-
-
-def _sigmoid(x: float) -> float:
-    small = math.exp(-abs(x))  # never overflows
-    return 1.0 / (1.0 + small) if x >= 0 else small / (1.0 + small)

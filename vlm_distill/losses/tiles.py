@@ -1,184 +1,234 @@
-"""The losses of the kernels' family from tiles of tokens × vocabulary: no row of logits has to exist whole.
+"""Losses with a kernel form, from tiles of positions × vocabulary: no row of logits has to exist whole.
 
-A block of tokens goes over the vocabulary tile by tile: once for the statistics of every term, once more for the sums
-of terms that compare with a mixture, and once for the gradient, whose products with hidden states and weights are taken
-at once. Tiles that lie in memory from the pass before are not formed again; so passes go back and forth, and where the
-whole vocabulary is one tile nothing is computed twice.
+A block of positions goes over the vocabulary tile by tile: once for the statistics of every term, once more for the
+sums of terms that compare with a mixture, and once for the gradient, whose products with hidden states and weights are
+taken at once. A tile still in memory from the previous pass is not formed again, so passes alternate in direction; if
+the whole vocabulary is one tile, nothing is computed twice.
+
+Suffixes give the dimensions of a tensor: N positions of a chunk (several blocks, whose gradients wait for one product),
+n positions of a block, v tokens of a tile, w the tile's width with padding, H the width of the hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .base import Term
+from .fused_sums import FusedSums
+from .heads import ModelSide
 from .kernels import RowStatistics
 
-if TYPE_CHECKING:
-    from .fused_linear import _Pass
-
-# Most tokens of a tile, and bytes of all buffers of its size. On a CPU a tile should stay in the cache; a GPU needs
+# Most positions of a tile, and bytes of all buffers of its size. On a CPU a tile should stay in the cache; a GPU needs
 # products large enough to fill it, and few passes over the gradient of the head.
 TOKENS_CPU, TILE_BYTES_CPU = 256, 2**22
 TOKENS, TILE_BYTES = 4096, 2**30
-# A tile's columns and rows are multiples of these where they can be: matrix units work on whole squares.
+# Columns and rows of a tile are multiples of these where possible: matrix units work on whole squares.
 COLUMNS, ROWS = 128, 128
-# So is the width of the buffers, for a vocabulary may be odd and a GPU reads several aligned numbers at once. What lies
-# beyond the tile is −∞ in both models, which adds nothing, and is left out of the products.
+# So is the width of the buffers: a vocabulary may be odd, and a GPU reads several aligned numbers at once. The padding
+# is −∞ in both models, which adds nothing, and is left out of the products.
 WIDTH_CPU, WIDTH = 1, 64
-# Buffers of a tile that the kernels' torch twin holds at its peak.
-TWIN_SCRATCH = 7
+# Most buffers of a tile that the torch kernels hold at once.
+TORCH_SCRATCH = 7
 
 
 class Tiles:
-    """One pass of some terms over some rows.
+    """Adds some terms on some positions to the sums of a call.
 
     Args:
-        work: the models, sums, gradients and factors.
-        terms: all of which have a ``streamed`` form.
-        count: the number of rows.
-        recompute: whether the vocabulary may be cut; if not, several blocks' gradients wait for products of their own.
+        work: the models, and the sums and gradients that are added to.
+        terms: the terms to compute; all have a ``kernel_form``.
+        count: number of positions.
+        recompute: whether the vocabulary may be cut into tiles; if not, the gradients of several blocks (a chunk) wait
+            for products of their own.
     """
 
-    def __init__(self, work: _Pass, terms: Sequence[Term], count: int, *, recompute: bool) -> None:
+    def __init__(self, work: FusedSums, terms: Sequence[Term], count: int, *, recompute: bool) -> None:
         self.work, self.terms = work, terms
-        self.side = side = work.student
-        self.teacher = work.teacher_side if any("teacher" in term.loss.needs for term in terms) else None
-        self.pulling = [term for term in terms if work.grad and work.factors[term.name] != 0.0]
-        # The gradients' sum is rounded once: several terms of 16-bit models add up in a buffer of their own.
-        adding = len(self.pulling) > 1 and side.operand != side.dtype
-        size, vocabulary = side.dtype.itemsize, len(side.weight)
-        on_cpu = side.hidden.device.type == "cpu"
-        formed = size * (1 + (self.teacher is not None) + adding + TWIN_SCRATCH * on_cpu)
-        kept = side.operand.itemsize * bool(self.pulling)
-        limit = work.chunk_bytes or (TILE_BYTES_CPU if on_cpu else TILE_BYTES)
+        self.student = work.student
+        self.teacher: ModelSide | None = None
+        if isinstance(work.teacher, ModelSide) and any(term.has_teacher for term in terms):
+            self.teacher = work.teacher
+        self.trained = [term for term in terms if work.grad and work.factors[term.name] != 0.0]
+        # Gradients are rounded once: several terms of 16-bit models are added up in a float32 buffer first.
+        adding = len(self.trained) > 1 and self.student.operand != self.student.dtype
+        self._plan(count, adding, recompute)
+
+        # Allocate the buffers of a tile.
+        width = _round_up(self.columns, self.width)
+        self.student_nw = self.student.weight.new_empty(self.tokens, width, dtype=self.student.dtype)
+        self.teacher_nw = None if self.teacher is None else torch.empty_like(self.student_nw)
+        self.summed_nw = torch.empty_like(self.student_nw) if adding else None
+        self.gradient_Nw = self.student.weight.new_empty(self.chunk if self.trained else 0, width)
+        self.formed: int | None = None  # first token of the tile whose logits are in the buffers
+
+    def _plan(self, count: int, adding: bool, recompute: bool) -> None:
+        """Choose the numbers of positions of a block and a chunk, and of tokens of a tile."""
+        on_cpu, vocabulary = self.work.on_cpu, self.student.vocabulary
+        limit = self.work.chunk_bytes or (TILE_BYTES_CPU if on_cpu else TILE_BYTES)
+        # Bytes of a logit and everything of its size, and of its rounded gradient.
+        buffers = 1 + (self.teacher is not None) + adding + TORCH_SCRATCH * on_cpu
+        formed = self.student.dtype.itemsize * buffers
+        kept = self.student.operand.itemsize if self.trained else 0
+        self.width = WIDTH_CPU if on_cpu else WIDTH
         if recompute:
             most = limit // ((formed + kept) * COLUMNS)
-            self.tokens = self.group = max(1, min(count, TOKENS_CPU if on_cpu else TOKENS, most))
-            self.columns = min(vocabulary, _whole(limit // (self.tokens * (formed + kept)), COLUMNS))
-        else:
-            # Half of the memory for logits; the other half lets the head's gradient, which is larger than a block's
-            # logits, be read and written for several blocks at once.
-            self.columns = vocabulary
-            self.tokens = min(count, _whole(limit // (2 if kept else 1) // (formed * vocabulary), ROWS))
+            self.tokens = self.chunk = max(1, min(count, TOKENS_CPU if on_cpu else TOKENS, most))
+            self.columns = min(vocabulary, _round_down(limit // (self.tokens * (formed + kept)), COLUMNS))
+            return
+        # Half of the memory goes to logits. The other half lets the head's gradient, which is larger than a block's
+        # logits, be read and written for several blocks at once.
+        self.columns = vocabulary
+        self.tokens = min(count, _round_down(limit // (2 if kept else 1) // (formed * vocabulary), ROWS))
+        self.chunk = self.tokens
+        if kept:
             left = limit - self.tokens * formed * vocabulary
-            self.group = max(1, left // (kept * vocabulary * self.tokens)) * self.tokens if kept else self.tokens
-            self.group = min(self.group, count)
-        self.width = WIDTH_CPU if on_cpu else WIDTH
-        stride = _up(self.columns, self.width)
-        self.student_logits = side.weight.new_empty(self.tokens, stride, dtype=side.dtype)
-        self.teacher_logits = None if self.teacher is None else torch.empty_like(self.student_logits)
-        self.summed = torch.empty_like(self.student_logits) if adding else None
-        self.operand = side.weight.new_empty(self.group if kept else 0, stride)
-        self.formed: int | None = None
+            self.chunk = max(1, left // (kept * vocabulary * self.tokens)) * self.tokens
+        self.chunk = min(self.chunk, count)
 
-    def run(self, rows: Tensor) -> None:
-        for group in rows.split(self.group):
-            hidden = self.side.hidden[group].to(self.side.operand)
-            d_hidden = None
-            if self.pulling and self.work.gradients[0] is not None:
-                d_hidden = self.work.gradients[0].new_zeros(hidden.shape)
-            for start in range(0, len(group), self.tokens):
-                self._block(group, slice(start, min(start + self.tokens, len(group))), hidden, d_hidden)
-            if d_hidden is not None and self.work.gradients[0] is not None:
-                self.work.gradients[0][group] = d_hidden
+    def run(self, positions: Tensor) -> None:
+        """Add the terms on these positions, chunk by chunk."""
+        gradient = self.work.gradients[0] if self.trained else None
+        for index_N in positions.split(self.chunk):
+            hidden_NH = self.student.operands(index_N)
+            d_hidden_NH = None if gradient is None else gradient.new_zeros(hidden_NH.shape)
+            for start in range(0, len(index_N), self.tokens):
+                stop = min(start + self.tokens, len(index_N))
+                _Block(self, index_N, slice(start, stop), hidden_NH, d_hidden_NH).run()
+            if gradient is not None and d_hidden_NH is not None:
+                gradient[index_N] = d_hidden_NH
 
-    def _block(self, group: Tensor, block: slice, hidden: Tensor, d_hidden: Tensor | None) -> None:
-        """The sums of a block of a group, and the gradients of the group if it is its last."""
-        index, operand = group[block], hidden[block]
-        teacher_operand = None if self.teacher is None else self.teacher.hidden[index].to(self.teacher.operand)
-        targets = None if self.work.targets is None else self.work.targets[index]
-        self.formed = None
-        tiles = [
-            slice(start, min(start + self.columns, len(self.side.weight)))
-            for start in range(0, len(self.side.weight), self.columns)
-        ]
-        statistics = {}
-        for term in self.terms:
-            form = term.loss.streamed()
-            assert form is not None
-            statistics[term.name] = RowStatistics(form, len(index), self.student_logits)
+    def tiles(self) -> list[slice]:
+        """Return the vocabulary's tiles in order."""
+        vocabulary = self.student.vocabulary
+        starts = range(0, vocabulary, self.columns)
+        return [slice(start, min(start + self.columns, vocabulary)) for start in starts]
 
-        for tile in tiles:
-            student, teacher = self._logits(operand, teacher_operand, tile)
-            for term in self.terms:
-                statistics[term.name].gather(student, teacher, None if targets is None else targets - tile.start)
-        for rows in statistics.values():
-            rows.settle()
-        mixed = [rows for rows in statistics.values() if rows.form.mixed]
-        if mixed:
-            tiles.reverse()
-            for tile in tiles:
-                student, teacher = self._logits(operand, teacher_operand, tile)
-                for rows in mixed:
-                    rows.mix(student, teacher)
-        for term in self.terms:
-            self._add(term, statistics[term.name])
-
-        tiles.reverse()
-        for tile in tiles if self.pulling else ():
-            student, teacher = self._logits(operand, teacher_operand, tile)
-            own = self.operand[block, : student.shape[1]]
-            grad = self.operand[: len(group), : tile.stop - tile.start]
-            out = own if self.summed is None else self.summed[: len(index), : student.shape[1]]
-            for number, term in enumerate(self.pulling):
-                statistics[term.name].gradient(
-                    student,
-                    teacher,
-                    out,
-                    None if targets is None else targets - tile.start,
-                    scale=self.work.factors[term.name] * self.side.scale,
-                    softcap=self.side.softcap,
-                    add=number > 0,
-                )
-            if out is not own:
-                own.copy_(out)
-            if block.stop == len(group):
-                self._accumulate(tile, hidden, grad, d_hidden)
-
-    def _logits(self, operand: Tensor, teacher_operand: Tensor | None, tile: slice) -> tuple[Tensor, Tensor]:
-        """Both models' logits of a tile, widened by −∞; the student's twice if no term reads the teacher's."""
-        n, v = len(operand), tile.stop - tile.start
-        wide = _up(v, self.width)
-        student = self.student_logits[:n, :wide]
-        teacher = student if self.teacher_logits is None else self.teacher_logits[:n, :wide]
-        if self.formed != tile.start:
-            self.side.logits_(operand, student[:, :v], tile)
-            if self.teacher is not None and teacher_operand is not None:
-                self.teacher.logits_(teacher_operand, teacher[:, :v], tile)
-            if wide > v:
-                student[:, v:] = teacher[:, v:] = -torch.inf
-            self.formed = tile.start
-        return student, teacher
-
-    def _add(self, term: Term, rows: RowStatistics) -> None:
-        sums, measured = self.work.sums[term.name], rows.signals()
-        loss = rows.loss()
+    def add_sums(self, term: Term, statistics: RowStatistics) -> None:
+        """Add a block's loss and signals to a term's sums."""
+        sums, signals, loss = self.work.sums[term.name], statistics.signals(), statistics.loss()
         sums.loss += loss.sum()
         sums.count += len(loss)
         for name in term.loss.signals:
-            sums.signals[name] += measured[name].sum()
+            sums.signals[name] += signals[name].sum()
 
-    def _accumulate(self, tile: slice, hidden: Tensor, grad: Tensor, d_hidden: Tensor | None) -> None:
-        """A tile's share of the gradients, from the operands ``hidden [n, H]`` and ``grad [n, v]`` by its logits."""
-        side = self.side
-        _, d_weight, d_bias = self.work.gradients
+
+class _Block:
+    """One block's passes over the vocabulary.
+
+    Args:
+        engine: sizes, buffers and models.
+        index_N: positions of the chunk.
+        part: the block within the chunk.
+        hidden_NH: the chunk's hidden states as operands.
+        d_hidden_NH: their gradient so far, or ``None`` if it is not wanted.
+    """
+
+    def __init__(
+        self, engine: Tiles, index_N: Tensor, part: slice, hidden_NH: Tensor, d_hidden_NH: Tensor | None
+    ) -> None:
+        self.engine, self.part = engine, part
+        self.hidden_NH, self.d_hidden_NH = hidden_NH, d_hidden_NH
+        index_n = index_N[part]
+        self.count = len(index_n)
+        self.is_last = part.stop == len(index_N)
+        self.student_nH = hidden_NH[part]
+        self.teacher_nH = None if engine.teacher is None else engine.teacher.operands(index_n)
+        self.targets_n = engine.work.targets_at(index_n)
+        self.tiles = engine.tiles()
+        self.statistics: dict[str, RowStatistics] = {}
+        engine.formed = None
+
+    def run(self) -> None:
+        """Add the block's sums, and the chunk's gradients if this is its last block."""
+        # First pass: statistics of every term.
+        for term in self.engine.terms:
+            form = term.loss.kernel_form()
+            assert form is not None
+            self.statistics[term.name] = RowStatistics(form, self.count, self.engine.student_nw)
+        for tile, student_nw, teacher_nw in self._pass():
+            for statistics in self.statistics.values():
+                statistics.accumulate(student_nw, teacher_nw, self._targets_in(tile))
+        for statistics in self.statistics.values():
+            statistics.finalize()
+
+        # Second pass, backwards: sums that need the normalisers.
+        mixed = [statistics for statistics in self.statistics.values() if statistics.form.mixed]
+        if mixed:
+            self.tiles.reverse()
+            for _, student_nw, teacher_nw in self._pass():
+                for statistics in mixed:
+                    statistics.accumulate_mixture(student_nw, teacher_nw)
+        for term in self.engine.terms:
+            self.engine.add_sums(term, self.statistics[term.name])
+
+        # Last pass, in the other direction again: gradients.
+        if self.engine.trained:
+            self.tiles.reverse()
+            for tile, student_nw, teacher_nw in self._pass():
+                self._write_gradient(tile, student_nw, teacher_nw)
+                if self.is_last:
+                    self._accumulate(tile)
+
+    def _pass(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield each tile with both models' logits, padded with −∞; the student's twice if no term has a teacher."""
+        engine = self.engine
+        for tile in self.tiles:
+            v = tile.stop - tile.start
+            w = _round_up(v, engine.width)
+            student_nw = engine.student_nw[: self.count, :w]
+            teacher_nw = student_nw if engine.teacher_nw is None else engine.teacher_nw[: self.count, :w]
+            if engine.formed != tile.start:
+                engine.student.write_logits(self.student_nH, student_nw[:, :v], tile)
+                if engine.teacher is not None and self.teacher_nH is not None:
+                    engine.teacher.write_logits(self.teacher_nH, teacher_nw[:, :v], tile)
+                if w > v:
+                    student_nw[:, v:] = teacher_nw[:, v:] = -torch.inf
+                engine.formed = tile.start
+            yield tile, student_nw, teacher_nw
+
+    def _targets_in(self, tile: slice) -> Tensor | None:
+        """Return the targets counted from a tile's first token."""
+        return None if self.targets_n is None else self.targets_n - tile.start
+
+    def _write_gradient(self, tile: slice, student_nw: Tensor, teacher_nw: Tensor) -> None:
+        """Write the gradient by a tile's logits into the block's rows of the chunk's buffer."""
+        engine = self.engine
+        own_nw = engine.gradient_Nw[self.part, : student_nw.shape[1]]
+        out_nw = own_nw if engine.summed_nw is None else engine.summed_nw[: self.count, : student_nw.shape[1]]
+        for number, term in enumerate(engine.trained):
+            self.statistics[term.name].gradient(
+                student_nw,
+                teacher_nw,
+                out_nw,
+                self._targets_in(tile),
+                scale=engine.work.factors[term.name] * engine.student.scale,
+                softcap=engine.student.softcap,
+                add=number > 0,
+            )
+        if out_nw is not own_nw:
+            own_nw.copy_(out_nw)
+
+    def _accumulate(self, tile: slice) -> None:
+        """Add a tile's share of the gradients of head and hidden states, for all blocks of the chunk at once."""
+        side = self.engine.student
+        gradient_Nv = self.engine.gradient_Nw[: self.part.stop, : tile.stop - tile.start]
+        _, d_weight, d_bias = self.engine.work.gradients
         if d_bias is not None:
-            d_bias[tile] += grad.sum(0, dtype=d_bias.dtype)
-        if d_hidden is not None:
-            torch.addmm(d_hidden, grad, side.weight[tile], **side.output, out=d_hidden)
+            d_bias[tile] += gradient_Nv.sum(0, dtype=d_bias.dtype)
+        if self.d_hidden_NH is not None:
+            torch.addmm(self.d_hidden_NH, gradient_Nv, side.weight[tile], **side.output, out=self.d_hidden_NH)
         if d_weight is not None:
-            own = d_weight[tile]
-            torch.addmm(own, grad.t(), hidden, **side.output, out=own)
+            d_tile_vH = d_weight[tile]
+            torch.addmm(d_tile_vH, gradient_Nv.t(), self.hidden_NH, **side.output, out=d_tile_vH)
 
 
-def _up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _whole(size: int, multiple: int) -> int:
-    """``size`` rounded down to a multiple where it holds one; at least 1."""
+def _round_down(size: int, multiple: int) -> int:
+    """Round down to a multiple, if ``size`` holds one; at least 1."""
     return max(1, size // multiple * multiple if size >= multiple else size)

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, RowResult, check_number, need_targets, soften_, softmax_, through_softmax_, upcast
+from .base import DistillationLoss, RowResult
 from .groups import TokenGroups
+from .parameters import check_number
+from .softmax import need_targets, soften_, softmax_, through_softmax_, upcast
 
 
 class ULD(DistillationLoss):
@@ -70,7 +72,7 @@ class ULD(DistillationLoss):
         return RowResult(loss, through_softmax_(slopes.mul_(q), q).div_(self.temperature))
 
     @torch.no_grad()
-    def grouped(
+    def grouped_loss_and_grad(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, groups: TokenGroups, *, grad: bool
     ) -> RowResult:
         student, teacher = soften_(student_logits, teacher_logits, self.temperature)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from data.batch import DistillationBatch, ModelInputs
 from vlm_distill.losses import HiddenTargets, Term, TopKTargets, fused_linear
-from vlm_distill.losses.fused_linear import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
+from vlm_distill.losses.chunks import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
 from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.interface import Outputs, VisionLanguageModel

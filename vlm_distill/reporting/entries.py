@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm_distill.evaluation.compare import Comparison, paired
-from vlm_distill.evaluation.runner import Prediction
+from vlm_distill.evaluation.predictions import Prediction
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vlm_distill.evaluation.runner import Prediction
+from vlm_distill.evaluation.predictions import Prediction
 
 from .entries import Entry
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.errors import UserError
 from vlm_distill.config.file import read_saved
-from vlm_distill.evaluation.runner import read_predictions
+from vlm_distill.evaluation.predictions import read_predictions
 
 from .entries import Run
 

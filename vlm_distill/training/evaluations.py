@@ -22,24 +22,18 @@ from data.sources import Source, TextSource
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.fields import Measure
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.evaluation.benchmark import Benchmark
-from vlm_distill.evaluation.benchmark_run import open_benchmarks, published, run_benchmark, score_answers
-from vlm_distill.evaluation.benchmarks import data_folder, entry_name, get
+from vlm_distill.evaluation.answering import Asking, evaluate
+from vlm_distill.evaluation.benchmark_lookup import data_folder, entry_name, get_benchmark
+from vlm_distill.evaluation.benchmark_run import OpenBenchmark, open_benchmarks, run_benchmark
+from vlm_distill.evaluation.benchmark_scoring import published, score_answers
 from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
-from vlm_distill.evaluation.kept import digest_of
-from vlm_distill.evaluation.questions import BenchmarkQuestions
+from vlm_distill.evaluation.kept_answers import AnswerFolder, digest_of
+from vlm_distill.evaluation.left_out import reasons
+from vlm_distill.evaluation.predictions import Prediction
+from vlm_distill.evaluation.question_source import Questions, evenly_spaced, limit_mark, share
+from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.evaluation.rouge import mean_rouge_l
-from vlm_distill.evaluation.runner import (
-    SOURCE_LENGTH,
-    Prediction,
-    Questions,
-    evaluate,
-    evenly_spaced,
-    limit_mark,
-    notes_on,
-    share,
-    summarise,
-)
+from vlm_distill.evaluation.source_scores import notes_on, summarise
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
@@ -47,7 +41,7 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 
 from .checkpoint import completed
-from .intake import FIRST_ROWS, reasons
+from .intake import FIRST_ROWS
 from .open_data import image_loader, open_sources, turns
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}
@@ -78,7 +72,7 @@ class Evaluations:
         for name, reason in opened.failures.items():
             raise UserError(f"{name}: {reason}")
         self.benchmarks, self.told = opened.ready, opened.warnings
-        named = [get(name).name for name in settings.benchmarks]
+        named = [get_benchmark(name).name for name in settings.benchmarks]
         # As `vlm-distill score` finds them again.
         self.entries = dict(zip(named, map(entry_name, settings.benchmarks), strict=True))
         names = [source.name for source in self.sources] + named
@@ -106,7 +100,7 @@ class Evaluations:
     def _best_of(self, names: Sequence[str]) -> tuple[str | None, Measure]:
         """The name by which the best student is chosen, and what of it where it is a source."""
         best, wanted = self.settings.best, "exact"
-        given = {name: get(name).name for name in self.settings.benchmarks}
+        given = {name: get_benchmark(name).name for name in self.settings.benchmarks}
         best = best if best is None else given.get(best, best)
         if best is not None and best not in names and best.rpartition("/")[2] in get_args(Measure):
             best, _, wanted = best.rpartition("/")
@@ -121,8 +115,9 @@ class Evaluations:
             best = self.settings.best
         if best is not None and best not in names:
             raise UserError(f"evaluation.best: {best} is not evaluated on; there is {', '.join(names)}")
-        for entry, questions in self.benchmarks:
-            if entry.name == best and not any(published(questions.row(i)) for i in range(len(questions))):
+        for benchmark in self.benchmarks:
+            questions = benchmark.questions
+            if benchmark.name == best and not any(published(questions.row(i)) for i in range(len(questions))):
                 raise UserError(f"evaluation.best: the right answers of {best} are not published; choose another")
         return best, next(m for m in get_args(Measure) if m == wanted)
 
@@ -147,7 +142,7 @@ class Evaluations:
         """
         sources: list[tuple[str, Any, Callable[[ImageSource], Image.Image]]]
         sources = [("data.eval", source, self.load_image) for source in self.sources]
-        sources += [("evaluation.benchmarks", questions, self.load_benchmark_image) for _, questions in self.benchmarks]
+        sources += [("evaluation.benchmarks", b.questions, self.load_benchmark_image) for b in self.benchmarks]
         for key, source, load in sources:
             problems = self._unusable(source, load)
             if problems:
@@ -174,7 +169,7 @@ class Evaluations:
     @property
     def compared_by(self) -> dict[str, Any]:
         """What makes two scores comparable: of what, by whose rules, on how many questions."""
-        of_benchmark = any(entry.name == self.best for entry, _ in self.benchmarks)
+        of_benchmark = any(benchmark.name == self.best for benchmark in self.benchmarks)
         rules = self.settings.rules if of_benchmark else None
         measured = {"measure": self.measure} if self.measure != "exact" else {}
         return {"name": self.best, "rules": rules, "limit": self.settings.limit} | measured
@@ -223,9 +218,10 @@ class Evaluations:
                 tell(who, source.name, values, measured_in_words(values))
                 if (who, source.name) == ("student", self.best):
                     chosen = score
-        for entry, questions in self.benchmarks:
+        for benchmark in self.benchmarks:
+            entry, questions = benchmark.entry, benchmark.questions
             for who, model in models.items():
-                found = self._ask_benchmark(model, entry, questions, who, end, problems)
+                found = self._ask_benchmark(model, benchmark, who, end, problems)
                 if found is None:
                     continue
                 predictions, values, words = found
@@ -243,18 +239,33 @@ class Evaluations:
         asked = set(share(questions, self.settings.limit))
         return [p for p in predictions if p.index in asked]
 
-    def _common(self, name: str, who: str, end: str | None) -> dict[str, Any]:
-        """What ``evaluate`` and ``run_benchmark`` are told. Nothing is written before the end, which ``end`` names."""
-        processes = self.processes
-        return {
-            "batch_size": self.settings.batch_size,
-            "limit": self.settings.limit if end is None else None,
-            "rank": processes.rank,
-            "world": processes.world,
-            "all_gather": processes.gather,
-            "out": self.folder / "evaluation" / name / who if end is not None else None,
-            "resume": self.identities[who] if end is not None else None,
-        }
+    def _asking(self, end: str | None, load: Callable[[ImageSource], Image.Image]) -> Asking:
+        """Return how questions are asked: a share of them in training, all at the end, which ``end`` names."""
+        return Asking(
+            batch_size=self.settings.batch_size,
+            max_new_tokens=self.settings.max_new_tokens,
+            limit=self.settings.limit if end is None else None,
+            load=load,
+        )
+
+    def _answer_folder(
+        self, name: str, who: str, end: str | None, about: dict[str, Any], *, pictures: bool = False
+    ) -> AnswerFolder | None:
+        """Return where answers are kept; ``None`` before the end, when nothing is written."""
+        if end is None:
+            return None
+        folder = self.folder / "evaluation" / name
+        return AnswerFolder(
+            folder / who,
+            f"{self.folder.name}_{who}",
+            self.identities[who],
+            about,
+            folder / "pictures" if pictures else None,
+        )
+
+    @property
+    def _ranks(self) -> RankShare:
+        return RankShare(self.processes.rank, self.processes.world, self.processes.gather)
 
     def _identity(self, who: str, template: Any, done: int) -> dict[str, Any]:
         """Return what tells the answers of this student or teacher from those of another."""
@@ -306,15 +317,15 @@ class Evaluations:
         began = time.monotonic()
         wanted = turns(self.config.data)
         skipped = list[Problem]()
+        about = {"source": source.name, "name": f"{self.folder.name}_{who}"}
         limited = wanted.max_prompt is not None or wanted.max_response is not None
         predictions = evaluate(
             model,
             _Fitting(source, self.collators["student"]) if limited else source,
-            max_new_tokens=self.settings.max_new_tokens or SOURCE_LENGTH,
-            about={"source": source.name, "name": f"{self.folder.name}_{who}"},
-            load=self.load_image,
+            self._asking(end, self.load_image),
+            ranks=self._ranks,
+            folder=self._answer_folder(source.name, who, end, about),
             skipped=skipped,
-            **self._common(source.name, who, end),
         )
         problems += skipped
         overall = summarise(predictions, skipped, len(source))
@@ -336,7 +347,6 @@ class Evaluations:
         problems: list[Problem],
     ) -> dict[str, Any]:
         """Perplexity and, of the student, KL from the teacher."""
-        processes = self.processes
         found = measure(
             model,
             self.guide if who == "student" else None,
@@ -344,9 +354,7 @@ class Evaluations:
             self.collators[who],
             batch_size=self.micro,
             limit=limit,
-            rank=processes.rank,
-            world=processes.world,
-            all_gather=processes.gather,
+            ranks=self._ranks,
             load=self.load_image,
             skipped=problems,
         )
@@ -355,25 +363,22 @@ class Evaluations:
     def _ask_benchmark(
         self,
         model: VisionLanguageModel,
-        entry: Benchmark,
-        questions: BenchmarkQuestions,
+        benchmark: OpenBenchmark,
         who: str,
         end: str | None,
         problems: list[Problem],
     ) -> tuple[list[Prediction], dict[str, Any], str] | None:
         """Predictions, values and words, on the first rank."""
         began = time.monotonic()
+        entry = benchmark.entry
+        data = str(data_folder(self.settings.benchmark_data).resolve())
+        about = {"entry": self.entries[entry.name], "data": data}
         result = run_benchmark(
             model,
-            entry,
-            questions,
-            rules=self.settings.rules,
-            name=f"{self.folder.name}_{who}",
-            max_new_tokens=self.settings.max_new_tokens,
-            about={"entry": self.entries[entry.name], "data": str(data_folder(self.settings.benchmark_data).resolve())},
-            load=self.load_benchmark_image,
-            pictures=self.folder / "evaluation" / entry.name / "pictures" if end is not None else None,
-            **self._common(entry.name, who, end),
+            benchmark,
+            self._asking(end, self.load_benchmark_image),
+            ranks=self._ranks,
+            folder=self._answer_folder(entry.name, who, end, about, pictures=True),
         )
         if result is None:
             return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.evaluation.left_out import commonest_reason, reasons
 
 #: Rows that are tried before the first step, and that must have been counted before ``data.max_bad`` ends a run.
 FIRST_ROWS = 64
@@ -112,24 +113,9 @@ class Tally:
         return text + (f", {self.empty_steps:,} steps without a usable sample" if self.empty_steps else "")
 
 
-def commonest(problems: Sequence[Problem]) -> str:
-    """Return the reason that most of these have."""
-    return Counter(problem.reason for problem in problems).most_common(1)[0][0]
-
-
-def reasons(problems: Sequence[Problem]) -> str:
-    """Return the reasons in one line, the commonest first, with an example of that one."""
-    counts = Counter(problem.reason for problem in problems).most_common()
-    listed = ", ".join(f"{reason} ({count})" for reason, count in counts[:3])
-    more = f" and {len(counts) - 3} more reasons" if len(counts) > 3 else ""
-    example = next(problem for problem in problems if problem.reason == counts[0][0])
-    detail = f": {example.detail}" if example.detail else ""
-    return f"{listed}{more}, as in {example.source}, line {example.line}{detail}"
-
-
 def with_remedy(problems: Sequence[Problem]) -> str:
     """Return the reasons, and what to do about the commonest."""
-    reason = commonest(problems)
+    reason = commonest_reason(problems)
     remedy = next((text for start, text in _REMEDIES.items() if reason.startswith(start)), "mend the data")
     return f"{reasons(problems)}; {remedy} (`vlm-distill inspect` shows every sample)"
 

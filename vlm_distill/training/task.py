@@ -87,8 +87,7 @@ class DistillationTask(nn.Module):
                 self.student.head,
                 None if teacher is None else teacher.targets[own],
                 batch.targets[own],
-                distilled=batch.distilled[own],
-                groups=batch.groups,
+                distilled=batch.distilled[own] if batch.groups is None else batch.groups,
                 scales=scales,
                 recompute=self.recompute_logits,
             )

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("lmms_eval")
 
-from vlm_distill.evaluation.scoring import mcq_lmms, text, vqa
-from vlm_distill.evaluation.scoring.registry import score
+from vlm_distill.evaluation.scoring import multiple_choice_lmms_eval as lmms_choice
+from vlm_distill.evaluation.scoring import text_match, vqa
+from vlm_distill.evaluation.scoring.scorers import score
 
 WORDS = (
     *("A", "B", "C", "D", "(A)", "B.", "C:", "D)", "**C**", "A,", "(C).", ":D", "a", "b", "F", "Ｂ"),
@@ -84,7 +85,7 @@ def test_chartqa_docvqa_and_gqa(drawn):
         row = {"answers": [right], "prediction": answer}
         assert ours("chartqa", **row, type="human_test") == theirs["relaxed_overall"]
         answer, right = drawn(3), [drawn(3) for _ in range(2)]
-        assert text.anls(answer, right, rules="lmms-eval") == pytest.approx(metrics.anls(right, [answer])["anls"])
+        assert text_match.anls(answer, right, rules="lmms-eval") == pytest.approx(metrics.anls(right, [answer])["anls"])
         theirs = metrics.exact_match_hf_evaluate([answer], right[:1], ignore_case=True, ignore_punctuation=True)
         assert ours("gqa", answers=right[:1], prediction=answer) == theirs["exact_match"]
 
@@ -124,14 +125,14 @@ def test_multiple_choice(drawn):
     mmstar, scienceqa, realworldqa, seed, ai2d = map(task, ("mmstar", "scienceqa", "realworldqa", "seedbench", "ai2d"))
     for _ in range(ROUNDS):
         answer, letter, index = drawn(), drawn.choice("ABCD"), drawn.choice(range(4))
-        assert mcq_lmms.mmstar_match(answer, letter) == mmstar.exact_match(answer, letter)
+        assert lmms_choice.mmstar_match(answer, letter) == mmstar.exact_match(answer, letter)
         row = {"answer": index, "choices": OPTIONS, "prediction": answer}
         assert ours("scienceqa", **row) == scienceqa.sqa_process_results(row, [answer])["exact_match"]
         row = {"answer": drawn.choice([letter, "no", "4"]), "prediction": answer}
         assert ours("realworldqa", **row) == realworldqa.realworldqa_process_results(row, [answer])["exact_match"]
         result = seed.seed_process_result({"answer": letter, "data_type": "image", "question_id": 0}, [answer])
-        assert mcq_lmms.seedbench_match(answer, letter) == seed.seed_aggregation_result([result["seed_all"]])
-        assert mcq_lmms.ai2d_letter(answer) == ai2d.MultiChoiceRegexFilter().apply([[answer]], [{}])[0]
+        assert lmms_choice.seedbench_match(answer, letter) == seed.seed_aggregation_result([result["seed_all"]])
+        assert lmms_choice.ai2d_letter(answer) == ai2d.MultiChoiceRegexFilter().apply([[answer]], [{}])[0]
 
 
 def test_mmbench(drawn):

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_distill.evaluation.scoring import mcq, mcq_lmms, mmmu, text, vqa, yes_no
-from vlm_distill.evaluation.scoring.distance import levenshtein
+from vlm_distill.evaluation.scoring import mmmu, text_match, vqa, yes_no
+from vlm_distill.evaluation.scoring import multiple_choice_lmms_eval as lmms_choice
+from vlm_distill.evaluation.scoring import multiple_choice_vlmevalkit as kit_choice
+from vlm_distill.evaluation.scoring.edit_distance import levenshtein
 from vlm_distill.evaluation.scoring.hallusion import score_hallusion
-from vlm_distill.evaluation.scoring.registry import score
+from vlm_distill.evaluation.scoring.scorers import score
 
 TEXTS = st.text(alphabet="aAbB01 .,'%ßé\n", max_size=8)
 ANSWERS = st.lists(st.sampled_from(["cat", "Dog", "a dog", "2", "two", "yes."]), min_size=2, max_size=10)
@@ -32,16 +34,16 @@ def test_edit_distance_is_a_metric(a, b, c):
 @given(TEXTS, TEXTS)
 def test_anls_is_symmetric_where_raw_lengths_are(a, b):
     """Under VLMEvalKit always; lmms-eval strips one side only."""
-    assert text.anls(a, [b]) == text.anls(b, [a])
-    assert text.anls(a, [b], rules="lmms-eval") == pytest.approx(text.anls(a.strip(), [b]))
-    assert 0 <= text.anls(a, [b]) <= 1
-    assert text.anls(a, [a.upper() if len(a.upper()) == len(a) else a]) == 1
+    assert text_match.anls(a, [b]) == text_match.anls(b, [a])
+    assert text_match.anls(a, [b], rules="lmms-eval") == pytest.approx(text_match.anls(a.strip(), [b]))
+    assert 0 <= text_match.anls(a, [b]) <= 1
+    assert text_match.anls(a, [a.upper() if len(a.upper()) == len(a) else a]) == 1
 
 
 @few
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=4), TEXTS)
 def test_another_reference_never_lowers_a_best_of_score(answer, references, more):
-    assert text.anls(answer, [*references, more]) >= text.anls(answer, references)
+    assert text_match.anls(answer, [*references, more]) >= text_match.anls(answer, references)
 
     def chartqa(answers):
         return score("chartqa", [{"answers": answers, "prediction": answer}]).main
@@ -52,7 +54,7 @@ def test_another_reference_never_lowers_a_best_of_score(answer, references, more
 @given(st.floats(0.01, 1e6), st.floats(-0.2, 0.2))
 def test_relaxed_accuracy_is_five_per_cent(right, error):
     if abs(abs(error) - 0.05) > 1e-6:
-        assert text.relaxed_match(repr(right * (1 + error)), repr(right)) == (abs(error) < 0.05)
+        assert text_match.relaxed_match(repr(right * (1 + error)), repr(right)) == (abs(error) < 0.05)
 
 
 @few
@@ -197,9 +199,9 @@ def test_circular_is_at_most_vanilla(answers):
 @given(st.text(alphabet="ABCD.()[]: aoknpie", max_size=15))
 def test_a_letter_is_one_of_the_options(answer):
     options = dict(zip("ABC", OPTIONS, strict=False))
-    assert mcq.letter(answer, options) in {*options, "Z", None}
-    assert mcq_lmms.extract_letter(answer, "ABC") in {*options, ""}
-    assert mcq_lmms.mmbench_letter(answer, options) in {*"ABCDE", None}
+    assert kit_choice.letter(answer, options) in {*options, "Z", None}
+    assert lmms_choice.extract_letter(answer, "ABC") in {*options, ""}
+    assert lmms_choice.mmbench_letter(answer, options) in {*"ABCDE", None}
     for rules in ("official", "lmms-eval"):
         assert mmmu.choice(answer, options, rules=rules) in {*options, None}
 
@@ -207,5 +209,10 @@ def test_a_letter_is_one_of_the_options(answer):
 @pytest.mark.parametrize("name", "ABCD")
 def test_a_bare_letter_is_itself_by_all_rules(name):
     options = dict(zip("ABCD", OPTIONS, strict=True))
-    assert mcq.letter(name, options) == mcq_lmms.extract_letter(name) == mcq_lmms.mmbench_letter(name, options) == name
+    assert (
+        kit_choice.letter(name, options)
+        == lmms_choice.extract_letter(name)
+        == lmms_choice.mmbench_letter(name, options)
+        == name
+    )
     assert mmmu.choice(name, options) == mmmu.choice(name, options, rules="lmms-eval") == name

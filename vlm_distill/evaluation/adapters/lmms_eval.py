@@ -14,7 +14,7 @@ from data.errors import UserError
 from vlm_distill.models import load_vlm
 from vlm_distill.models.processor import Prompt
 
-from .conversations import answers, prompt
+from .harness_prompts import answers, prompt
 
 
 class VLMDistill(lmms):

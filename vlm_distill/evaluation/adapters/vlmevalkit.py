@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from data.errors import UserError
-from vlm_distill.evaluation.benchmarks import get
+from vlm_distill.evaluation.benchmark_lookup import get_benchmark
 from vlm_distill.models import load_vlm
 
-from .conversations import answers, prompt
+from .harness_prompts import answers, prompt
 
 
 def register(name: str, folder: str, max_new_tokens: int | None = None) -> None:
@@ -49,6 +49,6 @@ def register(name: str, folder: str, max_new_tokens: int | None = None) -> None:
 def answer_length(dataset: str | None) -> int:
     """Return the longest answer to one of VLMEvalKit's data sets, in tokens; 512 for those that we do not have."""
     try:
-        return get(dataset or "").length_for("vlmevalkit")
+        return get_benchmark(dataset or "").length_for("vlmevalkit")
     except UserError:
         return 512

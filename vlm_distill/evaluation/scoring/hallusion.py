@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, column, grouped, mean, missing, prediction
+from .cells import column, prediction
+from .scores import Row, Rules, Scores, Table, grouped, mean, missing
 from .yes_no import read_by_index
 
 _PARTS = ("category", "subcategory", "set_id", "figure_id", "question_id")

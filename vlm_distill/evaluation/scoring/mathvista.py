@@ -16,9 +16,10 @@ from typing import Any
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, cell_text, literal, mean, missing, prediction
-from .distance import levenshtein
-from .mcq import letter
+from .cells import cell_text, literal, prediction
+from .edit_distance import levenshtein
+from .multiple_choice_vlmevalkit import letter
+from .scores import Row, Rules, Scores, Table, mean, missing
 
 #: lmms-eval's groups; all but ``question_type`` and ``answer_type`` are keys of the column ``metadata``.
 _GROUPS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, as_text, column, grouped, literal, mean, missing, prediction
+from .cells import as_text, column, literal, prediction
+from .scores import Row, Rules, Scores, Table, grouped, mean, missing
 
 #: Normalised answers: numbers, rounded to two decimals, and lower-case texts.
 Parsed = list[float | str]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, column, mean, missing, prediction
+from .cells import column, prediction
+from .scores import Row, Rules, Scores, Table, mean, missing
 
 
 def contains_answer(answer: str, reference: str) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, as_text, column, literal, prediction
+from .cells import as_text, column, literal, prediction
+from .scores import Row, Rules, Scores, Table
 
 _RECOGNITION = (
     "Regular Text Recognition",

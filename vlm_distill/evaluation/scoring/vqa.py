@@ -15,8 +15,9 @@ from typing import Literal
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, as_text, grouped, literal, mean, missing, prediction, reference_cell
-from .text import average
+from .cells import as_text, literal, prediction, reference_cell
+from .scores import Row, Rules, Scores, Table, grouped, mean, missing
+from .text_match import average
 
 #: Who normalises an answer how: the three rules, and lmms-eval's own way for TextVQA.
 Normaliser = Literal["official", "vlmevalkit", "lmms-eval", "lmms-eval-textvqa"]

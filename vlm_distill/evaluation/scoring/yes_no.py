@@ -12,7 +12,8 @@ from typing import Any
 
 from data.errors import UserError
 
-from .base import Rules, Scores, Table, column, mean, missing, prediction
+from .cells import column, prediction
+from .scores import Rules, Scores, Table, mean, missing
 from .vqa import without_punctuation
 
 #: The tasks of MME. Perception counts 10 × 200 points, reasoning ("cognition") 4 × 200.

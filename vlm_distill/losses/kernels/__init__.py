@@ -1,8 +1,8 @@
-"""Losses from tiles of logits: statistics streamed over the vocabulary, gradients written tile by tile.
+"""Losses from tiles of logits: statistics are streamed over the vocabulary, gradients written tile by tile.
 
-One kernel gathers a row's statistics, one writes its gradient; both serve every loss of ``Kind``. Losses that compare
-with a mixture of both distributions need a second pass for their sums, once the normalisers are known. Triton runs on
-a GPU, its torch twin everywhere else.
+One kernel accumulates a row's statistics and one writes its gradient; both serve every loss of ``Kind``. Losses that
+compare with a mixture of both distributions need a second pass for their sums, once the normalisers are known. On a GPU
+the kernels are Triton's; everywhere else they are written in torch.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import twin
+from . import torch_kernels
 from .forms import Form, Kind, Source, agree
 
-__all__ = ["Form", "Kind", "RowStatistics", "Source", "agree", "rows"]
+__all__ = ["Form", "Kind", "RowStatistics", "Source", "agree", "loss_and_grad"]
 
 
 class RowStatistics:
-    """What one loss has to know of ``n`` rows, gathered from tiles ``[n, v]`` of logits that make up the vocabulary.
+    """One loss's statistics of ``n`` rows, accumulated from tiles ``[n, v]`` of logits that cover the vocabulary.
 
-    The order is ``gather`` of every tile, ``settle``, ``mix`` of every tile if the form is mixed, then the results and
-    ``gradient`` of any tile. Logits are float32 or float64, rows may have any stride, columns are adjacent.
+    Call, in this order: ``accumulate`` with every tile, ``finalize``, ``accumulate_mixture`` with every tile if the
+        form
+    is mixed; then read the results, and call ``gradient`` with any tile. Logits are float32 or float64; rows may have
+    any stride, columns must be adjacent.
 
-    With x the target's logits and y the student's, a row's running state is the maximum of x and Σe^x less the
-    maximum, the same of y, Σe^x (x−y), Σe^y (y−x), Σe^x x and Σe^x (x−y)², each x and y less its maximum so far, and
-    the right token's y. Taking off the maxima keeps float32 exact to its last digits where logits are large.
+    With x the target's logits and y the student's, a row's running state is: the maximum of x; Σe^x; the maximum of y;
+    Σe^y; Σe^x (x−y); Σe^y (y−x); Σe^x x; Σe^x (x−y)²; the right token's y. Except in the last, x and y are taken
+    relative to their maximum so far, which keeps float32 exact to its last digits where logits are large.
     """
 
     def __init__(self, form: Form, count: int, like: Tensor) -> None:
@@ -39,12 +41,12 @@ class RowStatistics:
         self._totals = self._state
         self._engine = _engine(like)
 
-    def gather(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> None:
-        """Takes in a tile; ``targets`` count from its first column and are read by cross-entropy alone."""
-        self._engine.gather_(self.form, student, teacher, targets, self._state)
+    def accumulate(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> None:
+        """Add a tile. ``targets`` count from its first column; only cross-entropy reads them."""
+        self._engine.accumulate_(self.form, student, teacher, targets, self._state)
 
-    def settle(self) -> None:
-        """Closes the first pass."""
+    def finalize(self) -> None:
+        """Compute normalisers, loss and signals from the accumulated state."""
         top_x, sum_x, top_y, sum_y, forward, reverse, spread, square, right = self._state.unbind(1)
         log_x, log_y = sum_x.log(), sum_y.log()
         self._kl = forward / sum_x - log_x + log_y
@@ -60,16 +62,16 @@ class RowStatistics:
             loss = log_y - (right - top_y)
         self._totals = torch.stack([top_x, log_x, top_y, log_y, loss, slope], dim=1)
 
-    def mix(self, student: Tensor, teacher: Tensor) -> None:
-        """Takes in a tile a second time; only where ``form.mixed``."""
-        self._engine.mix_(self.form, student, teacher, self._totals)
+    def accumulate_mixture(self, student: Tensor, teacher: Tensor) -> None:
+        """Add a tile to the sums that need the normalisers; only if ``form.mixed``."""
+        self._engine.accumulate_mixture_(self.form, student, teacher, self._totals)
 
     def loss(self) -> Tensor:
-        """``[n]`` nats."""
+        """Return the loss of each row, ``[n]`` nats."""
         return self._totals[:, 4] * self.form.factor
 
     def signals(self) -> dict[str, Tensor]:
-        """``[n]``, p the target: KL(p‖q), p's entropy and their sum in nats; with ``form.slope`` Var_p(log p/q)."""
+        """Return ``[n]`` each, p being the target: KL(p‖q), p's entropy, their sum, and Var_p(log p/q) if requested."""
         found = {
             "kl": self._kl,
             "target_entropy": self._entropy,
@@ -88,14 +90,14 @@ class RowStatistics:
         softcap: float | None = None,
         add: bool = False,
     ) -> None:
-        """``scale`` times the derivative of each row's loss by a tile of the student's logits, into ``out [n, v]``.
+        """Write ``scale`` times the derivative of each row's loss by a tile of the student's logits.
 
         Args:
-            student, teacher, targets: as for ``gather``.
-            out: of any floating dtype; may be ``student`` itself.
-            scale: see above.
-            softcap: if the logits are c·tanh(z/c), c; the derivative is then by z.
-            add: whether to add to what ``out`` holds.
+            student, teacher, targets: as for ``accumulate``.
+            out: receives the gradient ``[n, v]``; any floating dtype, may be ``student`` itself.
+            scale: factor of the gradient.
+            softcap: c if the logits are c·tanh(z/c); the derivative is then by z.
+            add: whether to add to ``out`` instead of overwriting it.
         """
         scale *= self.form.factor / self.form.temperature
         self._engine.gradient_(
@@ -103,31 +105,32 @@ class RowStatistics:
         )
 
 
-def rows(
+def loss_and_grad(
     form: Form, student: Tensor, teacher: Tensor, *, grad: bool
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """A loss on whole rows ``[N, V]`` of float32 or float64 logits; the gradient takes the student's memory.
+    """Compute a loss on whole rows ``[N, V]`` of float32 or float64 logits; the gradient overwrites the student's.
 
     Returns:
-        The loss ``[N]`` in nats, its gradient by the student's logits, and the signals.
+        The loss ``[N]`` in nats, its gradient by the student's logits (``None`` without ``grad``), and the signals.
     """
     statistics = RowStatistics(form, len(student), student)
-    statistics.gather(student, teacher)
-    statistics.settle()
+    statistics.accumulate(student, teacher)
+    statistics.finalize()
     if form.mixed:
-        statistics.mix(student, teacher)
+        statistics.accumulate_mixture(student, teacher)
     if grad:
         statistics.gradient(student, teacher, student)
     return statistics.loss(), student if grad else None, statistics.signals()
 
 
 def _engine(like: Tensor) -> ModuleType:
+    """Return the module that holds the kernels for tensors like this one."""
     wanted = like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if wanted and like.dtype == torch.float32 and _has_triton():
-        from . import triton_rows
+        from . import triton_kernels
 
-        return triton_rows
-    return twin
+        return triton_kernels
+    return torch_kernels
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Which losses the kernels know: a target x and the student y, both as logits, and seven ways to compare them."""
+"""The losses that the kernels know: seven ways to compare a target's logits x with the student's y."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Up to so many units in the last place two probabilities are taken as equal: in float32 those of the same logits,
-#: computed in two ways, were up to 129 apart (vocabularies of 1,000 to 152,000, logits of deviation 0.1 to 20).
+#: Two probabilities within this many units in the last place count as equal. In float32, probabilities of the same
+#: logits computed in two ways differed by up to 129 (vocabularies of 1,000 to 152,000, logits with deviations of 0.1 to
+#: 20).
 ROUNDING = 256
 
 
 def agree(p: Tensor, q: Tensor) -> Tensor:
-    """Return where two tensors of probabilities are equal but for rounding, as a mask of their shape."""
+    """Return a mask of where two tensors of probabilities are equal but for rounding."""
     return (p - q).abs_() <= torch.maximum(p, q).mul_(ROUNDING * torch.finfo(p.dtype).eps)
 
 
 class Kind(IntEnum):
-    """With p the target's probabilities and q the student's; m is the mixture that each loss's definition names."""
+    """How p, the target's probabilities, and q, the student's, are compared."""
 
     FORWARD_KL = 0
     REVERSE_KL = 1
@@ -31,7 +32,7 @@ class Kind(IntEnum):
 
 
 class Source(IntEnum):
-    """Whose logits the target is made of."""
+    """Whose logits the target is mixed from."""
 
     TEACHER = 0
     STUDENT = 1
@@ -39,16 +40,16 @@ class Source(IntEnum):
 
 
 class Form(NamedTuple):
-    """A loss as the kernels compute it: ``factor`` times a comparison of softmax(x) and softmax(y).
+    """A loss as the kernels compute it: ``factor`` times a comparison of softmax(x) with softmax(y).
 
     Attributes:
         kind: the comparison.
         share: β of the JSD, α of the skew KLs.
         temperature: divides x and y.
         factor: multiplies the loss.
-        t: the teacher's share in the target, x = (1−t)·student + t·teacher, the student in it held fixed. At 1 and at
-            0 the other model's logits are not read.
-        slope: whether the variance of log p/q is gathered, too, TAID's signal of that name.
+        t: the teacher's share in the target, x = (1−t)·student + t·teacher, with the student's part held fixed. At 0
+            and 1 the other model's logits are not read.
+        slope: whether to accumulate the variance of log p/q as well, TAID's signal ``slope``.
     """
 
     kind: Kind
@@ -60,11 +61,12 @@ class Form(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether the rows' sums need both normalisers first, and so a pass of their own."""
+        """Whether the loss compares with a mixture, so that its sum needs both normalisers and a second pass."""
         return self.kind in (Kind.JSD, Kind.SKEW_FORWARD_KL, Kind.SKEW_REVERSE_KL, Kind.TVD)
 
     @property
     def source(self) -> Source:
+        """Whose logits are read."""
         if self.t == 1.0:
             return Source.TEACHER
         return Source.STUDENT if self.t == 0.0 else Source.BOTH

@@ -40,7 +40,7 @@ def prediction_file(folder: Path, model: str, dataset: str, format: str = "xlsx"
     return folder / f"{Path(model).name}_{dataset}.{format}"
 
 
-def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> None:
+def write_prediction_file(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> None:
     """Writes a prediction file; the suffix of ``path`` says in which format.
 
     Halves of surrogate pairs are left out, in ``tsv`` control characters too; in Excel these are spelled (``_x000D_``),
@@ -109,7 +109,7 @@ def read_back(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return []
     with tempfile.TemporaryDirectory() as folder:
         path = prediction_file(Path(folder), "model", "data", default_format())
-        write_predictions(path, rows, [row["prediction"] for row in rows])
+        write_prediction_file(path, rows, [row["prediction"] for row in rows])
         return read_prediction_file(path)
 
 

@@ -6,20 +6,15 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from asking import evaluate
 from PIL import Image
 
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
-from vlm_distill.evaluation.runner import (
-    Prediction,
-    evaluate,
-    evenly_spaced,
-    in_words,
-    question_only_baseline,
-    read_predictions,
-    summarise,
-    wilson_interval,
-)
+from vlm_distill.evaluation.predictions import Prediction, read_predictions
+from vlm_distill.evaluation.question_only import question_only_baseline
+from vlm_distill.evaluation.question_source import evenly_spaced
+from vlm_distill.evaluation.source_scores import in_words, summarise, wilson_interval
 from vlm_distill.models.answers import Answer
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "teal": (0, 128, 128)}

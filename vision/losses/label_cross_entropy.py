@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_distill.losses import DistillationLoss, RowResult
-from vlm_distill.losses.base import check_number, need_targets, softmax_, upcast
+from vlm_distill.losses.parameters import check_number
+from vlm_distill.losses.softmax import need_targets, softmax_, upcast
 
 
 class CrossEntropy(DistillationLoss):

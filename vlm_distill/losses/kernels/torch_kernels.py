@@ -1,4 +1,4 @@
-"""The kernels in torch: what a CPU runs, what a GPU runs in float64, and what the Triton kernels are held to."""
+"""The kernels in torch: for CPUs, for float64 on a GPU, and as the reference in tests of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from .forms import Form, Kind, Source, agree
 
 
-def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None, state: Tensor) -> None:
-    """Folds a tile into the rows' running statistics; see ``RowStatistics``.
+def accumulate_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None, state: Tensor) -> None:
+    """Add a tile to the rows' running state, which ``RowStatistics`` describes.
 
     Args:
         form: the loss.
         student: ``[n, v]`` logits.
-        teacher: ``[n, v]``; not read where the target is the student's own.
-        targets: int64 ``[n]``, the right tokens counted from the tile's first column; only for cross-entropy.
+        teacher: ``[n, v]``; not read if the target is the student's own distribution.
+        targets: int64 ``[n]``, right tokens counted from the tile's first column; only cross-entropy reads them.
         state: ``[n, 9]``.
     """
     x, y = _pair(form, student, teacher)
@@ -42,8 +42,8 @@ def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None
     sum_y.mul_(shrink_y).add_(q.sum(-1))
 
 
-def mix_(form: Form, student: Tensor, teacher: Tensor, totals: Tensor) -> None:
-    """Adds a tile's share of the loss and of the slope to ``totals [n, 6]``, where the loss compares with a mixture."""
+def accumulate_mixture_(form: Form, student: Tensor, teacher: Tensor, totals: Tensor) -> None:
+    """Add a tile's share of the loss and of the slope to ``totals [n, 6]``, for losses that compare with a mixture."""
     log_p, log_q = _log_probs(form, student, teacher, totals)
     value, slope = _parts(form, log_p, log_q)
     assert value is not None
@@ -63,15 +63,15 @@ def gradient_(
     softcap: float | None,
     add: bool,
 ) -> None:
-    """The gradient by a tile's student logits; ``out [n, v]`` may be the student's own memory.
+    """Write the gradient by a tile of the student's logits.
 
     Args:
-        form, student, teacher, targets: as for ``gather_``.
+        form, student, teacher, targets: as for ``accumulate_``.
         totals: ``[n, 6]``, complete.
-        out: receives ``scale`` times the derivative of each row's comparison by y.
-        scale: see ``out``.
-        softcap: the logits are c·tanh(z/c); the gradient is by z.
-        add: whether to add to what ``out`` holds.
+        out: receives the gradient ``[n, v]``; may be the student's own memory.
+        scale: factor of the gradient.
+        softcap: c if the logits are c·tanh(z/c); the gradient is then by z.
+        add: whether to add to ``out`` instead of overwriting it.
     """
     if form.kind == Kind.CROSS_ENTROPY:
         assert targets is not None
@@ -91,7 +91,7 @@ def gradient_(
 
 
 def _pair(form: Form, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The target's and the student's logits at the temperature."""
+    """Return the target's logits x and the student's y, divided by the temperature."""
     y = student
     if form.source == Source.BOTH:
         x = (teacher * form.t).add_(student, alpha=1.0 - form.t)
@@ -101,9 +101,10 @@ def _pair(form: Form, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _advance(top: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Raises the running maximum ``top [n]`` by a tile: by how much, and the tile less the new maximum.
+    """Raise the running maximum ``top [n]`` to include a tile.
 
-    Where all was −∞ so far there is nothing to rescale, and 0 stands for the maximum.
+    Returns:
+        How far it rose ``[n]`` (0 if everything was −∞ so far: nothing to rescale), and the tile minus the new maximum.
     """
     new = torch.maximum(top, logits.amax(-1))
     step = torch.where(top == -torch.inf, 0.0, new - top)
@@ -112,25 +113,26 @@ def _advance(top: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _carried(shrink: Tensor, value: Tensor) -> Tensor:
-    """A running sum at the new maximum; what has shrunk to nothing is 0, an infinite one too."""
+    """Rescale a running sum to the new maximum; 0 once it has shrunk to nothing, even if it was infinite."""
     return torch.where(shrink > 0, shrink * value, 0.0)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Σ weights·values ``[n]``. Where the weight is 0 the value may be infinite, and NaN where both logits are −∞."""
+    """Compute Σ weights·values ``[n]``; at weight 0 the value may be infinite, or NaN if both logits are −∞."""
     return torch.where(weights > 0, values, 0.0).mul_(weights).sum(-1)
 
 
 def _log_probs(form: Form, student: Tensor, teacher: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p and log q of a tile ``[n, v]``."""
     x, y = _pair(form, student, teacher)
     top_x, log_x, top_y, log_y = totals[:, :4].unsqueeze(2).unbind(1)
     return (x - top_x).sub_(log_x), (y - top_y).sub_(log_y)
 
 
 def _parts(form: Form, log_p: Tensor, log_q: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Per token, its share l of the loss and u of the slope: loss = Σl, gradient = u − q·Σu.
+    """Return each token's share l of the loss and u of the slope: loss = Σl, gradient = u − q·Σu.
 
-    l is made only where ``mix_`` has to add it up.
+    l is ``None`` for losses without a mixture, whose sum is known from the first pass.
     """
     kind, share = form.kind, form.share
     if kind == Kind.FORWARD_KL:
@@ -157,5 +159,5 @@ def _parts(form: Form, log_p: Tensor, log_q: Tensor) -> tuple[Tensor | None, Ten
 
 
 def _summands(weights: Tensor, values: Tensor) -> Tensor:
-    """weights·values, in the memory of the values; 0 where the weight is."""
+    """Compute weights·values in the memory of the values; 0 at weight 0."""
     return values.mul_(weights).masked_fill_(weights == 0, 0.0)

@@ -6,9 +6,9 @@ import pytest
 
 from data.errors import UserError
 from vlm_distill.evaluation.scoring import mmvet
-from vlm_distill.evaluation.scoring.base import Scores
-from vlm_distill.evaluation.scoring.registry import SCORERS, rules_of, score
-from vlm_distill.evaluation.scoring.suite import SUITE, suite_average
+from vlm_distill.evaluation.scoring.leaderboard import SUITE, suite_average
+from vlm_distill.evaluation.scoring.scorers import SCORERS, rules_of, score
+from vlm_distill.evaluation.scoring.scores import Scores
 
 CHOICE = {"index": 1, "A": "cat", "B": "dog", "answer": "B", "prediction": "B", "category": "c"}
 MME = [

@@ -7,8 +7,10 @@ from typing import Any
 
 from data.errors import UserError
 
-from . import hallusion, mathvista, mcq, mcq_lmms, mmmu, mmvet, ocrbench, text, vqa, yes_no
-from .base import Rules, Scorer, Scores, Table
+from . import hallusion, mathvista, mmmu, mmvet, ocrbench, text_match, vqa, yes_no
+from . import multiple_choice_lmms_eval as lmms_choice
+from . import multiple_choice_vlmevalkit as kit_choice
+from .scores import Rules, Scorer, Scores, Table
 
 
 def _each(scorer: Scorer, *rules: Rules, **options: Any) -> dict[Rules, Scorer]:
@@ -22,23 +24,23 @@ _ALL: tuple[Rules, ...] = (*_BOTH, "official")
 SCORERS: dict[str, dict[Rules, Scorer]] = {
     "vqa": _each(vqa.score_vqa, *_ALL),
     "textvqa": _each(vqa.score_vqa, *_ALL, textvqa=True),
-    "anls": _each(text.score_anls, *_BOTH),
-    "chartqa": _each(text.score_relaxed, *_BOTH),
-    "gqa": _each(text.score_exact, *_BOTH),
-    "ocrvqa": _each(text.score_exact, *_BOTH, best=True),
+    "anls": _each(text_match.score_anls, *_BOTH),
+    "chartqa": _each(text_match.score_relaxed, *_BOTH),
+    "gqa": _each(text_match.score_exact, *_BOTH),
+    "ocrvqa": _each(text_match.score_exact, *_BOTH, best=True),
     "pope": _each(yes_no.score_pope, *_ALL),
     "mme": _each(yes_no.score_mme, *_BOTH),
     "hallusionbench": _each(hallusion.score_hallusion, *_BOTH),
     "ocrbench": _each(ocrbench.score_ocrbench, *_BOTH),
-    "choice": {"vlmevalkit": mcq.score_choice},
-    "mmbench": {"vlmevalkit": mcq.score_circular, "lmms-eval": mcq_lmms.score_mmbench},
-    "mmstar": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_mmstar},
-    "ai2d": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_ai2d},
-    "scienceqa": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_scienceqa},
-    "seedbench": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_seedbench},
-    "realworldqa": {"vlmevalkit": mcq.score_choice, "lmms-eval": mcq_lmms.score_realworldqa},
+    "choice": {"vlmevalkit": kit_choice.score_choice},
+    "mmbench": {"vlmevalkit": kit_choice.score_circular, "lmms-eval": lmms_choice.score_mmbench},
+    "mmstar": {"vlmevalkit": kit_choice.score_choice, "lmms-eval": lmms_choice.score_mmstar},
+    "ai2d": {"vlmevalkit": kit_choice.score_choice, "lmms-eval": lmms_choice.score_ai2d},
+    "scienceqa": {"vlmevalkit": kit_choice.score_choice, "lmms-eval": lmms_choice.score_scienceqa},
+    "seedbench": {"vlmevalkit": kit_choice.score_choice, "lmms-eval": lmms_choice.score_seedbench},
+    "realworldqa": {"vlmevalkit": kit_choice.score_choice, "lmms-eval": lmms_choice.score_realworldqa},
     "mmmu": {
-        "vlmevalkit": partial(mcq.score_choice, mmmu=True),
+        "vlmevalkit": partial(kit_choice.score_choice, mmmu=True),
         "lmms-eval": partial(mmmu.score_mmmu, rules="lmms-eval"),
         "official": partial(mmmu.score_mmmu, rules="official"),
     },

@@ -1,6 +1,6 @@
-"""The kernels in Triton, for float32 logits on a GPU; imported only there, or under Triton's interpreter.
+"""The kernels in Triton, for float32 logits on a GPU; imported only there or under Triton's interpreter.
 
-A program of the first two kernels streams one row of a tile and carries its statistics; one of the third writes a
+In the first two kernels a program streams one row of a tile and carries its statistics; in the third it writes one
 block of a row's gradient. Columns beyond the tile count as −∞ in both models, which adds nothing anywhere.
 """
 
@@ -27,14 +27,14 @@ _AGREE = tl.constexpr(ROUNDING * torch.finfo(torch.float32).eps)
 _STATE = tl.constexpr(9)
 _TOTALS = tl.constexpr(6)
 
-# Columns of a block and warps of a program: 16 columns of each model a thread.
+# Columns of a block and warps of a program: each thread holds 16 columns of each model.
 BLOCK, WARPS = 4096, 8
 
 
-def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None, state: Tensor) -> None:
-    """See ``twin.gather_``."""
+def accumulate_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None, state: Tensor) -> None:
+    """See ``torch_kernels.accumulate_``."""
     rows, columns = student.shape
-    _gather[(rows,)](
+    _accumulate[(rows,)](
         student,
         teacher,
         state if targets is None else targets,
@@ -52,10 +52,10 @@ def gather_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None
     )
 
 
-def mix_(form: Form, student: Tensor, teacher: Tensor, totals: Tensor) -> None:
-    """See ``twin.mix_``."""
+def accumulate_mixture_(form: Form, student: Tensor, teacher: Tensor, totals: Tensor) -> None:
+    """See ``torch_kernels.accumulate_mixture_``."""
     rows, columns = student.shape
-    _mix[(rows,)](
+    _accumulate_mixture[(rows,)](
         student,
         teacher,
         totals,
@@ -84,7 +84,7 @@ def gradient_(
     softcap: float | None,
     add: bool,
 ) -> None:
-    """See ``twin.gradient_``."""
+    """See ``torch_kernels.gradient_``."""
     rows, columns = student.shape
     block = _block(columns)
     _gradient[(rows, triton.cdiv(columns, block))](
@@ -117,7 +117,7 @@ def _block(columns: int) -> int:
 
 @triton.jit
 def _pair(s, teacher_row, cols, inside, t, inverse, SOURCE: tl.constexpr):
-    """The target's and the student's logits of a block at the temperature, from the student's raw ones."""
+    """Return the target's and the student's logits of a block, divided by the temperature."""
     if SOURCE == _STUDENT:
         x = s
     else:
@@ -138,7 +138,7 @@ def _carried(shrink, value):
 
 
 @triton.jit
-def _gather(
+def _accumulate(
     student,
     teacher,
     targets,
@@ -219,7 +219,7 @@ def _positive(mixture):
 
 @triton.jit
 def _parts(log_p, log_q, share, KIND: tl.constexpr):
-    """See ``twin._parts``; here l is always returned, and left out by the compiler where nothing reads it."""
+    """See ``torch_kernels._parts``; here l is always computed, and the compiler drops it where nothing reads it."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     value = p
@@ -255,7 +255,7 @@ def _log_probs(s, teacher_row, cols, inside, slots, t, inverse, SOURCE: tl.const
 
 
 @triton.jit
-def _mix(
+def _accumulate_mixture(
     student,
     teacher,
     totals,

@@ -37,15 +37,41 @@ class Kept:
     complete: bool
 
 
+@dataclass(frozen=True)
+class AnswerFolder:
+    """Where an evaluation keeps its answers, and whose they are.
+
+    Attributes:
+        path: the folder.
+        model: the model's name, for VLMEvalKit's prediction file.
+        identity: plain values that tell this model, with its settings, from others. Answers are kept and reused only
+            under equal values; without an identity nothing is reused.
+        about: written to ``asked.json`` beside the settings; without it, a finished evaluation is not reused.
+        pictures: folder for small copies of pictures that are not files (:func:`~.pictures.write_pictures`).
+    """
+
+    path: Path
+    model: str = "model"
+    identity: Mapping[str, Any] | None = None
+    about: Mapping[str, Any] | None = None
+    pictures: Path | None = None
+
+    def store(self, max_new_tokens: int, rank: int) -> AnswerStore | None:
+        """Return the store of the answers kept here; ``None`` without an identity."""
+        if self.identity is None:
+            return None
+        return AnswerStore(self.path, {**self.identity, "max_new_tokens": max_new_tokens}, rank)
+
+
 @dataclass
-class Store:
-    """The answers that are kept in an evaluation's folder, those of an unfinished evaluation included.
+class AnswerStore:
+    """The answers kept in an evaluation's folder, including those of an unfinished evaluation.
 
     Args:
         folder: the evaluation's.
-        settings: what an answer depends on beside the question: the model's files, precision, length, …. Answers that
-            were given under other settings are not taken.
-        rank: of this process, which adds to a file of its own.
+        settings: what an answer depends on besides the question: the model's files, precision, length, …. Answers
+            given under other settings are ignored.
+        rank: this process's rank; each rank writes a file of its own.
     """
 
     folder: Path

@@ -14,10 +14,10 @@ from vlm_distill.config.fields import Positive, Section
 from vlm_distill.config.file import explain
 
 from . import prompts
-from .files import HuggingFace, Layout, Official, SourceFile, Tsv, selected
-from .questions import BenchmarkQuestions
-from .scoring.base import Rules
-from .scoring.registry import rules_of
+from .benchmark_layouts import HuggingFace, Layout, Official, SourceFile, Tsv, selected
+from .benchmark_questions import BenchmarkQuestions, Groups, Wording
+from .scoring.scorers import rules_of
+from .scoring.scores import Rules
 
 T = TypeVar("T")
 Format = Literal["tsv", "huggingface", "official", "source"]
@@ -33,7 +33,7 @@ class Benchmark(Section):
         prompt: a name or a template (``prompts.ask``), or one for each of the rules.
         interleave: the rules under which images stand at ``<image k>``.
         max_new_tokens: the longest answer in tokens, or one for each of the rules.
-        scorer: name in ``scoring.registry``; ``scorer_options`` go to it.
+        scorer: name in ``scoring.scorers``; ``scorer_options`` go to it.
         metric: the main score, as people call it.
         out_of: the main score of a model that is always right.
         worth: what each scored ``question``, or each ``group`` of ``Scores.groups``, adds to that score, where it is a
@@ -111,12 +111,8 @@ class Benchmark(Section):
             self.name,
             selected(table, self.where),
             layout,
-            prompt=self.prompt_for(rules),
-            interleave=rules in self.interleave,
-            rules=rules,
-            numbered=numbered and rules != "vlmevalkit",
-            together=self.together,
-            least=self.least,
+            Wording(self.prompt_for(rules), rules in self.interleave, rules, numbered and rules != "vlmevalkit"),
+            Groups(self.together, self.least),
         )
 
 
@@ -128,7 +124,7 @@ def _by_rules(setting: T | dict[Rules, T], rules: Rules, default: T) -> T:
     return next((setting[name] for name in order if name in setting), default)
 
 
-def load(path: Path) -> Benchmark:
+def load_benchmark(path: Path) -> Benchmark:
     """A benchmark from a YAML file with the fields of :class:`Benchmark`.
 
     Raises:

@@ -5,15 +5,46 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from data.conversation import Conversation
 from data.tables import SourceTable, Table
 
-from .files import Layout
+from .benchmark_layouts import Layout
 from .prompts import as_list, ask, options, parts
-from .runner import evenly_spaced
-from .scoring.base import Rules
+from .question_source import evenly_spaced
+from .scoring.scores import Rules
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How the rules put a benchmark's questions, and which form of its rows their scorers take.
+
+    Attributes:
+        prompt: a name or template (:func:`~.prompts.ask`).
+        interleave: whether images go where the text says ``<image k>``.
+        rules: whose scorers take the rows.
+        numbered: whether they take the right answer of a multiple-choice question as an option's number, not a letter.
+    """
+
+    prompt: str
+    interleave: bool = False
+    rules: Rules = "vlmevalkit"
+    numbered: bool = False
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which questions are scored together (``Benchmark.together``).
+
+    Attributes:
+        columns: rows with equal values here form a group; without columns, each row is a group of its own.
+        least: smaller groups are not scored.
+    """
+
+    columns: Sequence[str] = ()
+    least: int = 1
 
 
 class BenchmarkQuestions:
@@ -23,11 +54,8 @@ class BenchmarkQuestions:
         name: what reports call it.
         table: the rows.
         layout: how the file's columns are named.
-        prompt: a name or template (:func:`~.prompts.ask`).
-        interleave: whether images stand at ``<image k>``.
-        rules: whose scorers take the rows.
-        numbered: whether those take right answers of multiple choice as numbers of options, not as letters.
-        together, least: which questions are scored together (``Benchmark.together``), and how many these are at least.
+        wording: how the rules put a question.
+        groups: which questions are scored together; by default each by itself.
     """
 
     def __init__(
@@ -35,22 +63,14 @@ class BenchmarkQuestions:
         name: str,
         table: Table,
         layout: Layout,
-        *,
-        prompt: str,
-        interleave: bool = False,
-        rules: Rules = "vlmevalkit",
-        numbered: bool = False,
-        together: Sequence[str] = (),
-        least: int = 1,
+        wording: Wording,
+        groups: Groups = Groups(),
     ) -> None:
         self.name = name
         self.table = table
         self.layout = layout
-        self._prompt = prompt
-        self._interleave = interleave
-        self._rules = rules
-        self._numbered = numbered
-        self._together, self._least = together, least
+        self._wording = wording
+        self._groups = groups
 
     def __len__(self) -> int:
         return len(self.table)
@@ -69,11 +89,11 @@ class BenchmarkQuestions:
             row.update(zip(string.ascii_uppercase, choices, strict=False))
             if not self.layout.index_answers and row.get("answer") in choices:
                 row.setdefault("answer_option", string.ascii_uppercase[choices.index(row["answer"])])
-        if self._rules != "vlmevalkit":
+        if self._wording.rules != "vlmevalkit":
             self._as_lists(row)
-        if self._numbered and options(row) and (letter := _as_letter(row.get("answer"))):
+        if self._wording.numbered and options(row) and (letter := _as_letter(row.get("answer"))):
             row["answer"] = string.ascii_uppercase.index(letter)
-        elif self.layout.index_answers and not self._numbered:
+        elif self.layout.index_answers and not self._wording.numbered:
             row["answer"] = _letter(row) or row.get("answer")
         return row
 
@@ -101,10 +121,10 @@ class BenchmarkQuestions:
         index = range(len(self))[index]
         row = self.row(index)
         line = self.line(index)
-        if self._prompt == "question" and isinstance(self.table, SourceTable):
+        if self._wording.prompt == "question" and isinstance(self.table, SourceTable):
             own = self.table.conversation(index).prompt()  # it may have more messages, and images between them
             return Conversation(own.messages, own.images, self.name, line, row)
-        content, images = parts(ask(self._prompt, row), self.table.images(index), self._interleave)
+        content, images = parts(ask(self._wording.prompt, row), self.table.images(index), self._wording.interleave)
         metadata = row | {"answers": self._references(row)}
         return Conversation(({"role": "user", "content": content},), images, self.name, line, metadata)
 
@@ -115,12 +135,12 @@ class BenchmarkQuestions:
     def size(self, index: int) -> int:
         if isinstance(self.table, SourceTable):  # which has rows that cannot be read
             return self.table.source.size(index)
-        return len(ask(self._prompt, self.row(index)))
+        return len(ask(self._wording.prompt, self.row(index)))
 
     def share(self, limit: int) -> list[int]:
         """At least ``limit`` questions, evenly spaced, those that are scored together all or none; in order."""
         every = self.scored_together()
-        members = [group for group in every if len(group) >= self._least] or every
+        members = [group for group in every if len(group) >= self._groups.least] or every
         chosen = evenly_spaced(len(members), math.ceil(limit * len(members) / max(1, len(self))))
         return sorted(index for number in chosen for index in members[number])
 
@@ -128,22 +148,22 @@ class BenchmarkQuestions:
         """Return the rows in groups that are scored together; a row that is scored by itself is a group of its own."""
         groups: dict[Any, list[int]] = {}
         for index in range(len(self)):
-            row = self.row(index) if self._together else {}
-            groups.setdefault(tuple(_group(row, column) for column in self._together) or index, []).append(index)
+            row = self.row(index) if self._groups.columns else {}
+            groups.setdefault(tuple(_group(row, column) for column in self._groups.columns) or index, []).append(index)
         return list(groups.values())
 
     def incomplete(self, answered: Iterable[int]) -> set[int]:
         """Return those of the answered rows that cannot be scored, because others of their group have no answer."""
         found = set(answered)
-        if not self._together:
+        if not self._groups.columns:
             return set()
-        broken = [g for g in self.scored_together() if len(g) < self._least or not found.issuperset(g)]
+        broken = [g for g in self.scored_together() if len(g) < self._groups.least or not found.issuperset(g)]
         return {index for group in broken for index in group} & found
 
     def _references(self, row: dict[str, Any]) -> list[Any]:
         for column in ("answers", "answer"):
             if row.get(column) is not None:
-                if column == "answer" and (self.layout.index_answers or self._numbered) and options(row):
+                if column == "answer" and (self.layout.index_answers or self._wording.numbered) and options(row):
                     letter = _letter(row)
                     return [] if letter is None else [letter]
                 found = as_list(row[column])

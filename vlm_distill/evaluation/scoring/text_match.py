@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from data.errors import UserError
 
-from .base import Row, Rules, Scores, Table, column, grouped, literal, mean, prediction, reference_cell, references
-from .distance import levenshtein
+from .cells import column, literal, prediction, reference_cell, references
+from .edit_distance import levenshtein
+from .scores import Row, Rules, Scores, Table, grouped, mean
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from data.errors import UserError
 
-from .base import Row, Scores, Table, column, mean, missing, prediction
+from .cells import column, prediction
+from .scores import Row, Scores, Table, mean, missing
 
 #: What VLMEvalKit takes for a refusal, which is the option "Z": wrong, and no matter for a judge.
 _REFUSALS = (

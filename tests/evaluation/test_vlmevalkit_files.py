@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from vlm_distill.evaluation.prediction_files import LONGEST, prediction_file, read_prediction_file, write_predictions
-from vlm_distill.evaluation.scoring.base import missing, prediction
+from vlm_distill.evaluation.scoring.cells import prediction
+from vlm_distill.evaluation.scoring.scores import missing
+from vlm_distill.evaluation.vlmevalkit_files import (
+    LONGEST,
+    prediction_file,
+    read_prediction_file,
+    write_prediction_file,
+)
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "scoring" / "vlmevalkit__prediction_file.jsonl"
 CASES = [json.loads(line) for line in GOLDEN.read_text("utf-8").splitlines()]
@@ -21,7 +27,7 @@ def identity(case):
 def test_predictions_come_back_as_vlmevalkit_sees_them(case, tmp_path):
     predictions, want = case["input"]["predictions"], case["expected"]
     path = tmp_path / f"m_d.{case['input']['format']}"
-    write_predictions(path, [{"index": i, "question": "q"} for i in range(len(predictions))], predictions)
+    write_prediction_file(path, [{"index": i, "question": "q"} for i in range(len(predictions))], predictions)
     read = read_prediction_file(path)
     got = [None if missing(row["prediction"]) else row["prediction"] for row in read]
     assert got == want["loaded"]
@@ -37,7 +43,7 @@ def test_columns_lists_and_characters_that_no_file_can_hold(tmp_path, format):
     ]
     path = prediction_file(tmp_path / "new", "owner/model", "POPE", format)
     assert path == tmp_path / "new" / f"model_POPE.{format}"
-    write_predictions(path, rows, ["bell\x07 half\ud83d end\ufffe", "x" * 40_000])
+    write_prediction_file(path, rows, ["bell\x07 half\ud83d end\ufffe", "x" * 40_000])
     got = read_prediction_file(path)
     assert list(got[0]) == ["index", "question", "answer", "A", "score", "prediction"]
     assert got[0] | {"A": None} == {
@@ -66,4 +72,4 @@ def test_what_is_no_prediction_file_is_refused_in_one_line(tmp_path):
             read_prediction_file(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="xlsx or tsv"):
-        write_predictions(tmp_path / "bad.csv", [], [])
+        write_prediction_file(tmp_path / "bad.csv", [], [])

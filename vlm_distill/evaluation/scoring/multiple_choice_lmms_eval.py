@@ -9,8 +9,9 @@ from itertools import product
 
 from data.errors import UserError
 
-from .base import Row, Scores, Table, column, grouped, literal, mean, missing, prediction
-from .text import average, same_text
+from .cells import column, literal, prediction
+from .scores import Row, Scores, Table, grouped, mean, missing
+from .text_match import average, same_text
 
 #: Phrases before an answer, in lower case. Their first place in the answer counts.
 _PHRASES = (

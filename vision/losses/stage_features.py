@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_distill.losses import FeatureLoss, LossError
-from vlm_distill.losses.base import check_number, upcast
+from vlm_distill.losses.parameters import check_number
+from vlm_distill.losses.softmax import upcast
 
 Layers = Mapping[int | str, int | str]
 

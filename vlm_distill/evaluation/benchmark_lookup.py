@@ -1,0 +1,93 @@
+"""Find a benchmark by name, and its files on disk."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from data.errors import UserError
+
+from .benchmark_entry import Benchmark, Rules, load_benchmark
+from .benchmark_questions import BenchmarkQuestions
+from .benchmarks import BENCHMARKS
+
+#: Where users keep benchmarks of their own, one YAML file each.
+FOLDER = Path("configs/benchmarks")
+
+
+def data_folder(given: str | Path | None = None) -> Path:
+    """The given folder, or VLMEvalKit's: ``$LMUData``, by default ``~/LMUData``."""
+    return Path(given or os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """A benchmark by one of its names, or by a YAML file or its name under ``configs/benchmarks``.
+
+    Raises:
+        UserError: there is none: names the nearest.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return load_benchmark(path)
+    if (own := FOLDER / f"{name}.yaml").is_file():
+        return load_benchmark(own)
+    names = {_plain(known): entry for entry in BENCHMARKS for known in (entry.name, *entry.aliases, entry.dataset)}
+    if _plain(name) in names:
+        return names[_plain(name)]
+    near = difflib.get_close_matches(_plain(name), names, n=1)
+    known = ", ".join(entry.name for entry in BENCHMARKS)
+    raise UserError(
+        f"no benchmark {name!r}; "
+        + (f"did you mean {names[near[0]].name!r}? There" if near else "there")
+        + f" are {known}, and YAML files (in {FOLDER})"
+    )
+
+
+def entry_name(given: str) -> str:
+    """Return a name by which the benchmark is found from any folder: a YAML file's whole path, or the name itself."""
+    path = Path(given)
+    if path.suffix not in (".yaml", ".yml"):
+        path = FOLDER / f"{given}.yaml"
+    return str(path.resolve()) if path.is_file() else given
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def find_questions(
+    name: str | Benchmark,
+    data: str | Path | None = None,
+    *,
+    rules: Rules = "vlmevalkit",
+    format: str | None = None,
+    images: Path | None = None,
+) -> BenchmarkQuestions:
+    """Opens a benchmark's questions.
+
+    Files are looked for in the data folder and in a folder in it with one of the benchmark's names.
+
+    Args:
+        name: a name for :func:`get_benchmark`, or an entry.
+        data: the data folder (:func:`data_folder`).
+        rules: whose prompts and columns.
+        format: only this layout. With ``huggingface``, what is not in the data folder is taken from the hub.
+        images: the image folder, where it is not where the files' publishers put it.
+
+    Raises:
+        UserError: no such benchmark, its files are missing or broken. One line.
+    """
+    entry = get_benchmark(name) if isinstance(name, str) else name
+    folder = data_folder(data)
+    folders = [folder, *(folder / known for known in dict.fromkeys([entry.name, *entry.aliases, entry.dataset]))]
+    layouts = entry.layouts()
+    if format is not None and format not in layouts:
+        raise UserError(f"{entry.name} does not come as {format}; it comes as {', '.join(layouts)}")
+    for kind, layout in layouts.items():
+        if format in (None, kind) and (table := layout.open(folders, images)) is not None:
+            return entry.questions(table, layout, rules)
+    if format == "huggingface" and entry.huggingface is not None:
+        return entry.questions(entry.huggingface.open_hub(), entry.huggingface, rules)
+    wanted = " or ".join(layout.published() for kind, layout in layouts.items() if format in (None, kind))
+    raise UserError(f"{entry.name}: no data in {folder}; put there {wanted}; or name another folder (--data, $LMUData)")

@@ -1,0 +1,56 @@
+"""Which questions a source has, and which of them a limit leaves."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from data.batch import Problem
+from data.conversation import Conversation
+from data.errors import BadSample
+
+
+class Countable(Protocol):
+    def __len__(self) -> int: ...
+
+
+class Questions(Protocol):
+    """What evaluation needs of a data source (``data.sources.Source`` is one)."""
+
+    @property
+    def name(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Conversation: ...
+    def size(self, index: int, /) -> int: ...
+
+
+def evenly_spaced(n: int, limit: int | None) -> list[int]:
+    """``min(n, limit)`` indices spread evenly over ``range(n)``, always the same ones."""
+    if limit is None or limit >= n:
+        return list(range(n))
+    return [i * n // limit for i in range(limit)]
+
+
+def share(source: Countable, limit: int | None) -> list[int]:
+    """The questions that a limit leaves, always the same ones; a source may know better which belong together."""
+    if limit is not None and hasattr(source, "share"):
+        return list(source.share(limit))
+    return evenly_spaced(len(source), limit)
+
+
+def limit_mark(source: Countable, limit: int | None) -> dict[str, int]:
+    """Return ``limited_from``, the number of questions there are, where a limit leaves some of them out."""
+    return {"limited_from": len(source)} if len(share(source, limit)) < len(source) else {}
+
+
+def read_question(source: Questions, index: int, references: bool = True) -> Conversation | Problem:
+    """Return a question, with ``references`` one that can be scored, or why there is none."""
+    # Sources of the readers and benchmarks know it before the row is read.
+    line = source.line(index) if hasattr(source, "line") else index + 1
+    try:
+        conversation = source[index]
+        line = conversation.line or line
+        if references and not conversation.references:
+            raise BadSample("no reference answer")
+    except BadSample as bad:
+        return Problem(source.name, line, bad.reason, bad.detail)
+    return conversation

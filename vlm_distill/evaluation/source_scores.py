@@ -1,0 +1,89 @@
+"""Scores of any data source: exact match and VQA accuracy, overall and by question type."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.batch import Problem
+
+from .kept_answers import PREDICTIONS
+from .predictions import Prediction, write_predictions
+
+
+def summarise(
+    predictions: Sequence[Prediction], skipped: Sequence[Problem] = (), questions: int | None = None
+) -> dict[str, Any]:
+    """Return the scores overall and by question type.
+
+    Args:
+        questions: in the source, where that is more than were asked.
+
+    Returns:
+        ``n``, the means ``exact`` and ``soft`` in 0…1 (``None`` where n is 0), ``interval`` (Wilson, 95 %, of
+        ``exact``), ``by_type`` with the same four keys for each question type, ``skipped`` (reason to number), ``cut``
+        (answers without an end), and where a limit left questions out ``limited_from``: how many there are.
+    """
+    kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
+    asked = len(predictions) + len(skipped)
+    return {
+        **_means(predictions),
+        "by_type": {kind: _means([p for p in predictions if p.question_type == kind]) for kind in kinds},
+        "skipped": dict(Counter(problem.reason for problem in skipped)),
+        "cut": sum(not p.complete for p in predictions),
+        **({} if questions is None or questions <= asked else {"limited_from": questions}),
+    }
+
+
+def _means(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    n = len(predictions)
+    if n == 0:
+        return {"n": 0, "exact": None, "soft": None, "interval": None}
+    exact = math.fsum(p.exact for p in predictions) / n
+    soft = math.fsum(p.soft for p in predictions) / n
+    return {"n": n, "exact": exact, "soft": soft, "interval": list(wilson_interval(exact, n))}
+
+
+def wilson_interval(mean: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927). Observations count as independent."""
+    if n == 0:
+        return 0.0, 1.0
+    centre = mean + z * z / (2 * n)
+    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def in_words(scores: Mapping[str, Any]) -> str:
+    """The overall scores of :func:`summarise`, for a person."""
+    if not scores["n"]:
+        return "no question could be read"
+    words = f"exact match {scores['exact']:.2%}, VQA accuracy {scores['soft']:.2%} on {scores['n']:,} questions"
+    return words + "".join(f", {note}" for note in notes_on(scores))
+
+
+def notes_on(scores: Mapping[str, Any]) -> list[str]:
+    """Return what to know about scores: whether a limit left questions out, and how many answers were cut."""
+    notes = []
+    if scores.get("limited_from"):
+        notes.append(f"limited: of {scores['limited_from']:,} questions")
+    if scores.get("cut"):
+        notes.append(f"{scores['cut']:,} answers cut before their end (--max-new-tokens allows longer ones)")
+    return notes
+
+
+def write_answers(
+    folder: Path,
+    predictions: Sequence[Prediction],
+    skipped: Sequence[Problem] = (),
+    questions: int | None = None,
+) -> None:
+    """Write ``predictions.jsonl`` (one :class:`Prediction` a line) and ``scores.json`` (:func:`summarise`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_predictions(folder / PREDICTIONS, predictions)
+    scores = json.dumps(summarise(predictions, skipped, questions), indent=2, ensure_ascii=False)
+    (folder / "scores.json").write_text(scores + "\n", "utf-8")

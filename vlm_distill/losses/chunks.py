@@ -1,0 +1,160 @@
+"""Losses from whole rows of logits, of which few exist at a time.
+
+A chunk of positions goes through both heads, large enough for efficient matrix products; its logits go through the
+losses in blocks, small enough to stay in a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import RowResult, Term
+from .fused_sums import FusedSums
+from .groups import TokenGroups, group_chunks
+from .heads import ModelSide
+from .softmax import need_targets
+from .topk import SCRATCH as TOPK_SCRATCH
+from .topk import TopKTargets, topk_loss_and_grad
+
+# Bytes of all [rows, V] buffers of a chunk, and of one such buffer of a block. On a CPU a block should stay in the
+# cache, and some hundred rows already give the matrix products their full speed (docs/losses.md has the measurement);
+# on other devices a block has to be large enough to fill the device and hide the launches.
+CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 2**27, 2**21
+CHUNK_BYTES, BLOCK_BYTES = 2**30, 2**26
+
+
+class Chunks:
+    """Adds some terms on some positions to the sums of a call.
+
+    Args:
+        work: the models, and the sums and gradients that are added to.
+        terms: the terms to compute.
+    """
+
+    def __init__(self, work: FusedSums, terms: Sequence[Term]) -> None:
+        self.work, self.terms = work, terms
+        self.student = work.student
+        self.teacher = work.teacher if any(term.has_teacher for term in terms) else None
+        self.chunk_bytes = work.chunk_bytes or (CHUNK_BYTES_CPU if work.on_cpu else CHUNK_BYTES)
+        self.block_bytes = BLOCK_BYTES_CPU if work.on_cpu else BLOCK_BYTES
+        # Buffers [rows, V] of a block: a term's scratch, its copies of the logits if other terms follow, every term's
+        # gradient, and the soft-cap's slope.
+        least = TOPK_SCRATCH if isinstance(self.teacher, TopKTargets) else 0
+        copies = 2 if len(terms) > 1 else 0
+        scratch = max(least, *(term.loss.scratch for term in terms))
+        self.buffers = scratch + copies + len(terms) + (self.student.softcap is not None)
+
+    def run(self, positions: Tensor) -> None:
+        """Add the terms on these positions, chunk by chunk."""
+        row_bytes = self.student.vocabulary * self.student.dtype.itemsize
+        block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * self.buffers)) // row_bytes)
+        kept = 2 if isinstance(self.teacher, ModelSide) else 1  # logits of both models, or of the student alone
+        chunk = max(1, (self.chunk_bytes // row_bytes - block * self.buffers) // kept)
+        chunk = min(chunk, len(positions))
+
+        student_buffer = self.student.weight.new_empty(chunk, self.student.vocabulary, dtype=self.student.dtype)
+        teacher_buffer = None
+        if isinstance(self.teacher, ModelSide):
+            teacher_buffer = student_buffer.new_empty(chunk, self.teacher.vocabulary)
+        for index in positions.split(chunk):
+            operands = self.student.operands(index)
+            student_logits = student_buffer[: len(index)]
+            self.student.write_logits(operands, student_logits)
+            teacher_logits = None
+            if isinstance(self.teacher, ModelSide) and teacher_buffer is not None:
+                teacher_logits = teacher_buffer[: len(index)]
+                self.teacher.write_logits(self.teacher.operands(index), teacher_logits)
+            for start in range(0, len(index), block):
+                part = slice(start, min(start + block, len(index)))
+                self._add_block(
+                    index[part], student_logits[part], None if teacher_logits is None else teacher_logits[part]
+                )
+            if self.work.grad:
+                self._accumulate(index, operands, student_logits)
+
+    def _add_block(self, index: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+        """Add a block's sums; leave the gradient of their weighted sum where the student's logits were.
+
+        Args:
+            index: the block's positions.
+            student: ``[n, V]``.
+            teacher: ``[n, V]``, or ``None`` if the teacher gives its likeliest tokens or nothing.
+        """
+        targets = self.work.targets_at(index)
+        top = None
+        if isinstance(self.teacher, TopKTargets):
+            top = self.teacher.ids[index], self.teacher.log_probs(index, student.dtype)
+
+        def evaluate(term: Term, own: Tensor, other: Tensor | None, grad: bool) -> RowResult:
+            if term.has_teacher and top is not None:
+                return topk_loss_and_grad(term.loss, own, *top, grad=grad)
+            return term.loss.loss_and_grad(own, other, targets, grad=grad)
+
+        slope = self.student.softcap_slope(student) if self.work.grad else None
+        self.work.add_block(self.terms, student, teacher, evaluate)
+        if slope is not None:
+            student.mul_(slope)
+
+    def run_groups(self, groups: TokenGroups) -> Tensor:
+        """Add the terms on the groups' positions, chunk by chunk; return a mask of these positions, bool ``[N]``."""
+        assert isinstance(self.teacher, ModelSide)
+        itemsize = self.student.dtype.itemsize
+        row_bytes = self.student.vocabulary * itemsize, self.teacher.vocabulary * itemsize
+        block = min(self.block_bytes, self.chunk_bytes // (2 * self.buffers))
+        limits = 2 * block, self.chunk_bytes - block * self.buffers
+        seen = torch.zeros(len(self.student), dtype=torch.bool, device=self.student.hidden.device)
+        for blocks in group_chunks(groups, row_bytes, *limits):
+            index = torch.cat([block.student for block in blocks])
+            teacher_index = torch.cat([block.teacher for block in blocks])
+            seen[index] = True
+            # Form both models' logits of the chunk, which differ in rows and width.
+            operands = self.student.operands(index)
+            student_logits = operands.new_empty(len(index), self.student.vocabulary, dtype=self.student.dtype)
+            self.student.write_logits(operands, student_logits)
+            teacher_logits = student_logits.new_empty(len(teacher_index), self.teacher.vocabulary)
+            self.teacher.write_logits(self.teacher.operands(teacher_index), teacher_logits)
+            # Compare them block by block.
+            student_parts = student_logits.split([len(block.student) for block in blocks])
+            teacher_parts = teacher_logits.split([len(block.teacher) for block in blocks])
+            for part, student, teacher in zip(blocks, student_parts, teacher_parts, strict=True):
+                self._add_groups(part.student, part.groups, student, teacher)
+            if self.work.grad:
+                self._accumulate(index, operands, student_logits)
+        return seen
+
+    def _add_groups(self, index: Tensor, groups: TokenGroups, student: Tensor, teacher: Tensor) -> None:
+        """Add the sums of a block of groups, as ``_add_block`` does; ``index`` holds the student's positions."""
+        targets = self.work.targets_at(index)
+
+        def evaluate(term: Term, own: Tensor, other: Tensor | None, grad: bool) -> RowResult:
+            if other is None:
+                return term.loss.loss_and_grad(own, None, targets, grad=grad)
+            return term.loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad)
+
+        slope = self.student.softcap_slope(student) if self.work.grad else None
+        self.work.add_block(self.terms, student, teacher, evaluate)
+        if slope is not None:
+            student.mul_(slope)
+
+    def _accumulate(self, index: Tensor, operands: Tensor, grad: Tensor) -> None:
+        """Add a chunk's share of the gradients.
+
+        Args:
+            index: the chunk's positions.
+            operands: ``[n, H]``, its hidden states.
+            grad: ``[n, V]``, the gradient by its logits; overwritten.
+        """
+        side = self.student
+        d_hidden, d_weight, d_bias = self.work.gradients
+        if side.scale != 1.0:
+            grad.mul_(side.scale)
+        if d_bias is not None:
+            d_bias += grad.sum(0)
+        operand = grad.to(side.operand)
+        if d_hidden is not None:
+            d_hidden[index] = torch.mm(operand, side.weight, **side.output)
+        if d_weight is not None:
+            torch.addmm(d_weight, operand.t(), operands, **side.output, out=d_weight)

@@ -1,0 +1,85 @@
+"""``Divergence``: the base of losses that compare the teacher's distribution p with the student's q.
+
+Logits are divided by the temperature T; only KD has the factor T². A logit of −∞ in both models puts a token outside
+the
+vocabulary: it adds nothing and receives no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .base import DistillationLoss, RowResult
+from .kernels import Form, Kind
+from .parameters import check_number
+from .softmax import Softmax, soften_, softmax_, upcast
+
+
+class Divergence(DistillationLoss):
+    """A loss that compares two distributions over the same categories, and reads nothing else of the logits.
+
+    A subclass writes its definition (``value``) and the closed form of its gradient (``value_and_grad``).
+
+    Args:
+        temperature: divides both models' logits.
+    """
+
+    label: ClassVar[str]
+    kind: ClassVar[Kind | None] = None
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = check_number(f"loss {self.label}: temperature", temperature, 0.0, above=True)
+        self.factor = 1.0
+        self.share = 0.0
+        # The tail's mass at another temperature does not follow from its mass at 1.
+        self.takes_topk = self.temperature == 1.0
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Compute the divergence from its definition, differentiable in ``log_q``.
+
+        Args:
+            log_p: ``[N, V]``, log-probabilities of the teacher, or of any other target.
+            log_q: ``[N, V]``, those of the student.
+
+        Returns:
+            ``[N]`` nats.
+        """
+        raise NotImplementedError
+
+    def value_and_grad(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute the divergence ``[N]`` and its derivative ``[N, V]`` by the logits of ``q`` (``None`` without grad).
+
+        May overwrite both arguments.
+        """
+        raise NotImplementedError
+
+    def kernel_form(self) -> Form | None:
+        return None if self.kind is None else Form(self.kind, self.share, self.temperature, self.factor)
+
+    def loss_over_categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.value(log_p, log_q), {}
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
+        student, teacher = upcast(student_logits) / self.temperature, upcast(teacher_logits) / self.temperature
+        return self.factor * self.value(teacher.log_softmax(-1), student.log_softmax(-1))
+
+    @torch.no_grad()
+    def loss_and_grad(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
+    ) -> RowResult:
+        form = self.kernel_form()
+        if form is not None and student_logits.is_cuda:
+            loss, gradient, _ = kernels.loss_and_grad(form, upcast(student_logits), upcast(teacher_logits), grad=grad)
+            return RowResult(loss, gradient)
+        student, teacher = soften_(student_logits, teacher_logits, self.temperature)
+        loss, gradient = self.value_and_grad(softmax_(teacher), softmax_(student), grad=grad)
+        if self.factor != 1.0:
+            loss = loss * self.factor
+        if gradient is not None and self.factor != self.temperature:
+            gradient.mul_(self.factor / self.temperature)
+        return RowResult(loss, gradient)

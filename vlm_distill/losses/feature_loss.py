@@ -1,0 +1,78 @@
+"""``FeatureLoss``: the base of losses between features, which see what the models compute on the way to the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from .base import Loss, Term
+
+#: A feature's shape. VLMs: tokens of an image (``None`` if unknown before a run, or if it is not a feature of images)
+#: and width. Classifiers: channels, height and width of a map; the width alone of the pooled output.
+Shape = tuple[Any, ...]
+
+
+class FeatureLoss(Loss):
+    """A loss between features of the student and features of the teacher.
+
+    A feature's name is that of ``VisionLanguageModel.forward``.
+
+    Attributes:
+        unit: what has one value each, and is averaged over: a distilled ``token`` or a real ``image``.
+        whole_batch: whether it compares the images of a batch with one another and so has one value (0-d) for them.
+        student_features, teacher_features: names of the features it reads.
+    """
+
+    needs = frozenset({"teacher"})
+    unit: ClassVar[Literal["token", "image"]] = "token"
+    whole_batch: ClassVar[bool] = False
+    student_features: tuple[str, ...] = ()
+    teacher_features: tuple[str, ...] = ()
+
+    def prepare(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape]) -> None:
+        """Create the loss's own parameters. Called once, before the optimizer exists.
+
+        Args:
+            student: shapes of ``student_features`` by name.
+            teacher: shapes of ``teacher_features`` by name.
+
+        Raises:
+            LossError: features of these shapes cannot be compared.
+        """
+
+    def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], samples: Tensor) -> Tensor:
+        """Compute the loss; differentiable in the student's features and the loss's own parameters.
+
+        Args:
+            student: ``student_features`` by name: ``[n, width]`` for n tokens, ``[n, tokens, width]`` for n images; any
+                dtype.
+            teacher: ``teacher_features`` of the same tokens or images, detached.
+            samples: int64 ``[n]``, ascending: which sample each token belongs to; not read for images.
+
+        Returns:
+            ``[n]``, float32 at least.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FeatureTerm:
+    """One summand of the training loss: a loss between features and its weight."""
+
+    name: str
+    loss: FeatureLoss
+    weight: float = 1.0
+
+
+def wanted_features(terms: Sequence[Term | FeatureTerm]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of all features that the terms read, without repetition: the student's and the teacher's."""
+    student: dict[str, None] = {}
+    teacher: dict[str, None] = {}
+    for term in terms:
+        if isinstance(term, FeatureTerm):
+            student.update(dict.fromkeys(term.loss.student_features))
+            teacher.update(dict.fromkeys(term.loss.teacher_features))
+    return tuple(student), tuple(teacher)
