@@ -302,7 +302,7 @@ def test_a_step_without_a_sample_leaves_no_reply_behind(folder, server, tmp_path
     ("changes", "says"),
     [
         ({"loss": [{"name": "kd"}]}, "loss kd needs more than the likeliest tokens"),
-        ({"evaluation__measures": ["kl"]}, "evaluation.measures: kl"),
+        ({"evaluation__measures": ["kl"]}, "evaluation.measures: 'kl'"),
         ({"training__recompute_logits": True}, "recompute_logits"),
     ],
 )
