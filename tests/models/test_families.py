@@ -470,7 +470,7 @@ def test_a_processor_that_does_not_tell_its_expansion_is_refused_on_loading(buil
     model, processor = build(make_tokenizer(extra=families.EXTRA))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"^model: {type(processor).__name__} does not tell how it expands images"):
+    with pytest.raises(UserError, match=rf"^model: {type(processor).__name__} does not report how it expands images"):
         load_vlm(tmp_path)
 
 

@@ -122,7 +122,7 @@ def adapted_processor(config: Any, processor: Any, model: Any = None) -> Pretrai
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(config.vision_config, "image_token_id", None))
     image_token_id = next((token for token in found if token is not None), None)
-    refusal = f"model: {type(processor).__name__} does not tell how it expands images; choose a family that does"
+    refusal = f"model: {type(processor).__name__} does not report how it expands images; choose a family that does"
     if image_token_id is None or not isinstance(getattr(processor, "image_token", None), str):
         raise UserError(refusal)
     wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)

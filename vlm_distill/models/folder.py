@@ -267,7 +267,9 @@ def is_place(name: str) -> bool:
 def _check_generation(content: Mapping[str, Any], path: Path) -> None:
     for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
         value = content.get(key)
-        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if value is None:
+            continue
+        tokens = value if isinstance(value, list) else [value]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
             raise UserError(f"model: {path}: {key} is {value!r}; it must be a token id or a list of them")
 

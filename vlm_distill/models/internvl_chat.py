@@ -330,14 +330,14 @@ def _pieces(key: str, tensor: Tensor, text: Any) -> Iterator[tuple[str, Tensor]]
 
 
 def chat_template(name: str, start: str = "") -> str:
-    """The Jinja template of a checkpoint's ``template``.
+    """Return the Jinja template for a checkpoint's ``template``.
 
-    A conversation without a system message gets the template's own. An image stands where its part stands; before text
-    that does not begin with a blank, and before another image, a line ends, as the models were trained on.
+    A conversation without a system message gets the template's own. An image is rendered where its part is; as in the
+    models' training, a line break follows unless the next part is text that begins with a blank.
 
     Args:
         name: one of :data:`TEMPLATES`.
-        start: what the conversation begins with, ``{{ bos_token }}`` where the tokenizer adds one.
+        start: what the conversation begins with; ``{{ bos_token }}`` if the tokenizer adds one.
     """
     opening, end, system = TEMPLATES[name]
     quoted = {role: json.dumps(text, ensure_ascii=False) for role, text in opening.items()}

@@ -35,7 +35,7 @@ def keeps_samples_apart(model: VisionLanguageModel) -> bool:
         return samples is not None
     picture, text, *middle = samples
     rows = [model.processor.join([edge, *middle, edge]) for edge in (picture, text)]
-    # A student's base, its adapters off, has no parameters of its own.
+    # WithoutAdapters has no parameters of its own.
     device, training = next(model.body.parameters()).device, model.training
     length, first = len(rows[0].input_ids), len(picture.input_ids)
     places = torch.arange(first, length - first)

@@ -188,8 +188,11 @@ class PretrainedVLM(VisionLanguageModel):
     def _flat(self, seen: Any) -> Tensor:
         """Flatten the output of ``get_image_features`` to ``[tokens, C]``: the decoder's input, then deeper layers'."""
         found = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
-        lists = [[one] if isinstance(one, Tensor) else one for one in found]
-        return torch.cat([torch.cat([t.reshape(-1, t.shape[-1]) for t in one]) for one in lists], -1)
+        columns = []
+        for part in found:
+            tensors = [part] if isinstance(part, Tensor) else part
+            columns.append(torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]))
+        return torch.cat(columns, -1)
 
     def _seen(self, features: Tensor) -> Any:
         """Reverse :meth:`_flat`."""
@@ -209,7 +212,9 @@ class PretrainedVLM(VisionLanguageModel):
     def _vision_layers(self) -> list[int]:
         """Return which of the tower's hidden states the projector reads; none if it reads the final output."""
         layers = getattr(self.model.config, "vision_feature_layer", None)
-        return list(layers) if isinstance(layers, list | tuple) else [] if layers is None else [layers]
+        if layers is None:
+            return []
+        return list(layers) if isinstance(layers, list | tuple) else [layers]
 
     def _image_features(self, seen: Any, features: Sequence[str]) -> dict[str, Tensor]:
         """Return the image features by name from the output of ``get_image_features``."""

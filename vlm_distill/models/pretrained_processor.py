@@ -173,7 +173,7 @@ class PretrainedProcessor(Processor):
         except Exception as error:  # processors raise almost anything for images of odd shapes
             raise BadSample("processor refuses the sample", first_line(error)[:120]) from error
         if len(replaced) != len(images):
-            raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not tell it")
+            raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not report it")
         if images and self.features is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pixel_")}
             tensors["vision_features"] = self.features(images)

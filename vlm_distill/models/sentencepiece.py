@@ -46,7 +46,7 @@ def load_sentencepiece(folder: Path, **options: Any) -> Any:
     added = _added_tokens(folder, config)
     pieces = [added[i].content if i in added else piece.piece for i, piece in enumerate(model.pieces)]
     tokenizer = SpmConverter.build_tokenizer_from_spm_proto(model, {piece: i for i, piece in enumerate(pieces)})
-    # User-defined pieces are whole words, whatever stands around them.
+    # User-defined pieces are always whole tokens, whatever is around them.
     symbols = [piece.piece for i, piece in enumerate(model.pieces) if piece.type == _USER_DEFINED and i not in added]
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
     for i, token in sorted(added.items()):
@@ -82,10 +82,11 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
     """Return the added tokens by id, from the configuration or the older ``added_tokens.json``."""
     if "added_tokens_decoder" in config:
         keys = ("lstrip", "rstrip", "single_word", "normalized", "special")
-        return {
-            int(i): AddedToken(token["content"], **{key: token[key] for key in keys if key in token})
-            for i, token in config["added_tokens_decoder"].items()
-        }
+        found = {}
+        for i, token in config["added_tokens_decoder"].items():
+            flags = {key: token[key] for key in keys if key in token}
+            found[int(i)] = AddedToken(token["content"], **flags)
+        return found
     path = folder / "added_tokens.json"
     tokens = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {i: AddedToken(token, normalized=False, special=True) for token, i in tokens.items()}

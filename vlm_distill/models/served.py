@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
@@ -104,9 +105,9 @@ class ServedModel:
         def part(own: Mapping[str, Any]) -> dict[str, Any]:
             return {"type": "text", "text": own["text"]} if own["type"] == "text" else _image_part(next(remaining))
 
-        messages = [
-            {**m, "content": [part(own) for own in m["content"]]} for m in plain_messages(conversation.messages)
-        ]
+        messages = []
+        for message in plain_messages(conversation.messages):
+            messages.append({**message, "content": [part(own) for own in message["content"]]})
         assert isinstance(self.processor, PretrainedProcessor)
         special = self.processor.adds_special_tokens(conversation)
         body: dict[str, Any] = {
@@ -270,7 +271,7 @@ class ServedTeacher(Teacher):
                 raise
             # It may have too many images, or be too long on the server, where images take other numbers of tokens.
             where = f"{conversation.source}, line {conversation.line}"
-            raise UserError(f"{where}: {refused}; leave it out of the data, or mend the server") from None
+            raise UserError(f"{where}: {refused}; leave it out of the data, or change the server") from None
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -309,7 +310,7 @@ class ServedTeacher(Teacher):
 
     def _targets(self, found: Sequence[Likeliest], device: torch.device) -> TopKTargets:
         """Make targets with the same number of tokens a row; rows differ by the tokens that the student lacks."""
-        rows = []
+        rows: list[list[tuple[int, float]]] = []
         for likeliest in found:
             shared = {i: p for i, p in likeliest.items() if self._vocabulary is None or i < self._vocabulary}
             # Renormalise, like the softmax of a head that is cut to the shared ids.
@@ -318,8 +319,9 @@ class ServedTeacher(Teacher):
             ranked = sorted(shared.items(), key=lambda entry: -entry[1])[: self.likeliest]
             rows.append([(i, p - scale) for i, p in ranked])
         k = min((len(row) for row in rows), default=self.likeliest)
-        ids = torch.tensor([[i for i, _ in row[:k]] for row in rows], dtype=torch.int64).reshape(len(rows), k)
-        logprobs = torch.tensor([[p for _, p in row[:k]] for row in rows], dtype=torch.float64).reshape(len(rows), k)
+        kept = list(chain.from_iterable(row[:k] for row in rows))
+        ids = torch.tensor([i for i, _ in kept], dtype=torch.int64).reshape(len(rows), k)
+        logprobs = torch.tensor([p for _, p in kept], dtype=torch.float64).reshape(len(rows), k)
         tail = (1 - logprobs.exp().sum(-1)).clamp(min=_LEAST_TAIL).log()
         if k == self._vocabulary:
             tail.fill_(-torch.inf)  # the student has no other token either

@@ -81,7 +81,10 @@ def token_places(
             answer += 1
         number, start, own = _piece_of(text, a, b, spans[answer].pieces)
         # An end token belongs to the text that it ends, whatever the template writes between the two.
-        number = spans[answer].pieces[-1][0] if end else number if own else -1 - number
+        if end:
+            number = spans[answer].pieces[-1][0]
+        elif not own:
+            number = -1 - number
         places.append((number, a - start, b - start))
     return torch.tensor(places, dtype=torch.int64).reshape(-1, 3)
 

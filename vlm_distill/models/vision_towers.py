@@ -141,7 +141,7 @@ def _timm_tower(
         module=module,
         extract=_call,
         checkpoint=_set_grad_checkpointing,
-        # What told timm where to find weights is no part of what builds the tower again.
+        # Where timm found the weights is not part of what builds the tower again.
         config={key: value for key, value in config.items() if key not in timm_loader_options()},
         size=size or (tuple(built) if built else tuple(data["input_size"][1:])),
         mean=tuple(s.mean or data["mean"]),
