@@ -275,10 +275,10 @@ def _check_generation(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_index(content: Mapping[str, Any], path: Path) -> None:
-    places = content.get("weight_map")
-    if not isinstance(places, dict):
+    files = content.get("weight_map")
+    if not isinstance(files, dict):
         raise UserError(f"model: {path}: weight_map is missing or no JSON object; is the copy complete?")
-    wrong = next((file for file in places.values() if not _is_plain(file)), None)
+    wrong = next((file for file in files.values() if not _is_plain(file)), None)
     if wrong is not None:
         raise UserError(f"model: {path}: weight_map names {wrong!r}; weights are files of the folder itself")
 

@@ -284,22 +284,22 @@ def _weight_files(folder: Path) -> list[Path]:
 def _fill(name: str, model: Any, files: list[Path]) -> None:
     """Copy every tensor of the files into its parameter, one at a time."""
     text = model.config.text_config
-    places = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     filled: set[int] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 for target, tensor in _pieces(key, file.get_tensor(key), text):
-                    place = places.get(target)
-                    if place is None or place.shape != tensor.shape:
-                        expected = "no place in this model" if place is None else f"shape {list(place.shape)}"
+                    parameter = parameters.get(target)
+                    if parameter is None or parameter.shape != tensor.shape:
+                        expected = "no place in this model" if parameter is None else f"shape {list(parameter.shape)}"
                         raise UserError(
                             f"model: weight '{key}' of '{name}', shape {list(tensor.shape)}, should have {expected}; "
                             "do config.json and weights belong together?"
                         )
-                    place.data.copy_(tensor)
-                    filled.add(id(place))
-    empty = [target for target, place in places.items() if id(place) not in filled]
+                    parameter.data.copy_(tensor)
+                    filled.add(id(parameter))
+    empty = [target for target, parameter in parameters.items() if id(parameter) not in filled]
     if empty:
         raise UserError(
             f"model: '{name}' has no weights for {len(empty)} parameters, first '{empty[0]}'; is the copy complete?"

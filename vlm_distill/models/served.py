@@ -221,46 +221,46 @@ class ServedTeacher(Teacher):
         waiting = []
         for row in range(rows):
             # Padding is on the right, so a position in the row is one in the request.
-            places = (positions[positions // length == row] % length + 1).tolist()
-            if places:
+            wanted = (positions[positions // length == row] % length + 1).tolist()
+            if wanted:
                 ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())].tolist()
                 conversation, images = batch.conversations[row] if self.needs_images else (None, ())
                 if isinstance(conversation, Conversation) and images:
-                    waiting.append(self._pool.submit(self._score_seen, conversation, images, ids, places))
+                    waiting.append(self._pool.submit(self._score_seen, conversation, images, ids, wanted))
                 else:
-                    waiting.append(self._pool.submit(self._score, ids, places))
+                    waiting.append(self._pool.submit(self._score, ids, wanted))
         return waiting
 
-    def _score(self, ids: list[int], places: Sequence[int]) -> list[Likeliest]:
+    def _score(self, ids: list[int], positions: Sequence[int]) -> list[Likeliest]:
         """Return the likeliest tokens at some positions of a text."""
 
         def read(reply: Any) -> list[Likeliest]:
             told = reply["choices"][0]["prompt_logprobs"]
             if len(told) != len(ids):
                 raise ValueError(f"{len(told)} positions for a prompt of {len(ids)} tokens")
-            return [self._likeliest(told[place], ids[place]) for place in places]
+            return [self._likeliest(told[position], ids[position]) for position in positions]
 
         path, body = self.served.text(ids, **self._asked)
         return self.served.endpoint.ask(path, body, read, _ADVICE)
 
     def _score_seen(
-        self, conversation: Conversation, images: Sequence[Image.Image], ids: list[int], places: Sequence[int]
+        self, conversation: Conversation, images: Sequence[Image.Image], ids: list[int], positions: Sequence[int]
     ) -> list[Likeliest]:
         """Return the same for a conversation with images, whose token ids here are ``ids``."""
         assert isinstance(self.processor, PretrainedProcessor)
-        seen = [place for place, own in enumerate(ids) if own == self.processor.image_token_id]
+        seen = [position for position, own in enumerate(ids) if own == self.processor.image_token_id]
         before, after = range(seen[0]), range(seen[-1] + 1 - len(ids), 0)
 
         def read(reply: Any) -> list[Likeliest]:
             told, there = reply["prompt_logprobs"], reply.get("prompt_token_ids")
             if len(told) < len(before) + len(after):
                 raise self.served.differs(ids[after.start :])
-            for place in (*before, *after):
+            for position in (*before, *after):
                 # vLLM returns the prompt's ids since 0.10.2; before, a token is among its position's likeliest.
-                known = told[place] is None or str(ids[place]) in told[place]
-                if there[place] != ids[place] if there else not known:
-                    raise self.served.differs(ids[place : place + 1])
-            return [self._likeliest(told[place - len(ids)], ids[place]) for place in places]
+                known = told[position] is None or str(ids[position]) in told[position]
+                if there[position] != ids[position] if there else not known:
+                    raise self.served.differs(ids[position : position + 1])
+            return [self._likeliest(told[position - len(ids)], ids[position]) for position in positions]
 
         settings = {"generation": False, "return_token_ids": True, **self._asked}
         path, body = self.served.chat(conversation, images, **settings)
@@ -357,8 +357,8 @@ class ServedAnswers:
         # The same end tokens as for a model here; vLLM adds those of the model's own generation settings.
         settings["stop_token_ids"] = sorted(self.served.end_tokens)
         if self.temperature:
-            place = f"{self.key} {prompt.source} {prompt.line}"
-            settings["seed"] = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4])
+            seed = f"{self.key} {prompt.source} {prompt.line}"
+            settings["seed"] = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4])
         try:
             # Also with images: the server gets nothing that a model here would refuse, such as a control token.
             ids = self.processor.encode(prompt, shown, generation=True).input_ids.tolist()
