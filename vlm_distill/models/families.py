@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -62,6 +63,19 @@ FAMILIES = {
 #: Normalisation (mean, standard deviation) of vision towers without an image processor, by the start of their model
 #: type. These towers have a position for each patch and stretch them to another image size only if asked to.
 TOWERS = {"clip": CLIP, "siglip": HALF, "vit": HALF}
+
+#: Names of projectors inside a vision tower (Qwen-VL), and of projectors beside it.
+PROJECTORS_INSIDE = ("merger", "deepstack_merger_list")
+PROJECTORS_BESIDE = ("multi_modal_projector", "connector")
+#: Name of the line-end embedding of LLaVA-NeXT and LLaVA-OneVision.
+LINE_END = "image_newline"
+
+#: Factors on the logits by their names in configurations, and the names of the soft-cap.
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+#: Added tokens that frame an image or a part of one, by their names.
+IMAGE_TOKENS = re.compile(r"im(g|age)|vision|video|audio|tile|patch|row_\d", re.IGNORECASE)
 
 #: The sizes that a configuration can set, by the class of the image processor: keys, and the attribute behind each.
 #: Image processors without an entry produce images of one size.

@@ -20,7 +20,7 @@ from data.errors import UserError
 from .adapters import plain_state
 from .common import checkpoint_layers, generation_ends
 from .decoder_features import IMAGES, VISION_FEATURES, decoder_features, decoder_width, wanted_states
-from .families import family
+from .families import LINE_END, PROJECTORS_BESIDE, PROJECTORS_INSIDE, family
 from .interface import Outputs, VisionLanguageModel
 from .lm_head import lm_head
 from .packed_rows import wants_one_row
@@ -61,15 +61,13 @@ class PretrainedVLM(VisionLanguageModel):
     def parts(self) -> dict[str, nn.Module]:
         """Views of the model's own modules."""
         base, tower = self.model.base_model, self.model.get_encoder(modality="image")
-        # Qwen-VL's projectors are inside the tower.
-        inside = [name for name in ("merger", "deepstack_merger_list") if hasattr(tower, name)]
-        beside = [getattr(base, name) for name in ("multi_modal_projector", "connector") if hasattr(base, name)]
+        inside = [name for name in PROJECTORS_INSIDE if hasattr(tower, name)]
+        beside = [getattr(base, name) for name in PROJECTORS_BESIDE if hasattr(base, name)]
         if inside:
             beside = [getattr(tower, name) for name in inside]
             tower = nn.ModuleList([module for name, module in tower.named_children() if name not in inside])
-        # The line-end embedding of LLaVA-NeXT and LLaVA-OneVision.
-        if hasattr(base, "image_newline"):
-            beside.append(nn.ParameterList([base.image_newline]))
+        if hasattr(base, LINE_END):
+            beside.append(nn.ParameterList([getattr(base, LINE_END)]))
         decoder = nn.ModuleList([self.model.get_decoder(), self.model.get_output_embeddings()])
         projector = beside[0] if len(beside) == 1 else nn.ModuleList(beside)
         return {"vision_encoder": tower} | ({"projector": projector} if beside else {}) | {"decoder": decoder}
@@ -132,7 +130,7 @@ class PretrainedVLM(VisionLanguageModel):
     def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
         if "pixel_values" not in inputs:
             return {"vision_encoder": 0, "projector": 0}
-        if hasattr(self.model.base_model, "image_newline") and inputs["pixel_values"].dim() == 5:
+        if hasattr(self.model.base_model, LINE_END) and inputs["pixel_values"].dim() == 5:
             # Padding rows are cut from the projector's output, line ends are added. Tiles of zeros pad the batch and
             # never run; the first line of a normalised image is never all zeros.
             tiles = inputs["pixel_values"].flatten(0, 1)
