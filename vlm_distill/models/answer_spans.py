@@ -112,20 +112,20 @@ def _by_message(
     """Return the position of each message's marks, and of its last one. Refuse a missing or repeated answer."""
     waiting, found = list(marks), list[tuple[dict[str, int], int]]()
     for message in messages:
-        marks: dict[str, int] = {}
+        own: dict[str, int] = {}
         last = last_mark(message) if message["role"] == "assistant" else None
-        while last is not None and last not in marks:
+        while last is not None and last not in own:
             if not waiting:
                 raise BadSample("chat template drops an answer", _named(message))
             mark, place = waiting.pop(0)
-            if mark in marks:
+            if mark in own:
                 raise BadSample("chat template repeats an answer", _named(message))
-            marks[mark] = place
+            own[mark] = place
         # Templates may write a call's name again, in its header or in the header of the tool's reply.
-        end = max(marks.values(), default=0)
+        end = max(own.values(), default=0)
         while last == CALL and waiting and waiting[0][0] == CALL:
             end = waiting.pop(0)[1]
-        found.append((marks, end))
+        found.append((own, end))
     if waiting:
         raise BadSample("chat template repeats an answer")
     return found
