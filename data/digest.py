@@ -19,6 +19,8 @@ from .labelled import LabelledImage
 #: Rows that are looked at, the first, the last and others evenly spaced; and bytes of an image's file.
 LOOKED_AT = 128
 _HEAD = 2**16
+_NO_FILE = b"no file"
+_NAMED = 8  # missing images that are kept
 
 
 class Rows(Protocol):
@@ -39,12 +41,14 @@ class RowsDigest:
         rows: how many it has.
         content: digest of some rows as they are read, and of the beginnings and sizes of their images.
         classes: digest of the names of its classes; empty where it has none.
+        missing: the first images of these rows that were not found.
     """
 
     name: str
     rows: int
     content: str
     classes: str = ""
+    missing: tuple[str, ...] = ()
 
 
 def digest_rows(source: Rows) -> RowsDigest:
@@ -54,16 +58,27 @@ def digest_rows(source: Rows) -> RowsDigest:
     are no more than 128. An edit of a row between two that are looked at goes unseen.
     """
     digest = hashlib.blake2b(digest_size=8)
+    missing: list[str] = []
     for row in np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(np.int64)).tolist():
         try:
-            parts = _parts(source[row])
+            sample = source[row]
+            parts = _parts(sample)
+            missing += _missing(sample)
         except BadSample as bad:
             parts = [bad.reason.encode()]
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
     classes = getattr(source, "classes", None)
     names = "" if classes is None else hashlib.blake2b(json.dumps(classes).encode(), digest_size=8).hexdigest()
-    return RowsDigest(source.name, len(source), digest.hexdigest(), names)
+    return RowsDigest(source.name, len(source), digest.hexdigest(), names, tuple(missing[:_NAMED]))
+
+
+def _missing(sample: Conversation | Document | LabelledImage) -> list[str]:
+    """Return the paths of a sample's images that are not found."""
+    if isinstance(sample, Document):
+        return []
+    images = [sample.image] if isinstance(sample, LabelledImage) else sample.images
+    return [str(image) for image in images if isinstance(image, str | Path) and _image(image) == _NO_FILE]
 
 
 def _parts(sample: Conversation | Document | LabelledImage) -> Iterable[bytes]:
@@ -88,7 +103,7 @@ def _image(image: ImageSource) -> bytes:
                 return f"{path.stat().st_size} ".encode() + file.read(_HEAD)
     except (OSError, ValueError):
         pass
-    return b"no file"
+    return _NO_FILE
 
 
 def differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -100,5 +115,10 @@ def differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, 
         if old.get("rows") != new["rows"]:
             found.append(f"{new['name']}: {old.get('rows')} rows → {new['rows']}")
         elif any(old.get(key) != new[key] for key in ("content", "classes")):
-            found.append(f"{new['name']}: other content in its {new['rows']} rows")
+            before_missing, missing = old.get("missing", ()), new["missing"]
+            what = f"other content in its {new['rows']} rows"
+            if len(missing) > len(before_missing):
+                gone = [path for path in missing if path not in before_missing]
+                what = f"image not found: {gone[0]}"
+            found.append(f"{new['name']}: {what}")
     return found

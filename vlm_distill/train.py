@@ -1,6 +1,6 @@
 """One rank of a training run: ``deepspeed --num_gpus 8 --module vlm_distill.train CONFIG [key=value …]``.
 
-torchrun and srun start it the same way; without a launcher it is a run of one process.
+torchrun and srun start it in the same way; without a launcher the run is a single process.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main(
     trainer: str = "vlm_distill.trainer",
     work: str = "train",
 ) -> int:
-    """Trains; returns the exit code.
+    """Train, and return the exit code.
 
     Args:
         arguments: a configuration's path and overrides; ``None``: the command line's.
-        kind: what the configuration is.
-        trainer: the module that works with it.
-        work: the name of its function that does.
+        kind: the model of the configuration.
+        trainer: the module with the function to call.
+        work: the function's name.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
@@ -59,7 +59,7 @@ def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> No
         if failure is not None:
             start_again(failure)
         if processes.world > 1:
-            # Without closing: the others may never come to it.
+            # Not closed first: the other ranks may never get there.
             processes.watch.fail(error, failure)
         if failure is None or isinstance(error, UserError):
             raise

@@ -219,7 +219,7 @@ def test_memory_that_ends_while_answers_are_drawn(run, monkeypatch):
     code, line = run(loss=[{"name": "jsd"}], on_policy={"fraction": 1.0})
     assert code == 3
     assert "out of memory in step 1, drawing answers: " in line
-    assert "a smaller on_policy.batch_size, " in line
+    assert "lower on_policy.batch_size, " in line
 
 
 def test_the_cpus_memory_ends_alike(run, monkeypatch):

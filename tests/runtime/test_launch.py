@@ -41,7 +41,7 @@ def test_a_command_that_is_told_to_stop_says_so_and_leaves_in_order(number, caps
     before = signal.getsignal(number)
     assert guarded(command) == 128 + number
     assert left == ["in order"]
-    assert capsys.readouterr().err == "vlm-distill: stopped; start the command again to go on from what is saved\n"
+    assert capsys.readouterr().err == "vlm-distill: stopped; start the command again to continue from what is saved\n"
     assert signal.getsignal(number) is before
 
 

@@ -133,6 +133,17 @@ SHARED = {
         for s in stages
     },
     "frozen_zero2": {"deepspeed__stage": 2, "student": {**tiny.settings(), "train": ["projector", "decoder"]}},
+    # Other optimizers than AdamW; ZeRO reassembles Muon's matrices.
+    "sgd_zero2": {"deepspeed__stage": 2, "optimizer__name": "sgd", "optimizer__lr": 0.1},
+    **{
+        f"muon_zero{s}": {
+            "deepspeed__stage": s,
+            "optimizer__name": "muon",
+            "optimizer__muon_lr": 0.01,
+            "optimizer__max_grad_norm": None,
+        }
+        for s in (0, 2)
+    },
 }
 DROPOUT = tiny.settings()
 DROPOUT["decoder"]["config"]["attention_dropout"] = 0.2
@@ -244,6 +255,7 @@ def main(folder: Path) -> None:
         tiny.write_llava(folder / "llava_teacher", layers=3)
         tiny.write_llava(folder / "llava_student", layers=2)
     processes.barrier()
+    torch.compiler.set_stance("force_eager")  # compiling Muon's iteration takes longer than all else
     for name, changes in (SHARED | (TWO_RANKS if processes.world > 1 else {})).items():
         if (name in SLOW) != folder.name.endswith("slow"):
             continue

@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     assert found.path == tmp_path / "step_5"
     assert words in found.damaged[tmp_path / "step_10"]
     spoil(tmp_path / "step_5")
-    with pytest.raises(UserError, match="no checkpoint is whole") as caught:
+    with pytest.raises(UserError, match="no checkpoint is intact") as caught:
         checkpoint.find(tmp_path)
     assert str(caught.value).count(words) == 2
 

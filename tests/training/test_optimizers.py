@@ -17,9 +17,10 @@ OTHERS = {"sgd": {"optimizer__lr": 0.1}, "adamw8bit": {}, "muon": MUON}
 
 
 @pytest.fixture(autouse=True)
-def not_compiled(monkeypatch):
+def not_compiled():
     """DeepSpeed compiles Muon's iteration, which takes minutes here and changes nothing but the time."""
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,10 @@ def test_zero_stages_train_the_same_student(trained, name, stage):
     plain, weights = trained(name, "plain")
     sharded, others = trained(name, "sharded", stage=stage)
     assert len(set(plain)) == 4
-    # Eight bits are rounded by blocks of 256, which begin elsewhere in ZeRO's flat tensors.
-    tolerance = 1e-2 if name == "adamw8bit" else 1e-5
-    assert sharded == pytest.approx(plain, rel=tolerance)
-    assert torch.allclose(others, weights, atol=tolerance)
+    # Eight bits are rounded by blocks of 256, which begin elsewhere in ZeRO's flat tensors: where a gradient is hardly
+    # more than rounding, AdamW takes a whole step of the learning rate, 0.01, in either direction.
+    assert sharded == pytest.approx(plain, rel=1e-2 if name == "adamw8bit" else 1e-5)
+    assert torch.allclose(others, weights, atol=0.05 if name == "adamw8bit" else 1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -137,3 +138,10 @@ def test_settings_of_another_optimizer_are_named(files, tmp_path):
         "optimizer.betas: has no effect with name: sgd",
         "optimizer.muon_lr: has no effect with name: sgd",
     ]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("adamw", 8), ("sgd", 4), ("adamw8bit", 2), ("muon", 6)])
+def test_a_plan_counts_the_states_of_the_optimizer(name, expected):
+    """Half of the numbers are a matrix that Muon updates, half are an embedding."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.Embedding(8, 4))
+    assert optimizers.state_bytes(model, OptimizerSection(name=name), []) == expected

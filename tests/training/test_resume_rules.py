@@ -149,6 +149,10 @@ def paint_an_image(folder):
     shutil.copy(folder / "data" / "1.png", folder / "data" / "0.png")
 
 
+def lose_an_image(folder):
+    (folder / "data" / "0.png").unlink()
+
+
 def train_the_teacher_on(folder):
     path = folder / "teacher" / "model.safetensors"
     raw = bytearray(path.read_bytes())
@@ -163,6 +167,7 @@ def train_the_teacher_on(folder):
         (add_a_row, "data.train: data: 24 rows → 25"),
         (swap_rows, "data.train: data: other content in its 24 rows"),
         (paint_an_image, "data.train: data: other content in its 24 rows"),
+        (lose_an_image, "data.train: data: image not found: "),
         (train_the_teacher_on, "teacher.path: other weights in "),
     ],
 )
@@ -186,7 +191,7 @@ def test_what_may_change_is_told_and_kept_in_the_record(stopped, processes, capf
     told = " ".join(capfd.readouterr().err.split())
     said = "optimizer.lr 0.01 → 0.02, training.steps 6 → 7, deepspeed.stage 0 → 1"
     assert f"resumed after step 4 with data.workers 0 → 1, {said}" in told
-    assert "optimizer.schedule: cosine is now a plan of 7 steps, no longer of 6" in told
+    assert "optimizer.schedule: cosine now spans 7 steps instead of 6" in told
     out = stopped / "stopped"
     assert [line["step"] for line in lines(out)] == list(range(1, 8))
     assert (
@@ -213,7 +218,7 @@ def test_a_finished_run_does_nothing_until_it_is_to_be_longer(stopped, processes
         train(configuration(stopped, "run", training__steps=4, **constant), processes)
     with pytest.raises(UserError, match=r"training.seed: 0 → 1"):
         train(configuration(stopped, "run", training__seed=1, **constant), processes)
-    with pytest.raises(UserError, match=r"training.resume=true to go on"):
+    with pytest.raises(UserError, match=r"training.resume=true to continue it"):
         train(configuration(stopped, "run", training__resume=False, **constant), processes)
     assert content(out) == before
     train(configuration(stopped, "run", training__steps=8, **constant), processes, until=7)
@@ -237,6 +242,22 @@ def test_a_finished_run_without_its_checkpoints_is_not_trained_again(stopped, pr
         train(configuration(stopped, "stopped", training__steps=9), processes)
 
 
+@pytest.mark.parametrize("text", ["", "{"])
+def test_a_run_whose_summary_is_cut_off_is_not_finished(stopped, processes, text):
+    train(configuration(stopped, "stopped"), processes)
+    (stopped / "stopped" / "summary.json").write_text(text)
+    train(configuration(stopped, "stopped"), processes)
+    assert json.loads((stopped / "stopped" / "summary.json").read_text())["steps"] == 6
+
+
+def test_a_file_in_the_place_of_checkpoints_is_named_before_models_are_loaded(stopped, processes, monkeypatch):
+    (stopped / "new").mkdir()
+    (stopped / "new" / "checkpoints").write_text("")
+    monkeypatch.setattr("vlm_distill.run.load_teacher", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="checkpoints is a file, where checkpoints need a folder"):
+        train(configuration(stopped, "new"), processes)
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_gone_on_from(stopped, processes, capfd):
     out = stopped / "stopped"
     path = out / "checkpoints" / "step_4" / "engine" / "mp_rank_00_model_states.pt"
@@ -258,7 +279,7 @@ def test_export_of_an_unfinished_run_takes_the_newest_whole_checkpoint(stopped, 
     export_student(out, stopped / "exported")
     assert "step_4 is damaged" in capfd.readouterr().err
     shutil.rmtree(out / "checkpoints" / "step_2" / "engine")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is intact"):
         export_student(out, stopped / "again")
 
 
@@ -318,11 +339,11 @@ def test_a_finished_student_that_is_damaged_is_written_anew(stopped, processes, 
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     train(configuration(stopped, "stopped"), processes)
-    assert "the finished student is damaged, and written anew" in " ".join(capfd.readouterr().err.split())
+    assert "the finished student is damaged and will be rewritten" in " ".join(capfd.readouterr().err.split())
     assert path.read_bytes() == good
     path.unlink()
     shutil.rmtree(out / "checkpoints")
-    with pytest.raises(UserError, match=r"model.safetensors: missing; no checkpoint is left to write"):
+    with pytest.raises(UserError, match=r"model.safetensors: missing; no checkpoint is left to rewrite"):
         train(configuration(stopped, "stopped"), processes)
 
 
@@ -331,7 +352,7 @@ def test_a_warm_up_that_is_a_share_of_a_longer_run_is_told(stopped, processes, c
     train(configuration(stopped, "run", training__steps=4, **constant), processes)
     train(configuration(stopped, "run", training__steps=20, **constant), processes, until=5)
     told = " ".join(capfd.readouterr().err.split())
-    assert "optimizer.warmup: is now a share of 20 steps, no longer of 4: the learning rate goes on with 0.005" in told
+    assert "optimizer.warmup: is now a share of 20 steps instead of 4: the learning rate continues at 0.005" in told
 
 
 def test_beside_learning_rates_of_parts_the_others_stay(stopped):

@@ -243,7 +243,9 @@ def _hint(key: str, known: Mapping[str, Any], at: str) -> str:
     elsewhere = [level for level, keys in levels.items() if key in keys and level != at]
     if elsewhere:
         return f"; it belongs under deepspeed{'.' * bool(elsewhere[0])}{elsewhere[0].rstrip('.')}"
-    everywhere = {name: level for level, keys in reversed(levels.items()) for name in keys}
+    everywhere: dict[str, str] = {}
+    for level, keys in reversed(levels.items()):
+        everywhere |= dict.fromkeys(keys, level)
     everywhere |= dict.fromkeys(["stage", *known], at)
     near = difflib.get_close_matches(key, everywhere, n=1)
     if not near:

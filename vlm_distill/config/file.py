@@ -7,7 +7,6 @@ import difflib
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -125,7 +124,10 @@ class _Layers:
                 merged[key] = _read_deepspeed(Path(value), f"override {text[:200]!r}")
             else:
                 values.append((text, key, value))
-        self._make_room(merged, [pair for _, key, value in values for pair in _settings(_tree(key, value))])
+        settings: list[tuple[str, Any]] = []
+        for _, key, value in values:
+            settings += _settings(_tree(key, value))
+        self._make_room(merged, settings)
         for text, key, value in values:
             try:
                 _put(merged, key.split("."), value)
@@ -142,8 +144,11 @@ class _Layers:
 
 
 def _bases(layer: dict[Any, Any], path: Path) -> list[str]:
+    """Return the names of the files that a layer builds on."""
     named = _evaluated(layer, "base", path) if "base" in layer else None
-    names = named if isinstance(named, list) else [] if named is None else [named]
+    if named is None:
+        return []
+    names = named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{path}: base: give a file's name, or a list of names")
     return names
@@ -174,10 +179,12 @@ def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object. Raise ``ValueError`` for a duplicate key, of which JSON's reader would keep the last."""
-    twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is there twice")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is there twice")
+        found[key] = value
+    return found
 
 
 def _merge(lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
@@ -266,9 +273,10 @@ def _drop(tree: Any, key: str) -> None:
 
 def _replaces(kind: type[BaseModel], at: str = "") -> dict[str, list[str]]:
     """Return ``Section.replaces`` of all sections of a configuration, with full dotted keys."""
-    found = {}
+    found: dict[str, list[str]] = {}
     if issubclass(kind, Section):
-        found = {f"{at}{key}": [f"{at}{other}" for other in others] for key, others in kind.replaces.items()}
+        for key, others in kind.replaces.items():
+            found[f"{at}{key}"] = [f"{at}{other}" for other in others]
     for name, field in kind.model_fields.items():
         inner = _section_of(field.annotation)
         if inner is not None:
@@ -346,8 +354,11 @@ def _nodes(node: yaml.Node | None, known: dict[int, float]) -> float:
         return known.get(id(node), 0.0)
     known[id(node)] = math.inf
     inner: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
-    parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
-    known[id(node)] = 1.0 + sum(_nodes(part, known) for part in parts)
+    count = 1.0
+    for item in inner:
+        for part in item if isinstance(item, tuple) else (item,):
+            count += _nodes(part, known)
+    known[id(node)] = count
     return known[id(node)]
 
 

@@ -1,4 +1,4 @@
-"""The sections ``student`` and ``teacher``: where a model comes from, where its weights live, what of it trains."""
+"""The sections ``student`` and ``teacher``: where a model comes from, where its weights are, which parts train."""
 
 from __future__ import annotations
 

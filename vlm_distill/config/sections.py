@@ -42,13 +42,13 @@ class SourceSection(Section):
     name: str | None = Field(None, description="Name in metrics and messages; by default made from the path.")
     images: str | None = Field(None, description="Folder that relative image paths start from.")
     format: Literal["auto", "json", "jsonl", "csv", "tsv", "huggingface", "webdataset", "text"] = Field(
-        "auto", description="Layout of the data; `auto` tells it from the path."
+        "auto", description="Layout of the data; `auto` infers it from the path."
     )
     split: str | None = Field(None, description="Split of a Hugging Face dataset.")
     config: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
     weight: AboveZero = Field(1.0, description="How often each row is seen in an epoch; 0.5 is every other epoch.")
     labelled: bool = Field(True, description="`false`: answers are placeholders, and losses that need labels refuse.")
-    limit: Positive | None = Field(None, description="Use the first rows alone, this many.")
+    limit: Positive | None = Field(None, description="Use only this many rows, the first ones.")
     columns: dict[str, str] = Field(
         {}, description="Which column holds what: our name, then the data's, as in `{image: image_path}`."
     )
@@ -194,7 +194,7 @@ class DeepSpeedSection(Section):
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What is passed through."""
+        """DeepSpeed's own keys, which are passed on."""
         return self.model_extra or {}
 
     @property
@@ -204,7 +204,7 @@ class DeepSpeedSection(Section):
 
     @property
     def offloads_parameters(self) -> bool:
-        """Whether parameters that are not computed with lie in main memory."""
+        """Whether parameters are kept in main memory while they are not used."""
         return self._offloads("offload_param")
 
     def _offloads(self, what: str) -> bool:
@@ -213,7 +213,7 @@ class DeepSpeedSection(Section):
 
     @property
     def zero(self) -> dict[str, Any]:
-        """Of that, what is about ZeRO."""
+        """The ``zero_optimization`` part of these keys."""
         zero = self.extra.get("zero_optimization")
         return zero if isinstance(zero, dict) else {}
 

@@ -32,6 +32,7 @@ class Sizes:
         deepspeed: the run's section.
         weights: bytes of the student's working copy, unsharded, by ZeRO stage.
         teacher: bytes of the teacher's weights, unsharded, by placement and ZeRO stage.
+        states: bytes of the optimizer's states per trained parameter.
     """
 
     total: int
@@ -46,6 +47,7 @@ class Sizes:
     deepspeed: DeepSpeedSection
     weights: Callable[[int], float]
     teacher: Callable[[str, int], float]
+    states: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ def rank_memory(
     trained, fp32 = sizes.trained + sizes.learned, not sizes.bf16 or stage == 0
     parameters = _parameters(sizes, stage, gpus, fp32)
     gradients = _gradients(sizes, stage, gpus, accumulation, fp32)
-    # Adam's two states; ZeRO keeps float32 masters beside them, even of float32 parameters.
-    optimizer = (8 if stage == 0 else 12) * trained / (1 if stage == 0 else gpus)
+    # ZeRO keeps float32 masters beside the optimizer's states, even of float32 parameters.
+    optimizer = sizes.states * trained if stage == 0 else (sizes.states + 4) * trained / gpus
     step = _update(sizes, stage, gpus, fp32)
     teacher, host = _teacher(sizes, stage, placement, gpus)
 

@@ -22,6 +22,7 @@ from vlm_distill.models.common import DTYPES, first_line
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.run import Run
+from vlm_distill.training.optimizers import state_bytes
 from vlm_distill.training.schedule import lr_scales, parameter_groups
 
 from .memory import BUCKET, PERSISTENT, Sizes
@@ -145,6 +146,7 @@ class Models:
             deepspeed=deepspeed,
             weights=self.parameter_bytes,
             teacher=self.teacher_bytes,
+            states=state_bytes(self.student, optimizer, self.student.head.parameters),
         )
 
     def placements(self) -> tuple[str, list[str]]:

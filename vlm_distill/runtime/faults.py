@@ -1,4 +1,4 @@
-"""Named places at which a test kills a rank, as a power cut would, or tells it to stop."""
+"""Fault injection: named points at which a test kills a rank, as a power cut would, or stops it by a signal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import signal
 from collections import Counter
 
-#: ``name:count``, ``name:count:rank`` or ``name:count:rank:signal``: when a process comes to that point the
-#: ``count``-th time, it gets SIGKILL or that signal; without a rank each does.
+#: ``name:count``, ``name:count:rank`` or ``name:count:rank:signal``: a process that reaches the point for the
+#: ``count``-th time gets SIGKILL or that signal; without a rank, every process does.
 VARIABLE = "VLM_DISTILL_FAULT"
 
 _passed: Counter[str] = Counter()

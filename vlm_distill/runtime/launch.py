@@ -148,7 +148,7 @@ def _tell_signal(rank: int, process: int, number: int) -> None:
     if number in _LIKELY:
         print(
             f"vlm-distill: rank {rank} (process {process}) was killed by {signal.Signals(number).name}"
-            f"{_LIKELY[number]}; start the command again, which goes on from what is saved",
+            f"{_LIKELY[number]}; start the command again to continue from what is saved",
             file=sys.stderr,
             flush=True,
         )
@@ -208,7 +208,7 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(again, signal.SIG_IGN)
         code = 128 + number
         if os.environ.get("RANK", "0") == "0":
-            said = "stopped; start the command again to go on from what is saved"
+            said = "stopped; start the command again to continue from what is saved"
             print(f"vlm-distill: {said}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             leave(code)

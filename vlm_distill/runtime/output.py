@@ -48,9 +48,7 @@ def cause_of(error: BaseException, path: Path) -> str | None:
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__cause__ or seen.__context__
-    # safetensors gives the system's error number in its text only.
-    quoted = re.search(r"\(os error (\d+)\)", str(error))
-    number = seen.errno if seen is not None else int(quoted[1]) if quoted else None
+    number = _number_in(str(error)) if seen is None else seen.errno
     if number is None:
         return None
     # When a copy fails, the second name is the file that was written.
@@ -59,6 +57,12 @@ def cause_of(error: BaseException, path: Path) -> str | None:
     if number not in _FULL:
         return what
     return f"{what}, {_free(path):,} bytes are free there"
+
+
+def _number_in(text: str) -> int | None:
+    """Return the system's error number that a message quotes, as safetensors' do."""
+    quoted = re.search(r"\(os error (\d+)\)", text)
+    return int(quoted[1]) if quoted else None
 
 
 def _free(path: Path) -> int:

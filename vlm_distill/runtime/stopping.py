@@ -87,5 +87,5 @@ class Stopping:
 
     def _leave(self) -> NoReturn:
         # Other ranks may not have got the signal, and would wait for this one.
-        said = "told to stop: the checkpoint is written; start the run again to go on"
+        said = "told to stop: the checkpoint is written; start the run again to continue"
         self.watch.end(Failure(said, self.exit_code(self.asked)))

@@ -1,4 +1,4 @@
-"""A run's checkpoints: written aside and renamed when whole, checked against their manifests, the oldest removed."""
+"""A run's checkpoints: written aside, renamed when complete, checked against their manifests, pruned."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME = re.compile(r"step_(\d+)$")
 
 
 def completed(folder: Path) -> list[tuple[int, Path]]:
-    """Return the checkpoints in a folder, ``(steps finished, path)``, oldest first; some may be damaged since."""
+    """Return the checkpoints in a folder as ``(steps finished, path)``, oldest first; some may be damaged."""
     if not folder.is_dir():
         return []
     found = ((_NAME.match(path.name), path) for path in folder.iterdir() if path.is_dir())
@@ -30,7 +30,7 @@ def completed(folder: Path) -> list[tuple[int, Path]]:
 
 
 def steps_of(path: Path) -> int:
-    """Return the steps that a checkpoint of this path has finished."""
+    """Return the number of steps that the checkpoint at this path has finished."""
     match = _NAME.match(path.name)
     assert match is not None
     return int(match[1])
@@ -38,11 +38,11 @@ def steps_of(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest checkpoint that is whole.
+    """The newest intact checkpoint.
 
     Attributes:
         path: its folder.
-        damaged: newer ones and what is wrong with each.
+        damaged: newer, damaged ones, and what is wrong with each.
     """
 
     path: Path
@@ -54,10 +54,10 @@ def _alone(item: T) -> list[T]:
 
 
 def find(folder: Path, *, rank: int = 0, world: int = 1, gather: Callable[[Any], list[Any]] = _alone) -> Found | None:
-    """Return the newest whole checkpoint, or ``None`` where there is none of any kind.
+    """Return the newest intact checkpoint, or ``None`` if there is no checkpoint at all. Collective.
 
-    Every file is compared with the manifest, each rank reading its share. The first rank says which checkpoints there
-    are, and all ranks come to the same answer. Collective.
+    Every file is compared with the manifest, each rank reading its share. The first rank lists the checkpoints, and all
+    ranks return the same answer.
 
     Args:
         folder: a run's ``checkpoints``.
@@ -65,7 +65,7 @@ def find(folder: Path, *, rank: int = 0, world: int = 1, gather: Callable[[Any],
         gather: every rank's item on every rank.
 
     Raises:
-        UserError: all of them are damaged, or one is not the run's own. Checkpoints are pickles, which run as code
+        UserError: all of them are damaged, or one is not the run's own: checkpoints are pickles, which can run code
             when they are loaded.
     """
     names: list[str] = gather([path.name for _, path in completed(folder)])[0]
@@ -79,14 +79,14 @@ def find(folder: Path, *, rank: int = 0, world: int = 1, gather: Callable[[Any],
     if damaged:
         found = "; ".join(damaged.values())
         raise UserError(
-            f"{folder}: no checkpoint is whole: {found}; put one back from a copy, or delete the folder to train from "
+            f"{folder}: no checkpoint is intact: {found}; put one back from a copy, or delete the folder to train from "
             "the beginning"
         )
     return None
 
 
 def _check_links(folder: Path, checkpoint: Path) -> None:
-    """Raise ``UserError`` where a link leads out of the run's folder."""
+    """Raise ``UserError`` if a link leads out of the run's folder."""
     run = folder.parent.resolve()
     for path in (folder, checkpoint, *checkpoint.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(run):
@@ -104,7 +104,7 @@ def _fault(path: Path, rank: int, world: int) -> str | None:
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints to ``step_N.damaged``, so that none of them counts any more; one rank calls this."""
+    """Rename damaged checkpoints to ``step_N.damaged``, so that they no longer count; one rank calls this."""
     for path in damaged:
         aside = path.with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -112,7 +112,7 @@ def set_aside(damaged: Iterable[Path]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a crash has left half-written or half-removed; one rank calls this."""
+    """Remove what a crash left half-written or half-removed; one rank calls this."""
     for leftover in folder.glob("*.unfinished"):
         shutil.rmtree(leftover)
 
@@ -126,82 +126,96 @@ def save(
     first: bool,
     gather: Callable[[Any], list[Any]],
 ) -> None:
-    """Write a checkpoint so that a crash at any moment leaves either all of it or none.
+    """Write a checkpoint so that a crash at any moment leaves all of it or none. Collective.
 
     Args:
         folder: the run's ``checkpoints``.
         step: optimizer steps finished.
-        write: fills a folder; called on every rank. Returns entries of the manifest for what it hashed while writing.
-        keep: how many checkpoints stay, this one among them.
+        write: fills a folder; called on every rank. Returns manifest entries of files that it hashed while writing.
+        keep: number of checkpoints to keep, this one included.
         first: whether this rank writes the manifest, renames and removes.
-        gather: every rank's item on every rank; each waits for all.
+        gather: every rank's item on every rank.
 
     Raises:
-        UserError: a rank could not write, for example on a full disk; on all ranks, the earlier checkpoints untouched.
+        UserError: on all ranks, if one could not write, for example on a full disk; earlier checkpoints are untouched.
     """
-    unfinished, final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
-    known: dict[str, Entry] = {}
-
-    def begin() -> None:
-        clear(folder)
-        unfinished.mkdir(parents=True)
-        faults.point("checkpoint.begin")
-
-    def fill() -> None:
-        known.update(write(unfinished))
-
-    def finish() -> None:
-        flush_all(unfinished)
-        manifest.write(unfinished, known)
-        if final.exists():
-            shutil.rmtree(final)
-        faults.point("checkpoint.rename")
-        unfinished.rename(final)
-        flush(folder)
-        older = [path for number, path in completed(folder) if number < step]
-        for old in older[: max(0, len(older) - keep + 1)]:
-            # Renamed first: a half-removed folder must not pass for a checkpoint.
-            doomed = old.with_suffix(".unfinished")
-            old.rename(doomed)
-            faults.point("checkpoint.prune")
-            shutil.rmtree(doomed)
-
-    for action, takes_part in ((begin, first), (fill, True), (finish, first)):
+    saving = _Saving(folder, step, write, keep)
+    for action, takes_part in ((saving.begin, first), (saving.fill, True), (saving.finish, first)):
         error, reason = None, None
         try:
             if takes_part:
                 action()
-        except (OSError, RuntimeError) as raised:  # PyTorch makes the one into the other
+        except (OSError, RuntimeError) as raised:  # PyTorch turns the one into the other
             error, reason = raised, cause_of(raised, folder) or str(raised)
-        answers = gather((reason, dict(known)))
+
+        # All ranks learn what was written, and whether one of them could not.
+        answers = gather((reason, dict(saving.known)))
         for _, entries in answers:
-            known.update(entries)
+            saving.known.update(entries)
         reasons = [text for text, _ in answers if text is not None]
         if not reasons:
             continue
         if error is not None and cause_of(error, folder) is None:
             raise error
-        whole = completed(folder)
         if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        needed = f" (the one before took {size(whole[-1][1]):,} bytes)" if whole else ""
-        again = f"step {whole[-1][0]}" if whole else "its beginning"
-        raise UserError(
-            f"the checkpoint of step {step} could not be written{needed}: {reasons[0]}; "
-            f"mend that and start the run again, which goes on from {again}"
-        )
+            shutil.rmtree(saving.unfinished, ignore_errors=True)
+        raise _not_written(folder, step, reasons[0])
+
+
+class _Saving:
+    """A checkpoint being written: ``begin`` and ``finish`` on the first rank, ``fill`` on every rank between them."""
+
+    def __init__(self, folder: Path, step: int, write: Callable[[Path], Mapping[str, Entry]], keep: int) -> None:
+        self.folder, self.step, self.write, self.keep = folder, step, write, keep
+        self.unfinished, self.final = folder / f"step_{step}.unfinished", folder / f"step_{step}"
+        self.known: dict[str, Entry] = {}
+
+    def begin(self) -> None:
+        clear(self.folder)
+        self.unfinished.mkdir(parents=True)
+        faults.point("checkpoint.begin")
+
+    def fill(self) -> None:
+        self.known.update(self.write(self.unfinished))
+
+    def finish(self) -> None:
+        flush_all(self.unfinished)
+        manifest.write(self.unfinished, self.known)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        faults.point("checkpoint.rename")
+        self.unfinished.rename(self.final)
+        flush(self.folder)
+        older = [path for number, path in completed(self.folder) if number < self.step]
+        for old in older[: max(0, len(older) - self.keep + 1)]:
+            # Renamed first, so that a half-removed folder is not taken for a checkpoint.
+            doomed = old.with_suffix(".unfinished")
+            old.rename(doomed)
+            faults.point("checkpoint.prune")
+            shutil.rmtree(doomed)
+
+
+def _not_written(folder: Path, step: int, reason: str) -> UserError:
+    """Return the error of a checkpoint that could not be written."""
+    earlier = completed(folder)
+    needed = f" (the one before took {size(earlier[-1][1]):,} bytes)" if earlier else ""
+    again = f"step {earlier[-1][0]}" if earlier else "its beginning"
+    return UserError(
+        f"the checkpoint of step {step} could not be written{needed}: {reason}; "
+        f"mend that and start the run again, which continues from {again}"
+    )
 
 
 def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float | None:
-    """Return the score of the best student so far, ``None`` where none is kept.
+    """Return the score of the best student so far; ``None`` if none is kept.
 
     Args:
         folder: the run's ``best``.
-        compared_by: scores of anything else do not count.
-        done: steps finished; what a run found after them it finds again.
+        compared_by: a score measured in another way does not count.
+        done: steps finished; later scores will be measured again.
 
     Raises:
-        Damaged: the best student is not what was written.
+        Damaged: the best student differs from what was written.
     """
     if not folder.is_dir():
         return None
@@ -212,9 +226,9 @@ def best_score(folder: Path, compared_by: Mapping[str, Any], done: int) -> float
 
 
 def save_best(folder: Path, write: Callable[[Path], None], about: Mapping[str, Any]) -> None:
-    """Put a student in the place of the best one before; one rank calls this.
+    """Replace the best student; one rank calls this.
 
-    A crash may leave none, but never half of one: the evaluation, which follows its checkpoint, is repeated then.
+    A crash may leave none, but never half of one: the evaluation follows its checkpoint, and is repeated.
 
     Args:
         folder: the run's ``best``.

@@ -1,4 +1,4 @@
-"""DeepSpeed, and the only file that knows of it: processes, ZeRO engines, sharded teachers, checkpoints."""
+"""DeepSpeed: ZeRO engines, sharded teachers, checkpoints, Muon. No other file imports it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -36,7 +37,7 @@ from .shards import Whole, read_whole, written_by
 SAVED_BY = "engine"
 #: Optimizers whose state can only be restored on as many ranks, and at the ZeRO stage, that saved it.
 _BOUND_TO_RANKS = ("adamw8bit", "muon")
-DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's own
+DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
 # DeepSpeed's own all-reduce for CPUs needs a compiler on its first use, and 69 MB of shared memory a rank: more than a
@@ -65,13 +66,13 @@ class Engine:
     """A task under DeepSpeed ZeRO.
 
     Args:
-        task: what is trained; its ``forward`` is what a step calls.
-        optimizer: of its parameters. A group's ``lr_scale``, if there is one, is a factor on its learning rate.
+        task: what is trained; a step calls its ``forward``.
+        optimizer: of its parameters. A group's ``lr_scale``, if given, is a factor on its learning rate.
         config: the run's.
-        processes: ranks.
+        processes: the ranks.
         read_parameters: parameters that the task's forward reads without calling their module.
-        autocast: with bf16 leave parameters and buffers float32 at every ZeRO stage, in torch's autocast; otherwise
-            that is so at stage 0 alone, and parameters are bf16 with float32 masters.
+        autocast: with bf16, keep parameters and buffers in float32 under torch's autocast at every ZeRO stage.
+            Otherwise stage 0 does so, and other stages hold bf16 parameters with float32 masters.
     """
 
     def __init__(
@@ -92,17 +93,19 @@ class Engine:
         settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
         name = getattr(config.optimizer, "name", None)
         self._bound_to_ranks = name if name in _BOUND_TO_RANKS else None
-        named = {id(parameter): name for name, parameter in task.named_parameters()}
-        self._names = [[named[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        names = {id(parameter): name for name, parameter in task.named_parameters()}
+        self._names: list[list[str]] = []
+        for group in optimizer.param_groups:
+            self._names.append([names[id(parameter)] for parameter in group["params"]])
         self._engine = _initialize(task, optimizer, settings)
-        # At stage 0 DeepSpeed 0.19 copies all gradients into a buffer and back, also where no other rank is.
+        # At stage 0 DeepSpeed 0.19 copies all gradients into a buffer and back, even on a single rank.
         self._alone = self.stage == 0 and processes.world == 1
         if self._alone:
             self._engine.enable_backward_allreduce = False
             self._trained = [p for p in task.parameters() if p.requires_grad]
         if self.stage == 3:
-            # Left to find them itself, DeepSpeed 0.19 notices one only in a forward where it happens not to be whole,
-            # which may be after it has fixed the order in which parameters are fetched; the forward after that fails.
+            # DeepSpeed 0.19 finds such a parameter by itself only in a forward where it happens to be partitioned. That
+            # may be after it has fixed the order of fetching parameters, and the next forward fails.
             for parameter in read_parameters:
                 deepspeed.zero.register_external_parameter(task, parameter)
 
@@ -110,21 +113,21 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagates one micro-batch's share of the step's loss; DeepSpeed averages over ranks, nothing else."""
-        # A new tensor: at stage 0 DeepSpeed 0.19 divides the gradient of a forward's own output by the accumulation
-        # in spite of scale_wrt_gas=False, because its hook on that tensor was registered first.
+        """Backpropagate one micro-batch's share of the step's loss; DeepSpeed only averages over ranks."""
+        # `* 1.0` makes a new tensor: at stage 0 DeepSpeed 0.19 divides the gradient of a forward's own output by the
+        # accumulation in spite of scale_wrt_gas=False, because its hook on that tensor was registered first.
         self._engine.backward(loss * 1.0, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float | None:
-        """Ends a micro-batch; at the last of an optimizer step, updates with this learning rate.
+        """End a micro-batch; after the last one of an optimizer step, update with this learning rate.
 
         Returns:
-            The gradient's norm before clipping, after the last micro-batch (else that of the step before, or ``None``).
+            The gradient's norm before clipping; between updates, that of the previous one, or ``None``.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if self._alone:
-            # As the sum over ranks would: weight decay and momentum move a parameter that no loss has reached, too.
+            # As on several ranks: weight decay and momentum also move a parameter that no loss has reached.
             for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -135,9 +138,9 @@ class Engine:
         return None if norm is None else float(norm)
 
     def _own_norm(self) -> Tensor | None:
-        """The gradient's norm at stage 0, where DeepSpeed 0.19 clips by it and does not say it.
+        """Return the gradient's norm at stage 0, where DeepSpeed 0.19 clips by it and does not report it.
 
-        All ranks have the whole gradient there, once the last micro-batch's backward has added it up.
+        After the last micro-batch's backward, all ranks have the whole gradient there.
         """
         if self.stage > 0 or not self._engine.is_gradient_accumulation_boundary():
             return None
@@ -148,16 +151,18 @@ class Engine:
         self._engine.train(mode)
 
     def share_statistics(self, module: nn.Module) -> None:
-        """Averages batch norm's running statistics over ranks, each of which normalises by its own micro-batches.
+        """Average batch norm's running statistics over ranks, which normalise by their own micro-batches.
 
-        What is saved and asked afterwards is then one model (timm's ``--dist-bn reduce``).
+        All ranks then save and evaluate the same model (timm's ``--dist-bn reduce``).
         """
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
-        if self.processes.world > 1:
-            for tensor in statistics:
-                dist.all_reduce(tensor)
-                tensor /= self.processes.world
+        if self.processes.world == 1:
+            return
+        for norm in norms:
+            for statistic in (norm.running_mean, norm.running_var):
+                if statistic is not None:
+                    dist.all_reduce(statistic)
+                    statistic /= self.processes.world
 
     def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
         """Write weights and optimizer of all ranks, and ``state``, into an existing folder.
@@ -178,17 +183,18 @@ class Engine:
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore what :meth:`save` wrote, and return its ``state``.
 
-        The number of ranks and the ZeRO stage may be others than those that wrote it: each rank then reads all files.
+        The number of ranks and the ZeRO stage may have changed: each rank then reads all files.
 
         Raises:
-            UserError: it is of other parameters than this run trains, or the optimizer's state is on NVMe.
+            UserError: the checkpoint holds other parameters than this run trains, or its optimizer's state cannot be
+                split anew.
         """
         try:
             return self._load(folder)
         except (KeyError, ValueError, RuntimeError) as error:
             if out_of_memory(error) or isinstance(error, dist.DistError):
                 raise
-            # The files are whole: what does not fit are the parameters, by their names, shapes or groups.
+            # The files are intact, so the parameters differ: their names, shapes or groups.
             raise UserError(
                 f"{folder}: does not fit this run's student, losses or optimizer ({first_line(error)}); put back what "
                 "it was written with, or choose another output"
@@ -197,12 +203,12 @@ class Engine:
     def _load(self, folder: Path) -> dict[str, Any]:
         third, ranks = written_by(folder / SAVED_BY)
         if (third, ranks) == (self.stage == 3, self.processes.world if self.stage else None):
-            # Of weights of 4 bits bitsandbytes writes scales that it does not read: they are in the base.
+            # For 4-bit weights, bitsandbytes writes scales that it does not read: the base has them.
             strict = all(parameter.is_floating_point() for parameter in self.task.parameters())
             path, client = self._engine.load_checkpoint(str(folder), tag=SAVED_BY, load_module_strict=strict)
             if path is None:
                 raise UserError(
-                    f"{folder}: DeepSpeed finds no checkpoint in it; remove it to go on from an earlier one"
+                    f"{folder}: DeepSpeed finds no checkpoint in it; remove it to continue from an earlier one"
                 )
             return client["run"]
         if self._bound_to_ranks is not None:
@@ -216,7 +222,7 @@ class Engine:
 
     @torch.no_grad()
     def _restore(self, folder: Path, whole: Whole) -> None:
-        """Puts whole tensors into this engine's shards."""
+        """Split whole tensors into this engine's shards."""
         optimizer = self._engine.optimizer
         trained = {name: p for name, p in self.task.named_parameters() if p.requires_grad}
         if trained.keys() != whole.weights.keys():
@@ -229,7 +235,7 @@ class Engine:
                 source = whole.weights.get(name, whole.rest.get(name))
                 if source is not None:
                     parameter.data.copy_(source)
-        # A tied parameter is in there under its other name, too, and where ZeRO-3 wrote it empty.
+        # A tied parameter is also there under its other name, and empty where ZeRO-3 wrote it.
         names = {name for name, _ in self.task.named_parameters(remove_duplicate=False)}
         self.task.load_state_dict({k: v for k, v in whole.rest.items() if k not in names}, strict=False)
         inner = optimizer if self.stage == 0 else optimizer.optimizer
@@ -260,7 +266,7 @@ class Engine:
                 self._put(parameter, tensor, kind)
 
     def _put(self, parameter: Any, tensor: Tensor, kind: str | None) -> None:
-        """This rank's share of a whole tensor, into the float32 weights (``None``) or the optimizer's state."""
+        """Copy this rank's share of a whole tensor into the float32 weights (``None``) or the optimizer's state."""
         if self.stage < 3:
             parameter.set_full_hp_param(tensor.to(self.processes.device), kind)
             return
@@ -270,11 +276,11 @@ class Engine:
         share[: len(piece)].copy_(piece)
 
     def whole_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """A module's state dict on the CPU, made whole from all ranks' shards; empty on ranks other than the first.
+        """Return a module's whole state dict on the CPU, gathered from all shards; empty on ranks other than the first.
 
         Collective under ZeRO-3: every rank must call it.
         """
-        # Tied weights stay one tensor under two names: who writes them leaves one out by that.
+        # Tied weights stay one tensor under two names, by which writers recognise them.
         tensors = module.state_dict(keep_vars=True)
         copies: dict[int, Tensor] = {}
         for key, tensor in {id(tensor): tensor for tensor in tensors.values()}.items():
@@ -285,17 +291,17 @@ class Engine:
 
 
 def _whole_for_writing(parameters: list[nn.Parameter]) -> Any:
-    """Makes sharded parameters whole inside a ``with``, and shards what was written into them."""
+    """Context manager: inside it sharded parameters are whole; what was written into them is sharded again."""
     return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0)
 
 
 def _own(scalars: dict[str, Any]) -> dict[str, Any]:
-    """A copy for one tensor: an optimizer counts its steps in place."""
+    """Return a copy for one parameter: an optimizer counts its steps in place."""
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in scalars.items()}
 
 
 class _Files(TorchCheckpointEngine):
-    """How DeepSpeed writes a rank's files. An error waits: raised between two barriers, it would leave others there."""
+    """Writes a rank's files for DeepSpeed. Errors are kept: raised between two barriers, they would hang the others."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -307,7 +313,7 @@ class _Files(TorchCheckpointEngine):
         if self.error is not None:
             return
         try:
-            # Opened here: of files that it opens itself PyTorch does not tell why they could not be written.
+            # Opened here, since PyTorch does not say why it could not write a file that it opened itself.
             with open(path, "wb") as file, _without_crc32():
                 hashed = HashedWriter(file)
                 torch.save(state_dict, cast(IO[bytes], hashed))
@@ -319,7 +325,7 @@ class _Files(TorchCheckpointEngine):
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Have ``torch.save`` compute no CRC-32, which ``torch.load`` never looks at: the manifest's takes less time."""
+    """Context manager: ``torch.save`` computes no CRC-32. ``torch.load`` never reads it; the manifest's is faster."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -329,7 +335,7 @@ def _without_crc32() -> Iterator[None]:
 
 
 def checkpoint_weights(folder: Path, stage: int) -> dict[str, Tensor]:
-    """The task's whole weights in a checkpoint, float32 where ZeRO kept float32 masters, whatever ranks wrote it."""
+    """Return the task's whole weights from a checkpoint of any number of ranks, in float32 where ZeRO kept masters."""
     if stage == 0:
         # Pickled by DeepSpeed: a checkpoint is trusted like code.
         saved = torch.load(folder / SAVED_BY / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
@@ -338,19 +344,18 @@ def checkpoint_weights(folder: Path, stage: int) -> dict[str, Tensor]:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU; a copy of one that ZeRO-3 has gathered, since it is taken apart again."""
+    """Return a tensor on the CPU; a copy if ZeRO-3 has gathered it, since it will be partitioned again."""
     plain = tensor.detach().cpu()
     return plain.clone() if hasattr(tensor, "ds_id") else plain
 
 
 def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters: int, autocast: bool) -> dict[str, Any]:
-    """The engine's settings: what the ``deepspeed`` section adds, then what the run itself sets."""
-    # DeepSpeed allocates its buckets whole: two gigabytes each, were a small model not to need less.
-    # It asks for an even number.
+    """Return the engine's settings: those of the ``deepspeed`` section, and over them what the run sets itself."""
+    # DeepSpeed allocates whole buckets, two gigabytes each by default; a small model needs less. The size must be even.
     bucket = min(DEFAULT_BUCKET, parameters + parameters % 2)
     settings: dict[str, Any] = {
         "zero_optimization": {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
-        # DeepSpeed's own lines about its progress go to a log that nobody sees.
+        # Keep DeepSpeed's own progress lines out of the log.
         "steps_per_print": 2**31,
     }
     not_passed_on = ("train_batch_size", "optimizer", "scheduler", "fp16")
@@ -363,7 +368,7 @@ def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters:
         "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
         "zero_optimization": {"stage": config.deepspeed.stage},
         "zero_allow_untested_optimizer": True,
-        # torch's fused AdamW runs on the CPU as well as DeepSpeed's own, which would need a compiler on every machine.
+        # torch's fused AdamW is as good on the CPU as DeepSpeed's own, which needs a compiler on every machine.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16 and not autocast},
         "torch_autocast": {"enabled": bf16 and autocast, "dtype": "bfloat16"},
@@ -374,7 +379,7 @@ def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters:
 
 
 def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Both mappings key by key; where both have a value, the upper one's."""
+    """Merge two mappings key by key; where both have a value, take the upper one's."""
     merged = dict(lower)
     for key, value in upper.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -383,14 +388,14 @@ def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any
 
 
 def _initialize(task: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """DeepSpeed's engine. Raises ``UserError`` for settings that DeepSpeed refuses by themselves."""
+    """Return DeepSpeed's engine. Raise ``UserError`` for settings that DeepSpeed refuses."""
     try:
         DeepSpeedConfig(settings)
-    except Exception as error:  # assertions, errors of pydantic and of its own
+    except Exception as error:  # assertions, pydantic's errors and its own
         raise _refused(error) from None
     try:
         return deepspeed.initialize(model=task, optimizer=optimizer, config=settings)[0]
-    except (AssertionError, NotImplementedError, ValueError) as error:  # settings that do not go together
+    except (AssertionError, NotImplementedError, ValueError) as error:  # settings that contradict each other
         raise _refused(error) from error
 
 
@@ -426,23 +431,24 @@ class ShardedModel:
 def load_sharded(
     load: Callable[[], VisionLanguageModel], dtype: torch.dtype, processes: Processes, *, offload: bool = False
 ) -> tuple[VisionLanguageModel, ShardedModel]:
-    """A frozen model of which each rank holds its share.
+    """Load a frozen model, of which each rank holds a share. Collective.
 
     Args:
-        load: makes the model; Transformers' loading gives each rank its share alone.
+        load: loads the model; Transformers then loads only each rank's share.
         dtype: of its parameters.
-        processes: the ranks; every one calls this.
+        processes: the ranks.
         offload: keep the shares in main memory, from where layers are fetched when they run.
 
     Returns:
-        The model, whose ``generate`` and ``score_options`` all ranks must call together, and what calls its forward.
+        The model, whose ``generate`` and ``score_options`` all ranks must call together, and a callable for its
+        forward.
     """
     _adopt_group(processes)
     settings = _inference_config(dtype, offload)
     with loading_in_shards(settings):
         model = load()
-    # Each rank sees its own share: all must end where one finds such a number.
-    wrong = sorted({name for names in processes.gather(not_finite(model)) for name in names})
+    # Each rank sees its own share only: all must end if one finds such a number.
+    wrong = sorted(set(chain.from_iterable(processes.gather(not_finite(model)))))
     if wrong:
         raise UserError(
             f"model: NaN or infinite numbers in {len(wrong):,} weights, first {wrong[0]}; is the copy damaged?"
@@ -454,15 +460,15 @@ def load_sharded(
 
 
 def gather_parameters(parameters: list[nn.Parameter]) -> Any:
-    """Makes sharded parameters whole inside a ``with``; whole ones are left alone."""
+    """Context manager: inside it sharded parameters are whole; others are left alone."""
     sharded = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
     return deepspeed.zero.GatheredParameters(sharded)
 
 
 @contextmanager
 def loading_in_shards(settings: dict[str, Any]) -> Iterator[None]:
-    """While it is open, Transformers' ``from_pretrained`` gives each rank its share of the weights alone."""
-    # The object registers itself process-wide for as long as it lives: no other model may load meanwhile.
+    """Context manager: inside it, Transformers' ``from_pretrained`` loads only each rank's share of the weights."""
+    # The object is registered process-wide while it lives: no other model may be loaded meanwhile.
     alive = HfDeepSpeedConfig(settings)
     try:
         yield
@@ -471,7 +477,7 @@ def loading_in_shards(settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _inference_config(dtype: torch.dtype, offload: bool = False) -> dict[str, Any]:
-    # Pinned, so that a layer's share crosses to the GPU while the layer before it runs.
+    # Pinned, so that a layer's share is copied to the GPU while the previous layer runs.
     place = {"offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()}} if offload else {}
     return {
         "train_micro_batch_size_per_gpu": 1,

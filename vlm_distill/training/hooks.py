@@ -113,7 +113,7 @@ class Hooks(ABC):
         return None
 
     def evaluation_mistake(self) -> str | None:
-        """Return why the run could not be evaluated: data of which nothing can be used; called on the first rank."""
+        """Return why the run could not be evaluated, naming data that cannot be used; called on the first rank."""
         return None
 
     def remarks_on(self, found: FirstRows) -> list[str]:

@@ -129,7 +129,7 @@ class Loop(Hooks):
                 tracker.flush()
                 self._save(done)
             if stop and done < self.steps:
-                tracker.say(f"stopped after step {done} with a checkpoint; start the run again to go on")
+                tracker.say(f"stopped after step {done} with a checkpoint; start the run again to continue")
                 return done, stop
             if evaluates:
                 self._evaluate(done, tracker)
@@ -251,7 +251,9 @@ class Loop(Hooks):
         """End all ranks if the first could not write its metrics. Collective."""
         reasons = [reason for reason in self.processes.gather(self._failure) if reason is not None]
         if reasons:
-            raise UserError(f"{reasons[0]}; mend that and start the run again, which goes on from its last checkpoint")
+            raise UserError(
+                f"{reasons[0]}; mend that and start the run again, which continues from its last checkpoint"
+            )
 
     def _note_problems(self, problems: Iterable[Problem]) -> None:
         if self.problems is not None:
@@ -296,11 +298,11 @@ class Loop(Hooks):
         terms = not_finite_terms(means)
         if not terms and finite_norm(norm):
             return
-        mine = [
-            f"rank {self.processes.rank}, micro-batch {number + 1} ({self.locate_samples(step, number)})"
-            for number, micro in enumerate(sums)
-            if not all(micro[name].loss.isfinite() for name in terms)
-        ]
+        mine = []
+        for number, micro in enumerate(sums):
+            if not all(micro[name].loss.isfinite() for name in terms):
+                where = self.locate_samples(step, number)
+                mine.append(f"rank {self.processes.rank}, micro-batch {number + 1} ({where})")
         found = list(chain.from_iterable(self.processes.gather(mine)))
         raise not_finite(step.index + 1, terms, found, gradient=not terms)
 
@@ -314,8 +316,7 @@ class Loop(Hooks):
         return peak
 
     def _record(self, step: Step) -> None:
-        gathered = self.processes.gather(step.problems)
-        self._note_problems(problem for part in gathered for problem in part)
+        self._note_problems(chain.from_iterable(self.processes.gather(step.problems)))
 
     def _save(self, done: int) -> None:
         self.processes.watch.phase(f"writing the checkpoint of step {done}", limited=False)

@@ -65,6 +65,26 @@ def build_optimizer(
     return _muon(task, groups, section, head)
 
 
+def state_bytes(student: nn.Module, section: OptimizerSection, head: Collection[nn.Parameter]) -> float:
+    """Return the bytes of the optimizer's states per trained parameter, for plans.
+
+    Args:
+        student: with the parameters that train.
+        section: the run's.
+        head: parameters of the output layer.
+    """
+    if section.name == "sgd":
+        return 4.0 if section.momentum else 0.0
+    if section.name == "adamw8bit":
+        return 2.0
+    if section.name == "adamw":
+        return 8.0
+    left_out = {id(parameter) for parameter in [*head, *_embeddings(student)]}
+    trained = [p for p in student.parameters() if p.requires_grad]
+    matrices = sum(p.numel() for p in trained if p.ndim == 2 and id(p) not in left_out)
+    return 8.0 - 4.0 * matrices / max(1, sum(p.numel() for p in trained))
+
+
 def _muon(
     task: nn.Module, groups: Groups, section: OptimizerSection, head: Collection[nn.Parameter]
 ) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""The run that the output folder holds already: whether a new start goes on with it, and what is kept of that."""
+"""The earlier run in the output folder: whether it can be resumed, and the record of what changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from data.digest import Rows, digest_rows
 from data.errors import UserError
+from data.json_files import read_object
 from vlm_distill.config.file import save_config
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.runtime import manifest
@@ -20,22 +21,22 @@ from .resume import Record, compare, compare_data, in_words, steering
 
 
 class Past:
-    """What this run finds in its folder. The loop calls the constructor, ``finished``, ``agree``, ``find``, ``go_on``.
+    """The earlier run in a run's folder. The loop calls the constructor, ``finished``, ``agree``, ``find``, ``go_on``.
 
-    All methods are collective: the first rank looks, and all ranks come to the same answer.
+    All methods are collective: the first rank looks, and all ranks get the same answer.
 
     Args:
         folder: the run's.
-        config: of this start.
+        config: this run's.
         processes: the ranks.
 
     Attributes:
-        record: what this run keeps of itself; on the first rank.
-        changed: what this start does differently from the checkpoint that it goes on from, in words; may be empty.
-        remarks: warnings for the person who watches; on the first rank.
+        record: this run's record; on the first rank.
+        changed: in words, what differs from the checkpoint that this run continues from; may be empty.
+        remarks: warnings to print; on the first rank.
 
     Raises:
-        UserError: the folder holds a run of something else, or one that must not be resumed. Nothing large is read.
+        UserError: the folder holds a different run, or one that must not be resumed. Nothing large is read.
     """
 
     record: Record
@@ -52,10 +53,20 @@ class Past:
         return self.folder / "checkpoints"
 
     def _complete(self) -> bool:
-        """Return whether the run in the folder has come to its end; its summary is written last."""
-        return (self.folder / "summary.json").is_file() and (self.folder / "student").is_dir()
+        """Return whether the run in the folder is finished; its summary is written last."""
+        if not (self.folder / "student").is_dir():
+            return False
+        try:
+            return bool(read_object(self.folder / "summary.json"))
+        except UserError:  # cut off by a crash: the end of the run is repeated
+            return False
 
     def _compare_settings(self) -> None:
+        if self._checkpoints.exists() and not self._checkpoints.is_dir():
+            raise UserError(
+                f"output: {self._checkpoints} is a file, where checkpoints need a folder; move it away, or choose "
+                "another output"
+            )
         self.record = Record.of(self.config)
         saved = [path for _, path in reversed(checkpoint.completed(self._checkpoints))]
         # A run whose checkpoints were deleted after its end is still finished.
@@ -63,7 +74,7 @@ class Past:
         if places and not self.config.training.resume:
             raise UserError(
                 f"{self.folder}: holds checkpoints of an earlier run; "
-                "set training.resume=true to go on, or choose another output"
+                "set training.resume=true to continue it, or choose another output"
             )
         for place in places:
             try:
@@ -74,7 +85,7 @@ class Past:
             return
 
     def _refuse(self, differences: Sequence[str]) -> None:
-        """Raise ``UserError`` with the ways out where there are differences."""
+        """Raise ``UserError`` with the ways out if there are differences."""
         if not differences:
             return
         shown = "; ".join(differences[:4])
@@ -82,19 +93,19 @@ class Past:
             shown += f"; and {len(differences) - 4} more"
         raise UserError(
             f"output: {self.folder} holds a run with other settings: {shown}. Put them back to resume it; or choose "
-            "another output, to start anew or from this run's student "
+            "another output, to start afresh or from this run's student "
             f"(student.path={self.folder / 'student'}; `vlm-distill export` writes that of an unfinished run)"
         )
 
     def finished(self, steps: int, sources: Sequence[Rows]) -> bool:
-        """Return whether there is nothing left to do, after saying so.
+        """Return whether nothing is left to do, after printing so.
 
         Args:
             steps: optimizer steps of this run.
             sources: its training data.
 
         Raises:
-            UserError: they are not the data that the run in the folder began with.
+            UserError: the data differ from those that the run in the folder began with.
         """
 
         def look() -> bool:
@@ -115,7 +126,7 @@ class Past:
         return done
 
     def _student_is_whole(self) -> bool:
-        """Return whether the finished student is what was written; remark on it, or raise, where it is not."""
+        """Return whether the finished student is intact; if not, add a remark, or raise if it cannot be rewritten."""
         folder = self.folder / "student"
         if not (folder / manifest.NAME).is_file():  # an earlier version wrote none
             return True
@@ -124,10 +135,10 @@ class Past:
         except manifest.Damaged as error:
             if not checkpoint.completed(self._checkpoints):
                 raise UserError(
-                    f"{error}; no checkpoint is left to write the student anew from: put that file back, or choose "
+                    f"{error}; no checkpoint is left to rewrite the student from: put that file back, or choose "
                     "another output"
                 ) from None
-            self.remarks.append(f"the finished student is damaged, and written anew: {error}")
+            self.remarks.append(f"the finished student is damaged and will be rewritten: {error}")
             return False
         return True
 
@@ -154,18 +165,18 @@ class Past:
                     )
 
     def find(self, lr: Callable[[int], float]) -> Path | None:
-        """Return the newest whole checkpoint of this run, ``None`` where it starts from its beginning.
+        """Return the newest intact checkpoint of this run; ``None`` to start from the beginning.
 
         Args:
             lr: the learning rate of an optimizer step, counted from 0.
 
         Raises:
-            UserError: no checkpoint is whole, or it is beyond the end of this run.
+            UserError: no checkpoint is intact, or the newest is beyond the end of this run.
         """
         ranks = self.processes
         found = checkpoint.find(self._checkpoints, rank=ranks.rank, world=ranks.world, gather=ranks.gather)
         if ranks.first:
-            checkpoint.clear(self._checkpoints)  # the run may be too near to its end to save once more
+            checkpoint.clear(self._checkpoints)  # the run may end before it saves again
         if found is None:
             ranks.on_first(self._check_not_complete)
             return None
@@ -175,8 +186,8 @@ class Past:
     def _check_not_complete(self) -> None:
         if self._complete():
             raise UserError(
-                f"output: {self.folder} holds a finished run whose checkpoints are gone, so that it cannot be made "
-                f"longer; choose another output, with student.path={self.folder / 'student'} to go on from it"
+                f"output: {self.folder} holds a finished run whose checkpoints are gone, so it cannot be made longer; "
+                f"choose another output, with student.path={self.folder / 'student'} to start from its student"
             )
 
     def _compare_checkpoint(self, found: checkpoint.Found, lr: Callable[[int], float]) -> None:
@@ -201,23 +212,22 @@ class Past:
     def _note_stretched_schedule(self, before: int, done: int, lr: Callable[[int], float]) -> None:
         optimizer: Any = self.config.optimizer
         steps = self.record.steps
-        now = f"the learning rate goes on with {lr(min(done, steps - 1)):.3g}"
+        now = f"the learning rate continues at {lr(min(done, steps - 1)):.3g}"
         if optimizer.schedule in ("cosine", "linear"):
             self.remarks.append(
-                f"optimizer.schedule: {optimizer.schedule} is now a plan of {steps:,} steps, no longer of {before:,}: "
-                f"{now}"
+                f"optimizer.schedule: {optimizer.schedule} now spans {steps:,} steps instead of {before:,}: {now}"
             )
         elif 0 < getattr(optimizer, "warmup", 0) < 1:
-            self.remarks.append(f"optimizer.warmup: is now a share of {steps:,} steps, no longer of {before:,}: {now}")
+            self.remarks.append(f"optimizer.warmup: is now a share of {steps:,} steps instead of {before:,}: {now}")
 
     def _keep(self, before: Record, done: int, changed: Mapping[str, Any]) -> None:
-        """Carry on the record's list of what was changed on the way."""
+        """Continue the record's list of changes."""
         self.record.changes[:] = before.changes
         if changed:
             self.record.changes.append({"after": done, "changed": changed})
 
     def go_on(self, done: int) -> None:
-        """Write what the folder says of the run from here on, and remove what is not true any more.
+        """Write the folder's description of the run, and remove what is no longer true.
 
         Args:
             done: optimizer steps finished.

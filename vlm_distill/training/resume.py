@@ -1,6 +1,6 @@
-"""What a resumed run may change: one rule for every key of a configuration, and the record that a run keeps of itself.
+"""What a resumed run may change: a rule for every key of a configuration, and the record ``run.json``.
 
-``run.json`` stands in a run's folder and in each of its checkpoints.
+``run.json`` is written into the run's folder and into each checkpoint.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _LONGEST = 60
 
 
 class Rule(Enum):
-    """What becomes of a key that a resumed run has changed.
+    """What happens if a resumed run has changed a key.
 
-    FIXED: refused, since it decides what the student learns.
-    FILES: a model's name or path; refused where the files are others, or cannot be compared and are called otherwise.
-    ROWS: where data lie; the rows themselves are compared.
-    STEERS: allowed, and kept in the record: the student was trained partly with the one, partly with the other.
-    FREE: allowed: the student is the same, to rounding, or it is only watched differently.
-    UNSAID: allowed, and not worth a word.
+    FIXED: refused: the key decides what the student learns.
+    FILES: a model's name or path; refused if the files differ, or cannot be compared and have another name.
+    ROWS: a location of data; the rows themselves are compared.
+    STEERS: allowed and recorded: the student is trained partly with the old value, partly with the new one.
+    FREE: allowed: the student is the same to rounding, or only observed differently.
+    UNSAID: allowed, and not reported.
     """
 
     FIXED = auto()
@@ -44,9 +44,9 @@ class Rule(Enum):
     UNSAID = auto()
 
 
-#: The rule of each key, list items left out; a key without one has the rule of the section around it.
+#: The rule of each key, without list numbers; a key without a rule has that of its section.
 RULES: dict[str, Rule] = {
-    # Models: what they compute is fixed; where they lie and how fast they compute is free.
+    # Models: what they compute is fixed; where they are placed and how fast they compute is free.
     **dict.fromkeys(("student", "teacher"), Rule.FIXED),
     **{
         f"{role}.{key}": Rule.FILES
@@ -66,7 +66,7 @@ RULES: dict[str, Rule] = {
     "teacher.cache.k": Rule.FIXED,
     **dict.fromkeys((f"teacher.server.{key}" for key in ("url", "workers", "timeout")), Rule.FREE),
     "loss": Rule.FIXED,
-    # Data: which rows come in which order, and what is learnt of each.
+    # Data: which rows are read in which order, and what is learnt of each.
     **dict.fromkeys(("data.train", "data.views", "data.erasing", "data.mixing"), Rule.FIXED),
     **dict.fromkeys(("data.train.path", "data.train.images"), Rule.ROWS),
     **dict.fromkeys(
@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (f"data.{key}" for key in ("eval", "roots", "bad_samples", "max_bad", "workers", "prefetch")), Rule.FREE
     ),
-    # The optimizer's state holds weight decay, betas and the parts' factors; the schedule is a plan of the whole run.
+    # The optimizer's state holds weight decay, betas and the parts' factors; the schedule spans the whole run.
     "optimizer": Rule.FIXED,
     **dict.fromkeys(("optimizer.lr", "optimizer.max_grad_norm"), Rule.STEERS),
     **dict.fromkeys(("training.steps", "training.epochs"), Rule.STEERS),
@@ -127,7 +127,7 @@ RULES: dict[str, Rule] = {
 
 
 def rule_of(key: str) -> Rule | None:
-    """Return the rule of a dotted key such as ``loss.0.weight``: its own, or that of the nearest section around it."""
+    """Return the rule of a dotted key such as ``loss.0.weight``: its own, or that of the nearest section."""
     parts = [part for part in key.split(".") if not re.fullmatch(r"\d+", part)]
     for length in range(len(parts), 0, -1):
         rule = RULES.get(".".join(parts[:length]))
@@ -138,14 +138,14 @@ def rule_of(key: str) -> Rule | None:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run keeps of itself.
+    """What a run records about itself.
 
     Attributes:
         configuration: resolved, as plain data.
         steps: optimizer steps of the whole run.
         models: digests of the files of each model that the configuration names, by key.
         data: a digest of each source of ``data.train``.
-        changes: what was changed on the way, ``{"after": step, "changed": {key: [old, new]}}``, oldest first.
+        changes: what resumed starts changed, ``{"after": step, "changed": {key: [old, new]}}``, oldest first.
     """
 
     configuration: dict[str, Any]
@@ -156,38 +156,38 @@ class Record:
 
     @staticmethod
     def of(config: AnyRun) -> Record:
-        """Return what the configuration alone says; data and steps are known later."""
+        """Return the record of a configuration; data and steps are added later."""
         plain = config.model_dump(mode="json")
         return Record(plain, models=_identify(plain))
 
     def planned(self, steps: int, data: Sequence[RowsDigest]) -> Record:
-        """Return the same with the length of the run and digests of its data."""
+        """Return this record with the length of the run and digests of its data."""
         return replace(self, steps=steps, data=[asdict(source) for source in data])
 
     def write(self, folder: Path) -> None:
-        """Write ``run.json`` into a folder; whoever reads it there finds the old or the new one."""
+        """Write ``run.json`` into a folder atomically."""
         aside = folder / f"{NAME}.part"
         aside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         aside.replace(folder / NAME)
 
     @staticmethod
     def read(folder: Path) -> Record:
-        """Return the record in a folder. Raise ``UserError`` where it cannot be read."""
+        """Return the record in a folder. Raise ``UserError`` if it cannot be read."""
         changes = list[dict[str, Any]]
         shape = {"configuration": dict[str, Any], "steps": int, "changes": changes, "data": list[dict[str, Any]]}
         found = read_object(folder / NAME, shape | {"models": dict[str, dict[str, str]]})
         return Record(**{key: found[key] for key in (*shape, "models")})
 
     def comments(self) -> list[str]:
-        """Return a line for each change on the way: ``after step 100: optimizer.lr 0.001 → 0.0005``."""
+        """Return a line for each change: ``after step 100: optimizer.lr 0.001 → 0.0005``."""
         return [f"after step {change['after']}: {in_words(change['changed'])}" for change in self.changes]
 
 
 def compare(old: Record, config: AnyRun, new: Record) -> tuple[list[str], dict[str, Any]]:
-    """Compare a run with the one that it is to go on with.
+    """Compare a run with the one that it is to resume.
 
     Returns:
-        What must not differ and does, in words; and what may, ``{key: [old, new]}``.
+        Differences that are refused, in words; and those that are allowed, ``{key: [old, new]}``.
     """
     before, now = _leaves(_completed(old.configuration, config)), _leaves(new.configuration)
     refused: list[str] = []
@@ -197,7 +197,7 @@ def compare(old: Record, config: AnyRun, new: Record) -> tuple[list[str], dict[s
         if key == "optimizer.lr" and _has_factors(now):
             rule = Rule.FIXED  # the optimizer's state has other learning rates as factors on it
         if rule is Rule.FILES and key in old.models and key in new.models:
-            # Whatever they are called: the files say what they are.
+            # Names do not matter if the files can be compared.
             kinds = [kind for kind, digest in new.models[key].items() if old.models[key].get(kind, digest) != digest]
             refused += [f"{key}: other {' and '.join(kinds)} in {values[1]}"] if kinds else []
         elif values[0] == values[1] or rule in (Rule.ROWS, Rule.UNSAID):
@@ -215,12 +215,12 @@ def _has_factors(leaves: Mapping[str, Any]) -> bool:
 
 
 def compare_data(old: Record, new: Record) -> list[str]:
-    """Return in words what differs between the data of a run and those it is to go on with."""
+    """Return in words how the data of a run differ from those of the run that it is to resume."""
     return [f"data.train: {difference}" for difference in digest.differences(old.data, new.data)]
 
 
 def steering(allowed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the allowed changes that the student's training depends on."""
+    """Return the allowed changes that affect the student's training."""
     return {key: values for key, values in allowed.items() if rule_of(key) is Rule.STEERS}
 
 
@@ -235,18 +235,18 @@ def _shown(value: Any) -> str:
 
 
 def _completed(plain: dict[str, Any], config: AnyRun) -> dict[str, Any]:
-    """A configuration of an earlier version with the defaults of the keys that have been added since."""
+    """Return a configuration of an earlier version, with defaults for keys added since."""
     assert isinstance(config, BaseModel)
     try:
         return type(config).model_validate(plain).model_dump(mode="json")
-    except ValidationError:  # it has keys that are gone
+    except ValidationError:  # it has keys that were removed
         return plain
 
 
 def _leaves(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value by its dotted key, those left out that mean nothing."""
+    """Return every value by its dotted key, without empty ones."""
     found = dict(_walk(plain, ""))
-    # Outputs on disk are what the teacher says itself, unless they are its likeliest tokens.
+    # Cached hidden states give the teacher's own outputs; only its likeliest tokens are an approximation.
     if found.get("teacher.cache.form") in (None, "hidden"):
         found = {key: value for key, value in found.items() if key not in ("teacher.cache.form", "teacher.cache.k")}
     return found
@@ -261,7 +261,7 @@ def _walk(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _identify(plain: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Digests of the files of every model that is named, those that are on this machine."""
+    """Return digests of the files of every model named, if they are on this machine."""
     found = {}
     for key, value in _leaves(plain).items():
         if rule_of(key) is Rule.FILES and isinstance(value, str):

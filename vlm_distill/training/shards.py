@@ -1,10 +1,11 @@
-"""Whole weights and optimizer states from a checkpoint of any ZeRO stage and number of ranks."""
+"""Read whole weights and optimizer states from a checkpoint of any ZeRO stage and number of ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ _MODEL = "*_model_states.pt"
 
 @dataclass
 class Whole:
-    """What a checkpoint holds, every tensor whole and on the CPU.
+    """The content of a checkpoint, every tensor whole and on the CPU.
 
     Attributes:
-        client: what the run itself put into it.
+        client: the run's own entries.
         weights: trained parameters by name, float32 where ZeRO kept float32 masters.
-        states: the optimizer's tensors of each of them, by name and kind, as ``exp_avg``; empty before the first step.
-        scalars: what the optimizer keeps beside tensors for each, as ``step``.
+        states: the optimizer's tensors by parameter and kind, such as ``exp_avg``; empty before the first step.
+        scalars: the optimizer's other values by parameter, such as ``step``.
         groups: the optimizer's groups without their parameters.
         rest: the module's other entries: frozen parameters, buffers, the losses' own state.
     """
@@ -37,18 +38,18 @@ class Whole:
 
 
 def written_by(folder: Path) -> tuple[bool, int | None]:
-    """Whether ZeRO-3 wrote a checkpoint, and on how many ranks; ``None``: without ZeRO, which every number reads."""
+    """Return whether ZeRO-3 wrote a checkpoint, and on how many ranks; ``None`` without ZeRO, for any number."""
     return len(list(folder.glob(_MODEL))) != 1 or any(folder.glob("zero_pp_rank_*_model_states.pt")), (
         len(list(folder.glob(_OPTIMIZER))) or None
     )
 
 
 def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
-    """Reads all ranks' files.
+    """Read all ranks' files.
 
     Args:
-        folder: in which DeepSpeed wrote them. They are pickles, and trusted like code.
-        names: of the trained parameters, by the optimizer's groups. ZeRO's files name them themselves.
+        folder: where DeepSpeed wrote them. They are pickles, and trusted like code.
+        names: names of the trained parameters, by the optimizer's groups; needed for checkpoints without ZeRO.
     """
     models = [_load(path) for path in _ranked(folder, _MODEL)]
     shards = [_load(path)["optimizer_state_dict"] for path in _ranked(folder, _OPTIMIZER)]
@@ -62,16 +63,15 @@ def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
     paddings = shards[0].get("param_alignment_paddings")
 
     def split(parts: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Parameters from each rank's flat tensors, one for a group, or for a sub-group of parameters in ZeRO-3."""
+        """Return parameters from each rank's flat tensors: one per group, or per sub-group in ZeRO-3."""
         return _of_parameters(parts, shapes) if third else _of_groups(parts, shapes, paddings)
 
     kinds = [kind for kind, value in inner[0]["state"].get(0, {}).items() if isinstance(value, Tensor) and value.ndim]
-    states: dict[str, dict[str, Tensor]] = {name: {} for group in shapes for name in group}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in chain.from_iterable(shapes)}
     for kind in kinds:
-        flat = [[state[kind] for _, state in sorted(rank["state"].items())] for rank in inner]
-        for name, tensor in split(flat).items():
+        for name, tensor in split([_flat_states(rank, kind) for rank in inner]).items():
             states[name][kind] = tensor
-    # All parameters of a run are stepped together: one count is every one's.
+    # All parameters are updated together, so one step count holds for all.
     scalars = {k: v for k, v in inner[0]["state"].get(0, {}).items() if k not in kinds}
     weights = split(masters)
     rest = {name: value for name, value in saved["module"].items() if name not in weights}
@@ -83,10 +83,17 @@ def read_whole(folder: Path, names: Sequence[Sequence[str]]) -> Whole:
     return Whole(saved["run"], weights, states, dict.fromkeys(states, scalars), groups, rest)
 
 
+def _flat_states(optimizer: Mapping[str, Any], kind: str) -> list[Tensor]:
+    """Return one kind of a rank's flat states, in the order of groups."""
+    return [state[kind] for _, state in sorted(optimizer["state"].items())]
+
+
 def _without_zero(saved: Mapping[str, Any], names: Sequence[Sequence[str]]) -> Whole:
-    flat, optimizer = [name for group in names for name in group], saved["optimizer"]
+    """Read a checkpoint of stage 0, which has whole tensors."""
+    flat, optimizer = list(chain.from_iterable(names)), saved["optimizer"]
+    numbers = chain.from_iterable(group["params"] for group in optimizer["param_groups"])
     states, scalars = {}, {}
-    for name, number in zip(flat, (i for group in optimizer["param_groups"] for i in group["params"]), strict=True):
+    for name, number in zip(flat, numbers, strict=True):
         state = optimizer["state"].get(number, {})
         states[name] = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.ndim}
         scalars[name] = {k: v for k, v in state.items() if k not in states[name]}
@@ -99,7 +106,7 @@ def _without_zero(saved: Mapping[str, Any], names: Sequence[Sequence[str]]) -> W
 def _of_groups(
     parts: Sequence[Sequence[Tensor]], shapes: Sequence[Mapping[str, Any]], paddings: Sequence[Sequence[int]] | None
 ) -> dict[str, Tensor]:
-    """ZeRO-1 and -2: each group is one flat tensor, cut into ranks anywhere."""
+    """Return the parameters of ZeRO 1 and 2: each group is one flat tensor, cut anywhere."""
     found = {}
     for number, group in enumerate(shapes):
         flat, start = torch.cat([rank[number] for rank in parts]), 0
@@ -110,14 +117,19 @@ def _of_groups(
 
 
 def _of_parameters(parts: Sequence[Sequence[Tensor]], shapes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """ZeRO-3: each parameter is cut into ranks, the last of which holds less."""
-    flat, start, found = [torch.cat([tensor.flatten() for tensor in rank]) for rank in parts], 0, {}
-    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
+    """Return the parameters of ZeRO 3: each one is cut into equal shares, padded on the last rank."""
+    flat = [_joined(rank) for rank in parts]
+    start, found = 0, {}
+    for name, shape in chain.from_iterable(group.items() for group in shapes):
         share = math.ceil(math.prod(shape) / len(flat))
         pieces = [rank[start : start + share] for rank in flat]
         found[name] = torch.cat(pieces)[: math.prod(shape)].view(shape)
         start += share
     return found
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _ranked(folder: Path, pattern: str) -> list[Path]:
