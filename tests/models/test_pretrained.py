@@ -1,4 +1,4 @@
-"""Transformers' own models behind the interface: the same logits, the right tokens supervised, saved as they were."""
+"""Transformers' own models behind the interface: the same logits, the right tokens supervised, saved unchanged."""
 
 import pytest
 import torch
