@@ -19,7 +19,7 @@ from data.images import load_image
 from data.loader import problem_of
 from data.mixture import Mixture
 from data.workers import make_loader
-from vlm_distill.caching.class_logits import TeacherCache
+from vlm_distill.caching.class_logits import LogitCache
 from vlm_distill.caching.store import fingerprint
 from vlm_distill.evaluation.left_out import reasons
 from vlm_distill.evaluation.question_source import evenly_spaced
@@ -104,7 +104,7 @@ class Teacher:
         features: Sequence[str],
         *,
         dtype: torch.dtype | None = None,
-        cache: TeacherCache | None = None,
+        cache: LogitCache | None = None,
     ) -> None:
         self.classifier = classifier.requires_grad_(False).eval()
         self.order, self.features, self.dtype, self.cache = order, features, dtype, cache
@@ -265,7 +265,7 @@ class Trainer(Loop):
         self.warmups = {t.name: section.warmup_epochs for t, section in zip(terms, config.loss, strict=True)}
         self.schedule = Schedule(config.optimizer, self.steps, self.epoch_steps)
 
-    def _open_cache(self, teacher: Classifier, order: Tensor | None, student: Classifier) -> TeacherCache:
+    def _open_cache(self, teacher: Classifier, order: Tensor | None, student: Classifier) -> LogitCache:
         section, data = self.config.teacher, self.config.data
         assert section is not None
         assert section.cache is not None
@@ -280,7 +280,7 @@ class Trainer(Loop):
         }
         sources = {source.name: len(source) for source in self.dataset.mixture.sources}
         views = data.fixed_views * len(data.views)
-        return TeacherCache(Path(section.cache), sources, views, student.num_classes, identity)
+        return LogitCache(Path(section.cache), sources, views, student.num_classes, identity)
 
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data

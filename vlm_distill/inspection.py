@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from data.batch import Encoded, Problem
-from data.collate import Collator, Pair
+from data.collate import Collator
 from data.conversation import Conversation, Document
+from data.encoding import Pair
 from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
 from vlm_distill.config.sections import RunConfig

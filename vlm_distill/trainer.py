@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from data.batch import DistillationBatch, Problem, Step
-from data.collate import Pair
 from data.conversation import Conversation, Document, is_answer
+from data.encoding import Pair
 from data.errors import BadSample
 from data.loader import StepDataset
 from data.workers import make_loader

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from data.batch import Encoded
-from data.collate import Pair
 from data.conversation import Conversation, Document
+from data.encoding import Pair
 from data.errors import BadSample, UserError
 from vlm_distill.models.processor import Processor
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.collate import encode_pair
 from data.conversation import Conversation
+from data.encoding import encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.config.sections import RunConfig, SourceSection
 from vlm_distill.losses import FeatureTerm, Term

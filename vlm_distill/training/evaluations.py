@@ -18,7 +18,8 @@ from data.conversation import Conversation, Document, ImageSource
 from data.errors import BadSample, UserError
 from data.images import load_image
 from data.loader import problem_of
-from data.sources import Source, TextSource
+from data.plain_text import TextSource
+from data.sources import Source
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.fields import Measure
 from vlm_distill.config.sections import RunConfig

@@ -15,10 +15,10 @@ def try_rows(dataset: Any, start: int, stop: int) -> FirstRows:
     """Encode the first rows of the steps ``start`` to ``stop - 1``, and return what came of it."""
     found, mixture = FirstRows(), dataset.mixture
     rows = chain.from_iterable(mixture.samples_of(step) for step in range(start, stop))
-    for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_rows)):
+    for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_samples)):
         found.tried += 1
         try:
-            images, apart = dataset.try_row(source, row)
+            images, apart = dataset.try_sample((source, row))
         except BadSample as bad:
             found.problems.append(problem_of(mixture.sources[source], row, bad, "skip"))
             continue

@@ -193,7 +193,7 @@ class Loop(Hooks):
     def _totals(self, step: Step, left_out: int, waited: float) -> dict[str, float]:
         """Return the counts of a step over all ranks, from one all-reduce."""
         counts = self.local_counts(step)
-        counts |= {"problems": len(step.problems), "waited": waited, "rows": step.rows, "left_out": left_out}
+        counts |= {"problems": len(step.problems), "waited": waited, "rows": step.consumed, "left_out": left_out}
         counts |= self.stopping.counts() | {"failed": self._failure is not None}
         return dict(zip(counts, self.processes.sum(list(counts.values())), strict=True))
 
@@ -224,7 +224,7 @@ class Loop(Hooks):
         self.tally.left_out += round(totals["left_out"] / shared)
         self.tally.empty_steps += empty
         limit, last = self.settings.data.max_bad, step.index + 1 == self.steps
-        if self.tally.exceeds(limit, self.dataset.mixture.epoch_rows, last=last):
+        if self.tally.exceeds(limit, self.dataset.mixture.epoch_samples, last=last):
             summary = self.processes.gather(self.problems and self.problems.summary())[0]
             raise too_many_left_out(self.tally, limit, summary)
 
