@@ -24,7 +24,7 @@ from .chat import DEFAULT_TEMPLATE, held, plain_messages, rendered, special_ids,
 from .image_transform import ImageTransform
 from .packed_rows import row_positions
 from .processor import Processor
-from .supervision import mark_tokens, token_places
+from .supervision import mark_tokens, token_spans
 from .template_marks import BREAK, IMAGE, PRIVATE
 
 _MARKS = re.compile(f"([{IMAGE}{BREAK}])")
@@ -108,7 +108,7 @@ class ComposedProcessor(Processor):
             at += len(piece)
         supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
         encoded = self._encoded(ids, supervised, ends, images)
-        encoded.spans = token_places(text, offsets, supervised, ends, spans)
+        encoded.spans = token_spans(text, offsets, supervised, ends, spans)
         return encoded
 
     def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:

@@ -55,8 +55,8 @@ class PaliGemmaProcessor(PretrainedProcessor):
         # The last token is the end token that the processor appends to an answer.
         ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)
         # Piece 1 is the first answer's text; see `data.conversation.answer_pieces`.
-        places = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
-        return Encoded(input_ids, supervised, ends, len(images), tensors, places)
+        spans = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
+        return Encoded(input_ids, supervised, ends, len(images), tensors, spans)
 
 
 class InternVLImages(PretrainedProcessor):

@@ -26,7 +26,7 @@ from .common import first_line
 from .image_settings import with_image_settings
 from .packed_rows import is_by_token, joined, row_positions
 from .processor import Processor
-from .supervision import mark_tokens, token_places
+from .supervision import mark_tokens, token_spans
 from .template_marks import PRIVATE
 
 
@@ -148,8 +148,8 @@ class PretrainedProcessor(Processor):
         offsets = tensors.pop("offset_mapping")[0].tolist()
         input_ids = tensors.pop("input_ids")[0]
         supervised, ends = mark_tokens(expanded.text, offsets, input_ids.tolist(), moved, self._special)
-        places = token_places(expanded.text, offsets, supervised, ends, moved)
-        return Encoded(input_ids, torch.tensor(supervised), torch.tensor(ends), len(images), tensors, places)
+        token_positions = token_spans(expanded.text, offsets, supervised, ends, moved)
+        return Encoded(input_ids, torch.tensor(supervised), torch.tensor(ends), len(images), tensors, token_positions)
 
     def _process(
         self, text: str, images: Sequence[Image.Image], **options: Any

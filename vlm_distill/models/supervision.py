@@ -54,7 +54,7 @@ def mark_tokens(
     return supervised, ends
 
 
-def token_places(
+def token_spans(
     text: str,
     offsets: Sequence[tuple[int, int]],
     supervised: Sequence[bool],
@@ -72,7 +72,7 @@ def token_places(
     Returns:
         ``Encoded.spans``, int64 ``[n, 3]``.
     """
-    places = []
+    found = []
     answer = 0
     for (a, b), marked, end in zip(offsets, supervised, ends, strict=True):
         if not marked:
@@ -85,8 +85,8 @@ def token_places(
             number = spans[answer].pieces[-1][0]
         elif not own:
             number = -1 - number
-        places.append((number, a - start, b - start))
-    return torch.tensor(places, dtype=torch.int64).reshape(-1, 3)
+        found.append((number, a - start, b - start))
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 3)
 
 
 def _piece_of(text: str, a: int, b: int, pieces: Sequence[tuple[int, int, int]]) -> tuple[int, int, bool]:
