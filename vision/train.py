@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(arguments: Sequence[str], nproc: int) -> None:
     """Raises ``UserError`` for what is wrong with a configuration by itself, before processes are started."""
-    from .trainer import build_terms
+    from .build import build_terms
 
     config = load_config(arguments[0], arguments[1:], ClassifierConfig)
     split_batch(config, nproc)
