@@ -92,8 +92,8 @@ class Trainer(Loop):
         # Move the models to the device.
         self.dtype = torch.bfloat16 if config.training.dtype == "bf16" else None
         self.student.to(processes.device)
-        self.teacher = None if teacher is None else self._teacher(teacher, classes.teacher_order)
-        self.guide = None if taught is None else self.teacher
+        self.teacher = None if teacher is None else self._place_teacher(teacher, classes.teacher_order)
+        self.loss_teacher = None if taught is None else self.teacher
         self.on_device = DeviceViews(
             self.student.inputs,
             None if taught is None else taught.inputs,
@@ -108,7 +108,7 @@ class Trainer(Loop):
             for model in (self.student, teacher):
                 if model is not None:
                     model.model.compile()
-        self.engine = self._engine()
+        self.engine = self._start_engine()
 
     def _open_held_out(self) -> None:
         """Open ``data.eval``, and note what the best student is chosen by."""
@@ -159,7 +159,7 @@ class Trainer(Loop):
         for key, length in warmups.items():
             self.told = [*self.told, *late_warmup(key, length, self.steps / self.epoch_steps, "epochs")]
 
-    def _teacher(self, classifier: Classifier, order: Tensor | None) -> Teacher:
+    def _place_teacher(self, classifier: Classifier, order: Tensor | None) -> Teacher:
         section = self.config.teacher
         assert section is not None
         classifier.to(self.processes.device)
@@ -174,7 +174,7 @@ class Trainer(Loop):
             raise UserError("teacher.cache: keeps logits, and a loss reads the teacher's features; leave out one")
         return Teacher(classifier, order, features, dtype=self.dtype, cache=cache)
 
-    def _engine(self) -> Engine:
+    def _start_engine(self) -> Engine:
         training, stage = self.config.training, self.config.deepspeed.stage
         gather = self.processes.gather_rows if training.gather and self.processes.world > 1 else None
         task = ClassificationTask(self.student, self.terms, views=len(self.config.data.views), gather=gather)
@@ -222,13 +222,13 @@ class Trainer(Loop):
         batch = micro.to(self.processes.device).filled(len(self.config.data.views))
         views = self.on_device(batch, seed=self.config.training.seed, step=step.index)
         outputs = None
-        if self.guide is not None:
+        if self.loss_teacher is not None:
             assert views.teacher is not None
-            if self.guide.cache is not None and real:
+            if self.loss_teacher.cache is not None and real:
                 first = self.dataset.turn(step.index) * len(self.config.data.views)
-                outputs = self.guide.remembered(batch, views.teacher, first)
+                outputs = self.loss_teacher.remembered(batch, views.teacher, first)
             else:
-                outputs = self.guide.outputs(views.teacher)
+                outputs = self.loss_teacher.outputs(views.teacher)
         return self.engine(views, outputs, scales, real=real)
 
     def lr(self, step: int) -> float:
@@ -261,9 +261,9 @@ class Trainer(Loop):
             self.average.load(folder)
 
     def introduce(self, tracker: Tracker, done: int) -> None:
-        if self.guide is None or done >= self.steps or not self.processes.first:
+        if self.loss_teacher is None or done >= self.steps or not self.processes.first:
             return
-        seen = self._teacher_accuracy(self.guide)
+        seen = self._teacher_accuracy(self.loss_teacher)
         if seen is None:
             return
         right, count = seen
