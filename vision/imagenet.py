@@ -66,7 +66,7 @@ _VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\b")
 
 @dataclass(frozen=True)
 class Variant:
-    """A set as ``vision.evaluate.predict`` asks about it.
+    """A set as ``vision.predict.predict`` asks about it.
 
     Attributes:
         source: images whose classes are synsets in ImageNet's order.

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from data.mixture import Mixture
 from data.workers import make_loader
 from vlm_distill.evaluation.left_out import reasons
 from vlm_distill.evaluation.question_source import evenly_spaced
+from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.losses import FeatureTerm, TermSums, wanted_features
 from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.processes import Processes
@@ -39,7 +39,7 @@ from .device_views import DeviceViews
 from .ema import Average
 from .loader import ImageBatch, ImageSteps
 from .optimizer import Schedule
-from .predict import in_words, predict
+from .predict import Inference, Labels, Predicted, in_words, predict
 from .task import AnyTerm, BatchTerm, ClassificationTask
 from .teacher import Teacher, open_cache
 
@@ -314,46 +314,53 @@ class Trainer(Loop):
         chosen: float | None = None
         problems: list[Problem] = []
         for source in self.held_out:
-            theirs: dict[int, Tensor] | None = None
+            theirs = None
             if final and self.teacher is not None and self.config.evaluation.teacher:
-                theirs = {}
-                scores = self._score(source, "teacher", self.teacher.classifier, final=True, logits=theirs)
-                tracker.say(f"teacher: {source.name}: {in_words(scores)}")
+                found = self._predict(source, "teacher", self.teacher.classifier, final=True)
+                theirs = found.logits
+                tracker.say(f"teacher: {source.name}: {in_words(found.scores)}")
             student = self.student if self.average is None else self.average.module
-            scores = self._score(source, "student", student, final=final, teacher=theirs, skipped=problems)
-            if scores["n"]:
-                plain = {key: value for key, value in scores.items() if isinstance(value, int | float)}
+            found = self._predict(source, "student", student, final=final, teacher=theirs)
+            problems += found.problems
+            if found.scores["n"]:
+                plain = {key: value for key, value in found.scores.items() if isinstance(value, int | float)}
                 tracker.log("eval", done, {"data": source.name, **plain, "seconds": time.monotonic() - self.began})
                 if source.name == self.config.evaluation.best:
-                    chosen = scores["exact"]
-            tracker.say(f"step {done}: {source.name}: {in_words(scores)}")
+                    chosen = found.scores["exact"]
+            tracker.say(f"step {done}: {source.name}: {in_words(found.scores)}")
         return chosen, problems
 
-    def _score(
-        self, source: LabelledImages, who: str, model: Classifier, *, final: bool, **more: Any
-    ) -> dict[str, Any]:
-        """Score a model on held-out images; at the end of the run also write its predictions."""
-        settings, processes = self.config.evaluation, self.processes
-        folder = self.folder / "evaluation" / source.name
+    def _predict(
+        self,
+        source: LabelledImages,
+        who: str,
+        model: Classifier,
+        *,
+        final: bool,
+        teacher: Mapping[int, Tensor] | None = None,
+    ) -> Predicted:
+        """Ask a model about held-out images; at the end of the run also write its answers."""
+        settings, training, processes = self.config.evaluation, self.config.training, self.processes
+        workers = min(self.config.data.workers, cores())
         mapped = map_classes(model.classes, None, source.classes, student_outputs=model.num_classes)
-        return predict(
+        found = predict(
             model,
             source,
-            batch_size=settings.batch_size,
-            workers=min(self.config.data.workers, cores()),
-            device=processes.device,
-            channels_last=self.config.training.channels_last,
-            dtype=self.dtype,
+            Inference(
+                settings.batch_size, workers, processes.device, training.channels_last, self.dtype, self.load_image
+            ),
+            Labels(None if mapped.labels is None else mapped.labels.tolist()),
             limit=None if final else settings.limit,
-            rank=processes.rank,
-            world=processes.world,
-            all_gather=processes.gather,
-            out=folder / who if final else None,
-            pictures=folder / "pictures" if final and who == "student" else None,
-            label_map=None if mapped.labels is None else mapped.labels.tolist(),
-            load=self.load_image,
-            **more,
+            ranks=RankShare(processes.rank, processes.world, processes.gather),
+            keep_logits=who == "teacher",
+            teacher=teacher,
         )
+        if final and processes.first:
+            folder = self.folder / "evaluation" / source.name
+            found.write(folder / who)
+            if who == "student":
+                found.write_gallery(folder / "pictures", self.load_image)
+        return found
 
 
 def _count_parameters(student: Classifier, teacher: Classifier | None) -> dict[str, int]:
