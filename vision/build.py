@@ -1,4 +1,4 @@
-"""The parts of a classification run, made from its configuration: losses, data, models, classes."""
+"""Make the parts of a classification run from its configuration: losses, data, models, classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .task import AnyTerm, BatchTerm
 
 @loss_mistakes()
 def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
-    """The loss's terms, named by their losses (and numbered where one loss stands twice)."""
+    """Build the terms, named after their losses (and numbered if a loss occurs twice)."""
     terms: list[AnyTerm] = []
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
@@ -46,7 +46,7 @@ def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
 
 
 def open_sources(sections: Sequence[Any]) -> list[LabelledImages]:
-    """The readers of a configuration's sources of labelled images."""
+    """Open a configuration's sources of labelled images."""
     return [open_images(**section.model_dump(exclude={"weight"}, exclude_none=True)) for section in sections]
 
 
@@ -55,7 +55,7 @@ def load_models(config: ClassifierConfig, classes: Sequence[str]) -> tuple[Class
 
     Args:
         config: the run.
-        classes: of the data, for a model that brings none of its own.
+        classes: the data's, for a model without class names of its own.
     """
     teacher = None if config.teacher is None else load_model(config.teacher, classes, "teacher")
     # After the teacher, so that a student starts from the same weights with and without one.
@@ -102,7 +102,7 @@ def pair_classes(sources: Sequence[LabelledImages], student: Classifier, teacher
 
 
 def load_model(section: ClassifierSection, classes: Sequence[str], role: str, **more: Any) -> Classifier:
-    """A classifier by its section; one without weights has an output for each of the data's classes."""
+    """Load a section's classifier; one without weights gets an output for each of the data's classes."""
     given = section.model_dump(exclude={"train", "cache"})
     fresh = not (section.pretrained or section.weights or Path(section.name).is_dir())
     if fresh and section.source == "timm" and section.num_classes is None:
@@ -118,10 +118,10 @@ def load_model(section: ClassifierSection, classes: Sequence[str], role: str, **
 
 @loss_mistakes()
 def prepare_losses(terms: Sequence[AnyTerm], student: Classifier, teacher: Classifier | None) -> None:
-    """Tells the losses the number of classes and the features' shapes, so that what they learn exists before training.
+    """Create the losses' own parameters, from the number of classes and the features' shapes.
 
     Raises:
-        UserError: a classifier cannot give what a loss reads.
+        UserError: a classifier lacks a feature that a loss reads.
     """
     for term in terms:
         if isinstance(term, Term):

@@ -1,6 +1,6 @@
-"""Scores of a classifier on labelled images, on any number of ranks: ``python -m vision.evaluate MODEL --data DIR``.
+"""Score a classifier on labelled images: ``python -m vision.evaluate MODEL --data DIR``.
 
-The launchers start it on several processes as they start training; each answers its share of the images.
+The launchers of a training start it on several ranks, each of which takes its share of the images.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class EvaluateOptions:
     num_classes: Annotated[int | None, typer.Option(min=1, help="Number of the model's outputs.")] = None
     teacher: Annotated[str | None, typer.Option(help="A classifier to agree with: folder or timm's name.")] = None
     teacher_weights: Annotated[str | None, typer.Option(help="File of weights for the teacher.")] = None
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for scores and predictions, such as RUN/evaluation.", file_okay=False)
-    ] = None
+    out: Annotated[Path | None, typer.Option(help="Folder for scores and predictions, such as RUN/evaluation.")] = None
     limit: Annotated[
         int | None, typer.Option(min=1, help="Ask about this many images, evenly spaced (of ImageNet-C: per folder).")
     ] = None
@@ -68,6 +66,10 @@ class EvaluateOptions:
         int | None, typer.Option(help="Processes that decode, of each rank; default: by cores, at most 8.")
     ] = None
     device: Annotated[str | None, typer.Option(help="Device; default: a GPU where there is one.")] = None
+
+    def __post_init__(self) -> None:
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out: {self.out} is a file; give a folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +104,7 @@ def run(options: EvaluateOptions) -> None:
         processes.close()
 
 
-#: A variant, and of ImageNet-C the corruption and severity.
+#: A variant, and for ImageNet-C the corruption and severity.
 _Part = tuple[imagenet.Variant, tuple[str, int] | None]
 
 
@@ -121,7 +123,7 @@ def _open(options: EvaluateOptions) -> list[_Part]:
 
 
 def _check_trained(options: EvaluateOptions) -> None:
-    """Raise ``UserError`` for the name of an architecture without weights: its scores would be of random numbers."""
+    """Raise ``UserError`` for an architecture without trained weights, whose scores would be meaningless."""
     import timm
 
     models = [
@@ -138,7 +140,7 @@ def _check_trained(options: EvaluateOptions) -> None:
 
 
 def _models(options: EvaluateOptions, device: torch.device) -> dict[str, Classifier]:
-    """The teacher first: the student is compared with its answers."""
+    """Load the models, the teacher first: the student is compared with its answers."""
     from .classifier import load_classifier
 
     models = {}
@@ -249,7 +251,7 @@ def _told(problem: Problem) -> str:
 
 
 def _label_map(source: LabelledImages, classifier: Classifier, variant: str | None) -> list[int] | None:
-    """The classifier's output of each of the source's classes."""
+    """Return the classifier's output for each of the source's classes."""
     if variant is not None:
         return imagenet.outputs(source.classes, classifier.classes)
     from .classes import map_classes

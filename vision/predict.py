@@ -1,4 +1,4 @@
-"""A classifier's answers to labelled images, on any number of ranks, and their scores."""
+"""Ask a classifier about labelled images, on any number of ranks, and score its answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .classifier import Classifier
     from .inputs import InputSettings
 
-# Pictures that are kept for the report: mostly of wrong answers, where models differ.
+# Pictures for the report: mostly of wrong answers, where models differ.
 _WRONG_PICTURES, _RIGHT_PICTURES = 60, 20
 
 
@@ -48,14 +48,14 @@ class _Item(NamedTuple):
 
 
 class _Fact(NamedTuple):
-    """What is known of a row: its image's key, and its right labels."""
+    """A row's image key and right labels."""
 
     key: str
     right: list[int]
 
 
 class _Batch(NamedTuple):
-    """uint8 ``[N, 3, H, W]`` with what is known of the N images, and those that cannot be read."""
+    """Pixels, uint8 ``[N, 3, H, W]``, and facts of N images; and the images that cannot be read."""
 
     rows: list[int]
     labels: list[int]
@@ -71,11 +71,11 @@ class Inference:
 
     Attributes:
         batch_size: images in a forward pass.
-        workers: processes that decode, of this rank; 0 decodes in this one.
+        workers: this rank's decoding processes; 0 decodes in this one.
         device: where the classifier is.
         channels_last: the memory format of the images.
-        dtype: of autocast in the forward passes; ``None`` computes in the weights' own.
-        load: decodes an image.
+        dtype: autocast's dtype; ``None`` computes in the weights' own.
+        load: function that decodes an image.
     """
 
     batch_size: int = 256
@@ -91,9 +91,9 @@ class Labels:
     """How a source's labels and a classifier's outputs belong together.
 
     Attributes:
-        outputs: of each of the source's labels, the classifier's output; ``None``: they are in the same order.
+        outputs: the classifier's output for each of the source's labels; ``None`` if they are in the same order.
         only_mapped: only these outputs compete; otherwise all that the classifier has.
-        references: all right labels of an image, where there may be several; ``BadSample`` leaves it out.
+        references: function that returns an image's right labels if there may be several, or raises ``BadSample``.
     """
 
     outputs: Sequence[int] | None = None
@@ -108,7 +108,7 @@ class Predicted:
     Attributes:
         scores: as :func:`vision.metrics.summarise`, with ``skipped``, reason to number.
         problems: the images that were left out.
-        logits: of this rank, if they were to be kept: float32 ``[K]`` of the source's K classes on the CPU, by row.
+        logits: this rank's, if they were kept: float32 ``[K]`` of the source's K classes on the CPU, by row.
     """
 
     scores: dict[str, Any]
@@ -142,14 +142,14 @@ class Predicted:
         return found
 
     def write(self, folder: Path) -> None:
-        """Write ``predictions.jsonl`` and ``scores.json`` into a folder, which is made."""
+        """Write ``predictions.jsonl`` and ``scores.json`` into a folder, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         write_predictions(folder / "predictions.jsonl", self.predictions())
         text = json.dumps(self.scores, indent=2, ensure_ascii=False)
         (folder / "scores.json").write_text(text + "\n", "utf-8")
 
     def write_gallery(self, folder: Path, load: Callable[[ImageSource], Image.Image] = load_image) -> None:
-        """Write small copies of some pictures that are no files of their own, mostly of wrong answers."""
+        """Write small copies of pictures that are not files of their own, mostly of wrong answers."""
         predictions = self.predictions()
         wrong = [prediction for prediction in predictions if not prediction.exact]
         right = [prediction for prediction in predictions if prediction.exact]
@@ -176,9 +176,9 @@ def predict(
     the number of ranks. Every rank makes the same number of forward passes. Images that cannot be read are left out.
 
     Args:
-        classifier: a ``vision.classifier.Classifier``, or what has its ``inputs``, ``classes`` and forward; on its
-            device. Its mode is put back to what it was.
-        source: images with labels; names of its classes that are ImageNet's synsets are written out.
+        classifier: a ``vision.classifier.Classifier``, or an object with its ``inputs``, ``classes`` and forward; on
+            its device. Its training mode is restored.
+        source: labelled images; ImageNet synsets among its class names are written as words.
         inference: how images are read and run.
         labels: how the source's labels and the classifier's outputs belong together.
         limit: ask only about this many images, evenly spaced over the source.
@@ -221,11 +221,11 @@ def predict(
 
 
 class _Scorer:
-    """Runs a classifier on batches, and keeps what is found of each.
+    """Runs a classifier on batches, and collects the results.
 
     Attributes:
         parts: answers, batch by batch.
-        facts: what is known of each row's image.
+        facts: by row.
         problems: images that could not be read.
         logits: float32 ``[K]`` of the source's classes by row, if they are to be kept.
         width: the classifier's number of outputs.
@@ -245,7 +245,7 @@ class _Scorer:
         self.only_mapped, self.keep_logits, self.teacher = only_mapped, keep_logits, teacher
         self.device, self.dtype = torch.device(inference.device), inference.dtype
         self.normalise = _Normalise(classifier.inputs, self.device, inference.channels_last)
-        # Ranks may wait for each other inside a forward pass: none leaves one out, and a blank image fills in.
+        # Ranks may wait for each other inside a forward pass, so an empty batch runs a blank image.
         self.blank = torch.zeros(1, 3, *classifier.inputs.size, dtype=torch.uint8)
         self.parts: list[Answers] = []
         self.facts: dict[int, _Fact] = {}
@@ -277,7 +277,7 @@ class _Scorer:
 
 
 def in_words(scores: Mapping[str, Any]) -> str:
-    """The overall scores of :func:`predict`, for a person."""
+    """Return the overall scores of :func:`predict` in words."""
     if not scores["n"]:
         return "no image could be read"
     text = f"top-1 {scores['exact']:.2%}, top-5 {scores['top5']:.2%} on {scores['n']:,} images"
@@ -285,7 +285,7 @@ def in_words(scores: Mapping[str, Any]) -> str:
 
 
 class _Views(Dataset[_Batch]):
-    """Batches of images as timm's evaluation has them, before they are normalised."""
+    """Batches of images in timm's view of evaluation, not normalised."""
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ class _Views(Dataset[_Batch]):
         references: Callable[[LabelledImage], Sequence[int]] | None,
     ) -> None:
         self.source, self.batches, self.load, self.references = source, batches, load, references
-        # Not normalised: bytes are a quarter of what floats are on their way to the device.
+        # Not normalised: bytes are a quarter of the size of floats on their way to the device.
         self.view = create_transform(
             (3, *inputs.size),
             interpolation=inputs.interpolation,
@@ -326,7 +326,7 @@ class _Views(Dataset[_Batch]):
 
 
 class _Normalise:
-    """uint8 to what the classifier takes: ``(x / 255 − mean) / std``, on the device."""
+    """Normalise uint8 images on the device: ``(x / 255 − mean) / std``."""
 
     def __init__(self, inputs: InputSettings, device: torch.device, channels_last: bool) -> None:
         self.device = device
@@ -349,7 +349,7 @@ def _evaluating(classifier: nn.Module) -> Iterator[None]:
 
 
 def _width(raw: Tensor, source: LabelledImages, outputs: Tensor) -> int:
-    """The classifier's number of outputs, if it is enough."""
+    """Return the classifier's number of outputs; raise ``UserError`` if there are too few."""
     width = raw.shape[-1]
     needed = int(outputs.max()) + 1
     if needed > width:
@@ -368,7 +368,7 @@ def _theirs(teacher: Mapping[int, Tensor], rows: Sequence[int]) -> Tensor:
 
 
 def _output_names(classifier: Classifier, names: Sequence[str], outputs: Tensor, width: int) -> dict[int, str]:
-    """Names of all outputs: the source's where it has the class, else the classifier's own, else the number."""
+    """Return the names of all outputs: the source's if it has the class, else the classifier's own, else numbers."""
     classes = classifier.classes
     own = [f"output {k}" for k in range(width)] if classes is None else imagenet.readable(classes)
     return dict(enumerate(own)) | dict(zip(outputs.tolist(), names, strict=True))

@@ -17,14 +17,14 @@ from .loader import ImageBatch
 
 
 class Teacher:
-    """A frozen classifier, its classes brought into the student's order, its logits kept on disk where asked.
+    """A frozen classifier with its classes in the student's order, and optionally a cache of its logits.
 
     Args:
         classifier: on its device.
         order: int64 ``[C]``, the teacher's output for each of the student's; ``None`` where they are the same.
-        features: what losses read beside the logits.
-        dtype: of autocast; ``None`` computes in float32.
-        cache: of its logits of fixed views.
+        features: names of the features that losses read.
+        dtype: autocast's dtype; ``None`` computes in float32.
+        cache: its logits of fixed views.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Teacher:
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Outputs:
-        """What it gives for normalised images ``[n, 3, H, W]`` of its own size."""
+        """Compute the outputs for normalised images ``[n, 3, H, W]`` of the teacher's own size."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
             logits, features, _ = self.classifier(images, self.features)
         return Outputs(logits if self.order is None else logits[:, self.order], features, None)
 
     def remembered(self, batch: ImageBatch, images: Tensor, first: int) -> Outputs:
-        """The same from the cache, which is filled where a batch is not in it yet; ``first`` is its first view."""
+        """Return the outputs from the cache, computing missing ones; ``first`` is the batch's first view."""
         assert self.cache is not None
         count = len(batch.images) // batch.samples
         checks = batch.checks.chunk(count)
@@ -68,13 +68,13 @@ def open_cache(
     teacher: Classifier,
     order: Tensor | None,
 ) -> TeacherCache:
-    """Open the cache of a run's teacher, or make it.
+    """Open the cache of a run's teacher, or create it.
 
     Args:
         config: the run, which names the folder.
         sources: the data's sources and their numbers of images.
-        student: whose classes and input size the logits are for.
-        teacher: whose logits are kept.
+        student: its classes and input size determine the logits.
+        teacher: the classifier whose logits are cached.
         order: the teacher's output for each of the student's; ``None`` where they are the same.
 
     Raises:

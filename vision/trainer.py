@@ -1,4 +1,4 @@
-"""Distilling a classifier: what the shared loop does with labelled images."""
+"""Train a classifier: the shared loop's hooks for labelled images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _CHECKED_IMAGES = 64
 
 
 def train(config: ClassifierConfig, processes: Processes, *, until: int | None = None) -> Path:
-    """Trains a classifier, evaluates it and its teacher, and exports it; returns the run's folder.
+    """Train a classifier, evaluate it and its teacher, and export it; return the run's folder.
 
     Args:
         config: the run.
@@ -55,13 +55,13 @@ def train(config: ClassifierConfig, processes: Processes, *, until: int | None =
         until: stop (with a checkpoint) after this many optimizer steps of the whole schedule.
 
     Raises:
-        UserError: the configuration asks for what cannot be.
+        UserError: the configuration cannot be run.
     """
     return Trainer(config, processes).run(until)
 
 
 class Trainer(Loop):
-    """Everything of a run, built in the order in which its mistakes are cheapest to find."""
+    """Trains a classifier. Whatever is cheap to check is checked first."""
 
     command, speed = "classify", "images_per_second"
     student: Classifier
@@ -111,7 +111,7 @@ class Trainer(Loop):
         self.engine = self._start_engine()
 
     def _open_held_out(self) -> None:
-        """Open ``data.eval``, and note what the best student is chosen by."""
+        """Open ``data.eval``, and set how the best student is chosen."""
         data, settings = self.config.data, self.config.evaluation
         self.load_image = partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
         self.held_out = open_sources(data.eval)
@@ -188,7 +188,7 @@ class Trainer(Loop):
             autocast=self.dtype is not None,
         )
         if training.channels_last and stage == 0:
-            # Not before: DeepSpeed broadcasts weights as they lie. ZeRO keeps them in flat memory, in the usual order.
+            # Not before: DeepSpeed broadcasts weights in memory order. ZeRO keeps them in flat, contiguous memory.
             self.student.to(memory_format=torch.channels_last)
         return engine
 
@@ -277,7 +277,7 @@ class Trainer(Loop):
             tracker.say(f"the teacher is right on {right} of the first {count} training images")
 
     def _teacher_accuracy(self, teacher: Teacher) -> tuple[int, int] | None:
-        """How many of some training images, without augmentation, it gets right."""
+        """Return how many of some training images, without augmentation, the teacher gets right, and their number."""
         steps = ImageSteps(
             self.dataset.mixture,
             self.student.inputs,
@@ -364,7 +364,7 @@ class Trainer(Loop):
 
 
 def _count_parameters(student: Classifier, teacher: Classifier | None) -> dict[str, int]:
-    """Return the numbers of parameters by role. Raises ``UserError`` where nothing would be trained."""
+    """Return the numbers of parameters by role; raise ``UserError`` if none would be trained."""
     counts = {
         "student": sum(p.numel() for p in student.parameters()),
         "trained": sum(p.numel() for p in student.parameters() if p.requires_grad),
