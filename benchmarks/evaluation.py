@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data.images import load_image
-from data.sources import open_source
+from data.opening import open_source
 from vlm_distill.demo import prepare
 from vlm_distill.evaluation.answering import Asking, evaluate
 from vlm_distill.evaluation.question_source import evenly_spaced

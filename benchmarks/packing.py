@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from data.batch import DistillationBatch
-from data.collate import Pair, collate, encode_pair
+from data.collate import collate
 from data.conversation import Conversation
+from data.encoding import Pair, encode_pair
 from vlm_distill import models
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models.interface import VisionLanguageModel

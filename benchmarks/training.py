@@ -46,7 +46,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm_distill.caching.fill_tokens import fill
+from vlm_distill.caching.fill import fill
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer

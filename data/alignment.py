@@ -1,4 +1,4 @@
-"""Which tokens of two models are compared: the same ones, or groups that spell the same text."""
+"""Align the supervised tokens of two models: the same tokens, or groups of tokens that spell the same text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import BadSample
 
 @dataclass(frozen=True)
 class _Token:
-    """A supervised token: its number among them, its id, and where in its piece of text it begins and ends."""
+    """A supervised token: its number among them, its id, and its span in its piece of text."""
 
     number: int
     id: int
@@ -25,20 +25,19 @@ class _Token:
 
 
 def match_tokens(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Find for each of the student's supervised tokens the teacher's, where both have one tokenizer.
+    """Match each of the student's supervised tokens with the teacher's, for models with the same tokenizer.
 
-    Tokens match that have the same id at the same place in the answers. An answer's own tokens must all match, but for
-    those of its first or last word where a template's blank, joined to that word, made other tokens of it in one model.
-    What only one template writes, and a thought that only one shows, has no counterpart. End tokens match in order.
+    Tokens match if they have the same id and the same span. All of an answer's own tokens must match, except in its
+    first or last word where white space of one model's template joins that word and so changes its tokens. Text that
+    only one template writes, and a thought that only one shows, has no counterpart. End tokens match in order.
 
     Args:
-        student: with ``places``.
-        teacher: with ``places``.
-        pieces: the texts that the places refer to.
+        student, teacher: with ``spans``.
+        pieces: the texts that the spans refer to.
 
     Returns:
-        int64 ``[n]`` indices in the student's row; int64 ``[n]`` in the teacher's row, any of its supervised tokens
-        where none matches; bool ``[n]``, whether one does.
+        int64 ``[n]``, indices of the student's supervised tokens; int64 ``[n]``, indices of the teacher's (an arbitrary
+        supervised one if none matches); bool ``[n]``, whether one matches.
 
     Raises:
         BadSample: the answers differ.
@@ -51,23 +50,24 @@ def match_tokens(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> t
         if piece >= 0:
             _check_text(piece, pieces[piece], mine, other, found)
         matches |= found
-    own, others = (row.supervised.nonzero().flatten() for row in (student, teacher))
+    own, others = (encoded.supervised.nonzero().flatten() for encoded in (student, teacher))
     numbers = [matches.get(number, len(others) - 1) for number in range(len(own))]
     distilled = torch.tensor([number in matches for number in range(len(own))], dtype=torch.bool)
     return own, others[numbers], distilled
 
 
-def _by_piece(role: str, row: Encoded) -> dict[int, list[_Token]]:
-    assert row.places is not None, f"the {role}'s processor does not say where its tokens stand in the answers"
+def _by_piece(role: str, encoded: Encoded) -> dict[int, list[_Token]]:
+    """Return the supervised tokens of each piece of text."""
+    assert encoded.spans is not None, f"the {role}'s processor gives no spans"
     found: dict[int, list[_Token]] = {}
-    ids, ends = row.input_ids[row.supervised].tolist(), row.ends[row.supervised].tolist()
-    for number, (token, (piece, start, stop), end) in enumerate(zip(ids, row.places.tolist(), ends, strict=True)):
+    ids, ends = encoded.input_ids[encoded.supervised].tolist(), encoded.ends[encoded.supervised].tolist()
+    for number, (token, (piece, start, stop), end) in enumerate(zip(ids, encoded.spans.tolist(), ends, strict=True)):
         found.setdefault(piece, []).append(_Token(number, token, start, stop, end))
     return found
 
 
 def _matches(ours: list[_Token], theirs: list[_Token]) -> dict[int, int]:
-    """Numbers of tokens with the same id at the same place, and of end tokens with the same id, in order."""
+    """Match the numbers of tokens with the same id and span, and of end tokens with the same id, in order."""
     waiting: dict[tuple[int, int, int], list[int]] = {}
     for token in reversed([token for token in theirs if not token.end]):
         waiting.setdefault((token.id, token.start, token.stop), []).append(token.number)
@@ -76,13 +76,13 @@ def _matches(ours: list[_Token], theirs: list[_Token]) -> dict[int, int]:
         same = waiting.get((token.id, token.start, token.stop))
         if same and not token.end:
             found[token.number] = same.pop()
-    ends = ([token for token in tokens if token.end] for tokens in (ours, theirs))
-    return found | {a.number: b.number for a, b in zip(*ends, strict=False) if a.id == b.id}
+    our_ends, their_ends = [token for token in ours if token.end], [token for token in theirs if token.end]
+    return found | {a.number: b.number for a, b in zip(our_ends, their_ends, strict=False) if a.id == b.id}
 
 
 def _check_text(piece: int, text: str, ours: list[_Token], theirs: list[_Token], found: dict[int, int]) -> None:
-    """Raise ``BadSample`` where a text's own tokens differ for another reason than a template's blank."""
-    mine, other = ([token for token in tokens if not token.end] for tokens in (ours, theirs))
+    """Raise ``BadSample`` if a text's own tokens differ, unless white space of a template explains it."""
+    mine, other = [token for token in ours if not token.end], [token for token in theirs if not token.end]
     thought = piece % 2 == 0
     if not mine or not other:
         if bool(mine) != bool(other) and not thought:
@@ -91,7 +91,7 @@ def _check_text(piece: int, text: str, ours: list[_Token], theirs: list[_Token],
         return
     words = text.split()
     first_word, last_word = (len(words[0]), len(text) - len(words[-1])) if words else (0, 0)
-    # A blank of the template's, or one that it trims, is part of the outermost token of one model alone.
+    # White space that one template writes or trims is part of the outermost token of one model only.
     opens_alike, closes_alike = mine[0].start == other[0].start, mine[-1].stop == other[-1].stop
     for tokens, known in ((mine, found.keys()), (other, set(found.values()))):
         for token in tokens:
@@ -102,7 +102,7 @@ def _check_text(piece: int, text: str, ours: list[_Token], theirs: list[_Token],
 
 
 def difference_of(student: list[int], teacher: list[int]) -> str:
-    """Say where two lists of ids differ first."""
+    """Describe the first difference between two lists of ids."""
     for k, (mine, other) in enumerate(zip(student, teacher, strict=False), 1):
         if mine != other:
             return f"token {k} is {mine} for the student, {other} for the teacher"
@@ -110,23 +110,31 @@ def difference_of(student: list[int], teacher: list[int]) -> str:
 
 
 def group_tokens(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Cut both models' answers wherever both have a boundary between tokens.
+    """Group tokens that spell the same text: cut both answers wherever both models have a token boundary.
 
-    A boundary lies where a token ends and the next one begins at or after that character: pieces of one character,
-    which byte-level tokenizers make, overlap and have none between them. Boundaries of both models meet at the same
-    character, or else in the same white space, which some tokenizers write with the word after it, some with the word
-    before, and some not at all: "blue | green" meets "blue|  green". The first end tokens of both models meet, whatever
-    they are.
+    There is a boundary where a token ends and the next one begins at or after that character. (Byte-level tokenizers
+    may split a character; its tokens overlap and have no boundary between them.) Two boundaries match at the same
+    character, or else within the same white space, which some tokenizers attach to the next word, some to the previous
+    one, and some drop. The first end tokens of both models match, whatever they are.
+
+    Example: the answer ``red green``, which the student encodes as ``re|d| green|<end>`` and the teacher as
+    ``r|ed |gree|n|</s>``. Both have a boundary in the white space between the words and one before the end token::
+
+        student   re  d | ␣green | <end>       tokens 0 1 | 2   | 3
+        teacher   r  ed␣ | gree n | </s>       tokens 0 1 | 2 3 | 4
+
+        group_tokens(student, teacher, ["", "red green"])
+        # student: [[0, 2], [2, 3], [3, 4]]
+        # teacher: [[0, 2], [2, 4], [4, 5]]
 
     Args:
-        student: with ``places``.
-        teacher: with ``places``.
-        pieces: the texts that the places refer to.
+        student, teacher: with ``spans``.
+        pieces: the texts that the spans refer to.
 
     Returns:
-        int64 ``[G, 2]`` for the student and for the teacher: number of a group's first supervised token, and the one
-        after its last. Tokens in no group: end tokens beyond the first, or where the other model has none; an answer's
-        beginning where only one model's tokens cover it; what a template writes beside blanks; a thought that only one
+        int64 ``[G, 2]`` for the student and for the teacher: the number of a group's first supervised token, and of its
+        last + 1. These tokens are in no group: end tokens after the first, or that the other model lacks; an answer's
+        beginning that only one model's tokens cover; text of a template other than white space; a thought that only one
         model is shown.
 
     Raises:
@@ -136,13 +144,9 @@ def group_tokens(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> t
     found: list[Group] = []
     for piece in sorted(number for number in ours.keys() | theirs.keys() if number >= 0):
         mine, other = ours.get(piece, []), theirs.get(piece, [])
-        silent = [
-            role
-            for role, tokens in (("student", mine), ("teacher", other))
-            if all(token.end for token in tokens) and pieces[piece]
-        ]
-        if silent and piece % 2 and len(silent) < 2:
-            raise BadSample("misaligned", f"answer {piece // 2 + 1}: no token for the {silent[0]}")
+        # Odd pieces are answers; a thought may be missing from one model.
+        if piece % 2 and pieces[piece]:
+            _check_both_have_tokens(piece, mine, other)
         if mine and other:
             found += _groups(pieces[piece], mine, other)
     groups = torch.tensor(found, dtype=torch.int64).reshape(-1, 2, 2)
@@ -152,19 +156,28 @@ def group_tokens(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> t
 Group = tuple[tuple[int, int], tuple[int, int]]
 
 
+def _check_both_have_tokens(piece: int, student: list[_Token], teacher: list[_Token]) -> None:
+    """Raise ``BadSample`` if exactly one of the models has no token of an answer but end tokens."""
+    without = [
+        role for role, tokens in (("student", student), ("teacher", teacher)) if all(token.end for token in tokens)
+    ]
+    if len(without) == 1:
+        raise BadSample("misaligned", f"answer {piece // 2 + 1}: no token for the {without[0]}")
+
+
 def _groups(text: str, student: list[_Token], teacher: list[_Token]) -> Iterator[Group]:
-    """One text's groups."""
-    both_end = all(any(token.end for token in tokens) for tokens in (student, teacher))
+    """Yield the groups of one text."""
+    both_end = any(token.end for token in student) and any(token.end for token in teacher)
     ours, theirs = _compared(student, both_end), _compared(teacher, both_end)
     if not ours or not theirs:
         return
     before = [0, *accumulate(not character.isspace() for character in text)]
 
-    def gap(place: int) -> int:
-        """The white space around a place, by how many other characters come before."""
-        return before[min(max(place, 0), len(text))]
+    def gap(character: int) -> int:
+        """Identify the white space around a character by the number of other characters before it."""
+        return before[min(max(character, 0), len(text))]
 
-    cuts = [(0, 0), *_meetings(_boundaries(ours), _boundaries(theirs), gap), (len(ours), len(theirs))]
+    cuts = [(0, 0), *_matching(_boundaries(ours), _boundaries(theirs), gap), (len(ours), len(theirs))]
     if gap(ours[0].start) != gap(theirs[0].start):
         cuts = cuts[1:]
     for (a, b), (c, d) in pairwise(cuts):
@@ -172,27 +185,28 @@ def _groups(text: str, student: list[_Token], teacher: list[_Token]) -> Iterator
 
 
 def _compared(tokens: list[_Token], with_end: bool) -> list[_Token]:
-    """An answer's own tokens, and with them its first end token."""
+    """Return an answer's own tokens, and with ``with_end`` its first end token."""
     own = [token for token in tokens if not token.end]
     return own + [token for token in tokens if token.end][:1] if with_end else own
 
 
 def _boundaries(tokens: list[_Token]) -> list[tuple[int, int]]:
-    """The number of the token after each boundary, and its place."""
+    """Return each boundary: the number of the token after it, and its character."""
     return [(i, a.stop) for i, (a, b) in enumerate(pairwise(tokens), 1) if b.start >= a.stop]
 
 
-def _meetings(
+def _matching(
     ours: list[tuple[int, int]], theirs: list[tuple[int, int]], gap: Callable[[int], int]
 ) -> Iterator[tuple[int, int]]:
-    """Boundaries that meet, as the numbers of the tokens after them: at the same place, or once in the same gap."""
+    """Yield matching boundaries, as the numbers of the tokens after them: at the same character, or one per gap."""
     by_gap: dict[int, dict[int, int]] = {}
-    for i, place in theirs:
-        by_gap.setdefault(gap(place), {}).setdefault(place, i)
+    for i, character in theirs:
+        by_gap.setdefault(gap(character), {}).setdefault(character, i)
     for key, group in groupby(ours, key=lambda boundary: gap(boundary[1])):
-        here, there = {place: i for i, place in reversed(list(group))}, by_gap.get(key, {})
+        here, there = {character: i for i, character in reversed(list(group))}, by_gap.get(key, {})
         same = sorted(here.keys() & there.keys())
         if same:
-            yield from ((here[place], there[place]) for place in same)
+            for character in same:
+                yield here[character], there[character]
         elif there:
             yield here[min(here)], there[min(there)]

@@ -1,7 +1,8 @@
-"""Between a sample and a step: encoded samples, micro-batches with both models' rows, whole optimizer steps."""
+"""What collation passes on: encoded samples, micro-batches for both models, and whole optimizer steps."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,21 +15,24 @@ from vlm_distill.losses.groups import TokenGroups
 
 from .conversation import Conversation, Document
 
+#: A sample of a mixture: the number of its source, and its index in that source.
+SampleId = tuple[int, int]
+
 
 @dataclass
 class Encoded:
     """A sample as one model receives it.
 
     Attributes:
-        input_ids: int64 ``[L]``; image tokens are already there in their full number.
+        input_ids: int64 ``[L]``, with all image tokens.
         supervised: bool ``[L]``; true at the tokens of the assistant's answers and at their end tokens.
         ends: bool ``[L]``; true at the end tokens among the supervised ones.
         images: number of images in the sample (a processor may expand one into several tiles).
         tensors: everything else the model's collation needs, such as ``pixel_values``.
-        places: int64 ``[n, 3]`` for the n supervised tokens in order: the number of a piece of text
-            (:func:`~data.conversation.answer_pieces`), and where in it the token begins and ends, in characters. Blanks
-            and end tokens that the template adds lie below 0 or beyond the piece's end. Other text of the template has
-            −1 − number of a piece next to it. Needed where there are two models; ``None`` where it is not known.
+        spans: int64 ``[n, 3]``, where each of the n supervised tokens is in the answers' text: the number of a piece
+            of text (:func:`~data.conversation.answer_pieces`), and the token's first and last + 1 character in it.
+            White space and end tokens that the template adds are below 0 or beyond the piece's end. Other text of the
+            template has −1 − (the number of a neighbouring piece). Needed to align two models; ``None`` if unknown.
     """
 
     input_ids: Tensor
@@ -36,68 +40,101 @@ class Encoded:
     ends: Tensor
     images: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    places: Tensor | None = None
+    spans: Tensor | None = None
 
 
 class ModelInputs(dict[str, Tensor]):
-    """Every tensor a model's forward takes, by name: ids, masks, positions, pixels."""
+    """All tensors that a model's forward takes, by name: ids, masks, positions, pixels."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ModelInputs:
-        """Moved to a device; floating-point tensors cast to ``dtype`` when one is given."""
-        return ModelInputs(
-            {
-                k: v.to(device, dtype if dtype is not None and v.is_floating_point() else v.dtype, non_blocking=True)
-                for k, v in self.items()
-            }
-        )
+        """Return the inputs on a device, floating-point tensors cast to ``dtype`` if one is given."""
+        moved = ModelInputs()
+        for name, tensor in self.items():
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            moved[name] = tensor.to(device, wanted, non_blocking=True)
+        return moved
 
 
 class Processor(Protocol):
-    """What collation needs of a model's processor (``vlm_distill.models.interface.Processor`` is one)."""
+    """What collation needs from a model's processor (``vlm_distill.models.interface.Processor`` is one)."""
 
     has_vision: bool
-    #: Whether the model wants all samples that share a row in one.
+    #: Whether the model wants all packed samples in a single row.
     one_row: bool
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        """Token ids with the supervised ones marked. Raises ``BadSample`` where the sample does not fit the model."""
+        """Return token ids with the supervised ones marked. Raise ``BadSample`` if the sample does not fit the model.
+
+        Example: the question "What is it?" with one image, answered "A cat.", under a template that writes
+        ``<user>…<bot>…<end>`` and an image of four tokens::
+
+            text        <user>  <img> ×4  What is it?  <bot>  A cat .  <end>
+            supervised  no      no        no           no     yes      yes
+            ends        no      no        no           no     no       yes
+            spans                                             (1, 0, 1), (1, 1, 5), (1, 5, 6), (1, 6, 11)
+
+        Piece 1 is the text of the first answer (piece 0 is its thought), and its six characters are ``A cat.``
+        """
         ...
 
     def encode_document(self, document: Document) -> Encoded:
-        """Token ids of plain text, all supervised but the first."""
+        """Return the token ids of plain text, all supervised but the first."""
         ...
 
     def dummy(self) -> Encoded:
-        """A row with one blank image (no image for a text model) and no supervised token."""
+        """Return a sample with one blank image (none for a text model) and no supervised token."""
         ...
 
     def image_tokens(self, sample: Encoded) -> Tensor:
-        """Bool ``[L]``: which tokens of an encoded sample with images stand for them."""
+        """Return a bool ``[L]``: which tokens of an encoded sample are image tokens."""
         ...
 
     def join(self, samples: Sequence[Encoded]) -> Encoded:
-        """Samples in one row, which a model that can tells apart."""
+        """Concatenate samples into one row, in which the model keeps them apart."""
         ...
 
     def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
-        """Samples padded on the right into one batch; ``input_ids`` is ``[B, L]``."""
+        """Pad samples on the right into one batch; ``input_ids`` is ``[B, L]``."""
         ...
+
+
+class RecordedProcessor(Processor):
+    """Looks samples up instead of encoding them: stands in for the processor of a teacher whose outputs are cached.
+
+    Its samples are never packed: records are counted in the order of the pairs.
+    """
+
+    @abstractmethod
+    def at(self, sample_id: SampleId) -> RecordedSample:
+        """Return the processor of one sample."""
+
+
+class RecordedSample(Processor):
+    """Looks up one sample."""
+
+    @abstractmethod
+    def answer(self, number: int, conversation: Conversation, images: Sequence[Image.Image]) -> Processor:
+        """Return the processor of one answer, for conversations whose answers are samples of their own."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a part of a micro-batch comes from.
+    """Which tokens of which sample a part of a micro-batch holds.
 
     Attributes:
-        source, row: the sample's, as the mixture numbers them.
-        start: supervised tokens of the sample before this part: a piece of a document, or an answer.
-        tokens: supervised tokens of the teacher's row of it (of the student's without a teacher).
+        source, index: identify the sample (:data:`SampleId`).
+        start: number of the sample's supervised tokens before this part (a piece of a document, or an answer).
+        tokens: number of supervised tokens in this part, for the teacher (for the student without a teacher).
     """
 
     source: int
-    row: int
+    index: int
     start: int
     tokens: int
+
+    @property
+    def sample_id(self) -> SampleId:
+        return self.source, self.index
 
 
 @dataclass
@@ -105,13 +142,13 @@ class ModelBatch:
     """One model's side of a micro-batch.
 
     Attributes:
-        inputs: what its forward takes.
+        inputs: the arguments of its forward.
         positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the token before each supervised token,
             that is, of the hidden state that predicts it.
-        images: int64 ``[images]``, where the samples' images, in the samples' order, stand among those of the inputs.
-            Dummy rows' images are not among them.
-        image_tokens: int64, the same of the images' tokens.
-        tokens: tokens of samples and dummy rows, padding not counted.
+        images: int64 ``[images]``, indices of the samples' images, in the samples' order, among those of the inputs.
+            Images of dummy rows are left out.
+        image_tokens: int64, the same for the images' tokens.
+        tokens: number of tokens of samples and dummy rows, without padding.
     """
 
     inputs: ModelInputs
@@ -131,20 +168,20 @@ class ModelBatch:
 class DistillationBatch:
     """A micro-batch: the k-th position of the student and of the teacher predict the same answer token.
 
-    With ``groups`` the teacher has positions of its own number, and groups of positions are compared.
+    With ``groups``, the teacher has its own number of positions, and groups of positions are compared.
 
     Attributes:
-        student: the student's rows.
-        teacher: the teacher's rows; ``None`` when training without one.
+        student: the student's side.
+        teacher: the teacher's side; ``None`` when training without one.
         targets: int64 ``[N]``, the student's supervised token ids.
-        distilled: bool ``[N]``; false where only the end tokens differ and the loss to the teacher is left out.
+        distilled: bool ``[N]``; false where only the end tokens differ, which are not distilled.
         sample_of: int64 ``[N]``, ascending: the number of the sample (or piece of a document) each target belongs to.
-        samples: number of real samples (dummy rows not counted).
-        images: number of their images; dummy rows' images are not among them.
-        groups: what is compared where the tokenizers differ, otherwise ``None``.
-        origins: where the teacher's positions come from, in their order.
-        drawn: whether the answers are the student's own, which no loss may take for right ones.
-        conversations: what the rows are of, with decoded images, where that was asked for.
+        samples: number of real samples, without dummies.
+        images: number of their images, without those of dummies.
+        groups: the groups to compare if the tokenizers differ, otherwise ``None``.
+        origins: the samples behind the teacher's positions, in the same order.
+        drawn: whether the student drew the answers, so that no loss may treat them as correct.
+        conversations: the conversations behind the pairs, with decoded images, if these were requested.
     """
 
     student: ModelBatch
@@ -161,7 +198,7 @@ class DistillationBatch:
 
     @property
     def teacher_targets(self) -> Tensor:
-        """The tokens that the teacher's positions predict."""
+        """The token ids that the teacher's positions predict."""
         return self.targets if self.groups is None else self.groups.teacher_targets
 
     def to(self, device: torch.device | str) -> DistillationBatch:
@@ -178,7 +215,7 @@ class DistillationBatch:
 
 @dataclass(frozen=True)
 class Problem:
-    """A sample that was left out: where it stands and why."""
+    """A sample that was left out: its source, its line in the source, and the reason."""
 
     source: str
     line: int
@@ -192,24 +229,25 @@ class Step:
 
     Attributes:
         index: the optimizer step, counted from 0 through all epochs.
-        batches: this rank's micro-batches, the same number on every rank; each has ``to``.
+        batches: this rank's micro-batches, the same number on every rank; each has a method ``to``.
         problems: samples of this rank that were left out of this step.
-        rows: rows of the data that this rank's share was made of, those left out included.
-        tokens: (of text) student tokens of this rank, padding not counted.
-        samples: the conversations behind ``batches``, micro-batch by micro-batch (only where asked for).
+        consumed: number of this rank's samples, those left out included.
+        tokens: number of the student's tokens on this rank, without padding (image-text data only).
+        conversations: the conversations and images behind ``batches``, by micro-batch, if these were requested.
     """
 
     index: int
     batches: list[Any]
     problems: list[Problem] = field(default_factory=list)
-    rows: int = 0
+    consumed: int = 0
     tokens: int = 0
-    samples: list[list[Any]] = field(default_factory=list)
+    conversations: list[list[Any]] = field(default_factory=list)
 
     def counts(self) -> Mapping[str, int]:
-        """Of image-text batches: images and supervised tokens of this rank, those (or groups) of them distilled."""
-        return {
-            "supervised": sum(len(b.targets) for b in self.batches),
-            "distilled": sum(int(b.distilled.sum()) if b.groups is None else len(b.groups) for b in self.batches),
-            "images": sum(b.images for b in self.batches),
-        }
+        """Count the images, supervised tokens and distilled tokens (or groups) of this rank's image-text batches."""
+        counts = {"supervised": 0, "distilled": 0, "images": 0}
+        for batch in self.batches:
+            counts["supervised"] += len(batch.targets)
+            counts["distilled"] += int(batch.distilled.sum()) if batch.groups is None else len(batch.groups)
+            counts["images"] += batch.images
+        return counts

@@ -1,4 +1,4 @@
-"""Labelled images: class folders, lists, tars, Hugging Face data sets, CIFAR and IDX files as one kind of source."""
+"""Open labelled images: class folders, lists, tars, Hugging Face data sets, CIFAR and IDX files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from .datasets_library import open_dataset
 from .errors import BadSample, UserError
+from .huggingface import without_media
 from .image_arrays import is_cifar, is_idx, open_cifar, open_idx
 from .image_lists import ANNOTATIONS, open_list
 from .image_values import images_of
@@ -28,8 +29,7 @@ from .labelled import (
     labels_of,
     read_classes,
 )
-from .places import SPLITS, check_regular, choose_split
-from .sources import without_media
+from .paths import SPLITS, check_regular, choose_split, folder_of
 from .tar_images import TarImages
 from .tars import find_shards, is_shard_pattern
 
@@ -51,21 +51,21 @@ def open_images(
     image_key: str | None = None,
     label_key: str | None = None,
 ) -> LabelledImages:
-    """A source of labelled images by its path, or its name on the Hugging Face hub.
+    """Open a source of labelled images by its path or its name on the Hugging Face hub.
 
     Args:
         path: a folder of class folders; a ``.txt`` or ``.csv`` list; a tar file, a folder of them, or a pattern with
             ``*`` or ``{000..099}``; a Hugging Face data set; a folder with the files of CIFAR, or with IDX files.
-        format: one of :data:`FORMATS`; ``auto`` looks at what is there.
-        split: which part, where there are several; ``val``, ``valid`` and ``validation`` mean the same.
-        config: which configuration of a Hugging Face data set.
-        name: what reports call the source; by default the name of the folder or file.
-        limit: only so many rows, evenly spaced; the classes remain those of all.
+        format: one of :data:`FORMATS`; ``auto`` looks at the files.
+        split: the split, if there are several; ``val``, ``valid`` and ``validation`` mean the same.
+        config: the configuration of a Hugging Face data set.
+        name: the name in reports; by default that of the folder or file.
+        limit: use only ``limit`` images, evenly spaced; the classes remain those of all.
         image_key: the column, or the field of a WebDataset sample, that holds the image.
         label_key: the column, field, or key in the field ``json``, that holds the label.
 
     Raises:
-        UserError: nothing is there, it holds no labelled images, or its format or split is not clear.
+        UserError: the path does not exist, holds no labelled images, or its format or split is ambiguous.
     """
     given, path = str(path), Path(path)
     if limit is not None and limit < 1:
@@ -95,8 +95,7 @@ def _open(
     title = name or _title(path, given)
     if kind == "huggingface":
         dataset = open_dataset(path, given, split, config)
-        base = path if path.is_dir() else path.parent if path.exists() else Path()
-        return HuggingFaceImages(dataset, title, base, given, image_key, label_key)
+        return HuggingFaceImages(dataset, title, folder_of(path), given, image_key, label_key)
     if kind == "tar":
         shards = find_shards(path, given, split)
         classes = read_classes(shards[0].parent / "classes.txt")
@@ -109,11 +108,11 @@ def _open(
     return reader(path, title, split=split)
 
 
-# What is there.
+# Formats.
 
 
 def _format(path: Path, given: str, format: str) -> str:
-    """The reader for what the path names."""
+    """Return which reader the path needs."""
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r} of images for {given}; known are {', '.join(FORMATS)}")
     suffix = path.suffix[1:].lower()
@@ -141,12 +140,11 @@ def _format_of_folder(folder: Path, given: str) -> str:
     if len(kinds) > 1:
         raise UserError(f"{given} may be read as {' or '.join(kinds)}; set `format` to one of them")
     if not kinds and any(is_image_name(entry.name) for entry in os.scandir(folder)):
-        lists = sorted(
-            entry.name for entry in os.scandir(folder) if _SUFFIXES.get(entry.name.rpartition(".")[2]) == "list"
-        )
-        remedy = (
-            f"name the list, such as {folder / lists[0]}" if lists else "write a list of them with labels, and name it"
-        )
+        names = sorted(entry.name for entry in os.scandir(folder))
+        lists = [name for name in names if _SUFFIXES.get(name.rpartition(".")[2]) == "list"]
+        remedy = "write a list of them with labels, and name it"
+        if lists:
+            remedy = f"name the list, such as {folder / lists[0]}"
         raise UserError(f"images of {given} are in no class folders; {remedy}")
     if not kinds:
         raise UserError(f"no images found in {given}; looked for {_known()}")
@@ -158,7 +156,7 @@ def _known() -> str:
 
 
 def _kinds(folder: Path) -> list[str]:
-    """The formats that a folder may be read in."""
+    """Return the formats in which a folder could be read."""
     kinds = {name for name, is_there in (("cifar", is_cifar), ("idx", is_idx)) if is_there(folder)}
     for entry in os.scandir(folder):
         if entry.name in ("state.json", "dataset_dict.json"):
@@ -166,7 +164,7 @@ def _kinds(folder: Path) -> list[str]:
         elif entry.name.startswith("."):
             continue
         elif entry.is_dir():
-            # The first file that is known tells for the whole folder, which may hold a million.
+            # The first file of a known kind decides for the whole folder, which may hold a million.
             names = (_kind_of(name) for name in _files(entry.path, "", (os.path.realpath(entry.path),)))
             kind = next((kind for kind in names if kind), None)
             kinds |= {kind} if kind else set()
@@ -176,9 +174,11 @@ def _kinds(folder: Path) -> list[str]:
 
 
 def _kind_of(name: str) -> str | None:
-    """What a file in a folder speaks for. Lists do not: they are named themselves."""
+    """Return the format that a file suggests for its folder. Lists suggest none: they are named directly."""
+    if is_image_name(name):
+        return "folder"
     kind = _SUFFIXES.get(name.rpartition(".")[2].lower())
-    return "folder" if is_image_name(name) else kind if kind != "list" else None
+    return None if kind == "list" else kind
 
 
 def _title(path: Path, given: str) -> str:
@@ -195,14 +195,14 @@ def _title(path: Path, given: str) -> str:
 
 
 def open_folder(folder: Path, name: str, *, split: str | None = None) -> PathImages:
-    """``folder/class/…/image``, or ``folder/split/class/…/image``; classes by :func:`data.labelled.class_order`.
+    """Open ``folder/class/…/image`` or ``folder/split/class/…/image``; see :func:`data.labelled.class_order`.
 
     Raises:
-        UserError: there are no images, or the split is not clear.
+        UserError: there are no images, or the split is ambiguous.
     """
-    inside = _folders(folder)
-    splits = [one for one in inside if one in SPLITS or one == split]
-    if split or len(splits) > 1 or (splits and splits == inside):
+    folders = _folders(folder)
+    splits = [one for one in folders if one in SPLITS or one == split]
+    if split or len(splits) > 1 or (splits and splits == folders):
         if not splits:
             raise UserError(f"{folder} has no folder {split!r}; leave `split` out if its folders are the classes")
         folder = folder / choose_split(str(folder), split, splits)
@@ -212,11 +212,8 @@ def open_folder(folder: Path, name: str, *, split: str | None = None) -> PathIma
     paths: list[str] = []
     numbers = np.zeros(len(classes), np.int64)
     for number, one in enumerate(classes):
-        found = sorted(
-            path
-            for path in _files(os.path.join(folder, one), f"{one}/", (os.path.realpath(folder / one),))
-            if is_image_name(path)
-        )
+        inside = _files(os.path.join(folder, one), f"{one}/", (os.path.realpath(folder / one),))
+        found = sorted(filter(is_image_name, inside))
         paths += found
         numbers[number] = len(found)
     if not paths:
@@ -233,12 +230,12 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Paths of files below a folder, hidden ones left out; from the listing alone, without a look at any file."""
+    """Yield the paths of files below a folder, without hidden ones, from directory listings alone."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            # Of a link with the name of an image nobody asks where it leads: that would cost a look at the disk.
+            # A link named like an image is not followed: that would cost an access to the disk.
             if (is_image_name(entry.name) and not entry.is_dir(follow_symlinks=False)) or not entry.is_dir():
                 yield prefix + entry.name
             else:
@@ -252,13 +249,13 @@ def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 class HuggingFaceImages(LabelledImages):
-    """Rows of a ``datasets.Dataset`` with a column of images, which stay encoded, and a column of labels.
+    """A ``datasets.Dataset`` with a column of images, which stay encoded, and a column of labels.
 
     Args:
-        dataset: the data set; its own format and transforms are not used.
-        name: what reports call the source.
-        folder: what relative image paths start from.
-        given: how the person named the data, for errors.
+        dataset: the data set; its own format and transforms are ignored.
+        name: the name in reports.
+        folder: the folder that relative image paths start from.
+        given: the path or name as the user wrote it, for errors.
         image_key: the column of images; by default the only one of the type ``Image``.
         label_key: the column of labels (``ClassLabel``, numbers or names); by default the only ``ClassLabel``.
 
@@ -284,7 +281,8 @@ class HuggingFaceImages(LabelledImages):
         values = dataset.with_format("arrow").select_columns([label])[:][label].to_pylist()
         names = getattr(dataset.features[label], "names", None)
         if names is not None:
-            self._labels = Labels(np.array([-1 if v is None else v for v in values], dtype=np.int64), names)
+            numbers = [-1 if value is None else value for value in values]
+            self._labels = Labels(np.array(numbers, dtype=np.int64), names)
         elif all(value is None or isinstance(value, str | int) for value in values):
             self._labels = labels_of([None if value is None else str(value) for value in values], None)
         else:
@@ -294,22 +292,22 @@ class HuggingFaceImages(LabelledImages):
         self.classes = self._labels.classes
         images = dataset.select_columns([self._image])
         self._features = without_media(images.features)
-        self._rows = images.with_format("arrow")
+        self._table = images.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, row: int) -> LabelledImage:
-        row = range(len(self))[row]
-        label = self._labels[row]
-        images = images_of(self._rows[row][self._image].to_pylist()[0], self._folder)
+    def __getitem__(self, index: int) -> LabelledImage:
+        index = range(len(self))[index]
+        label = self._labels[index]
+        images = images_of(self._table[index][self._image].to_pylist()[0], self._folder)
         if len(images) != 1:
             raise BadSample("sample without image" if not images else "several images", f"column {self._image!r}")
         return LabelledImage(images[0], label)
 
 
 def _column(features: Any, given: str, key: str | None, kind: str, option: str) -> str:
-    """The column of a kind, or the one that the person names."""
+    """Return the only column of a kind, or the one that the user names."""
     if key is not None:
         if key not in features:
             raise UserError(f"{given} has no column {key!r}; set {option} to one of {', '.join(features)}")

@@ -1,4 +1,4 @@
-"""Samples to micro-batches: both models' encodings, aligned, packed, and rows put together."""
+"""Put encoded samples into micro-batches: rows padded or packed, and everything indexed in the pairs' order."""
 
 from __future__ import annotations
 
@@ -10,96 +10,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm_distill.caching.token_records import CachedRow, CachedRows, compact
 from vlm_distill.losses.groups import TokenGroups
 
-from .alignment import difference_of, group_tokens, match_tokens
-from .batch import DistillationBatch, Encoded, ModelBatch, Origin, Processor
-from .conversation import Conversation, Document, answer_pieces, count_images, is_answer
-from .errors import BadSample
-
-
-@dataclass(frozen=True)
-class Turns:
-    """What of a conversation is learnt, and how long it may be besides its whole length.
-
-    Attributes:
-        last_only: only the last supervised answer is; earlier ones are context.
-        split: each supervised answer is a sample of its own, with what came before as its context.
-        max_prompt: the most tokens before the last answer, in either model; ``None``: any number.
-        max_response: the most tokens of the last answer, its end tokens counted.
-        ends: whether end tokens are learnt; not those that a template writes after an answer that was cut.
-    """
-
-    last_only: bool = False
-    split: bool = False
-    max_prompt: int | None = None
-    max_response: int | None = None
-    ends: bool = True
-
-    def parts(
-        self, conversation: Conversation, images: Sequence[Image.Image]
-    ) -> list[tuple[Conversation, Sequence[Image.Image]]]:
-        """Return the conversation as it is encoded: once, or with ``split`` up to each supervised answer.
-
-        Raises:
-            BadSample: with ``split``, no answer is supervised.
-        """
-        if not self.split:
-            return [(conversation, images)]
-        answers = [k for k, message in enumerate(conversation.messages) if is_answer(message)]
-        if not answers:
-            raise BadSample("no supervised token", "every answer is masked")
-        found = []
-        for k in answers[-1:] if self.last_only else answers:
-            messages = conversation.messages[: k + 1]
-            count = count_images(messages)
-            part = replace(conversation, messages=messages, images=conversation.images[:count])
-            found.append((part, images[:count]))
-        return found
-
-
-EVERY_ANSWER = Turns()
-
-
-@dataclass
-class Pair:
-    """One conversation, or a piece of a document, as both models receive it.
-
-    Attributes:
-        student: the student's row.
-        teacher: the teacher's row; ``None`` when training without one.
-        student_tokens: int64 ``[n]``, indices of the supervised tokens in the student's row.
-        teacher_tokens: int64 ``[n]``, indices in the teacher's row of the tokens they are aligned with; the same as
-            ``student_tokens`` without a teacher. With ``groups``: ``[m]``, of all of the teacher's supervised tokens.
-        distilled: bool ``[n]``; false where student and teacher expect different end tokens, or in no group.
-        groups: int64 ``[G, 2]`` of both models, as :func:`~data.alignment.group_tokens` gives them.
-        samples: rows of sources that begin here.
-        document: whether it is plain text, which always shares rows with other plain text.
-        origins: where it comes from; empty where nobody needs to know.
-    """
-
-    student: Encoded
-    teacher: Encoded | None
-    student_tokens: Tensor
-    teacher_tokens: Tensor
-    distilled: Tensor
-    groups: tuple[Tensor, Tensor] | None = None
-    samples: int = 1
-    document: bool = False
-    origins: tuple[Origin, ...] = ()
+from .batch import (
+    DistillationBatch,
+    Encoded,
+    ModelBatch,
+    Origin,
+    Processor,
+    RecordedProcessor,
+    RecordedSample,
+    SampleId,
+)
+from .conversation import Conversation, Document
+from .encoding import EVERY_ANSWER, Pair, Turns, encode_document, encode_pair
 
 
 @dataclass(frozen=True)
 class Collator:
-    """A run's way from samples to micro-batches.
+    """Turns samples into micro-batches, as a run is configured.
 
     Attributes:
-        student, teacher: the models' processors; there may be no teacher.
+        student, teacher: the models' processors; the teacher is optional.
         max_length: the most tokens in a row of either model.
-        turns: what of conversations is learnt.
+        turns: which answers of conversations are trained on.
         grouped: whether the models have different tokenizers.
-        packed: whether conversations share rows, of the student's and of the teacher's.
+        packed: whether conversations share rows, for the student and for the teacher.
     """
 
     student: Processor
@@ -113,227 +49,55 @@ class Collator:
         self,
         sample: Conversation | Document,
         images: Sequence[Image.Image] = (),
-        place: tuple[int, int] | None = None,
+        sample_id: SampleId | None = None,
     ) -> list[Pair]:
-        """Return a sample's pairs: one of a conversation, or one for each answer that is a sample of its own; one or
-        more of a document. Raises ``BadSample`` as these do.
+        """Return a sample's pairs: one for a conversation (or for each answer if they are split), or one for each
+        piece of a document. Raise ``BadSample`` if it cannot be encoded.
 
-        With its ``place`` (source and row), which a cached teacher needs, the pairs have origins.
+        With ``sample_id``, which a cached teacher needs, the pairs get origins.
         """
-        teacher = self.teacher.at(*place) if isinstance(self.teacher, CachedRows) and place else self.teacher
-        models = self.student, teacher, self.max_length
+        teacher = self.teacher
+        if isinstance(teacher, RecordedProcessor) and sample_id is not None:
+            teacher = teacher.at(sample_id)
         if isinstance(sample, Document):
-            pairs = encode_document(sample, *models)
+            pairs = encode_document(sample, self.student, teacher, self.max_length)
         else:
-            pairs = []
-            for number, (part, shown) in enumerate(self.turns.parts(sample, images)):
-                if self.turns.split and isinstance(teacher, CachedRow):
-                    models = self.student, teacher.answer(number, sample, images), self.max_length
-                pair = encode_pair(part, shown, *models, turns=self.turns, grouped=self.grouped)
-                pairs.append(replace(pair, samples=int(not pairs)))
-        return pairs if place is None else self.placed(pairs, *place)
+            pairs = self._encode_turns(sample, images, teacher)
+        return pairs if sample_id is None else add_origins(pairs, sample_id)
+
+    def _encode_turns(
+        self, sample: Conversation, images: Sequence[Image.Image], teacher: Processor | None
+    ) -> list[Pair]:
+        pairs: list[Pair] = []
+        for number, (part, shown) in enumerate(self.turns.parts(sample, images)):
+            other = teacher
+            if self.turns.split and isinstance(teacher, RecordedSample):
+                other = teacher.answer(number, sample, images)
+            pair = encode_pair(
+                part, shown, self.student, other, self.max_length, turns=self.turns, grouped=self.grouped
+            )
+            pairs.append(replace(pair, samples=int(not pairs)))
+        return pairs
 
     def parts(
         self, sample: Conversation | Document, images: Sequence[Image.Image]
     ) -> list[tuple[Conversation | Document, Sequence[Image.Image]]]:
-        """What each of a conversation's pairs is of, with its images."""
+        """Return the conversation, or part of one, and the images behind each of a sample's pairs."""
         return [(sample, images)] if isinstance(sample, Document) else [*self.turns.parts(sample, images)]
 
-    def placed(self, pairs: Sequence[Pair], source: int, row: int) -> list[Pair]:
-        """A sample's pairs with their origins."""
-        found, start = [], 0
-        for pair in pairs:
-            tokens = int((pair.teacher or pair.student).supervised.sum())
-            found.append(replace(pair, origins=(Origin(source, row, start, tokens),)))
-            start += tokens
-        return found
-
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
-        """A micro-batch, its samples packed where they may be."""
+        """Return a micro-batch of these pairs, packed where that is configured."""
         return collate(pairs, self.student, self.teacher, grouped=self.grouped, packed=self.packed)
 
 
-def encode_pair(
-    conversation: Conversation,
-    images: Sequence[Image.Image],
-    student: Processor,
-    teacher: Processor | None,
-    max_length: int,
-    *,
-    turns: Turns = EVERY_ANSWER,
-    grouped: bool = False,
-    role: str = "student",
-) -> Pair:
-    """A conversation encoded for both models, its supervised tokens aligned.
-
-    The answers' own tokens must have the same ids in both (:func:`~data.alignment.match_tokens`). Where end tokens or
-    what the templates write differ, the student's token stays supervised and is not distilled; what only the teacher
-    has is left out. With different tokenizers, runs of tokens that spell the same text are grouped.
-
-    Args:
-        conversation: the sample.
-        images: its images, decoded.
-        student: the student's processor.
-        teacher: the teacher's processor, if there is a teacher.
-        max_length: the most tokens either model may receive, image tokens counted.
-        turns: what of the conversation is learnt, and further limits.
-        grouped: whether the models have different tokenizers.
-        role: what the first model is, for errors.
-
-    Raises:
-        BadSample: it is too long for one of the models (nothing is ever cut off), has no supervised token or one that
-            no token precedes, or its answers differ between the models.
-    """
-    student_row = _encode(role, student, conversation, images, max_length, turns)
-    if teacher is None:
-        tokens = student_row.supervised.nonzero().flatten()
-        return Pair(student_row, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
-    teacher_row = _encode("teacher", teacher, conversation, images, max_length, turns)
-    pieces = answer_pieces(conversation.messages)
-    if grouped:
-        return _grouped(student_row, teacher_row, pieces)
-    return Pair(student_row, teacher_row, *match_tokens(student_row, teacher_row, pieces))
-
-
-def _encode(
-    role: str,
-    processor: Processor,
-    conversation: Conversation,
-    images: Sequence[Image.Image],
-    max_length: int,
-    turns: Turns,
-) -> Encoded:
-    row = processor.encode(conversation, images)
-    if len(row.input_ids) > max_length:
-        raise BadSample("too long", f"{len(row.input_ids)} tokens for the {role}, limit {max_length}")
-    if not row.supervised.any():
-        raise BadSample("no supervised token", f"the {role}'s template marks none")
-    if row.supervised[0]:
-        raise BadSample("first token is supervised", f"nothing predicts the {role}'s first token")
-    last = _runs(row)[-1]
-    response = last.answer + last.ends
-    for part, length, limit in (
-        ("before the last answer", response[0], turns.max_prompt),
-        ("in the last answer", len(response), turns.max_response),
-    ):
-        if limit is not None and length > limit:
-            raise BadSample("too long", f"{length} tokens {part} for the {role}, limit {limit}")
-    row = _from(row, response[0]) if turns.last_only or turns.split else row
-    return row if turns.ends else _without_ends(row)
-
-
-def _from(row: Encoded, start: int) -> Encoded:
-    """The same row, supervised from a place on, where its last answer begins."""
-    later = torch.arange(len(row.input_ids)) >= start
-    places = row.places
-    if places is not None:
-        places = places[row.supervised.nonzero().flatten() >= start]
-    return replace(row, supervised=row.supervised & later, ends=row.ends & later, places=places)
-
-
-def _without_ends(row: Encoded) -> Encoded:
-    """The same row, its end tokens not supervised."""
-    kept = ~row.ends[row.supervised]
-    if not kept.any():
-        raise BadSample("no supervised token", "the answer is its end token alone")
-    places = None if row.places is None else row.places[kept]
-    return replace(row, supervised=row.supervised & ~row.ends, ends=torch.zeros_like(row.ends), places=places)
-
-
-def encode_document(document: Document, student: Processor, teacher: Processor | None, max_length: int) -> list[Pair]:
-    """Plain text for both models, which must cut it into the same tokens: pieces of at most ``max_length`` of them.
-
-    All tokens but each piece's first are supervised and distilled.
-
-    Raises:
-        BadSample: the two tokenizers differ on it, or there is nothing to learn.
-    """
-    row = student.encode_document(document)
-    ids = row.input_ids.tolist()
-    if teacher is not None:
-        others = teacher.encode_document(document).input_ids.tolist()
-        if ids != others:
-            raise BadSample("misaligned", difference_of(ids, others))
-    pairs: list[Pair] = []
-    for encoded in _pieces(row, max_length):
-        tokens = encoded.supervised.nonzero().flatten()
-        if len(tokens):
-            own = None if teacher is None else encoded
-            every = torch.ones(len(tokens), dtype=torch.bool)
-            pairs.append(Pair(encoded, own, tokens, tokens, every, samples=int(not pairs), document=True))
-    if not pairs:
-        raise BadSample("no supervised token", "the document is one token long")
-    return pairs
-
-
-def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
-    """A document's row in pieces, of which the first token is never supervised."""
-    first = torch.arange(len(row.input_ids)) % max_length == 0
-    supervised = row.supervised & ~first
-    columns = (row.input_ids, supervised, row.ends & supervised)
-    return [Encoded(*part) for part in zip(*(column.split(max_length) for column in columns), strict=True)]
-
-
-def encode_teacher(
-    sample: Conversation | Document,
-    images: Sequence[Image.Image],
-    teacher: Processor,
-    max_length: int,
-    turns: Turns = EVERY_ANSWER,
-) -> tuple[list[Pair], Encoded]:
-    """A sample for a teacher alone, as pairs without one, and its row as a cache keeps it.
-
-    Raises:
-        BadSample: as in :func:`encode_pair` and :func:`encode_document`.
-    """
-    if isinstance(sample, Document):
-        pieces = _pieces(teacher.encode_document(sample), max_length)
-        ids, supervised, ends = zip(*((p.input_ids, p.supervised, p.ends) for p in pieces), strict=True)
-        whole = Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends))
-        return encode_document(sample, teacher, None, max_length), whole
-    pairs: list[Pair] = []
-    rows: list[Encoded] = []
-    for part, shown in turns.parts(sample, images):
-        pair = encode_pair(part, shown, teacher, None, max_length, turns=turns, role="teacher")
-        pairs.append(replace(pair, samples=int(not pairs)))
-        rows.append(compact(pair.student))
-    return pairs, rows[0] if len(rows) == 1 else _joined(rows)
-
-
-def _joined(rows: Sequence[Encoded]) -> Encoded:
-    """The answers of one conversation, one row after the other, as a cache keeps them."""
-    ids, supervised, ends, places = zip(*((r.input_ids, r.supervised, r.ends, r.places) for r in rows), strict=True)
-    return Encoded(torch.cat(ids), torch.cat(supervised), torch.cat(ends), places=torch.cat(places))
-
-
-def _grouped(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> Pair:
-    ours, theirs = group_tokens(student, teacher, pieces)
-    tokens = student.supervised.nonzero().flatten()
-    distilled = torch.zeros(len(tokens), dtype=torch.bool)
-    for first, stop in ours.tolist():
-        distilled[first:stop] = True
-    return Pair(student, teacher, tokens, teacher.supervised.nonzero().flatten(), distilled, (ours, theirs))
-
-
-@dataclass
-class _Run:
-    """One answer: places of its tokens and of the end tokens after them."""
-
-    answer: list[int]
-    ends: list[int]
-
-
-def _runs(row: Encoded) -> list[_Run]:
-    """Answers in order. One ends where supervision stops, or where a token that is not an end follows an end."""
-    runs: list[_Run] = []
-    previous = -2
-    ends = row.ends.tolist()
-    for i in row.supervised.nonzero().flatten().tolist():
-        if i != previous + 1 or (runs[-1].ends and not ends[i]):
-            runs.append(_Run([], []))
-        (runs[-1].ends if ends[i] else runs[-1].answer).append(i)
-        previous = i
-    return runs
+def add_origins(pairs: Sequence[Pair], sample_id: SampleId) -> list[Pair]:
+    """Return a sample's pairs with their origins."""
+    found, start = [], 0
+    for pair in pairs:
+        tokens = int((pair.teacher or pair.student).supervised.sum())
+        found.append(replace(pair, origins=(Origin(*sample_id, start, tokens),)))
+        start += tokens
+    return found
 
 
 def collate(
@@ -344,129 +108,152 @@ def collate(
     grouped: bool = False,
     packed: tuple[bool, bool] = (False, False),
 ) -> DistillationBatch:
-    """A micro-batch of any number of samples, none included.
+    """Return a micro-batch of any number of samples, zero included.
 
-    Where a model has a vision encoder and no sample an image, or where there is no sample, both models get one more row
-    with a blank image and no supervised token: every rank then runs the same modules, and none waits for another.
+    If a model has a vision encoder and no sample an image, or if there is no sample at all, both models get a dummy row
+    with a blank image and no supervised token: every rank then runs the same modules, and no rank waits for another.
 
     Args:
-        pairs: the samples.
+        pairs: the encoded samples.
         student: the student's processor.
-        teacher: the teacher's processor, or ``None`` as in the pairs.
-        grouped: whether the pairs have groups; a micro-batch without samples then has them too.
+        teacher: the teacher's processor, or ``None`` if the pairs have no teacher.
+        grouped: whether the pairs have groups; a micro-batch without samples then has (empty) groups too.
         packed: as in :class:`Collator`.
 
     Returns:
-        The batch. Whatever rows the samples stand in, everything of them is in the pairs' order: ``positions``, those
-        of the tokens before the supervised ones, ``[N]`` over all rows, and all that lies beside them.
+        The batch. Per-token tensors follow the order of ``pairs``, even where samples share a packed row: ``positions``
+        are ``[N]`` indices of the tokens before the supervised ones, over all rows.
     """
-    student_rows = [pair.student for pair in pairs]
-    teacher_rows = [pair.teacher for pair in pairs if pair.teacher is not None]
-    if _needs_dummy(student, student_rows) or (teacher is not None and _needs_dummy(teacher, teacher_rows)):
-        student_rows.append(student.dummy())
+    ours = [pair.student for pair in pairs]
+    theirs = [pair.teacher for pair in pairs if pair.teacher is not None]
+    if _needs_dummy(student, ours) or (teacher is not None and _needs_dummy(teacher, theirs)):
+        ours.append(student.dummy())
         if teacher is not None:
-            teacher_rows.append(teacher.dummy())
-    nothing = torch.empty(0, dtype=torch.int64)
+            theirs.append(teacher.dummy())
 
-    def rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], packs: bool) -> ModelBatch:
-        # What a cache keeps is counted through the pairs: their rows stay in this order, and nothing is run on them.
-        may = not isinstance(processor, CachedRows)
-        shared = [may and (packs or (number < len(pairs) and pairs[number].document)) for number in range(len(samples))]
-        return _rows(processor, samples, tokens, shared)
+    documents = [pair.document for pair in pairs]
+    student_batch = _model_batch(student, ours, [pair.student_tokens for pair in pairs], documents, packed[0])
+    teacher_batch = None
+    if teacher is not None:
+        teacher_batch = _model_batch(teacher, theirs, [pair.teacher_tokens for pair in pairs], documents, packed[1])
 
     lengths = torch.tensor([len(pair.student_tokens) for pair in pairs], dtype=torch.int64)
     return DistillationBatch(
-        student=rows(student, student_rows, [pair.student_tokens for pair in pairs], packed[0]),
-        teacher=None
-        if teacher is None
-        else rows(teacher, teacher_rows, [pair.teacher_tokens for pair in pairs], packed[1]),
-        targets=torch.cat([nothing, *(pair.student.input_ids[pair.student_tokens] for pair in pairs)]),
-        distilled=torch.cat([nothing.bool(), *(pair.distilled for pair in pairs)]),
+        student=student_batch,
+        teacher=teacher_batch,
+        targets=_concatenate([pair.student.input_ids[pair.student_tokens] for pair in pairs]),
+        distilled=_concatenate([pair.distilled for pair in pairs], torch.bool),
         sample_of=torch.arange(len(pairs)).repeat_interleave(lengths),
         samples=sum(pair.samples for pair in pairs),
         images=sum(pair.student.images for pair in pairs),
-        groups=_groups(pairs) if grouped else None,
-        origins=_origins(pairs),
+        groups=_collate_groups(pairs) if grouped else None,
+        origins=tuple(chain.from_iterable(pair.origins for pair in pairs)),
     )
 
 
-def _origins(pairs: Sequence[Pair]) -> tuple[Origin, ...]:
-    return tuple(origin for pair in pairs for origin in pair.origins)
+def _concatenate(parts: Sequence[Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Concatenate one-dimensional tensors, or return an empty one if there are none."""
+    return torch.cat([torch.empty(0, dtype=dtype), *parts])
 
 
-def _groups(pairs: Sequence[Pair]) -> TokenGroups:
-    """The pairs' groups, their tokens counted through the micro-batch."""
-    ours, theirs, targets = [torch.empty(0, 2, dtype=torch.int64)], [torch.empty(0, 2, dtype=torch.int64)], []
-    rows, teacher_rows = 0, 0
+def _needs_dummy(processor: Processor, samples: list[Encoded]) -> bool:
+    return not samples or (processor.has_vision and not any(sample.images for sample in samples))
+
+
+def _collate_groups(pairs: Sequence[Pair]) -> TokenGroups:
+    """Return the pairs' groups, with token numbers counted through the micro-batch."""
+    ours, theirs = [torch.empty(0, 2, dtype=torch.int64)], [torch.empty(0, 2, dtype=torch.int64)]
+    targets = []
+    student_tokens = teacher_tokens = 0
     for pair in pairs:
         assert pair.groups is not None
         assert pair.teacher is not None
-        ours.append(pair.groups[0] + rows)
-        theirs.append(pair.groups[1] + teacher_rows)
+        ours.append(pair.groups[0] + student_tokens)
+        theirs.append(pair.groups[1] + teacher_tokens)
         targets.append(pair.teacher.input_ids[pair.teacher_tokens])
-        rows, teacher_rows = rows + len(pair.student_tokens), teacher_rows + len(pair.teacher_tokens)
-    return TokenGroups(torch.cat(ours), torch.cat(theirs), torch.cat([torch.empty(0, dtype=torch.int64), *targets]))
+        student_tokens += len(pair.student_tokens)
+        teacher_tokens += len(pair.teacher_tokens)
+    return TokenGroups(torch.cat(ours), torch.cat(theirs), _concatenate(targets))
 
 
-def _needs_dummy(processor: Processor, rows: list[Encoded]) -> bool:
-    return not rows or (processor.has_vision and not any(row.images for row in rows))
+def _model_batch(
+    processor: Processor, samples: list[Encoded], tokens: list[Tensor], documents: list[bool], packed: bool
+) -> ModelBatch:
+    """Put samples into rows, packed where they may share one.
 
-
-def _rows(processor: Processor, samples: list[Encoded], tokens: list[Tensor], shared: list[bool]) -> ModelBatch:
-    """Samples in rows, those that share rows packed.
-
-    A shared row is no longer than the longest sample, so that packing saves padding and costs nothing: attention by a
-    mask grows with a row's square. A variable-length kernel does not, and gets one row.
+    A packed row is no longer than the longest sample: packing then saves padding at no cost, since attention with a
+    mask grows with the square of the row. A variable-length kernel has no such cost and gets a single row.
 
     Args:
-        processor: of the model.
-        samples: those of the pairs, and perhaps a dummy.
-        tokens: of each pair, the places of its supervised tokens.
-        shared: of each sample, whether it may stand in a row with others.
+        processor: the model's.
+        samples: those of the pairs, and possibly a dummy at the end.
+        tokens: for each pair, the indices of its supervised tokens.
+        documents: for each pair, whether it is plain text.
+        packed: whether conversations and dummies are packed too.
     """
-    together = [number for number in range(len(samples)) if shared[number]]
+    # Records of a cache are counted through the pairs and run through no model: they keep this order.
+    may_pack = not isinstance(processor, RecordedProcessor)
+    shared = [may_pack and (packed or (i < len(documents) and documents[i])) for i in range(len(samples))]
     lengths = [len(sample.input_ids) for sample in samples]
-    limit = sum(lengths) if processor.one_row else max(lengths)
-    rows = [[number] for number in range(len(samples)) if not shared[number]]
-    rows += [[together[i] for i in row] for row in pack([lengths[number] for number in together], limit)]
-    inputs = processor.collate(
-        [processor.join([samples[i] for i in row]) if shared[row[0]] else samples[row[0]] for row in rows]
-    )
-    nothing = torch.empty(0, dtype=torch.int64)
+    rows = _assign_rows(lengths, shared, sum(lengths) if processor.one_row else max(lengths))
 
-    def among_the_rows(counts: list[int]) -> Tensor:
-        """Where what each of the pairs' samples has so many of stands, counted through the rows."""
-        starts, seen = [0] * len(samples), 0
-        for i in chain.from_iterable(rows):
-            starts[i], seen = seen, seen + counts[i]
-        return torch.cat([nothing, *(starts[i] + torch.arange(counts[i]) for i in range(len(tokens)))])
+    joined = []
+    for row in rows:
+        together = [samples[i] for i in row]
+        joined.append(processor.join(together) if shared[row[0]] else together[0])
+    inputs = processor.collate(joined)
 
     # Where each sample begins in the flattened rows.
     starts = [0] * len(samples)
     for number, row in enumerate(rows):
-        place = number * inputs["input_ids"].shape[1]
+        position = number * inputs["input_ids"].shape[1]
         for i in row:
-            starts[i], place = place, place + lengths[i]
+            starts[i] = position
+            position += lengths[i]
+
+    images = [sample.images for sample in samples]
+    image_tokens = [int(processor.image_tokens(sample).sum()) if sample.images else 0 for sample in samples]
     return ModelBatch(
         inputs,
-        torch.cat([nothing, *(starts[i] + places - 1 for i, places in enumerate(tokens))]),
-        among_the_rows([sample.images for sample in samples]),
-        among_the_rows([int(processor.image_tokens(sample).sum()) if sample.images else 0 for sample in samples]),
+        _concatenate([starts[i] + indices - 1 for i, indices in enumerate(tokens)]),
+        _in_pair_order(rows, images, len(tokens)),
+        _in_pair_order(rows, image_tokens, len(tokens)),
         sum(lengths),
     )
 
 
+def _assign_rows(lengths: list[int], shared: list[bool], limit: int) -> list[list[int]]:
+    """Return the sample numbers of each row: samples alone first, then the packed ones."""
+    rows = [[i] for i in range(len(lengths)) if not shared[i]]
+    together = [i for i in range(len(lengths)) if shared[i]]
+    for row in pack([lengths[i] for i in together], limit):
+        rows.append([together[i] for i in row])
+    return rows
+
+
+def _in_pair_order(rows: list[list[int]], counts: list[int], pairs: int) -> Tensor:
+    """Return the indices, counted through the rows, of things of which sample ``i`` has ``counts[i]``.
+
+    They are listed in the pairs' order; the dummy's are left out.
+    """
+    starts, seen = [0] * len(counts), 0
+    for i in chain.from_iterable(rows):
+        starts[i] = seen
+        seen += counts[i]
+    return _concatenate([starts[i] + torch.arange(counts[i]) for i in range(pairs)])
+
+
 def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Numbers of sequences, put together into rows of at most ``limit`` tokens: the longest first, each into the first
-    row that has room for it (first-fit-decreasing).
+    """Assign sequences to rows of at most ``limit`` tokens by first-fit-decreasing: the longest first, each into the
+    first row with room for it.
     """
     rows: list[list[int]] = []
     used: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((row for row, taken in enumerate(used) if taken + lengths[number] <= limit), len(rows))
-        if place == len(rows):
+        row = next((i for i, taken in enumerate(used) if taken + lengths[number] <= limit), len(rows))
+        if row == len(rows):
             rows.append([])
             used.append(0)
-        rows[place].append(number)
-        used[place] += lengths[number]
+        rows[row].append(number)
+        used[row] += lengths[number]
     return rows

@@ -1,4 +1,4 @@
-"""What readers yield and processors take: Conversation, the image-text sample, and Document, a piece of plain text."""
+"""The samples that readers return: `Conversation` (messages and images) and `Document` (plain text)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Conversation:
             ``reasoning_content`` (str), ``tool_calls`` (list), ``tool_call_id`` and ``name`` (str), which the chat
             template renders, and ``supervised: False`` on an assistant message that is context only.
         images: the k-th belongs to the k-th image part, counted through all messages.
-        tools: JSON schemas of the tools that the template is given as ``tools``.
+        tools: JSON schemas of the tools, passed to the template as ``tools``.
         source: the name of the data source, for reports.
         line: 1-based line (JSONL) or record (other formats) in that source, for reports.
-        metadata: whatever else the record held that evaluation wants, such as ``question_type`` or ``answers``.
+        metadata: further values of the record that evaluation uses, such as ``question_type`` or ``answers``.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -39,13 +39,13 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     def prompt(self) -> Conversation:
-        """The conversation without an assistant message at its end, for a model to answer."""
+        """Return the conversation without an assistant message at its end, for a model to answer."""
         answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
         messages = self.messages[:-1] if answered else self.messages
         return replace(self, messages=messages, images=self.images[: count_images(messages)])
 
     def before_last_answer(self) -> Conversation:
-        """The conversation up to its last supervised answer, for a model to answer.
+        """Return the conversation up to its last supervised answer, for a model to answer.
 
         Raises:
             BadSample: no answer is supervised.
@@ -61,7 +61,7 @@ class Conversation:
         """The right answers: ``metadata["answers"]`` when given, else the last assistant message's text."""
         answers = self.metadata.get("answers")
         if answers:
-            return [str(a["answer"]) if isinstance(a, Mapping) else str(a) for a in answers]
+            return [answer_text(answer) for answer in answers]
         for message in reversed(self.messages):
             if message["role"] == "assistant":
                 return [message_text(message)]
@@ -89,23 +89,29 @@ class Document:
     last: bool = True
 
 
+def answer_text(answer: Any) -> str:
+    """Return the text of a reference answer, given as a text or as an object with an ``answer``."""
+    return str(answer["answer"]) if isinstance(answer, Mapping) else str(answer)
+
+
 def message_text(message: Mapping[str, Any]) -> str:
-    """The text parts of a message, joined."""
+    """Return the text parts of a message, joined."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
 
 
 def count_images(messages: tuple[dict[str, Any], ...]) -> int:
-    return sum(part["type"] == "image" for m in messages for part in m["content"])
+    """Return the number of image parts."""
+    return sum([part["type"] for part in message["content"]].count("image") for message in messages)
 
 
-#: An answer's content with its thought: what opens it, the thought, what closes it, the text.
+#: An answer's content with its thought: the opening mark, the thought, the closing mark, the text.
 _THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*)(</think>)(.*)", re.DOTALL)
 
 
 def thought_parts(message: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """Cut a content into what opens its thought, the thought, what closes it, and the text, blanks kept.
+    """Split a content into opening mark, thought, closing mark and text, without stripping white space.
 
-    Without a thought before ``</think>``, or without a text after it, all of it is text.
+    Without a thought before ``</think>``, or without a text after it, everything is text.
     """
     content = "".join(part["text"] for part in message["content"] if part["type"] == "text")
     match = _THOUGHT.fullmatch(content)
@@ -121,10 +127,14 @@ def split_thought(message: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
-    """Whether a message is an assistant's and is supervised."""
+    """Return whether a message is an assistant's and is supervised."""
     return message["role"] == "assistant" and message.get("supervised", True)
 
 
 def answer_pieces(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the texts that tokens' places refer to: each assistant message's thought and text, in turn."""
-    return [piece for message in messages if message["role"] == "assistant" for piece in split_thought(message)]
+    """Return the texts that tokens' spans refer to: each assistant message's thought and text, in turn."""
+    pieces: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            pieces += split_thought(message)
+    return pieces

@@ -1,7 +1,7 @@
-"""Tables that the ``datasets`` library opens: its hub by name, and of a local folder only the files found in it.
+"""Open tables with the ``datasets`` library: from its hub by name, and from local folders only the files in them.
 
-A folder may come from anyone. The library would follow what the folder's README.md or a script says, to other folders
-and to other computers; here the parquet and arrow files are listed, and the library gets nothing else.
+A folder may come from anyone. The library would follow a folder's README.md or script to other folders and computers.
+Here the parquet and arrow files are listed, and the library is given nothing else.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .places import SPLITS, choose_split
+from .paths import SPLITS, choose_split
 
 _SUFFIXES = (".parquet", ".arrow")
-#: How the library names a part of a split: ``train-00000-of-00004``.
+#: The library's names for parts of a split: ``train-00000-of-00004``.
 _PART = re.compile(r"(.+?)-[0-9]{5}-of-[0-9]+.*")
 #: Words for a split in the names of files and folders; validation and test have several.
 _WORDS = {**{split: split for split in SPLITS}, "training": "train", "testing": "test", "dev": "validation"}
@@ -29,13 +29,13 @@ def open_dataset(path: Path, given: str, split: str | None, config: str | None) 
     """Return a ``datasets.Dataset``: a file, a folder of parquet or arrow files, a saved data set, or one of the hub.
 
     Args:
-        path: what the person named, as a path.
-        given: the same as it was written, for messages and as a name on the hub.
-        split: which split, where there are several. In a folder, files and folders are named by their split.
-        config: which configuration; in a folder, a folder of that name.
+        path: what the user named, as a path.
+        given: the same as the user wrote it, for messages and as a name on the hub.
+        split: the split, if there are several. In a folder, files and folders are named by their split.
+        config: the configuration; in a folder, a folder of that name.
 
     Raises:
-        UserError: nothing is there, it cannot be read, a file lies outside the folder, or the split is not clear.
+        UserError: the path does not exist or cannot be read, a file is outside the folder, or the split is ambiguous.
     """
     import datasets  # takes seconds to import; JSON files do without
 
@@ -62,7 +62,7 @@ def open_files(files: Sequence[Path]) -> Any:
     kinds = {"arrow" if file.suffix.lower() == ".arrow" else "parquet" for file in files}
     if len(kinds) > 1:
         raise UserError(f"{files[0].parent} holds parquet and arrow files; keep one kind, or name a file")
-    # The library takes names for patterns, and one with "::" for a file inside another.
+    # The library reads names as patterns, and "::" as a file inside another.
     names = [glob.escape(str(file.absolute())) for file in files]
     if odd := next((name for name in names if "::" in name), None):
         raise UserError(f"{odd} has '::' in its name, which datasets does not read as a path; rename it")
@@ -72,13 +72,13 @@ def open_files(files: Sequence[Path]) -> Any:
 def _loaded(given: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except Exception as error:  # the library raises many kinds: no such name, no network, no such configuration
+    except Exception as error:  # the library raises many kinds: unknown name, no network, unknown configuration
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot open {given} as a local path or a Hugging Face data set: {reason[:300]}") from None
 
 
 def _saved(folder: Path, given: str) -> Any:
-    """A data set that ``save_to_disk`` wrote. Raises ``UserError`` where it names files outside its folder."""
+    """Open a data set written by ``save_to_disk``. Raise ``UserError`` if it names files outside its folder."""
     import datasets
 
     state = _description(folder / "state.json")
@@ -117,28 +117,28 @@ def _check_inside(folder: Path, files: Iterable[Path]) -> None:
 
 
 def _files_of_split(folder: Path, given: str, split: str | None, config: str | None) -> list[Path]:
-    inside = _folder_of_config(folder, given, config)
-    files = _tables(inside)
+    base = _folder_of_config(folder, given, config)
+    files = _tables(base)
     if not files:
         raise UserError(f"folder {given} holds no parquet or arrow file; for JSON or JSONL, name the file in it")
     _check_inside(folder, files)
     split = _WORDS.get(split or "", split)
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file.relative_to(inside), split), []).append(file)
-    if set(by_split) == {""}:  # no name tells: all of it is for training
+        by_split.setdefault(_split_of(file.relative_to(base), split), []).append(file)
+    if set(by_split) == {""}:  # no name contains a split: all of it is for training
         by_split = {"train": files}
     return by_split[choose_split(given, split, sorted(filter(None, by_split)))]
 
 
 def _folder_of_config(folder: Path, given: str, config: str | None) -> Path:
-    """The folder of a configuration. Without one, raises ``UserError`` where each folder looks like one."""
+    """Return the folder of a configuration. Without one, raise ``UserError`` if several folders look like one."""
     if config is not None:
         if not all(map(_is_plain_name, config.split("/"))):
             raise UserError(f"config {config!r} of {given} is no name of a folder; correct it")
-        for place in (folder / config, folder / "data" / config):
-            if place.is_dir():
-                return place
+        for candidate in (folder / config, folder / "data" / config):
+            if candidate.is_dir():
+                return candidate
         if config == "default":
             return folder
     named = sorted(
@@ -156,18 +156,17 @@ def _is_split_or_data(name: str) -> bool:
 
 
 def _tables(folder: Path) -> list[Path]:
-    """The parquet and arrow files below a folder, hidden ones left out."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in _SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and (file.is_file() or file.is_symlink())
-    )
+    """Return the parquet and arrow files below a folder, without hidden ones."""
+    found = []
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in _SUFFIXES and not hidden and (file.is_file() or file.is_symlink()):
+            found.append(file)
+    return sorted(found)
 
 
 def _split_of(file: Path, wanted: str | None) -> str:
-    """The split that a file's name or its folder tells; empty where neither does."""
+    """Return the split in a file's name or its folder's; empty if there is none."""
     if wanted and (file.stem == wanted or file.stem.startswith(f"{wanted}-")):
         return wanted
     part = _PART.fullmatch(file.stem)

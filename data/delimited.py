@@ -1,4 +1,4 @@
-"""Tables in CSV and TSV as a source of conversations: a record a row, under the names of the header."""
+"""Tables in CSV and TSV as a source of conversations: each row is a record with the header's names as keys."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadSample, UserError
-from .places import check_regular
+from .paths import check_regular
 from .sources import IndexedFile
 from .tsv import table_records
 
-#: Keys whose cells may hold a list or an object, as JSON or as Python writes it.
+#: Keys whose cells may hold a list or an object, in JSON or as a Python literal.
 _LISTS = ("messages", "conversations", "conversation", "texts", "prompt", "completion", "history")
 _VALUES = ("images", "image", "answers", "tools", "functions", "metadata", "objects")
 
 
 class DelimitedSource(IndexedFile):
-    """A table with a header, indexed by byte offset once and read row by row.
+    """A table with a header, indexed by byte offset and read row by row.
 
-    Empty cells are keys that the record does not have. A list of messages or images in a cell is read as JSON, or as
-    the literal that pandas writes.
+    An empty cell is a missing key. A list of messages or images in a cell is read as JSON, or as the literal that
+    pandas writes.
 
     Args:
         path: the file.
-        delimiter: between two cells, ``","`` or a tab.
-        limit: read only this many rows, the first ones.
+        delimiter: ``","`` or a tab.
+        limit: read only the first ``limit`` rows.
 
     Raises:
         UserError: the file is not such a table, or not UTF-8.
@@ -63,12 +63,17 @@ class DelimitedSource(IndexedFile):
         if key not in (*_LISTS, *_VALUES) or not cell.lstrip().startswith(("[", "{")):
             return cell
         value = _literal(cell)
-        if key in _LISTS:  # else a text that happens to begin so
-            return value if isinstance(value, list) and not any(isinstance(one, str | int) for one in value) else cell
-        return cell if value is None else value
+        if value is None:
+            return cell
+        if key in _LISTS:
+            # Otherwise it is a text that happens to begin like a list.
+            is_list = isinstance(value, list) and not any(isinstance(one, str | int) for one in value)
+            return value if is_list else cell
+        return value
 
 
 def _literal(text: str) -> Any:
+    """Return the value of JSON or a Python literal; ``None`` if it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)

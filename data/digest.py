@@ -1,4 +1,4 @@
-"""What the rows of a source are, told apart from others cheaply: by their number and the content of some of them."""
+"""Fingerprint a source cheaply, by the number of its samples and the content of some of them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from .conversation import Conversation, Document, ImageSource
 from .errors import BadSample
 from .labelled import LabelledImage
 
-#: Rows that are looked at, the first, the last and others evenly spaced; and bytes of an image's file.
+#: The most samples that are read: the first, the last and others evenly spaced.
 LOOKED_AT = 128
+# Bytes of an image's file that are read.
 _HEAD = 2**16
 _NO_FILE = b"no file"
-_NAMED = 8  # missing images that are kept
+# The most missing images that are kept.
+_NAMED = 8
 
 
-class Rows(Protocol):
-    """What a source needs to be told apart: image-text samples, text or labelled images."""
+class Digestible(Protocol):
+    """What a digest needs of a source: of conversations, plain text or labelled images."""
 
     @property
     def name(self) -> str: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, row: int, /) -> Conversation | Document | LabelledImage: ...
+    def __getitem__(self, index: int, /) -> Conversation | Document | LabelledImage: ...
 
 
 @dataclass(frozen=True)
-class RowsDigest:
-    """A source's data in short.
+class SourceDigest:
+    """A source's data in short, as it is kept in checkpoints.
 
     Attributes:
         name: of the source.
-        rows: how many it has.
-        content: digest of some rows as they are read, and of the beginnings and sizes of their images.
-        classes: digest of the names of its classes; empty where it has none.
-        missing: the first images of these rows that were not found.
+        rows: number of samples.
+        content: digest of some samples as they are read, and of the sizes and first bytes of their images.
+        classes: digest of the names of its classes; empty if it has none.
+        missing: the first images of these samples that were not found.
     """
 
     name: str
@@ -51,17 +53,18 @@ class RowsDigest:
     missing: tuple[str, ...] = ()
 
 
-def digest_rows(source: Rows) -> RowsDigest:
+def digest_source(source: Digestible) -> SourceDigest:
     """Return the digest of a source.
 
-    Sees other rows, another order and another number of them, and edits of the rows looked at: all of them where there
-    are no more than 128. An edit of a row between two that are looked at goes unseen.
+    It changes with the samples, their order and their number, and with edits of those that are read: all of up to 128.
+    An edit of a sample that is not read goes unnoticed.
     """
     digest = hashlib.blake2b(digest_size=8)
+    read = np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(np.int64))
     missing: list[str] = []
-    for row in np.unique(np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(np.int64)).tolist():
+    for index in read.tolist():
         try:
-            sample = source[row]
+            sample = source[index]
             parts = _parts(sample)
             missing += _missing(sample)
         except BadSample as bad:
@@ -70,7 +73,7 @@ def digest_rows(source: Rows) -> RowsDigest:
             digest.update(len(part).to_bytes(8, "little") + part)
     classes = getattr(source, "classes", None)
     names = "" if classes is None else hashlib.blake2b(json.dumps(classes).encode(), digest_size=8).hexdigest()
-    return RowsDigest(source.name, len(source), digest.hexdigest(), names, tuple(missing[:_NAMED]))
+    return SourceDigest(source.name, len(source), digest.hexdigest(), names, tuple(missing[:_NAMED]))
 
 
 def _missing(sample: Conversation | Document | LabelledImage) -> list[str]:
@@ -86,12 +89,12 @@ def _parts(sample: Conversation | Document | LabelledImage) -> Iterable[bytes]:
         return [str(sample.label).encode(), _image(sample.image)]
     if isinstance(sample, Document):
         return [sample.text.encode(errors="surrogatepass"), str(sample.last).encode()]
-    told = json.dumps([sample.messages, sample.tools], sort_keys=True, default=str)
-    return [told.encode(), *map(_image, sample.images)]
+    content = json.dumps([sample.messages, sample.tools], sort_keys=True, default=str)
+    return [content.encode(), *map(_image, sample.images)]
 
 
 def _image(image: ImageSource) -> bytes:
-    """The size and the beginning of an image's file, or what there is in place of one."""
+    """Return the size and the first bytes of an image's file, or the image itself if it is in memory."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, Image.Image):
@@ -107,7 +110,7 @@ def _image(image: ImageSource) -> bytes:
 
 
 def differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return in words what differs between the sources of two moments, each a digest as JSON keeps it, in order."""
+    """Describe how a run's sources have changed, given their digests (as JSON objects) before and now, in order."""
     if len(before) != len(now):
         return [f"{len(before)} sources → {len(now)}"]
     found = []

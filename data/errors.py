@@ -1,20 +1,20 @@
-"""Two ways in which input can be wrong: a person's mistake ends a command, a bad sample need not."""
+"""The two errors of input: `UserError`, a mistake that ends a command, and `BadSample`, which may be skipped."""
 
 import re
 
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
-# Beside what is not printable, marks that turn the direction of what a terminal shows after them.
+# Unprintable characters, and marks that change the direction of the text that follows in a terminal.
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _DETAIL = 300
 
 
 def one_line(text: str) -> str:
-    """A text as one line that any terminal and any encoding can show: what is unprintable is escaped."""
+    """Return a text as one line that any terminal and encoding can show; unprintable characters are escaped."""
     return _HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), _BREAKS.sub(" ", text))
 
 
 class UserError(Exception):
-    """A mistake a person can mend. The message is one line: what, where and what to do.
+    """A mistake that the user can fix. The message is one line: what is wrong, where, and what to do.
 
     Commands print it without a traceback and exit with code 2.
     """
@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 class BadSample(Exception):
-    """One sample cannot be used. The message is the reason, without the sample's place: the reader's caller knows it.
+    """A sample that cannot be used. The message is the reason; the caller knows which sample it is.
 
     Args:
-        reason: a short class of faults that many samples share, so that they can be counted ("image not found").
-        detail: what is special about this one (a path, a length); what it takes from the data is made one short line.
+        reason: a short category that many samples can share, to be counted ("image not found").
+        detail: the specifics of this one (a path, a length); shortened and made a single line.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

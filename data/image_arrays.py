@@ -1,4 +1,4 @@
-"""Data sets whose images are one block of pixels: CIFAR-10 and CIFAR-100, and IDX files (MNIST, Fashion-MNIST)."""
+"""Data sets stored as one array of pixels: CIFAR-10, CIFAR-100, and IDX files (MNIST, Fashion-MNIST)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from .errors import UserError
 from .labelled import LabelledImage, LabelledImages, Labels, read_classes
-from .places import choose_split
+from .paths import choose_split
 from .plain_pickle import read_plain_pickle
 
 #: The class names of Fashion-MNIST, as its README lists them.
@@ -24,12 +24,12 @@ FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 
 class ArrayImages(LabelledImages):
-    """Images in memory, given as Pillow images.
+    """Images in memory, returned as Pillow images.
 
     Args:
-        name: what reports call the source.
-        pixels: uint8 [rows, height, width] (grey) or [rows, height, width, 3].
-        labels: one for each row.
+        name: the name in reports.
+        pixels: uint8 [images, height, width] (grey) or [images, height, width, 3].
+        labels: one for each image.
     """
 
     def __init__(self, name: str, pixels: NDArray[np.uint8], labels: Labels) -> None:
@@ -41,9 +41,9 @@ class ArrayImages(LabelledImages):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, row: int) -> LabelledImage:
-        row = range(len(self))[row]
-        return LabelledImage(Image.fromarray(self._pixels[row]), self._labels[row])
+    def __getitem__(self, index: int) -> LabelledImage:
+        index = range(len(self))[index]
+        return LabelledImage(Image.fromarray(self._pixels[index]), self._labels[index])
 
 
 # CIFAR.
@@ -58,7 +58,7 @@ def is_cifar(folder: Path) -> bool:
 
 
 def _layout(folder: Path) -> tuple[Mapping[str, Sequence[str]], str] | None:
-    """Files by split, and their suffix."""
+    """Return the files of each split, and their suffix."""
     for files, witnesses in ((_TEN, ("data_batch_1", "test_batch")), (_HUNDRED, ("train", "test"))):
         for suffix in (".bin", ""):
             if any((folder / f"{witness}{suffix}").is_file() for witness in witnesses):
@@ -67,23 +67,26 @@ def _layout(folder: Path) -> tuple[Mapping[str, Sequence[str]], str] | None:
 
 
 def open_cifar(folder: Path, name: str, *, split: str | None = None) -> ArrayImages:
-    """CIFAR-10 or CIFAR-100 (fine labels), from the binary files or the Python pickles, whose code is not run.
+    """Open CIFAR-10 or CIFAR-100 (fine labels), from the binary files or the Python pickles, whose code is not run.
 
     Raises:
-        UserError: a file is missing, of a wrong size, or not what its name says.
+        UserError: a file is missing, has the wrong size, or is not a file of CIFAR.
     """
     layout = _layout(folder)
     if layout is None:
         raise UserError(f"{folder} holds no files of CIFAR (data_batch_1.bin, data_batch_1, train.bin or train)")
     files, suffix = layout
-    there = [part for part, names in files.items() if any((folder / f"{file}{suffix}").exists() for file in names)]
+    splits = []
+    for one, names in files.items():
+        if any((folder / f"{name}{suffix}").exists() for name in names):
+            splits.append(one)
     parts = []
-    for file in files[choose_split(str(folder), split, there)]:
+    for file in files[choose_split(str(folder), split, splits)]:
         path = folder / f"{file}{suffix}"
         if not path.is_file():
             raise UserError(f"{path} is missing; fetch the data set again")
         parts.append(_binary(path, files is _HUNDRED) if suffix else _pickled(path, files is _HUNDRED))
-    # Rows of all red, then all green, then all blue values.
+    # Each image is all its red values, then green, then blue.
     flat = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, _SIDE, _SIDE)
     labels = Labels(np.concatenate([numbers for _, numbers in parts]), _cifar_classes(folder, files is _HUNDRED))
     return ArrayImages(name, np.ascontiguousarray(flat.transpose(0, 2, 3, 1)), labels)
@@ -112,9 +115,10 @@ def _pickled(path: Path, fine: bool) -> tuple[NDArray[np.uint8], NDArray[np.int6
 
 
 def _cifar_classes(folder: Path, fine: bool) -> tuple[str, ...]:
-    """Names from the file that accompanies the data, or numbers."""
-    count, meta, key = (100, "meta", "fine_label_names") if fine else (10, "batches.meta", "label_names")
-    text = folder / ("fine_label_names.txt" if fine else "batches.meta.txt")
+    """Return the names in the file that accompanies the data, or numbers."""
+    count, meta, key, text = 10, "batches.meta", "label_names", folder / "batches.meta.txt"
+    if fine:
+        count, meta, key, text = 100, "meta", "fine_label_names", folder / "fine_label_names.txt"
     names: Any = read_classes(text)
     if names is None and (folder / meta).is_file():
         names = read_plain_pickle(folder / meta).get(key)
@@ -135,7 +139,7 @@ def is_idx(folder: Path) -> bool:
 
 
 def _idx_splits(folder: Path) -> dict[str, Path]:
-    """The image file of each split; where it stands there plain and compressed, the plain one."""
+    """Return the image file of each split, preferring an uncompressed one."""
     splits = {}
     for path in sorted(folder.iterdir(), reverse=True):
         if match := _IMAGES.fullmatch(path.name):
@@ -144,10 +148,10 @@ def _idx_splits(folder: Path) -> dict[str, Path]:
 
 
 def open_idx(folder: Path, name: str, *, split: str | None = None) -> ArrayImages:
-    """A folder of ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-…``, as they are or with ``.gz``.
+    """Open a folder of ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-…``, plain or with ``.gz``.
 
-    Classes are named by a file ``classes.txt`` beside them, by Fashion-MNIST's own names where the folder or the one
-    around it says ``fashion``, and ``"0"`` to ``"9"`` otherwise.
+    Classes are named by a file ``classes.txt`` beside them, or by Fashion-MNIST's own names if the folder's or its
+    parent's name contains ``fashion``, or else ``"0"`` to ``"9"``.
 
     Raises:
         UserError: a file is missing, broken, or has another size than its header says.
@@ -175,7 +179,7 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
             if len(head) < 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
                 raise UserError(f"{path} is no IDX file of bytes in {dimensions} dimensions; fetch it again")
             shape = [int(length) for length in np.frombuffer(head, ">u4", offset=4)]
-            data = file.read(math.prod(shape) + 1)  # one more, to see that nothing follows
+            data = file.read(math.prod(shape) + 1)  # one more, to check that nothing follows
     except (OSError, EOFError, zlib.error, OverflowError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {error or 'its header asks for too much'}; fetch it again") from None
     if len(data) != math.prod(shape) or not data:

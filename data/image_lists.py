@@ -1,4 +1,4 @@
-"""Lists of labelled images: our own two columns, and those that ImageNet's validation images come with."""
+"""Lists of labelled images: two columns of our own, and the lists published with ImageNet's validation images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from .errors import UserError
 from .labelled import PathImages, Texts, is_image_name, labels_of, read_classes
 
-#: Of Tiny ImageNet, which stands beside a folder ``images``.
+#: Tiny ImageNet's list, beside a folder ``images``.
 ANNOTATIONS = "val_annotations.txt"
 
 _KAGGLE = ["ImageId", "PredictionString"]
@@ -22,11 +22,11 @@ _BOX = 4
 
 
 def open_list(path: Path, name: str) -> PathImages:
-    """Open a text file with an image and its label on each line, between them a tab, a comma or, if neither, blanks.
+    """Open a text file with an image and its label on each line, separated by a tab, a comma or, without these, blanks.
 
     Paths start from the list's folder, or from ``images`` or ``val`` in it. A label is the number or the name of a
-    class; a file ``classes.txt`` beside the list names the classes in order. A first line that has neither an image's
-    name nor a number is a header. Blank lines do not count. Also read are
+    class; a file ``classes.txt`` beside the list names the classes in order. A first line with neither the name of an
+    image nor a number is a header. Blank lines are skipped. Other supported lists:
 
     - image, label and a box of four whole numbers, as in Tiny ImageNet's ``val_annotations.txt``;
     - ``ImageId,PredictionString``, as in Kaggle's ``LOC_val_solution.csv``;
@@ -34,44 +34,44 @@ def open_list(path: Path, name: str) -> PathImages:
       beside the list, in the order of their names.
 
     Raises:
-        UserError: the file is not UTF-8, has no rows, a line has more columns, or classes are numbered in an order that
-            no file beside the list tells.
+        UserError: the file is not UTF-8 or names no image, a line has more columns, or no file beside the list says in
+            which order its classes are numbered.
     """
-    rows = _rows(path)
-    kaggle = bool(rows) and rows[0][1] == _KAGGLE
-    if len(rows) == int(kaggle):
+    lines = _lines(path)
+    kaggle = bool(lines) and lines[0][1] == _KAGGLE
+    if len(lines) == int(kaggle):
         raise UserError(f"{path} names no images; write `path label` on each line")
-    if all(len(cells) == 1 and cells[0].isdecimal() for _, cells in rows):
-        return _ground_truth(path, name, [cells[0] for _, cells in rows])
+    if all(len(cells) == 1 and cells[0].isdecimal() for _, cells in lines):
+        return _ground_truth(path, name, [cells[0] for _, cells in lines])
     if kaggle:
-        pairs = [(number, *_kaggle(cells)) for number, cells in rows[1:]]
+        pairs = [(number, *_kaggle(cells)) for number, cells in lines[1:]]
     else:
-        pairs = [(number, *_pair(path, number, cells)) for number, cells in rows]
+        pairs = [(number, *_pair(path, number, cells)) for number, cells in lines]
     labels = labels_of([label for _, _, label in pairs], read_classes(path.parent / "classes.txt"))
     images = [image for _, image, _ in pairs]
-    lines = np.array([number for number, _, _ in pairs], dtype=np.int64)
-    return PathImages(name, _folder(path.parent, images[0]), Texts(images), labels, lines)
+    numbers = np.array([number for number, _, _ in pairs], dtype=np.int64)
+    return PathImages(name, _folder(path.parent, images[0]), Texts(images), labels, numbers)
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
+def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """Return the number and the cells of each line, without blank lines and a header of two columns."""
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        texts = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    rows: list[tuple[int, list[str]]] = []
+    lines: list[tuple[int, list[str]]] = []
     delimiter = None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
             continue
-        if not rows:
-            delimiter = next((mark for mark in "\t," if mark in line), None)
+        if not lines:
+            delimiter = next((mark for mark in "\t," if mark in text), None)
         # Line by line, so that a quotation mark that is never closed cannot swallow the lines that follow.
-        cells = next(csv.reader([line], delimiter=delimiter)) if delimiter else line.rsplit(None, 1)
-        rows.append((number, [cell.strip() for cell in cells]))
-    if rows and _is_header(rows[0][1]):
-        del rows[0]
-    return rows
+        cells = next(csv.reader([text], delimiter=delimiter)) if delimiter else text.rsplit(None, 1)
+        lines.append((number, [cell.strip() for cell in cells]))
+    if lines and _is_header(lines[0][1]):
+        del lines[0]
+    return lines
 
 
 def _is_header(cells: Sequence[str]) -> bool:
@@ -112,11 +112,11 @@ def _ground_truth(path: Path, name: str, numbers: Sequence[str]) -> PathImages:
             raise UserError(f"{path} has {len(numbers):,} labels, but {folder} {len(images):,} images; each needs one")
         if images:
             return PathImages(name, folder, Texts(images), labels)
-    raise UserError(f"{path} has labels alone, and no images are beside it; copy it into the folder of its images")
+    raise UserError(f"{path} has only labels, and no images are beside it; copy it into the folder of its images")
 
 
 def _numbered_classes(path: Path) -> Sequence[str]:
-    """Return the classes that a list of numbers means, from number 1, out of a file beside it."""
+    """Return the classes of a list of numbers, from number 1 on, as a file beside it names them."""
     if (classes := read_classes(path.parent / "classes.txt")) is not None:
         return classes
     if (path.parent / "map_clsloc.txt").is_file():  # of later devkits: "n02119789 1 kit_fox"
@@ -124,9 +124,9 @@ def _numbered_classes(path: Path) -> Sequence[str]:
     if (path.parent / "meta.mat").is_file():
         return _meta(path.parent / "meta.mat")
     raise UserError(
-        f"{path} numbers its classes from 1 in an order of its own. Put classes.txt beside it: one class a line, that "
-        "of number 1 first (for ImageNet the 1,000 synsets by ILSVRC2012_ID); the devkit's meta.mat or map_clsloc.txt "
-        "beside it will do as well"
+        f"{path} numbers its classes from 1 in an order of its own. Put classes.txt beside it, with one class per "
+        "line, number 1 first (for ImageNet the 1,000 synsets by ILSVRC2012_ID), or the devkit's meta.mat or "
+        "map_clsloc.txt"
     )
 
 
@@ -146,7 +146,7 @@ def _meta(path: Path) -> list[str]:
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         leaves = [(int(one["ILSVRC2012_ID"]), str(one["WNID"])) for one in synsets if not int(one["num_children"])]
-    except Exception as error:  # of a file that is no MATLAB file, or another one
+    except Exception as error:  # not a MATLAB file, or another one
         raise UserError(
             f"{path} is not the devkit's file ({type(error).__name__}); write classes.txt instead"
         ) from None

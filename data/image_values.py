@@ -1,4 +1,4 @@
-"""Which images a value of a record stands for, in whatever form it holds them."""
+"""Find the images in a value of a record: paths, URLs, base64, bytes, objects, or lists of these."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import BadSample
 from .images import named_image
 from .keys import check_keys, is_empty, one_of
 
-#: Keys under which an object has its image. Of an image's bytes and its path, the bytes count.
+#: Keys of an object that may hold its image. If it has bytes as well as a path, the bytes count.
 IMAGE_KEYS = ("path", "url", "file_name", "filename", "image", "image_url", "base64")
 _NO_IMAGE = ("", "none", "null", "nan")
 
@@ -26,11 +26,11 @@ def images_of(value: Any, folder: Path, unread: Counter[str] | None = None) -> l
     Args:
         value: a path, ``file://`` or ``data:`` URL, base64, bytes, a Pillow image, an object with one of these under
             ``bytes`` or a key of :data:`IMAGE_KEYS`, or a list of such values.
-        folder: what relative paths start from.
-        unread: gets the keys of objects that are not read.
+        folder: the folder that relative paths start from.
+        unread: counts the keys of objects that are not read.
 
     Raises:
-        BadSample: the value is no known kind of image.
+        BadSample: the value is not a known kind of image.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []

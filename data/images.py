@@ -1,4 +1,4 @@
-"""Safe decoding: a path, the bytes of a file or a Pillow image becomes upright 8-bit RGB, or a ``BadSample``."""
+"""Decode images safely: a path, the bytes of a file or a Pillow image becomes upright 8-bit RGB, or a ``BadSample``."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .conversation import ImageSource
 from .errors import BadSample
 
 MAX_PIXELS = 89_478_485
-#: The longest side in terms of the other. Models scale an image by its shorter side: one row of 65,535 pixels would be
-#: scaled to billions of them.
+#: The largest ratio of the sides. Models scale an image by its shorter side: one line of 65,535 pixels would be scaled
+#: to billions of pixels.
 MAX_RATIO = 200
 
-# Formats that decode in this process from their own bytes. Left out are those that start other programs (EPS) or hold
-# images of a size other than their header's (ICO, ICNS), which would pass the check of the size.
+# Formats that are decoded in this process from their own bytes. Excluded are formats that start other programs (EPS) or
+# hold images of another size than their header's (ICO, ICNS), which would pass the check of the size.
 Image.init()
 FORMATS = tuple(f for f in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if f in Image.OPEN)
 
-# Pillow's own guard against decompression bombs is one number for the whole process and partly a mere warning.
-# `load_image` checks every image against the caller's limit before it decodes a pixel, so that guard is switched off.
+# Pillow's own guard against decompression bombs is global to the process and partly a mere warning. It is switched off:
+# `load_image` checks every image against the caller's limit before decoding it.
 Image.MAX_IMAGE_PIXELS = None
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
-#: First bytes of the formats, at the places where they stand.
+#: The formats' magic bytes.
 _MAGIC = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftypavi[fs]",
@@ -52,7 +52,7 @@ _UPRIGHT = {
 
 
 def is_url(text: str) -> bool:
-    """Whether a string names a place outside the file system (``http://…``, ``file://…``, ``data:…``)."""
+    """Return whether a string is a URL (``http://…``, ``file://…``, ``data:…``) rather than a path."""
     return _URL.match(text) is not None
 
 
@@ -70,7 +70,7 @@ def named_image(text: str, folder: Path) -> ImageSource:
         return _path_of_file_url(text)
     if is_url(text):
         return text
-    # No file has a name that begins like an image in base64.
+    # A text that begins like an image in base64 is not a file name.
     start = "".join(text[:64].split())
     start = start[: len(start) // 4 * 4]
     if _BASE64.fullmatch(text[:400]) and _MAGIC.match(base64.b64decode(start)):
@@ -106,21 +106,21 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     alpha: Literal["white", "drop"] = "white",
 ) -> Image.Image:
-    """The image as a person sees it: upright (EXIF), RGB, transparent parts on white, the first frame of several.
+    """Load an image as a person sees it: upright (EXIF), RGB, transparent parts on white, the first of several frames.
 
     Args:
-        source: the path of a local file, the bytes of an image file, or a Pillow image (which is left as it is).
-        roots: when given, folders outside of which no path is read, symbolic links followed first.
+        source: the path of a local file, the bytes of an image file, or a Pillow image (which is not modified).
+        roots: if given, only paths inside these folders are read, after resolving symbolic links.
         max_pixels: the largest width × height, checked before decoding.
-        alpha: lay transparent parts on ``white``, or ``drop`` transparency, so that colours show which nobody was meant
-            to see. VLMEvalKit and lmms-eval drop it; their scores are of such images.
+        alpha: put transparent parts on ``white``, or ``drop`` transparency, which reveals hidden colours. VLMEvalKit
+            and lmms-eval drop it, so their scores are for such images.
 
     Returns:
         An 8-bit image of mode ``RGB``. 16-bit grey values ``v`` become ``v / 257``, rounded.
 
     Raises:
-        BadSample: the file is missing, empty, outside the roots, not an image, broken, too large, or of a kind whose
-            range of values is not known (floating point, 32-bit integers); or one side is over 200 times the other.
+        BadSample: the file is missing, empty, outside the roots, not an image, broken, too large, has values of unknown
+            range (floating point, 32-bit integers), or one side is over 200 times the other.
     """
     if isinstance(source, Image.Image):
         return _decoded(source, max_pixels, f"a {source.mode} image", alpha)
@@ -136,7 +136,7 @@ def load_image(
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise BadSample("not an image", f"{name} (formats read: {', '.join(FORMATS)})") from None
-    except Exception as error:  # plugins raise whatever a broken header leads them to
+    except Exception as error:  # plugins may raise anything on a broken header
         raise BadSample("image is broken", f"{name}: {error}") from None
     with image:
         return _decoded(image, max_pixels, name, alpha)
@@ -172,7 +172,7 @@ def _decoded(image: Image.Image, max_pixels: int, name: str, alpha: str) -> Imag
         rgb = _rgb(image, name, alpha)
     except BadSample:
         raise
-    except Exception as error:  # decoders raise almost anything on broken data
+    except Exception as error:  # decoders may raise anything on broken data
         raise BadSample("image is broken", f"{name}: {error}") from None
     try:
         # Read after loading: Pillow turns TIFF images upright by itself and then drops the tag.
@@ -183,7 +183,7 @@ def _decoded(image: Image.Image, max_pixels: int, name: str, alpha: str) -> Imag
 
 
 def _rgb(image: Image.Image, name: str, alpha: str) -> Image.Image:
-    """Any mode as RGB; always a new image."""
+    """Convert any mode to RGB; always returns a new image."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bit(image, name, alpha)
     if image.mode == "F":
@@ -198,7 +198,7 @@ def _rgb(image: Image.Image, name: str, alpha: str) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image, name: str, alpha: str) -> Image.Image:
-    # Pillow's own conversion clips at 255. Mode "I" holds 16-bit values too (PGM); what goes beyond has no known range.
+    # Pillow's own conversion clips at 255. Mode "I" holds 16-bit values too (PGM); larger values have no known range.
     given = np.asarray(image)
     if given.min() < 0 or given.max() > 65_535:
         raise BadSample("image of 32-bit values", f"{name}: from {given.min()} to {given.max()}")

@@ -1,4 +1,4 @@
-"""Read back JSON files that the suite wrote: damage of any kind becomes one line."""
+"""Read JSON files that the suite wrote; any damage becomes a one-line error."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .errors import UserError
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file with one a line. A last line without its end, as a kill leaves it, is left out.
+    """Return the JSON objects of a file with one per line, ignoring an incomplete last line (of a killed process).
 
     Raises:
-        UserError: another line is no JSON object.
+        UserError: another line is not a JSON object.
     """
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     entries = []
@@ -36,10 +36,10 @@ def read_object(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str,
 
     Args:
         path: the file.
-        shape: types of the keys that must be there; the values are returned as they are.
+        shape: required keys and their types; the values are returned unchanged.
 
     Raises:
-        UserError: it cannot be read, is cut off, is no object, or lacks a key or has another type under it.
+        UserError: the file cannot be read or is truncated, is not an object, or a key is missing or of another type.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Official benchmark files in JSON: questions and their annotations joined by id, as rows in memory."""
+"""Read official benchmark files in JSON: questions joined with their annotations by id, as rows in memory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .tables import ImageFiles, Row, RowTable
 
 @dataclass(frozen=True)
 class Records:
-    """Where the records of a JSON file stand.
+    """Where to find the records of a JSON file.
 
-    The file holds a list of records, one record a line, or an object of records by their ids. A record is an object,
+    The file holds a list of records, one record per line, or an object that maps ids to records. A record is an object,
     a list (see ``fields``), or in a file by ids any other value.
 
     Attributes:
         path: the file.
-        under: the key that the list or the object stands under, where the file holds more.
-        key: in a file by ids, the column that the id goes to; the column of any other value is ``fields[0]``.
+        under: the key of the list or object, if the file holds more.
+        key: in a file by ids, the column for the id; the column for a value that is not an object is ``fields[0]``.
         fields: names for the items of records that are lists.
     """
 
@@ -34,10 +34,10 @@ class Records:
 
 
 def read_records(given: Records) -> list[Row]:
-    """All records of a file.
+    """Return all records of a file.
 
     Raises:
-        UserError: the file is not valid JSON or not laid out as said: names file and record.
+        UserError: the file is not valid JSON or has another layout. The message names file and record.
     """
     content = _read(given.path)
     if given.under is not None:
@@ -47,7 +47,7 @@ def read_records(given: Records) -> list[Row]:
         content = content[given.under]
     if isinstance(content, Mapping):
         if not given.fields and not any(isinstance(value, Mapping) for value in content.values()):
-            return [dict(content)]  # a file of one line, so one record
+            return [dict(content)]  # one line, so a single record
         return [{given.key: key, **_row(given, value, key)} for key, value in content.items()]
     if not isinstance(content, list):
         raise UserError(f"{given.path} holds no records but a {type(content).__name__}; is it the right file?")
@@ -72,7 +72,7 @@ def _read(path: Path) -> Any:
         return json.loads(text)
     except ValueError as error:
         whole = error
-    # One record a line, as POPE's files with the suffix .json have them.
+    # One record per line, as in POPE's files, despite their suffix .json.
     records = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -85,12 +85,12 @@ def _read(path: Path) -> Any:
 
 
 def joined(rows: Sequence[Row], on: str, other: Sequence[Row], *, files: tuple[Path, Path]) -> list[Row]:
-    """Each row with the columns of that row of ``other`` which has the same value in ``on``, wherever it stands.
+    """Join rows with those of ``other`` that have the same value in column ``on``.
 
-    Where both have a column, that of ``rows`` counts. Rows of ``other`` that nothing asks for are passed over.
+    If both have a column, that of ``rows`` counts. Unmatched rows of ``other`` are ignored.
 
     Raises:
-        UserError: a row has no partner, or no column ``on``.
+        UserError: a row has no match, or no column ``on``.
     """
     by_key = {str(_cell(row, on, number, files[1])): row for number, row in enumerate(other, 1)}
     result = []
@@ -109,7 +109,7 @@ def _cell(row: Row, column: str, number: int, path: Path) -> Any:
 
 
 def json_table(name: str, rows: Sequence[Row], files: Sequence[Path], images: Path, pattern: str) -> RowTable:
-    """Rows with the images that a pattern names (:class:`~data.tables.ImageFiles`).
+    """Return a table of the rows, with image paths from a pattern (:class:`~data.tables.ImageFiles`).
 
     Raises:
         UserError: there are no rows, or a row lacks a column of the pattern.

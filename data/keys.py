@@ -1,4 +1,4 @@
-"""What the keys of a record mean: each one is read, is known to mean nothing, is refused, or is counted as not read."""
+"""Check the keys of a record: each one is read, known to be meaningless, refused, or counted as not read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from .errors import BadSample
 from .labelled import is_image_name
 
-# Keys that mean nothing to training, at every level. The first two are the index that pandas writes.
+# Keys without meaning for training, at every level. The first two are the index column that pandas writes.
 _NAMES = ("", "Unnamed: 0", "id", "idx", "index", "uid", "uuid", "question_id", "image_id", "prompt_id", "message_id")
 _ORIGIN = ("source", "data_source", "dataset", "dataset_name", "split", "set_name", "version", "model", "url")
 _PICTURES = ("width", "height", "size", "image_width", "image_height", "image_size", "mode", "format", "detail")
@@ -22,7 +22,7 @@ _REST = ("type", "task", "lang", "language", "timestamp", "created_at", "cache_c
 MEANINGLESS = frozenset((*_NAMES, *_ORIGIN, *_PICTURES, *_LICENCE, *_REST, "parallel_tool_calls", "__url__"))
 
 _PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "kto_tag")
-# Keys that change what a record means and are not read: the keys, a reason, a remedy.
+# Keys that would change a record's meaning and are not supported: the keys, a reason, a remedy.
 _REFUSALS = (
     (("video", "videos", "audio", "audios"), "video and audio are not supported", "a video goes in as its frames"),
     (_PREFERENCE, "preference data is not supported", "name the answer to learn, as in columns: {messages: chosen}"),
@@ -40,10 +40,12 @@ _REFUSALS = (
         "set the model's template_arguments",
     ),
 )
-_REFUSED = {key: (reason, remedy) for keys, reason, remedy in _REFUSALS for key in keys}
-# Text that belongs to the question of a row that is no list of messages.
+_REFUSED: dict[str, tuple[str, str]] = {}
+for _keys, _reason, _remedy in _REFUSALS:
+    _REFUSED |= dict.fromkeys(_keys, (_reason, _remedy))
+# Text that belongs to a question, in a record that is not a list of messages.
 _OPTION = re.compile(r"(option|choice|opt|op|candidate)s?_?([a-h]|[0-9])", re.IGNORECASE)
-# An answer's thought: read in a message, where it is clear whose it is.
+# An answer's thought: read only in a message, where it is clear to which answer it belongs.
 _BESIDE_ANSWER = ("reasoning_content", "reasoning", "thinking")
 _BESIDE_QUESTION = ("context", "hint", "passage", "history", "instruction", "input", "prompt", "query", "prefix")
 
@@ -63,10 +65,10 @@ _TRUE_MEANS_LEARN = frozenset((*_WEIGHTS, *_LEARN, "learnable"))
 _TRUE_MEANS_CONTEXT = frozenset(
     ("mask", "masked", "is_masked", "ignore", "ignore_loss", "no_loss", "no_train", "skip_loss")
 )
-#: Keys that say whether something is learnt.
+#: Keys that say whether something is trained on.
 MASKS = _TRUE_MEANS_LEARN | _TRUE_MEANS_CONTEXT
 
-# Other keys of this kind, by their words: all of the second group, one of the first.
+# Other keys are taken for masks if they consist of these words, with at least one of the first group.
 _OF_MASKS = frozenset(("loss", "mask", "masks", "masked", "train", "trainable", "trained", "training", "weight"))
 _OF_MASKS |= {"learn", "learnable", "learned"}
 _BESIDE_MASKS = frozenset(("is", "no", "not", "on", "this", "the", "turn", "turns", "message", "sample", "example"))
@@ -81,7 +83,7 @@ _IMAGE_KEY = re.compile(
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value is what tables and JSON have where there is nothing."""
+    """Return whether a value is one that tables and JSON use for "nothing"."""
     if value is None:
         return True
     if isinstance(value, str | bytes | list | tuple):
@@ -92,10 +94,10 @@ def is_empty(value: Any) -> bool:
 
 
 def one_of(given: Mapping[str, Any], keys: Collection[str]) -> Any:
-    """Return the value under the only one of ``keys`` that has one, else ``None``.
+    """Return the value under whichever of ``keys`` has one, else ``None``.
 
     Raises:
-        BadSample: two of them hold different values, and nothing says which is meant.
+        BadSample: two of them hold different values.
     """
     found = [key for key in keys if key in given and not is_empty(given[key])]
     if not found:
@@ -107,17 +109,17 @@ def one_of(given: Mapping[str, Any], keys: Collection[str]) -> Any:
 
 
 def learnt(given: Mapping[str, Any], where: str) -> bool | None:
-    """Return whether a record or message says that it is to be learnt; ``None``: it does not say.
+    """Return whether a record or message is to be trained on, or ``None`` if it does not say.
 
     Raises:
-        BadSample: a value lies between yes and no, is no truth value, or two keys contradict each other.
+        BadSample: a value is neither true nor false, nor 1 or 0, or two keys contradict each other.
     """
     answers = {}
     for key in MASKS & given.keys():
         value = given[key]
         if is_empty(value):
             continue
-        # A mask of 1 means "learn" to some tools and "hide" to others; a mask of true always hides.
+        # Depending on the tool, a mask of 1 means "train" or "hide", but a mask of true always hides.
         known = isinstance(value, bool) or (key in _TRUE_MEANS_LEARN and value in (0, 1))
         if not known:
             detail = f"{where}: {key}: {value!r:.40}; write train: true or false"
@@ -138,19 +140,19 @@ def check_keys(
     has_image: bool = False,
     asks: bool = False,
 ) -> None:
-    """Look at the keys that nothing reads, and count those that may be passed over in ``unread``.
+    """Check the keys that nothing reads. Count the harmless ones in ``unread``.
 
     Args:
         given: a record, message, part or image.
         read: the keys that are read elsewhere.
-        unread: counts of keys that are not read, by their name with ``where`` before it.
+        unread: counts keys that are not read, by their name after ``where``.
         where: the level, such as ``messages[].``; empty for the record.
-        chosen: our names that the source's ``columns`` assigned: what a person chose is not asked again.
+        chosen: our names that the source's ``columns`` assigned; the user's choice is not questioned.
         has_image: whether an image was read at this level, so that a path beside it may be the same image's name.
-        asks: whether the record is a question row, in which a text beside the question belongs to it.
+        asks: whether the record is a question, so that a text beside the question belongs to it.
 
     Raises:
-        BadSample: a key changes what the record means, or holds an image.
+        BadSample: a key changes the record's meaning, or holds an image.
     """
     images_chosen, text_chosen = bool({"image", "images"} & set(chosen)), bool(set(chosen) - {"image", "images"})
     for key, value in given.items():
@@ -166,9 +168,10 @@ def check_keys(
         if key == "label" and value is False:
             raise BadSample("preference data is not supported", f"key {name!r}; keep the rows with true, without it")
         if key in MASKS or _is_mask(str(key)):
-            known = "a part of a message kept out of the loss", f"key {name!r}; mask whole messages"
-            other = "loss mask under an unknown key", f"key {name!r}; write train: true or false on messages"
-            raise BadSample(*(known if key in MASKS else other))
+            if key in MASKS:
+                raise BadSample("a part of a message kept out of the loss", f"key {name!r}; mask whole messages")
+            remedy = "write train: true or false on messages"
+            raise BadSample("loss mask under an unknown key", f"key {name!r}; {remedy}")
         if asks and _OPTION.fullmatch(str(key)):
             raise BadSample("multiple-choice rows are not supported", f"key {name!r}; write them as conversations")
         if asks and key in _BESIDE_ANSWER and not text_chosen:
@@ -181,19 +184,19 @@ def check_keys(
 
 
 def _is_mask(key: str) -> bool:
-    """Whether a key says by its words that something is learnt or not."""
+    """Return whether a key, judged by its words, is a mask of the loss."""
     words = set(_CAMEL.sub("_", key).lower().split("_"))
     return bool(words & _OF_MASKS) and words <= _OF_MASKS | _BESIDE_MASKS
 
 
 def _is_image(key: str, value: Any, has_image: bool) -> bool:
-    """Whether a key's name, or its value where no image was read, says that it is an image."""
+    """Return whether a key holds an image, judged by its name, or by its value if no image was read."""
     first = value[0] if isinstance(value, list | tuple) and value else value
     if isinstance(first, bool | int | float):
-        return False  # a size, a number or a count
+        return False  # a size or a count
     if _IMAGE_KEY.fullmatch(_CAMEL.sub("_", key).lower()):
         return True
-    # A path beside an image may be the same image's name; another image itself is none.
+    # A path beside an image may be the same image's name, but image data beside an image is another image.
     if isinstance(first, Image.Image) or (isinstance(first, Mapping) and isinstance(first.get("bytes"), bytes)):
         return True
     if has_image:

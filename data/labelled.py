@@ -1,4 +1,4 @@
-"""What a reader of labelled images gives, and what readers share: labels as numbers, many texts in one block."""
+"""`LabelledImages`, the base class of readers for classification, and what they share: labels, names, paths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "avif")
 )
 
-# A label that is a number needs no list of names. Beyond this it is a mistake, and not a million classes more.
+# A label that is a number needs no list of names. A number beyond this is a mistake, not a million more classes.
 _MOST_CLASSES = 1_000_000
 
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
@@ -34,7 +34,7 @@ class LabelledImage:
     """One image, not decoded, and its class.
 
     Attributes:
-        image: what :func:`data.images.load_image` takes.
+        image: for :func:`data.images.load_image`.
         label: index into the classes of its source.
     """
 
@@ -48,8 +48,8 @@ class LabelledImages(Protocol):
     A source can be pickled and inherited by worker processes.
 
     Attributes:
-        name: what reports call it.
-        classes: names in the order of labels, as the data name them: a folder's name, a synset, ``"0"`` to ``"9"``.
+        name: the name in reports.
+        classes: names in the order of labels, as in the data: a folder's name, a synset, ``"0"`` to ``"9"``.
     """
 
     name: str
@@ -59,20 +59,20 @@ class LabelledImages(Protocol):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, row: int) -> LabelledImage:
-        """The image of a row.
+    def __getitem__(self, index: int) -> LabelledImage:
+        """Return an image and its class.
 
         Raises:
-            BadSample: it has no image, or no label of the classes.
-            IndexError: there is no such row.
+            BadSample: it has no image, or no label among the classes.
+            IndexError: there is no such index.
         """
 
-    def line(self, row: int) -> int:
-        """The 1-based place of a row in its source, for reports."""
-        return row + 1
+    def line(self, index: int) -> int:
+        """Return the 1-based position of an image in its source, for reports."""
+        return index + 1
 
-    def size(self, row: int) -> int:
-        """Length of a row for grouping by length: images are all alike."""
+    def size(self, index: int) -> int:
+        """Return 1: for grouping by length, all images are alike."""
         return 1
 
 
@@ -81,7 +81,7 @@ def is_image_name(name: str) -> bool:
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes in plain order of strings, or, where all of them are numbers, of numbers."""
+    """Return the names of classes sorted as strings, or as numbers if all of them are numbers."""
     names = set(names)
     if all(name.isascii() and name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
@@ -89,39 +89,40 @@ def class_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 class Share(LabelledImages):
-    """So many rows of a source, evenly spaced, since class folders stand class by class.
+    """Some images of a source, evenly spaced, since class folders are read class by class.
 
     Args:
-        whole: the source; the classes remain those of all its rows.
-        rows: how many, at most.
+        whole: the source; the classes remain those of all its images.
+        count: the most images.
     """
 
-    def __init__(self, whole: LabelledImages, rows: int) -> None:
+    def __init__(self, whole: LabelledImages, count: int) -> None:
         self.name = whole.name
         self.classes = whole.classes
         self._whole = whole
-        self._count = min(rows, len(whole))
+        self._count = min(count, len(whole))
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, row: int) -> LabelledImage:
-        return self._whole[self._place(row)]
+    def __getitem__(self, index: int) -> LabelledImage:
+        return self._whole[self._index(index)]
 
-    def line(self, row: int) -> int:
-        return self._whole.line(self._place(row))
+    def line(self, index: int) -> int:
+        return self._whole.line(self._index(index))
 
-    def _place(self, row: int) -> int:
-        return range(self._count)[row] * len(self._whole) // self._count
+    def _index(self, index: int) -> int:
+        """Return an image's index in the whole source."""
+        return range(self._count)[index] * len(self._whole) // self._count
 
 
 class Labels:
-    """The class of each row.
+    """The class of each image.
 
     Args:
-        numbers: int64 [rows]; -1 stands for none.
+        numbers: int64 [images]; -1 for none.
         classes: names in the order of numbers.
-        texts: what stands in place of a label in rows whose number is -1, where something does.
+        texts: the text found in place of a label, by index, for some of the images whose number is -1.
     """
 
     def __init__(
@@ -134,27 +135,25 @@ class Labels:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, row: int) -> int:
-        """Raises ``BadSample`` where the row has no label or none of the classes."""
-        number = int(self.numbers[row])
+    def __getitem__(self, index: int) -> int:
+        """Return an image's class. Raise ``BadSample`` if it has no label among the classes."""
+        number = int(self.numbers[index])
         if 0 <= number < len(self.classes):
             return number
-        if number == -1 and row not in self._texts:
+        if number == -1 and index not in self._texts:
             raise BadSample("no label")
-        raise BadSample(
-            "label outside the classes", f"{self._texts.get(row, number)!s:.80}; there are {len(self.classes)} classes"
-        )
+        label = self._texts.get(index, number)
+        raise BadSample("label outside the classes", f"{label!s:.80}; there are {len(self.classes)} classes")
 
 
 def labels_of(texts: Sequence[str | None], classes: Sequence[str] | None, *, first: int | None = None) -> Labels:
-    """Return labels from texts that hold a class's name or its number; ``None`` and blank ones are missing.
+    """Return labels from texts that hold a class's name or its number; ``None`` and blank texts are missing labels.
 
     Args:
-        texts: one for each row.
-        first: the number of the first class. By default 1 where the numbers go from 1 to as many as there are classes,
-            else 0.
-        classes: names in the order of numbers. Without them numbers make classes ``"0"`` up to the highest one. Where
-            half of the different texts are no numbers, all are names, else those few are wrong.
+        texts: one for each image.
+        classes: names in the order of numbers. Without them, if most of the different texts are numbers, the classes
+            are ``"0"`` to the highest one and other texts are wrong; otherwise every text is a name.
+        first: the number of the first class. By default 1 if the numbers run from 1 to the number of classes, else 0.
     """
     distinct = {text: text.strip() for text in set(texts) if text is not None and text.strip()}
     if classes is None:
@@ -166,26 +165,26 @@ def labels_of(texts: Sequence[str | None], classes: Sequence[str] | None, *, fir
         numbers = [int(text) for text in distinct.values() if _NUMBER.fullmatch(text)]
         first = int(bool(numbers) and min(numbers) >= 1 and max(numbers) == len(classes))
     first = first or 0
-    places = {name: number for number, name in enumerate(classes)}
+    by_name = {name: number for number, name in enumerate(classes)}
     known = {}
     for text, stripped in distinct.items():
-        number = places.get(stripped)
+        number = by_name.get(stripped)
         if number is None and _NUMBER.fullmatch(stripped) and 0 <= int(stripped) - first < len(classes):
             number = int(stripped) - first
         if number is not None:
             known[text] = number
-    numbers_of_rows = np.fromiter((known.get(text, -1) if text else -1 for text in texts), np.int64, len(texts))
-    wrong = {row: distinct[text] for row, text in enumerate(texts) if text in distinct and text not in known}
-    return Labels(numbers_of_rows, classes, wrong)
+    labels = np.fromiter((known.get(text, -1) if text else -1 for text in texts), np.int64, len(texts))
+    wrong = {index: distinct[text] for index, text in enumerate(texts) if text in distinct and text not in known}
+    return Labels(labels, classes, wrong)
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
-    """Return names of classes from a file with one a line, such as ``classes.txt``; ``None`` if there is no such file.
+    """Return names of classes from a file with one per line, such as ``classes.txt``; ``None`` if there is no file.
 
-    Where every line is a synset and words for it, as in Caffe's ``synset_words.txt``, the synset is the name.
+    If every line is a synset followed by words, as in Caffe's ``synset_words.txt``, the synset is the name.
 
     Raises:
-        UserError: it is not UTF-8, has no names, or has one twice.
+        UserError: the file is not UTF-8, has no names, or has one twice.
     """
     if not path.is_file():
         return None
@@ -203,10 +202,10 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
 
 
 class Texts(Sequence[str]):
-    """Many short texts in one block of memory, which worker processes share; as objects each would be copied."""
+    """Many short texts in one block of memory, which worker processes share. As objects, they would be copied."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [os.fsencode(text) for text in texts]  # names of files need not be UTF-8
+        encoded = [os.fsencode(text) for text in texts]  # file names may not be UTF-8
         self._bytes = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
 
@@ -219,14 +218,14 @@ class Texts(Sequence[str]):
 
 
 class PathImages(LabelledImages):
-    """Images that are files of their own.
+    """Images in files of their own.
 
     Args:
-        name: what reports call the source.
-        folder: what relative paths start from.
-        paths: one for each row.
-        labels: one for each row.
-        lines: int64 [rows], the place of each row for reports; by default its number.
+        name: the name in reports.
+        folder: the folder that relative paths start from.
+        paths: one for each image.
+        labels: one for each image.
+        lines: int64 [images], the position of each image in reports; by default its index + 1.
     """
 
     def __init__(
@@ -242,10 +241,10 @@ class PathImages(LabelledImages):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, row: int) -> LabelledImage:
-        row = range(len(self))[row]
-        path = self._paths[row]
-        return LabelledImage(named_image(path, self._folder), self._labels[row])
+    def __getitem__(self, index: int) -> LabelledImage:
+        index = range(len(self))[index]
+        path = self._paths[index]
+        return LabelledImage(named_image(path, self._folder), self._labels[index])
 
-    def line(self, row: int) -> int:
-        return row + 1 if self._lines is None else int(self._lines[row])
+    def line(self, index: int) -> int:
+        return index + 1 if self._lines is None else int(self._lines[index])

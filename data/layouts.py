@@ -1,4 +1,4 @@
-"""Layouts of records: each public one, recognised by its columns, becomes the same conversation."""
+"""Layouts of records: recognise each public layout by its columns and convert it to a conversation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .conversation import Conversation, ImageSource, message_text
+from .conversation import Conversation, ImageSource, answer_text, message_text
 from .errors import BadSample
 from .image_values import images_of
 from .keys import MASKS, check_keys, is_empty, learnt
@@ -34,14 +35,14 @@ class Layout:
     """How records of one layout are read.
 
     Attributes:
-        column: what a record of this layout has under this key, beside its images.
-        whose: data sets that come in it.
-        read: gives a record's messages with their raw content.
-        more: other keys that ``read`` looks at.
-        leading: images without a placeholder of their own precede all others, at the front of the first user message;
-            elsewhere placeholders and images that differ in number are a bad sample, unless there are no placeholders.
-        asks: the record is a question with its answer, not a list of messages.
-        describes: the column describes an image, without which the record has no layout.
+        column: the key by which a record of this layout is recognised.
+        whose: data sets in this layout.
+        read: returns a record's messages with their raw content.
+        more: other keys that ``read`` uses.
+        leading: whether images without a placeholder precede all others, at the front of the first user message. In
+            other layouts, placeholders and images must agree in number, unless there are no placeholders.
+        asks: whether the record is a question with its answer, not a list of messages.
+        describes: whether the column describes an image, so that a record without one has another layout.
     """
 
     column: str
@@ -64,7 +65,7 @@ def _messages(column: str) -> Callable[[Mapping[str, Any], Counter[str]], list[R
 
 
 def _exchanges(record: Mapping[str, Any], unread: Counter[str]) -> list[RawMessage]:
-    """Read a list of exchanges, each with what ``user`` and ``assistant`` say."""
+    """Read a list of exchanges, each with the texts of ``user`` and ``assistant``."""
     messages = []
     for turn in _objects(record["texts"], "texts"):
         check_keys(turn, ("user", "assistant"), unread, "texts[].")
@@ -97,7 +98,7 @@ def _asked(question: str, answer: str) -> Callable[[Mapping[str, Any], Counter[s
 
 
 def _instructed(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
-    """Read an instruction, the input that it is about on the line after it, and the output."""
+    """Read an instruction, its input (on the line after it), and the output."""
     parts = [record.get(key) for key in ("instruction", "input") if not is_empty(record.get(key))]
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
@@ -107,14 +108,13 @@ def _instructed(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
 
 def _questioned(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
     """Read one question with its answer or answers."""
-    lettered = [key for key in ("A", "B") if not is_empty(record.get(key))]
-    if len(lettered) == 2:  # the columns of VLMEvalKit's tables
+    if not is_empty(record.get("A")) and not is_empty(record.get("B")):  # the columns of VLMEvalKit's tables
         raise BadSample("multiple-choice rows are not supported", "keys A and B; write them as a conversation")
     return [_message("user", record["question"]), *_answered(_commonest_answer(record))]
 
 
 def _described(column: str) -> Callable[[Mapping[str, Any], Counter[str]], list[RawMessage]]:
-    """Read a text about an image: the answer to the image alone."""
+    """Read a text about an image, which becomes the answer to the image alone."""
     return lambda record, _: [_message("user", ""), *_answered(record[column])]
 
 
@@ -127,13 +127,16 @@ def _answered(answer: Any) -> list[RawMessage]:
 
 
 def _history(record: Mapping[str, Any]) -> list[RawMessage]:
-    """Earlier exchanges: pairs of a question and its answer."""
+    """Return earlier exchanges, given as pairs of a question and its answer."""
     history = record.get("history")
     if is_empty(history):
         return []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise BadSample("history is not a list of pairs", repr(history)[:80])
-    return [_message(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    messages = []
+    for question, answer in history:
+        messages += [_message("user", question), _message("assistant", answer)]
+    return messages
 
 
 def _objects(turns: Any, column: str) -> Sequence[Mapping[str, Any]]:
@@ -148,29 +151,29 @@ def _objects(turns: Any, column: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _commonest_answer(record: Mapping[str, Any]) -> str | None:
-    """What the assistant says in a question row.
+    """Return the answer of a question record.
 
-    That is ``answer``, else ``multiple_choice_answer``, else the commonest of ``answers``, the first in a tie.
+    It is ``answer``, else ``multiple_choice_answer``, else the commonest of ``answers`` (the first of a tie).
     """
     answer = record.get("answer")
     if answer is None:
         answer = record.get("multiple_choice_answer")
     if answer is None:
-        texts = [str(a["answer"]) if isinstance(a, Mapping) else str(a) for a in _answers(record)]
+        texts = [answer_text(one) for one in _answers(record)]
         return Counter(texts).most_common(1)[0][0] if texts else None
-    missing = isinstance(answer, float) and not math.isfinite(answer)  # what a table has where it has nothing
+    missing = isinstance(answer, float) and not math.isfinite(answer)  # an empty cell of a table
     if isinstance(answer, bool) or missing or not isinstance(answer, str | int | float):
         raise BadSample("answer is not a text", repr(answer)[:80])
     return str(answer)
 
 
 def _answers(record: Mapping[str, Any]) -> list[Any]:
-    """The right answers of a question row: texts, or objects with an ``answer``."""
+    """Return the reference answers of a question record: texts, or objects with an ``answer``."""
     answers = record.get("answers")
     if is_empty(answers):
         return []
     if isinstance(answers, Mapping) and isinstance(answers.get("answer"), list):
-        answers = answers["answer"]  # a list of objects, as some tables keep it
+        answers = answers["answer"]  # a list of objects stored by column, as in some tables
     found = answers if isinstance(answers, list) else [answers]
     for answer in found:
         text = answer.get("answer") if isinstance(answer, Mapping) else answer
@@ -179,7 +182,7 @@ def _answers(record: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-#: The first whose column is there.
+#: A record has the first layout whose column it has.
 LAYOUTS = (
     Layout("messages", "Transformers, TRL, ms-swift, OpenAI", _messages("messages"), asks=False),
     Layout("conversations", "LLaVA-665k, LLaVA-OneVision, ShareGPT", _messages("conversations"), asks=False),
@@ -195,16 +198,15 @@ LAYOUTS = (
     Layout("text", "captions", _described("text"), describes=True),
 )
 
-#: What ``columns`` of a source may name.
-COLUMNS = tuple(
-    dict.fromkeys(key for layout in LAYOUTS for key in (layout.column, *layout.more, *_COMMON) if key not in MASKS)
-)
+_READ = dict.fromkeys(chain.from_iterable(layout.keys for layout in LAYOUTS))
+#: The names that ``columns`` of a source may assign.
+COLUMNS = tuple(key for key in _READ if key not in MASKS)
 #: Columns that hold a record's text.
 TEXT_COLUMNS = tuple(key for key in COLUMNS if key not in ("images", "image", "metadata", "objects", *_METADATA))
 
 
 def layout_of(record: Mapping[str, Any], has_image: bool = False) -> Layout:
-    """Return the layout of a record. Raises ``BadSample`` where it has none that is known."""
+    """Return the layout of a record. Raise ``BadSample`` if it is unknown."""
     for layout in LAYOUTS:
         if record.get(layout.column) is not None and (has_image or not layout.describes):
             return layout
@@ -221,26 +223,25 @@ def to_conversation(
     unread: Counter[str] | None = None,
     chosen: Collection[str] = (),
 ) -> Conversation:
-    """Return one record of any supported layout as a conversation.
+    """Convert one record of any supported layout to a conversation.
 
     The layouts are those of :data:`LAYOUTS`, recognised by their columns. Images are found under ``images`` or
-    ``image`` or in the image parts themselves. ``<image>`` in a string (or in a text part where no message has an image
-    part) becomes an image part at its place, and ``<image 2>`` the second image; the text around it stays exactly as it
-    is. Where a record has images and nothing says where they belong, they precede the text of the first user message. A
-    part of a video becomes its frames' parts.
+    ``image``, or in image parts. ``<image>`` in a text becomes an image part (in a text part only if no message has
+    image parts), and ``<image 2>`` stands for the second image; the text around it is unchanged. If nothing says where
+    a record's images belong, they precede the text of the first user message. A video part becomes one part per frame.
 
     Args:
-        record: what a line of JSON or a row of a table holds.
+        record: the content of a line of JSON or of a row of a table.
         images: the folder that relative image paths start from.
         source: name of the source, for reports.
-        line: place in the source, for reports.
+        line: position in the source, for reports.
         answers_required: refuse a record without an assistant's answer.
-        unread: gets the keys that were not read, counted.
-        chosen: the names that a person's ``columns`` assigned.
+        unread: counts the keys that were not read.
+        chosen: the names that the user's ``columns`` assigned.
 
     Raises:
-        BadSample: the record has no supported layout, its messages or images are not sound, or a key that would change
-            its meaning is not read.
+        BadSample: the record has no supported layout, its messages or images are invalid, or it has a key that would
+            change its meaning and is not read.
     """
     if not isinstance(record, Mapping):
         raise BadSample("not a JSON object", type(record).__name__)
@@ -262,7 +263,9 @@ def to_conversation(
 def _checked_layout(
     record: Mapping[str, Any], has_image: bool, unread: Counter[str], chosen: Collection[str]
 ) -> Layout:
-    """The layout of a record whose other keys have been looked at, without a layout too: they tell what is wrong."""
+    """Return the layout of a record after checking its other keys. These are checked even if no layout is found, since
+    they may say why.
+    """
     try:
         layout = layout_of(record, has_image)
     except BadSample:
@@ -277,7 +280,7 @@ def _checked_layout(
 def _images(
     record: Mapping[str, Any], folder: Path, unread: Counter[str], chosen: Collection[str]
 ) -> list[ImageSource]:
-    """The images that a record lists, under ``images`` or ``image``."""
+    """Return the images that a record lists, under ``images`` or ``image``."""
     keys = [key for key in ("images", "image") if key in chosen] or ["images", "image"]
     found = [images for key in keys if (images := images_of(record.get(key), folder, unread))]
     if len(found) == 2 and found[0] != found[1]:
@@ -289,7 +292,7 @@ def _images(
 
 
 def _with_system(system: Any, messages: list[RawMessage]) -> list[RawMessage]:
-    """The messages after the record's own system message."""
+    """Return the messages, preceded by the record's own system message if it has one."""
     if is_empty(system):
         return messages
     if not isinstance(system, str):
@@ -323,7 +326,7 @@ def _check_texts(messages: list[dict[str, Any]]) -> None:
     for number, message in enumerate(messages, 1):
         try:
             (message_text(message) + message.get("reasoning_content", "")).encode()
-        except UnicodeEncodeError as error:  # half of an escaped emoji, say: JSON lets it pass, tokenizers do not
+        except UnicodeEncodeError as error:  # such as half of an escaped emoji: JSON accepts it, tokenizers do not
             raise BadSample("invalid Unicode", f"message {number}: {error}") from None
         has_image = any(part["type"] == "image" for part in message["content"])
         if message["role"] == "assistant" and not message_text(message) and "tool_calls" not in message:

@@ -1,182 +1,183 @@
-"""Whole optimizer steps for one rank, by their numbers, and the record of the samples left out."""
+"""Load whole optimizer steps for one rank, by their number, and log the samples that are left out."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .batch import Problem, Processor, Step
-from .collate import EVERY_ANSWER, Collator, Pair, Turns
-from .conversation import Conversation, Document
+from .batch import Problem, SampleId, Step
+from .collate import Collator
+from .conversation import Conversation, Document, ImageSource
+from .encoding import Pair
 from .errors import BadSample, UserError
-from .images import MAX_PIXELS, load_image
+from .images import load_image
 from .json_files import read_lines
 from .mixture import Mixture
-from .sources import Source, TextSource
+from .plain_text import TextSource
+from .sources import Source
 
 T = TypeVar("T")
 
-MANY_PLACES = 16
+MANY_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class StepSplit:
+    """How an optimizer step's samples are split over ranks and micro-batches.
+
+    Micro-batch ``a`` of rank ``r`` is number ``g = a · world + r`` of the step. It holds samples
+    ``g · micro_batch_size`` to ``(g + 1) · micro_batch_size - 1``, so 1 rank × 4 micro-batches and 2 × 2 are the same.
+
+    Attributes:
+        micro_batch_size: samples of a micro-batch.
+        accumulation: micro-batches of each rank in a step.
+        rank: this process, from 0.
+        world: number of processes.
+    """
+
+    micro_batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def check(self, batch_size: int) -> None:
+        """Raise ``UserError`` unless micro-batches of all ranks make up the batch exactly."""
+        product = self.micro_batch_size * self.accumulation * self.world
+        if batch_size != product:
+            raise UserError(
+                f"batch size {batch_size} is not {self.micro_batch_size} (micro-batch) x {self.accumulation} "
+                f"(accumulation) x {self.world} (ranks) = {product}; change one of them"
+            )
+
+    def micro_batch(self, samples: Sequence[T], number: int) -> Sequence[T]:
+        """Return this rank's micro-batch ``number`` of a step's samples."""
+        start = (number * self.world + self.rank) * self.micro_batch_size
+        return samples[start : start + self.micro_batch_size]
+
+    def micro_batches(self, samples: Sequence[T]) -> list[Sequence[T]]:
+        """Return this rank's micro-batches of a step's samples."""
+        return [self.micro_batch(samples, number) for number in range(self.accumulation)]
 
 
 class StepDataset(Dataset[Step]):
     """One rank's share of each optimizer step, by the step's number.
 
-    The rows of a step are dealt in micro-batches: the ``a``-th of rank ``r`` is number ``g = a · world + r`` of the
-    step and holds rows ``g · micro_batch_size`` and following. So 1 rank × 4 micro-batches and 2 × 2 are the same ones.
-
     Args:
-        mixture: the order of rows.
-        student: the student's processor.
-        teacher: the teacher's processor, or ``None`` to train without one.
-        max_length: the most tokens in a row of either model; longer conversations are bad samples, never cut. Longer
-            documents are cut into pieces. Those of a micro-batch are packed.
-        packed: whether conversations are packed too, the student's and the teacher's.
-        rank: this process, from 0.
-        world: number of processes.
-        micro_batch_size: rows in a micro-batch.
-        accumulation: micro-batches of each rank in a step.
-        roots: when given, folders outside of which no image is read.
-        max_pixels: the largest image.
-        on_bad: what a bad sample does: ``skip`` leaves its micro-batch smaller, ``fail`` ends the training.
-        keep_samples: put conversations and decoded images into the steps, to look at them.
-        grouped: whether student and teacher have different tokenizers, so that groups of tokens are compared.
-        turns: what of conversations is learnt.
+        mixture: the order of samples.
+        collator: encodes samples and makes micro-batches of them. Conversations that are too long are bad samples,
+            never truncated; documents are cut into pieces and packed.
+        split: this rank's share of a step.
+        load: decodes an image.
+        on_bad: what a bad sample does: ``skip`` makes its micro-batch smaller, ``fail`` ends the training.
+        keep_conversations: put conversations and decoded images into the steps.
 
     Raises:
-        UserError: the mixture's batch size is not ``micro_batch_size × accumulation × world``; on access, with
-            ``fail``, a bad sample.
+        UserError: the split does not fit the mixture's batch size; on access, with ``fail``, a bad sample.
     """
 
     def __init__(
         self,
         mixture: Mixture[Source | TextSource],
-        student: Processor,
-        teacher: Processor | None,
+        collator: Collator,
+        split: StepSplit,
         *,
-        max_length: int,
-        rank: int = 0,
-        world: int = 1,
-        micro_batch_size: int,
-        accumulation: int = 1,
-        roots: Sequence[Path] = (),
-        max_pixels: int = MAX_PIXELS,
+        load: Callable[[ImageSource], Image.Image] = load_image,
         on_bad: Literal["skip", "fail"] = "skip",
-        keep_samples: bool = False,
-        grouped: bool = False,
-        turns: Turns = EVERY_ANSWER,
-        packed: tuple[bool, bool] = (False, False),
+        keep_conversations: bool = False,
     ) -> None:
-        check_split(mixture.batch_size, micro_batch_size, accumulation, world)
+        split.check(mixture.batch_size)
         self.mixture = mixture
-        self.collator = Collator(student, teacher, max_length, turns, grouped, packed)
-        self.rank = rank
-        self.world = world
-        self.micro_batch_size = micro_batch_size
-        self.accumulation = accumulation
-        self.roots = tuple(roots)
-        self.max_pixels = max_pixels
+        self.collator = collator
+        self.split = split
+        self.load = load
         self.on_bad = on_bad
-        self.keep_samples = keep_samples
+        self.keep_conversations = keep_conversations
 
     def locate_samples(self, index: int, number: int) -> str:
-        """Where the samples of this rank's micro-batch ``number`` of a step stand."""
-        start = (number * self.world + self.rank) * self.micro_batch_size
-        return places_in_words(
-            self.mixture.sources, self.mixture.samples_of(index)[start : start + self.micro_batch_size]
-        )
+        """Say where to find the samples of this rank's micro-batch ``number`` of a step."""
+        return describe_samples(self.mixture.sources, self.split.micro_batch(self.mixture.samples_of(index), number))
 
     def __getitem__(self, index: int) -> Step:
         step = Step(index, [])
-        for rows in self.deal(self.mixture.samples_of(index)):
-            step.rows += len(rows)
+        for sample_ids in self.split.micro_batches(self.mixture.samples_of(index)):
+            step.consumed += len(sample_ids)
             pairs: list[Pair] = []
             samples, parts = [], []
-            for source, row in rows:
+            for source, number in sample_ids:
                 try:
-                    sample, images, found = self._read(source, row)
+                    sample, images, found = self._read((source, number))
                 except BadSample as bad:
-                    step.problems.append(problem_of(self.mixture.sources[source], row, bad, self.on_bad))
+                    step.problems.append(problem_of(self.mixture.sources[source], number, bad, self.on_bad))
                     continue
                 pairs += found
                 samples.append((sample, images))
                 parts += self.collator.parts(sample, images)
                 step.tokens += sum(len(pair.student.input_ids) for pair in found)
             batch = self.collator.batch(pairs)
-            if self.keep_samples:
-                step.samples.append(samples)
+            if self.keep_conversations:
+                step.conversations.append(samples)
                 batch.conversations = parts
             step.batches.append(batch)
         return step
 
-    def deal(self, rows: Sequence[T]) -> list[Sequence[T]]:
-        """This rank's micro-batches of what a step has in order."""
-        starts = [(a * self.world + self.rank) * self.micro_batch_size for a in range(self.accumulation)]
-        return [rows[start : start + self.micro_batch_size] for start in starts]
-
-    def try_row(self, source: int, row: int) -> tuple[int, int]:
-        """Encode a row for both models, as training does.
+    def try_sample(self, sample_id: SampleId) -> tuple[int, int]:
+        """Encode a sample for both models, as training does.
 
         Returns:
-            Its number of images, and how many of its answers' tokens are not compared with the teacher's, because the
-            two chat templates cut the answer's edge in different places.
+            Its number of images, and the number of its answers' tokens that are not compared with the teacher's,
+            because the two chat templates cut the answer's edge differently.
 
         Raises:
-            BadSample: training would leave the row out.
+            BadSample: training would leave the sample out.
         """
-        _, images, pairs = self._read(source, row)
+        _, images, pairs = self._read(sample_id)
         apart = 0
         for pair in pairs:
             if pair.groups is None:
                 apart += int((~pair.distilled & ~pair.student.ends[pair.student_tokens]).sum())
         return len(images), apart
 
-    def _read(self, source: int, row: int) -> tuple[Conversation | Document, list[Image.Image], list[Pair]]:
-        sample = self.mixture.sources[source][row]
-        wanted = () if isinstance(sample, Document) else sample.images
-        images = [load_image(i, roots=self.roots, max_pixels=self.max_pixels) for i in wanted]
-        return sample, images, self.collator.encode(sample, images, (source, row))
+    def _read(self, sample_id: SampleId) -> tuple[Conversation | Document, list[Image.Image], list[Pair]]:
+        source, number = sample_id
+        sample = self.mixture.sources[source][number]
+        sources = () if isinstance(sample, Document) else sample.images
+        images = [self.load(image) for image in sources]
+        return sample, images, self.collator.encode(sample, images, sample_id)
 
 
-def check_split(batch_size: int, micro_batch_size: int, accumulation: int, world: int) -> None:
-    """Raises ``UserError`` where a batch is not cut into micro-batches of all ranks without a rest."""
-    if batch_size != micro_batch_size * accumulation * world:
-        raise UserError(
-            f"batch size {batch_size} is not {micro_batch_size} (micro-batch) x {accumulation} "
-            f"(accumulation) x {world} (ranks) = {micro_batch_size * accumulation * world}; change one of them"
-        )
-
-
-def problem_of(origin: Located, row: int, bad: BadSample, on_bad: Literal["skip", "fail"]) -> Problem:
-    """A bad sample with its place, to be counted; with ``fail`` a ``UserError``."""
-    line = origin.line(row)
+def problem_of(source: Located, index: int, bad: BadSample, on_bad: Literal["skip", "fail"]) -> Problem:
+    """Return a bad sample as a problem to count, or with ``fail`` raise it as a ``UserError``."""
+    line = source.line(index)
     if on_bad == "fail":
         raise UserError(
-            f"{origin.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
+            f"{source.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
         )
-    return Problem(origin.name, line, bad.reason, bad.detail)
+    return Problem(source.name, line, bad.reason, bad.detail)
 
 
-def places_in_words(sources: Sequence[Located], rows: Sequence[tuple[int, int]]) -> str:
-    """(source, row) pairs as a person finds them: ``chat, lines 3, 17``."""
+def describe_samples(sources: Sequence[Located], sample_ids: Sequence[SampleId]) -> str:
+    """Return the samples' names and lines: ``chat, lines 3, 17``."""
     lines: dict[str, list[int]] = {}
-    for source, row in rows[:MANY_PLACES]:
-        lines.setdefault(sources[source].name, []).append(sources[source].line(row))
-    said = [f"{name}, line{'s'[: len(of) > 1]} {', '.join(map(str, of))}" for name, of in lines.items()]
-    more = len(rows) - MANY_PLACES
-    return "; ".join(said) + (f" and {more} more" if more > 0 else "")
+    for source, index in sample_ids[:MANY_SAMPLES]:
+        lines.setdefault(sources[source].name, []).append(sources[source].line(index))
+    parts = []
+    for name, numbers in lines.items():
+        word = "line" if len(numbers) == 1 else "lines"
+        parts.append(f"{name}, {word} {', '.join(map(str, numbers))}")
+    more = len(sample_ids) - MANY_SAMPLES
+    return "; ".join(parts) + (f" and {more} more" if more > 0 else "")
 
 
 class Located(Protocol):
-    """What a problem's place is found with: any source of samples."""
+    """What locating a sample needs of its source."""
 
     @property
     def name(self) -> str: ...
@@ -184,15 +185,15 @@ class Located(Protocol):
 
 
 class ProblemLog:
-    """Counts the samples that were left out and writes each of them once, whatever the number of epochs.
+    """Counts the samples that were left out and logs each of them once, however many epochs there are.
 
-    A file that is there already is read first and continued, for a training that is resumed.
+    An existing file is read and continued, as a resumed training needs it.
 
     Args:
         path: a JSONL file with ``source``, ``line``, ``reason`` and ``detail``; ``None`` only counts.
 
     Attributes:
-        counts: distinct samples by (source, reason).
+        counts: number of different samples by (source, reason).
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -200,19 +201,20 @@ class ProblemLog:
         self.counts: Counter[tuple[str, str]] = Counter()
         self._seen: set[tuple[str, int]] = set()
         if path is not None and path.exists():
-            whole, newline, _ = path.read_bytes().rpartition(b"\n")
-            # What a killed process left of its last line goes. Cut, not written anew, which might be broken off.
-            os.truncate(path, len(whole + newline))
-            for number, entry in enumerate(read_lines(path), start=1):
-                try:
-                    self._note(Problem(**entry))
-                except TypeError:
-                    raise UserError(
-                        f"{path}, line {number}: not about a sample; remove that line, or the file"
-                    ) from None
+            self._resume(path)
+
+    def _resume(self, path: Path) -> None:
+        complete, newline, _ = path.read_bytes().rpartition(b"\n")
+        # A killed process may have left half a line. Truncate: rewriting the file could be interrupted in turn.
+        os.truncate(path, len(complete + newline))
+        for number, entry in enumerate(read_lines(path), start=1):
+            try:
+                self._note(Problem(**entry))
+            except TypeError:
+                raise UserError(f"{path}, line {number}: not about a sample; remove that line, or the file") from None
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Notes the problems of a step, of one rank or of all."""
+        """Add the problems of a step, of one rank or of all."""
         new = [problem for problem in problems if self._note(problem)]
         if new and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,15 +222,16 @@ class ProblemLog:
                 file.writelines(json.dumps(asdict(problem)) + "\n" for problem in new)
 
     def _note(self, problem: Problem) -> bool:
-        place = (problem.source, problem.line)
-        if place in self._seen:
+        """Count a problem. Return false if its sample is known."""
+        key = (problem.source, problem.line)
+        if key in self._seen:
             return False
-        self._seen.add(place)
+        self._seen.add(key)
         self.counts[problem.source, problem.reason] += 1
         return True
 
     def summary(self) -> str:
-        """One line, commonest first: ``3 samples left out: chat: too long (2), chat: image not found (1)``."""
+        """Return one line, commonest first: ``3 samples left out: chat: too long (2), chat: image not found (1)``."""
         if not self.counts:
             return "no samples left out"
         total = self.counts.total()

@@ -1,4 +1,4 @@
-"""Messages as people write them: roles, parts, tool calls, reasoning, and what is context only."""
+"""Read messages in all their spellings: roles, parts, tool calls, reasoning, and masks of the loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .errors import BadSample
 from .image_values import images_of
 from .keys import MASKS, check_keys, is_empty, learnt, one_of
 
-#: A message before its content is cut into parts: ``role``, raw ``content`` and a conversation's optional keys.
+#: A message before its content is split into parts: ``role``, raw ``content`` and a conversation's optional keys.
 RawMessage = dict[str, Any]
 
 _ROLES = {
@@ -34,13 +35,13 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 _PART_IMAGES = ("image", "bytes", "path", "url", "image_url", "file_name", "base64")
 
-# Places of images in a text. The last group are other models' placeholders.
-_PLACE = re.compile(
+# Placeholders of images in a text. The last group are other models' placeholders.
+_PLACEHOLDER = re.compile(
     r"<image>|<image[ _-]?([0-9]{1,3})>|<\|image_([0-9]{1,3})\|>"
     r"|(<\|image\|>|<image_placeholder>|<ImageHere>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>)"
 )
-# What else looks like a place: other spellings, and placeholders of models.
-_OTHER_PLACE = re.compile(
+# What else looks like a placeholder: other spellings, and control tokens of models.
+_OTHER_PLACEHOLDER = re.compile(
     r"<\|?(?:start_of_)?(?:image|img)s?(?:_?(?:pad|token|soft_token|here))?[ _-]?[0-9]{0,3}\|?>"
     r"|\[(?:image|img)[ _-]?[0-9]{0,3}\]|\{+(?:image|img)[ _-]?[0-9]{0,3}\}+",
     re.IGNORECASE,
@@ -53,7 +54,7 @@ def read_message(given: Mapping[str, Any], unread: Counter[str]) -> RawMessage:
     """Return the role, the raw content and the optional keys of one message.
 
     Raises:
-        BadSample: the role is unknown, two keys contradict each other, or a key that changes the meaning is not read.
+        BadSample: the role is unknown, two keys contradict each other, or an unread key would change the meaning.
     """
     check_keys(given, _MESSAGE_KEYS, unread, "messages[].")
     name = one_of(given, ("role", "from"))
@@ -72,7 +73,7 @@ def read_message(given: Mapping[str, Any], unread: Counter[str]) -> RawMessage:
             raise BadSample("reasoning is not an assistant's text", repr(reasoning)[:80])
         message["reasoning_content"] = reasoning
     wanted = learnt(given, f"a message of the {role}")
-    # Some tools write the number 1 on every message; true on a question is meant.
+    # Some tools write the number 1 on every message, but true on a question is deliberate.
     if wanted and role != "assistant" and any(isinstance(given.get(key), bool) for key in MASKS):
         raise BadSample("only an assistant's messages are learnt", f"a message of the {role} says that it is to be")
     if wanted is False and role == "assistant":
@@ -81,7 +82,7 @@ def read_message(given: Mapping[str, Any], unread: Counter[str]) -> RawMessage:
 
 
 def _tool_keys(name: str, message: RawMessage, given: Mapping[str, Any]) -> RawMessage:
-    """The keys of tool calls and their results; a call that is the message's text becomes one as well."""
+    """Return the keys of tool calls and their results. A call written as the message's text becomes one as well."""
     found: RawMessage = {}
     calls = given.get("tool_calls")
     if is_empty(calls):
@@ -104,7 +105,7 @@ def _tool_keys(name: str, message: RawMessage, given: Mapping[str, Any]) -> RawM
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
-    """A call as Transformers' templates take it: its arguments are an object, not their JSON."""
+    """Return a call as Transformers' templates expect it, with arguments as an object rather than JSON text."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadSample("tool call without a name", repr(call)[:80])
@@ -121,7 +122,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
 
 
 def read_tools(given: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return the JSON schemas of tools, given as a list, or as JSON text of one.
+    """Return the JSON schemas of tools, given as a list or as the JSON text of one.
 
     Raises:
         BadSample: they are neither.
@@ -147,9 +148,9 @@ def _json(text: Any, what: str) -> Any:
 
 
 def has_image_parts(messages: Sequence[RawMessage]) -> bool:
-    """Whether any part of any message is an image or a video, so that marks in texts are words."""
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    return any(_kind(part) in (*IMAGE_PARTS, "video") for part in parts)
+    """Return whether any part of any message is an image or a video, so that ``<image>`` in a text is just text."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return any(_kind(part) in (*IMAGE_PARTS, "video") for part in chain.from_iterable(contents))
 
 
 def cut_into_parts(
@@ -157,15 +158,15 @@ def cut_into_parts(
 ) -> list[dict[str, Any]]:
     """Return content as a list of parts.
 
-    An image part holds its own image under ``image``, or under ``number`` the number of the image that it shows, until
-    the images are placed.
+    Until :func:`place_images`, an image part may hold its own image under ``image``, or the number of the image it
+    shows under ``number``.
 
     Args:
         content: a text, or a list of parts.
-        folder: what relative image paths start from.
-        unread: gets the keys of parts that are not read.
-        marks: whether marks such as ``<image>`` in a text are places of images.
-        has_images: whether the record lists images, so that other models' placeholders are places too.
+        folder: the folder that relative image paths start from.
+        unread: counts the keys of parts that are not read.
+        marks: whether ``<image>`` and the like in a text are placeholders of images.
+        has_images: whether the record lists images, so that other models' placeholders count too.
     """
     if isinstance(content, str):
         return _cut_text(content, has_images) if marks else _text_part(content)
@@ -187,7 +188,7 @@ def cut_into_parts(
 
 
 def _kind(part: Any) -> str | None:
-    """The type of a part; without one, the key that holds what it is."""
+    """Return the type of a part, or without one the key that implies it."""
     if not isinstance(part, Mapping):
         return None
     kind = part.get("type")
@@ -202,7 +203,7 @@ def _image_part(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> 
     if len(own) > 1:
         raise BadSample("several images in one part", f"{len(own)} images; write a part for each")
     index = part.get("index")
-    if not own and isinstance(part.get("source"), Mapping):  # as Anthropic's interface has it
+    if not own and isinstance(part.get("source"), Mapping):  # as in Anthropic's API
         raise BadSample("unknown kind of image", "an object under source; write its data under base64")
     if own:
         return {"type": "image", "image": own[0]}
@@ -223,14 +224,14 @@ def _frames(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> list
 
 
 def _cut_text(text: str, has_images: bool) -> list[dict[str, Any]]:
-    """A text cut at the places of images."""
+    """Split a text at the placeholders of images."""
     if found := _PATH_IN_TEXT.search(text):
         raise BadSample("image inside a text", f"{found[0][:80]}; write <image> there, and the path under images")
     parts: list[dict[str, Any]] = []
     start = 0
-    for match in _PLACE.finditer(text):
+    for match in _PLACEHOLDER.finditer(text):
         if match[3] and not has_images:
-            continue  # a word of the text, or a control token
+            continue  # just text, or a control token
         parts += _text_part(text[start : match.start()])
         number = match[1] or match[2]
         parts.append({"type": "image", "number": int(number)} if number else {"type": "image"})
@@ -243,14 +244,15 @@ def _text_part(text: str) -> list[dict[str, Any]]:
 
 
 def place_images(messages: list[dict[str, Any]], images: list[ImageSource], leading: bool) -> list[ImageSource]:
-    """Return all images in the order of the image parts, which lose their own images and their numbers.
+    """Return all images in the order of the image parts, and remove images and numbers from the parts.
 
-    Parts are made at the front of the first user message where there are none, or, with ``leading``, too few.
+    If there are no image parts, or with ``leading`` too few, they are added to the front of the first user message.
 
     Raises:
-        BadSample: places and images differ in number, or numbered places do not name each image.
+        BadSample: image parts and images differ in number, or numbers do not name each image.
     """
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    contents = chain.from_iterable(message["content"] for message in messages)
+    parts = [part for part in contents if part["type"] == "image"]
     open_parts = [part for part in parts if "image" not in part]
     numbered = [part for part in open_parts if "number" in part]
     if numbered:
@@ -258,7 +260,7 @@ def place_images(messages: list[dict[str, Any]], images: list[ImageSource], lead
     elif (not parts or leading) and len(open_parts) < len(images):
         first = next(message for message in messages if message["role"] == "user")
         if not leading:
-            _check_other_places(messages)
+            _check_other_placeholders(messages)
         made: list[dict[str, Any]] = [{"type": "image"} for _ in range(len(images) - len(open_parts))]
         first["content"][:0] = made
         parts, open_parts = made + parts, made + open_parts
@@ -270,21 +272,21 @@ def place_images(messages: list[dict[str, Any]], images: list[ImageSource], lead
     return [part.pop("image") if "image" in part else next(remaining) for part in parts]
 
 
-def _check_other_places(messages: list[dict[str, Any]]) -> None:
-    """Raise ``BadSample`` where a question says in another spelling where its images go."""
+def _check_other_placeholders(messages: list[dict[str, Any]]) -> None:
+    """Raise ``BadSample`` if a question holds a placeholder in another spelling."""
     for message in messages:
-        found = _OTHER_PLACE.search(message_text(message)) if message["role"] == "user" else None
+        found = _OTHER_PLACEHOLDER.search(message_text(message)) if message["role"] == "user" else None
         if found:
             raise BadSample("unknown placeholder of an image", f"{found[0]}; write <image> at its place")
 
 
 def _by_number(
-    places: list[dict[str, Any]], numbered: list[dict[str, Any]], images: list[ImageSource]
+    parts: list[dict[str, Any]], numbered: list[dict[str, Any]], images: list[ImageSource]
 ) -> list[ImageSource]:
-    """The image of each place. Numbers begin at 1, or at 0 where one of them is 0; an image may be shown twice."""
-    if len(numbered) < len(places):
+    """Return the image of each part. Numbers start at 1, or at 0 if one of them is 0; an image may be shown twice."""
+    if len(numbered) < len(parts):
         raise BadSample("image count mismatch", "some placeholders have numbers and some have none")
-    numbers = [place.pop("number") for place in numbered]
+    numbers = [part.pop("number") for part in numbered]
     first = min(1, *numbers)
     if {number - first for number in numbers} != set(range(len(images))):
         shown = ", ".join(map(str, sorted(set(numbers))))
@@ -297,9 +299,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def check_grounding(messages: Sequence[Mapping[str, Any]], objects: Any) -> None:
-    """Raise ``BadSample`` where ``objects`` would fill marks of the texts, by a convention that is the model's own."""
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    if not is_empty(objects) and any(map(_GROUNDING.search, texts)):
+    """Raise ``BadSample`` if ``objects`` would fill marks in the texts, in a format that each model defines."""
+    parts = chain.from_iterable(message["content"] for message in messages)
+    if not is_empty(objects) and any(_GROUNDING.search(part["text"]) for part in parts if part["type"] == "text"):
         raise BadSample(
             "grounding objects are not supported", "key 'objects'; write the boxes into the text as the model has them"
         )

@@ -1,4 +1,4 @@
-"""The order of a training: the rows that make up optimizer step ``s``, a pure function of seed and ``s``."""
+"""Mix sources: the samples of optimizer step ``s`` are a pure function of the seed and ``s``."""
 
 from __future__ import annotations
 
@@ -9,52 +9,51 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .batch import SampleId
 from .errors import UserError
 
 
-class Rows(Protocol):
-    """What a source needs to be mixed; its samples are nobody's business here."""
+class Mixable(Protocol):
+    """What mixing needs of a source; the samples themselves are not looked at."""
 
     @property
     def name(self) -> str: ...
     def __len__(self) -> int: ...
     def size(self, index: int, /) -> int:
-        """About how long a sample is, for grouping by length."""
+        """Estimate a sample's length, for grouping by length."""
         ...
 
 
-S = TypeVar("S", bound=Rows)
+S = TypeVar("S", bound=Mixable)
 
-#: Rows, evenly spaced over the epoch, of which the longest is looked for: of some sources each takes a tenth of a
-#: millisecond.
+#: How many samples, evenly spaced over the epoch, are searched for the longest. With some sources each takes 0.1 ms.
 LOOKED_AT = 20_000
 
 
 class Mixture(Generic[S]):
-    """Several sources as one endless, weighted, shuffled and repeatable order of batches.
+    """Several sources as one endless, weighted, shuffled and reproducible order of batches.
 
-    Each source is dealt from its own endless stream of shuffles, pass after pass: an epoch takes the next
-    ``weight × rows`` of it. Weight 1 gives each row once an epoch, 2 twice, and 0.5 one half and in the next epoch the
-    other. (Where rows are not a multiple of an epoch's share, an epoch may span the end of one shuffle and the start of
-    the next.) What an epoch takes of all sources is shuffled together and cut into batches; the last batch of an epoch
-    may be smaller, and no row is dropped.
+    Each source is an endless stream of its shuffled passes, and an epoch takes the next ``weight × samples`` of it:
+    with weight 1 each sample once an epoch, with 2 twice, with 0.5 one half and the other half in the next epoch. (If
+    a pass is not a multiple of an epoch's share, an epoch may span two passes.) What an epoch takes of all sources is
+    shuffled together and cut into batches. The last batch of an epoch may be smaller; no sample is dropped.
 
-    With ``window`` > 0, the rows of each ``window`` consecutive batches are sorted by length and cut into batches of
-    similar rows, and these are shuffled: less padding, and an order that is still random beyond the window.
+    With ``window`` > 0, the samples of each ``window`` consecutive batches are sorted by length and cut into batches
+    of similar length, and these are shuffled: less padding, in an order that is still random beyond the window.
 
-    With ``longest_first``, the first epoch begins with the batch that holds the longest row, as far as sizes tell, and
-    the first batch takes its place: where memory does not suffice, it fails at once.
+    With ``longest_first``, the first epoch's first batch changes places with the one that holds the longest sample, as
+    estimated by ``size``: if memory does not suffice, the run fails at once.
 
     Args:
         sources: what to mix; each needs a name of its own.
         weights: passes over each source per epoch; 1 for each by default.
         seed: of every shuffle, not negative.
-        batch_size: rows of an optimizer step, over all ranks and micro-batches.
-        window: batches within which rows are grouped by length; 0 for no grouping.
-        longest_first: whether the first epoch begins with the batch of its longest row.
+        batch_size: samples of an optimizer step, over all ranks and micro-batches.
+        window: batches within which samples are grouped by length; 0 for no grouping.
+        longest_first: whether the first epoch begins with the batch of its longest sample.
 
     Raises:
-        UserError: a weight is not positive, or weights and sources do not fit.
+        UserError: a weight is not positive, or weights and sources do not match.
     """
 
     def __init__(
@@ -83,68 +82,80 @@ class Mixture(Generic[S]):
         self.batch_size = batch_size
         self.window = window
         self._shares = [max(1, round(weight * len(s))) for s, weight in zip(sources, weights, strict=True)]
-        #: The first row of each source when the rows of all sources are numbered through.
+        #: The number of each source's first sample, when samples are numbered through all sources.
         self._first = np.cumsum([0, *map(len, sources)])
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self._window: tuple[int, int, list[NDArray[np.int64]]] = (-1, -1, [])
-        # Here, so that worker processes inherit it.
+        # Computed here, so that worker processes inherit it.
         self._longest = self._find_longest() if longest_first else 0
 
     @property
-    def epoch_rows(self) -> int:
-        """Rows of one epoch, the same in every epoch."""
+    def epoch_samples(self) -> int:
+        """The number of samples in an epoch, the same in every epoch."""
         return sum(self._shares)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch, the smaller last one counted."""
-        return math.ceil(self.epoch_rows / self.batch_size)
+        """The number of batches in an epoch, the smaller last one included."""
+        return math.ceil(self.epoch_samples / self.batch_size)
 
-    def samples_of(self, step: int) -> list[tuple[int, int]]:
-        """The (source, row) pairs of optimizer step ``step``, counted from 0 through all epochs."""
+    def samples_of(self, step: int) -> list[SampleId]:
+        """Return the samples of optimizer step ``step``, counted from 0 through all epochs.
+
+        Example: ``a`` has 4 samples and weight 1, ``b`` has 2 and weight 2, so that an epoch takes 8 samples: each of
+        ``a`` once and each of ``b`` twice. With a batch size of 3 it has 3 steps, the last one smaller. Each sample is
+        (number of the source, index in the source)::
+
+            mixture = Mixture([a, b], [1, 2], seed=0, batch_size=3)
+            mixture.samples_of(0)   # [(1, 1), (0, 2), (1, 0)]
+            mixture.samples_of(1)   # [(0, 1), (1, 0), (0, 3)]
+            mixture.samples_of(2)   # [(0, 0), (1, 1)]
+            mixture.samples_of(3)   # [(0, 3), (1, 1), (1, 1)], the second epoch
+        """
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch == 0 and batch in (0, self._longest):
             batch = self._longest - batch
-        return [self._split(row) for row in self._batch(epoch, batch).tolist()]
+        return [self._sample_id(number) for number in self._batch(epoch, batch).tolist()]
 
     def _batch(self, epoch: int, batch: int) -> NDArray[np.int64]:
         if self.window:
-            window, place = divmod(batch, self.window)
-            return self._grouped(epoch, window)[place]
+            window, within = divmod(batch, self.window)
+            return self._grouped(epoch, window)[within]
         return self._order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _find_longest(self) -> int:
-        """The batch of the first epoch with the longest row. The smaller last batch is none: it stays the last."""
-        whole = self.epoch_rows // self.batch_size * self.batch_size
+        """Return the first epoch's batch with the longest sample. A smaller last batch is not considered: it stays."""
+        whole = self.epoch_samples // self.batch_size * self.batch_size
         if not whole:
             return 0
-        rows = self._order(0)[:whole]
-        places = np.unique(np.linspace(0, whole - 1, min(whole, LOOKED_AT)).astype(np.int64))
-        batch = int(places[np.argmax(self._sizes(rows[places]))]) // self.batch_size
+        numbers = self._order(0)[:whole]
+        looked_at = np.unique(np.linspace(0, whole - 1, min(whole, LOOKED_AT)).astype(np.int64))
+        batch = int(looked_at[np.argmax(self._sizes(numbers[looked_at]))]) // self.batch_size
         if not self.window:
             return batch
-        # Grouped by length, the longest rows of its window are in another batch.
+        # Grouping by length has put the longest samples of its window into another batch.
         window = batch // self.window
-        longest = [self._sizes(rows).max() for rows in self._grouped(0, window) if len(rows) == self.batch_size]
-        return window * self.window + int(np.argmax(longest))
+        full = [numbers for numbers in self._grouped(0, window) if len(numbers) == self.batch_size]
+        return window * self.window + int(np.argmax([self._sizes(numbers).max() for numbers in full]))
 
-    def _sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.array([self.sources[source].size(row) for source, row in map(self._split, rows.tolist())])
+    def _sizes(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the estimated lengths of samples numbered through all sources."""
+        return np.array([self.sources[source].size(index) for source, index in map(self._sample_id, numbers.tolist())])
 
-    def _split(self, row: int) -> tuple[int, int]:
-        source = int(np.searchsorted(self._first, row, side="right")) - 1
-        return source, row - int(self._first[source])
+    def _sample_id(self, number: int) -> SampleId:
+        source = int(np.searchsorted(self._first, number, side="right")) - 1
+        return source, number - int(self._first[source])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """All rows of an epoch in order, numbered through all sources; the latest epoch is kept."""
+        """Return all samples of an epoch in order, numbered through all sources. The latest epoch is kept."""
         if self._epoch[0] != epoch:
-            taken = [self._first[i] + self._deal(i, epoch) for i in range(len(self.sources))]
-            order = np.concatenate(taken)[self._random(0, epoch).permutation(self.epoch_rows)]
+            taken = [self._first[i] + self._share_of(i, epoch) for i in range(len(self.sources))]
+            order = np.concatenate(taken)[self._random(0, epoch).permutation(self.epoch_samples)]
             self._epoch = (epoch, order)
         return self._epoch[1]
 
-    def _deal(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """The share of an epoch in a source's endless stream of shuffles."""
+    def _share_of(self, source: int, epoch: int) -> NDArray[np.int64]:
+        """Return an epoch's share of a source's endless stream of shuffled passes."""
         share, length = self._shares[source], len(self.sources[source])
         start = epoch * share
         passes = range(start // length, math.ceil((start + share) / length))
@@ -153,19 +164,19 @@ class Mixture(Generic[S]):
         return stream[start : start + share]
 
     def _grouped(self, epoch: int, window: int) -> list[NDArray[np.int64]]:
-        """The batches of one window, each of rows of similar length; the latest window is kept."""
+        """Return the batches of one window, each of samples of similar length. The latest window is kept."""
         if self._window[:2] != (epoch, window):
             span = self.window * self.batch_size
-            rows = self._order(epoch)[window * span : (window + 1) * span]
-            rows = rows[np.argsort(self._sizes(rows), kind="stable")]
-            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-            # The smaller batch stays the last of its epoch.
-            full = len(rows) // self.batch_size
+            numbers = self._order(epoch)[window * span : (window + 1) * span]
+            numbers = numbers[np.argsort(self._sizes(numbers), kind="stable")]
+            batches = [numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)]
+            # A smaller batch stays the last of its epoch.
+            full = len(numbers) // self.batch_size
             order = [*self._random(2, epoch, window).permutation(full), *range(full, len(batches))]
             self._window = (epoch, window, [batches[i] for i in order])
         return self._window[2]
 
     def _random(self, *key: int) -> np.random.RandomState:
-        # Not `default_rng`: NumPy promises the same stream in every version for RandomState alone, and a training that
-        # is resumed after an upgrade must find its order again.
+        # Not `default_rng`: only RandomState is guaranteed the same stream in every version of NumPy, and a training
+        # that is resumed after an upgrade must find its order again.
         return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, *key])))

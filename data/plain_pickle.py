@@ -1,4 +1,4 @@
-"""Pickles of plain values and byte arrays, such as CIFAR's, read without running anything that they name."""
+"""Read pickles of plain values and byte arrays, such as CIFAR's, without running any code they name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .errors import UserError
 
 
 def read_plain_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary in a pickle of Python 2 or 3: keys as ``str``, its uint8 arrays as NumPy arrays.
+    """Return the dictionary in a pickle of Python 2 or 3, with keys as ``str`` and uint8 arrays as NumPy arrays.
 
-    A pickle is a program that calls what it names. Here the few names by which NumPy stores an array stand for plain
-    holders of data; any other ends the reading.
+    A pickle is a program that calls what it names. Here, the few names that NumPy needs to store an array are replaced
+    by plain holders of data; any other name is an error.
 
     Raises:
         UserError: the file names anything else, is truncated, or holds no dictionary.
@@ -32,15 +32,16 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no dictionary but a {type(content).__name__}; is it the right file?")
     if not all(isinstance(key, str | bytes) for key in content):
-        raise UserError(f"{path} has keys that are no texts; is it the right file?")
-    return {
-        key.decode("latin1") if isinstance(key, bytes) else key: value.values if type(value) is _Array else value
-        for key, value in content.items()
-    }
+        raise UserError(f"{path} has keys that are not texts; is it the right file?")
+    plain = {}
+    for key, value in content.items():
+        name = key.decode("latin1") if isinstance(key, bytes) else key
+        plain[name] = value.values if type(value) is _Array else value
+    return plain
 
 
 class _DType:
-    """Holds what an array's type is called."""
+    """Holds the name of an array's type."""
 
     __slots__ = ("code",)
 
@@ -48,11 +49,11 @@ class _DType:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which bytes do not have."""
+        """Ignore byte order and the like, which do not apply to bytes."""
 
 
 class _Array:
-    """Stands where an array is made, and then gets its shape and its bytes."""
+    """Stands in for an array while it is read: created empty, then given its shape and bytes."""
 
     __slots__ = ("values",)
     values: NDArray[np.uint8]
@@ -68,13 +69,13 @@ class _Array:
 
 
 class _Latin1:
-    """Bytes, which Python 3 writes as such a text where Python 2 must be able to read the pickle."""
+    """Bytes, which Python 3 writes as Latin-1 text in pickles for Python 2."""
 
     def __new__(cls, text: str, _: str) -> Any:
         return text.encode("latin1")
 
     def __setstate__(self, state: Any) -> None:
-        """Without it, a pickle could set attributes of this class."""
+        """Prevent a pickle from setting attributes of this class."""
 
 
 _STAND_INS: dict[tuple[str, str], Any] = {
@@ -86,7 +87,7 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-# The reader in Python, not the one in C, which lets a file of ten bytes ask for a table of gigabytes.
+# Python's implementation: in the one in C, a file of ten bytes can request a table of gigabytes.
 class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:

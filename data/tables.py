@@ -1,16 +1,18 @@
-"""A benchmark's questions as an indexable table: rows of plain values, and the images of each row still encoded."""
+"""`Table`, a benchmark's questions by index: each row has plain values, and its images are still encoded."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .conversation import Conversation, ImageSource
 from .errors import BadSample, UserError
+from .huggingface import without_media
 from .image_values import images_of
-from .sources import Source, without_media
+from .sources import Source
 
 Row = dict[str, Any]
 
@@ -19,8 +21,8 @@ class Table(ABC):
     """Rows by index, ``table[0]`` to ``table[len(table) - 1]``. Holds no open file, so it can be pickled.
 
     Attributes:
-        name: what reports call it.
-        columns: names of the columns in the order of the file, the one that holds images among them.
+        name: the name in reports.
+        columns: names of the columns in the order of the file, that of the images included.
     """
 
     name: str
@@ -31,28 +33,28 @@ class Table(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Row:
-        """The cells of a row but its images; an empty cell is ``None``. Raises ``BadSample`` where it is not sound."""
+        """Return a row's cells without its images; an empty cell is ``None``. Raise ``BadSample`` if it is broken."""
 
     @abstractmethod
     def images(self, index: int) -> list[ImageSource]:
-        """The images of a row in order, not decoded. Raises ``BadSample`` where there is none to decode."""
+        """Return the images of a row in order, not decoded. Raise ``BadSample`` if one is missing or broken."""
 
     def line(self, index: int) -> int:
-        """The 1-based place of a row in its file, for reports."""
+        """Return the 1-based position of a row in its file, for reports."""
         return index + 1
 
 
 class RowTable(Table):
-    """Rows that are in memory.
+    """Rows in memory.
 
     Args:
         rows: the cells.
-        image: gives the images of a row.
+        image: returns the images of a row.
     """
 
     def __init__(self, rows: Sequence[Row], name: str, image: Callable[[Row], list[ImageSource]] | ImageFiles) -> None:
         self.name = name
-        self.columns = list(dict.fromkeys(column for row in rows for column in row))
+        self.columns = list(dict.fromkeys(chain.from_iterable(rows)))
         self._rows = rows
         self._image = image
 
@@ -69,7 +71,7 @@ class RowTable(Table):
 class ImageFiles:
     """Image paths from a pattern of row cells, such as ``val2014/COCO_val2014_{image_id:012d}.jpg``.
 
-    A cell that is empty or missing means a row without an image.
+    A row whose cell is empty or missing has no image.
     """
 
     def __init__(self, folder: Path, pattern: str) -> None:
@@ -78,7 +80,7 @@ class ImageFiles:
 
     def __call__(self, row: Row) -> list[ImageSource]:
         try:
-            # `format` on a mapping that turns empty cells into an error, so that no path "None.jpg" is made up.
+            # Without empty cells, which would make up a path such as "None.jpg", the pattern raises KeyError.
             name = self.pattern.format_map({column: cell for column, cell in row.items() if cell not in (None, "")})
         except KeyError:
             return []
@@ -91,10 +93,10 @@ class HuggingFaceTable(Table):
     """Rows of a ``datasets.Dataset``, images in columns of their own.
 
     Args:
-        dataset: the data set; its own format and transforms are not used.
-        images: names of the columns that hold a row's images, in order; those it lacks are passed over.
+        dataset: the data set; its own format and transforms are ignored.
+        images: names of the columns that hold a row's images, in order; missing ones are ignored.
         pictures: another data set with the images (columns ``id`` and ``image``), joined on the column ``pictures_on``.
-        given: how the person named the data, for errors.
+        given: the path or name as the user wrote it, for errors.
     """
 
     def __init__(
@@ -107,15 +109,15 @@ class HuggingFaceTable(Table):
             found = ", ".join(self.columns)
             raise UserError(f"{given} has no image column ({', '.join(images)}); its columns: {found}")
         cells = [column for column in self.columns if column not in self._images]
-        self._cells = _Rows(dataset.select_columns(cells))
-        self._encoded = _Rows(dataset.select_columns(self._images)) if self._images else None
-        self._pictures, self._places = None, {}
+        self._cells = _PlainTable(dataset.select_columns(cells))
+        self._encoded = _PlainTable(dataset.select_columns(self._images)) if self._images else None
+        self._pictures, self._picture_index = None, {}
         if pictures is not None:
             for data, column in ((dataset, pictures_on), (pictures, "id"), (pictures, "image")):
                 if column not in data.column_names:
                     raise UserError(f"{given} has no column {column!r}, by which questions find their images")
-            self._pictures = _Rows(pictures.select_columns(["image"]))
-            self._places = {str(key): place for place, key in enumerate(pictures["id"])}
+            self._pictures = _PlainTable(pictures.select_columns(["image"]))
+            self._picture_index = {str(key): index for index, key in enumerate(pictures["id"])}
             self._on = pictures_on
 
     def __len__(self) -> int:
@@ -128,15 +130,15 @@ class HuggingFaceTable(Table):
         index = range(len(self))[index]
         if self._pictures is not None:
             key = str(self[index][self._on])
-            if key not in self._places:
+            if key not in self._picture_index:
                 raise BadSample("image not found", f"no picture {key}")
-            return images_of(self._pictures[self._places[key]]["image"], Path())
+            return images_of(self._pictures[self._picture_index[key]]["image"], Path())
         encoded = self._encoded[index] if self._encoded is not None else {}
-        return [image for column in self._images for image in images_of(encoded[column], Path())]
+        return images_of([encoded[column] for column in self._images], Path())
 
 
-class _Rows:
-    """Rows of a data set as plain values, its images as stored."""
+class _PlainTable:
+    """Rows of a data set as plain values, with images as stored."""
 
     def __init__(self, dataset: Any) -> None:
         self._features = without_media(dataset.features)
@@ -150,7 +152,7 @@ class _Rows:
 
 
 class SourceTable(Table):
-    """Any source of conversations as a table: ``question``, ``answers`` and the source's metadata."""
+    """Any source of conversations as a table: ``question``, ``answers`` and the conversation's metadata."""
 
     def __init__(self, source: Source) -> None:
         self.name = source.name
@@ -161,6 +163,7 @@ class SourceTable(Table):
         return len(self.source)
 
     def conversation(self, index: int) -> Conversation:
+        """Return the conversation behind a row."""
         return self.source[index]
 
     def __getitem__(self, index: int) -> Row:

@@ -1,4 +1,4 @@
-"""Labelled images inside tar files, read where they lie: WebDataset shards, and tars of class folders or of classes."""
+"""Labelled images in tar files, read in place: WebDataset shards, tars of class folders, and one tar per class."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .labelled import IMAGE_SUFFIXES, LabelledImage, LabelledImages, is_image_na
 from .tars import Index, Shards, Span, members, opened, samples, split_name
 
 _INDEX_VERSION = 2
-_PEEKED = 1000  # members that tell WebDataset from class folders
-_LONGEST_LABEL = 1 << 20  # bytes of a label's member
+_PEEKED = 1000  # members that are searched to distinguish WebDataset from class folders
+_LONGEST_LABEL = 1 << 20  # bytes
 _LABEL_FIELDS = ("cls", "json", "txt")
 
 
 class TarImages(LabelledImages):
-    """Images of tar files, found by an index of byte offsets. Nothing is extracted.
+    """Images in tar files, found by an index of byte offsets. Nothing is extracted.
 
-    The index is made by one walk over the headers and kept (:meth:`data.tars.Shards.index`).
+    The index is built in one scan over the headers and cached (:meth:`data.tars.Shards.index`).
 
-    Tars are read in WebDataset's layout (:func:`data.tars.samples`) where an image and a label stand side by side.
-    Otherwise a member's class is the folder it is in; of members in no folder, the name of their tar.
+    Tars are read in WebDataset's layout (:func:`data.tars.samples`) if a sample holds an image and a label. Otherwise
+    a member's class is its folder, or for members in no folder, the name of their tar.
 
     Args:
-        shards: the tar files, in the order of rows.
-        name: what reports call the source.
-        classes: names in the order of labels that are numbers; by default as :func:`data.labelled.labels_of` says.
+        shards: the tar files, in the order of samples.
+        name: the name in reports.
+        classes: names in the order of labels that are numbers; by default see :func:`data.labelled.labels_of`.
         image_key: the field that holds the image; by default the first one with the name of an image format.
         label_key: the field that holds the label, or the key of it in the field ``json``; by default ``cls``, then
             ``label`` in ``json``, then ``txt``.
@@ -55,18 +55,18 @@ class TarImages(LabelledImages):
         self._shards = Shards(shards)
         question = ["labelled images", _INDEX_VERSION, image_key, label_key]
         index = self._shards.index(question, lambda: _index(self._shards, image_key, label_key))
-        texts = [*json.loads(index["texts"].tobytes()), None]  # the code -1 is the last
+        texts = [*json.loads(index["texts"].tobytes()), None]  # code -1 selects the last
         self._labels = labels_of([texts[code] for code in index["codes"].tolist()], classes)
         self.classes = self._labels.classes
-        self._places = index["places"]
+        self._spans = index["places"]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._spans)
 
-    def __getitem__(self, row: int) -> LabelledImage:
-        row = range(len(self))[row]
-        shard, start, length = self._places[row].tolist()
-        label = self._labels[row]
+    def __getitem__(self, index: int) -> LabelledImage:
+        index = range(len(self))[index]
+        shard, start, length = self._spans[index].tolist()
+        label = self._labels[index]
         if start < 0:
             raise BadSample("sample without image", f"in {self._shards.paths[shard].name}")
         return LabelledImage(self._shards.read(shard, start, length), label)
@@ -76,25 +76,27 @@ class TarImages(LabelledImages):
 
 
 def _index(shards: Shards, image_key: str | None, label_key: str | None) -> Index:
-    """Places of the images, int64 ``[rows, 3]``: shard, first byte (-1: no image) and length; labels, int32 ``[rows]``,
-    as places among the texts (-1: none); the texts as the bytes of a JSON list.
+    """Return the index of the shards.
+
+    ``places`` is int64 ``[samples, 3]``: shard, first byte (-1 for no image) and length of each image. ``codes`` is
+    int32 ``[samples]``: the number of each label among ``texts`` (-1 for none), which is a JSON list as bytes.
     """
     webdataset = bool(image_key or label_key) or _has_labels(shards.paths[0])
     numbered = _count_up(shards.paths)
-    places, codes = array("q"), array("i")
+    spans, codes = array("q"), array("i")
     texts: dict[str, int] = {}
     for number, shard in enumerate(shards.paths):
         with opened(shard) as file:
             found = members(shard, file)
             if webdataset:
-                rows = _samples(file, found, image_key, label_key)
+                labelled = _samples(file, found, image_key, label_key)
             else:
-                rows = _class_members(shard, file, found, None if numbered else shard.stem)
-            for start, length, label in rows:
-                places.extend((number, start, length))
+                labelled = _class_members(shard, file, found, None if numbered else shard.stem)
+            for start, length, label in labelled:
+                spans.extend((number, start, length))
                 codes.append(-1 if label is None else texts.setdefault(label, len(texts)))
     index: Index = {
-        "places": np.array(places, np.int64).reshape(-1, 3),
+        "places": np.array(spans, np.int64).reshape(-1, 3),
         "codes": np.array(codes, np.int32),
         "texts": np.frombuffer(json.dumps(list(texts)).encode(), np.uint8),
     }
@@ -109,14 +111,14 @@ def _index(shards: Shards, image_key: str | None, label_key: str | None) -> Inde
 
 
 def _count_up(shards: Sequence[Path]) -> bool:
-    """Whether the names of tars merely number them, and so are no classes. One tar alone is no class either."""
+    """Return whether the tars are merely numbered, so their names are not classes. Neither is that of a single tar."""
     counts = [re.search(r"[0-9]+$", shard.stem) for shard in shards]
     numbers = sorted(int(count[0]) for count in counts if count)
     return len(shards) == 1 or (len(numbers) == len(shards) and numbers[-1] - numbers[0] == len(numbers) - 1)
 
 
 def _has_labels(shard: Path) -> bool:
-    """Whether an image and a label stand side by side, as WebDataset lays them out."""
+    """Return whether some sample has an image and a label, as in WebDataset's layout."""
     with opened(shard) as file:
         seen: dict[str, set[bool]] = {}
         for name, _, _ in islice(members(shard, file), _PEEKED):
@@ -129,7 +131,7 @@ def _has_labels(shard: Path) -> bool:
 def _samples(
     file: BinaryIO, found: Iterator[tuple[str, int, int]], image_key: str | None, label_key: str | None
 ) -> Iterator[tuple[int, int, str | None]]:
-    """First byte and length of the image, and the label, of each sample in WebDataset's layout."""
+    """Yield the first byte and length of the image, and the label, of each sample in WebDataset's layout."""
     for _, fields in samples(found):
         yield from _sample(file, fields, image_key, label_key)
 
@@ -137,17 +139,19 @@ def _samples(
 def _sample(
     file: BinaryIO, fields: dict[str, Span], image_key: str | None, label_key: str | None
 ) -> Iterator[tuple[int, int, str | None]]:
-    image = next((fields[f] for f in fields if (f == image_key.lower() if image_key else f in IMAGE_SUFFIXES)), None)
+    """Yield a sample's image and label, unless it has neither."""
+    wanted = {image_key.lower()} if image_key else IMAGE_SUFFIXES
+    image = next((span for field, span in fields.items() if field in wanted), None)
     label = None
     for field in [label_key.lower(), "json"] if label_key else _LABEL_FIELDS:
         if label is None and field in fields:
             label = _label(file, *fields[field], key=(label_key or "label") if field == "json" else None)
-    if image is not None or label is not None:  # else a note of the packer, say
+    if image is not None or label is not None:  # otherwise it may be a note by whoever packed the tar
         yield *(image or (-1, 0)), label
 
 
 def _label(file: BinaryIO, start: int, length: int, key: str | None) -> str | None:
-    """What a member says, or what stands under a key of it."""
+    """Return the text of a member, or the value under a key of it."""
     file.seek(start)
     text = file.read(min(length, _LONGEST_LABEL)).decode(errors="replace")
     if key is None:
@@ -163,7 +167,10 @@ def _label(file: BinaryIO, start: int, length: int, key: str | None) -> str | No
 def _class_members(
     shard: Path, file: BinaryIO, found: Iterator[tuple[str, int, int]], own: str | None
 ) -> Iterator[tuple[int, int, str | None]]:
-    """First byte, length and class of each image in a tar of class folders, of one class (``own``), or of such tars."""
+    """Yield the first byte, length and class of each image in a tar of class folders, of one class, or of such tars.
+
+    ``own`` is the class of members in no folder.
+    """
     inner: list[tuple[str, int, int]] = []
     for name, start, length in found:
         path = PurePosixPath(name)

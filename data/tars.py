@@ -1,4 +1,4 @@
-"""Tar files read where they lie: which are meant, an index of what is in them, and reads at a place of their own."""
+"""Read tar files in place: find the shards, index their members once, then read any member directly."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from .errors import BadSample, UserError
 from .labelled import is_image_name
-from .places import SPLITS, check_regular, choose_split
+from .paths import SPLITS, check_regular, choose_split
 
-_OPEN_SHARDS = 64  # a process may usually hold 1024 files open, and a rank has several workers
-#: The largest member that is read: what is larger is damaged, and would fill the memory.
+_OPEN_SHARDS = 64  # the usual limit is 1024 open files per process, and a rank has several workers
+#: The largest member that is read. Anything larger is damaged and would fill the memory.
 MAX_MEMBER = 512 << 20
 _MAX_HEADER = 16 << 20
 _SHARD_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
@@ -33,15 +33,13 @@ Index = dict[str, NDArray[Any]]
 
 
 class Shards:
-    """Tar files that stay as they are. Nothing is extracted.
-
-    It can be pickled and inherited by worker processes.
+    """Tar files, read in place without extracting anything. Worker processes can inherit or unpickle it.
 
     Args:
-        paths: of the files, in the order of their rows.
+        paths: the files, in the order of their samples.
 
     Raises:
-        UserError: one of them is not there.
+        UserError: one of them does not exist.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -50,33 +48,33 @@ class Shards:
         self._files: OrderedDict[int, _File] = OrderedDict()
 
     def read(self, shard: int, start: int, length: int) -> bytes:
-        """So many bytes of a shard.
+        """Read ``length`` bytes of a shard.
 
         Raises:
-            BadSample: they are more than :data:`MAX_MEMBER`.
+            BadSample: ``length`` exceeds :data:`MAX_MEMBER`.
             UserError: the shard has changed.
         """
         if length > MAX_MEMBER:
             raise BadSample("tar member is too large", f"{length:,} bytes, limit {MAX_MEMBER:,}")
         file = self._files.pop(shard, None) or _File(self.paths[shard], self._stats[shard].tolist())
-        self._files[shard] = file  # at the end: the one used last
+        self._files[shard] = file  # moved to the end: most recently used
         while len(self._files) > _OPEN_SHARDS:
             self._files.popitem(last=False)
-        # A read at a place of its own: a file inherited by workers has one position for all of them.
+        # Not seek and read: workers that inherited the file share its position.
         data = os.pread(file.number, length, start)
         if len(data) < length:
             raise UserError(f"{self.paths[shard]} ends early; it has changed since it was indexed: fetch it again")
         return data
 
     def index(self, question: Sequence[Any], make: Callable[[], Index]) -> Index:
-        """What ``make`` finds in the shards, kept in the user's cache folder.
+        """Return the index that ``make`` builds from the shards, cached between runs.
 
-        That is ``vlm-distill/tar-index`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``. It is made anew when the size or
-        the time of a shard has changed.
+        The cache is ``vlm-distill/tar-index`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``. An index is rebuilt when
+        the size or modification time of a shard has changed.
 
         Args:
-            question: what decides the index beside the shards, as JSON can say it.
-            make: walks over the shards; gives arrays by name.
+            question: everything except the shards that determines the index, as JSON values.
+            make: scans the shards and returns arrays by name.
         """
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         key = json.dumps([*question, [os.fspath(path) for path in self.paths]])
@@ -86,7 +84,7 @@ class Shards:
             with np.load(path, allow_pickle=False) as saved:
                 if np.array_equal(saved["stats"], self._stats):
                     return {name: saved[name] for name in saved.files}
-        except Exception:  # not there, or cut off: whatever is wrong with it, it can be made again
+        except Exception:  # missing or damaged: it can be rebuilt
             pass
         index = make()
         _save(path, index | {"stats": self._stats})
@@ -133,7 +131,7 @@ def _stats(shards: Sequence[Path]) -> NDArray[np.int64]:
 def _save(path: Path, arrays: Index) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Several ranks may write it at once: each its own file, put in place whole.
+        # Several ranks may write it at once: each writes its own file and renames it.
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             try:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -142,10 +140,10 @@ def _save(path: Path, arrays: Index) -> None:
                 os.unlink(file.name)
                 raise
     except OSError:
-        pass  # a home that cannot be written to: the index lasts as long as the process
+        pass  # the folder is not writable: the index lasts as long as the process
 
 
-# What is in them.
+# Members.
 
 
 def opened(shard: Path) -> BinaryIO:
@@ -156,7 +154,7 @@ def opened(shard: Path) -> BinaryIO:
 
 
 class _Headers:
-    """A file that gives the library headers, and refuses one that would fill the memory or go on for ever."""
+    """A file that limits what ``tarfile`` reads of a header, which could fill the memory or never end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -174,13 +172,13 @@ class _Headers:
 
 
 def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and length of each file in the tar that begins at ``start`` of an open file."""
+    """Yield the name, first byte and length of each file in the tar that begins at ``start`` of an open file."""
     size = os.fstat(file.fileno()).st_size
     file.seek(start)
     try:
         with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
-                tar.members.clear()  # else the million it has seen stay in memory
+                tar.members.clear()  # or a million of them would stay in memory
                 if member.size < 0:
                     raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
                 if member.issparse():
@@ -191,13 +189,13 @@ def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None)
                     yield member.name.removeprefix("./"), member.offset_data, member.size
                 elif member.islnk() and is_image_name(member.name):
                     raise tarfile.ReadError(f"{member.name} is a link to another member, which is not supported")
-            # The library takes a broken header for the end.
+            # The library mistakes a broken header for the end.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or (end is not None and tar.offset > end):
                 raise tarfile.ReadError(f"no mark of its end at byte {tar.offset}")
     except UserError:
         raise
-    except Exception as error:  # of a broken header the library makes almost anything, a request for exabytes too
+    except Exception as error:  # a broken header may make the library raise anything, even ask for exabytes
         inner = f" at byte {start}" if start else ""
         raise UserError(
             f"{shard}{inner} is truncated, broken or compressed ({error}); fetch it again, or unpack .gz first"
@@ -205,17 +203,17 @@ def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and field of a member."""
+    """Split a member's name into its sample's key and its field."""
     folder, slash, file = name.rpartition("/")
     stem, _, field = file.partition(".")
     return f"{folder}{slash}{stem}", field.lower()
 
 
 def samples(found: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, Span]]]:
-    """WebDataset's samples: their key, and the place of each field.
+    """Yield WebDataset's samples: the key, and each field's span.
 
-    Consecutive members with the same path up to the first dot of the file's name are a sample; what follows the dot,
-    in lower case, is the member's field. A sample also ends where a field comes again.
+    Consecutive members with the same path up to the first dot of the file name are one sample; what follows the dot, in
+    lower case, is the member's field. A repeated field also starts a new sample.
     """
     current = ""
     fields: dict[str, Span] = {}
@@ -231,41 +229,27 @@ def samples(found: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, dict[s
         yield current, fields
 
 
-# Which are meant.
+# Shards.
 
 
 def is_shard_pattern(given: str) -> bool:
-    """Whether a path stands for several by ``*``, ``?``, ``[…]`` or ``{000..127}``."""
+    """Return whether a path is a pattern with ``*``, ``?``, ``[…]`` or ``{000..127}``."""
     return glob.has_magic(given) or _SHARD_RANGE.search(given) is not None
 
 
 def find_shards(path: Path, given: str, split: str | None) -> list[Path]:
-    """The tar files that are meant, in the order of their names.
+    """Return the requested tar files, sorted by name.
 
     Args:
         path: a tar file, a folder of them, or a pattern.
-        given: the path as it was written, for messages.
-        split: which of the splits that folders' or files' names tell.
+        given: the path as the user wrote it, for messages.
+        split: the split, if names of folders or files contain one.
 
     Raises:
-        UserError: there are none, or no such split.
+        UserError: there are no files, or no such split.
     """
     if path.is_dir():
-        folders = sorted(one.name for one in path.iterdir() if one.name in (*SPLITS, split) and one.is_dir())
-        if folders and not any(path.glob("*.tar")):
-            path = path / choose_split(given, split, folders)
-            split = None
-        shards = sorted(path.glob("*.tar"))
-        if not shards:
-            raise UserError(f"{path} holds no .tar files; name them, or unpack compressed ones")
-        by_split: dict[str, list[Path]] = {}
-        for shard in shards:
-            words = re.split(r"[-_.]", shard.stem)
-            by_split.setdefault(next((word for word in words if word in SPLITS or word == split), ""), []).append(shard)
-        named = [one for one in by_split if one]
-        if len(named) > 1 or (named and (split or "" not in by_split)):
-            return by_split[choose_split(given, split, named)]
-        return _no_split(shards, given, split)  # a tar may be called by its class, and a class train
+        return _shards_in(path, given, split)
     if path.exists():
         return _no_split([path], given, split)
     if _SHARD_RANGE.search(given):
@@ -276,6 +260,28 @@ def find_shards(path: Path, given: str, split: str | None) -> list[Path]:
     return _no_split(shards, given, split)
 
 
+def _shards_in(folder: Path, given: str, split: str | None) -> list[Path]:
+    """Return the tar files in a folder, of one split if there are several."""
+    folders = sorted(one.name for one in folder.iterdir() if one.name in (*SPLITS, split) and one.is_dir())
+    if folders and not any(folder.glob("*.tar")):
+        folder = folder / choose_split(given, split, folders)
+        split = None
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise UserError(f"{folder} holds no .tar files; name them, or unpack compressed ones")
+
+    # Do the files' names say which split they are?
+    by_split: dict[str, list[Path]] = {}
+    for shard in shards:
+        words = re.split(r"[-_.]", shard.stem)
+        named = next((word for word in words if word in SPLITS or word == split), "")
+        by_split.setdefault(named, []).append(shard)
+    splits = [one for one in by_split if one]
+    if len(splits) > 1 or (splits and (split or "" not in by_split)):
+        return by_split[choose_split(given, split, splits)]
+    return _no_split(shards, given, split)  # a tar may be named by its class, and a class may be called train
+
+
 def _no_split(shards: list[Path], given: str, split: str | None) -> list[Path]:
     if split:
         raise UserError(f"{given} has no split {split!r}; name the shards of the split by a pattern")
@@ -283,13 +289,16 @@ def _no_split(shards: list[Path], given: str, split: str | None) -> list[Path]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    """``a{00..02}`` as ``a00``, ``a01``, ``a02``; as many digits as the first number has."""
+    """Expand ``a{00..02}`` to ``a00``, ``a01``, ``a02``, with as many digits as the first number."""
     match = _SHARD_RANGE.search(pattern)
     if match is None:
         return [pattern]
     first, last = int(match[1]), int(match[2])
     if last < first or last - first > 1_000_000:
         raise UserError(f"{pattern}: the range {match[0]} must go up, by a million at most")
-    head = pattern[: match.start()]
+    head, digits = pattern[: match.start()], len(match[1])
     tails = _expanded(pattern[match.end() :])
-    return [f"{head}{number:0{len(match[1])}}{tail}" for number in range(first, last + 1) for tail in tails]
+    found = []
+    for number in range(first, last + 1):
+        found += [f"{head}{number:0{digits}}{tail}" for tail in tails]
+    return found

@@ -1,4 +1,4 @@
-"""VLMEvalKit's TSV: a table whose images are base64 in its cells, read where they stand and never all at once."""
+"""VLMEvalKit's TSV files: tables with images as base64 in their cells, which are read one at a time."""
 
 from __future__ import annotations
 
@@ -19,40 +19,39 @@ import pandas as pd
 
 from .conversation import ImageSource
 from .errors import BadSample, UserError
-from .places import check_regular
-from .sources import MAX_LINE, bounded_lines
+from .paths import MAX_LINE, bounded_lines, check_regular
 from .tables import Row, Table
 
-#: A cell of ``image`` that is no longer holds the index of the row whose image is meant.
+#: An ``image`` cell of at most this length is the index of another row, whose image is used.
 POINTER = 64
 
-# A cell is as long as an image in base64, and csv's own limit of 128 KiB is one number for the whole process.
+# A cell can hold a whole image in base64. csv's limit (128 KiB by default) is global to the process.
 csv.field_size_limit(2**31 - 1)
 
-_IMAGE = "+"  # no index of a row, and nothing that pandas takes for empty or for a number
+_IMAGE = "+"  # neither an index, nor anything that pandas reads as empty or as a number
 
 
 class TsvTable(Table):
     """A file in the format of VLMEvalKit's data sets (its ``dataset/image_base.py``), indexed by byte offset.
 
-    Cells are typed as pandas types a whole column, because that is what VLMEvalKit's scorers see: a column of whole
-    numbers with gaps becomes floating point, and ``None``, ``N/A`` and others are empty. Cells of other columns than
-    ``image`` stay in memory.
+    Cells get the types that pandas gives a whole column, because VLMEvalKit's scorers see these: a column of whole
+    numbers with gaps becomes floating point, and ``None``, ``N/A`` and others are empty. All columns but ``image`` stay
+    in memory.
 
-    ``image`` holds base64, the literal of a list of such, or another row's index (:data:`POINTER`); that row must stand
-    before, or hold an image itself. Rows whose image cell is empty are left out, as VLMEvalKit does. Without that
-    column, ``image_path`` holds a path or the literal of a list of paths, relative to ``images``.
+    ``image`` holds base64, the literal of a list of base64 texts, or another row's index (:data:`POINTER`); that row
+    must come earlier, or hold an image itself. Rows with an empty image cell are left out, as in VLMEvalKit. Without
+    this column, ``image_path`` holds a path or the literal of a list of paths, relative to ``images``.
 
     Args:
         path: the file.
         images: the folder that paths start from; by default the file's.
-        md5: what the file's should be; it is compared while the file is read, with a warning where it differs.
+        md5: the expected MD5, compared while the file is read; a difference is a warning.
 
     Attributes:
         left_out: number of rows without an image.
 
     Raises:
-        UserError: the file is not such a table: names file, row and line.
+        UserError: the file is not such a table. The message names file, row and line.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, images: Path | None = None, md5: str | None = None):
@@ -61,18 +60,18 @@ class TsvTable(Table):
         self._folder = images or path.parent
         digest = hashlib.md5(usedforsecurity=False) if md5 else None
         check_regular(path)
-        header, cells, places = _scan(path, digest)
+        header, cells, spans = _scan(path, digest)
         self.columns = header
-        self._place = header.index("image") if "image" in header else None
+        self._image_column = header.index("image") if "image" in header else None
         rows = _typed(header, cells)
-        kept = [number for number, row in enumerate(rows) if self._place is None or row["image"] is not None]
+        kept = [number for number, row in enumerate(rows) if self._image_column is None or row["image"] is not None]
         self.left_out = len(rows) - len(kept)
         self._rows = [rows[number] for number in kept]
         _whole_indices(self._rows)
         _warn_of_repeated(path, self._rows)
-        self._lines, self._starts, self._lengths = places[kept].T.copy()
-        images_or_pointers = [row.pop("image", _IMAGE) for row in self._rows]
-        self._owners = self._follow([None if cell == _IMAGE else str(cell) for cell in images_or_pointers])
+        self._lines, self._starts, self._lengths = spans[kept].T.copy()
+        image_cells = [row.pop("image", _IMAGE) for row in self._rows]
+        self._owners = self._follow([None if cell == _IMAGE else str(cell) for cell in image_cells])
         if digest is not None and digest.hexdigest() != md5:
             warnings.warn(
                 f"{path}: md5 {digest.hexdigest()}, not the published {md5}; "
@@ -81,15 +80,15 @@ class TsvTable(Table):
             )
 
     def _follow(self, pointers: Sequence[str | None]) -> np.ndarray:
-        """For each row, the row that holds its image."""
-        # Of rows with one index the last counts.
-        place = {str(row["index"]): number for number, row in enumerate(self._rows)}
+        """Return for each row the number of the row that holds its image."""
+        # Of several rows with the same index, the last counts.
+        by_index = {str(row["index"]): number for number, row in enumerate(self._rows)}
         owners = np.arange(len(pointers))
         found = [pointer is None for pointer in pointers]
         for number, pointer in enumerate(pointers):
             if pointer is None:
                 continue
-            target = place.get(pointer)
+            target = by_index.get(pointer)
             if target is None or not found[target]:
                 what = "there is none" if target is None else "which has no image of its own"
                 raise UserError(
@@ -109,37 +108,37 @@ class TsvTable(Table):
         return int(self._lines[index])
 
     def images(self, index: int) -> list[ImageSource]:
-        if self._place is None:
+        if self._image_column is None:
             return [str(self._folder / path) for path in _texts(self._rows[index].get("image_path"))]
         owner = self._owners[range(len(self))[index]]
         with self.path.open("rb") as file:
             file.seek(self._starts[owner])
             text = file.read(self._lengths[owner]).decode()
         record = next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
-        return [_decoded(cell) for cell in _texts(record[self._place], what="image")]
+        return [_decoded(cell) for cell in _texts(record[self._image_column], what="image")]
 
 
 def _scan(path: Path, digest: Any) -> tuple[list[str], list[list[str]], np.ndarray]:
-    """Header; cells, and line, first byte and length of each row. For an image stands :data:`_IMAGE`."""
-    cells, places = [], []
+    """Return the header, the cells of each row, and its line, first byte and length. :data:`_IMAGE` replaces images."""
+    cells, spans = [], []
     with path.open("rb") as file:
         records = table_records(path, file, digest=digest)
         header = next(records, (0, 0, 0, []))[3]
         _check_header(path, header)
-        place = header.index("image") if "image" in header else None
+        column = header.index("image") if "image" in header else None
         for row, (line, start, length, record) in enumerate(records, 1):
             if len(record) != len(header):
                 raise UserError(
                     f"{path}, row {row} (line {line}) has {len(record)} of {len(header)} columns; "
                     "the file is truncated or not tab-separated: fetch it again"
                 )
-            if place is not None and len(record[place]) > POINTER:
-                record[place] = _IMAGE
+            if column is not None and len(record[column]) > POINTER:
+                record[column] = _IMAGE
             cells.append(record)
-            places.append((line, start, length))
+            spans.append((line, start, length))
     if not cells:
         raise UserError(f"{path} has no rows; fetch it again")
-    return header, cells, np.array(places, dtype=np.int64)
+    return header, cells, np.array(spans, dtype=np.int64)
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
@@ -157,11 +156,11 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 def table_records(
     path: Path, file: BinaryIO, delimiter: str = "\t", *, digest: Any = None
 ) -> Iterator[tuple[int, int, int, list[str]]]:
-    """Give line, first byte, length and cells of each record; quoted cells may hold delimiters and line breaks.
+    """Yield the line, first byte, length and cells of each record. Quoted cells may hold delimiters and line breaks.
 
     Raises:
         UserError: the file is not UTF-8, a quotation mark is never closed, or a record is longer than
-            :data:`data.sources.MAX_LINE`.
+            :data:`data.paths.MAX_LINE`.
     """
     position = line = 0
     rows = -1  # the first record is the header
@@ -185,7 +184,7 @@ def table_records(
     reader = csv.reader(lines(), delimiter=delimiter)
     start, last, first = 0, 0, 1
     try:
-        # The reader takes no more lines than the record needs, so that `position` is where the record ends.
+        # The reader consumes no more lines than the record needs, so `position` is the end of the record.
         for record in reader:
             rows += bool(record)
             if record:
@@ -194,7 +193,7 @@ def table_records(
             start, first = position, line + 1
     except csv.Error as error:
         raise UserError(f"{path}, row {rows + 1} (line {first}): {error}; fetch the file again") from None
-    # Only a strict reader tells that a quotation mark was never closed; it also refuses oddities which pandas reads.
+    # Only a strict reader notices a quotation mark that is never closed; it also refuses oddities that pandas accepts.
     file.seek(last)
     try:
         list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True))
@@ -204,7 +203,7 @@ def table_records(
 
 
 def _typed(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[Row]:
-    """Rows with the types that pandas finds when it reads such a file; empty cells are ``None``."""
+    """Return the rows with the types that pandas infers from such a file; empty cells are ``None``."""
     text = io.StringIO(newline="")
     csv.writer(text, delimiter="\t").writerows([header, *cells])
     text.seek(0)
@@ -212,16 +211,13 @@ def _typed(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[Row]:
 
 
 def plain_rows(frame: pd.DataFrame) -> list[Row]:
-    """A pandas table as rows of Python values, ``None`` where it has NaN."""
-    objects = frame.astype(object)
-    return [
-        {str(column): cell for column, cell in row.items()}
-        for row in objects.where(objects.notna(), None).to_dict("records")
-    ]
+    """Return a pandas table as rows of Python values, with ``None`` for NaN."""
+    named = frame.rename(columns=str).astype(object)
+    return [dict(row) for row in named.where(named.notna(), None).to_dict("records")]
 
 
 def _whole_indices(rows: Sequence[Row]) -> None:
-    """Indices are whole numbers if all of them are, else text."""
+    """Convert the indices to whole numbers if all of them are, else to text."""
     texts = [str(row["index"]) for row in rows]
     whole = all(text.removeprefix("-").isdecimal() for text in texts)
     for row, text in zip(rows, texts, strict=True):
@@ -232,19 +228,19 @@ def _whole_indices(rows: Sequence[Row]) -> None:
 
 
 def _warn_of_repeated(path: Path, rows: Sequence[Row]) -> None:
-    """Warn where rows share an index, by which VLMEvalKit joins answers with questions."""
+    """Warn if rows share an index, by which VLMEvalKit joins answers with questions."""
     counts = Counter(row["index"] for row in rows)
     repeated = [index for index, count in counts.items() if count > 1]
     if repeated:
         warnings.warn(
-            f"{path}: {len(repeated):,} values of index are there more than once, the first is {repeated[0]}; "
-            "by VLMEvalKit's rules the last row's right answer or answer counts for all of them: number the rows anew",
+            f"{path}: {len(repeated):,} values of index occur more than once, the first is {repeated[0]}; "
+            "by VLMEvalKit's rules the last row's right answer or answer counts for all of them: renumber the rows",
             stacklevel=3,
         )
 
 
 def _texts(cell: Any, what: str = "image_path") -> list[str]:
-    """A cell that holds one text, a list of texts, or the literal of such a list."""
+    """Return the texts of a cell that holds one text, a list of texts, or the literal of such a list."""
     if cell is None:
         return []
     if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):

@@ -24,19 +24,19 @@ _RECORD, _CAPTION, _IMAGE = range(3)
 
 
 class WebDatasetSource(Source):
-    """Samples of tar files: members of one name, told apart by what follows its first dot.
+    """Samples of tar files: members with the same name up to the first dot; the rest of the name is the field.
 
-    ``json`` holds a record in any of the layouts of :mod:`data.layouts`, or else ``txt`` a caption, which becomes the
-    answer to the image alone. Images are the members called as image files are (``jpg``, ``0.jpg``, ``left.png``), in
-    the order in which they lie in the tar, or in which the record names these members. Other names that a record has
-    for its images are those they had before they were packed: never is a file beside the tar read.
+    ``json`` holds a record in any layout of :mod:`data.layouts`; without it, ``txt`` holds a caption, which becomes the
+    answer to the image alone. Images are the members named like image files (``jpg``, ``0.jpg``, ``left.png``), in the
+    order of the tar, or in the order in which the record names them. Other names of images in a record are from before
+    they were packed: files beside the tar are never read.
 
-    Shards need not be dealt to ranks or workers: all of them know from an index where each sample lies, so that any
-    rank reads any row, and the order does not depend on their number.
+    Shards are not assigned to ranks or workers. An index says where each sample is, so any rank can read any sample,
+    and the order does not depend on the number of ranks.
 
     Args:
-        shards: the tar files, in the order of rows.
-        limit: only the first so many samples.
+        shards: the tar files, in the order of samples.
+        limit: read only the first ``limit`` samples.
 
     Raises:
         UserError: a shard is missing, truncated or compressed, or has neither records nor captions.
@@ -44,7 +44,7 @@ class WebDatasetSource(Source):
 
     def __init__(self, shards: Sequence[Path], name: str, *, limit: int | None = None, **shared: Any) -> None:
         super().__init__(name, Path(), **shared)
-        self.chosen |= {"images"}  # the members are the images, whatever else the record calls so
+        self.chosen |= {"images"}  # the members are the images, whatever the record says
         self._shards = Shards(shards)
         index = self._shards.index(["conversations", _INDEX_VERSION], lambda: _index(self._shards))
         #: int64 ``[fields, 5]``: shard, first byte, length, kind, and where in ``_names`` the member's name ends.
@@ -57,7 +57,7 @@ class WebDatasetSource(Source):
         return len(self._first) - 1
 
     def _members(self, index: int) -> list[tuple[int, int, int, int, str]]:
-        """Shard, first byte, length, kind and name of a sample's members."""
+        """Return the shard, first byte, length, kind and name of each of a sample's members."""
         start, stop = self._first[index : index + 2].tolist()
         begin = int(self._fields[start - 1, 4]) if start else 0
         found = []
@@ -67,7 +67,7 @@ class WebDatasetSource(Source):
         return found
 
     def read(self, index: int) -> Any:
-        """The record, or the caption as one, without the images."""
+        """Return the record without images, or a record made of the caption."""
         members = [member for member in self._members(index) if member[3] != _IMAGE]
         shard, start, length, kind, name = min(members, key=lambda member: member[3])
         try:
@@ -102,24 +102,28 @@ class WebDatasetSource(Source):
 
 
 def _with_images(record: dict[str, Any], images: dict[str, bytes]) -> dict[str, Any]:
-    """The record with the members as its images, whatever names it has for them. See :class:`WebDatasetSource`."""
+    """Return the record with the members as its images, whatever it calls them. See :class:`WebDatasetSource`."""
     found = _named(record.pop("images", None)) + _named(record.pop("image", None))
     videos = []
     for part in _seen_parts(record):
-        keys = ("frames", "video") if part["type"] == "video" else ("bytes", *IMAGE_KEYS)
-        own = _named([part.pop(key, None) for key in keys if key != "video" or isinstance(part.get(key), list)])
         if part["type"] == "video":
+            own = _named(part.pop("frames", None))
+            if isinstance(part.get("video"), list):
+                own += _named(part.pop("video"))
             videos.append((part, range(len(found), len(found) + len(own))))
+        else:
+            own = _named([part.pop(key, None) for key in ("bytes", *IMAGE_KEYS)])
         found += own
     given = _in_order(found, images)
-    for part, places in videos:
-        part["frames"] = [given[place] for place in places]
-    shown = {place for _, places in videos for place in places}
-    return record | {"images": [image for place, image in enumerate(given) if place not in shown]}
+    frames: set[int] = set()
+    for part, numbers in videos:
+        part["frames"] = [given[number] for number in numbers]
+        frames.update(numbers)
+    return record | {"images": [image for number, image in enumerate(given) if number not in frames]}
 
 
 def _in_order(found: list[str | bytes], images: dict[str, bytes]) -> list[bytes]:
-    """The images that a record names or holds, in its order; members that it does not name, in that of the tar."""
+    """Return the images that a record names or holds, in its order; if it names none, those of the tar in its order."""
     names = [name for name in found if isinstance(name, str)]
     if found and len(names) != len(images):
         raise BadSample("image count mismatch", f"the record names {len(names)}, the tar has {len(images)} for it")
@@ -131,13 +135,13 @@ def _in_order(found: list[str | bytes], images: dict[str, bytes]) -> list[bytes]
 
 
 def _member(name: str, images: Mapping[str, bytes], fields: Mapping[str, str]) -> str | None:
-    """The member that a record calls by its field, or by its name in whatever folder; ``None``: none of them."""
+    """Return the member that a record names, by its field or by its file name in any folder; ``None`` for none."""
     whole = ".".join(split_name(name.rpartition("/")[2]))
     return whole if whole in images else fields.get(name.lower())
 
 
 def _named(value: Any) -> list[str | bytes]:
-    """The images of a value: the names of members, or the bytes that the record itself holds."""
+    """Return the images of a value: names of members, or bytes that the record itself holds."""
     if isinstance(value, list):
         return [one for item in value for one in _named(item)]
     if isinstance(value, dict):
@@ -146,7 +150,7 @@ def _named(value: Any) -> list[str | bytes]:
 
 
 def _seen_parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Image and video parts of messages, at any depth."""
+    """Yield the image and video parts of messages, at any depth."""
     if isinstance(value, dict):
         if value.get("type") in (*IMAGE_PARTS, "video"):
             yield value
@@ -157,7 +161,7 @@ def _seen_parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _index(shards: Shards) -> Index:
-    """Where every sample's members lie: what :class:`WebDatasetSource` keeps."""
+    """Return the index of all samples' members, as :class:`WebDatasetSource` describes it."""
     fields, first, names = array("q"), array("q", [0]), bytearray()
     for number, shard in enumerate(shards.paths):
         with opened(shard) as file:

@@ -1,4 +1,4 @@
-"""What a dataset holds, read in order and ahead by worker processes; how they start, and what is said when one dies."""
+"""DataLoader wrapper: ordered prefetch, packed transfer, readable worker-death errors."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .errors import UserError
 
 T = TypeVar("T")
 
-_ALIGNED = 64  # bytes, which every dtype divides
+_ALIGNED = 64  # bytes, a multiple of every dtype's size
 
 
 def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Iterator[T]:
-    """Items ``start`` to ``stop - 1`` of a dataset in order, the same for any number of workers.
+    """Yield items ``start`` to ``stop - 1`` of a dataset in order, the same for any number of workers.
 
     Args:
-        dataset: gives an item by its number.
+        dataset: returns an item by its number.
         start: the first item.
-        stop: the item after the last; of a training through all epochs, so that workers start once.
-        workers: processes that make items ahead; with 0 they are made here, when asked for.
-        prefetch: items each worker makes ahead.
+        stop: the last item + 1. A training passes its last step, so that workers start only once.
+        workers: processes that make items ahead; with 0, this process makes each item when it is needed.
+        prefetch: items that each worker makes ahead.
 
     Yields:
-        The items, in pinned memory where there is a CUDA device. All tensors of one lie in one piece of memory.
+        The items, in pinned memory if there is a CUDA device. All tensors of an item share one block of memory.
 
     Raises:
-        UserError: as the dataset raises it, when its item's turn comes; a worker was killed or has crashed.
+        UserError: the dataset raised it for the next item, or a worker was killed or crashed.
     """
     loader: DataLoader[_Delivery] = DataLoader(
         _Deliveries(dataset),
@@ -53,13 +53,13 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
         multiprocessing_context=_context() if workers else None,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
-        # A loader draws a seed when it starts; the training's random numbers are not its to take.
+        # A loader draws a seed when it starts, which must not come from the training's generator.
         generator=torch.Generator(),
     )
     others, before = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     deliveries = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        _end_calmly(before)
+        _restore_handler(before)
     own = [process for process in multiprocessing.active_children() if process not in others]
     while True:
         try:
@@ -78,7 +78,7 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
 
 
 class _Flag:
-    """An event between processes that takes no lock: one killed as it looks at an event leaves the others waiting."""
+    """An event between processes without a lock, which a process killed while holding it would never release."""
 
     def __init__(self) -> None:
         self._value = multiprocessing.RawValue("b", 0)
@@ -96,19 +96,19 @@ def _context() -> BaseContext:
     return context
 
 
-def _end_calmly(before: Any) -> None:
-    """Takes back DataLoader's handler of the end of a process, for the one of before.
+def _restore_handler(before: Any) -> None:
+    """Replace DataLoader's SIGCHLD handler by the previous one.
 
-    It would raise wherever this process is when a worker dies: inside a destructor that aborts it, or while this file
-    asks what happened. DataLoader sets it once, so that one that somebody else has used before has left it here.
+    It would raise wherever this process is when a worker dies: inside a destructor, which aborts the process, or while
+    :func:`_death_of` looks for the cause. DataLoader sets it once, so ``before`` may be the handler of an earlier one.
     """
     theirs = getattr(before, "__module__", None) == "torch.utils.data._utils.signal_handling"
     signal.signal(signal.SIGCHLD, signal.SIG_DFL if theirs or before is None else before)
 
 
 def _death_of(workers: Sequence[multiprocessing.process.BaseProcess]) -> str | None:
-    """That one of these processes was killed or has crashed, in words; ``None`` where none was."""
-    # What one sends can be cut off a moment before it has ended, and its files are closed before that.
+    """Return a message if one of these processes was killed or crashed, else ``None``."""
+    # A message can be cut off, and its files closed, a moment before the process has ended.
     ended = wait([worker.sentinel for worker in workers], 1.0)
     for process in workers:
         process.join(1.0 if process.sentinel in ended else 0.0)
@@ -116,28 +116,30 @@ def _death_of(workers: Sequence[multiprocessing.process.BaseProcess]) -> str | N
     if worker is None or worker.exitcode is None:
         return None
     if worker.exitcode == -signal.SIGBUS:
-        cause = "a data file was cut short while it was read, or /dev/shm is full; mend that"
+        cause = "a data file was truncated while it was read, or /dev/shm is full; fix that"
     else:
-        cause = "this machine ran out of memory, or somebody stopped it; fewer data.workers and a smaller data.prefetch"
-        cause += " need less"
+        cause = (
+            "this machine ran out of memory, or somebody stopped it; fewer data.workers and a smaller data.prefetch "
+            "need less memory"
+        )
     how = f" of {signal.Signals(-worker.exitcode).name}" if worker.exitcode < 0 else ""
     return f"a worker that reads the data (process {worker.pid}) died{how}: {cause}"
 
 
 @dataclass
 class _Mistake:
-    """What is in an item's way, in words: an exception would arrive wrapped in a traceback."""
+    """The message of an error in a worker; an exception would arrive wrapped in a traceback."""
 
     text: str
 
 
 @dataclass
 class _Delivery:
-    """An item in one tensor: the bytes of its own tensors, and last its pickle without these.
+    """An item packed into one tensor: the bytes of its tensors, then its pickle without them.
 
-    Of each tensor that a worker sends, this process opens a file and asks the worker for it, which takes longer than
-    copying most of them. Above all a message is so short that it is written at once: of one that is cut off, as its
-    worker is killed, this process would wait for the rest for ever.
+    For each tensor that a worker sends, this process opens a file and requests it from the worker, which takes longer
+    than copying most tensors. More important, a message for one tensor is short enough to be written at once: if a
+    worker is killed in the middle of a longer one, this process would wait for the rest forever.
 
     Attributes:
         content: uint8 ``[bytes]``.
@@ -154,8 +156,8 @@ class _Delivery:
         packer.dump(item)
         pickled = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
         content = torch.empty(packer.size + len(pickled), dtype=torch.uint8)
-        for tensor, place in packer.found.values():
-            place.of(content).copy_(tensor)
+        for tensor, slot in packer.found.values():
+            slot.view(content).copy_(tensor)
         content[packer.size :] = pickled
         return _Delivery(content, len(pickled))
 
@@ -163,57 +165,59 @@ class _Delivery:
         return _Unpacker(self.content, self.pickled).load()
 
     def pin_memory(self) -> _Delivery:
-        """What DataLoader calls, in this process, on what its workers send."""
+        """Pin the content. Called by DataLoader, in this process."""
         return _Delivery(self.content.pin_memory(), self.pickled)
 
 
-class _Place(NamedTuple):
-    """Where a tensor's bytes begin in the content, and what they are."""
+class _Slot(NamedTuple):
+    """A tensor's position in the content, and how to view it."""
 
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def of(self, content: Tensor) -> Tensor:
+    def view(self, content: Tensor) -> Tensor:
         stop = self.start + math.prod(self.shape) * self.dtype.itemsize
         return content[self.start : stop].view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class _Packer(pickle.Pickler):
-    """Leaves tensors out and gives each a place; one that is there twice stays one."""
+    """Pickles an item without its tensors, and assigns each a slot; a tensor that occurs twice gets one."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.found: dict[int, tuple[Tensor, _Place]] = {}
+        self.found: dict[int, tuple[Tensor, _Slot]] = {}
         self.size = 0
 
-    def persistent_id(self, obj: Any) -> _Place | None:
+    def persistent_id(self, obj: Any) -> _Slot | None:
         if type(obj) is not Tensor:
             return None
         if id(obj) not in self.found:
-            # Without gaps, in the memory format that it has.
+            # Contiguous, in the tensor's own memory format.
             stride = torch.empty_like(obj, device="meta").stride()
-            self.found[id(obj)] = obj, _Place(self.size, obj.dtype, tuple(obj.shape), stride)
+            self.found[id(obj)] = obj, _Slot(self.size, obj.dtype, tuple(obj.shape), stride)
             self.size += -(-obj.nbytes // _ALIGNED) * _ALIGNED
         return self.found[id(obj)][1]
 
 
 class _Unpacker(pickle.Unpickler):
-    """Puts the tensors back, as views of the content."""
+    """Unpickles an item, with its tensors as views of the content."""
 
     def __init__(self, content: Tensor, pickled: int) -> None:
         super().__init__(io.BytesIO(content[len(content) - pickled :].numpy().tobytes()))
         self.content = content
-        self.found: dict[_Place, Tensor] = {}
+        self.found: dict[_Slot, Tensor] = {}
 
-    def persistent_load(self, place: _Place) -> Tensor:
-        if place not in self.found:
-            self.found[place] = place.of(self.content)
-        return self.found[place]
+    def persistent_load(self, slot: _Slot) -> Tensor:
+        if slot not in self.found:
+            self.found[slot] = slot.view(self.content)
+        return self.found[slot]
 
 
 class _Deliveries(Dataset[_Delivery]):
+    """The items of a dataset, packed, with errors turned into messages."""
+
     def __init__(self, items: Dataset[Any]) -> None:
         self.items = items
 
@@ -226,9 +230,10 @@ class _Deliveries(Dataset[_Delivery]):
         except UserError as error:
             return _Mistake(str(error))
         except OSError as error:
-            # Images that cannot be read are bad samples: this is the file of the samples themselves.
-            what = f"{error.filename or 'a data file'} cannot be read any more: {error.strerror or error}"
-            return _Mistake(f"{what}; put it back, and start again, which resumes a run")
+            # Unreadable images are bad samples, so this is the file of the samples themselves.
+            file = error.filename or "a data file"
+            reason = error.strerror or error
+            return _Mistake(f"{file} cannot be read any more: {reason}; put it back, and start again to resume the run")
 
 
 def _unchanged(value: Any) -> Any:
@@ -236,11 +241,11 @@ def _unchanged(value: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # The terminal and the launcher signal the whole process group. The training decides when to stop, and goes on
+    # The terminal and the launcher signal the whole process group. The training decides when to stop, and continues
     # reading until it has written its checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-    # What the training has left is not this process's to destroy: threads of its communication, which that would wait
-    # for or join, are not here.
+    # Never destroy objects inherited from the training: that could wait for its communication threads, which do not
+    # exist in this process.
     gc.freeze()

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from scoring_server import serving
 
-from data.sources import open_source
+from data.opening import open_source
 from vlm_distill import generate, train
 from vlm_distill.config.file import load_config
 from vlm_distill.evaluation.kept_answers import AnswerStore

@@ -7,7 +7,8 @@ import tiny
 import yaml
 from typer.testing import CliRunner
 
-from data.loader import StepDataset
+from data.collate import Collator
+from data.loader import StepDataset, StepSplit
 from vlm_distill.cli import app
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.inspection import Inspection
@@ -106,7 +107,7 @@ def test_it_is_what_training_learns(material):
     mixture = Mixture(inspection.sources, batch_size=1)
     decode = processors[0].tokenizer.decode
     for row in range(24):
-        step = StepDataset(mixture, *processors, max_length=64, micro_batch_size=1)[row]
+        step = StepDataset(mixture, Collator(*processors, 64), StepSplit(1))[row]
         line = mixture.samples_of(row)[0][1] + 1
         learnt = [decode(step.batches[0].targets)] if len(step.batches[0].targets) else []
         assert learnt == entries[line].get("student", {"supervised": []})["supervised"]

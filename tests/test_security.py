@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from data.errors import UserError
-from data.sources import open_source
+from data.opening import open_source
 from vision.classifier import load_classifier
 from vision.weights import read as read_weights
 from vlm_distill import train

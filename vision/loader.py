@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.batch import Problem, Step
+from data.batch import Problem, SampleId, Step
 from data.errors import BadSample, UserError
 from data.images import MAX_PIXELS, load_image
-from data.loader import check_split, places_in_words, problem_of
+from data.loader import StepSplit, describe_samples, problem_of
 from data.mixture import Mixture
 
 from .inputs import InputSettings
@@ -124,7 +124,7 @@ class ImageSteps(Dataset[Step]):
         repeats: int = 1,
         checks: bool = False,
     ) -> None:
-        check_split(mixture.batch_size, micro_batch_size, accumulation, world)
+        StepSplit(micro_batch_size, accumulation, rank, world).check(mixture.batch_size)
         if mixture.batch_size % repeats:
             raise UserError(f"batch size {mixture.batch_size} is no multiple of {repeats} repeats; change one of them")
         if fixed_views and repeats > 1:
@@ -154,22 +154,22 @@ class ImageSteps(Dataset[Step]):
         with kept_randomness():
             batches: list[Any] = [self._batch(index, rows, number, problems) for number in numbers]
         readable = sum(batch.samples for batch in batches)
-        return Step(index, batches, problems, rows=readable + len(problems))
+        return Step(index, batches, problems, consumed=readable + len(problems))
 
     def locate_samples(self, index: int, number: int) -> str:
         """Describe where the images of this rank's micro-batch ``number`` of a step come from."""
         start = (number * self.world + self.rank) * self.micro_batch_size
-        return places_in_words(self.mixture.sources, self._rows(index)[start : start + self.micro_batch_size])
+        return describe_samples(self.mixture.sources, self._rows(index)[start : start + self.micro_batch_size])
 
     def sample(self, count: int) -> ImageBatch:
         """Return the readable ones of the first ``count`` images of the training."""
         with kept_randomness():
             return self._batch(0, self._rows(0)[:count], 0, [])
 
-    def try_row(self, source: int, row: int) -> tuple[int, int]:
-        """Make a row's views, as training does. Return what ``StepDataset.try_row`` does: one image, no answer."""
+    def try_sample(self, sample_id: SampleId) -> tuple[int, int]:
+        """Make a sample's views, as training does. Return one image and no answer, as ``StepDataset.try_sample``."""
         with kept_randomness():
-            self._read(0, 0, source, row)
+            self._read(0, 0, *sample_id)
         return 1, 0
 
     def turn(self, step: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm_distill.caching.class_logits import TeacherCache
+from vlm_distill.caching.class_logits import LogitCache
 from vlm_distill.caching.store import fingerprint
 
 from .classifier import Classifier, Outputs
@@ -34,7 +34,7 @@ class Teacher:
         features: Sequence[str],
         *,
         dtype: torch.dtype | None = None,
-        cache: TeacherCache | None = None,
+        cache: LogitCache | None = None,
     ) -> None:
         self.classifier = classifier.requires_grad_(False).eval()
         self.order, self.features, self.dtype, self.cache = order, features, dtype, cache
@@ -67,7 +67,7 @@ def open_cache(
     student: Classifier,
     teacher: Classifier,
     order: Tensor | None,
-) -> TeacherCache:
+) -> LogitCache:
     """Open the cache of a run's teacher, or create it.
 
     Args:
@@ -93,4 +93,4 @@ def open_cache(
         "training.dtype": config.training.dtype,
     }
     views = data.fixed_views * len(data.views)
-    return TeacherCache(Path(section.cache), sources, views, student.num_classes, identity)
+    return LogitCache(Path(section.cache), sources, views, student.num_classes, identity)

@@ -27,7 +27,7 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine
-from vlm_distill.training.intake import FIRST_ROWS
+from vlm_distill.training.intake import FIRST_SAMPLES
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.optimizers import classifier_optimizer
 
@@ -78,7 +78,7 @@ class Trainer(Loop):
         # Load the models, and bring the classes of data and teacher into the student's order.
         teacher, self.student = load_models(config, sources[0].classes)
         classes = pair_classes(sources, self.student, teacher)
-        self.told = classes.notes
+        self.remarks = classes.notes
         taught = teacher if any("teacher" in term.loss.needs for term in self.terms) else None
         prepare_losses(self.terms, self.student, taught)
         if config.training.activation_checkpointing:
@@ -157,7 +157,7 @@ class Trainer(Loop):
         warmups = {"optimizer.warmup_epochs": optimizer.warmup_epochs}
         warmups |= {f"loss.{i}.warmup_epochs": section.warmup_epochs for i, section in enumerate(sections)}
         for key, length in warmups.items():
-            self.told = [*self.told, *late_warmup(key, length, self.steps / self.epoch_steps, "epochs")]
+            self.remarks = [*self.remarks, *late_warmup(key, length, self.steps / self.epoch_steps, "epochs")]
 
     def _place_teacher(self, classifier: Classifier, order: Tensor | None) -> Teacher:
         section = self.config.teacher
@@ -300,7 +300,7 @@ class Trainer(Loop):
     def evaluation_mistake(self) -> str | None:
         for source in self.held_out:
             problems = []
-            for row in evenly_spaced(len(source), FIRST_ROWS):
+            for row in evenly_spaced(len(source), FIRST_SAMPLES):
                 try:
                     self.load_image(source[row].image)
                     break

@@ -23,7 +23,7 @@ from vlm_distill.neighbours import check_neighbours
 check_neighbours()  # before anything of `data` is imported
 
 from data.errors import UserError
-from data.sources import open_source
+from data.opening import open_source
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import launch
 

@@ -121,7 +121,8 @@ def report_failures(failures: Mapping[str, str]) -> None:
 
 def _open_sources(options: RankEvalOptions) -> list[Any]:
     """Open the data sources, after checking that they can be measured as asked."""
-    from data.sources import CHARACTERS_PER_TOKEN, open_source, open_text
+    from data.opening import open_source, open_text
+    from data.plain_text import CHARACTERS_PER_TOKEN
     from vlm_distill.config.fields import Measure
     from vlm_distill.evaluation.held_out import OF_ANSWERS
 

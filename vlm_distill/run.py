@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from data.batch import SampleId
 from data.collate import Collator
 from data.conversation import ImageSource
-from data.loader import StepDataset
+from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
-from data.sources import Source, TextSource
+from data.plain_text import TextSource
+from data.sources import Source
 from vlm_distill.caching.check_features import open_features
-from vlm_distill.caching.check_tokens import check_cache
+from vlm_distill.caching.check_tokens import check_tokens
 from vlm_distill.caching.image_features import FeatureCache
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.sections import RunConfig
@@ -200,7 +201,7 @@ class Run:
         # Cut the heads before anything reads their vocabulary.
         grouped = self.grouped
         if self.teacher is not None and self.teacher.cache is not None:
-            self._cache_remarks = check_cache(config, self.sources, self.teacher)
+            self._cache_remarks = check_tokens(config, self.sources, self.teacher)
         prepare_losses(self.terms, student, self.loss_teacher)
 
         # Divide the decoders while they are whole, and compare the vision encoders while both are as they were loaded.
@@ -234,25 +235,17 @@ class Run:
     @cached_property
     def dataset(self) -> StepDataset:
         """This rank's micro-batches, step by step."""
-        config, data, processes = self.config, self.config.data, self.processes
+        config, processes = self.config, self.processes
         assert processes is not None
         micro, accumulation = split_batch(config, processes.world)
         sharing = config.training.sequence_parallel
         return StepDataset(
             self._mixture(config.training.batch_size, window=self.packing.window, longest_first=True),
-            *self.processors,
-            rank=processes.rank // sharing,
-            world=processes.world // sharing,
-            micro_batch_size=micro,
-            accumulation=accumulation,
-            max_length=data.max_length,
-            roots=[Path(root) for root in data.roots],
-            max_pixels=data.max_pixels,
-            on_bad=data.bad_samples,
-            keep_samples=self.loss_teacher is not None and self.loss_teacher.needs_images,
-            grouped=self.grouped,
-            turns=turns(data),
-            packed=self.packing.packed,
+            self.collator,
+            StepSplit(micro, accumulation, rank=processes.rank // sharing, world=processes.world // sharing),
+            load=self.load_image,
+            on_bad=self.config.data.bad_samples,
+            keep_conversations=self.loss_teacher is not None and self.loss_teacher.needs_images,
         )
 
     @property
@@ -260,8 +253,8 @@ class Run:
         """Optimizer steps of an epoch."""
         return self._mixture(self.config.training.batch_size).steps_per_epoch
 
-    def first_rows(self, count: int) -> list[tuple[int, int]]:
-        """Return the first rows that training meets, as numbers of a source and of its row."""
+    def first_samples(self, count: int) -> list[SampleId]:
+        """Return the first samples that training meets."""
         return self._mixture(count).samples_of(0)
 
     def _mixture(

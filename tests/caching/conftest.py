@@ -1,6 +1,7 @@
-"""What the tests of caches share."""
+"""What the tests of caches share: one rank, and a tiny processor."""
 
 import pytest
+from characters import CharacterProcessor
 
 from vlm_distill.runtime.processes import Processes
 
@@ -10,3 +11,9 @@ def processes():
     opened = Processes("cpu")
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def processor():
+    """Makes a processor."""
+    return CharacterProcessor

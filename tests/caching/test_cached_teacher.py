@@ -14,9 +14,8 @@ from launches import on_one_rank_and_two
 from PIL import Image
 
 from data.errors import UserError
-from vlm_distill.caching import fill as caches
-from vlm_distill.caching import fill_tokens as teacher_cache
-from vlm_distill.caching.fill_tokens import fill
+from vlm_distill.caching import fill_loop
+from vlm_distill.caching.fill import check, fill
 from vlm_distill.caching.store import _checksum
 from vlm_distill.caching.token_records import TokenCache, TokenWriter
 from vlm_distill.config.file import load_config
@@ -219,7 +218,7 @@ def test_a_sample_that_changed_is_refused_with_its_place(cached, processes, spoi
     folder, make = cached
     spoil(folder)
     trainer = Trainer(make(), processes)
-    with pytest.raises(UserError, match=rf"data, row {row}: not the sample that the teacher saw"):
+    with pytest.raises(UserError, match=rf"data, sample {row}: not the sample that the teacher saw"):
         list(trainer.batches(0, trainer.epoch_steps))
 
 
@@ -241,23 +240,23 @@ def test_what_was_killed_goes_on_and_the_rest_is_not_run_again(own, processes, m
     written = []
     write = TokenWriter.write
 
-    def dies(self, source, row, *rest):
+    def dies(self, sample_id, *rest):
         if len(written) == 4:
             raise KeyboardInterrupt
-        written.append(row)
-        write(self, source, row, *rest)
+        written.append(sample_id)
+        write(self, sample_id, *rest)
 
     monkeypatch.setattr(TokenWriter, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         fill(make(), processes)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"holds [45] of 10 rows; fill it: vlm-distill cache CONFIG"):
+    with pytest.raises(UserError, match=r"holds [45] of 10 samples; fill it: vlm-distill cache CONFIG"):
         Trainer(make(), processes)
     before = set(written)
 
-    def goes_on(self, source, row, *rest):
-        written.append(row)
-        write(self, source, row, *rest)
+    def goes_on(self, sample_id, *rest):
+        written.append(sample_id)
+        write(self, sample_id, *rest)
 
     monkeypatch.setattr(TokenWriter, "write", goes_on)
     fill(make(), processes)
@@ -265,14 +264,14 @@ def test_what_was_killed_goes_on_and_the_rest_is_not_run_again(own, processes, m
     assert set(written[4:]).isdisjoint(before)
     Trainer(make(), processes)
     # Whole: nothing is loaded.
-    monkeypatch.setattr(teacher_cache, "load_teacher", None)
+    monkeypatch.setattr("vlm_distill.run.load_teacher", None)
     fill(make(), processes)
-    assert "is whole: " in capfd.readouterr().err
+    assert "is complete: " in capfd.readouterr().err
 
 
 def test_ranks_that_fill_it_stay_together(own, processes, monkeypatch):
     where = []
-    monkeypatch.setattr(teacher_cache, "_TOGETHER", 2)
+    monkeypatch.setattr(fill_loop, "_TOGETHER", 2)
     monkeypatch.setattr(processes, "barrier", lambda: where.append(processes.watch.where))
     fill(own[1](training__micro_batch_size=2), processes)
     assert where[-2:] == [f"writing micro-batch {done} of 5 into the cache" for done in (2, 4)]
@@ -283,12 +282,12 @@ def test_what_it_will_take_is_told_before_and_needs_room(own, processes, monkeyp
     fill(make(data__bad_samples="skip"), processes)
     told = capfd.readouterr().err
     # A hidden state of width 24 in float32; ids and marks of 3 tokens a row of 2, places of 2, and 40 a row.
-    assert "96 bytes a token, 136 with all" in told
+    assert "96 bytes a token, 136 with ids" in told
     data = sum(path.stat().st_size for path in (folder / "cache").glob("*.[di]*"))
     assert data == pytest.approx(18 * 135.5, rel=0.1)
     # Of likeliest tokens 4 bytes each and 4, and the same beside them.
     fill(make({"folder": str(folder / "likeliest"), "form": "topk", "k": 4}, loss=[{"name": "forward_kl"}]), processes)
-    assert "20 bytes a token, 60 with all" in capfd.readouterr().err
+    assert "20 bytes a token, 60 with ids" in capfd.readouterr().err
     shutil.rmtree(folder / "cache")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match="make room, choose another folder, or choose form topk"):
@@ -342,7 +341,7 @@ def test_a_folder_that_holds_no_cache(own, processes):
     with pytest.raises(UserError, match=r"holds no cache; fill it: vlm-distill cache CONFIG"):
         Trainer(own[1](), processes)
     with pytest.raises(UserError, match=r"set teacher\.cache\.folder"):
-        caches.check(own[1]().model_copy(update={"teacher": None}))
+        check(own[1]().model_copy(update={"teacher": None}))
 
 
 def test_likeliest_tokens_among_others_are_refused(own, processes):

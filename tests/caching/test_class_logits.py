@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from vlm_distill.caching.class_logits import TeacherCache
+from vlm_distill.caching.class_logits import LogitCache
 from vlm_distill.caching.store import fingerprint
 
 IDENTITY = {"teacher": "abc", "seed": "0"}
@@ -22,7 +22,7 @@ IDENTITY = {"teacher": "abc", "seed": "0"}
 def cache(tmp_path):
     def make(identity=IDENTITY, sources=None, views=2, categories=5, folder="cache"):
         sources = {"a": 4, "b": 3} if sources is None else sources
-        return TeacherCache(tmp_path / folder, sources, views, categories, identity)
+        return LogitCache(tmp_path / folder, sources, views, categories, identity)
 
     return make
 
@@ -66,7 +66,7 @@ def test_a_view_that_changed_is_refused_with_its_place(cache):
     rows, view, checks, logits = sample([2, 5])
     cache().write(rows, view, checks, logits)
     checks[1] += 1
-    with pytest.raises(UserError, match=r"^b, row 2, view 0: .*delete that folder") as caught:
+    with pytest.raises(UserError, match=r"^b, sample 2, view 0: .*delete that folder") as caught:
         cache().read(rows, view, checks)
     assert "\n" not in str(caught.value)
 
@@ -174,8 +174,8 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from vlm_distill.caching.store import fingerprint
-from vlm_distill.caching.class_logits import TeacherCache
-cache = TeacherCache(Path(sys.argv[1]), {"a": 400}, 1, 5, {"seed": "0"})
+from vlm_distill.caching.class_logits import LogitCache
+cache = LogitCache(Path(sys.argv[1]), {"a": 400}, 1, 5, {"seed": "0"})
 for row in range(int(sys.argv[2]), 400, 2):
     rows = torch.tensor([row])
     cache.write(rows, 0, rows, torch.full((1, 5), float(row)))
@@ -186,7 +186,7 @@ def test_two_processes_write_disjoint_rows(tmp_path):
     folder = str(tmp_path / "cache")
     processes = [subprocess.Popen([sys.executable, "-c", WRITER, folder, str(rank)]) for rank in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    cache = TeacherCache(tmp_path / "cache", {"a": 400}, 1, 5, {"seed": "0"})
+    cache = LogitCache(tmp_path / "cache", {"a": 400}, 1, 5, {"seed": "0"})
     rows = torch.arange(400)
     assert torch.equal(cache.read(rows, 0, rows), rows[:, None].expand(400, 5).float())
 

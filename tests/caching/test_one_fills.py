@@ -14,7 +14,6 @@ import tiny
 import yaml
 
 from data.errors import UserError
-from vlm_distill.caching import fill_tokens as teacher_cache
 from vlm_distill.caching.fill import fill
 from vlm_distill.caching.image_features import FeatureCache
 from vlm_distill.caching.store import filling
@@ -122,5 +121,5 @@ def test_ranks_that_see_different_rows_missing_do_not_begin(material, processes,
     config, _ = configured(material, tmp_path, KEYS[0])
     monkeypatch.setattr(processes, "gather", lambda missing: [missing, missing - 1])
     with pytest.raises(UserError, match="cache: another command is filling it; wait for it or stop it"):
-        teacher_cache.fill(config, processes)
+        fill(config, processes)
     assert not list((tmp_path / "cache").glob("*.data"))

@@ -14,12 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data.batch import Encoded, Origin
-from data.collate import Collator, Turns, encode_teacher
+from data.collate import Collator
 from data.conversation import Conversation, Document
+from data.encoding import Turns, compact, encode_teacher
 from data.errors import BadSample, UserError
 from data.layouts import to_conversation
+from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.store import in_words, make_folder, read_about
-from vlm_distill.caching.token_records import CachedRows, TokenCache, TokenWriter, bytes_a_token, compact, digest_of
+from vlm_distill.caching.token_records import TokenCache, TokenWriter, bytes_a_token, digest_of
 
 FIELDS = {"hidden": (torch.bfloat16, 6), "ids": (torch.int32, 2)}
 LENGTH = 4
@@ -37,7 +39,7 @@ def encoded(tokens, places=False):
     supervised = torch.arange(tokens + 1) > 0
     ends = torch.arange(tokens + 1) == tokens
     where = torch.arange(3 * tokens).reshape(tokens, 3) - 1 if places else None
-    return Encoded(torch.arange(tokens + 1) + 70_000, supervised, ends & supervised, places=where)
+    return Encoded(torch.arange(tokens + 1) + 70_000, supervised, ends & supervised, spans=where)
 
 
 def values(tokens, seed):
@@ -50,7 +52,7 @@ def write(folder, *rows, places=False):
     """Samples, each of as many tokens as its row's number and one more."""
     writer = TokenWriter(TokenCache(folder))
     for source, row in rows:
-        writer.write(source, row, 2**63 + row, encoded(row + 1, places), values(row + 1, 10 * source + row))
+        writer.write((source, row), 2**63 + row, encoded(row + 1, places), values(row + 1, 10 * source + row))
     writer.close()
 
 
@@ -60,8 +62,8 @@ def test_what_is_written_is_read_by_another(folder, places):
     cache = TokenCache(folder)
     assert cache.missing() == [0, 1, 4, 5]
     assert cache.tokens == 3 + 1 + 4
-    found, expected = cache.row(1, 3, 2**63 + 3), encoded(4, places)
-    for name in ("input_ids", "supervised", "ends", "places"):
+    found, expected = cache.read((1, 3), 2**63 + 3), encoded(4, places)
+    for name in ("input_ids", "supervised", "ends", "spans"):
         a, b = getattr(found, name), getattr(expected, name)
         assert (a is None and b is None) or torch.equal(a, b)
         assert a is None or a.dtype == b.dtype
@@ -75,7 +77,7 @@ def test_parts_of_a_sample_are_found_by_the_tokens_before_them(folder):
     # Ten tokens in pieces of four: 3, 3 and 1 supervised.
     row = Encoded(torch.arange(10), torch.arange(10) % LENGTH > 0, torch.arange(10) == 9)
     writer = TokenWriter(TokenCache(folder))
-    writer.write(0, 0, 1, row, values(7, 0))
+    writer.write((0, 0), 1, row, values(7, 0))
     writer.close()
     read = TokenCache(folder).values([Origin(0, 0, 6, 1), Origin(0, 0, 3, 3)])
     assert torch.equal(read["hidden"], values(7, 0)["hidden"][[6, 3, 4, 5]])
@@ -110,31 +112,31 @@ def test_only_what_is_asked_for_is_read(folder):
     write(folder, (0, 0), (1, 3))
     cache = TokenCache(folder)
     cache.values([Origin(1, 3, 0, 4)])
-    assert all(isinstance(data, np.memmap) and data.mode == "r" for data in cache._shards._maps.values())
-    assert len(cache._shards._maps) == 1
+    assert all(isinstance(data, np.memmap) and data.mode == "r" for data in cache._files._maps.values())
+    assert len(cache._files._maps) == 1
 
 
 def test_a_sample_that_changed_is_refused_with_its_place(folder):
     write(folder, (1, 2))
-    with pytest.raises(UserError, match=r"^b, row 3: .*changed since; delete that folder") as caught:
-        TokenCache(folder).row(1, 2, 7)
+    with pytest.raises(UserError, match=r"^b, sample 3: .*changed since; delete that folder") as caught:
+        TokenCache(folder).read((1, 2), 7)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="b, row 2 is not in"):
-        TokenCache(folder).row(1, 1, 7)
+    with pytest.raises(UserError, match="b, sample 2 is not in"):
+        TokenCache(folder).read((1, 1), 7)
 
 
 def test_left_out_samples_say_why_until_they_are_mended(folder):
     writer = TokenWriter(TokenCache(folder))
-    writer.leave_out(0, 1, 5, BadSample("too long", "9 tokens — limit 8"))
+    writer.leave_out((0, 1), 5, BadSample("too long", "9 tokens — limit 8"))
     writer.close()
     cache = TokenCache(folder)
     with pytest.raises(BadSample) as caught:
-        cache.row(0, 1, 5)
+        cache.read((0, 1), 5)
     assert (caught.value.reason, caught.value.detail) == ("too long", "9 tokens — limit 8")
     assert 1 not in cache.missing()
     assert 1 in cache.missing(left_out=True)
     write(folder, (0, 1))
-    assert len(TokenCache(folder).row(0, 1, 2**63 + 1).input_ids) == 3
+    assert len(TokenCache(folder).read((0, 1), 2**63 + 1).input_ids) == 3
 
 
 @pytest.mark.parametrize("lost", [1, 40, 41])
@@ -144,7 +146,7 @@ def test_an_entry_that_was_cut_off_does_not_count(folder, lost):
     index.write_bytes(index.read_bytes()[:-lost])
     cache = TokenCache(folder)
     assert cache.missing()[: 1 + lost // 41] == ([1, 2] if lost > 40 else [2])
-    assert len(cache.row(0, 0, 2**63).input_ids) == 2
+    assert len(cache.read((0, 0), 2**63).input_ids) == 2
     write(folder, (0, 1), (0, 2))
     assert TokenCache(folder).missing() == [3, 4, 5, 6]
 
@@ -157,7 +159,7 @@ def test_data_that_were_cut_off_do_not_count_and_damaged_ones_are_refused(folder
     assert TokenCache(folder).missing()[0] == 1
     data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match=r"\.data is damaged; delete it and \w+\.index, and run vlm-distill cache"):
-        TokenCache(folder).row(0, 1, 2**63 + 1)
+        TokenCache(folder).read((0, 1), 2**63 + 1)
     data.unlink()
     assert len(TokenCache(folder).missing()) == 7
 
@@ -199,15 +201,15 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from data.batch import Encoded
-from data import cache_folder, token_cache
-cache_folder._FLUSH_BYTES = 2000
-cache = token_cache.TokenCache(Path(sys.argv[1]))
-writer = token_cache.TokenWriter(cache)
+from vlm_distill.caching import record_files, token_records
+record_files._FLUSH_BYTES = 2000
+cache = token_records.TokenCache(Path(sys.argv[1]))
+writer = token_records.TokenWriter(cache)
 start, step = int(sys.argv[2]), int(sys.argv[3])
 for row in range(start, 400, step):
     supervised = torch.tensor([False, True, True])
     encoded = Encoded(torch.tensor([0, row, row]), supervised, torch.zeros(3, dtype=torch.bool))
-    writer.write(0, row, row, encoded, {"hidden": torch.full((2, 64), float(row))})
+    writer.write((0, row), row, encoded, {"hidden": torch.full((2, 64), float(row))})
     print(row, flush=True)
     if len(sys.argv) > 4:
         import time; time.sleep(0.005)
@@ -230,13 +232,13 @@ def test_killed_writers_lose_what_they_had_not_yet_written_and_others_go_on(tmp_
     half = TokenCache(folder)
     assert 0 < len(half.missing()) < 400
     # What was flushed is right, and two others at once write the rest and more.
-    assert half.row(0, 0, 0).input_ids.tolist() == [0, 0, 0]
+    assert half.read((0, 0), 0).input_ids.tolist() == [0, 0, 0]
     others = [subprocess.Popen([*command, str(k), "2"], stdout=subprocess.DEVNULL) for k in range(2)]
     assert [other.wait() for other in others] == [0, 0]
     cache = TokenCache(folder)
     assert cache.missing() == []
     for row in range(400):
-        assert cache.row(0, row, row).input_ids.tolist() == [0, row, row]
+        assert cache.read((0, row), row).input_ids.tolist() == [0, row, row]
         assert cache.values([Origin(0, row, 0, 2)])["hidden"].unique().tolist() == [row]
 
 
@@ -247,7 +249,7 @@ def test_a_pickled_cache_carries_no_data(folder):
     cache = TokenCache(folder)
     cache.values([Origin(1, 3, 0, 4)])
     other = pickle.loads(pickle.dumps(cache))
-    assert not other._shards._maps
+    assert not other._files._maps
     assert torch.equal(other.values([Origin(1, 3, 0, 4)])["ids"], values(4, 13)["ids"])
 
 
@@ -270,7 +272,7 @@ def test_another_version_is_refused(folder):
         (lambda text: with_(text, sources={"a": "three"}), "sources.a: input should be a valid integer"),
         (lambda text: with_(text, max_length=None), "max_length: input should be a valid integer"),
         (lambda text: with_(text, fields={"hidden": 3}), "fields.hidden: input should be a valid list"),
-        (lambda text: text.replace('"a": 3', '"a": 2'), "not what was written there"),
+        (lambda text: text.replace('"a": 3', '"a": 2'), "checksum does not match"),
     ],
 )
 def test_a_description_of_another_shape_is_told_in_one_line(folder, spoil, words):
@@ -321,7 +323,9 @@ def test_compact_rows_keep_answers_apart_and_say_where_states_are():
     assert row.input_ids.tolist() == [1, 2, 3, 6, 7]
     assert row.supervised.tolist() == [False, True, True, False, True]
     assert row.ends.tolist() == [False, False, True, False, False]
-    rows = CachedRows.collate(None, [row, compact(Encoded(torch.arange(3), torch.arange(3) > 1, torch.arange(3) > 2))])
+    rows = CachedProcessor.collate(
+        None, [row, compact(Encoded(torch.arange(3), torch.arange(3) > 1, torch.arange(3) > 2))]
+    )
     assert rows["predicts"].tolist() == [[True, True, False, True, False], [True, False, False, False, False]]
 
 
@@ -331,9 +335,9 @@ def test_answers_that_are_samples_of_their_own_are_found_again(folder, processor
     turns = Turns(split=True)
     pairs, whole = encode_teacher(sample, [], processor(), 50, turns)
     writer = TokenWriter(TokenCache(folder))
-    writer.write(0, 0, digest_of(sample, []), whole, values(5, 0))
+    writer.write((0, 0), digest_of(sample, []), whole, values(5, 0))
     writer.close()
-    collator = Collator(processor(), CachedRows(TokenCache(folder), None), 50, turns)
+    collator = Collator(processor(), CachedProcessor(TokenCache(folder), None), 50, turns)
     found = collator.encode(sample, [], (0, 0))
     assert [pair.origins for pair in found] == [(Origin(0, 0, 0, 2),), (Origin(0, 0, 2, 3),)]
     assert all(pair.distilled.all() for pair in found)

@@ -14,7 +14,7 @@ from data.errors import UserError
 from vlm_distill import run as module
 from vlm_distill.caching.fill import fill
 from vlm_distill.caching.image_features import FeatureCache
-from vlm_distill.caching.store import ShardWriter
+from vlm_distill.caching.record_files import RecordWriter
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.planning import plan
@@ -138,15 +138,15 @@ def test_a_student_of_its_own_is_filled_without_its_teacher(folder, processes, t
 
 def test_what_is_there_is_not_run_again(filled, processes, monkeypatch, capsys):
     written = []
-    append = ShardWriter.append
+    append = RecordWriter.append
     monkeypatch.setattr(
-        ShardWriter, "append", lambda self, *data, **rest: written.append(0) or append(self, *data, **rest)
+        RecordWriter, "append", lambda self, *data, **rest: written.append(0) or append(self, *data, **rest)
     )
     fill(filled, processes)
     assert not written
     told = capsys.readouterr().err
     # Of width 16 in float32, four tokens each.
-    assert "64 bytes a token of an image; 5 images are there" in told
+    assert "64 bytes a token of an image; 5 images are stored" in told
     assert "5 images in 1.28 kB" in told
     cache = FeatureCache(filled_folder(filled))
     (index,) = cache.folder.glob("*.index")

@@ -12,7 +12,7 @@ def encoded(*tokens):
     """Supervised tokens as (piece, begin, end), end tokens with a fourth entry."""
     ends = torch.tensor([len(token) > 3 for token in tokens])
     places = torch.tensor([token[:3] for token in tokens])
-    return Encoded(torch.arange(len(tokens)), torch.ones(len(tokens), dtype=torch.bool), ends, places=places)
+    return Encoded(torch.arange(len(tokens)), torch.ones(len(tokens), dtype=torch.bool), ends, spans=places)
 
 
 def groups(text, student, teacher):

@@ -15,7 +15,7 @@ from PIL import Image
 from data.errors import BadSample, UserError
 from data.images import load_image
 from data.json_tables import Records, joined, json_table, read_records
-from data.sources import open_source
+from data.opening import open_source
 from data.tables import HuggingFaceTable, Selection, SourceTable
 from data.tsv import TsvTable
 

@@ -317,7 +317,7 @@ def test_hugging_face_labels_without_names(datasets, tmp_path, labels, kind, cla
         ("set/class0", {"format": "folder"}, "it has no folders"),
         ("set/class0", {}, "in no class folders; write a list"),
         ("flat", {}, "in no class folders; name the list, such as .*flat/val.txt"),
-        ("flat/val.txt", {}, "Put classes.txt beside it: .* 1,000 synsets"),
+        ("flat/val.txt", {}, "Put classes.txt beside it, .* 1,000 synsets"),
         ("uneven/val.txt", {}, "has 2 labels, but .*uneven 1 images"),
         ("alone/val.txt", {}, "copy it into the folder of its images"),
         ("list.txt", {"format": "folder"}, "Not a directory; check the path"),

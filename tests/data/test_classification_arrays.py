@@ -278,5 +278,5 @@ def test_what_is_wrong_with_idx(mnist):
 @pytest.mark.parametrize("key", [5, None, (b"data",), 10**5000, 1.5], ids=["5", "none", "tuple", "digits", "float"])
 def test_a_pickle_whose_keys_are_no_texts_is_refused(tmp_path, key):
     (tmp_path / "train").write_bytes(pickle.dumps({b"data": b"", key: []}))
-    with pytest.raises(UserError, match=r"train has keys that are no texts"):
+    with pytest.raises(UserError, match=r"train has keys that are not texts"):
         read_plain_pickle(tmp_path / "train")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.collate import collate, encode_pair
+from data.collate import collate
+from data.encoding import encode_pair
 from data.errors import BadSample
 from data.layouts import to_conversation
 
@@ -86,7 +87,7 @@ def test_misaligned_answers_are_refused(processor):
     class Longer(processor):
         def encode(self, conversation, images):
             row = super().encode(conversation, images)
-            for name, value in (("input_ids", 98), ("supervised", True), ("ends", False), ("places", [1, 0, 1])):
+            for name, value in (("input_ids", 98), ("supervised", True), ("ends", False), ("spans", [1, 0, 1])):
                 tensor = getattr(row, name)
                 setattr(row, name, torch.cat([tensor[:-1], torch.tensor([value]), tensor[-1:]]))
             return row
@@ -98,7 +99,7 @@ def test_misaligned_answers_are_refused(processor):
         def encode(self, conversation, images):
             row = super().encode(conversation, images)
             row.supervised[: len(row.supervised) - 2] = False
-            row.places = row.places[2:]
+            row.spans = row.spans[2:]
             return row
 
     with pytest.raises(BadSample, match="misaligned: answer 1: no token for the teacher"):

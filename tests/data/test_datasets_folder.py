@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from data.errors import UserError
-from data.sources import open_source
+from data.opening import open_source
 
 ROWS = [{"question": "Colour?", "answer": "Red."}]
 SECRET = [{"question": "Secret?", "answer": "Yes."}]

@@ -10,7 +10,7 @@ from PIL import Image
 from data.errors import BadSample
 from data.images import load_image
 from data.layouts import LAYOUTS, layout_of, to_conversation
-from data.sources import open_source
+from data.opening import open_source
 
 IMAGE = {"type": "image"}
 

@@ -1,14 +1,17 @@
 """Optimizer steps: the same for any split over ranks, micro-batches and workers; bad samples skipped or fatal."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
 from data.batch import Problem
+from data.collate import Collator
 from data.errors import UserError
-from data.loader import ProblemLog, StepDataset
+from data.images import load_image
+from data.loader import ProblemLog, StepDataset, StepSplit
 from data.mixture import Mixture
 from data.workers import make_loader
 
@@ -18,18 +21,10 @@ def steps(processor, questions):
     """A step dataset over 21 rows in steps of 8."""
     source = questions(21, length=lambda i: 1 + i % 4)
 
-    def make(world=1, rank=0, micro=2, accumulation=4, source=source, **options):
+    def make(world=1, rank=0, micro=2, accumulation=4, source=source, max_length=50, **options):
         mixture = Mixture([source], seed=5, batch_size=8, window=2)
-        return StepDataset(
-            mixture,
-            processor(),
-            processor(system=1),
-            **{"max_length": 50} | options,
-            rank=rank,
-            world=world,
-            micro_batch_size=micro,
-            accumulation=accumulation,
-        )
+        collator = Collator(processor(), processor(system=1), max_length)
+        return StepDataset(mixture, collator, StepSplit(micro, accumulation, rank, world), **options)
 
     return make
 
@@ -120,7 +115,7 @@ def read_all(dataset):
 
 
 def test_skip_leaves_the_batch_smaller_and_says_what_is_missing(steps, flawed):
-    found, problems = read_all(steps(source=flawed, max_pixels=100))
+    found, problems = read_all(steps(source=flawed, load=partial(load_image, max_pixels=100)))
     assert [(p.source, p.line, p.reason) for p in problems] == [
         ("train", 2, "invalid JSON"),
         ("train", 3, "image not found"),
@@ -133,7 +128,7 @@ def test_skip_leaves_the_batch_smaller_and_says_what_is_missing(steps, flawed):
 
 
 def test_roots_are_kept(steps, flawed, tmp_path):
-    _, problems = read_all(steps(source=flawed, roots=[tmp_path / "elsewhere"]))
+    _, problems = read_all(steps(source=flawed, load=partial(load_image, roots=[tmp_path / "elsewhere"])))
     assert [p.line for p in problems if p.reason == "image outside the roots"] == [1, 3, 4]
 
 
@@ -158,10 +153,11 @@ def test_batch_size_must_divide_as_said(steps):
 
 
 def test_samples_are_kept_when_asked_for(steps, flawed):
-    assert steps(source=flawed)[0].samples == []
-    kept = steps(source=flawed, keep_samples=True, max_pixels=100)[0]
-    assert [len(samples) for samples in kept.samples] == [batch.samples for batch in kept.batches]
-    seen = {c.references[0]: [image.size for image in images] for samples in kept.samples for c, images in samples}
+    assert steps(source=flawed)[0].conversations == []
+    kept = steps(source=flawed, keep_conversations=True, load=partial(load_image, max_pixels=100))[0]
+    assert [len(samples) for samples in kept.conversations] == [batch.samples for batch in kept.batches]
+    found = [entry for samples in kept.conversations for entry in samples]
+    seen = {conversation.references[0]: [image.size for image in images] for conversation, images in found}
     assert seen == {"a": [(2, 2)], "e": []}
 
 

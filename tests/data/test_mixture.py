@@ -21,7 +21,7 @@ def flat(batches):
 def test_each_row_once_an_epoch_and_no_row_dropped(questions):
     mixture = Mixture([questions(7, "a"), questions(4, "b")], batch_size=3)
     everything = [(0, i) for i in range(7)] + [(1, i) for i in range(4)]
-    assert (mixture.epoch_rows, mixture.steps_per_epoch) == (11, 4)
+    assert (mixture.epoch_samples, mixture.steps_per_epoch) == (11, 4)
     orders = [flat(epoch(mixture, number)) for number in range(3)]
     for order in orders:
         assert sorted(order) == everything
@@ -49,7 +49,7 @@ def test_the_order_survives_upgrades_of_numpy(questions):
 
 def test_weight_is_passes_over_the_source_in_an_epoch(questions):
     mixture = Mixture([questions(10, "a"), questions(10, "b"), questions(10, "c")], [2.0, 0.5, 1.5], batch_size=8)
-    assert mixture.epoch_rows == 40
+    assert mixture.epoch_samples == 40
     counts = [Counter(flat(epoch(mixture, number))) for number in range(2)]
     for count in counts:
         assert all(count[0, i] == 2 for i in range(10))

@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import mutants
 import pytest
@@ -22,12 +23,13 @@ from hypothesis import strategies as st
 from mutants import EITHER, GOOD
 
 from data.classification import open_images
+from data.collate import Collator
 from data.errors import BadSample, UserError, one_line
 from data.images import load_image
 from data.layouts import LAYOUTS, to_conversation
-from data.loader import StepDataset
+from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
-from data.sources import open_source, open_text
+from data.opening import open_source, open_text
 from data.tsv import TsvTable
 from data.workers import make_loader
 from vision.inputs import InputSettings
@@ -134,9 +136,8 @@ def check(found, good, expected):
 
 def steps_of(sources, processor, roots=(), **options):
     mixture = Mixture(sources, seed=3, batch_size=BATCH)
-    dataset = StepDataset(
-        mixture, processor, processor, max_length=1000, micro_batch_size=BATCH, roots=roots, **options
-    )
+    load = partial(load_image, roots=roots)
+    dataset = StepDataset(mixture, Collator(processor, processor, 1000), StepSplit(BATCH), load=load, **options)
     return dataset, mixture.steps_per_epoch
 
 

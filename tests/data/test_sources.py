@@ -13,8 +13,9 @@ from PIL import Image
 
 from data.errors import BadSample, UserError
 from data.images import load_image
+from data.json_sources import JsonlSource
 from data.layouts import to_conversation
-from data.sources import JsonlSource, open_source, open_text
+from data.opening import open_source, open_text
 
 
 def text(value):
@@ -352,7 +353,7 @@ def test_lists_of_messages_in_a_table(tmp_path):
 )
 def test_files_with_holes_end_in_one_line(tmp_path, monkeypatch, name, start, opens):
     """40 GB that take no room on the disk."""
-    monkeypatch.setattr("data.sources.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("data.paths.MAX_LINE", 1 << 20)
     (tmp_path / name).write_bytes(start)
     os.truncate(tmp_path / name, 40 << 30)
     with pytest.raises(UserError, match=r"longer than 1 MiB|larger than 4 GiB|zero bytes") as caught:

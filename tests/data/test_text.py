@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.collate import Collator, Turns, encode_document, encode_pair, pack
+from data.collate import Collator, pack
 from data.conversation import Document
+from data.encoding import Turns, encode_document, encode_pair
 from data.errors import BadSample, UserError
-from data.loader import StepDataset
+from data.layouts import to_conversation
+from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
-from data.sources import open_text, to_conversation
+from data.opening import open_text
 
 TEXTS = ["one two three", "four", "a long story about " + "words and " * 20 + "its end", "five six"]
 
@@ -171,16 +173,7 @@ def test_steps_do_not_depend_on_the_split(letters, tmp_path):
 
     def tokens(world, rank, micro, accumulation):
         mixture = Mixture([source], seed=3, batch_size=8)
-        dataset = StepDataset(
-            mixture,
-            letters,
-            letters,
-            max_length=64,
-            rank=rank,
-            world=world,
-            micro_batch_size=micro,
-            accumulation=accumulation,
-        )
+        dataset = StepDataset(mixture, Collator(letters, letters, 64), StepSplit(micro, accumulation, rank, world))
         step = dataset[1]
         assert all(batch.student.inputs["input_ids"].shape[1] <= 64 for batch in step.batches)
         return [sorted(batch.targets.tolist()) for batch in step.batches], sum(batch.samples for batch in step.batches)

@@ -9,11 +9,12 @@ import tarfile
 import pytest
 from PIL import Image
 
+from data.collate import Collator
 from data.errors import BadSample, UserError
 from data.images import load_image
-from data.loader import StepDataset
+from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
-from data.sources import open_source
+from data.opening import open_source
 from data.workers import make_loader
 
 
@@ -205,16 +206,7 @@ def test_any_number_of_ranks_and_workers_reads_the_same(tmp_path, world, workers
         seen = [[] for _ in range(5)]
         for rank in range(ranks):
             mixture = Mixture([open_source(tmp_path)], seed=3, batch_size=4)
-            dataset = StepDataset(
-                mixture,
-                Reader(),
-                None,
-                rank=rank,
-                world=ranks,
-                micro_batch_size=4 // ranks,
-                accumulation=1,
-                max_length=9,
-            )
+            dataset = StepDataset(mixture, Collator(Reader(), None, 9), StepSplit(4 // ranks, 1, rank, ranks))
             for step in make_loader(dataset, 2, 5, workers=workers):
                 seen[step.index] += step.batches[0].student.inputs["input_ids"][:, 0].tolist()
         expected = expected or seen

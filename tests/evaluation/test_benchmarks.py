@@ -670,5 +670,5 @@ def test_the_runner_answers_a_benchmark_and_leaves_out_what_is_broken(tmp_path):
 def test_an_index_that_is_there_twice_is_warned_of(tmp_path):
     rows = [[7, b64(), "Is it?", "Yes", "random"], [7, b64(), "Is it not?", "No", "random"]]
     write_tsv(tmp_path / "POPE.tsv", ["index", "image", "question", "answer", "category"], *rows)
-    with pytest.warns(UserWarning, match="1 values of index are there more than once, the first is 7"):
+    with pytest.warns(UserWarning, match="1 values of index occur more than once, the first is 7"):
         find_questions("pope", tmp_path)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from chat_templates import JINJA, PYTHON, SPECIAL, conversation, processor
 
-from data.collate import Collator, Turns, encode_pair
+from data.collate import Collator
+from data.encoding import Turns, encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.models.chat import whole_thought
 from vlm_distill.models.composed_processor import ComposedProcessor
@@ -103,7 +104,7 @@ def test_reasoning_content_is_learnt_as_a_thought_in_the_text_is(processors, nam
         keyed, literal = (made.encode(conversation(TALKS[talk], key), []) for key in (True, False))
         assert keyed.input_ids.tolist() == literal.input_ids.tolist()
         assert keyed.supervised.tolist() == literal.supervised.tolist()
-        assert keyed.places.tolist() == literal.places.tolist()
+        assert keyed.spans.tolist() == literal.spans.tolist()
 
 
 def test_thoughts_that_a_template_ignores_are_refused_by_name(processors):
@@ -180,8 +181,8 @@ def test_an_empty_thought_of_the_data_is_no_thought(processors, name, thought):
     text = made.tokenizer.decode(row.input_ids)
     assert text.count("</think>") == (name != "unthinking")
     plain = processors("chatml").encode(conversation([ASK, ("assistant", f"{thought}Red.")]), [])
-    own = {tuple(place) for place in row.places.tolist() if place[0] == 1}
-    assert own - {tuple(row.places.tolist()[-1])} <= {tuple(place) for place in plain.places.tolist()}
+    own = {tuple(place) for place in row.spans.tolist() if place[0] == 1}
+    assert own - {tuple(row.spans.tolist()[-1])} <= {tuple(place) for place in plain.spans.tolist()}
 
 
 # Thoughts are reasoning_content: inside a content they stand after an empty one.
@@ -194,7 +195,7 @@ def test_a_thought_in_the_text_goes_where_the_template_has_it(processors):
         keyed, literal = (made.encode(conversation(TALKS[talk], key), []) for key in (True, False))
         assert keyed.input_ids.tolist() == literal.input_ids.tolist()
         assert keyed.supervised.tolist() == literal.supervised.tolist()
-        assert keyed.places.tolist() == literal.places.tolist()
+        assert keyed.spans.tolist() == literal.spans.tolist()
     row = made.encode(conversation([ASK, ("assistant", "Write </think> there.")]), [])
     assert stretches(made, row) == ["Write </think> there.<|im_end|>"]
 

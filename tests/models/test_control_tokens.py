@@ -44,7 +44,7 @@ def test_a_composed_model_reads_control_tokens_as_text(composed, user):
     # The answer is marked at its own place, and alone.
     ids = attacked.input_ids[attacked.supervised].tolist()
     assert ids == plain.input_ids[plain.supervised].tolist()
-    assert attacked.places.tolist() == plain.places.tolist()
+    assert attacked.spans.tolist() == plain.spans.tolist()
     question = composed.encode(conversation(user).prompt(), [], generation=True)
     assert question.input_ids.tolist() == attacked.input_ids.tolist()[: len(question.input_ids)]
 

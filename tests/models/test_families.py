@@ -16,7 +16,8 @@ import transformers as hf
 from multiplied import multiplied
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from data.collate import Collator, collate, encode_pair
+from data.collate import Collator, collate
+from data.encoding import encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.caching.token_records import image_digest
 from vlm_distill.models import load_vlm
@@ -195,7 +196,7 @@ def test_supervised_tokens_are_the_answers(name, load, samples):
         assert answers(model, sample, sample.supervised.tolist()) == [text + end for text in texts]
         assert answers(model, sample, sample.ends.tolist()) == [end] * len(texts)
         own = (sample.supervised & ~sample.ends).sum()
-        within = [0 <= a < b <= len(texts[piece // 2]) for piece, a, b in sample.places.tolist()]
+        within = [0 <= a < b <= len(texts[piece // 2]) for piece, a, b in sample.spans.tolist()]
         assert sum(within) == own
         assert not (sample.supervised & model.processor.image_tokens(sample)).any()
 

@@ -6,7 +6,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.collate import collate, encode_pair
+from data.collate import collate
+from data.encoding import encode_pair
 from vlm_distill.models import load_vlm
 from vlm_distill.models.composed_processor import ComposedProcessor
 from vlm_distill.models.image_transform import ImageTransform
@@ -204,11 +205,11 @@ def test_places_survive_the_expansion_of_images(talk, picture, tmp_path):
     processor = load_vlm(str(tiny.write_llava(tmp_path / "llava", layers=2))).processor
     answers = ["red no", "blue"]
     row = processor.encode(talk([None, "what color"], answers[0], ["and", None], answers[1]), [picture(), picture()])
-    assert len(row.places) == int(row.supervised.sum()) > 3
+    assert len(row.spans) == int(row.supervised.sum()) > 3
     ids, ends = row.input_ids[row.supervised].tolist(), row.ends[row.supervised].tolist()
     spelt = [
         (piece // 2, answers[piece // 2][start:stop], end)
-        for (piece, start, stop), end in zip(row.places.tolist(), ends, strict=True)
+        for (piece, start, stop), end in zip(row.spans.tolist(), ends, strict=True)
     ]
     assert spelt == [(0, "red", False), (0, "no", False), (0, "", True), (1, "blue", False), (1, "", True)]
     assert [processor.tokenizer.decode([i]) for i in ids] == ["red", "no", "<eos>", "blue", "<eos>"]

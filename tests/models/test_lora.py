@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from data.batch import DistillationBatch
-from data.collate import collate, encode_pair
+from data.collate import collate
+from data.encoding import encode_pair
 from data.errors import UserError
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.adapters import adapted_layers, plain_state

@@ -95,7 +95,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(run, tmp_path,
 def third_step(folder):
     """(source, row) of the third step."""
     from data.mixture import Mixture
-    from data.sources import open_source
+    from data.opening import open_source
 
     source = open_source(folder / "data" / "data.jsonl")
     return Mixture([source], seed=0, batch_size=8, longest_first=True).samples_of(2)

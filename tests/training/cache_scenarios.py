@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
             results[f"{name}_cached"]["shards"] = len(list((out / f"{name}_cache").glob("*.index")))
             results[f"{name}_cached"]["tokens"] = TokenCache(out / f"{name}_cache").tokens
             if cached.student.vision_cache is not None:
-                entries = FeatureCache(Path(cached.student.vision_cache))._shards.entries
+                entries = FeatureCache(Path(cached.student.vision_cache))._files.entries
                 results[f"{name}_cached"]["images"] = entries["images"].tolist()
         except Exception:
             results[f"{name}_error"] = {"error": traceback.format_exc()}

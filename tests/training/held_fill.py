@@ -1,11 +1,11 @@
 """A rank that fills a cache and, with its first entry on the disk, says so and goes on when a line comes in."""
 
 from vlm_distill import train
-from vlm_distill.caching.store import ShardWriter
+from vlm_distill.caching.record_files import RecordWriter
 from vlm_distill.runtime.launch import leave
 
 
-def append(self, data, *, real=ShardWriter.append, **fields):
+def append(self, data, *, real=RecordWriter.append, **fields):
     real(self, data, **fields)
     if self._offset == len(data):
         self.flush()
@@ -14,5 +14,5 @@ def append(self, data, *, real=ShardWriter.append, **fields):
 
 
 if __name__ == "__main__":
-    ShardWriter.append = append
+    RecordWriter.append = append
     leave(train.main(trainer="vlm_distill.caching.fill", work="fill"))

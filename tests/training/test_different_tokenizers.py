@@ -3,10 +3,11 @@
 import pytest
 import tiny
 
+from data.collate import Collator
 from data.errors import UserError
-from data.loader import StepDataset
+from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
-from data.sources import open_source
+from data.opening import open_source
 from data.workers import make_loader
 from vlm_distill import models
 from vlm_distill.config.sections import RunConfig
@@ -80,12 +81,8 @@ def test_a_step_counts_groups_and_tokens(material):
     source = open_source(str(material / "data" / "data.jsonl"))
     steps = StepDataset(
         Mixture([source], [1.0], seed=0, batch_size=24, window=0),
-        student.processor,
-        teacher.processor,
-        max_length=64,
-        micro_batch_size=8,
-        accumulation=3,
-        grouped=True,
+        Collator(student.processor, teacher.processor, 64, grouped=True),
+        StepSplit(micro_batch_size=8, accumulation=3),
     )
     (step,) = make_loader(steps, 0, 1)
     # Six times red, green, blue, black: in 2, 2, 2 and 1 pieces for the student, 2, 2, 1 and 2 for the teacher, each

@@ -6,8 +6,9 @@ import torch
 import yaml
 from PIL import Image
 
-from data.collate import Collator, collate, encode_pair
+from data.collate import Collator, collate
 from data.conversation import Conversation, Document, count_images
+from data.encoding import encode_pair
 from data.errors import UserError
 from vlm_distill import models
 from vlm_distill.config.file import load_config, save_config

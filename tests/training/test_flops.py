@@ -6,7 +6,7 @@ import torch
 
 from data.collate import Collator
 from data.images import load_image
-from data.sources import open_source
+from data.opening import open_source
 from vlm_distill.models import build_vlm
 from vlm_distill.planning.simulation import HeadCost, Meter, simulate
 from vlm_distill.runtime.devices import DEVICES, known_device

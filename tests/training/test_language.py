@@ -76,7 +76,7 @@ def test_the_measures_are_those_of_the_definition(material, run):
     student, teacher = load_vlm(run / "student"), load_vlm(material[3])
     losses, divergences = [], []
     for line in material[1].read_text().splitlines():
-        from data.sources import to_conversation
+        from data.layouts import to_conversation
 
         conversation = to_conversation(json.loads(line))
         row = student.processor.encode(conversation, [])

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from data.errors import UserError
-from data.sources import open_source
+from data.opening import open_source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm
 from vlm_distill.models.answers import Answer, Sampling, TokenChoice
@@ -100,7 +100,7 @@ def test_answers_are_the_students(folder):
     assert [batch.images for batch in taken.batches] == [batch.images for batch in data.batches]
     prompts = [
         p
-        for part in run.dataset.deal(run.dataset.mixture.samples_of(0))
+        for part in run.dataset.split.micro_batches(run.dataset.mixture.samples_of(0))
         for p in run.on_policy._prompts(data, part)
         if p
     ]

@@ -18,7 +18,7 @@ from vision.device_views import DeviceViews
 from vision.inputs import InputSettings
 from vision.loader import ImageSteps
 from vision.transforms import Augmentation, Erasing, Mixing
-from vlm_distill.caching.class_logits import TeacherCache
+from vlm_distill.caching.class_logits import LogitCache
 
 INPUTS = InputSettings((16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
 WEAK = Augmentation(crop="pad", padding=2, color_jitter=0)
@@ -178,7 +178,7 @@ def test_fixed_views_come_again():
 
 def test_a_teachers_answers_to_fixed_views_are_kept(tmp_path):
     def cache():
-        return TeacherCache(tmp_path / "cache", {"train": 21}, views=4, categories=5, identity={"seed": "5"})
+        return LogitCache(tmp_path / "cache", {"train": 21}, views=4, categories=5, identity={"seed": "5"})
 
     def parts(steps, step):
         """The views of a step: rows, number of the view, checks, pixels."""
@@ -199,7 +199,7 @@ def test_a_teachers_answers_to_fixed_views_are_kept(tmp_path):
                 assert torch.equal(cache().read(rows, view, checks), images.float().mean((2, 3))[:, [0, 1, 2, 0, 1]])
     other = make(fixed_views=2, augmentations=(WEAK, Augmentation(color_jitter=0)))
     rows, view, checks, _ = list(parts(other, 6))[1]
-    with pytest.raises(UserError, match=r"^train, row \d+, view 1: not the pixels"):
+    with pytest.raises(UserError, match=r"^train, sample \d+, view 1: not the pixels"):
         cache().read(rows, view, checks)
 
 

@@ -1,4 +1,4 @@
-"""Whether a cache of a teacher's outputs is the one that a run needs: its contents, and that it is whole."""
+"""Check that a token cache is complete and fits a run: same teacher, same settings, same data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.errors import UserError
-from data.sources import Source, TextSource
+from data.plain_text import TextSource
+from data.sources import Source
 from vlm_distill.config.model_sections import CacheSection, TeacherSection
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.common import DTYPES
@@ -17,20 +18,21 @@ from vlm_distill.models.tokenizer import read_template
 
 from .store import check_not_filling, compare, read_about
 
+# Parts of the identity that are read from the teacher's files.
 _OF_FILES = ("weights", "configuration", "tokenizer", "image processor")
 
 
 def cache_sections(config: RunConfig) -> tuple[TeacherSection, CacheSection]:
-    """The teacher and its cache."""
+    """Return the teacher's section and that of its cache."""
     assert config.teacher is not None
     assert config.teacher.cache is not None
     return config.teacher, config.teacher.cache
 
 
-def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[str, str]:
-    """Everything that decides a cache's content beside the samples themselves, each a short text by its name.
+def token_identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[str, str]:
+    """Return everything except the samples that determines a cache's content, each a short text by its name.
 
-    What the teacher's files would say and are not here is left out.
+    Parts that come from files of the teacher which are not on this machine are left out.
     """
     teacher, cache = cache_sections(config)
     assert teacher.path is not None
@@ -59,32 +61,37 @@ def identity(config: RunConfig, sources: Sequence[Source | TextSource]) -> dict[
     }
 
 
-def compare_contents(folder: Path, wanted: Mapping[str, str]) -> list[str]:
-    """What of the teacher's files could not be compared. Raises ``UserError`` where something differs."""
+def compare_tokens(folder: Path, wanted: Mapping[str, str]) -> list[str]:
+    """Compare a cache's identity. Return which of the teacher's files could not be compared.
+
+    Raises:
+        UserError: something differs.
+    """
     found = read_about(folder).get("identity", {})
     unknown = [key for key in _OF_FILES if key in found and key not in wanted]
-    compare(folder, "contents", {k: v for k, v in found.items() if k not in unknown}, wanted)
+    compare(folder, "contents", {key: value for key, value in found.items() if key not in unknown}, wanted)
     return unknown
 
 
-def check_cache(config: RunConfig, sources: Sequence[Source | TextSource], teacher: Teacher) -> list[str]:
-    """Remarks on a cache that a run is to learn from.
+def check_tokens(config: RunConfig, sources: Sequence[Source | TextSource], teacher: Teacher) -> list[str]:
+    """Check the cache that a run is to learn from. Return remarks to show.
 
     Raises:
-        UserError: it is of something else, not whole, or of likeliest tokens among others than the run compares.
+        UserError: it has another identity, is incomplete, or its likeliest tokens are of another vocabulary.
     """
     cache, remarks = teacher.cache, list[str]()
     assert cache is not None
     assert teacher.head is not None
-    unknown = compare_contents(cache.folder, identity(config, sources))
+    unknown = compare_tokens(cache.folder, token_identity(config, sources))
     if unknown:
         remarks.append(f"the teacher's {', '.join(unknown)} cannot be compared with the cache's: no such files here")
     missing = len(cache.missing())
     if missing:
         check_not_filling(cache.folder, "teacher.cache")
+        total = sum(cache.sources.values())
         raise UserError(
-            f"teacher.cache: {cache.folder} holds {sum(cache.sources.values()) - missing:,} of "
-            f"{sum(cache.sources.values()):,} rows; fill it: vlm-distill cache CONFIG"
+            f"teacher.cache: {cache.folder} holds {total - missing:,} of {total:,} samples; "
+            "fill it: vlm-distill cache CONFIG"
         )
     stored, compared = cache.about["teacher"]["vocabulary"], teacher.head.vocabulary
     if "hidden" not in cache.fields and compared != stored:
@@ -97,7 +104,7 @@ def check_cache(config: RunConfig, sources: Sequence[Source | TextSource], teach
     return remarks
 
 
-def check_likeliest(section: CacheSection, vocabulary: int) -> None:
-    """Raises ``UserError`` where no token would be left beside the likeliest."""
+def check_top_k(section: CacheSection, vocabulary: int) -> None:
+    """Raise ``UserError`` if the k likeliest tokens are the whole vocabulary."""
     if section.form == "topk" and section.k >= vocabulary:
         raise UserError(f"teacher.cache.k: {section.k} of {vocabulary:,} tokens; choose fewer, or form hidden")

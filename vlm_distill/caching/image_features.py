@@ -1,4 +1,4 @@
-"""A frozen vision encoder's features of images, on disk, so that a run does not compute them again in every epoch."""
+"""Image-feature records: a frozen vision encoder's features, so that epochs do not compute them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data.errors import UserError
 
-from .store import Shards, ShardWriter, read_about
+from .record_files import RecordFiles, RecordWriter
+from .store import read_about
 from .token_records import image_digest
 
 FORMAT = 2
@@ -22,19 +23,19 @@ _ENTRY = np.dtype([("images", "<u8"), ("offset", "<i8"), ("tokens", "<i4"), ("ch
 
 
 class FeatureCache:
-    """Features ``[tokens, width]`` by the decoded pixels of their images, once however many samples show these.
+    """Features ``[tokens, width]``, found by the decoded pixels of their images: one record, whatever the samples.
 
-    The files are those of :class:`~vlm_distill.caching.store.Shards`; an entry's data are its features.
+    The files are those of :class:`~vlm_distill.caching.record_files.RecordFiles`; a record's data are its features.
 
     Args:
         folder: of a cache.
 
     Attributes:
-        about: what ``cache.json`` says.
+        about: the content of ``cache.json``.
         width, dtype: of the features.
 
     Raises:
-        UserError: there is no cache, or one of something else.
+        UserError: there is no cache, or one of another kind.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,13 +44,13 @@ class FeatureCache:
         if self.about["format"] != f"vision features {FORMAT}":
             raise UserError(f"{folder}: no cache of vision features of this version; name another folder")
         self.width, self.dtype = int(self.about["width"]), getattr(torch, self.about["dtype"])
-        self._shards = Shards(folder, _ENTRY, self._sizes)
-        self._order = np.argsort(self._shards.entries["images"], kind="stable")
-        self._images = self._shards.entries["images"][self._order]
+        self._files = RecordFiles(folder, _ENTRY, self._sizes)
+        self._order = np.argsort(self._files.entries["images"], kind="stable")
+        self._images = self._files.entries["images"][self._order]
 
     @staticmethod
     def describe(width: int, dtype: torch.dtype) -> dict[str, Any]:
-        """The part of ``cache.json`` that this class reads."""
+        """Return the part of ``cache.json`` that this class reads."""
         return {"format": f"vision features {FORMAT}", "width": width, "dtype": str(dtype).removeprefix("torch.")}
 
     @property
@@ -58,18 +59,18 @@ class FeatureCache:
 
     @property
     def nbytes(self) -> int:
-        """Of all features."""
-        return int(self._sizes(self._shards.entries).sum())
+        """The bytes of all features."""
+        return int(self._sizes(self._files.entries).sum())
 
     def _sizes(self, entries: Any) -> Any:
         return entries["tokens"].astype(np.int64) * self.bytes_a_token
 
     def __len__(self) -> int:
-        """Different images, or sets of images that were seen together."""
+        """Return the number of different images, or sets of images that were encoded together."""
         return len(np.unique(self._images))
 
     def _find(self, digest: int) -> int | None:
-        """The number of an entry."""
+        """Return the number of an entry."""
         at = int(np.searchsorted(self._images, np.uint64(digest)))
         found = at < len(self._images) and int(self._images[at]) == digest
         return int(self._order[at]) if found else None
@@ -78,32 +79,32 @@ class FeatureCache:
         return self._find(digest) is not None
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """The features ``[tokens, width]`` of images that were seen together.
+        """Return the features ``[tokens, width]`` of images that were encoded together.
 
         Raises:
-            UserError: they are not there, or damaged.
+            UserError: they are missing or damaged.
         """
         number = self._find(image_digest(images))
         if number is None:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise UserError(
                 f"student.vision_cache: {self.folder} has no features of images of {sizes} pixels: the data have "
-                "changed, or the cache is not whole; run vlm-distill cache to fill it"
+                "changed, or the cache is incomplete; run vlm-distill cache to fill it"
             )
-        data = self._shards.checked(number)
+        data = self._files.checked(number)
         return torch.from_numpy(np.array(data)).view(self.dtype).view(-1, self.width)
 
 
 class FeatureWriter:
-    """One process's part of a cache of features; ``close`` it."""
+    """Writes one process's part of a cache of features. Call ``close``, or the last records are lost."""
 
     def __init__(self, cache: FeatureCache) -> None:
-        self._cache, self._shard = cache, ShardWriter(cache.folder, _ENTRY)
+        self._cache, self._records = cache, RecordWriter(cache.folder, _ENTRY)
 
     def write(self, digest: int, features: Tensor) -> None:
-        """Keeps the features ``[tokens, width]`` of the images that have this digest."""
+        """Write the features ``[tokens, width]`` of the images with this digest."""
         data = features.to("cpu", self._cache.dtype).contiguous().view(torch.uint8).numpy().tobytes()
-        self._shard.append(data, images=digest, tokens=len(features))
+        self._records.append(data, images=digest, tokens=len(features))
 
     def close(self) -> None:
-        self._shard.close()
+        self._records.close()

@@ -1,21 +1,17 @@
-"""A cache's folder: made whole or not at all, compared by name with what a run is about to read, filled by many."""
+"""A cache's folder: created atomically, filled by one command at a time, and compared with what a run needs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import time
-import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +20,8 @@ from data.json_files import read_object
 from vlm_distill.runtime import manifest
 from vlm_distill.runtime.lock import Taken, hold, holder
 
+#: The file that says what a cache holds.
 ABOUT = "cache.json"
-# Written out after so many bytes or seconds: what a kill costs.
-_FLUSH_BYTES, _FLUSH_SECONDS = 2**26, 5.0
 
 
 def make_folder(
@@ -36,17 +31,17 @@ def make_folder(
     fill: Callable[[Path], None],
     changing: Container[str] = (),
 ) -> None:
-    """Make the folder under another name first: of several processes one gives it its place.
+    """Create a cache's folder atomically: under another name first, then renamed by whichever process is first.
 
     Args:
-        folder: what stands there already, if it is a cache, is left alone.
-        what: is cached, for messages.
-        about: goes into ``cache.json``, with its own checksum and those of the other files.
-        fill: writes everything else.
-        changing: files that get no checksum here, since they change while the cache fills.
+        folder: the cache; if there is one already, it is left alone.
+        what: the content, for messages.
+        about: the content of ``cache.json``, to which its own checksum and those of the other files are added.
+        fill: writes all other files into the folder.
+        changing: files without a checksum, because they change while the cache fills.
 
     Raises:
-        UserError: there is something else, or nothing may be written.
+        UserError: there is another folder of that name, or it cannot be written.
     """
     made = folder.with_name(f"{folder.name}.{uuid4().hex}")
     try:
@@ -59,13 +54,13 @@ def make_folder(
             (made / ABOUT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             made.rename(folder)
         except OSError:
-            # Another process was first, or there is a folder with something else in it.
+            # Another process was first, or the folder exists and holds something else.
             if not (folder / ABOUT).exists():
                 raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
     except Exception as error:
-        # What libraries in Rust write fails with the system's error in words alone.
+        # Libraries written in Rust report the system's error in words only.
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
@@ -76,14 +71,13 @@ def make_folder(
 
 @contextmanager
 def filling(folder: Path, key: str) -> Iterator[None]:
-    """Around the filling of a cache by a command, of which one at a time may do that.
+    """Context manager: inside it, no other command can fill this cache.
 
-    The file that it holds lies beside the folder, which may not be there yet. Where none can be held, as on file
-    systems without locks, everyone may fill.
+    The lock is a file beside the folder, which need not exist yet. On file systems without locks it has no effect.
 
     Args:
         folder: of the cache.
-        key: of the configuration, for messages.
+        key: the configuration key that names it, for messages.
 
     Raises:
         UserError: another command is filling it.
@@ -96,10 +90,10 @@ def filling(folder: Path, key: str) -> Iterator[None]:
     except Taken as other:
         raise UserError(
             f"{key}: {folder}: {other} is filling it; wait for it, or stop it and run vlm-distill cache again, which "
-            "goes on with what is missing"
+            "continues with what is missing"
         ) from None
     except OSError:
-        pass  # what cannot be written is told by what writes the cache itself
+        pass  # if nothing can be written here, writing the cache itself reports it
     try:
         yield
     finally:
@@ -108,7 +102,7 @@ def filling(folder: Path, key: str) -> Iterator[None]:
 
 
 def check_not_filling(folder: Path, key: str) -> None:
-    """Raises ``UserError`` where a command is filling a cache that a run is about to read."""
+    """Raise ``UserError`` if a command is filling a cache that a run is about to read."""
     other = holder(_lock_of(folder))
     if other is not None:
         raise UserError(f"{key}: {folder}: {other} is filling it; start the run when that is done")
@@ -120,14 +114,14 @@ def _lock_of(folder: Path) -> Path:
 
 
 def read_about(folder: Path, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what ``cache.json`` says, checksums left out.
+    """Return the content of ``cache.json`` without checksums, after checking these.
 
     Args:
         folder: of a cache.
-        shape: keys that must be there, and their types.
+        shape: required keys and their types.
 
     Raises:
-        UserError: it cannot be read or is not what was written, or one of the files that never change is not.
+        UserError: it cannot be read, or it or one of the files that never change is damaged.
     """
     path = folder / ABOUT
     try:
@@ -136,7 +130,7 @@ def read_about(folder: Path, shape: Mapping[str, Any] | None = None) -> dict[str
         if checksum is None:
             raise UserError(f"{path}: has no checksum (an earlier version wrote it)")
         if checksum != _checksum(found):
-            raise UserError(f"{path}: is not what was written there (another checksum)")
+            raise UserError(f"{path}: damaged (its checksum does not match)")
         manifest.check(folder, manifest.entries_from(found.pop("files")))
     except UserError as error:
         raise UserError(f"{error}; put it back from a copy, or delete {folder} to fill it anew") from None
@@ -148,7 +142,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def compare(folder: Path, what: str, found: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-    """Raises ``UserError`` where a cache is of something else than ``identity`` says."""
+    """Raise ``UserError`` if a cache's identity is not ``identity``, naming the first difference."""
     for key in [*identity, *(key for key in found if key not in identity)]:
         old, new = found.get(key, "none"), identity.get(key, "none")
         if old != new:
@@ -159,8 +153,9 @@ def compare(folder: Path, what: str, found: Mapping[str, Any], identity: Mapping
 
 
 def check_room(folder: Path, what: str, needed: float, remedy: str) -> None:
-    """Raises ``UserError`` where fewer than ``needed`` bytes are free."""
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    """Raise ``UserError`` if fewer than ``needed`` bytes are free."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
             f"{folder}: {what} take {in_words(needed)} and {in_words(free)} are free; make room, choose another "
@@ -169,7 +164,7 @@ def check_room(folder: Path, what: str, needed: float, remedy: str) -> None:
 
 
 def in_words(size: float) -> str:
-    """Bytes, rounded in the largest unit of which they are one at least: ``1.18 MB``."""
+    """Return a number of bytes in the largest unit that fits, such as ``1.18 MB``."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
@@ -177,121 +172,10 @@ def in_words(size: float) -> str:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state dict's names, types, shapes and bytes, in whatever order they come."""
+    """Return the SHA-256 of a state dict's names, types, shapes and bytes, independent of their order."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class Shards:
-    """What writers have put into a folder, memory-mapped: each has its own ``NAME.data`` and ``NAME.index``.
-
-    Args:
-        folder: of a cache.
-        entry: what stands in an index, ``offset`` (into the data) and ``check`` (CRC-32 of them) among it.
-        sizes: bytes of the data of some entries.
-
-    Attributes:
-        entries: of all writers, those whose data are whole.
-    """
-
-    def __init__(self, folder: Path, entry: np.dtype[Any], sizes: Callable[[Any], Any]) -> None:
-        self._sizes = sizes
-        self._paths = sorted(path.with_suffix("") for path in folder.glob("*.index"))
-        parts, owners = [np.empty(0, entry)], [np.empty(0, np.int64)]
-        for number, path in enumerate(self._paths):
-            raw = path.with_suffix(".index").read_bytes()
-            found = np.frombuffer(raw, entry, count=len(raw) // entry.itemsize)
-            data = path.with_suffix(".data")
-            whole = found["offset"] + sizes(found) <= (data.stat().st_size if data.exists() else 0)
-            parts.append(found[whole])
-            owners.append(np.full(len(parts[-1]), number))
-        self.entries, self._owners = np.concatenate(parts), np.concatenate(owners)
-        self._maps: dict[int, np.memmap[Any, Any]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # a map would be pickled with all that it shows
-
-    def data(self, number: int) -> Any:
-        """The data of an entry by its number, uint8."""
-        entry, owner = self.entries[number], int(self._owners[number])
-        if owner not in self._maps:
-            self._maps[owner] = np.memmap(self._paths[owner].with_suffix(".data"), np.uint8, "r")
-        return self._maps[owner][entry["offset"] : entry["offset"] + int(self._sizes(entry))]
-
-    def checked(self, number: int) -> Any:
-        """The same, all read. Raises ``UserError`` where they are damaged."""
-        data = self.data(number)
-        if zlib.crc32(data) != self.entries[number]["check"]:
-            path = self._paths[int(self._owners[number])]
-            raise UserError(f"{path}.data is damaged; delete it and {path.name}.index, and run vlm-distill cache")
-        return data
-
-
-class ShardWriter:
-    """One process's two files of a cache. ``close`` it, so that the last of what it wrote counts.
-
-    Entries are written after their data have reached the disk, so that one that is there says the truth.
-
-    Args:
-        folder: of a cache.
-        entry: as for :class:`Shards`; its other fields are what ``append`` gets by name.
-
-    Raises:
-        UserError: of every method: the disk is full, or the folder may not be written.
-    """
-
-    def __init__(self, folder: Path, entry: np.dtype[Any]) -> None:
-        self._path, self._entry = folder / uuid4().hex, entry
-        self._files: list[BinaryIO] = []
-        self._entries: list[tuple[int, ...]] = []
-        self._offset = self._pending = 0
-        self._flushed = time.monotonic()
-
-    def append(self, data: bytes, **fields: int) -> None:
-        """Keeps some data and its entry, to which offset and check are added."""
-        known = {**fields, "offset": self._offset, "check": zlib.crc32(data)}
-        assert self._entry.names is not None
-        with _written(self._path):
-            if not self._files:
-                self._files = [self._path.with_suffix(suffix).open("xb") for suffix in (".data", ".index")]
-            self._files[0].write(data)
-        self._entries.append(tuple(known[name] for name in self._entry.names))
-        self._offset += len(data)
-        self._pending += len(data)
-        if self._pending > _FLUSH_BYTES or time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Brings what was written to the disk: data first, then the entries that make them count."""
-        if self._entries:
-            data, index = self._files
-            with _written(self._path):
-                _sync(data)
-                index.write(np.array(self._entries, self._entry).tobytes())
-                _sync(index)
-        self._entries, self._pending, self._flushed = [], 0, time.monotonic()
-
-    def close(self) -> None:
-        self.flush()
-        for file in self._files:
-            file.close()
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: the cache cannot be written: {error.strerror}; mend that and run vlm-distill cache again, "
-            "which goes on with what is missing"
-        ) from None
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""A teacher's outputs at the supervised tokens of every sample, on disk, so that a run needs nothing else of it."""
+"""Token records: a teacher's outputs at the supervised tokens of every sample, so that a run needs no teacher."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.batch import Encoded, ModelInputs, Origin
+from data.batch import Encoded, Origin, SampleId
 from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
 
-from .store import Shards, ShardWriter, read_about
+from .record_files import RecordFiles, RecordWriter
+from .store import read_about
 
 FORMAT = 2
-# What is stored of a position by name: dtype and width.
+# The stored values of one position, by name: dtype and width.
 Fields = Mapping[str, tuple[torch.dtype, int]]
 
 _ENTRY = np.dtype(
     [
-        ("row", "<i8"),
+        ("sample", "<i8"),
         ("offset", "<i8"),
         ("tokens", "<i4"),
         ("length", "<i4"),
@@ -35,33 +36,33 @@ _ENTRY = np.dtype(
         ("kind", "<u4"),
     ]
 )
-# What cache.json has to say.
+# The keys that cache.json must have.
 _SHAPE = {"format": int | str, "sources": dict[str, int], "max_length": int, "fields": dict[str, list[str | int]]}
-# Kinds of entries: a sample with or without its tokens' places in the answers; one that the teacher could not take.
-_PLAIN, _PLACED, _LEFT_OUT = range(3)
+# Kinds of records: a sample without or with the spans of its tokens, and one that the teacher could not take.
+_PLAIN, _WITH_SPANS, _LEFT_OUT = range(3)
 
 
 def bytes_a_token(fields: Fields) -> int:
-    """What a position takes by itself. Its row takes 5 bytes a token more, 17 with places, and 40 a sample."""
+    """Return the bytes of a position's values. A token takes 5 more (17 with spans), a sample 40."""
     return sum(dtype.itemsize * width for dtype, width in fields.values())
 
 
 def digest_of(sample: Conversation | Document, images: Sequence[Image.Image]) -> int:
-    """64 bits of a sample's content: its messages and its images' decoded pixels, or its text."""
+    """Return 64 bits of a sample's content: its messages and its images' decoded pixels, or its text."""
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(sample, Document):
         digest.update(json.dumps([sample.text, sample.last]).encode())
     else:
         digest.update(json.dumps([sample.messages, sample.tools], sort_keys=True).encode())
-    return _seen(digest, images)
+    return _with_images(digest, images)
 
 
 def image_digest(images: Sequence[Image.Image]) -> int:
-    """64 bits of images' decoded pixels."""
-    return _seen(hashlib.blake2b(digest_size=8), images)
+    """Return 64 bits of the images' decoded pixels."""
+    return _with_images(hashlib.blake2b(digest_size=8), images)
 
 
-def _seen(digest: Any, images: Sequence[Image.Image]) -> int:
+def _with_images(digest: Any, images: Sequence[Image.Image]) -> int:
     for image in images:
         digest.update(f"{image.mode} {image.size}".encode())
         digest.update(image.tobytes())
@@ -69,21 +70,19 @@ def _seen(digest: Any, images: Sequence[Image.Image]) -> int:
 
 
 class TokenCache:
-    """Named values ``[tokens, width]`` of each sample's supervised tokens, in as many files as there were writers.
+    """Named values ``[tokens, width]`` of each sample's supervised tokens.
 
-    A writer appends to two files of its own: ``NAME.data``, the samples one after the other, and ``NAME.index``, which
-    says where each of them is. A sample's entry is written after its data have reached the disk; an entry that is cut
-    off, or whose data are, does not count. The data are memory-mapped. With each sample stands the teacher's row, cut
-    to the supervised tokens and the token before each run of them, so that nothing of the teacher is needed to align
-    the student's tokens with it. ``cache.json`` says what everything is of.
+    Each record also holds the teacher's tokens of the sample, cut to the supervised ones and the token before each run
+    of them, so that the student's tokens can be aligned without the teacher's processor. The files are those of
+    :class:`~vlm_distill.caching.record_files.RecordFiles`.
 
     Args:
         folder: of a cache.
 
     Attributes:
-        about: what ``cache.json`` says.
-        sources: names of the data's sources and their numbers of rows, in the order in which rows are numbered through.
-        max_length: the most tokens in a row; long documents were cut into pieces of that length.
+        about: the content of ``cache.json``.
+        sources: the number of samples of each of the data's sources, in the order in which samples are numbered.
+        max_length: the most tokens of a sample; longer documents were cut into pieces of that length.
 
     Raises:
         UserError: there is no cache, or one of another version.
@@ -98,86 +97,94 @@ class TokenCache:
         self.max_length: int = self.about["max_length"]
         self.fields = {name: (getattr(torch, dtype), width) for name, (dtype, width) in self.about["fields"].items()}
         self._first = [0, *accumulate(self.sources.values())]
-        self._read_index()
+        self._files = RecordFiles(folder, _ENTRY, self._sizes)
+        self._by_sample = self._index()
 
     @staticmethod
     def describe(sources: Mapping[str, int], max_length: int, fields: Fields) -> dict[str, Any]:
-        """The part of ``cache.json`` that this class reads."""
+        """Return the part of ``cache.json`` that this class reads."""
         plain = {name: [str(dtype).removeprefix("torch."), width] for name, (dtype, width) in fields.items()}
         return {"format": FORMAT, "sources": dict(sources), "max_length": max_length, "fields": plain}
 
-    def _read_index(self) -> None:
-        """Entry by row; where there are several, one with values."""
-        self._shards = Shards(self.folder, _ENTRY, self._sizes)
-        entries = self._shards.entries
-        known = np.flatnonzero((entries["row"] >= 0) & (entries["row"] < self._first[-1]))
+    def _index(self) -> Any:
+        """Return the number of each sample's entry, −1 for none; of several entries, one that has values."""
+        entries = self._files.entries
+        known = np.flatnonzero((entries["sample"] >= 0) & (entries["sample"] < self._first[-1]))
         known = known[np.argsort(entries["kind"][known] != _LEFT_OUT, kind="stable")]
-        self._by_row = np.full(self._first[-1], -1, np.int64)
-        self._by_row[entries["row"][known]] = known
+        by_sample = np.full(self._first[-1], -1, np.int64)
+        by_sample[entries["sample"][known]] = known
+        return by_sample
 
     def _sizes(self, entries: Any) -> Any:
-        """Bytes of samples' data."""
+        """Return the number of bytes of the entries' data."""
         lengths, tokens = entries["length"].astype(np.int64), entries["tokens"].astype(np.int64)
-        own = 5 * lengths + (bytes_a_token(self.fields) + 12 * (entries["kind"] == _PLACED)) * tokens
+        spans = 12 * (entries["kind"] == _WITH_SPANS)
+        own = 5 * lengths + (bytes_a_token(self.fields) + spans) * tokens
         return np.where(entries["kind"] == _LEFT_OUT, lengths, own)
 
     def missing(self, *, left_out: bool = False) -> list[int]:
-        """Rows, numbered through all sources, that are not there; with ``left_out`` also those that had no values."""
-        there = self._by_row >= 0
+        """Return the numbers of samples that have no record; with ``left_out`` also those that have no values."""
+        there = self._by_sample >= 0
         if left_out:
-            there[there] = self._shards.entries["kind"][self._by_row[there]] != _LEFT_OUT
+            there[there] = self._files.entries["kind"][self._by_sample[there]] != _LEFT_OUT
         return np.flatnonzero(~there).tolist()
 
     @property
     def tokens(self) -> int:
-        """Positions that are there."""
-        return int(self._shards.entries["tokens"][self._by_row[self._by_row >= 0]].sum())
+        """The number of stored positions."""
+        return int(self._files.entries["tokens"][self._by_sample[self._by_sample >= 0]].sum())
 
-    def place(self, number: int) -> tuple[int, int]:
-        """Source and row of a row numbered through all sources."""
+    def sample_id(self, number: int) -> SampleId:
+        """Return the source and index of a sample, given its number through all sources."""
         source = int(np.searchsorted(self._first, number, side="right")) - 1
         return source, number - self._first[source]
 
-    def _number(self, source: int, row: int) -> int:
-        """Which entry is a row's."""
-        number = int(self._by_row[self._first[source] + row])
-        if number < 0:
-            raise UserError(f"{self._where(source, row)} is not in {self.folder}; run vlm-distill cache to fill it")
-        return number
+    def number(self, sample_id: SampleId) -> int:
+        """Return a sample's number through all sources."""
+        source, index = sample_id
+        return self._first[source] + index
 
-    def row(self, source: int, row: int, digest: int) -> Encoded:
-        """The teacher's row of a sample, cut to what its supervised tokens need.
+    def _entry(self, sample_id: SampleId) -> int:
+        """Return the number of a sample's entry."""
+        entry = int(self._by_sample[self.number(sample_id)])
+        if entry < 0:
+            raise UserError(f"{self._name(sample_id)} is not in {self.folder}; run vlm-distill cache to fill it")
+        return entry
 
-        Reads all that is stored of the sample: where a worker does, the values lie in memory when they are asked for.
+    def read(self, sample_id: SampleId, digest: int) -> Encoded:
+        """Return the teacher's tokens of a sample, cut to what aligning its supervised tokens needs.
+
+        Reads and checks the whole record: called by a worker, it brings the values into memory ahead of use.
 
         Args:
-            source, row: the sample's.
-            digest: of its content as it is now.
+            sample_id: which sample.
+            digest: its present content (:func:`digest_of`).
 
         Raises:
             BadSample: the teacher could not take it.
-            UserError: it is not there, is damaged, or was another when the teacher saw it.
+            UserError: it is missing or damaged, or its content has changed since the cache was filled.
         """
-        number = self._number(source, row)
-        entry, data = self._shards.entries[number], self._shards.checked(number)
+        number = self._entry(sample_id)
+        entry, data = self._files.entries[number], self._files.checked(number)
         if int(entry["digest"]) != digest:
             raise UserError(
-                f"{self._where(source, row)}: not the sample that the teacher saw when {self.folder} was filled: its "
+                f"{self._name(sample_id)}: not the sample that the teacher saw when {self.folder} was filled: its "
                 "text or an image has changed since; delete that folder to fill it anew"
             )
         if entry["kind"] == _LEFT_OUT:
             raise BadSample(*json.loads(data.tobytes()))
+
         length, tokens = int(entry["length"]), int(entry["tokens"])
-        marks = torch.from_numpy(data[4 * length : 5 * length].copy())
-        places = None
-        if entry["kind"] == _PLACED:
-            raw = data[5 * length : 5 * length + 12 * tokens].tobytes()
-            places = torch.from_numpy(np.frombuffer(raw, "<i4").reshape(-1, 3).astype(np.int64))
         ids = torch.from_numpy(np.frombuffer(data[: 4 * length].tobytes(), "<i4").astype(np.int64))
-        return Encoded(ids, marks > 0, marks > 1, places=places)
+        marks = torch.from_numpy(data[4 * length : 5 * length].copy())
+        spans = None
+        if entry["kind"] == _WITH_SPANS:
+            raw = data[5 * length : 5 * length + 12 * tokens].tobytes()
+            spans = torch.from_numpy(np.frombuffer(raw, "<i4").reshape(-1, 3).astype(np.int64))
+        return Encoded(ids, marks > 0, marks > 1, spans=spans)
 
     def values(self, origins: Sequence[Origin], *, pinned: bool = False) -> dict[str, Tensor]:
-        """What is stored of some samples, or pieces of documents, one after the other, ``[tokens, width]`` by name."""
+        """Return the stored values of samples, or parts of samples, concatenated: ``[tokens, width]`` by name."""
         total = sum(origin.tokens for origin in origins)
         found = {
             name: torch.empty(total, width, dtype=dtype, pin_memory=pinned)
@@ -185,10 +192,10 @@ class TokenCache:
         }
         done = 0
         for origin in origins:
-            number = self._number(origin.source, origin.row)
-            entry, data = self._shards.entries[number], self._shards.data(number)
+            number = self._entry(origin.sample_id)
+            entry, data = self._files.entries[number], self._files.data(number)
             tokens, start = int(entry["tokens"]), origin.start
-            offset = 5 * int(entry["length"]) + (12 * tokens if entry["kind"] == _PLACED else 0)
+            offset = 5 * int(entry["length"]) + (12 * tokens if entry["kind"] == _WITH_SPANS else 0)
             for name, (dtype, width) in self.fields.items():
                 size = dtype.itemsize * width
                 part = data[offset + start * size : offset + (start + origin.tokens) * size]
@@ -197,129 +204,51 @@ class TokenCache:
             done += origin.tokens
         return found
 
-    def _where(self, source: int, row: int) -> str:
-        return f"{list(self.sources)[source]}, row {row + 1}"
+    def _name(self, sample_id: SampleId) -> str:
+        """Return a sample's name in messages."""
+        source, index = sample_id
+        return f"{list(self.sources)[source]}, sample {index + 1}"
 
 
 class TokenWriter:
-    """One process's part of a cache. ``close`` it, so that its last samples are there.
+    """Writes one process's part of a cache. Call ``close``, or its last samples are lost.
 
     Args:
-        cache: what it is added to; does not see it until opened again.
+        cache: the cache to add to. It does not see new records until it is opened again.
     """
 
     def __init__(self, cache: TokenCache) -> None:
-        self._cache, self._shard = cache, ShardWriter(cache.folder, _ENTRY)
+        self._cache, self._records = cache, RecordWriter(cache.folder, _ENTRY)
 
-    def write(self, source: int, row: int, digest: int, encoded: Encoded, values: Mapping[str, Tensor]) -> None:
-        """Keeps a sample.
+    def write(self, sample_id: SampleId, digest: int, encoded: Encoded, values: Mapping[str, Tensor]) -> None:
+        """Write a sample's record.
 
         Args:
-            encoded: the teacher's row as :func:`compact` gives it.
-            values: ``[tokens, width]`` by name, of its supervised tokens in order.
+            encoded: the teacher's tokens, as :func:`data.encoding.compact` returns them.
+            values: ``[tokens, width]`` by name, for its supervised tokens in order.
         """
         marks = encoded.supervised.to(torch.uint8) + encoded.ends.to(torch.uint8)
         parts = [encoded.input_ids.to(torch.int32), marks]
-        parts += [] if encoded.places is None else [encoded.places.to(torch.int32)]
+        kind = _PLAIN
+        if encoded.spans is not None:
+            kind = _WITH_SPANS
+            parts.append(encoded.spans.to(torch.int32))
         parts += [values[name].to("cpu", dtype).contiguous() for name, (dtype, _) in self._cache.fields.items()]
         data = b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts)
-        kind = _PLAIN if encoded.places is None else _PLACED
-        self._append(source, row, int(encoded.supervised.sum()), len(encoded.input_ids), digest, kind, data)
+        tokens, length = int(encoded.supervised.sum()), len(encoded.input_ids)
+        self._append(sample_id, data, tokens=tokens, length=length, digest=digest, kind=kind)
 
-    def leave_out(self, source: int, row: int, digest: int, bad: BadSample) -> None:
-        """Notes that the teacher could not take a sample; ``digest`` is 0 where it could not be read."""
+    def leave_out(self, sample_id: SampleId, digest: int, bad: BadSample) -> None:
+        """Note that the teacher could not take a sample. ``digest`` is 0 if the sample could not be read."""
         data = json.dumps([bad.reason, bad.detail]).encode()
-        self._append(source, row, 0, len(data), digest, _LEFT_OUT, data)
+        self._append(sample_id, data, tokens=0, length=len(data), digest=digest, kind=_LEFT_OUT)
 
-    def _append(self, source: int, row: int, tokens: int, length: int, digest: int, kind: int, data: bytes) -> None:
-        number = self._cache._first[source] + row
-        self._shard.append(data, row=number, tokens=tokens, length=length, digest=digest, kind=kind)
+    def _append(self, sample_id: SampleId, data: bytes, **fields: int) -> None:
+        self._records.append(data, sample=self._cache.number(sample_id), **fields)
 
     def flush(self) -> None:
-        """Brings what was written to the disk."""
-        self._shard.flush()
+        """Write all records to the disk."""
+        self._records.flush()
 
     def close(self) -> None:
-        self._shard.close()
-
-
-def compact(row: Encoded) -> Encoded:
-    """A row cut to its supervised tokens and the token before each run of them."""
-    before = torch.cat([row.supervised[1:], torch.tensor([False])])
-    kept = row.supervised | before
-    return Encoded(row.input_ids[kept], row.supervised[kept], row.ends[kept], places=row.places)
-
-
-class CachedRows:
-    """What stands for a teacher's processor where its outputs are cached.
-
-    Args:
-        cache: of the teacher's outputs.
-        tokenizer: the teacher's.
-    """
-
-    has_vision = False
-    one_row = False
-
-    def __init__(self, cache: TokenCache, tokenizer: Any) -> None:
-        self.cache, self.tokenizer = cache, tokenizer
-
-    def at(self, source: int, row: int) -> CachedRow:
-        """What encodes this one sample."""
-        return CachedRow(self.cache, self.tokenizer, source, row)
-
-    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        raise NotImplementedError("cached rows are found by source and row; see at")
-
-    def encode_document(self, document: Document) -> Encoded:
-        raise NotImplementedError("cached rows are found by source and row; see at")
-
-    def dummy(self) -> Encoded:
-        nothing = torch.zeros(1, dtype=torch.bool)
-        return Encoded(torch.zeros(1, dtype=torch.int64), nothing, nothing)
-
-    def join(self, samples: Sequence[Encoded]) -> Encoded:
-        raise NotImplementedError("cached rows are not packed: they are short, and stand in the samples' order")
-
-    def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
-        """Ids, and ``predicts``: at which places a hidden state is stored; both ``[B, L]``."""
-        length = max(len(sample.input_ids) for sample in samples)
-        ids = torch.zeros(len(samples), length, dtype=torch.int64)
-        predicts = torch.zeros(len(samples), length, dtype=torch.bool)
-        for number, sample in enumerate(samples):
-            ids[number, : len(sample.input_ids)] = sample.input_ids
-            predicts[number, : len(sample.input_ids) - 1] = sample.supervised[1:]
-        return ModelInputs(input_ids=ids, predicts=predicts)
-
-
-class CachedRow(CachedRows):
-    """One sample's."""
-
-    def __init__(self, cache: TokenCache, tokenizer: Any, source: int, row: int) -> None:
-        super().__init__(cache, tokenizer)
-        self._place = source, row
-
-    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        return self.cache.row(*self._place, digest_of(conversation, images))
-
-    def encode_document(self, document: Document) -> Encoded:
-        return self.cache.row(*self._place, digest_of(document, ()))
-
-    def answer(self, number: int, conversation: Conversation, images: Sequence[Image.Image]) -> CachedAnswer:
-        """What encodes one answer of a conversation whose answers are samples of their own."""
-        row = self.encode(conversation, images)
-        own = (~row.supervised).cumsum(0) - 1 == number  # before each answer stands one token
-        places = None if row.places is None else row.places[own[row.supervised]]
-        answer = Encoded(row.input_ids[own], row.supervised[own], row.ends[own], places=places)
-        return CachedAnswer(self.cache, self.tokenizer, answer)
-
-
-class CachedAnswer(CachedRows):
-    """One answer of a sample."""
-
-    def __init__(self, cache: TokenCache, tokenizer: Any, row: Encoded) -> None:
-        super().__init__(cache, tokenizer)
-        self._row = row
-
-    def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        return self._row
+        self._records.close()

@@ -16,7 +16,7 @@ from pydantic import Field
 from data.datasets_library import open_dataset
 from data.errors import UserError
 from data.json_tables import Records, joined, json_table, read_records
-from data.sources import open_source
+from data.opening import open_source
 from data.tables import HuggingFaceTable, Selection, SourceTable, Table
 from data.tsv import TsvTable
 from vlm_distill.config.fields import Section

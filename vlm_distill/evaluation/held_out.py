@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from data.batch import Problem
-from data.collate import Collator, Pair
+from data.collate import Collator
 from data.conversation import Conversation, Document, ImageSource
+from data.encoding import Pair
 from data.errors import BadSample
 from data.images import load_image
 from vlm_distill.losses import CrossEntropy, DistillationLoss, ForwardKL, Term, fused_linear

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.batch import DistillationBatch
-from vlm_distill.caching.token_records import CachedRows, Fields, TokenCache
+from vlm_distill.caching.cached_processor import CachedProcessor
+from vlm_distill.caching.token_records import Fields, TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
 from .interface import VisionLanguageModel
@@ -37,13 +38,13 @@ class CachedTeacher(Teacher):
         head: for a cache of likeliest tokens it has width 0 and only says how large the vocabulary is.
     """
 
-    processor: CachedRows
+    processor: CachedProcessor
     cache: TokenCache
     head: LMHead
 
     def __init__(self, folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> None:
         self.cache = TokenCache(folder)
-        self.processor = CachedRows(self.cache, load_tokenizer(str(folder / _TOKENIZER), trust_remote_code))
+        self.processor = CachedProcessor(self.cache, load_tokenizer(str(folder / _TOKENIZER), trust_remote_code))
         about = self.cache.about["teacher"]
         self.parameters = about["parameters"]
         self._ends = set(about["end_tokens"])

@@ -108,7 +108,7 @@ class ComposedProcessor(Processor):
             at += len(piece)
         supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
         encoded = self._encoded(ids, supervised, ends, images)
-        encoded.places = token_places(text, offsets, supervised, ends, spans)
+        encoded.spans = token_places(text, offsets, supervised, ends, spans)
         return encoded
 
     def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:

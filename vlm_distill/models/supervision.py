@@ -70,7 +70,7 @@ def token_places(
         spans: from :func:`find_answers`.
 
     Returns:
-        ``Encoded.places``, int64 ``[n, 3]``.
+        ``Encoded.spans``, int64 ``[n, 3]``.
     """
     places = []
     answer = 0

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data.batch import DistillationBatch, Step
 from data.errors import UserError
-from vlm_distill.caching.token_records import CachedRows, TokenCache
+from vlm_distill.caching.cached_processor import CachedProcessor
+from vlm_distill.caching.token_records import TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
 from .initialise import count_parameters
@@ -46,7 +47,7 @@ class Teacher(ABC):
         needs_images: whether it reads conversations with images from ``batch.conversations`` instead of tokens.
     """
 
-    processor: Processor | CachedRows
+    processor: Processor | CachedProcessor
     model: VisionLanguageModel | None = None
     head: LMHead | None = None
     cache: TokenCache | None = None

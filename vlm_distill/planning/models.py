@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.batch import DistillationBatch
-from data.collate import Pair
+from data.encoding import Pair
 from data.errors import UserError
-from vlm_distill.caching.check_features import sight_of
-from vlm_distill.caching.check_tokens import check_likeliest
+from vlm_distill.caching.check_features import frozen_vision
+from vlm_distill.caching.check_tokens import check_top_k
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Term
 from vlm_distill.models.common import DTYPES, first_line
@@ -50,7 +50,7 @@ class PlannedRun(Run):
     def image_features(self) -> Callable[[Sequence[Image.Image]], Tensor] | None:
         if self.config.student.vision_cache is None:
             return None
-        sight_of(self.student)  # raises what the run would raise
+        frozen_vision(self.student)  # raises what the run would raise
         return self.blank_features
 
     def blank_features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -90,7 +90,7 @@ class Models:
         self.cache = None if section is None else section.cache
         if self.cache is not None and self.cache.form == "topk":
             _ = run.grouped  # cuts the heads
-            check_likeliest(self.cache, run.student.head.vocabulary or 0)
+            check_top_k(self.cache, run.student.head.vocabulary or 0)
         run.prepare()
 
         teacher = run.teacher
@@ -115,16 +115,16 @@ class Models:
         config, run = self.config, self.run
         found = list(run.packing.remarks)
         if any(run.packing.packed):
-            found.append("rows are packed as if the models kept samples in one row apart, which the run tries")
+            found.append("assumed: the models keep packed samples apart (the run tries it)")
         if config.teacher is not None and config.teacher.server is not None:
-            found.append("the teacher's server and the time in which it answers are not planned")
+            found.append("not planned: the teacher's server, and the time that it takes to answer")
         if config.on_policy is not None:
-            found.append("the time in which the student draws its answers is not planned")
+            found.append("not planned: the time that the student takes to draw its answers")
         if run.same_encoder:
             runs = "runs once, for both" if run.shared_vision else "does not run"
-            found.append(f"the vision encoder is frozen and taken to be the teacher's: it {runs}")
+            found.append(f"assumed: the frozen vision encoder is the teacher's, and {runs}")
         if run.sequence is not None:
-            found.append("the decoders are taken to be ones that can be divided, which the run tries")
+            found.append("assumed: the decoders can be divided over ranks (the run tries it)")
         return tuple(found)
 
     def _sizes(self) -> Sizes:

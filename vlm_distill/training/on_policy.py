@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from data.batch import Encoded, Step
-from data.collate import Pair, Turns, encode_pair
 from data.conversation import Conversation, Document, ImageSource
+from data.encoding import Pair, Turns, encode_pair
 from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
 from vlm_distill.config.sections import RunConfig
@@ -136,7 +136,9 @@ class OnPolicy:
         elif kind == "replay":
             stream = self._random(step.index, "replay")
             entries = stream.sample(self.kept, len(self.dataset.mixture.samples_of(step.index)))
-            prepared = self._step(step, [self._replay(step, part) for part in self.dataset.deal(entries)])
+            prepared = self._step(
+                step, [self._replay(step, part) for part in self.dataset.split.micro_batches(entries)]
+            )
         self.counts = {
             "on_policy": float(kind != "data"),
             "replayed": float(kind == "replay"),
@@ -214,13 +216,13 @@ class OnPolicy:
             batch = self.dataset.collator.batch(pairs)
             batches.append(replace(batch, drawn=True, conversations=conversations))
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
-        return replace(step, batches=batches, tokens=tokens, samples=[])
+        return replace(step, batches=batches, tokens=tokens, conversations=[])
 
     def _draw(self, step: Step) -> list[Drawn]:
         """Return the step's own questions by micro-batch, with answers drawn now."""
         self.processes.watch.phase(f"step {step.index + 1}, drawing answers")
         prompts = []
-        for part in self.dataset.deal(self.dataset.mixture.samples_of(step.index)):
+        for part in self.dataset.split.micro_batches(self.dataset.mixture.samples_of(step.index)):
             asked = self._prompts(step, self._usable(step, part))
             prompts.append([prompt for prompt in asked if prompt is not None])
         answers = iter(self._answers(step.index, list(chain.from_iterable(prompts))))
@@ -239,7 +241,8 @@ class OnPolicy:
         """Draw the student's answers to this rank's questions."""
         size = self.settings.batch_size
         # The same number of calls on every rank: under ZeRO-3 they answer together.
-        calls = math.ceil(self.dataset.accumulation * self.dataset.micro_batch_size / size)
+        split = self.dataset.split
+        calls = math.ceil(split.accumulation * split.micro_batch_size / size)
         answers: list[Answer] = []
         for call in range(calls):
             asked = prompts[call * size : (call + 1) * size]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.collate import Turns
 from data.conversation import ImageSource
+from data.encoding import Turns
 from data.errors import UserError
 from data.images import load_image
-from data.sources import CHARACTERS_PER_TOKEN, Source, TextSource, open_source, open_text
+from data.opening import open_source, open_text
+from data.plain_text import CHARACTERS_PER_TOKEN, TextSource
+from data.sources import Source
 from vlm_distill.config.sections import DataSection, SourceSection
 
 

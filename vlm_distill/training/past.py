@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.digest import Rows, digest_rows
+from data.digest import Digestible, digest_source
 from data.errors import UserError
 from data.json_files import read_object
 from vlm_distill.config.file import save_config
@@ -97,7 +97,7 @@ class Past:
             f"(student.path={self.folder / 'student'}; `vlm-distill export` writes that of an unfinished run)"
         )
 
-    def finished(self, steps: int, sources: Sequence[Rows]) -> bool:
+    def finished(self, steps: int, sources: Sequence[Digestible]) -> bool:
         """Return whether nothing is left to do, after printing so.
 
         Args:
@@ -109,7 +109,7 @@ class Past:
         """
 
         def look() -> bool:
-            self.record = self.record.planned(steps, [digest_rows(source) for source in sources])
+            self.record = self.record.planned(steps, [digest_source(source) for source in sources])
             if self._known is None:
                 return False
             self._refuse(compare_data(self._known, self.record))
@@ -142,7 +142,7 @@ class Past:
             return False
         return True
 
-    def agree(self, sources: Sequence[Rows]) -> None:
+    def agree(self, sources: Sequence[Digestible]) -> None:
         """Raise ``UserError`` if the ranks, on machines with disks of their own, see other checkpoints or other data.
 
         They would continue from different steps, or draw different rows for one step, and nobody would notice.

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from data import digest
-from data.digest import RowsDigest
+from data.digest import SourceDigest
 from data.json_files import read_object
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.models.fingerprint import fingerprint
@@ -160,7 +160,7 @@ class Record:
         plain = config.model_dump(mode="json")
         return Record(plain, models=_identify(plain))
 
-    def planned(self, steps: int, data: Sequence[RowsDigest]) -> Record:
+    def planned(self, steps: int, data: Sequence[SourceDigest]) -> Record:
         """Return this record with the length of the run and digests of its data."""
         return replace(self, steps=steps, data=[asdict(source) for source in data])
 
