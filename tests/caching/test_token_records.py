@@ -20,8 +20,9 @@ from data.encoding import Turns, compact, encode_teacher
 from data.errors import BadSample, UserError
 from data.layouts import to_conversation
 from vlm_distill.caching.cached_processor import CachedProcessor
+from vlm_distill.caching.sample_digests import sample_digest
 from vlm_distill.caching.store import in_words, make_folder, read_about
-from vlm_distill.caching.token_records import TokenCache, TokenWriter, bytes_a_token, digest_of
+from vlm_distill.caching.token_records import TokenCache, TokenWriter, bytes_a_token
 
 FIELDS = {"hidden": (torch.bfloat16, 6), "ids": (torch.int32, 2)}
 LENGTH = 4
@@ -301,19 +302,19 @@ def test_digests_tell_texts_images_and_sizes_apart():
     nearly = red.copy()
     nearly.putpixel((3, 1), (255, 0, 1))
     found = [
-        digest_of(talk("a"), []),
-        digest_of(talk("b"), []),
-        digest_of(talk("a"), [red]),
-        digest_of(talk("a"), [red, red]),
-        digest_of(talk("a"), [nearly]),
-        digest_of(talk("a"), [Image.new("RGB", (2, 4), "red")]),
-        digest_of(Document("a"), ()),
-        digest_of(Document("a", last=False), ()),
+        sample_digest(talk("a"), []),
+        sample_digest(talk("b"), []),
+        sample_digest(talk("a"), [red]),
+        sample_digest(talk("a"), [red, red]),
+        sample_digest(talk("a"), [nearly]),
+        sample_digest(talk("a"), [Image.new("RGB", (2, 4), "red")]),
+        sample_digest(Document("a"), ()),
+        sample_digest(Document("a", last=False), ()),
     ]
     assert len(set(found)) == len(found)
-    assert found[2] == digest_of(talk("a"), [red.copy()])
+    assert found[2] == sample_digest(talk("a"), [red.copy()])
     # Where it came from is not what it is.
-    assert found[6] == digest_of(Document("a", source="x", line=3), ())
+    assert found[6] == sample_digest(Document("a", source="x", line=3), ())
 
 
 def test_compact_rows_keep_answers_apart_and_say_where_states_are():
@@ -335,7 +336,7 @@ def test_answers_that_are_samples_of_their_own_are_found_again(folder, processor
     turns = Turns(split=True)
     pairs, whole = encode_teacher(sample, [], processor(), 50, turns)
     writer = TokenWriter(TokenCache(folder))
-    writer.write((0, 0), digest_of(sample, []), whole, values(5, 0))
+    writer.write((0, 0), sample_digest(sample, []), whole, values(5, 0))
     writer.close()
     collator = Collator(processor(), CachedProcessor(TokenCache(folder), None), 50, turns)
     found = collator.encode(sample, [], (0, 0))

@@ -22,8 +22,8 @@ from vlm_distill.runtime.processes import Processes
 from .check_features import compare_features, feature_identity
 from .fill_loop import Filling, SampleBatches, say
 from .image_features import FeatureCache, FeatureWriter
+from .sample_digests import image_digest
 from .store import ABOUT, in_words, make_folder
-from .token_records import image_digest
 
 WHAT = "the vision encoder's features"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -11,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data.batch import Encoded, Origin, SampleId
-from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
 
 from .record_files import RecordFiles, RecordWriter
@@ -45,28 +42,6 @@ _PLAIN, _WITH_SPANS, _LEFT_OUT = range(3)
 def bytes_a_token(fields: Fields) -> int:
     """Return the bytes of a position's values. A token takes 5 more (17 with spans), a sample 40."""
     return sum(dtype.itemsize * width for dtype, width in fields.values())
-
-
-def digest_of(sample: Conversation | Document, images: Sequence[Image.Image]) -> int:
-    """Return 64 bits of a sample's content: its messages and its images' decoded pixels, or its text."""
-    digest = hashlib.blake2b(digest_size=8)
-    if isinstance(sample, Document):
-        digest.update(json.dumps([sample.text, sample.last]).encode())
-    else:
-        digest.update(json.dumps([sample.messages, sample.tools], sort_keys=True).encode())
-    return _with_images(digest, images)
-
-
-def image_digest(images: Sequence[Image.Image]) -> int:
-    """Return 64 bits of the images' decoded pixels."""
-    return _with_images(hashlib.blake2b(digest_size=8), images)
-
-
-def _with_images(digest: Any, images: Sequence[Image.Image]) -> int:
-    for image in images:
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
-    return int.from_bytes(digest.digest(), "little")
 
 
 class TokenCache:
@@ -158,7 +133,7 @@ class TokenCache:
 
         Args:
             sample_id: which sample.
-            digest: its present content (:func:`digest_of`).
+            digest: its present content (:func:`~vlm_distill.caching.sample_digests.sample_digest`).
 
         Raises:
             BadSample: the teacher could not take it.
