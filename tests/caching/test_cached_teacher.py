@@ -178,7 +178,7 @@ def test_a_cache_of_something_else_is_refused_by_name(cached, processes, spoil, 
         pytest.skip("the template lies in another file")
     spoil(folder)
     for use in (lambda: Trainer(make(), processes), lambda: fill(make(), processes)):
-        with pytest.raises(UserError, match=f"contents are of another {key}: ") as caught:
+        with pytest.raises(UserError, match=f"contents were made with another {key}: ") as caught:
             use()
         assert "\n" not in str(caught.value)
 
@@ -194,7 +194,7 @@ def test_a_cache_of_something_else_is_refused_by_name(cached, processes, spoil, 
     ],
 )
 def test_a_cache_of_other_settings_is_refused_by_name(cached, processes, cache, changes, key):
-    with pytest.raises(UserError, match=f"contents are of another {key}"):
+    with pytest.raises(UserError, match=f"contents were made with another {key}"):
         Trainer(cached[1](cache, **changes), processes)
 
 
@@ -366,7 +366,7 @@ def test_a_flipped_byte_of_what_a_cache_holds_once_is_noticed(cached, processes,
     raw[-9] ^= 1  # a weight, or a letter
     path.write_bytes(raw)
     for use in (Trainer, fill):
-        with pytest.raises(UserError, match="fill it anew") as caught:
+        with pytest.raises(UserError, match="fill it again") as caught:
             use(make(), processes)
         assert str(path) in str(caught.value)
 

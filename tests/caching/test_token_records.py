@@ -283,7 +283,7 @@ def test_a_description_of_another_shape_is_told_in_one_line(folder, spoil, words
         TokenCache(folder)
     assert str(caught.value).startswith(f"{path}: ")
     assert words in str(caught.value)
-    assert "to fill it anew" in str(caught.value)
+    assert "to fill it again" in str(caught.value)
 
 
 def without(text, key):

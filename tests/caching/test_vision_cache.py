@@ -119,7 +119,7 @@ def test_models_of_transformers_too(folder, family, processes, monkeypatch, same
 def test_a_projector_that_trains_is_refused(folder, family, processes, tmp_path):
     student = {"path": str(family), "train": PARTS}
     config = settings(folder, tmp_path / "run", tmp_path / "cache", student=student, data__max_length=512)
-    with pytest.raises(UserError, match=r"student\.vision_cache: .* its projector gives, which trains; leave"):
+    with pytest.raises(UserError, match=r"student\.vision_cache: .* its projector, which is trained; leave"):
         fill(config, processes)
 
 
@@ -199,7 +199,7 @@ def other_weights(folder, path):
 def test_features_of_something_else_are_refused_by_name(folder, filled, processes, tmp_path, changes, key):
     config = settings(folder, tmp_path / "run2", filled_folder(filled), **changes(folder, tmp_path / "student"))
     for use in (Trainer, fill):
-        with pytest.raises(UserError, match=f"features are of another {key}: ") as caught:
+        with pytest.raises(UserError, match=f"features were made with another {key}: ") as caught:
             use(config, processes)
         assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Fill a cache with the features that a student's frozen vision encoder gives of all images."""
+"""Fill a cache with a frozen vision encoder's features of all images."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class FeatureFilling(Filling[dict[int, Encoded]]):
 
 @torch.no_grad()
 def _try_features(model: VisionLanguageModel) -> Tensor:
-    """Return the features of a blank image, after checking that the model gives the same output from them.
+    """Return the features of a blank image, after checking that the model's output from them is the same.
 
     Some families of Transformers take more of an image than :meth:`VisionLanguageModel.encode_images` returns.
     """

@@ -67,7 +67,7 @@ class TokenCache:
         self.folder = folder
         self.about = read_about(folder, _SHAPE)
         if self.about["format"] != FORMAT:
-            raise UserError(f"{folder}: no cache of this version; name another folder, or delete it to fill it anew")
+            raise UserError(f"{folder}: no cache of this version; name another folder, or delete it to fill it again")
         self.sources: dict[str, int] = self.about["sources"]
         self.max_length: int = self.about["max_length"]
         self.fields = {name: (getattr(torch, dtype), width) for name, (dtype, width) in self.about["fields"].items()}
@@ -144,7 +144,7 @@ class TokenCache:
         if int(entry["digest"]) != digest:
             raise UserError(
                 f"{self._name(sample_id)}: not the sample that the teacher saw when {self.folder} was filled: its "
-                "text or an image has changed since; delete that folder to fill it anew"
+                "text or an image has changed since; delete that folder to fill it again"
             )
         if entry["kind"] == _LEFT_OUT:
             raise BadSample(*json.loads(data.tobytes()))
