@@ -1,4 +1,4 @@
-"""A teacher's outputs on disk: what goes in comes out, and nothing half written, damaged or of something else."""
+"""A teacher's outputs on disk: what was written is read; incomplete, damaged or other records are refused."""
 
 import json
 import signal
@@ -50,7 +50,7 @@ def values(tokens, seed):
 
 
 def write(folder, *rows, places=False):
-    """Samples, each of as many tokens as its row's number and one more."""
+    """Write samples; the one with index i has i + 1 tokens."""
     writer = TokenWriter(TokenCache(folder))
     for source, row in rows:
         writer.write((source, row), 2**63 + row, encoded(row + 1, places), values(row + 1, 10 * source + row))
@@ -167,7 +167,7 @@ def test_data_that_were_cut_off_do_not_count_and_damaged_ones_are_refused(folder
 
 @contextmanager
 def full_disk():
-    """Inside, no file gets longer than 100 bytes."""
+    """Context manager: inside it, no file can grow beyond 100 bytes."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
@@ -232,7 +232,7 @@ def test_killed_writers_lose_what_they_had_not_yet_written_and_others_go_on(tmp_
     killed.wait()
     half = TokenCache(folder)
     assert 0 < len(half.missing()) < 400
-    # What was flushed is right, and two others at once write the rest and more.
+    # What was flushed is correct; two more processes write the rest at once, and some of it again.
     assert half.read((0, 0), 0).input_ids.tolist() == [0, 0, 0]
     others = [subprocess.Popen([*command, str(k), "2"], stdout=subprocess.DEVNULL) for k in range(2)]
     assert [other.wait() for other in others] == [0, 0]
@@ -313,7 +313,7 @@ def test_digests_tell_texts_images_and_sizes_apart():
     ]
     assert len(set(found)) == len(found)
     assert found[2] == sample_digest(talk("a"), [red.copy()])
-    # Where it came from is not what it is.
+    # The source and line are not part of its content.
     assert found[6] == sample_digest(Document("a", source="x", line=3), ())
 
 

@@ -1,4 +1,4 @@
-"""Benchmark tables: VLMEvalKit's TSV against its golden cases, official JSON, Hugging Face; what is broken is named."""
+"""Tables: VLMEvalKit's TSV against its golden cases, official JSON, Hugging Face; errors say what is broken."""
 
 import base64
 import csv
