@@ -35,11 +35,11 @@ def folder(tmp_path):
     return tmp_path / "cache"
 
 
-def encoded(tokens, places=False):
+def encoded(tokens, spans=False):
     """One prompt token, then supervised ones."""
     supervised = torch.arange(tokens + 1) > 0
     ends = torch.arange(tokens + 1) == tokens
-    where = torch.arange(3 * tokens).reshape(tokens, 3) - 1 if places else None
+    where = torch.arange(3 * tokens).reshape(tokens, 3) - 1 if spans else None
     return Encoded(torch.arange(tokens + 1) + 70_000, supervised, ends & supervised, spans=where)
 
 
@@ -49,21 +49,21 @@ def values(tokens, seed):
     return {"hidden": hidden, "ids": torch.randint(100_000, (tokens, 2), generator=generator, dtype=torch.int32)}
 
 
-def write(folder, *rows, places=False):
+def write(folder, *rows, spans=False):
     """Write samples; the one with index i has i + 1 tokens."""
     writer = TokenWriter(TokenCache(folder))
     for source, row in rows:
-        writer.write((source, row), 2**63 + row, encoded(row + 1, places), values(row + 1, 10 * source + row))
+        writer.write((source, row), 2**63 + row, encoded(row + 1, spans), values(row + 1, 10 * source + row))
     writer.close()
 
 
-@pytest.mark.parametrize("places", [True, False])
-def test_what_is_written_is_read_by_another(folder, places):
-    write(folder, (0, 2), (1, 0), (1, 3), places=places)
+@pytest.mark.parametrize("spans", [True, False])
+def test_what_is_written_is_read_by_another(folder, spans):
+    write(folder, (0, 2), (1, 0), (1, 3), spans=spans)
     cache = TokenCache(folder)
     assert cache.missing() == [0, 1, 4, 5]
     assert cache.tokens == 3 + 1 + 4
-    found, expected = cache.read((1, 3), 2**63 + 3), encoded(4, places)
+    found, expected = cache.read((1, 3), 2**63 + 3), encoded(4, spans)
     for name in ("input_ids", "supervised", "ends", "spans"):
         a, b = getattr(found, name), getattr(expected, name)
         assert (a is None and b is None) or torch.equal(a, b)
@@ -87,7 +87,7 @@ def test_parts_of_a_sample_are_found_by_the_tokens_before_them(folder):
 
 def test_it_takes_the_bytes_that_are_told(folder):
     write(folder, (1, 2))
-    write(folder, (1, 3), places=True)
+    write(folder, (1, 3), spans=True)
     assert bytes_a_token(FIELDS) == 2 * 6 + 4 * 2
     assert sorted(path.stat().st_size for path in folder.glob("*.data")) == [3 * 20 + 4 * 5, 4 * (20 + 12) + 5 * 5]
     assert {path.stat().st_size for path in folder.glob("*.index")} == {40}
