@@ -25,6 +25,8 @@ from run_files import CLASSIFIER, GOOD, write
 from vision.config import ClassifierConfig
 from vision.train import check
 from vlm_distill import cli
+from vlm_distill.cli.evaluation import RankEvalOptions
+from vlm_distill.cli.options import parse as parse_options
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
@@ -153,6 +155,8 @@ def test_commands_of_the_docs_parse(here, monkeypatch, block, line):
         module, arguments = words[at + 1], words[at + 2 :]
         if module in ("vlm_distill.train", "vlm_distill.cache", "vision.train"):
             return configuration_loads(here, arguments, ClassifierConfig if module == "vision.train" else RunConfig)
+        if module == "vlm_distill.evaluate":
+            return parse_options(RankEvalOptions, arguments, module)
         parse = argparse.ArgumentParser.parse_args
 
         def only_parse(self, args=None, namespace=None):

@@ -29,7 +29,7 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine
-from vlm_distill.training.intake import FIRST_ROWS
+from vlm_distill.training.intake import FIRST_SAMPLES
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.loss_mistakes import loss_mistakes
 from vlm_distill.training.optimizers import classifier_optimizer
@@ -176,7 +176,7 @@ class Trainer(Loop):
             label_maps.append(None if mapped.labels is None else mapped.labels.tolist())
             told += mapped.notes
         order = mapped.teacher_index
-        self.told = list(dict.fromkeys(told))
+        self.remarks = list(dict.fromkeys(told))
 
         guide = teacher if any("teacher" in term.loss.needs for term in terms) else None
         prepare_losses(terms, student, guide)
@@ -213,7 +213,7 @@ class Trainer(Loop):
         warmups = {"optimizer.warmup_epochs": config.optimizer.warmup_epochs}
         warmups |= {f"loss.{i}.warmup_epochs": section.warmup_epochs for i, section in enumerate(config.loss)}
         for key, length in warmups.items():
-            self.told = [*self.told, *late_warmup(key, length, epochs, "epochs")]
+            self.remarks = [*self.remarks, *late_warmup(key, length, epochs, "epochs")]
         every = settings.every_epochs
         self.evaluate_every = None if every is None else max(1, round(every * self.epoch_steps))
 
@@ -390,7 +390,7 @@ class Trainer(Loop):
     def evaluation_mistake(self) -> str | None:
         for source in self.held_out:
             problems = []
-            for row in evenly_spaced(len(source), FIRST_ROWS):
+            for row in evenly_spaced(len(source), FIRST_SAMPLES):
                 try:
                     self.load_image(source[row].image)
                     break

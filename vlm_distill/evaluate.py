@@ -1,6 +1,6 @@
 """One rank of an evaluation: ``python -m vlm_distill.evaluate --model M --benchmarks pope --out DIR``.
 
-The launchers start it on several processes as they start training; each answers its share of the questions.
+Launchers start it on several processes, as they do for training; each answers its share of the questions.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def run(options: RankEvalOptions) -> None:
     from vlm_distill.runtime.processes import Processes
 
     # Report mistakes before a model is loaded.
+    if options.images is not None and not options.images.is_dir():
+        raise UserError(f"--images: there is no folder {options.images}")
     options.model = student_of(options.model)
     benchmarks = _open_benchmarks(options) if options.benchmarks else None
     sources = [] if options.benchmarks else _open_sources(options)
@@ -133,16 +135,16 @@ def _open_sources(options: RankEvalOptions) -> list[Any]:
     if ("kl" in measures) != (options.teacher is not None):
         raise UserError("--measures: kl is measured from a --teacher; name both or neither")
     if options.format == "text" and OF_ANSWERS & set(measures):
-        raise UserError("--format text: plain text gets no answers; name --measures perplexity, or kl")
+        raise UserError("--format text: plain text has no questions to answer; choose --measures perplexity or kl")
     if not options.data:
         raise UserError("nothing to ask: name benchmarks (--benchmarks) or files of questions (--data)")
     if options.format == "text":
         if options.columns:
-            raise UserError("--columns: plain text has none; leave it out")
+            raise UserError("--columns: plain text has no columns; leave it out")
         return [open_text(path, CHARACTERS_PER_TOKEN * options.max_length) for path in options.data]
     sources: list[Any] = [open_source(path, images=options.images, columns=options.columns) for path in options.data]
     if len({source.name for source in sources}) < len(sources):
-        raise UserError("--data: two files have one name, so that their scores would overwrite each other; rename one")
+        raise UserError("--data: two files have the same name, so their scores would overwrite each other; rename one")
     return sources
 
 
@@ -151,7 +153,7 @@ def _open_benchmarks(options: RankEvalOptions) -> OpenBenchmarks:
     from vlm_distill.evaluation.benchmark_run import open_benchmarks
 
     if len(options.data) > 1:
-        raise UserError("--data: with --benchmarks it is the one folder that their files are in")
+        raise UserError("--data: with --benchmarks, name the one folder that holds their files")
     opened = open_benchmarks(
         _benchmark_names(options),
         options.data[0] if options.data else None,
@@ -233,7 +235,7 @@ def _run_benchmarks(
 
     judge = open_judge(options.judge, options.judge_model, options.judge_rate, options.out)
     names = {get_benchmark(name).name: entry_name(name) for name in _benchmark_names(options)}
-    # `vlm-distill score` finds the right answers again by these.
+    # With these, `vlm-distill score` finds the right answers again.
     where = {
         "data": str(data_folder(options.data[0] if options.data else None).resolve()),
         "format": options.format,

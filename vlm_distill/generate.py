@@ -1,11 +1,10 @@
 """One rank of writing a model's answers as data: ``python -m vlm_distill.generate CONFIG [key=value …] --out FILE``.
 
-Training on such a file by cross-entropy is distillation on the sequence level (Kim & Rush 2016, arXiv 1606.07947).
+Training on such a file with cross-entropy is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -31,7 +30,10 @@ from data.errors import UserError
 from data.json_files import read_object
 from data.loader import ProblemLog
 from data.sources import Source
+from vlm_distill.cli.options import parse
+from vlm_distill.cli.training import GenerateOptions
 from vlm_distill.config.file import load_config
+from vlm_distill.config.model_sections import TeacherSection
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.answering import Answerer, Asking, Feedback, evaluate
 from vlm_distill.evaluation.kept_answers import AnswerFolder
@@ -45,65 +47,41 @@ if TYPE_CHECKING:
     from vlm_distill.models.answers import Answer
     from vlm_distill.models.interface import VisionLanguageModel
     from vlm_distill.models.processor import Processor, Prompt
-    from vlm_distill.runtime.processes import Processes
+    from vlm_distill.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the file; returns the exit code."""
+    """Write the file; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="vlm_distill.generate", description=__doc__)
-    parser.add_argument("config", help="YAML file of a run")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    parser.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
-    parser.add_argument("--model", help="folder or name of a model, instead of the run's teacher")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longer answers are left out")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens")
-    parser.add_argument("--samples", type=int, default=1, help="answers drawn to each question")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    options = parser.parse_intermixed_args(given)
-    return guarded(lambda: run(options))
+    return guarded(lambda: generate(parse(GenerateOptions, given, "vlm_distill.generate", __doc__)))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Answers to all training questions, in the data's order, each sample of a question after the other."""
+def generate(options: GenerateOptions) -> None:
+    """Write answers to all training questions, in the order of the data; several answers to a question are adjacent."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides or ())
     if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    from vlm_distill.run import Run
     from vlm_distill.runtime.output import claim
     from vlm_distill.runtime.processes import Processes
-    from vlm_distill.training.open_data import image_loader, open_sources
 
+    # Report mistakes before a model is loaded.
     _check(config, options)
-    sources: list[Any] = open_sources(config.data.train, config.data.max_length)
+    sources: list[Any] = Run(config).sources
+
     processes = Processes(config.training.device)
     lock = None
     try:
-        about, asks = _asks(config, options, processes)
-        writer = _Writer(options, sources, f"{about} {config.data.train} {config.training.seed}")
+        run = Run(config, processes)
+        answers = _served(run, options) or _local(run, options)
+        writer = _Writer(options, sources, f"{answers.identity} {config.data.train} {config.training.seed}")
         lock = claim(writer.folder) if processes.first else None
         for number, source in enumerate(sources):
             for sample in range(options.samples):
                 part = writer.part(number, sample)
-                if any(processes.gather(part.is_file())):
-                    continue
-                show = _teller(f"{source.name}, sample {sample + 1}") if processes.first else None
-                model, sizes = asks(sample)
-                evaluate(
-                    model,
-                    source,
-                    Asking(
-                        **sizes,
-                        max_new_tokens=options.max_new_tokens,
-                        references=False,
-                        load=image_loader(config.data),
-                    ),
-                    ranks=RankShare(processes.rank, processes.world, processes.gather),
-                    folder=AnswerFolder(writer.folder, identity={"part": part.stem}),
-                    feedback=Feedback(show),
-                    finish=partial(_write_part, part),
-                )
+                if not any(processes.gather(part.is_file())):
+                    _answer_source(answers, source, sample, run, part)
         if processes.first:
             print(writer.finish())
         processes.barrier()
@@ -113,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
         processes.close()
 
 
-def _check(config: RunConfig, options: argparse.Namespace) -> None:
+def _check(config: RunConfig, options: GenerateOptions) -> None:
+    """Raise ``UserError`` if there is nothing to answer, nobody to answer it, or the file exists."""
     if options.out.exists():
         raise UserError(f"--out: {options.out} is there already; remove it, or name another file")
     section = config.teacher
@@ -126,47 +105,96 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
         raise UserError(f"{text}: is plain text, which gets no answers; leave it out of data.train")
 
 
-def _asks(
-    config: RunConfig, options: argparse.Namespace, processes: Processes
-) -> tuple[str, Callable[[int], tuple[Answerer, dict[str, int]]]]:
-    """What tells the model from others, and how ``evaluate`` asks it for the so many-th sample of each question."""
-    section, seed = config.teacher, config.training.seed
-    about = f"{identity(options.model)} {config.training.dtype}" if options.model is not None else ""
-    if options.model is None and section is not None:
-        # Where it runs decides no answer; what a server calls it is added below.
-        settings = section.model_dump(exclude={"placement", "server"})
-        about = f"{identity(section.path) if section.path else ''} {settings} {config.training.dtype}"
-    if options.model is None and section is not None and section.server is not None:
-        from vlm_distill.models.served import ServedAnswers
-        from vlm_distill.training.loading import open_served
+@dataclass(frozen=True)
+class _Answers:
+    """Who answers.
 
-        served, workers = open_served(section, section.server), section.server.workers
+    Attributes:
+        identity: tells this model from others whose answers may be kept.
+        answerer: returns what answers; its argument tells several answers to a question apart.
+        batch_size: questions answered together.
+        max_new_tokens: longer answers are left out.
+        at_once: batches in flight at once, as in ``Asking``.
+    """
 
-        def there(sample: int) -> tuple[Answerer, dict[str, int]]:
-            model = ServedAnswers(served, options.temperature, f"{seed} {sample}")
-            return model, {"batch_size": 1, "at_once": workers}
-
-        return f"{about} served as {served.name}", there
-    model = _load(config, options.model, processes)
-
-    def here(sample: int) -> tuple[Answerer, dict[str, int]]:
-        answerer = _Drawing(model, options.temperature, f"{seed} {sample}") if options.temperature else model
-        return answerer, {"batch_size": options.batch_size}
-
-    return about, here
+    identity: str
+    answerer: Callable[[int], Answerer]
+    batch_size: int
+    max_new_tokens: int
+    at_once: int | None = None
 
 
-def _load(config: RunConfig, name: str | None, processes: Processes) -> VisionLanguageModel:
+def _served(run: Run, options: GenerateOptions) -> _Answers | None:
+    """Return the teacher on its server, if it is there and no other model is named."""
+    section, seed = run.config.teacher, run.config.training.seed
+    if options.model is not None or section is None or section.server is None:
+        return None
+    from vlm_distill.models.served import ServedAnswers
+    from vlm_distill.training.loading import open_served
+
+    served = open_served(section, section.server)
+    return _Answers(
+        f"{_teacher_identity(run.config, section)} served as {served.name}",
+        lambda sample: ServedAnswers(served, options.temperature, f"{seed} {sample}"),
+        batch_size=1,
+        max_new_tokens=options.max_new_tokens,
+        at_once=section.server.workers,
+    )
+
+
+def _local(run: Run, options: GenerateOptions) -> _Answers:
+    """Return the named model or the teacher, loaded here."""
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
-    from vlm_distill.run import Run
 
-    if name is not None:
-        return load_vlm(name, dtype=DTYPES[config.training.dtype]).to(processes.device).eval()
-    teacher = Run(config, processes).uncached.teacher
-    assert teacher is not None
-    assert teacher.model is not None
-    return teacher.model
+    config = run.config
+    assert run.processes is not None
+    model: VisionLanguageModel | None
+    if options.model is not None:
+        name = f"{identity(options.model)} {config.training.dtype}"
+        model = load_vlm(options.model, dtype=DTYPES[config.training.dtype]).to(run.processes.device).eval()
+    else:
+        assert config.teacher is not None
+        name = _teacher_identity(config, config.teacher)
+        teacher = run.uncached.teacher
+        model = None if teacher is None else teacher.model
+    assert model is not None
+    greedy = model
+
+    def answerer(sample: int) -> Answerer:
+        if not options.temperature:
+            return greedy
+        return _Drawing(greedy, options.temperature, f"{config.training.seed} {sample}")
+
+    return _Answers(name, answerer, options.batch_size, options.max_new_tokens)
+
+
+def _teacher_identity(config: RunConfig, section: TeacherSection) -> str:
+    """Return what a teacher's answers depend on. Where it runs is no part of that."""
+    settings = section.model_dump(exclude={"placement", "server"})
+    return f"{identity(section.path) if section.path else ''} {settings} {config.training.dtype}"
+
+
+def _answer_source(answers: _Answers, source: Any, sample: int, run: Run, part: Path) -> None:
+    """Answer all questions of a source once, and keep the answers until those of all sources are there."""
+    assert run.processes is not None
+    ranks = RankShare(run.processes.rank, run.processes.world, run.processes.gather)
+    asking = Asking(
+        batch_size=answers.batch_size,
+        at_once=answers.at_once,
+        max_new_tokens=answers.max_new_tokens,
+        references=False,
+        load=run.load_image,
+    )
+    evaluate(
+        answers.answerer(sample),
+        source,
+        asking,
+        ranks=ranks,
+        folder=AnswerFolder(part.parent, identity={"part": part.stem}),
+        feedback=Feedback(_progress(f"{source.name}, sample {sample + 1}") if ranks.first else None),
+        finish=partial(_write_part, part),
+    )
 
 
 @dataclass(frozen=True)
@@ -190,33 +218,33 @@ class _Drawing:
         return self.model.answer(rows, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
-def _teller(what: str) -> Callable[[int, int], None]:
-    """Tells of every hundredth part, since on a server every question comes by itself."""
-    told = 0.0
+def _progress(title: str) -> Callable[[int, int], None]:
+    """Return a function that prints every percent of progress: a server's questions are answered one by one."""
+    shown = 0.0
 
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if done >= min(total, told + total / 100):
-            told = done
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if done >= min(total, shown + total / 100):
+            shown = done
+            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
-    return tell
+    return show
 
 
 @dataclass
 class _Finished:
-    """A source's answers to one sample of each question, as they wait for the others."""
+    """One answer to each question of a source, kept until those of all sources are there."""
 
     answers: dict[int, str]
     problems: list[Problem]
 
 
 def _write_part(path: Path, predictions: list[Prediction], problems: list[Problem]) -> None:
-    """Writes what ``evaluate`` gives in the end, whole or not at all; answers that are none become problems."""
+    """Write the answers to a file, completely or not at all. Cut and empty answers become problems."""
     answers = {}
     for found in predictions:
         if found.complete and found.answer:
-            # With its thoughts: a student learns all that the teacher wrote.
+            # With its reasoning: a student learns all that the teacher wrote.
             answers[found.index] = found.answer if found.generated is None else found.generated
         else:
             reason = "empty answer" if found.complete else "answer is cut"
@@ -228,24 +256,27 @@ def _write_part(path: Path, predictions: list[Prediction], problems: list[Proble
 
 
 def _read_part(path: Path) -> _Finished:
+    """Read what :func:`_write_part` wrote."""
     content = read_object(path)
     try:
         return _Finished(dict(content["answers"]), [Problem(**fields) for fields in content["problems"]])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: not answers that this command keeps; delete it, and they are drawn again") from None
+        raise UserError(
+            f"{path}: is not a file of this command; delete it, and its questions are answered again"
+        ) from None
 
 
 class _Writer:
-    """The file with everything, made when all of it is there, and the folder beside it for what is there until then.
+    """Writes the file when all answers are there, and keeps them in a folder beside it until then.
 
     Args:
-        options: the command's.
-        sources: the questions.
-        about: what else an answer depends on. What is left of another model's answers, or of those to questions of
-            other lengths or in another order, is not taken for these.
+        options: of the command.
+        sources: of the questions.
+        about: what else an answer depends on. Kept answers of another model, or to questions of other lengths or in
+            another order, are ignored.
     """
 
-    def __init__(self, options: argparse.Namespace, sources: Sequence[Source], about: str) -> None:
+    def __init__(self, options: GenerateOptions, sources: Sequence[Source], about: str) -> None:
         self.out, self.sources, self.samples = options.out, sources, options.samples
         self.folder = self.out.with_name(f"{self.out.name}.unfinished")
         self.images = self.out.with_name(f"{self.out.stem}_images")
@@ -258,7 +289,7 @@ class _Writer:
         return self.folder / f"{self.key}-{number}-{sample}.json"
 
     def finish(self) -> str:
-        """Writes the file and removes the folder; says in a line how it went."""
+        """Write the file and remove the folder. Return one line about the result."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log_path = self.out.with_name(f"{self.out.stem}.problems.jsonl")
         log_path.unlink(missing_ok=True)
@@ -267,18 +298,20 @@ class _Writer:
         with unfinished.open("w", encoding="utf-8") as file:
             for number, source in enumerate(self.sources):
                 parts = [_read_part(self.part(number, sample)) for sample in range(self.samples)]
-                log.add(problem for part in parts for problem in part.problems)
-                for index in sorted({index for part in parts for index in part.answers}):
+                for part in parts:
+                    log.add(part.problems)
+                for index in sorted(set().union(*(part.answers for part in parts))):
                     conversation = source[index]
-                    for answer in (part.answers[index] for part in parts if index in part.answers):
+                    answers = [part.answers[index] for part in parts if index in part.answers]
+                    for answer in answers:
                         file.write(json.dumps(self._record(conversation, answer), ensure_ascii=False) + "\n")
-                        written += 1
+                    written += len(answers)
         unfinished.rename(self.out)
         shutil.rmtree(self.folder)
         return f"{self.out}: {written:,} answers; {log.summary()}"
 
     def _record(self, conversation: Conversation, answer: str) -> dict[str, Any]:
-        """A line of the chat layout: the question with this answer."""
+        """Return a line of the chat layout: the question with this answer."""
         prompt = conversation.prompt()
         kept = {key: value for key, value in conversation.metadata.items() if key != "answers"}
         origin = {"source": conversation.source, "line": conversation.line}
@@ -291,7 +324,7 @@ class _Writer:
         }
 
     def _image(self, image: ImageSource) -> str:
-        """An image's path from the file's folder; those that are no files become some."""
+        """Return an image's path from the file's folder. Write images that are not files yet."""
         if isinstance(image, str):
             return os.path.relpath(image, self.out.parent)
         if isinstance(image, Image.Image):
@@ -306,7 +339,7 @@ class _Writer:
 
 
 def _with_weight(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as files have it: one that is context only has the weight 0."""
+    """Return a message as files have it: with weight 0 if it is not learned."""
     kept = {key: value for key, value in message.items() if key != "supervised"}
     return kept if message.get("supervised", True) else {**kept, "weight": 0}
 

@@ -25,13 +25,15 @@ from vlm_distill.training.open_data import turns
 
 @dataclass
 class _Read:
-    """A row of the data: its sample, if it could be read, and what training would learn from it or why it would not.
+    """A sample with what training would learn from it, or why it would be left out.
 
     Attributes:
         source: the name of its source.
-        line: where it stands there.
-        pairs: both models' rows: one for each piece of a document, or each turn of a conversation that is split.
-        problem: in place of pairs.
+        line: its line there.
+        sample: ``None`` if it could not be read.
+        images: decoded.
+        pairs: the sample for both models: one pair per piece of a document, or per turn of a split conversation.
+        problem: why there are no pairs.
     """
 
     source: str
@@ -43,15 +45,15 @@ class _Read:
 
 
 class Inspection:
-    """The training data of a run and its models' processors; no weight is loaded, and no server asked.
+    """Shows a run's training data as its models receive it. No weight is loaded, and no server is asked.
 
     Args:
-        config: the run. Of a teacher whose outputs are cached or served, what it receives is shown all the same.
+        config: the run. What a teacher receives is shown even if its outputs are cached or come from a server.
 
     Attributes:
-        processors: by ``student`` and, where a loss learns from it, ``teacher``.
-        log: the samples that were left out, of those last looked at.
-        samples: how many these were.
+        processors: the models' processors by ``student`` and, if a loss learns from it, ``teacher``.
+        log: the samples that were left out in the last pass.
+        samples: number of samples in the last pass.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -71,18 +73,18 @@ class Inspection:
         self.collator = Collator(*both, config.data.max_length, turns(config.data), grouped)
 
     def shown(self, count: int) -> list[InspectedSample]:
-        """Return the first ``count`` samples in the order in which training meets them, for people to look at."""
+        """Return the first ``count`` samples in the order of training, for people to look at."""
         return [shown for read in self._first(count) for shown in self._for_people(read)]
 
     def lines(self, count: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield what training would learn, as plain data.
 
         Each has ``source`` and ``line``, and either ``problem`` or what each model receives: ``text`` (the decoded
-        row), ``supervised`` (its supervised stretches, end tokens included), ``ends`` (the end tokens) and ``images``
-        (how many). A long document has one for each piece, a conversation that is split one for each turn.
+        tokens), ``supervised`` (the supervised spans, end tokens included), ``ends`` (the end tokens) and ``images``
+        (their number). A long document yields one per piece, a split conversation one per turn.
 
         Args:
-            count: only the samples that :meth:`shown` shows; ``None``: every sample of every source, in their order.
+            count: only the samples that :meth:`shown` shows; ``None``: every sample of every source, in file order.
         """
         for read in self._every() if count is None else self._first(count):
             place = {"source": read.source, "line": read.line}
@@ -103,7 +105,7 @@ class Inspection:
 
     def _first(self, count: int) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0
-        return (self._read(source, row) for source, row in self.run.first_rows(count))
+        return (self._read(source, row) for source, row in self.run.first_samples(count))
 
     def _every(self) -> Iterator[_Read]:
         self.log, self.samples = ProblemLog(), 0
@@ -125,7 +127,7 @@ class Inspection:
         return read
 
     def _rows(self, pair: Pair) -> list[tuple[str, Processor, Encoded]]:
-        """Both models' rows with their names and processors."""
+        """Return a pair's encodings with the models' names and processors."""
         rows = {"student": pair.student, "teacher": pair.teacher}
         return [(name, p, row) for name, p in self.processors.items() if (row := rows[name]) is not None]
 
@@ -145,7 +147,7 @@ class Inspection:
         return shown
 
     def _whole(self, read: _Read) -> dict[str, InspectedModel]:
-        """A sample as far as the models can take it, whatever training would leave out of it."""
+        """Return a whole sample as far as the models can encode it, whatever training would leave out of it."""
         models: dict[str, InspectedModel] = {}
         try:
             for name, processor in self.processors.items():
@@ -154,11 +156,11 @@ class Inspection:
                 elif read.sample is not None:
                     models[name] = _by_token(processor, processor.encode(read.sample, read.images))
         except BadSample:
-            pass  # it is the problem that is shown
+            pass  # shown as the sample's problem
         return models
 
     def _groups(self, pair: Pair) -> list[tuple[str, str]]:
-        """The tokens of each group in both models, joined by dots."""
+        """Return the tokens of each group in both models, joined by dots."""
         if pair.groups is None:
             return []
         texts = []
@@ -169,6 +171,7 @@ class Inspection:
 
 
 def _by_token(processor: Processor, row: Encoded) -> InspectedModel:
+    """Return an encoding token by token, for people."""
     return InspectedModel(
         pieces=[processor.tokenizer.decode([token]) for token in row.input_ids.tolist()],
         supervised=row.supervised.tolist(),
@@ -178,16 +181,20 @@ def _by_token(processor: Processor, row: Encoded) -> InspectedModel:
 
 
 def _as_learnt(processor: Processor, row: Encoded) -> dict[str, Any]:
+    """Return an encoding as plain data."""
     ids = row.input_ids.tolist()
-    stretches = groupby(range(len(ids)), key=row.supervised.tolist().__getitem__)
+    spans = []
+    for supervised, positions in groupby(range(len(ids)), key=row.supervised.tolist().__getitem__):
+        if supervised:
+            spans.append(_decoded(processor, [ids[position] for position in positions]))
     return {
         "text": _decoded(processor, ids),
-        "supervised": [_decoded(processor, [ids[i] for i in places]) for learnt, places in stretches if learnt],
+        "supervised": spans,
         "ends": [_decoded(processor, [ids[i]]) for i in row.ends.nonzero().flatten().tolist()],
         "images": row.images,
     }
 
 
 def _decoded(processor: Processor, ids: list[int]) -> str:
-    """The text of tokens as the model gets them, special ones and blanks included."""
+    """Return the text of tokens as the model receives them, with special tokens and blanks."""
     return processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

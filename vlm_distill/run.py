@@ -253,7 +253,7 @@ class Run:
         """Optimizer steps of an epoch."""
         return self._mixture(self.config.training.batch_size).steps_per_epoch
 
-    def first_rows(self, count: int) -> list[SampleId]:
+    def first_samples(self, count: int) -> list[SampleId]:
         """Return the first samples that training meets."""
         return self._mixture(count).samples_of(0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -37,7 +38,7 @@ def main(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
-    return guarded(lambda: _train(words, kind, trainer, work))
+    return guarded(partial(_train, words, kind, trainer, work))
 
 
 def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> None:

@@ -1,10 +1,10 @@
-"""Distilling a vision-language model: what the shared loop does with image-text data."""
+"""Trainer: distillation of a vision-language model on image-text data, on the loop that classifiers use too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine, gather_parameters
 from vlm_distill.training.evaluations import Evaluations
 from vlm_distill.training.flops import StepFlops
-from vlm_distill.training.intake import FirstRows
+from vlm_distill.training.intake import FirstSamples
 from vlm_distill.training.loading import trained_parameters, write_student
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.on_policy import OnPolicy, learns_from_drawn
@@ -87,11 +87,12 @@ class Trainer(Loop):
         self.student, self.teacher, self.loss_teacher = parts.student, parts.teacher, parts.loss_teacher
         self.sequence, self.shared_vision, self.features = parts.sequence, parts.shared_vision, parts.teacher_features
 
+        # Find the length of the run.
         self.dataset = parts.dataset
         self.epoch_steps = self.dataset.mixture.steps_per_epoch
         self.steps = config.training.steps or math.ceil((config.training.epochs or 0) * self.epoch_steps)
         warmup = late_warmup("optimizer.warmup", config.optimizer.warmup, max(1, self.steps), "steps")
-        self.told = [*self.evaluations.told, *parts.remarks, *warmup]
+        self.remarks = [*self.evaluations.remarks, *parts.remarks, *warmup]
 
         # Count parameters and operations while the models are whole.
         self.parameters = self._count_parameters()
@@ -101,12 +102,14 @@ class Trainer(Loop):
         self.on_policy = self._open_on_policy()
 
     def _count_parameters(self) -> dict[str, int]:
+        """Return the numbers of parameters."""
         counts = {"student": sum(count_parameters(self.student).values()), "trained": trained_parameters(self.student)}
         if self.teacher is not None and self.teacher.parameters is not None:
             counts["teacher"] = self.teacher.parameters
         return counts
 
     def _step_flops(self) -> StepFlops:
+        """Return the counter of a step's operations."""
         teacher, running = self.loss_teacher, self.parts.running_teacher
         return StepFlops(
             self.student,
@@ -141,21 +144,22 @@ class Trainer(Loop):
         return engine
 
     def _open_on_policy(self) -> OnPolicy | None:
+        """Return what replaces answers in on-policy steps, if the run has any."""
         if self.config.on_policy is None:
             return None
         assert self.loss_teacher is not None
         rest = self.parts.load_image, self.processes, self.steps, self.lower_is_better
         return OnPolicy(self.config, self.dataset, self.student, self.loss_teacher, *rest)
 
-    def train_step(self, step: Step, waited: float) -> tuple[dict[str, Any], int]:
-        with nullcontext() if self.sequence is None else self.sequence.shared():
-            return super().train_step(step, waited)
+    def step_context(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.sequence is None else self.sequence.shared()
 
     def batches(self, start: int, stop: int) -> Iterator[Step]:
         data = self.config.data
         steps = make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
-        # Answers that are still to be drawn cannot be asked about.
-        return steps if self.loss_teacher is None or self.on_policy is not None else self.loss_teacher.prefetch(steps)
+        if self.loss_teacher is None or self.on_policy is not None:  # nothing can be asked of answers not drawn yet
+            return steps
+        return self.loss_teacher.prefetch(steps)
 
     def locate_samples(self, step: Step, number: int) -> str:
         return self.dataset.locate_samples(step.index, number)
@@ -167,26 +171,27 @@ class Trainer(Loop):
     def prepare_step(self, step: Step) -> Step:
         if self.on_policy is None:
             return step
-        taken = self.on_policy.prepare_step(step)
+        prepared = self.on_policy.prepare_step(step)
         if self.loss_teacher is not None:
-            for batch in taken.batches:
+            for batch in prepared.batches:
                 self.loss_teacher.request(batch)
-        return taken
+        return prepared
 
     def local_counts(self, step: Step) -> dict[str, float]:
-        samples = sum(batch.samples for batch in step.batches)
-        sides = [rows for batch in step.batches for rows in (batch.student, batch.teacher) if rows is not None]
+        sides = [batch.student for batch in step.batches]
+        sides += [batch.teacher for batch in step.batches if batch.teacher is not None]
         counts = {
             **step.counts(),
             "tokens": step.tokens,
-            "samples": samples,
-            "filled": sum(rows.tokens for rows in sides),
-            "places": sum(rows.inputs["input_ids"].numel() for rows in sides),
+            "samples": sum(batch.samples for batch in step.batches),
+            "filled": sum(side.tokens for side in sides),
+            "places": sum(side.inputs["input_ids"].numel() for side in sides),
             "flops": sum(self.flops.count(batch) for batch in step.batches),
-            **({} if self.on_policy is None else self.on_policy.counts),
         }
+        if self.on_policy is not None:
+            counts |= self.on_policy.counts
         if self.sequence is not None and self.sequence.rank:
-            return dict.fromkeys(counts, 0)  # the first of those that share the samples counts them
+            return dict.fromkeys(counts, 0)  # the first of the ranks that share samples counts them
         return counts
 
     def term_rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
@@ -223,23 +228,25 @@ class Trainer(Loop):
             self.speed: totals["tokens"] / seconds,
         }
 
-    def mistake_in(self, found: FirstRows) -> str | None:
+    def mistake_in(self, found: FirstSamples) -> str | None:
         section = self.config.student
         trained = {*section.trained_whole, *([] if section.lora is None else section.lora.parts)}
         if found.images or "decoder" in trained or not self.student.processor.has_vision:
             return None
         return (
             f"student.train: only {' and '.join(sorted(trained))} would train, and none of the first {found.tried} "
-            "rows has an image, so that nothing would be learnt; train the decoder too, or use data with images"
+            "samples has an image, so that nothing would be learned; train the decoder too, or use data with images"
         )
 
     def evaluation_mistake(self) -> str | None:
         return self.evaluations.mistake()
 
-    def remarks_on(self, found: FirstRows) -> list[str]:
+    def remarks_on(self, found: FirstSamples) -> list[str]:
         remarks = []
         if not found.images and self.student.processor.has_vision:
-            remarks.append(f"the student has a vision encoder, and none of the first {found.tried} rows has an image")
+            remarks.append(
+                f"the student has a vision encoder, but none of the first {found.tried} samples has an image"
+            )
         together = self.config.data.turns == "together" and not self.student.processor.frame.earlier
         if together and self._several_answers(found.tried):
             remarks.append(
@@ -248,13 +255,13 @@ class Trainer(Loop):
             )
         return remarks
 
-    def _several_answers(self, rows: int) -> bool:
-        """Whether one of the first rows is a conversation of several answers."""
+    def _several_answers(self, count: int) -> bool:
+        """Return whether one of the first samples is a conversation with several answers."""
         mixture = self.dataset.mixture
         first = chain.from_iterable(mixture.samples_of(step) for step in range(self.steps))
-        for source, row in islice(first, rows):
+        for source, row in islice(first, count):
             try:
-                sample = self.sources[source][row]
+                sample = mixture.sources[source][row]
             except BadSample:
                 continue
             if isinstance(sample, Conversation) and sum(map(is_answer, sample.messages)) > 1:
@@ -271,25 +278,29 @@ class Trainer(Loop):
                 f"the {whose} vision encoder does not run in training: {cache.folder} holds features of "
                 f"{len(cache):,} images"
             )
-        checked = None
         if self.loss_teacher is not None and self.loss_teacher.head is not None and done < self.steps:
-            checked = self._teacher_loss(self.loss_teacher)
-        if checked is not None:
-            loss, limit = checked
-            if loss > limit:
-                tracker.warn(
-                    f"the teacher's own loss on the answers is {loss:.2f} nats a token, hardly "
-                    "better than a guess: its chat template, tokenizer or weights do not fit this data; see "
-                    "`vlm-distill inspect`"
-                )
-            else:
-                tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
+            self._check_teacher(self.loss_teacher, tracker)
+
+    def _check_teacher(self, teacher: Teacher, tracker: Tracker) -> None:
+        """Report the teacher's own loss on the first answers. Warn if it is hardly better than a guess."""
+        checked = self._teacher_loss(teacher)
+        if checked is None:
+            return
+        loss, limit = checked
+        if loss > limit:
+            tracker.warn(
+                f"the teacher's own loss on the answers is {loss:.2f} nats a token, hardly "
+                "better than a guess: its chat template, tokenizer or weights do not fit this data; see "
+                "`vlm-distill inspect`"
+            )
+        else:
+            tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
 
     @torch.no_grad()
     def _teacher_loss(self, teacher: Teacher) -> tuple[float, float] | None:
-        """The teacher's cross-entropy on the first samples' answers, and the value above which something is wrong.
+        """Return the teacher's cross-entropy on the first samples' answers, and the value above which it is suspect.
 
-        ``None`` where none of them has an answer to measure it by, or only likeliest tokens are known.
+        ``None`` if none of them has an answer to measure it by, or only the likeliest tokens are known.
         """
         data, pairs = self.config.data, list[Pair]()
         for source, row in self.dataset.mixture.samples_of(0)[:_CHECKED_SAMPLES]:

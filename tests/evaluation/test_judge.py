@@ -130,6 +130,9 @@ class Friend:
         self.prompts += prompts
         return [self.replies.pop(0) for _ in prompts]
 
+    def forget(self, prompts):
+        pass
+
 
 CHOICE = {"question": "Which?", "A": "oak", "B": "a pine", "answer": "B", "prediction": "hm"}
 MATH = {"question": "How many?", "question_type": "free_form", "answer_type": "float", "prediction": "some"}
@@ -196,6 +199,20 @@ def test_an_unreadable_reply_is_asked_for_once_more():
     assert ask_judge(friend, "mmstar", "vlmevalkit", [row]) == 0
     assert row["judge"] == "B"
     assert friend.prompts[1].endswith("Reply with the option's letter and nothing else.")
+
+
+def test_unreadable_replies_are_asked_for_again_by_the_next_command(server, tmp_path):
+    rows = [{**YES, "prediction": "so it seems"}]
+    said = {"choices": [{"message": {"content": "perhaps"}}]}
+    server.content = said
+    assert ask_judge(make(server, tmp_path), "pope", "vlmevalkit", rows) == 1
+    assert ask_judge(make(server, tmp_path), "pope", "vlmevalkit", rows) == 1
+    assert len(server.requests) == 4
+    said["choices"][0]["message"]["content"] = "Yes"
+    for _ in range(2):
+        assert ask_judge(make(server, tmp_path), "pope", "vlmevalkit", rows) == 0
+        assert rows[0]["judge"] == "Yes"
+    assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("scorer", ["pope", "hallusionbench"])

@@ -1,4 +1,4 @@
-"""Stand-ins for what another harness imports and its scorers do not use, so that it need not be installed whole."""
+"""Replace packages that another harness imports but its scorers do not use, so that they need not be installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HARNESSES = ("vlmeval", "lmms_eval")
 
 
 class _Kind(type):
-    """Of classes that can be called, inherited from, subscripted and asked for any attribute."""
+    """Metaclass of classes that can be called, inherited from, subscripted and asked for any attribute."""
 
     def __getattr__(cls, name: str) -> Any:
         return _stand_in(name)
@@ -30,7 +30,7 @@ def _stand_in(name: str) -> Any:
         decorated = len(given) == 1 and callable(given[0]) and not options
         return given[0] if decorated else self
 
-    # An empty text, because some are put into patterns when a module is imported.
+    # An empty text, because some modules put these values into patterns on import.
     new = {"__new__": lambda cls, *given, **options: str.__new__(cls, ""), "__init__": lambda *given, **options: None}
     return _Kind(name, (str,), {**new, "__call__": call})
 
@@ -41,7 +41,7 @@ class _Module(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what nobody else finds, for a harness alone: other packages try imports to see what is missing."""
+    """Finds modules that no other finder knows, for a harness only: other packages probe imports too."""
 
     def __init__(self) -> None:
         self.made: set[str] = set()
@@ -63,7 +63,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _importer() -> str:
-    """Return the package of the module that imports just now."""
+    """Return the package of the module that is importing."""
     frame = sys._getframe(2)
     while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
@@ -71,7 +71,7 @@ def _importer() -> str:
 
 
 def install() -> set[str]:
-    """Begin to stand in; the packages that were stood in for are added to the set."""
+    """Start replacing packages; their names are added to the set."""
     finder = _Finder()
     sys.meta_path.append(finder)
     return finder.made

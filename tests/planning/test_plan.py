@@ -96,7 +96,7 @@ def test_stages_and_placements_stand_beside_each_other(planned):
     assert found["sequences"]["sampled"] > 0
     assert found["bytes_read"] > 0
     assert "GPU-hours" in output
-    assert "MB a rank at micro-batch 2" in output  # 0.00 GB would say nothing
+    assert "MB per rank at micro-batch 2" in output  # 0.00 GB would say nothing
     assert "micro-batch that fits: ≥ 4096" in " ".join(output.split())
 
 
@@ -360,8 +360,8 @@ def test_packed_rows_take_less_time(plans):
 
 def test_a_shared_vision_encoder_runs_once(plans):
     assert plans["once"].flops < 0.9 * plans["frozen"].flops
-    assert "runs once" in plans["once"].told[0]
-    assert not plans["frozen"].told
+    assert "runs once" in plans["once"].remarks[0]
+    assert not plans["frozen"].remarks
 
 
 def test_ranks_that_share_sequences_share_the_decoder_s_activations(plans):

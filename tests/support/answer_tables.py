@@ -37,6 +37,9 @@ class Friend:
         self.prompts += prompts
         return [self.reply for _ in prompts]
 
+    def forget(self, prompts):
+        pass
+
 
 def write(folder, name, header, *rows):
     with (folder / f"{name}.tsv").open("w", newline="") as file:

@@ -106,7 +106,7 @@ def test_a_warmup_longer_than_the_run_is_named(material, processes, capsys):
     told = " ".join(capsys.readouterr().err.split())
     assert "optimizer.warmup: warms up for 50 steps, and the run has 5: its full value is never reached" in told
     trainer = ClassifierTrainer(classifier(material, optimizer__warmup_epochs=20), processes)
-    assert re.match(r"optimizer.warmup_epochs: warms up for 20 epochs, and the run has 2\.5", trainer.told[0])
+    assert re.match(r"optimizer.warmup_epochs: warms up for 20 epochs, and the run has 2\.5", trainer.remarks[0])
 
 
 def test_a_student_larger_than_its_teacher_is_told_of(material, processes, capsys):

@@ -18,7 +18,7 @@ from vision.trainer import Trainer as ClassifierTrainer
 from vlm_distill import train
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.trainer import Trainer
-from vlm_distill.training.intake import FirstRows, Tally
+from vlm_distill.training.intake import FirstSamples, SampleTally
 
 EVERY_ROW = tuple(range(24))
 
@@ -63,7 +63,7 @@ def metrics(folder):
 def test_a_run_without_a_usable_sample_does_not_begin(run, tmp_path, settings, says):
     code, told = run(**settings)
     assert code == 2
-    assert "data.train: none of the first 24 rows can be used: " in told
+    assert "data.train: none of the first 24 samples can be used: " in told
     assert says in told
     assert not (tmp_path / "out" / "student").exists()
 
@@ -82,20 +82,20 @@ def test_images_in_another_folder_are_named_with_the_remedy(run, tmp_path):
 def test_many_bad_rows_are_told_before_the_first_step_and_counted_after_it(run, tmp_path):
     code, told = run(broken=(0, 5, 9, 13))
     assert code == 0
-    assert "warning: 4 of the first 24 rows are left out: not an image (4), as in data, line " in told
-    assert told.index("rows are left out") < told.index("step 1/5")
+    assert "warning: 4 of the first 24 samples are left out: not an image (4), as in data, line " in told
+    assert told.index("samples are left out") < told.index("step 1/5")
     assert re.search(r"left out \d+\.\d%", told)
     line = metrics(tmp_path / "out")[-1]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert line["left_out"] == summary["left_out"] == pytest.approx(round(line["left_out"] * 40) / 40)
     assert 0 < line["left_out"] < 0.4
-    assert f"of 40 rows left out ({line['left_out']:.1%}) over all steps" in told
+    assert f"of 40 samples left out ({line['left_out']:.1%}) over all steps" in told
 
 
 def test_few_bad_rows_need_no_warning(run):
     code, told = run(broken=(0, 5))
     assert code == 0
-    assert "rows are left out:" not in told
+    assert "samples are left out:" not in told
 
 
 def test_a_resumed_run_counts_on(tmp_path, teacher, processes):
@@ -106,7 +106,7 @@ def test_a_resumed_run_counts_on(tmp_path, teacher, processes):
         return Trainer(RunConfig.model_validate(plain), processes)
 
     trainer(0.9).run(2)
-    with pytest.raises(UserError, match=r"of 24 rows left out \(66.7%\), more than 50%") as ended:
+    with pytest.raises(UserError, match=r"of 24 samples left out \(66.7%\), more than 50%") as ended:
         trainer(0.5).run()
     assert "16 samples left out: data: not an image (16)" in str(ended.value)
 
@@ -115,7 +115,7 @@ def test_too_much_left_out_ends_the_run(run, tmp_path):
     code, told = run(broken=tuple(range(18)))
     assert code == 2
     assert "data.max_bad: " in told
-    assert "rows left out (75.0%), more than 50%: 18 samples left out: data: not an image (18)" in told
+    assert "samples left out (75.0%), more than 50%: 18 samples left out: data: not an image (18)" in told
     assert not (tmp_path / "out" / "student").exists()
 
 
@@ -129,8 +129,8 @@ def test_what_nothing_reads_is_named_once_a_source(run, tmp_path):
 
 
 def test_answers_that_cannot_be_compared_are_counted():
-    (said,) = FirstRows(tried=24, apart=30, rows_apart=24).remarks()
-    assert said.startswith("30 tokens in 24 of the first 24 rows are left to cross-entropy: ")
+    (said,) = FirstSamples(tried=24, apart=30, samples_apart=24).remarks()
+    assert said.startswith("30 tokens in 24 of the first 24 samples are left to cross-entropy: ")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_answers_that_cannot_be_compared_are_counted():
     ],
 )
 def test_a_few_bad_rows_at_the_beginning_end_no_run(rows, left_out, epoch, last, ends):
-    assert Tally(rows, left_out).exceeds(0.5, epoch, last=last) is ends
+    assert SampleTally(rows, left_out).exceeds(0.5, epoch, last=last) is ends
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -192,8 +192,12 @@ def states(trainer):
 @pytest.mark.parametrize(
     ("train_parts", "code", "says"),
     [
-        (["projector", "decoder"], 0, "the student has a vision encoder, and none of the first 24 rows has an image"),
-        (["projector"], 2, "student.train: only projector would train, and none of the first 24 rows has an image"),
+        (
+            ["projector", "decoder"],
+            0,
+            "a vision encoder, but none of the first 24 samples has an image",
+        ),
+        (["projector"], 2, "student.train: only projector would train, and none of the first 24 samples has an image"),
     ],
 )
 def test_a_student_that_sees_and_gets_no_image_is_told_of(run, train_parts, code, says):
@@ -207,7 +211,7 @@ def test_a_classifiers_run_without_a_usable_image_does_not_begin(tmp_path, capsy
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(pictures.config(tmp_path / "out", images, None)))
     assert classify.main([str(tmp_path / "run.yaml")]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "data.train: none of the first 60 rows can be used: not an image (60), as in images, line " in told
+    assert "data.train: none of the first 60 samples can be used: not an image (60), as in images, line " in told
 
 
 def test_a_classifiers_empty_step_changes_nothing(tmp_path, processes):
@@ -239,4 +243,4 @@ def test_answers_that_change_later_are_named_where_rows_have_several(template, t
     run.student = SimpleNamespace(processor=chat_templates.processor(template))
     run.dataset = SimpleNamespace(mixture=SimpleNamespace(samples_of=lambda step: [(0, 0)], sources=[[talk]]))
     run.steps = 3
-    assert len(run.remarks_on(FirstRows(tried=1, images=1))) == said
+    assert len(run.remarks_on(FirstSamples(tried=1, images=1))) == said

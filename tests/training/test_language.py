@@ -114,7 +114,7 @@ def test_the_command_measures_the_same(material, run, tmp_path, capsys):
     [
         (["--measures", "bleu"], "no 'bleu'"),
         (["--measures", "kl"], "kl is measured from a --teacher"),
-        (["--format", "text"], "plain text gets no answers"),
+        (["--format", "text"], "plain text has no questions to answer"),
     ],
 )
 def test_mistakes_of_the_command(material, capsys, tmp_path, words, says):

@@ -1,4 +1,4 @@
-"""Evaluation on visual question answering: answers, scores and paired comparisons."""
+"""Ask a model questions, score its answers, and compare models on the same questions."""
 
 from vlm_distill.neighbours import check_neighbours
 

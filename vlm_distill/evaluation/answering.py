@@ -134,8 +134,11 @@ def evaluate(
 
     # Cut batches from all rows, so that the open ones fall into the same batches whatever is kept.
     batches = [rows[i : i + asking.batch_size] for i in range(0, len(rows), asking.batch_size)]
-    open_batches = [[row for row in batch if row not in results] for batch in batches]
-    mine = ranks.deal([batch for batch in open_batches if batch])
+    open_batches = []
+    for batch in batches:
+        if left := [row for row in batch if row not in results]:
+            open_batches.append(left)
+    mine = ranks.deal(open_batches)
     made = _ask_batches(asker, mine, rows, store, len(results), ranks.world, feedback)
 
     # Every rank gets everything.

@@ -1,4 +1,4 @@
-"""A benchmark as an entry: which files, how its questions are put, how long answers are, and who scores them."""
+"""A benchmark's settings: its files, its prompt, the length of answers, and its scorer."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Benchmark(Section):
     """One benchmark.
 
     Attributes:
-        name, aliases: what people call it; capitals and ``-`` or ``_`` do not matter.
-        tsv, huggingface, official, source: the layouts its files come in, looked for in this order.
+        name, aliases: its names; capitals and ``-`` or ``_`` do not matter.
+        tsv, huggingface, official, source: layouts of its files, tried in this order.
         where: column → value or values of the rows that belong to it.
-        prompt: a name or a template (``prompts.ask``), or one for each of the rules.
-        interleave: the rules under which images stand at ``<image k>``.
+        prompt: a name or a template (:func:`~.prompts.ask`), or one for each of the rules.
+        interleave: the rules under which images go where the text says ``<image k>``.
         max_new_tokens: the longest answer in tokens, or one for each of the rules.
-        scorer: name in ``scoring.scorers``; ``scorer_options`` go to it.
-        metric: the main score, as people call it.
+        scorer: a name in ``scoring.scorers``, which is called with ``scorer_options``.
+        metric: the usual name of the main score.
         out_of: the main score of a model that is always right.
-        worth: what each scored ``question``, or each ``group`` of ``Scores.groups``, adds to that score, where it is a
-            sum. Then the scorer takes ``partial``, which scores a part of the benchmark by its own total.
+        worth: if the main score is a sum, what each scored ``question``, or each ``group`` of ``Scores.groups``, adds
+            to it. The scorer must then take ``partial``, which scores a part of the benchmark by its own total.
         groups: columns by which scores are reported.
         together: columns whose equal values mark questions that are scored together: a limit asks all of them or none,
-            and if one has no answer, none of them is scored. In ``index`` the millions do not count: they number
-            circular copies. ``index:4`` means its first four parts, which ``_`` joins.
-        least: questions that such a group has; smaller groups are not scored.
+            and if one has no answer, none of them is scored. The millions of ``index`` do not count, because they
+            number circular copies. ``index:4`` means its first four parts, joined by ``_``.
+        least: the number of questions in such a group; smaller groups are not scored.
     """
 
     name: str
@@ -87,13 +87,13 @@ class Benchmark(Section):
         return self
 
     def layouts(self) -> dict[Format, Tsv | HuggingFace | Official | SourceFile]:
-        """The layouts it has, in the order in which they are looked for."""
+        """Return its layouts, in the order in which they are tried."""
         found = {"tsv": self.tsv, "huggingface": self.huggingface, "official": self.official, "source": self.source}
         return {name: layout for name, layout in found.items() if layout is not None}  # type: ignore[misc]
 
     @property
     def dataset(self) -> str:
-        """The name under which VLMEvalKit looks for predictions."""
+        """The name by which VLMEvalKit looks for predictions."""
         return self.tsv.name if self.tsv else self.name
 
     def prompt_for(self, rules: Rules) -> str:
@@ -105,7 +105,7 @@ class Benchmark(Section):
         return _by_rules(self.max_new_tokens, rules, 128)
 
     def questions(self, table: Table, layout: Layout, rules: Rules = "vlmevalkit") -> BenchmarkQuestions:
-        """An open table as questions put by the rules."""
+        """Return an open table's questions, put by the rules."""
         numbered = any(other.index_answers for other in self.layouts().values())
         return BenchmarkQuestions(
             self.name,
@@ -117,7 +117,7 @@ class Benchmark(Section):
 
 
 def _by_rules(setting: T | dict[Rules, T], rules: Rules, default: T) -> T:
-    """Return a setting under some rules. Official scorers mostly leave it open: then lmms-eval's, or any there is."""
+    """Return a setting under the rules, or if they leave it open, as official scorers mostly do, lmms-eval's."""
     if not isinstance(setting, dict):
         return setting
     order: tuple[Rules, ...] = (rules, "lmms-eval", "vlmevalkit", "official")
@@ -125,14 +125,14 @@ def _by_rules(setting: T | dict[Rules, T], rules: Rules, default: T) -> T:
 
 
 def load_benchmark(path: Path) -> Benchmark:
-    """A benchmark from a YAML file with the fields of :class:`Benchmark`.
+    """Return the benchmark in a YAML file with the fields of :class:`Benchmark`.
 
     Raises:
-        UserError: there is no such file, or what it says is not valid: names the key, and the nearest known one.
+        UserError: the file is missing or invalid; names the wrong key and the nearest known one.
     """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except Exception as error:  # of dates that are none, tags, bytes that are no text, anything
+    except Exception as error:  # impossible dates, tags, bytes that are not text, …
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a benchmark is a mapping with keys such as tsv, prompt and scorer")

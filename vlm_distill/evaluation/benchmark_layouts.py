@@ -1,7 +1,7 @@
-"""Where a benchmark's files stand and how they become a table: VLMEvalKit's TSV, Hugging Face, official JSON, a source.
+"""Layouts of a benchmark's files, each opened as a table: VLMEvalKit's TSV, Hugging Face, official JSON, a source.
 
-Each layout knows which files it needs and where they are published. Its columns keep their names; those that scorers
-and prompts need under another name are given beside them.
+A layout knows which files it needs and where they are published. Columns keep their names; columns that scorers and
+prompts need under another name are added.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from vlm_distill.config.fields import Section
 
 
 class Layout(Section):
-    """What all layouts share.
+    """Settings that all layouts share.
 
     Attributes:
-        columns: further columns, name → the file's own column, or a pattern such as ``{set_id}_{figure_id}``. A column
-            that the file has stays as it is.
-        values: for a column, the file's value → ours.
+        columns: columns to add, name → the file's own column, or a pattern such as ``{set_id}_{figure_id}``. A column
+            that the file already has stays as it is.
+        values: by column, the file's value → ours.
         constants: columns that are the same in all rows.
-        lists: columns that hold the literals of lists, which VLMEvalKit's scorers read themselves and others' do not.
-        index_answers: whether ``answer`` is an option's number from 0 and not its letter.
+        lists: columns that hold lists written as text. VLMEvalKit's scorers parse these themselves, others do not.
+        index_answers: whether ``answer`` is an option's number, from 0, instead of its letter.
     """
 
     columns: dict[str, str] = Field(default={})
@@ -41,12 +41,12 @@ class Layout(Section):
     index_answers: bool = False
 
     def complete(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with the further columns."""
+        """Return a row with the added columns."""
         row |= self.constants
         for name, own in self.columns.items():
             if name in row:
                 continue
-            with suppress(KeyError, TypeError):  # what is lacking is told by the scorer or prompt that needs it
+            with suppress(KeyError, TypeError):  # the scorer or prompt that needs the column reports it
                 row[name] = own.format_map(row) if "{" in own else row[own]
         for name, translated in self.values.items():
             if name in row:
@@ -58,7 +58,7 @@ class Tsv(Layout):
     """VLMEvalKit's ``{name}.tsv``.
 
     Attributes:
-        also: other names under which the same file is found; ``md5`` is not theirs.
+        also: other names of the file; ``md5`` is not checked under these.
         url: where ``{name}.tsv`` is published, ending in a slash.
     """
 
@@ -71,7 +71,7 @@ class Tsv(Layout):
         return f"{self.name}.tsv" + (f" ({self.url}{self.name}.tsv)" if self.url else "")
 
     def open(self, folders: Iterable[Path], images: Path | None) -> Table | None:
-        """The table, or ``None`` where no folder has the file."""
+        """Return the table, or ``None`` if no folder has the file."""
         for path in (folder / f"{name}.tsv" for folder in folders for name in (self.name, *self.also)):
             if path.is_file():
                 return TsvTable(path, images=images, md5=self.md5 if path.stem == self.name else None)
@@ -79,13 +79,13 @@ class Tsv(Layout):
 
 
 class HuggingFace(Layout):
-    """A data set in the layout that lmms-eval reads.
+    """A Hugging Face data set in the layout that lmms-eval reads.
 
     Attributes:
-        paths: its names on the hub, the first one first. A local copy is looked for under ``owner/name`` and ``name``.
+        paths: its names on the hub, tried in order. A local copy is looked for under ``owner/name`` and ``name``.
         images: columns that hold images.
-        pictures: configuration that holds the images (columns ``id`` and ``image``) instead, ``pictures_on`` the
-            question's column with the id.
+        pictures: configuration that holds the images instead (columns ``id`` and ``image``).
+        pictures_on: the questions' column with the image's id.
     """
 
     paths: tuple[str, ...]
@@ -99,7 +99,7 @@ class HuggingFace(Layout):
         return f"the Hugging Face data set {self.paths[0]}"
 
     def open(self, folders: Iterable[Path], images: Path | None) -> Table | None:
-        del images  # they are in the table
+        del images  # the table holds them
         for folder in folders:
             for path in self.paths:
                 for local in (folder / path, folder / path.split("/")[-1]):
@@ -109,10 +109,10 @@ class HuggingFace(Layout):
         return None
 
     def open_hub(self) -> Table:
-        """The data set from the hub, or from the cache of ``datasets``.
+        """Return the data set from the hub, or from the cache of ``datasets``.
 
         Raises:
-            UserError: it cannot be had under any of its names.
+            UserError: it is not available under any of its names.
         """
         for path in self.paths[:-1]:
             try:
@@ -140,7 +140,7 @@ class HuggingFace(Layout):
 
 
 class Join(Section):
-    """A file whose records belong to the questions, found by the column ``by``. (YAML reads a key ``on`` as true.)"""
+    """A file whose records are joined to the questions by the column ``by``. (Not ``on``, which YAML reads as true.)"""
 
     file: str
     by: str
@@ -160,13 +160,13 @@ class Official(Layout):
     """The JSON files that a benchmark's authors publish, and a folder of images.
 
     Attributes:
-        files: the question file, or several by group; ``group`` is the column that then says which.
-        under, key, fields: how records stand in them (:class:`~data.json_tables.Records`).
+        files: the question file, or several by group; the column ``group`` then holds each row's group.
+        under, key, fields: where records are in these files (:class:`~data.json_tables.Records`).
         join: annotations and other records to join.
         only: which ids to keep.
-        required: columns without which a row is no question of the benchmark.
-        image: the image's file name, a pattern of columns.
-        folder: the images' folder beside the files, where it has the published name.
+        required: columns that a row must have to count as a question.
+        image: the image's file name, as a pattern of columns.
+        folder: the published name of the image folder beside the files.
         url: the page that publishes them.
     """
 
@@ -211,7 +211,8 @@ class Official(Layout):
             rows = join_rows(rows, join.by, other, files=(folder / self._names()[0], path))
         if self.only is not None:
             rows = self._chosen(self.only, folder, rows)
-        rows = [row for row in rows if all(row.get(column) is not None for column in self.required)]
+        for column in self.required:
+            rows = [row for row in rows if row.get(column) is not None]
         beside = folder / self.folder
         where = images or (beside if beside.is_dir() else folder)
         return json_table(folder.name, rows, [folder / name for name in self._names()], where, self.image)
@@ -229,7 +230,7 @@ class Official(Layout):
 
 
 class SourceFile(Layout):
-    """Anything that training reads (``docs/data.md``): a path, in the data folder or as it is, or a name on the hub."""
+    """Anything that training reads (``docs/data.md``): a path, perhaps in the data folder, or a name on the hub."""
 
     path: str
     images: str | None = None
@@ -257,19 +258,22 @@ class SourceFile(Layout):
 
 
 def selected(table: Table, where: dict[str, Any]) -> Table:
-    """The rows in which each column of ``where`` that the table has holds the given value, or one of those given."""
-    wanted = {
-        column: {str(value) for value in (values if isinstance(values, list | tuple) else [values])}
-        for column, values in where.items()
-        if column in table.columns
-    }
+    """Return the rows whose columns hold the values in ``where``; columns that the table lacks do not count.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    wanted: dict[str, set[str]] = {}
+    for column, values in where.items():
+        if column in table.columns:
+            wanted[column] = set(map(str, values if isinstance(values, list | tuple) else [values]))
     if not wanted:
         return table
-    rows = [
-        number
-        for number, row in enumerate(table[i] for i in range(len(table)))
-        if all(str(row.get(column)) in values for column, values in wanted.items())
-    ]
+
+    def belongs(row: dict[str, Any]) -> bool:
+        return all(str(row.get(column)) in values for column, values in wanted.items())
+
+    rows = [number for number in range(len(table)) if belongs(table[number])]
     if not rows:
         raise UserError(f"{table.name} has no row with {', '.join(f'{key} {value}' for key, value in where.items())}")
     return Selection(table, rows)

@@ -17,15 +17,15 @@ FOLDER = Path("configs/benchmarks")
 
 
 def data_folder(given: str | Path | None = None) -> Path:
-    """The given folder, or VLMEvalKit's: ``$LMUData``, by default ``~/LMUData``."""
+    """Return the given folder, or else VLMEvalKit's: ``$LMUData``, by default ``~/LMUData``."""
     return Path(given or os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """A benchmark by one of its names, or by a YAML file or its name under ``configs/benchmarks``.
+    """Return a benchmark by one of its names, by the path of a YAML file, or by its name in ``configs/benchmarks``.
 
     Raises:
-        UserError: there is none: names the nearest.
+        UserError: there is none; names the nearest.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -64,19 +64,19 @@ def find_questions(
     format: str | None = None,
     images: Path | None = None,
 ) -> BenchmarkQuestions:
-    """Opens a benchmark's questions.
+    """Open a benchmark's questions.
 
-    Files are looked for in the data folder and in a folder in it with one of the benchmark's names.
+    Files are looked for in the data folder, and in subfolders with one of the benchmark's names.
 
     Args:
         name: a name for :func:`get_benchmark`, or an entry.
         data: the data folder (:func:`data_folder`).
         rules: whose prompts and columns.
-        format: only this layout. With ``huggingface``, what is not in the data folder is taken from the hub.
-        images: the image folder, where it is not where the files' publishers put it.
+        format: use only this layout. With ``huggingface``, data that are not in the data folder come from the hub.
+        images: the image folder, if it is not where the publishers put it.
 
     Raises:
-        UserError: no such benchmark, its files are missing or broken. One line.
+        UserError: there is no such benchmark, or its files are missing or broken.
     """
     entry = get_benchmark(name) if isinstance(name, str) else name
     folder = data_folder(data)

@@ -1,4 +1,4 @@
-"""A benchmark's table as questions that the runner can ask, and as rows that a scorer takes."""
+"""Turn a benchmark's table into questions to ask, and into rows that a scorer takes."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Groups:
 
 
 class BenchmarkQuestions:
-    """Questions (``runner.Questions``) of an open benchmark under one set of rules.
+    """The questions of an open benchmark under one set of rules (a :class:`~.question_source.Questions`).
 
     Args:
-        name: what reports call it.
+        name: shown in reports.
         table: the rows.
-        layout: how the file's columns are named.
+        layout: names the file's columns.
         wording: how the rules put a question.
         groups: which questions are scored together; by default each by itself.
     """
@@ -76,10 +76,11 @@ class BenchmarkQuestions:
         return len(self.table)
 
     def row(self, index: int) -> dict[str, Any]:
-        """The cells of a row for scorers, images left out. ``index`` is the row's place where the file has none.
+        """Return the cells of a row for scorers, without images.
 
-        Multiple choice has its options as columns A to Z and, unless the rules are VLMEvalKit's, as lists as well.
-        Where ``answer`` is the text of an option, ``answer_option`` is its letter.
+        If the file has no ``index``, it is the row's number. Multiple-choice rows have their options as columns A to Z
+        and, unless the rules are VLMEvalKit's, as lists too. If ``answer`` is the text of an option, ``answer_option``
+        is its letter.
         """
         index = range(len(self))[index]
         row = self.layout.complete(self.table[index])
@@ -98,54 +99,54 @@ class BenchmarkQuestions:
         return row
 
     def _as_lists(self, row: dict[str, Any]) -> None:
-        """Columns as lmms-eval's and the official files have them, from VLMEvalKit's."""
+        """Add the columns of lmms-eval's and the official files, made from VLMEvalKit's."""
         for column in self.layout.lists:
             row[column] = as_list(row.get(column)) or row.get(column)
         texts = options(row)
         if texts and "choices" not in row and "options" not in row:
-            # The k-th place is the k-th letter's, also where an option is empty, be it the right one.
+            # The k-th element belongs to the k-th letter, so empty options keep their place, even the right one.
             last = max(*texts, *_as_letter(row.get("answer")))
             row["choices"] = row["options"] = [texts.get(name) for name in string.ascii_uppercase[: ord(last) - 64]]
             row.setdefault("question_type", "multiple-choice")
 
     def rows(self, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
-        """Several rows, by default all."""
+        """Return several rows, by default all."""
         return [self.row(index) for index in (range(len(self)) if indices is None else indices)]
 
     def __getitem__(self, index: int) -> Conversation:
-        """The question as the rules put it. Its metadata are the row and, in ``answers``, the right answers.
+        """Return the question as the rules put it. Its metadata are the row and, in ``answers``, the right answers.
 
         Raises:
-            BadSample: the row's images or places for them are not sound.
+            BadSample: the row's images are broken, or do not match the places for them.
         """
         index = range(len(self))[index]
         row = self.row(index)
         line = self.line(index)
         if self._wording.prompt == "question" and isinstance(self.table, SourceTable):
-            own = self.table.conversation(index).prompt()  # it may have more messages, and images between them
+            own = self.table.conversation(index).prompt()  # it may have several messages, with images between them
             return Conversation(own.messages, own.images, self.name, line, row)
         content, images = parts(ask(self._wording.prompt, row), self.table.images(index), self._wording.interleave)
         metadata = row | {"answers": self._references(row)}
         return Conversation(({"role": "user", "content": content},), images, self.name, line, metadata)
 
     def line(self, index: int) -> int:
-        """The 1-based place of a question in its file, for reports."""
+        """Return the 1-based line of a question in its file, for messages."""
         return self.table.line(range(len(self))[index])
 
     def size(self, index: int) -> int:
-        if isinstance(self.table, SourceTable):  # which has rows that cannot be read
+        if isinstance(self.table, SourceTable):  # may have unreadable rows
             return self.table.source.size(index)
         return len(ask(self._wording.prompt, self.row(index)))
 
     def share(self, limit: int) -> list[int]:
-        """At least ``limit`` questions, evenly spaced, those that are scored together all or none; in order."""
+        """Return at least ``limit`` questions, evenly spaced and in order; of each group all or none."""
         every = self.scored_together()
         members = [group for group in every if len(group) >= self._groups.least] or every
         chosen = evenly_spaced(len(members), math.ceil(limit * len(members) / max(1, len(self))))
         return sorted(index for number in chosen for index in members[number])
 
     def scored_together(self) -> list[list[int]]:
-        """Return the rows in groups that are scored together; a row that is scored by itself is a group of its own."""
+        """Return the rows in groups that are scored together; a row scored by itself is a group of one."""
         groups: dict[Any, list[int]] = {}
         for index in range(len(self)):
             row = self.row(index) if self._groups.columns else {}
@@ -153,7 +154,7 @@ class BenchmarkQuestions:
         return list(groups.values())
 
     def incomplete(self, answered: Iterable[int]) -> set[int]:
-        """Return those of the answered rows that cannot be scored, because others of their group have no answer."""
+        """Return the answered rows that cannot be scored because another of their group has no answer."""
         found = set(answered)
         if not self._groups.columns:
             return set()
@@ -180,12 +181,12 @@ def _group(row: dict[str, Any], column: str) -> str:
 
 
 def _as_letter(answer: Any) -> str:
-    """Return an answer that is a capital letter, and an empty text for any other."""
+    """Return an answer that is a capital letter; for any other answer an empty text."""
     return answer if isinstance(answer, str) and len(answer) == 1 and answer in string.ascii_uppercase else ""
 
 
 def _letter(row: dict[str, Any]) -> str | None:
-    """The letter of the option that ``answer`` numbers, or names already; ``None`` where it is no option."""
+    """Return the letter of the option that ``answer`` numbers or names; ``None`` if it is not an option."""
     answer, choices = str(row.get("answer")), options(row)
     if answer in choices:
         return answer

@@ -1,4 +1,4 @@
-"""A benchmark's result, and the files that hold it: scores.json, scores.csv, predictions."""
+"""A benchmark's result, and the files it is written to: ``scores.json``, ``scores.csv`` and predictions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Result:
 
     Attributes:
         benchmark: its name.
-        metric: what people call the main score.
-        rules: whose.
+        metric: the usual name of the main score.
+        rules: whose rules scored it.
         predictions: with their scores.
-        scores: ``None`` where there are none: the right answers are not published, or ``failure`` says why.
-        skipped: questions that could not be asked, and answers that could not be scored without others of their group.
+        scores: ``None`` if the right answers are not published, or for the reason in ``failure``.
+        skipped: questions that could not be asked, and answers that cannot be scored without the rest of their group.
         out_of: the main score of a model that is always right on these questions.
-        questions: in the benchmark's files.
+        questions: number of questions in the benchmark's files.
         limited: whether a limit left some of them out.
         failure: why there are no scores, in one line.
     """
@@ -51,21 +51,21 @@ class Result:
 
     @property
     def n(self) -> int:
-        """How many answers the scores are of."""
+        """Number of answers that were scored."""
         return len(self.predictions) if self.scores is None else len(self.scores.rows)
 
     @property
     def cut(self) -> int:
-        """How many answers were cut before their end."""
+        """Number of answers that were cut before their end."""
         return sum(not p.complete for p in self.predictions)
 
     @property
     def whole(self) -> bool:
-        """Whether the scores are of all of the benchmark's questions."""
+        """Whether all of the benchmark's questions were scored."""
         return self.scores is not None and not self.limited and not self.skipped
 
     def notes(self) -> list[str]:
-        """Return what to know about the scores, in a few words each; cut answers are counted by themselves."""
+        """Return short remarks on the scores, except on cut answers, which have a column of their own."""
         notes = []
         if self.failure is not None:
             notes.append(f"not scored: {self.failure}")
@@ -78,14 +78,15 @@ class Result:
         if self.scores is not None:
             notes += [f"{count:,} decided by {reason}" for reason, count in self.scores.fallbacks.items() if count]
             if self.scores.judge:
-                notes.append(f"{len(self.scores.judge):,} answers need a judge (--judge)")
+                count = len(self.scores.judge)
+                notes.append(f"{count:,} {'answer needs' if count == 1 else 'answers need'} a judge (--judge)")
         return notes
 
 
 def average(results: Sequence[Result]) -> float | None:
-    """Return the Open VLM Leaderboard's average.
+    """Return the Open VLM Leaderboard's average, defined over eight benchmarks by VLMEvalKit's rules.
 
-    ``None`` unless all of its eight benchmarks are there, each whole and by VLMEvalKit's rules, as it is defined.
+    ``None`` unless all eight are there, each with all of its questions scored by these rules.
     """
     names = LEADERBOARD
     usable = [r for r in results if r.benchmark in names and r.rules == "vlmevalkit" and r.whole]
@@ -93,7 +94,7 @@ def average(results: Sequence[Result]) -> float | None:
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """Return a result without its answers, as ``scores.json`` has it; NaN and infinity become ``None``."""
+    """Return a result without its answers, for ``scores.json``; NaN and infinity become ``None``."""
     plain: dict[str, Any] = {"benchmark": result.benchmark, "rules": result.rules, "n": result.n}
     plain["skipped"] = dict(Counter(problem.reason for problem in result.skipped))
     plain["cut"] = result.cut
@@ -113,7 +114,7 @@ def summary(result: Result) -> dict[str, Any]:
 def write_summary(folder: Path, results: Sequence[Result], failures: Mapping[str, str] | None = None) -> None:
     """Write ``scores.json`` and ``scores.csv`` of several benchmarks.
 
-    ``scores.json`` has the leaderboard's average too, and why other benchmarks could not be used (``failures``).
+    ``scores.json`` also has the leaderboard's average, and why other benchmarks could not be used (``failures``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"benchmarks": [summary(r) for r in results], "average": average(results), "failures": failures or {}}

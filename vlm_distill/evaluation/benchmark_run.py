@@ -1,4 +1,4 @@
-"""Open benchmarks, ask a model their questions, and write scores."""
+"""Open benchmarks, ask a model their questions, and write the scores."""
 
 from __future__ import annotations
 

@@ -24,9 +24,7 @@ from .vlmevalkit_files import read_back
 
 #: Scorers of answers that are yes or no.
 YES_OR_NO = ("pope", "mme", "hallusionbench")
-
-
-# An answer that all rules take, whatever the question.
+# An answer that all rules accept for any question.
 _STAND_IN = "unanswered"
 
 
@@ -38,10 +36,10 @@ def score_answers(
     judge: Judge | None = None,
     skipped: Sequence[Problem] = (),
 ) -> tuple[Result, list[dict[str, Any]]]:
-    """Score answers to a benchmark, and return the result with the answered rows as scorers take them.
+    """Score answers to a benchmark; return the result, and the answered rows as scorers take them.
 
-    A pair or group of questions that are scored together is left out and counted where one of them has no answer.
-    What cannot be scored at all has a result with ``failure``: no answer is lost.
+    If one of several questions that are scored together has no answer, all of them are left out and counted. If
+    nothing can be scored, the result's ``failure`` says why, and no answer is lost.
     """
     rows = answered(questions, predictions)
     broken = questions.incomplete(p.index for p in predictions)
@@ -83,7 +81,7 @@ def score_answers(
 
 
 def best_possible(entry: Benchmark, scores: Scores) -> float:
-    """Return the main score of a model that is always right on the questions that were scored."""
+    """Return the main score that a model would have if it were always right on the scored questions."""
     if "question" in entry.worth:
         return entry.worth["question"] * sum(found is not None for found in scores.rows)
     if "group" in entry.worth:
@@ -92,7 +90,7 @@ def best_possible(entry: Benchmark, scores: Scores) -> float:
 
 
 def answered(questions: BenchmarkQuestions, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Return rows as scorers take them, with the answers to them."""
+    """Return the answered rows as scorers take them."""
     return [questions.row(p.index) | {"prediction": p.answer} for p in predictions]
 
 
@@ -116,10 +114,13 @@ def published(row: dict[str, Any]) -> bool:
 def judged(
     entry: Benchmark, rows: list[dict[str, Any]], rules: str, judge: Judge | None, *, partial: bool = False
 ) -> Scores:
-    """Return the scores of answered rows; a judge fills the column ``judge`` of those that the rules leave to it.
+    """Score answered rows; a judge first fills the column ``judge`` of those that the rules leave to it.
 
-    VLMEvalKit scores what it reads back from its prediction file, where "7" may have become 7.0 and "N/A" empty: so do
-    its rules here. ``partial``: these are not all of the benchmark's rows.
+    VLMEvalKit scores what it reads back from its prediction file, where "7" may have become 7.0 and "N/A" empty. Its
+    rules do the same here.
+
+    Args:
+        partial: whether some of the benchmark's rows are missing.
     """
     settings = _options(entry, partial=partial)
     if rules == "vlmevalkit":
@@ -135,9 +136,9 @@ def judged(
 def check_questions(
     entry: Benchmark, questions: BenchmarkQuestions, rules: str, *, limit: int | None, likelihood: bool
 ) -> None:
-    """Raise ``UserError`` where the files alone show that no answers to them could be scored.
+    """Raise ``UserError`` if the files alone show that answers could not be scored.
 
-    The rows are scored with stand-in answers: hours of answering should not end in a refusal known before.
+    Scores the rows with placeholder answers, so that hours of answering do not end in a refusal that was foreseeable.
     """
     asked = share(questions, limit)
     rows = _readable(questions, asked)
@@ -150,7 +151,7 @@ def check_questions(
 
 
 def check_rules(entry: Benchmark, rules: str) -> None:
-    """Raises ``UserError`` where a benchmark cannot be scored by these rules."""
+    """Raise ``UserError`` if a benchmark cannot be scored by these rules."""
     known = rules_of(entry.scorer)
     if rules not in known:
         raise UserError(f"{entry.name} has no rules {rules!r}; it has {', '.join(known)}")

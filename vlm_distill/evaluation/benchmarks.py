@@ -1,8 +1,7 @@
-"""The benchmarks, each an entry, and how one is found.
+"""The table of benchmarks: the only module that knows a benchmark by name.
 
-The only module that knows a benchmark by name. Names, prompts, md5 sums and places are those of VLMEvalKit (commit
-e8e78f0, ``vlmeval/dataset``) and lmms-eval (commit 75571cf, ``lmms_eval/tasks``), layouts of official files those of
-the benchmarks' own pages.
+Names, prompts, md5 sums and places are those of VLMEvalKit (commit e8e78f0, ``vlmeval/dataset``) and lmms-eval (commit
+75571cf, ``lmms_eval/tasks``); layouts of official files are those of the benchmarks' own pages.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from .benchmark_entry import Benchmark, Rules
 from .benchmark_layouts import HuggingFace, Join, Official, Only, Tsv
 from .scoring.leaderboard import SUITE
 
-#: The Open VLM Leaderboard's names of the benchmarks of its average, by ours.
+#: Our name → the Open VLM Leaderboard's, for the benchmarks of its average.
 LEADERBOARD = dict(
     zip(("mmbench", "mmstar", "mmmu", "mathvista", "ocrbench", "ai2d", "hallusionbench", "mmvet"), SUITE, strict=True)
 )
 
 
-# The entries. The words of a prompt and a column's other name are facts of the score that they lead to.
+# The entries. A score depends on the exact words of its prompt and on which columns are read.
 
 _KIT = "https://opencompass.openxlab.space/utils/VLMEval/"
 _KIT_BENCHMARKS = "https://opencompass.openxlab.space/utils/benchmarks/"
@@ -28,8 +27,8 @@ _MMBENCH: dict[str, Any] = {"url": f"{_KIT_BENCHMARKS}MMBench/", "columns": {"L2
 _CHOICE: dict[Rules, str] = {"vlmevalkit": "options", "lmms-eval": "letter"}
 _CATEGORIES = ("category", "l2-category")
 _VQA: dict[str, Any] = {"prompt": "short", "max_new_tokens": 16}
-# The longest answers, in tokens. VLMEvalKit leaves them to each model class; those of lmms-eval are its tasks' own, and
-# 1,024, which most of its model classes take, where a task names none.
+# The longest answers, in tokens. VLMEvalKit leaves them to each model class. lmms-eval's are its tasks' own; for a task
+# that names none, 1,024, the default of most of its model classes.
 _LETTER_LENGTH: dict[Rules, int] = {"vlmevalkit": 128, "lmms-eval": 16}
 _LONG_LETTER_LENGTH: dict[Rules, int] = {"vlmevalkit": 128, "lmms-eval": 1024}
 _WORD_LENGTH: dict[Rules, int] = {"vlmevalkit": 16, "lmms-eval": 1024, "official": 16}
@@ -42,7 +41,7 @@ def _kit(name: str, md5: str | None, url: str = _KIT, **settings: Any) -> Tsv:
 
 
 def _lmms(name: str, split: str, **settings: Any) -> HuggingFace:
-    """One of lmms-eval's data sets, which the hub has under a new owner; the old one is tried first."""
+    """Return one of lmms-eval's data sets, which has moved to a new owner on the hub; the old one is tried first."""
     return HuggingFace(paths=(f"lmms-lab/{name}", f"lmms-lab-encoder/{name}"), split=split, **settings)
 
 

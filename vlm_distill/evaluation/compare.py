@@ -1,4 +1,4 @@
-"""Is one model better than another on the same questions? A paired interval and McNemar's test."""
+"""Compare models on the same questions: a paired interval and McNemar's test."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Comparison:
     """Two models on the questions that both answered.
 
     Attributes:
-        n, clusters: questions, and pictures they are about (a question without a picture is its own cluster).
+        n, clusters: number of questions, and of pictures (a question without a picture is a cluster of its own).
         mean_a, mean_b, difference: mean scores, and a minus b.
         low, high: 95 % interval of the difference.
-        only_a, only_b: questions on which a scores higher than b, and the other way round.
-        p_mcnemar: two-sided p-value of the exact test; takes questions as independent, as the interval does not.
+        only_a, only_b: questions on which a scores higher than b, and the reverse.
+        p_mcnemar: two-sided p-value of the exact test, which takes questions as independent; the interval does not.
     """
 
     n: int
@@ -46,20 +46,20 @@ def paired(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """Compares two models question by question.
+    """Compare two models question by question.
 
     The interval is the 2.5th to 97.5th percentile of a cluster bootstrap (Efron 1979; clusters as in Davison & Hinkley
     1997, section 3.8): pictures are drawn with replacement, each with all its questions, because questions about one
     picture are not independent. The p-value is McNemar's exact test, a binomial test on the questions where the models
-    differ (where scores lie between 0 and 1: the sign test on who scores higher). Questions that a benchmark's rules
+    differ (for scores between 0 and 1: the sign test on which model scores higher). Questions that a benchmark's rules
     leave out are not compared by ``score``.
 
     Raises:
-        UserError: the two have no question in common, or ask different questions under one number.
+        UserError: the two have no question in common, or have different questions in the same row.
     """
     ours = {(p.source, p.index): p for p in a}
     pairs = [(ours[p.source, p.index], p) for p in b if (p.source, p.index) in ours]
-    pairs = [pair for pair in pairs if all(getattr(p, metric) is not None for p in pair)]
+    pairs = [(x, y) for x, y in pairs if getattr(x, metric) is not None and getattr(y, metric) is not None]
     if not pairs:
         raise UserError("nothing to compare: the two sets of predictions have no question in common")
     for x, y in pairs:
@@ -93,14 +93,14 @@ def paired(
 
 
 def compare_all(paths: Sequence[Path], metric: str | None = None) -> list[tuple[str, Comparison | float]]:
-    """Every model's comparison with the first one, for which its mean score stands.
+    """Compare each model with the first one; the first entry is that model's own mean score.
 
     Args:
         paths: ``predictions.jsonl``, or folders of evaluations or runs (:func:`find_predictions`); at least two.
-        metric: ``exact``, ``soft`` or ``score``; by default ``score`` where every answer has one, else ``exact``.
+        metric: ``exact``, ``soft`` or ``score``; by default ``score`` if every model has scores, else ``exact``.
 
     Raises:
-        UserError: fewer than two, one without predictions, or as in :func:`paired`.
+        UserError: there are fewer than two, one has no predictions, or as in :func:`paired`.
     """
     if len(paths) < 2:
         raise UserError("compare: name two or more sets of predictions")
@@ -120,10 +120,10 @@ def compare_all(paths: Sequence[Path], metric: str | None = None) -> list[tuple[
 
 
 def find_predictions(path: Path) -> list[Prediction]:
-    """The predictions in a file, below an evaluation's folder, or of a run's student.
+    """Return the predictions in a file, below an evaluation's folder, or of a run's student.
 
     Raises:
-        UserError: there are none, or one question is there twice.
+        UserError: there are none, or a question occurs twice.
     """
     if path.is_file():
         return read_predictions(path)
@@ -138,21 +138,21 @@ def find_predictions(path: Path) -> list[Prediction]:
 
 
 def _bootstrap(totals: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means ``[resamples]`` over clusters drawn with replacement.
+    """Return means ``[resamples]`` over clusters drawn with replacement.
 
-    Clusters with the same total and count are interchangeable and there are few such kinds, so it is the kinds' numbers
-    that are drawn (multinomial): the same distribution, in time that hardly depends on the number of questions.
+    Clusters with the same total and count are interchangeable, and there are few such kinds. So the number of clusters
+    of each kind is drawn (multinomial): the same distribution, in time that hardly depends on the number of questions.
     """
     kinds, numbers = np.unique(np.stack([totals.round(9), counts], axis=1), axis=0, return_counts=True)
     means = []
-    for start in range(0, resamples, 1000):  # in parts, to bound the memory
+    for start in range(0, resamples, 1000):  # in parts, to bound memory
         drawn = rng.multinomial(len(totals), numbers / numbers.sum(), size=min(1000, resamples - start))
         means.append((drawn @ kinds[:, 0]) / (drawn @ kinds[:, 1]))
     return np.concatenate(means)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p-value of McNemar's test (1947): 2·P(X ≤ min), X ~ Binomial(only_a + only_b, ½), at most 1."""
+    """Return McNemar's two-sided exact p-value (1947): 2·P(X ≤ min), X ~ Binomial(only_a + only_b, ½), at most 1."""
     n, least = only_a + only_b, min(only_a, only_b)
     log = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(least + 1)]
     return min(1.0, 2 * math.fsum(math.exp(x - n * math.log(2)) for x in log))

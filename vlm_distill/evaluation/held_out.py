@@ -1,4 +1,4 @@
-"""How well a model predicts held-out answers and texts: perplexity, and its KL from a teacher."""
+"""Measure how well a model predicts held-out answers and texts: perplexity, and KL from a teacher."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .question_source import share
 from .rank_share import RankShare
 from .source_scores import in_words, notes_on
 
-#: Measures that need answers; the others need one forward.
+#: Measures that need generated answers; the others need one forward pass.
 OF_ANSWERS = {"exact", "rouge_l"}
 
 
 class Samples(Protocol):
-    """What is needed of a data source."""
+    """What measuring needs of a data source (``data.sources.Source`` is one)."""
 
     @property
     def name(self) -> str: ...
@@ -47,10 +47,10 @@ class HeldOut:
     """Means over supervised tokens.
 
     Attributes:
-        n, tokens: samples, and supervised tokens in them.
-        perplexity: exp of the mean cross-entropy; ``None`` where there is no token.
-        kl: mean KL(teacher‖model) in nats a token, over the distilled tokens; ``None`` without a teacher.
-        skipped: numbers of samples left out, by reason.
+        n, tokens: number of samples, and of supervised tokens in them.
+        perplexity: exp of the mean cross-entropy; ``None`` without tokens.
+        kl: mean KL(teacher‖model) in nats per distilled token; ``None`` without a teacher.
+        skipped: number of samples left out, by reason.
     """
 
     n: int
@@ -60,7 +60,7 @@ class HeldOut:
     skipped: dict[str, int]
 
     def values(self, measures: Sequence[str]) -> dict[str, Any]:
-        """``tokens`` and those of the measures that are known, by name."""
+        """Return ``tokens``, and those of ``measures`` that were measured, by name."""
         values = {name: value for name, value in asdict(self).items() if name in measures and value is not None}
         return {**values, "tokens": self.tokens}
 
@@ -173,7 +173,7 @@ def _read_pairs(
 
 
 def add_to_scores(folder: Path, measures: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Writes what was measured into ``scores.json``, beside what stands there of answers where there were any."""
+    """Add what was measured to ``scores.json``, which already holds the scores of answers if there were any."""
     path = folder / "scores.json"
     answered = OF_ANSWERS & set(measures) and path.is_file()
     scores = json.loads(path.read_text("utf-8")) if answered else {}
@@ -183,7 +183,7 @@ def add_to_scores(folder: Path, measures: Sequence[str], values: Mapping[str, An
 
 
 def measured_in_words(values: Mapping[str, Any]) -> str:
-    """What was measured on a source, for a person."""
+    """Return what was measured on a source in words."""
     words = [in_words(values)] if "exact" in values else []
     if "rouge_l" in values:
         words.append(f"ROUGE-L {values['rouge_l']:.2%} on {values['n']:,} samples")
@@ -191,6 +191,6 @@ def measured_in_words(values: Mapping[str, Any]) -> str:
         words.append(f"perplexity {values['perplexity']:.4g}")
     if "kl" in values:
         words.append(f"KL {values['kl']:.4f} nats a token")
-    if "exact" not in values:  # which says it already
+    if "exact" not in values:  # in_words includes the notes
         words += notes_on(values)
     return ", ".join(words) if values["n"] else "nothing could be read"

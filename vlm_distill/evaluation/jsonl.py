@@ -1,4 +1,4 @@
-"""JSON a line, added as it comes and read after a kill."""
+"""Append-only JSON lines that can be read after the writer was killed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def append(path: Path, entry: Any) -> None:
-    """Adds a line, and the folder if need be."""
+    """Append a line; create the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        # The line break comes first, so that a line which a kill cut short spoils no other.
+        # The line break comes first, so that a line cut short by a kill does not damage the next one.
         file.write("\n" + json.dumps(entry, ensure_ascii=False))
 
 
 def entries(path: Path) -> Iterator[Any]:
-    """What the lines hold; those that are empty, cut short or damaged are passed over."""
-    for line in path.read_bytes().split(b"\n"):  # texts hold other line breaks
+    """Yield the lines' values; skip lines that are empty, cut short or damaged."""
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: texts hold other line breaks
         try:
             yield json.loads(line.decode())
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A language model that judges answers: any OpenAI-compatible endpoint, asked once for each prompt."""
+"""Let a language model judge answers: any OpenAI-compatible endpoint, asked once per prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .scoring.multiple_choice_vlmevalkit import closed
 from .scoring.scores import Row
 
 KEY_VARIABLE = "JUDGE_API_KEY"
-#: What ``Scores.fallbacks`` calls the rows about which no reply of a judge could be read.
+#: The reason in ``Scores.fallbacks`` for rows without a readable reply.
 UNREADABLE = "an unreadable reply of the judge"
 _LARGEST_REPLY = 4 * 2**20
 _LONGEST_VALUE = 200
@@ -44,18 +44,18 @@ class Patience:
 
 
 class Judge:
-    """Replies to prompts, at temperature 0.
+    """Asks a model for replies, at temperature 0, and keeps them.
 
     Args:
-        url: the endpoint's base, as in ``http://localhost:8000/v1``.
+        url: base address of the endpoint, such as ``http://localhost:8000/v1``.
         model: the model's name there.
-        cache: a JSONL file; a prompt that it holds a reply to is never sent again.
+        cache: a JSONL file of replies; a prompt that has one is not sent again.
         requests_per_minute: the most that are sent, retries included.
         workers: requests in flight at once.
         patience: how long to wait for a reply, and how often to try.
         progress: called with (replies, prompts in all) after each reply.
 
-    The key, if the endpoint wants one, is read from the environment variable ``JUDGE_API_KEY``.
+    An API key is read from the environment variable ``JUDGE_API_KEY``.
     """
 
     def __init__(
@@ -88,13 +88,16 @@ class Judge:
         self._replies: dict[str, str] = {}
         for entry in kept:
             if isinstance(entry, dict) and isinstance(key := entry.get("key"), str):
-                self._replies[key] = str(entry.get("reply"))
+                if entry.get("reply") is None:  # forgotten
+                    self._replies.pop(key, None)
+                else:
+                    self._replies[key] = str(entry["reply"])
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
-        """The replies, in the order of the prompts; equal prompts are sent once.
+        """Return the replies in the order of the prompts; equal prompts are sent once.
 
         Raises:
-            UserError: the endpoint refuses, or does not answer after all retries. Replies until then are in the cache.
+            UserError: the endpoint refuses, or all retries failed. Replies received so far are in the cache.
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if self._key(prompt) not in self._replies]
         with ThreadPoolExecutor(self.workers) as pool:
@@ -109,6 +112,13 @@ class Judge:
                     future.cancel()
                 raise
         return [self._replies[self._key(prompt)] for prompt in prompts]
+
+    def forget(self, prompts: Sequence[str]) -> None:
+        """Drop the replies to these prompts from the cache, so that the next command asks again."""
+        for prompt in prompts:
+            key = self._key(prompt)
+            if self._replies.pop(key, None) is not None:
+                jsonl.append(self.cache, {"key": key, "model": self.model, "prompt": prompt, "reply": None})
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(f"{self.model}\0{prompt}".encode()).hexdigest()
@@ -134,7 +144,7 @@ class Judge:
 
 
 def _content(reply: Any) -> str:
-    """Return a reply's text; an empty one where it was cut, since a cut number looks like another one."""
+    """Return a reply's text; empty if it was cut, because a number cut short looks like another number."""
     choice = reply["choices"][0]
     content = choice["message"]["content"]
     if content is None or choice.get("finish_reason") == "length":
@@ -151,8 +161,8 @@ class _Task:
     Attributes:
         prompt: a template with a row's columns.
         form: completes "Reply with …".
-        read: takes the verdict out of a reply without its reasoning; ``None`` where the reply has another form.
-        unreadable: what the scorer gets where no reply could be read.
+        read: returns the verdict in a reply whose reasoning was removed; ``None`` if the reply has another form.
+        unreadable: the verdict if no reply could be read.
     """
 
     prompt: str
@@ -162,7 +172,7 @@ class _Task:
 
 
 def _letter(reply: str, row: Row) -> str | None:
-    """Return the letter of a reply such as "B", "(b)" or "B. Paris"."""
+    """Return the letter in a reply such as "B", "(b)" or "B. Paris"."""
     found = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?(?:\s+(.+))?", reply)
     if found is None:
         return None
@@ -174,7 +184,7 @@ def _letter(reply: str, row: Row) -> str | None:
 
 
 def _value(reply: str, row: Row) -> str | None:
-    """Return a value of the type that a row of MathVista wants."""
+    """Return a reply that is a value of the type that a row of MathVista asks for."""
     if not reply or "\n" in reply or len(reply) > _LONGEST_VALUE:
         return None
     if row["question_type"] == "multi_choice":
@@ -193,7 +203,7 @@ def _grade(reply: str, row: Row) -> str | None:
 
 
 def _one_of(*words: str) -> Callable[[str, Row], str | None]:
-    """Read a reply that is one of a few words, in whatever capitals."""
+    """Return a reader of replies that are one of these words, in any case."""
     return lambda reply, row: next((word for word in words if word.lower() == reply.lower()), None)
 
 
@@ -250,18 +260,18 @@ _TASKS = {"mmvet": _RATE, "mathvista": _EXTRACT, "pope": _YES_OR_NO, "mme": _YES
 
 
 def ask_judge(judge: Judge, scorer: str, rules: str, rows: Sequence[dict[str, Any]]) -> int:
-    """Fill the column ``judge`` of a benchmark's rows, as the scorer takes it.
+    """Fill the column ``judge`` of a benchmark's rows.
 
-    A reply is read without the reasoning before it and must have the form that the prompt asks for. Where it has
-    another, the judge is asked once more, with a reminder of the form.
+    A reply is read without the reasoning before it and must have the form that the prompt asks for. If it has another
+    form, the judge is asked once more with a reminder. Replies that remain unreadable are not kept.
 
     Args:
-        judge: see above.
-        scorer, rules: who left the rows to a judge.
-        rows: with ``question``, ``prediction`` and what else the prompt names.
+        judge: who is asked.
+        scorer, rules: decide what is asked.
+        rows: with ``question``, ``prediction`` and the other columns that the prompt names.
 
     Returns:
-        The number of rows that have no readable reply.
+        The number of rows without a readable reply.
     """
     task = _TASKS.get(scorer, _CHOOSE)
     if scorer == "hallusionbench":
@@ -270,9 +280,11 @@ def ask_judge(judge: Judge, scorer: str, rules: str, rows: Sequence[dict[str, An
     prompts = [_prompt(task, row) for row in shown]
     read = [_read(task, reply, row) for reply, row in zip(judge.ask(prompts), shown, strict=True)]
     again = [i for i, verdict in enumerate(read) if verdict is None]
-    replies = judge.ask([f"{prompts[i]}\n\nReply with {task.form} and nothing else." for i in again])
-    for i, reply in zip(again, replies, strict=True):
+    reminders = [f"{prompts[i]}\n\nReply with {task.form} and nothing else." for i in again]
+    for i, reply in zip(again, judge.ask(reminders), strict=True):
         read[i] = _read(task, reply, shown[i])
+    unread = [place for place, i in enumerate(again) if read[i] is None]
+    judge.forget([*(prompts[again[place]] for place in unread), *(reminders[place] for place in unread)])
     for row, verdict in zip(rows, read, strict=True):
         row["judge"] = task.unreadable if verdict is None else verdict
     return read.count(None)
@@ -289,5 +301,5 @@ def _read(task: _Task, reply: str, row: Row) -> str | None:
 
 
 def _bare(text: str) -> str:
-    """Return a text without Markdown's marks, quotation marks and a full stop around it."""
+    """Return a text without surrounding Markdown marks, quotation marks and a full stop."""
     return text.strip(" \t\r\n*_`\"'").removesuffix(".").strip(" \t\r\n*_`\"'")

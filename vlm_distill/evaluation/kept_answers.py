@@ -1,4 +1,4 @@
-"""Keep answers by what was asked, so that an interrupted evaluation resumes with the questions that are still open."""
+"""Keep answers on disk by what was asked, so that an evaluation resumes with the questions that are still open."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from data.conversation import Conversation, ImageSource
 from . import jsonl
 from .prompts import options
 
-#: Files in an evaluation's folder: the answers; how they were asked; answers of an unfinished evaluation, by rank.
+#: In an evaluation's folder: the answers, how they were asked, and each rank's answers while it is unfinished.
 PREDICTIONS, ASKED, UNFINISHED = "predictions.jsonl", "asked.json", "unfinished"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An answer as the model gave it.
+    """An answer, as the model gave it.
 
     Attributes:
-        index: row in the source when it was asked, from 0.
+        index: row in the source at that time, from 0.
         asked: digest of the question (:func:`question_digest`).
-        text: the whole answer, thoughts included.
-        probability, complete: as in ``runner.Prediction``.
+        text: the whole answer, reasoning included.
+        probability, complete: as in :class:`~.predictions.Prediction`.
     """
 
     index: int
@@ -90,12 +90,12 @@ class AnswerStore:
             lines += [line for line in entries if isinstance(line, dict) and line.get("by") == self.key]
         found = []
         for line in lines:
-            with suppress(ValueError):  # damaged: the question is asked again
+            with suppress(ValueError):  # a damaged line: its question is asked again
                 found.append(kept_answer(line))
         return found
 
     def unusable(self) -> set[int]:
-        """Return the rows that could not be asked. They may be usable by now."""
+        """Return the rows that could not be asked. By now they may be readable."""
         found = [index for entry in self._journals() for index in entry["unusable"]]
         return {*found, *unusable_rows(read_asked(self.folder))}
 
@@ -104,12 +104,12 @@ class AnswerStore:
             yield from (entry for entry in jsonl.entries(path) if isinstance(entry, dict))
 
     def add(self, answers: Sequence[Kept], unusable: Sequence[int]) -> None:
-        """Write a batch's answers, and the rows of the batch that could not be asked."""
+        """Append a batch's answers, and the rows of the batch that could not be asked."""
         entry = {"answers": [*map(asdict, answers)], "unusable": list(unusable)}
         jsonl.append(self.folder / UNFINISHED / f"{self.key}-{self.rank}.jsonl", entry)
 
     def set_aside(self, answers: Sequence[Kept]) -> None:
-        """Keep answers that ``predictions.jsonl`` will not hold: those to questions that a limit leaves out now."""
+        """Keep answers that ``predictions.jsonl`` will not hold, because a limit now leaves their questions out."""
         path = self._aside()
         if not answers:
             path.unlink(missing_ok=True)
@@ -123,11 +123,9 @@ class AnswerStore:
         return self.folder / UNFINISHED / f"{self.key}-aside.jsonl"
 
     def finish(self, about: Mapping[str, Any] | None, unusable: Sequence[int]) -> None:
-        """Remove the files of the unfinished evaluation, on one rank: the answers are in ``predictions.jsonl`` by now.
+        """Write ``asked.json`` if there is ``about``, and remove the journals; called on one rank.
 
-        Those that were set aside stay.
-
-        Where there is ``about``, write how the questions were asked.
+        The answers are in ``predictions.jsonl`` by now. Those that were set aside stay.
         """
         if about is not None:
             write_asked(self.folder, {**about, "settings": self.settings, "unusable": sorted(unusable)})
@@ -139,7 +137,7 @@ class AnswerStore:
 
 
 def kept_answer(line: Any) -> Kept:
-    """Return the answer in a line of ``predictions.jsonl`` or of a journal.
+    """Return the answer in a line of ``predictions.jsonl`` or a journal.
 
     Raises:
         ValueError: the line is damaged.
@@ -158,7 +156,7 @@ def kept_answer(line: Any) -> Kept:
 
 
 def unusable_rows(about: Mapping[str, Any]) -> list[int]:
-    """Return the rows that could not be asked, as ``asked.json`` has them."""
+    """Return the rows that could not be asked, from the content of ``asked.json``."""
     rows = about.get("unusable")
     return [row for row in rows if type(row) is int and row >= 0] if isinstance(rows, list) else []
 
@@ -166,20 +164,21 @@ def unusable_rows(about: Mapping[str, Any]) -> list[int]:
 def matched(kept: Sequence[Kept], rows: Sequence[int], digest: Callable[[int], str | None]) -> dict[int, Kept]:
     """Return the kept answers to a source's rows.
 
-    A row takes the answer to the same question at the same place, else at a place where another question stands now:
-    where rows were inserted or removed, only the new ones are asked.
+    A row takes the answer to the same question at the same place, or else at a place that now holds another question.
+    So if rows were inserted or removed, only the new ones are asked.
 
     Args:
         kept: answers to earlier questions.
         rows: of the source.
-        digest: of the question that a row asks now; ``None`` where there is none.
+        digest: returns the digest of the question that a row asks now; ``None`` if it asks none.
     """
     kept = [answer for answer in kept if answer.asked]
-    current = {row: digest(row) for row in {answer.index for answer in kept}}
+    places = {answer.index for answer in kept}
+    current = {row: digest(row) for row in places}
     here = {answer.index: answer for answer in kept if current[answer.index] == answer.asked}
     moved = {answer.asked: answer for answer in kept if current[answer.index] != answer.asked}
     found = {row: here[row] for row in rows if row in here}
-    # Reading every row takes time: only where there is an answer to a question that stands elsewhere now.
+    # Reading every row takes time, so do it only if some answer's question has moved.
     for row in rows if moved else ():
         asked = current[row] if row in current else digest(row)
         if row not in found and asked in moved:
@@ -188,9 +187,9 @@ def matched(kept: Sequence[Kept], rows: Sequence[int], digest: Callable[[int], s
 
 
 def question_digest(conversation: Conversation) -> str:
-    """Return what tells a question as asked from every other one: the prompt's text, options, and the images' content.
+    """Return a digest of a question as asked: the prompt's text, the options, and the content of the images.
 
-    Right answers are no part of it. An image that cannot be read counts by its name.
+    Right answers are not part of it. An image that cannot be read counts by its name.
     """
     prompt = conversation.prompt()
     digest = hashlib.sha256(_json([prompt.messages, prompt.tools, options(conversation.metadata)]))
@@ -209,7 +208,7 @@ def _image_digest(image: ImageSource) -> bytes:
         if path.is_file():
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").digest()
-    except (OSError, ValueError):  # names that no file can have, files that may not be read
+    except (OSError, ValueError):  # an impossible file name, or a file without read permission
         pass
     return hashlib.sha256(image.encode(errors="surrogatepass")).digest()
 
@@ -224,7 +223,7 @@ def _json(value: Any) -> bytes:
 
 
 def read_asked(folder: Path) -> dict[str, Any]:
-    """Return what ``asked.json`` says, nothing where there is none or it was damaged."""
+    """Return the content of ``asked.json``; an empty dict if it is missing or damaged."""
     path = folder / ASKED
     try:
         found = json.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Say in one line what was left out, and why."""
+"""Describe in one line which samples were left out, and why."""
 
 from __future__ import annotations
 

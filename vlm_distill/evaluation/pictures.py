@@ -1,4 +1,4 @@
-"""Small copies of pictures that are no files of their own, for pages about the answers to them."""
+"""Write small copies of pictures that exist only inside the data, for reports that show them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from data.errors import BadSample
 from .predictions import Prediction
 from .question_source import evenly_spaced
 
-#: Pictures that are kept at most: some 10 kB each.
+#: The most pictures that are kept, at some 10 kB each.
 _MOST = 200
 _LARGEST = 224
-# Up to this size every pixel counts, and is kept as it is.
+# Pictures up to this size are kept losslessly: every pixel counts.
 _TINY = 96
 _HASHED = "sha256:"
 
@@ -28,12 +28,13 @@ def write_pictures(
     picture: Callable[[int], ImageSource],
     load: Callable[[ImageSource], Image.Image],
 ) -> None:
-    """Writes the pictures of up to 200 evenly spaced questions whose data hold bytes, named by their hashes.
+    """Write the pictures of up to 200 evenly spaced questions whose data hold bytes, named by their hashes.
 
-    They are the same for every model that was asked the same questions; those that are there stay.
+    The choice is the same for every model that was asked the same questions. Existing files are left as they are.
 
     Args:
-        picture: that of a row of the source; may raise ``BadSample``.
+        picture: returns the picture of a row of the source; may raise ``BadSample``.
+        load: decodes it.
     """
     for position in evenly_spaced(len(predictions), _MOST):
         asked = predictions[position]
@@ -49,7 +50,7 @@ def write_pictures(
 
 
 def find_picture(image: str | None, folders: Sequence[Path]) -> Path | None:
-    """The file of a prediction's ``image``: its own, or a copy in one of the folders."""
+    """Return the file of a prediction's ``image``: its own, or a copy in one of the folders."""
     if image is None:
         return None
     if not image.startswith(_HASHED):

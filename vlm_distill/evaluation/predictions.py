@@ -1,4 +1,4 @@
-"""A prediction (one question, answered and scored), and `predictions.jsonl`: written and read."""
+"""One answered and scored question, and ``predictions.jsonl``, the file that holds them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Prediction:
 
     Attributes:
         index: row in the source, from 0.
-        source, line: where the question stands, for a person.
+        source, line: the question's place in the data, for messages.
         question, references: the last user text and the right answers.
-        answer: the model's answer without thoughts; empty where a thought never ended.
-        probability: the model's own, of the whole answer with its end token: exp of the summed log-probabilities.
-        exact, soft: scores in 0…1; 0 where there is no right answer to compare with.
+        answer: the model's answer without its reasoning; empty if the reasoning never ended.
+        probability: the model's probability of its whole answer, end token included.
+        exact, soft: scores in 0…1; 0 if there is no right answer to compare with.
         question_type: the data's own class of the question, or ``None``.
-        image: path of the first image; ``sha256:…`` where the data hold bytes; ``None`` without an image. Questions
-            with equal values are about one picture.
-        score: by a benchmark's rules, 0…1; ``None`` without such rules, or where they leave the question out.
-        complete: whether the answer, and any thought in it, came to its end before the longest that was allowed.
-        generated: all that the model wrote, where it wrote thoughts: ``answer`` is what is left without them.
-        asked: digest of the question (``kept.question_digest``), empty where answers are not kept.
+        image: path of the first image; ``sha256:…`` if the data hold bytes; ``None`` without an image. Questions with
+            equal values are about the same picture.
+        score: by a benchmark's rules, 0…1; ``None`` without such rules, or if they leave the question out.
+        complete: whether the answer, and any reasoning in it, ended within the allowed length.
+        generated: the whole text, if it includes reasoning; ``answer`` is what remains without it.
+        asked: digest of the question (:func:`~.kept_answers.question_digest`); empty if answers are not kept.
         by: digest of the model and the settings that gave the answer.
     """
 
@@ -59,7 +59,11 @@ class Prediction:
 def score_answer(
     index: int, conversation: Conversation, text: str, probability: float, complete: bool = True, asked: str = ""
 ) -> Prediction:
-    """Return a scored answer; ``text`` is all that the model wrote, of which thoughts are not scored."""
+    """Return a scored answer.
+
+    Args:
+        text: everything the model wrote; its reasoning is not scored.
+    """
     kind = conversation.metadata.get("question_type")
     references = conversation.references
     answer, thought_ended = split_thought(text)
@@ -82,12 +86,12 @@ def score_answer(
 
 
 def score_kept(index: int, conversation: Conversation, answer: Kept) -> Prediction:
-    """Return a kept answer, scored by the right answers as they are now."""
+    """Return a kept answer, scored against the current right answers."""
     return score_answer(index, conversation, answer.text, answer.probability, answer.complete, answer.asked)
 
 
 def image_key(image: ImageSource) -> str:
-    """What :class:`Prediction` knows an image by: its path, or ``sha256:…`` of its bytes."""
+    """Return what identifies an image in :class:`Prediction`: its path, or ``sha256:…`` of its bytes."""
     if isinstance(image, str):
         return image
     content = image if isinstance(image, bytes) else image.tobytes()
@@ -95,14 +99,18 @@ def image_key(image: ImageSource) -> str:
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write one :class:`Prediction` a line, all of them or none: a file that is there may hold kept answers."""
+    """Write one :class:`Prediction` per line. Replaces the file in one step, because it may hold kept answers."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions), "utf-8")
     unfinished.replace(path)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The predictions in a file that :func:`write_predictions` wrote."""
+    """Return the predictions in a file that :func:`write_predictions` wrote.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     predictions = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -116,7 +124,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _prediction(line: Any) -> Prediction:
-    """Return the prediction in a line; raises ``ValueError`` or ``TypeError`` where it is none."""
+    """Return the prediction in a line; raise ``ValueError`` or ``TypeError`` if it holds none."""
     kept_answer(line)
     found = Prediction(**line)
     numbers, text = (int, float), (str, type(None))

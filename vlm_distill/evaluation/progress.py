@@ -1,4 +1,4 @@
-"""Show how far long work is, on standard error."""
+"""Print the progress of long work to standard error."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 
 def progress_line(what: str, every: float = 10.0) -> Callable[[int, int], None]:
-    """Return a function that takes (done, total) and prints them at most once in ``every`` seconds.
+    """Return a function of (done, total) that prints both, at most once every ``every`` seconds.
 
-    Work that is done sooner prints nothing.
+    Work that finishes sooner prints nothing.
     """
     last = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""How a question is put: named prompts and templates, from a row to text, and images at their places in it."""
+"""Put a row's question into words: named prompts, templates, and the places of images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _IMAGE_TAG = re.compile(r"<image (\d+)>")
 
 
 def options(row: Row) -> dict[str, str]:
-    """The options by letter: the columns A to Z that are not empty."""
+    """Return the options by letter: the columns A to Z that are not empty."""
     return {letter: str(text) for letter, text in choices_of(row).items()}
 
 
 def as_list(cell: Any) -> list[Any] | None:
-    """A cell that holds a list or the literal of one; ``None`` for any other."""
+    """Return the list that a cell holds, as a value or as text; ``None`` for any other cell."""
     if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
         cell = literal(cell)
     return list(cell) if isinstance(cell, list | tuple) else None
@@ -61,7 +61,7 @@ def _several_options(row: Row) -> str:
     return f"{before}{_text(row, 'question')} There are several options:{_lines(row)}\n{LETTER}"
 
 
-#: Prompts by name. What VLMEvalKit and lmms-eval ask is a fact of their scores; the words are theirs.
+#: Prompts by name, with the exact words of VLMEvalKit and lmms-eval, on which their scores depend.
 PROMPTS: dict[str, Callable[[Row], str]] = {
     "question": lambda row: _text(row, "question"),
     "short": lambda row: _text(row, "question") + SHORT,
@@ -69,16 +69,16 @@ PROMPTS: dict[str, Callable[[Row], str]] = {
     "letter": lambda row: _text(row, "question") + _lines(row) + LETTER,
     "letter_or_short": _letter_or_short,
     "several_options": _several_options,
-    # lmms-eval lowers every letter of such questions but the first.
+    # lmms-eval lower-cases every letter of these questions but the first.
     "short_capitalised": lambda row: _text(row, "question").capitalize() + SHORT,
-    # Its own request takes the place of the one in the question.
+    # lmms-eval replaces the request in the question with its own.
     "short_yes_no": lambda row: _text(row, "question").strip().replace(" Please answer yes or no.", "") + SHORT,
     "query": lambda row: _text(row, "query") or _text(row, "question"),
 }
 
 
 def check(prompt: str) -> None:
-    """Raises ``ValueError`` for a name that is not in :data:`PROMPTS` and for a template that cannot be parsed."""
+    """Raise ``ValueError`` for a name that is not in :data:`PROMPTS`, or a template that cannot be parsed."""
     if "{" not in prompt and "}" not in prompt:
         if prompt not in PROMPTS:
             raise ValueError(f"no prompt {prompt!r}; there are {', '.join(PROMPTS)}, or a template with {{question}}")
@@ -87,12 +87,12 @@ def check(prompt: str) -> None:
 
 
 def ask(prompt: str, row: Row) -> str:
-    """The text of a question.
+    """Return the text of a question.
 
     Args:
         prompt: a name from :data:`PROMPTS`, or a template. A template's fields are the row's columns, and ``{options}``
             (lines "A. …", each after a line break), ``{hint}`` and ``{context}`` ("Context: hint" and a line break),
-            which are empty where the row has none.
+            which are empty if the row has none.
 
     Raises:
         UserError: a template names a column that the row does not have.
@@ -112,11 +112,11 @@ def ask(prompt: str, row: Row) -> str:
 def parts(
     text: str, images: Sequence[ImageSource], interleave: bool
 ) -> tuple[list[dict[str, Any]], tuple[ImageSource, ...]]:
-    """The parts of a user message, and their images in order.
+    """Return the parts of a user message, and their images in order.
 
     Args:
-        interleave: put image k where the text says ``<image k>``; without such a place, and without ``interleave``,
-            all images come first. An image that no place asks for is left out, as VLMEvalKit does.
+        interleave: put image k where the text says ``<image k>``. If the text has no such place, or without
+            ``interleave``, all images come first. An image without a place is left out, as in VLMEvalKit.
 
     Raises:
         BadSample: the text asks for an image that the row does not have.

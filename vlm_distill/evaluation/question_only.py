@@ -1,4 +1,4 @@
-"""The question-only baseline: what can be scored without looking at the image."""
+"""The question-only baseline: how well the questions can be answered without looking at the image."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from .question_source import Questions, evenly_spaced, read_question
 
 
 def question_only_baseline(train: Questions, test: Questions, *, limit: int | None = None) -> list[Prediction]:
-    """What can be scored without looking: the commonest training answer to each question's text.
+    """Answer each question with the commonest training answer to its text.
 
-    A question that training never asks gets the commonest answer of all. Of equally common answers the one met first
-    is taken. ``probability`` is that answer's share of the training answers it was chosen from. Bad samples are passed
-    over.
+    A question that does not occur in training gets the commonest answer overall; ties go to the answer met first.
+    ``probability`` is the answer's share of the training answers it was chosen from. Bad samples are skipped.
+
+    Raises:
+        UserError: the training source has no answers.
     """
     by_question: dict[str, Counter[str]] = {}
     overall: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Which questions a source has, and which of them a limit leaves."""
+"""Read the questions of a source, and choose which of them a limit asks."""
 
 from __future__ import annotations
 
@@ -24,27 +24,34 @@ class Questions(Protocol):
 
 
 def evenly_spaced(n: int, limit: int | None) -> list[int]:
-    """``min(n, limit)`` indices spread evenly over ``range(n)``, always the same ones."""
+    """Return ``min(n, limit)`` indices spread evenly over ``range(n)``, always the same ones."""
     if limit is None or limit >= n:
         return list(range(n))
     return [i * n // limit for i in range(limit)]
 
 
 def share(source: Countable, limit: int | None) -> list[int]:
-    """The questions that a limit leaves, always the same ones; a source may know better which belong together."""
+    """Return the questions to ask under a limit, always the same ones.
+
+    A source with a ``share`` method chooses them itself, so that questions scored together stay together.
+    """
     if limit is not None and hasattr(source, "share"):
         return list(source.share(limit))
     return evenly_spaced(len(source), limit)
 
 
 def limit_mark(source: Countable, limit: int | None) -> dict[str, int]:
-    """Return ``limited_from``, the number of questions there are, where a limit leaves some of them out."""
+    """Return ``limited_from``, the number of questions in the source, if a limit leaves some out; else nothing."""
     return {"limited_from": len(source)} if len(share(source, limit)) < len(source) else {}
 
 
 def read_question(source: Questions, index: int, references: bool = True) -> Conversation | Problem:
-    """Return a question, with ``references`` one that can be scored, or why there is none."""
-    # Sources of the readers and benchmarks know it before the row is read.
+    """Return a question, or why it cannot be asked.
+
+    Args:
+        references: refuse a question without a right answer.
+    """
+    # Readers and benchmarks know the line even when the row cannot be read.
     line = source.line(index) if hasattr(source, "line") else index + 1
     try:
         conversation = source[index]

@@ -1,4 +1,4 @@
-"""Deal batches to ranks, and bring together what they found."""
+"""Deal batches to ranks, and gather their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: Every rank's list of objects, in rank order, on every rank.
+#: Takes this rank's list of objects; returns every rank's list, in rank order.
 AllGather = Callable[[list[Any]], list[list[Any]]]
 
 

@@ -24,7 +24,7 @@ from .predictions import Prediction, read_predictions, score_kept
 from .question_source import read_question
 from .scoring.scores import Rules
 
-#: In the ``asked.json`` of scores that were made from kept answers: the folder of these.
+#: Key in the ``asked.json`` of scores made from kept answers: the folder of these answers.
 _FROM = "answers"
 
 
@@ -38,19 +38,20 @@ def score_again(
 ) -> tuple[list[Result], dict[str, str], list[str]]:
     """Score the answers that an evaluation kept, and write scores as the evaluation did.
 
-    Answers to questions that have changed since are left out and counted. Nothing is written where the answers are.
+    Answers to questions that have changed since are left out and counted. The answers' own folder is not touched.
 
     Args:
         answers: an evaluation's folder, a run's, a benchmark's in either, or a ``predictions.jsonl``.
-        rules: by default those that the questions were asked by.
-        out: folder for the scores; has a folder for each benchmark.
-        data: the benchmarks' folder, if it is not where it was.
+        rules: by default those by which the questions were asked.
+        out: folder for the scores; gets a subfolder for each benchmark.
+        judge: decides what the rules leave to one.
+        data: the benchmarks' folder, if it has moved.
 
     Returns:
-        A result for each benchmark, name and reason of those that cannot be scored, and warnings about the files.
+        A result for each benchmark, name and reason for those that cannot be scored, and warnings about the files.
 
     Raises:
-        UserError: there are no benchmark's answers, or ``out`` holds other answers.
+        UserError: there are no answers to benchmarks, or ``out`` holds other answers.
     """
     results, failures, told = [], dict[str, str](), list[str]()
     for folder in _folders(answers):
@@ -77,7 +78,7 @@ def score_again(
 
 
 def known_rules(given: str | None) -> Rules | None:
-    """Return rules by their name.
+    """Return the rules of this name.
 
     Raises:
         UserError: there are no such rules.
@@ -89,10 +90,10 @@ def known_rules(given: str | None) -> Rules | None:
 
 
 def default_out(answers: Path, rules: str | None, judge: str | None) -> Path:
-    """Return a folder beside the evaluation or run that the answers are in, named by the rules and the judge."""
+    """Return a new folder beside the evaluation or run, named after the rules and the judge."""
     folder = (answers.parent if answers.is_file() else answers).resolve()
     names = [rules or "again", *([] if judge is None else ["by", Path(judge).name])]
-    # A single benchmark's answers: scores in the same evaluation's folder would be taken for its own.
+    # For a single benchmark's answers, leave the evaluation's folder: scores in it would be taken for its own.
     inside = {"student": 3, "teacher": 3}.get(folder.name, 1) if (folder / PREDICTIONS).exists() else 0
     for _ in range(inside):
         if folder.name != "evaluation":
@@ -111,7 +112,7 @@ def _folders(answers: Path) -> list[Path]:
 
 
 def _told_by_scores(folder: Path) -> dict[str, Any]:
-    """Return what ``scores.json`` says of answers that were kept before there was an ``asked.json``."""
+    """Return benchmark and rules from ``scores.json``, for answers older than ``asked.json``."""
     try:
         found = json.loads((folder / "scores.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -120,12 +121,12 @@ def _told_by_scores(folder: Path) -> dict[str, Any]:
 
 
 def _place(folder: Path, name: str) -> Path:
-    # In a run's folder a benchmark has the student's answers and the teacher's.
+    # A run's folder holds a student's and a teacher's answers for each benchmark.
     return Path(name) / folder.name if folder.name in ("student", "teacher") else Path(name)
 
 
 def _check_place(place: Path, folder: Path) -> None:
-    """Raise ``UserError`` where scores would take the place of answers."""
+    """Raise ``UserError`` if scores would replace answers."""
     there = read_asked(place)
     if place.resolve() == folder.resolve() or ((place / PREDICTIONS).exists() and there.get(_FROM) != _named(folder)):
         raise UserError(f"{place}: holds answers that these scores would replace; name another --out")
@@ -169,10 +170,10 @@ def _open(entry: Benchmark, about: dict[str, Any], data: Path | None) -> Benchma
 
 
 def _current(predictions: list[Prediction], asked: BenchmarkQuestions) -> tuple[list[Prediction], list[Problem]]:
-    """Return the answers to questions that are still asked, at the rows where they stand now, and the other answers."""
+    """Return the answers to questions that are still asked, at their current rows, and problems for the others."""
     kept = [kept_answer(asdict(p)) for p in predictions]
     by = {(p.index, p.asked): p.by for p in predictions}
-    # Before questions had digests, their texts tell them apart.
+    # Old answers without digests are matched by their questions' texts.
     places = recalled(kept, asked, range(len(asked)), references=False)
     places |= {p.index: k for p, k in zip(predictions, kept, strict=True) if not p.asked and _same_text(asked, p)}
     found = []

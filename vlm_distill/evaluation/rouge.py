@@ -1,4 +1,4 @@
-"""ROUGE-L: how much of an answer stands in the reference in the same order."""
+"""ROUGE-L: how much of an answer occurs in the reference in the same order."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words, 0…1, the best of several references (Lin, ROUGE, 2004).
+    """Return the F1 of the longest common subsequence of words, 0…1, for the best reference (Lin, ROUGE, 2004).
 
-    Words are runs of letters and digits in lower case, without stemming. On ASCII text these are the values of Google's
-    ``rouge-score``.
+    Words are lower-cased runs of letters and digits, without stemming. On ASCII text the values equal those of
+    Google's ``rouge-score``.
     """
     ours = _words(answer)
     return max((_f1(ours, _words(reference)) for reference in references), default=0.0)
 
 
 def mean_rouge_l(predictions: Sequence[Prediction]) -> float | None:
-    """Mean over answers, 0…1; ``None`` where there are none."""
-    return math.fsum(rouge_l(p.answer, p.references) for p in predictions) / len(predictions) if predictions else None
+    """Return the mean over answers, 0…1; ``None`` without answers."""
+    if not predictions:
+        return None
+    return math.fsum(rouge_l(p.answer, p.references) for p in predictions) / len(predictions)
 
 
 def _words(text: str) -> list[str]:
@@ -36,7 +38,10 @@ def _f1(ours: list[str], theirs: list[str]) -> float:
 
 
 def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Its length. A row of the usual table is a whole number's bits (Hyyrö, 2004): 0 where the length grows."""
+    """Return the length of the longest common subsequence.
+
+    Bit-parallel: an integer's bits hold a row of the usual table, 0 where the length grows (Hyyrö, 2004).
+    """
     places: dict[str, int] = {}
     for i, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << i

@@ -1,4 +1,4 @@
-"""Scores of any data source: exact match and VQA accuracy, overall and by question type."""
+"""Scores for any data source: exact match and VQA accuracy, overall and by question type."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def summarise(
     """Return the scores overall and by question type.
 
     Args:
-        questions: in the source, where that is more than were asked.
+        questions: number of questions in the source, if more than were asked.
 
     Returns:
-        ``n``, the means ``exact`` and ``soft`` in 0…1 (``None`` where n is 0), ``interval`` (Wilson, 95 %, of
-        ``exact``), ``by_type`` with the same four keys for each question type, ``skipped`` (reason to number), ``cut``
-        (answers without an end), and where a limit left questions out ``limited_from``: how many there are.
+        ``n``; the means ``exact`` and ``soft`` in 0…1 (``None`` if n is 0); ``interval`` (Wilson, 95 %, of ``exact``);
+        ``by_type`` with the same four keys for each question type; ``skipped`` (reason to count); ``cut`` (answers
+        without an end); and ``limited_from``, the number of questions, if a limit left some out.
     """
     kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
     asked = len(predictions) + len(skipped)
@@ -49,7 +49,7 @@ def _means(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def wilson_interval(mean: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927). Observations count as independent."""
+    """Return the 95 % score interval of a proportion (Wilson 1927), taking observations as independent."""
     if n == 0:
         return 0.0, 1.0
     centre = mean + z * z / (2 * n)
@@ -59,7 +59,7 @@ def wilson_interval(mean: float, n: int, z: float = 1.959963984540054) -> tuple[
 
 
 def in_words(scores: Mapping[str, Any]) -> str:
-    """The overall scores of :func:`summarise`, for a person."""
+    """Return the overall scores of :func:`summarise` in words."""
     if not scores["n"]:
         return "no question could be read"
     words = f"exact match {scores['exact']:.2%}, VQA accuracy {scores['soft']:.2%} on {scores['n']:,} questions"
@@ -67,7 +67,7 @@ def in_words(scores: Mapping[str, Any]) -> str:
 
 
 def notes_on(scores: Mapping[str, Any]) -> list[str]:
-    """Return what to know about scores: whether a limit left questions out, and how many answers were cut."""
+    """Return remarks on scores: whether a limit left questions out, and how many answers were cut."""
     notes = []
     if scores.get("limited_from"):
         notes.append(f"limited: of {scores['limited_from']:,} questions")

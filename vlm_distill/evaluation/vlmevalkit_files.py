@@ -1,7 +1,7 @@
-"""VLMEvalKit's prediction files, ``{model}_{dataset}.xlsx``: written so that its own scorer reads them, and read.
+"""Write and read VLMEvalKit's prediction files, ``{model}_{dataset}.xlsx``.
 
-Such a file holds the table's columns but the images, and ``prediction``. It is read with the types that pandas finds
-in a column, because VLMEvalKit does: "None" and "N/A" are empty, and "007" is 7 where the whole column is numbers.
+Such a file holds the table's columns except images, and ``prediction``. It is read with the types that pandas infers
+for a column, as VLMEvalKit does: "None" and "N/A" are empty, and "007" is 7 if the whole column is numbers.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from data.errors import UserError
 
 FORMATS = ("xlsx", "tsv")
 
-# XML has none of these: control characters but tab and line breaks, halves of surrogate pairs, non-characters.
+# Not allowed in XML: control characters except tab and line breaks, lone surrogates, non-characters.
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-# Excel spells control characters, the carriage return included, _x000D_, and a text that looks like that _x005F_x000D_.
-# VLMEvalKit writes them so, and reads and scores the spelling.
+# Excel writes control characters, including the carriage return, as _x000D_, and text that looks like that as
+# _x005F_x000D_. VLMEvalKit writes them so, and reads and scores the escaped form.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\ufffe\uffff]")
 _SPELLED = re.compile("(_x[0-9a-fA-F]{4}_)")
-#: The longest text of a cell in Excel.
+#: The longest text that an Excel cell holds.
 LONGEST = 32_767
 
 
 def prediction_file(folder: Path, model: str, dataset: str, format: str = "xlsx") -> Path:
-    """Where VLMEvalKit looks for the predictions of a model on one of its data sets.
+    """Return the path where VLMEvalKit looks for a model's predictions on one of its data sets.
 
     Args:
         model: name or folder of the model; only its last part is used.
@@ -41,10 +41,10 @@ def prediction_file(folder: Path, model: str, dataset: str, format: str = "xlsx"
 
 
 def write_prediction_file(path: Path, rows: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> None:
-    """Writes a prediction file; the suffix of ``path`` says in which format.
+    """Write a prediction file in the format of its suffix.
 
-    Halves of surrogate pairs are left out, in ``tsv`` control characters too; in Excel these are spelled (``_x000D_``),
-    and texts are cut after :data:`LONGEST` characters.
+    Lone surrogates are dropped. Control characters are dropped in ``tsv`` and escaped in Excel (``_x000D_``), where
+    texts are also cut after :data:`LONGEST` characters.
 
     Args:
         rows: the table's rows without images.
@@ -55,28 +55,27 @@ def write_prediction_file(path: Path, rows: Sequence[Mapping[str, Any]], predict
     """
     columns = list(dict.fromkeys(column for row in rows for column in row if column != "prediction"))
     table: list[list[Any]] = [[*columns, "prediction"]]
-    table += [
-        [*(row.get(column) for column in columns), prediction]
-        for row, prediction in zip(rows, predictions, strict=True)
-    ]
+    for row, prediction in zip(rows, predictions, strict=True):
+        table.append([*map(row.get, columns), prediction])
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first, so that an interrupted run leaves no half file for a scorer to find.
+    # Under another name first, so that a scorer never finds half a file.
     partial = path.with_name(f".{path.name}.partial")
     if path.suffix == ".xlsx":
         _write_excel(partial, table)
     elif path.suffix == ".tsv":
         with partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
-            writer.writerows([_cell(value) for value in line] for line in table)
+            for line in table:
+                writer.writerow([_cell(value) for value in line])
     else:
         raise UserError(f"{path}: prediction files are {' or '.join(FORMATS)}")
     partial.replace(path)
 
 
 def read_prediction_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of a prediction file, typed as VLMEvalKit gets them.
+    """Return the rows of a prediction file, typed as VLMEvalKit reads them.
 
-    Empty cells are ``None``, but an empty prediction is NaN as there, where it is scored as the text "nan".
+    Empty cells are ``None``, but an empty prediction is NaN, which VLMEvalKit scores as the text "nan".
 
     Raises:
         UserError: the file cannot be read or has no column ``index`` or ``prediction``.
@@ -104,7 +103,7 @@ def read_prediction_file(path: Path) -> list[dict[str, Any]]:
 
 
 def read_back(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return answered rows as VLMEvalKit scores them: written to a prediction file of its format and read from it."""
+    """Return answered rows as VLMEvalKit scores them: written to a prediction file and read back."""
     if not rows:
         return []
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +113,7 @@ def read_back(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def default_format() -> str:
-    """Return VLMEvalKit's format, Excel's; ``tsv``, which it reads too, where openpyxl is not installed."""
+    """Return VLMEvalKit's format, ``xlsx``; ``tsv``, which it reads too, if openpyxl is not installed."""
     return "xlsx" if find_spec("openpyxl") else "tsv"
 
 
@@ -140,7 +139,7 @@ def _write_excel(path: Path, lines: Iterable[Sequence[Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """A value as a cell holds it: numbers and texts as they are, anything else as its literal."""
+    """Return a value as a cell holds it: numbers and texts as they are, anything else as its ``repr``."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):

@@ -43,7 +43,7 @@ class Plan:
         allowance: bytes of the budget that are kept free for what is not tensors.
         flops: of an optimizer step, all ranks together.
         seconds: of the training, without evaluation and waiting for data; ``None`` on a CPU.
-        told: what the plan assumes.
+        remarks: what the plan assumes and leaves out.
     """
 
     parts: tuple[Part, ...]
@@ -61,7 +61,7 @@ class Plan:
     tokens: float
     bytes_read: float
     seconds: float | None
-    told: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def gpu_hours(self) -> float | None:
@@ -73,7 +73,9 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for ``plan.json``."""
-        return asdict(self) | {"gpu_hours": self.gpu_hours, "tokens_per_second": self.tokens_per_second}
+        found = asdict(self)
+        found["told"] = found.pop("remarks")  # the file's key
+        return found | {"gpu_hours": self.gpu_hours, "tokens_per_second": self.tokens_per_second}
 
 
 def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, device: str = "h100") -> Plan:
@@ -92,13 +94,10 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
     allowance = 0.0 if device == "cpu" else CONTEXT + FRAGMENTATION * budget
     micro, accumulation = split_batch(config, gpus)
 
-    # Check what needs no model: if the data is here, what the run is evaluated on must be here too.
+    # Check what needs no model.
     run = PlannedRun(config)
     _ = run.terms
-    available = has_data(run)
-    if available:
-        ranks: Any = SimpleNamespace(world=gpus)
-        Evaluations(config, ranks)
+    available = _open_data(run, gpus)
 
     # Build the models without weights, and simulate micro-batches of two sizes and one of typical samples.
     with Meter() as meter:
@@ -111,12 +110,9 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
 
     # Add what ZeRO holds, by stage and placement of the teacher.
     configured, placements = models.placements()
-    choices = [
-        (stage, placement)
-        for placement in placements
-        for stage in STAGES
-        if stage < 3 or config.student.quantize is None  # ZeRO-3 cannot shard a quantized student
-    ]
+    # ZeRO-3 cannot shard a quantized student.
+    stages = STAGES if config.student.quantize is None else STAGES[:-1]
+    choices = [(stage, placement) for placement in placements for stage in stages]
     rows = [
         rank_memory(models.sizes, points, micro, *choice, gpus, accumulation, budget - allowance) for choice in choices
     ]
@@ -140,8 +136,17 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
         tokens=samples * sequences.mean,
         bytes_read=samples * sequences.bytes,
         seconds=_seconds(config, steps * flops, gpus, device),
-        told=models.remarks,
+        remarks=models.remarks,
     )
+
+
+def _open_data(run: PlannedRun, gpus: int) -> bool:
+    """Return whether the training data is there. If it is, what the run is evaluated on must be there too."""
+    available = has_data(run)
+    if available:
+        ranks: Any = SimpleNamespace(world=gpus)
+        Evaluations(run.config, ranks)
+    return available
 
 
 def _budget(device: str, memory: float | None) -> float:

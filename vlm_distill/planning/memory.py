@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlm_distill.config.sections import DeepSpeedSection
@@ -124,17 +124,7 @@ def rank_memory(
     # On a CPU both are one memory.
     static = parameters.kept + optimizer + teacher + (host if sizes.on_cpu else 0)
     kinds = ["teacher", "student", *(["keeping"] if stage <= 1 and accumulation == 1 else [])]
-
-    def activations(size: int) -> float:
-        # The peak is at the last gradients in small micro-batches, at the first activations in large ones.
-        return max(_line(points, size, kind) for kind in kinds)
-
-    def peak(size: int) -> float:
-        # A bucket that holds all gradients is full when the activations are gone.
-        together = gradients.kept + (gradients.bucket if gradients.overflows else 0)
-        running = parameters.live + together + max(parameters.fetched, activations(size))
-        return static + max(running, gradients.kept + gradients.bucket, gradients.left + step)
-
+    moments = _Moments(static, parameters, gradients, step, points, kinds)
     return Memory(
         stage=stage,
         placement=placement,
@@ -144,12 +134,45 @@ def rank_memory(
         gradients=round(gradients.kept),
         teacher=round(teacher),
         buckets=round(gradients.bucket),
-        activations=round(activations(micro)),
+        activations=round(moments.activations(micro)),
         step=round(step),
         host=round(host),
-        peak=round(peak(micro)),
-        largest_micro_batch=_largest(peak, limit),
+        peak=round(moments.peak(micro)),
+        largest_micro_batch=_largest(moments.peak, limit),
     )
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What is alive together at the moments of a step that may be its peak.
+
+    Attributes:
+        static: bytes alive all the time.
+        parameters, gradients: bytes that come and go.
+        step: temporaries of the update.
+        points: two simulated micro-batches, by their number of samples.
+        kinds: fields of ``Micro`` that may be the peak of a forward and backward.
+    """
+
+    static: float
+    parameters: _Parameters
+    gradients: _Gradients
+    step: float
+    points: Mapping[int, Micro]
+    kinds: Sequence[str]
+
+    def activations(self, size: int) -> float:
+        """Return the bytes of activations at their peak, for a micro-batch of this size."""
+        # The peak is at the last gradients in small micro-batches, at the first activations in large ones.
+        return max(_line(self.points, size, kind) for kind in self.kinds)
+
+    def peak(self, size: int) -> float:
+        """Return the most bytes alive at once: in the backward, at its end, or in the update."""
+        parameters, gradients = self.parameters, self.gradients
+        # A bucket that holds all gradients is full when the activations are gone.
+        together = gradients.kept + (gradients.bucket if gradients.overflows else 0)
+        running = parameters.live + together + max(parameters.fetched, self.activations(size))
+        return self.static + max(running, gradients.kept + gradients.bucket, gradients.left + self.step)
 
 
 def _largest(peak: Callable[[int], float], limit: float) -> int:

@@ -115,16 +115,16 @@ class Models:
         config, run = self.config, self.run
         found = list(run.packing.remarks)
         if any(run.packing.packed):
-            found.append("rows are packed as if the models kept samples in one row apart, which the run tries")
+            found.append("assumed: the models keep packed samples apart (the run tries it)")
         if config.teacher is not None and config.teacher.server is not None:
-            found.append("the teacher's server and the time in which it answers are not planned")
+            found.append("not planned: the teacher's server, and the time that it takes to answer")
         if config.on_policy is not None:
-            found.append("the time in which the student draws its answers is not planned")
+            found.append("not planned: the time that the student takes to draw its answers")
         if run.same_encoder:
             runs = "runs once, for both" if run.shared_vision else "does not run"
-            found.append(f"the vision encoder is frozen and taken to be the teacher's: it {runs}")
+            found.append(f"assumed: the frozen vision encoder is the teacher's, and {runs}")
         if run.sequence is not None:
-            found.append("the decoders are taken to be ones that can be divided, which the run tries")
+            found.append("assumed: the decoders can be divided over ranks (the run tries it)")
         return tuple(found)
 
     def _sizes(self) -> Sizes:

@@ -70,7 +70,7 @@ def sample(run: PlannedRun) -> tuple[list[Pair], Sequences]:
         UserError: no sample can be used.
     """
     pairs, sizes, samples, reason = list[Pair](), 0.0, 0, ""
-    for source, row in run.first_rows(SAMPLES):
+    for source, row in run.first_samples(SAMPLES):
         try:
             sample = run.sources[source][row]
             images = [] if isinstance(sample, Document) else [run.load_image(image) for image in sample.images]

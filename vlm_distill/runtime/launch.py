@@ -178,8 +178,8 @@ def guarded(command: Callable[[], object]) -> int:
     """
     _end_with_launcher()
     try:
-        with _ended_by_signals():
-            _with_paths_told(command)
+        with _ended_by_signals(), _path_errors_explained():
+            command()
     except UserError as mistake:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" [rank {rank}]"
@@ -237,9 +237,11 @@ def _end_with_launcher() -> None:
         leave(128 + signal.SIGKILL)
 
 
-def _with_paths_told(command: Callable[[], object]) -> None:
+@contextmanager
+def _path_errors_explained() -> Iterator[None]:
+    """Context manager: raise an impossible path or a full disk as a ``UserError``."""
     try:
-        command()
+        yield
     except (OSError, RuntimeError) as error:
         mistake = mistake_of(error)
         if mistake is None:

@@ -122,17 +122,17 @@ def template_remarks(student: Processor, teacher: Processor | None, max_length: 
     remarks = []
     frame = student.frame
     if frame.answer_prefix:
-        use = "learnt" if student.learn_answer_prefix else "part of the prompt"
+        use = "learned" if student.learn_answer_prefix else "part of the prompt"
         remarks.append(
             f"the student's template writes {frame.answer_prefix!r} before a plain answer: {use} (data.template_text)"
         )
     if not frame.closed:
         remarks.append(
-            "the student's template writes no end token: where to stop is not learnt; set student.chat_template"
+            "the student's template writes no end token: where to stop is not learned; set student.chat_template"
         )
     if teacher is not None and _differ_beside_answers(student, teacher, max_length):
         remarks.append(
-            "the two templates write different text beside an answer: tokens that hold some of it are learnt from the "
+            "the two templates write different text beside an answer: tokens that hold some of it are learned from the "
             "data alone (cross_entropy), the rest from the teacher"
         )
     return remarks

@@ -1,4 +1,4 @@
-"""A run's evaluations, on data sources and benchmarks: shares of them while it trains, and all of them at its end."""
+"""Evaluation of a run on data sources and benchmarks: on a share of them during training, on all of them at its end."""
 
 from __future__ import annotations
 
@@ -42,25 +42,28 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
 
 from .checkpoint import completed
-from .intake import FIRST_ROWS
+from .intake import FIRST_SAMPLES
 from .open_data import image_loader, open_sources, turns
 
 _LOWER_IS_BETTER = {"perplexity", "kl"}
 
 
 class Evaluations:
-    """Everything that a run is evaluated on, opened before a model is loaded.
+    """Evaluates student and teacher on everything that a run names, which is opened before a model is loaded.
+
+    Call :meth:`prepare` once with the models, then :meth:`run` as often as needed; every rank does both.
 
     Args:
         config: the run.
-        processes: the ranks; every rank builds and runs this.
+        processes: the ranks.
 
     Attributes:
-        told: what is to be said about the benchmarks' files.
+        remarks: on the benchmarks' files.
+        best, measure: the source or benchmark by which the best student is chosen, and which of a source's measures.
         scores: main scores by benchmark and ``student`` or ``teacher``, after the final evaluation, on the first rank.
 
     Raises:
-        UserError: something cannot be read or scored, two things have one name, or ``best`` names nothing.
+        UserError: a source or benchmark cannot be read or scored, two have the same name, or ``best`` names none.
     """
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:
@@ -72,9 +75,9 @@ class Evaluations:
         opened = open_benchmarks(settings.benchmarks, settings.benchmark_data, settings.rules)
         for name, reason in opened.failures.items():
             raise UserError(f"{name}: {reason}")
-        self.benchmarks, self.told = opened.ready, opened.warnings
+        self.benchmarks, self.remarks = opened.ready, opened.warnings
         named = [get_benchmark(name).name for name in settings.benchmarks]
-        # As `vlm-distill score` finds them again.
+        # `vlm-distill score` finds them by these names.
         self.entries = dict(zip(named, map(entry_name, settings.benchmarks), strict=True))
         names = [source.name for source in self.sources] + named
         for name, count in Counter(names).items():
@@ -84,13 +87,14 @@ class Evaluations:
         self.best, self.measure = self._best_of(names)
         self.load_image = image_loader(data)
         roots = [Path(root) for root in data.roots]
-        if roots:  # images of benchmarks lie where the benchmarks do
+        if roots:  # images of benchmarks are beside the benchmarks
             roots.append(data_folder(settings.benchmark_data))
-        # As VLMEvalKit and lmms-eval decode images.
+        # VLMEvalKit and lmms-eval drop transparency.
         self.load_benchmark_image = partial(load_image, roots=roots, max_pixels=data.max_pixels, alpha="drop")
         self.scores: dict[str, dict[str, float | None]] = {}
 
     def _check_measures(self) -> None:
+        """Raise ``UserError`` if nothing can be measured on a source."""
         measures = self.settings.measures
         for source in self.sources:
             if isinstance(source, TextSource) and set(measures) <= OF_ANSWERS:
@@ -99,7 +103,7 @@ class Evaluations:
                 )
 
     def _best_of(self, names: Sequence[str]) -> tuple[str | None, Measure]:
-        """The name by which the best student is chosen, and what of it where it is a source."""
+        """Return the name by which the best student is chosen, and the measure if it is a source's."""
         best, wanted = self.settings.best, "exact"
         given = {name: get_benchmark(name).name for name in self.settings.benchmarks}
         best = best if best is None else given.get(best, best)
@@ -126,20 +130,16 @@ class Evaluations:
         """Take the models, after ``check_evaluations``. A teacher that does not run here is not evaluated."""
         data = self.config.data
         self.student, self.teacher = student, teacher.model if teacher is not None else None
-        self.guide = teacher if "kl" in self.settings.measures else None
-
-        def collator(one: VisionLanguageModel, other: VisionLanguageModel | None) -> Collator:
-            beside = other.processor if other is not None else None
-            return Collator(one.processor, beside, data.max_length, turns(data))
-
-        self.collators = {"student": collator(student, None if self.guide is None else self.teacher)}
+        self.kl_teacher = teacher if "kl" in self.settings.measures else None
+        beside = self.teacher.processor if self.kl_teacher is not None and self.teacher is not None else None
+        self.collators = {"student": Collator(student.processor, beside, data.max_length, turns(data))}
         if self.teacher is not None:
-            self.collators["teacher"] = collator(self.teacher, None)
+            self.collators["teacher"] = Collator(self.teacher.processor, None, data.max_length, turns(data))
 
     def mistake(self) -> str | None:
-        """Return which source or benchmark has no question that the student can be asked; ``None``: each has one.
+        """Return which source or benchmark has no usable question, and why; ``None`` if each has one.
 
-        It looks at the first rows of each, and seldom further than at one.
+        A source is tried until a question can be used, which is usually the first.
         """
         sources: list[tuple[str, Any, Callable[[ImageSource], Image.Image]]]
         sources = [("data.eval", source, self.load_image) for source in self.sources]
@@ -151,9 +151,9 @@ class Evaluations:
         return None
 
     def _unusable(self, source: Any, load: Callable[[ImageSource], Image.Image]) -> list[Problem]:
-        """What is wrong with some rows of a source; empty where one of them can be used."""
+        """Return the problems of some questions of a source; none if one of them can be used."""
         problems = []
-        for index in evenly_spaced(len(source), FIRST_ROWS):
+        for index in evenly_spaced(len(source), FIRST_SAMPLES):
             try:
                 sample = source[index]
                 if isinstance(sample, Document):
@@ -169,7 +169,7 @@ class Evaluations:
 
     @property
     def compared_by(self) -> dict[str, Any]:
-        """What makes two scores comparable: of what, by whose rules, on how many questions."""
+        """Return what two scores must have in common to be compared: name, rules, number of questions and measure."""
         of_benchmark = any(benchmark.name == self.best for benchmark in self.benchmarks)
         rules = self.settings.rules if of_benchmark else None
         measured = {"measure": self.measure} if self.measure != "exact" else {}
@@ -177,83 +177,84 @@ class Evaluations:
 
     @property
     def lower_is_better(self) -> bool:
+        """Whether the best student has the lowest score."""
         return self.measure in _LOWER_IS_BETTER
 
     def run(
-        self,
-        done: int,
-        tracker: Tracker,
-        began: float,
-        *,
-        final: bool = False,
+        self, done: int, tracker: Tracker, began: float, *, final: bool = False
     ) -> tuple[float | None, list[Problem]]:
-        """The student's answers to everything; at the end of the run all of it, and the teacher's beside them.
+        """Evaluate the student on a share of everything, or at the end on all of it, together with the teacher.
 
         Args:
-            done: optimizer steps finished.
-            began: when the run did, by ``time.monotonic``.
+            done: optimizer steps taken.
+            tracker: for metrics and messages.
+            began: start of the run, by ``time.monotonic``.
+            final: whether the run ends.
 
         Returns:
-            On the first rank the score by which the best student is chosen, of the same questions each time, and the
-            samples that could not be asked.
+            On the first rank the score by which the best student is chosen, always of the same questions, and the
+            samples that could not be used.
         """
         chosen: float | None = None
         problems: list[Problem] = []
         models = {"student": self.student}
-        end = f"after step {done}" if final else None
         if final and self.teacher is not None and self.settings.teacher:
             models["teacher"] = self.teacher
         self.identities = {}
         if final:
-            templates = {who: model.processor.chat_template for who, model in models.items()}
-            self.identities = {who: self._identity(who, template, done) for who, template in templates.items()}
+            for who, model in models.items():
+                self.identities[who] = self._identity(who, model.processor.chat_template, done)
 
-        def tell(who: str, name: str, values: dict[str, Any], words: str) -> None:
+        def report(who: str, name: str, values: dict[str, Any], words: str) -> None:
             if who == "student" and values["n"]:
                 tracker.log("eval", done, {"data": name, **values, "seconds": time.monotonic() - began})
-            tracker.say(f"{f'step {done}' if who == 'student' else who}: {name}: {words}")
+            subject = f"step {done}" if who == "student" else who
+            tracker.say(f"{subject}: {name}: {words}")
 
         for source in self.sources:
             for who, model in models.items():
-                values, score = self._measure_source(model, source, who, end, problems)
-                tell(who, source.name, values, measured_in_words(values))
+                values, score = self._measure_source(model, source, who, problems, final=final)
+                report(who, source.name, values, measured_in_words(values))
                 if (who, source.name) == ("student", self.best):
                     chosen = score
         for benchmark in self.benchmarks:
-            entry, questions = benchmark.entry, benchmark.questions
             for who, model in models.items():
-                found = self._ask_benchmark(model, benchmark, who, end, problems)
+                found = self._ask_benchmark(model, benchmark, who, problems, final=final)
                 if found is None:
                     continue
                 predictions, values, words = found
-                tell(who, entry.name, values, words)
+                report(who, benchmark.name, values, words)
                 if final:
-                    self.scores.setdefault(entry.name, {})[who] = values.get("score")
-                if (who, entry.name) == ("student", self.best):
-                    asked = self._share(questions, predictions)
-                    result, _ = score_answers(entry, questions, asked, self.settings.rules)
-                    chosen = None if result.scores is None else result.scores.main
+                    self.scores.setdefault(benchmark.name, {})[who] = values.get("score")
+                if (who, benchmark.name) == ("student", self.best):
+                    chosen = self._benchmark_score(benchmark, predictions)
         return chosen if chosen is None or math.isfinite(chosen) else None, problems
 
+    def _benchmark_score(self, benchmark: OpenBenchmark, predictions: Iterable[Prediction]) -> float | None:
+        """Return the score by which the best student is chosen."""
+        asked = self._share(benchmark.questions, predictions)
+        result, _ = score_answers(benchmark.entry, benchmark.questions, asked, self.settings.rules)
+        return None if result.scores is None else result.scores.main
+
     def _share(self, questions: Questions, predictions: Iterable[Prediction]) -> list[Prediction]:
-        """Those of the questions that are asked in training: what the end of the run is compared with is theirs."""
+        """Return the predictions on the questions that are asked during training, to compare all scores of a run."""
         asked = set(share(questions, self.settings.limit))
         return [p for p in predictions if p.index in asked]
 
-    def _asking(self, end: str | None, load: Callable[[ImageSource], Image.Image]) -> Asking:
-        """Return how questions are asked: a share of them in training, all at the end, which ``end`` names."""
+    def _asking(self, load: Callable[[ImageSource], Image.Image], *, final: bool) -> Asking:
+        """Return how questions are asked: a share of them during training, all at the end."""
         return Asking(
             batch_size=self.settings.batch_size,
             max_new_tokens=self.settings.max_new_tokens,
-            limit=self.settings.limit if end is None else None,
+            limit=None if final else self.settings.limit,
             load=load,
         )
 
     def _answer_folder(
-        self, name: str, who: str, end: str | None, about: dict[str, Any], *, pictures: bool = False
+        self, name: str, who: str, about: dict[str, Any], *, final: bool, pictures: bool = False
     ) -> AnswerFolder | None:
-        """Return where answers are kept; ``None`` before the end, when nothing is written."""
-        if end is None:
+        """Return where answers are kept; ``None`` during training, when nothing is written."""
+        if not final:
             return None
         folder = self.folder / "evaluation" / name
         return AnswerFolder(
@@ -269,52 +270,55 @@ class Evaluations:
         return RankShare(self.processes.rank, self.processes.world, self.processes.gather)
 
     def _identity(self, who: str, template: Any, done: int) -> dict[str, Any]:
-        """Return what tells the answers of this student or teacher from those of another."""
+        """Return everything that the answers of this student or teacher depend on, to recognise kept ones."""
         section, data = self.config.teacher, self.config.data
-        # Which images may be read is part of it.
-        told: dict[str, Any] = {"dtype": self.config.training.dtype, "chat_template": digest_of(template)}
-        told |= {"roots": list(data.roots), "max_pixels": data.max_pixels}
+        identity: dict[str, Any] = {"dtype": self.config.training.dtype, "chat_template": digest_of(template)}
+        # Limits decide which images can be read.
+        identity |= {"roots": list(data.roots), "max_pixels": data.max_pixels}
         if who == "teacher" and section is not None:
-            return {**told, "teacher": section.model_dump(), "files": fingerprint(section.path) if section.path else {}}
-        # The checkpoint that comes before every evaluation holds these weights. One rank looks: others may not see it.
+            prints = fingerprint(section.path) if section.path else {}
+            return {**identity, "teacher": section.model_dump(), "files": prints}
+        # The weights are those of the checkpoint that precedes every evaluation. Only the first rank may see it.
         found = completed(self.folder / "checkpoints") if self.processes.first else []
         latest = found[-1][1] if found else self.folder
         files = sorted(latest.rglob("*")) if found else []
         states = [[str(path.relative_to(latest)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        return {**told, "step": done, "checkpoint": digest_of(self.processes.gather(states)[0])}
+        return {**identity, "step": done, "checkpoint": digest_of(self.processes.gather(states)[0])}
 
     def _measure_source(
         self,
         model: VisionLanguageModel,
         source: Source | TextSource,
         who: str,
-        end: str | None,
         problems: list[Problem],
+        *,
+        final: bool,
     ) -> tuple[dict[str, Any], float | None]:
-        """Everything measured on a source, and the score by which the best student is chosen."""
+        """Return everything measured on a source, and the score by which the best student is chosen."""
         measures, values, score = self.settings.measures, dict[str, Any](), None
         is_best = (who, source.name) == ("student", self.best)
         if not isinstance(source, TextSource) and OF_ANSWERS & set(measures):
-            values, asked = self._ask_source(model, source, who, end, problems)
+            values, asked = self._ask_source(model, source, who, problems, final=final)
             if is_best and self.measure in OF_ANSWERS:
                 of_share = self._share(source, asked)
                 score = mean_rouge_l(of_share) if self.measure == "rouge_l" else summarise(of_share)["exact"]
         if not set(measures) <= OF_ANSWERS:
-            limit = self.settings.limit if end is None else None
+            limit = None if final else self.settings.limit
             found = self._predict(model, source, who, limit, problems)
             values |= found
             if is_best and self.lower_is_better:
-                # What the end of the run is compared with is of a share.
-                asked_of = self.settings.limit
-                shared = found if limit == asked_of else self._predict(model, source, who, asked_of, [])
-                score = shared.get(self.measure)
-        if end is not None and self.processes.first and list(measures) != ["exact"]:
+                # Scores of a run are compared on the share that is measured during training.
+                if limit != self.settings.limit:
+                    found = self._predict(model, source, who, self.settings.limit, [])
+                score = found.get(self.measure)
+        if final and self.processes.first and list(measures) != ["exact"]:
             add_to_scores(self.folder / "evaluation" / source.name / who, measures, values)
         return values, score
 
     def _ask_source(
-        self, model: VisionLanguageModel, source: Source, who: str, end: str | None, problems: list[Problem]
+        self, model: VisionLanguageModel, source: Source, who: str, problems: list[Problem], *, final: bool
     ) -> tuple[dict[str, Any], list[Prediction]]:
+        """Have a source's questions answered. Return the measures of the answers, and the predictions."""
         began = time.monotonic()
         wanted = turns(self.config.data)
         skipped = list[Problem]()
@@ -323,9 +327,9 @@ class Evaluations:
         predictions = evaluate(
             model,
             _Fitting(source, self.collators["student"]) if limited else source,
-            self._asking(end, self.load_image),
+            self._asking(self.load_image, final=final),
             ranks=self._ranks,
-            folder=self._answer_folder(source.name, who, end, about),
+            folder=self._answer_folder(source.name, who, about, final=final),
             skipped=skipped,
         )
         problems += skipped
@@ -347,10 +351,10 @@ class Evaluations:
         limit: int | None,
         problems: list[Problem],
     ) -> dict[str, Any]:
-        """Perplexity and, of the student, KL from the teacher."""
+        """Return perplexity and, for the student, KL from the teacher."""
         found = measure(
             model,
-            self.guide if who == "student" else None,
+            self.kl_teacher if who == "student" else None,
             source,
             self.collators[who],
             batch_size=self.micro,
@@ -366,10 +370,11 @@ class Evaluations:
         model: VisionLanguageModel,
         benchmark: OpenBenchmark,
         who: str,
-        end: str | None,
         problems: list[Problem],
+        *,
+        final: bool,
     ) -> tuple[list[Prediction], dict[str, Any], str] | None:
-        """Predictions, values and words, on the first rank."""
+        """Have a benchmark answered and scored. Return predictions, values and words on the first rank."""
         began = time.monotonic()
         entry = benchmark.entry
         data = str(data_folder(self.settings.benchmark_data).resolve())
@@ -377,9 +382,9 @@ class Evaluations:
         result = run_benchmark(
             model,
             benchmark,
-            self._asking(end, self.load_benchmark_image),
+            self._asking(self.load_benchmark_image, final=final),
             ranks=self._ranks,
-            folder=self._answer_folder(entry.name, who, end, about, pictures=True),
+            folder=self._answer_folder(entry.name, who, about, final=final, pictures=True),
         )
         if result is None:
             return None
@@ -388,7 +393,7 @@ class Evaluations:
         values["cut"] = result.cut
         if result.limited:
             values["limited_from"] = result.questions
-        # No reason to lose a run.
+        # A failure of scoring does not end the run.
         if result.failure is not None:
             return [], {"n": 0}, f"not scored: {result.failure}"
         if result.scores is None:
@@ -402,10 +407,7 @@ class Evaluations:
 
 
 class _Fitting:
-    """The questions of a source whose conversations would be learnt: those too long are none.
-
-    Their length is measured without images, where there are any.
-    """
+    """The questions of a source that training would use: text-only conversations that are too long are left out."""
 
     def __init__(self, source: Source, collator: Collator) -> None:
         self.source, self.collator, self.name = source, collator, source.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,18 +15,19 @@ from vlm_distill.losses import FeatureTerm, Term, TermSums
 from vlm_distill.runtime.tracking import Tracker
 
 from .engine import Engine
-from .intake import FirstRows
+from .intake import FirstSamples
 
 
 class Hooks(ABC):
     """What a path sets and answers; :class:`~vlm_distill.training.loop.Loop` calls it.
 
-    1. Once, before the first step: ``mistake_in``, ``evaluation_mistake`` and ``remarks_on`` judge the first rows;
+    1. Once, before the first step: ``mistake_in``, ``evaluation_mistake`` and ``remarks_on`` judge the first samples;
        ``introduce`` says more about the run.
-    2. In every step: ``batches`` yields it, ``prepare_step`` may replace its samples, ``local_counts`` and
-       ``term_rows`` count it, ``lr`` and ``warm_up`` set its learning rate and weights, ``forward_batch`` runs each
-       micro-batch, ``after_update`` follows the update (``skip_step`` if there was nothing to learn from), and
-       ``step_metrics`` adds to its metrics. If the step fails, ``describe_batch`` and ``locate_samples`` say where.
+    2. In every step: ``batches`` yields it, ``step_context`` surrounds the rest, ``prepare_step`` may replace its
+       samples, ``local_counts`` and ``term_rows`` count it, ``lr`` and ``warm_up`` set its learning rate and weights,
+       ``forward_batch`` runs each micro-batch, ``after_update`` follows the update (``skip_step`` if there was nothing
+       to learn from), and ``step_metrics`` adds to its metrics. If the step fails, ``describe_batch`` and
+       ``locate_samples`` say where.
     3. At a checkpoint: ``share_statistics``, then ``save_more``; on resume ``load_more``.
     4. At an evaluation: ``share_statistics``, then ``evaluate``; for a new best student ``student_state`` and
        ``write_student``.
@@ -39,7 +41,7 @@ class Hooks(ABC):
         parameters: their numbers, by ``student``, ``trained`` and, with a teacher, ``teacher``.
         compared_by: what makes two scores of the student comparable; ``None`` to keep no best student.
         lower_is_better: whether the best student has the lowest score, not the highest.
-        told: remarks on what was found while building.
+        remarks: on what was found while building.
     """
 
     #: The command that starts such a run, and the metric of its speed.
@@ -56,7 +58,7 @@ class Hooks(ABC):
     evaluate_every: int | None = None
     compared_by: Mapping[str, Any] | None = None
     lower_is_better: bool = False
-    told: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     # Hooks: what a step learns from.
 
@@ -67,6 +69,10 @@ class Hooks(ABC):
     def prepare_step(self, step: Step) -> Step:
         """Prepare a step before its tokens are counted; on-policy training replaces answers. Called on every rank."""
         return step
+
+    def step_context(self) -> AbstractContextManager[object]:
+        """Return a context manager that the loop keeps open while it takes a step."""
+        return nullcontext()
 
     @abstractmethod
     def locate_samples(self, step: Step, number: int) -> str:
@@ -108,16 +114,16 @@ class Hooks(ABC):
 
     # Hooks: what is said, evaluated and written.
 
-    def mistake_in(self, found: FirstRows) -> str | None:
-        """Return why nothing can be learnt from the rows that can be used; called on the first rank."""
+    def mistake_in(self, found: FirstSamples) -> str | None:
+        """Return why nothing can be learned from the usable samples; called on the first rank."""
         return None
 
     def evaluation_mistake(self) -> str | None:
         """Return why the run could not be evaluated, naming data that cannot be used; called on the first rank."""
         return None
 
-    def remarks_on(self, found: FirstRows) -> list[str]:
-        """Return warnings about the first rows, beside the rows left out; called on the first rank."""
+    def remarks_on(self, found: FirstSamples) -> list[str]:
+        """Return warnings about the first samples, beside those left out; called on the first rank."""
         return []
 
     def introduce(self, tracker: Tracker, done: int) -> None:

@@ -1,21 +1,21 @@
-"""What of the data a run can use: its first rows, tried before the first step, and the share left out ever since."""
+"""How much of the data a run can use: its first samples, tried before the first step, and the share left out since."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.batch import Problem
 from data.errors import UserError
 from vlm_distill.evaluation.left_out import commonest_reason, reasons
 
-#: Rows that are tried before the first step, and that must have been counted before ``data.max_bad`` ends a run.
-FIRST_ROWS = 64
+#: Samples that are tried before the first step, and that must be counted before ``data.max_bad`` can end a run.
+FIRST_SAMPLES = 64
 _MANY = 0.1
 _KEYS = 8
 
-# What to do about a reason, by how the reason begins.
+# Remedies by the beginning of the reason.
 _REMEDIES = {
     "image not found": "set images of the source to the folder that its image paths start from",
     "image outside the roots": "add the images' folder to data.roots",
@@ -30,23 +30,23 @@ _REMEDIES = {
 
 
 @dataclass
-class FirstRows:
-    """What came of trying a run's first rows.
+class FirstSamples:
+    """The result of trying a run's first samples.
 
     Attributes:
-        tried: how many there were.
-        problems: those that cannot be used.
-        images: images of the others.
-        apart: tokens of their answers that are not compared with the teacher's.
-        rows_apart: in how many rows there are such tokens.
-        not_read: by source the keys of its records that nothing reads, and how often each was met.
+        tried: number of samples.
+        problems: of samples that cannot be used.
+        images: number of images in the others.
+        apart: answer tokens that are not compared with the teacher's.
+        samples_apart: number of samples with such tokens.
+        not_read: by source, the keys of its records that nothing reads, and how often each occurred.
     """
 
     tried: int = 0
     problems: list[Problem] = field(default_factory=list)
     images: int = 0
     apart: int = 0
-    rows_apart: int = 0
+    samples_apart: int = 0
     not_read: dict[str, Counter[str]] = field(default_factory=dict)
 
     @property
@@ -54,62 +54,72 @@ class FirstRows:
         return self.tried - len(self.problems)
 
     def mistake(self) -> str | None:
-        """Return why the run cannot begin, with a remedy; ``None`` where at least one row can be used."""
+        """Return why the run cannot begin, with a remedy; ``None`` if at least one sample can be used."""
         if not self.tried or self.usable:
             return None
-        return f"data.train: none of the first {self.tried} rows can be used: {with_remedy(self.problems)}"
+        return f"data.train: none of the first {self.tried} samples can be used: {with_remedy(self.problems)}"
 
     def warning(self) -> str | None:
-        """Return what to say where many rows cannot be used."""
+        """Return a warning if many samples cannot be used."""
         if len(self.problems) <= _MANY * self.tried:
             return None
-        return f"{len(self.problems)} of the first {self.tried} rows are left out: {with_remedy(self.problems)}"
+        return f"{len(self.problems)} of the first {self.tried} samples are left out: {with_remedy(self.problems)}"
 
     def remarks(self) -> list[str]:
-        """Return what else there is to know about the rows."""
-        said = []
+        """Return what else a person should know about the samples."""
+        remarks = []
         if self.apart:
-            said.append(
-                f"{self.apart} tokens in {self.rows_apart} of the first {self.tried} rows are left to cross-entropy: "
-                "the models' chat templates cut the answer's edge in different places"
+            remarks.append(
+                f"{self.apart} tokens in {self.samples_apart} of the first {self.tried} samples are left to "
+                "cross-entropy: the models' chat templates cut the answer's edge in different places"
             )
         for source, keys in self.not_read.items():
             listed = ", ".join(key for key, _ in keys.most_common(_KEYS))
             more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
-            said.append(f"{source}: nothing reads {listed}{more} of its records")
-        return said
+            remarks.append(f"{source}: nothing reads {listed}{more} of its records")
+        return remarks
 
 
 @dataclass
-class Tally:
-    """Counts over all steps and ranks of a run; checkpoints keep them.
+class SampleTally:
+    """Counts of samples and empty steps over all steps and ranks of a run; checkpoints keep them.
 
     Attributes:
-        rows: rows of the data that the steps were made of, in each epoch anew.
-        left_out: those of them that could not be used.
+        samples: samples in all steps, used or left out; every epoch counts them again.
+        left_out: samples that could not be used.
         empty_steps: steps in which no rank had anything to learn from. They change neither weights nor optimizer.
     """
 
-    rows: int = 0
+    samples: int = 0
     left_out: int = 0
     empty_steps: int = 0
 
+    @classmethod
+    def from_state(cls, state: Mapping[str, int]) -> SampleTally:
+        """Return the counts of a checkpoint."""
+        return cls(state.get("rows", 0), state.get("left_out", 0), state.get("empty_steps", 0))
+
+    def state(self) -> dict[str, int]:
+        """Return the counts for a checkpoint."""
+        return {"rows": self.samples, "left_out": self.left_out, "empty_steps": self.empty_steps}
+
     @property
     def share(self) -> float:
-        """The share of rows left out, 0…1."""
-        return self.left_out / self.rows if self.rows else 0.0
+        """The share of samples left out, 0…1."""
+        return self.left_out / self.samples if self.samples else 0.0
 
-    def exceeds(self, limit: float, epoch_rows: int, *, last: bool) -> bool:
-        """Return whether more than a share of the rows was left out.
+    def exceeds(self, limit: float, epoch_samples: int, *, last: bool) -> bool:
+        """Return whether more than this share of the samples was left out.
 
-        A few bad rows at the beginning say nothing: the share counts from the 64th row on, or from the end of an epoch
-        or of the run that is shorter.
+        A few bad samples at the beginning mean nothing: the share counts from the 64th sample on, or from the end of
+        the epoch or run if that comes first.
         """
-        enough = last or self.rows >= min(FIRST_ROWS, epoch_rows)
+        enough = last or self.samples >= min(FIRST_SAMPLES, epoch_samples)
         return enough and self.share > limit
 
     def in_words(self) -> str:
-        text = f"{self.left_out:,} of {self.rows:,} rows left out ({self.share:.1%})"
+        """Return the counts in words."""
+        text = f"{self.left_out:,} of {self.samples:,} samples left out ({self.share:.1%})"
         return text + (f", {self.empty_steps:,} steps without a usable sample" if self.empty_steps else "")
 
 
@@ -120,8 +130,8 @@ def with_remedy(problems: Sequence[Problem]) -> str:
     return f"{reasons(problems)}; {remedy} (`vlm-distill inspect` shows every sample)"
 
 
-def too_many_left_out(tally: Tally, limit: float, summary: str) -> UserError:
-    """Return the end of a run that leaves out more of its data than ``data.max_bad`` allows."""
+def too_many_left_out(tally: SampleTally, limit: float, summary: str) -> UserError:
+    """Return the error of a run that leaves out more of its data than ``data.max_bad`` allows."""
     return UserError(
         f"data.max_bad: {tally.in_words()}, more than {limit:.0%}: {summary}; mend the data, or raise data.max_bad, "
         "and start the run again"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -29,9 +29,9 @@ from vlm_distill.runtime.tracking import Tracker
 
 from . import checkpoint
 from .effects import idle_settings
-from .first_rows import try_rows
+from .first_samples import try_samples
 from .hooks import Hooks
-from .intake import FirstRows, Tally, too_many_left_out
+from .intake import FirstSamples, SampleTally, too_many_left_out
 from .past import Past
 from .run_summary import machine, when, write_summary
 from .step_metrics import finite_norm, headline, not_finite_terms, term_means
@@ -48,7 +48,7 @@ class Loop(Hooks):
 
     Attributes:
         micro, accumulation: samples of a rank's micro-batch, and micro-batches of a step.
-        tally: rows left out, and steps without anything to learn from, over the whole run.
+        tally: samples left out, and steps without anything to learn from, over the whole run.
 
     Raises:
         UserError: the configuration asks for something impossible.
@@ -65,7 +65,7 @@ class Loop(Hooks):
         self.past = Past(self.folder, config, processes)
         self.stopping = Stopping(processes.watch, config.training.stopped_exit_code)
         self.problems: ProblemLog | None = None
-        self.tally = Tally()
+        self.tally = SampleTally()
         self.began = time.monotonic()
         if config.training.wandb and find_spec("wandb") is None:
             raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
@@ -94,7 +94,7 @@ class Loop(Hooks):
 
         with self._tracker(done) as tracker, self.stopping:
             self._greet(tracker, done)
-            self._check_first_rows(tracker, done)
+            self._check_first_samples(tracker, done)
             self.introduce(tracker, done)
             if self._evaluates_after(done):
                 self._evaluate(done, tracker)
@@ -118,7 +118,8 @@ class Loop(Hooks):
         asked = time.monotonic()
         for step in self.batches(done, last):
             waited = time.monotonic() - asked
-            values, stop = self.train_step(step, waited)
+            with self.step_context():
+                values, stop = self.train_step(step, waited)
             done = step.index + 1
             tracker.log("train", done, values)
             tracker.show(done, headline(values, self.speed, self.tally))
@@ -220,7 +221,7 @@ class Loop(Hooks):
         """Add a step to the tally. Raise ``UserError`` on all ranks if too much of the data was left out."""
         # Ranks that share sequences count the same rows.
         shared = getattr(self.settings.training, "sequence_parallel", 1)
-        self.tally.rows += round(totals["rows"] / shared)
+        self.tally.samples += round(totals["rows"] / shared)
         self.tally.left_out += round(totals["left_out"] / shared)
         self.tally.empty_steps += empty
         limit, last = self.settings.data.max_bad, step.index + 1 == self.steps
@@ -239,7 +240,15 @@ class Loop(Hooks):
         sums: list[dict[str, TermSums]] = []
         norm: float | None = None
         for number, micro in enumerate(step.batches, 1):
-            terms, norm = self._train_micro_batch(step, number, micro, scales, lr)
+            where = f"micro-batch {number} of {len(step.batches)}"
+            with self._out_of_memory_explained(micro):
+                self._enter(f"the forward of {where}", step.index)
+                loss, terms = self.forward_batch(step, micro, scales)
+                self._enter(f"the backward of {where}", step.index)
+                self.engine.backward(loss)
+                del loss  # and its graph
+                self._enter(f"the update after {where}", step.index)
+                norm = self.engine.step(lr)  # only the last micro-batch updates
             sums.append(terms)
         self.after_update(step.index)
         self._enter("adding up the ranks' losses", step.index)
@@ -262,18 +271,11 @@ class Loop(Hooks):
             except OSError as error:
                 self._failure = self._failure or cause_of(error, self.folder)
 
-    def _train_micro_batch(
-        self, step: Step, number: int, micro: Any, scales: Mapping[str, float], lr: float
-    ) -> tuple[dict[str, TermSums], float | None]:
-        """Run forward and backward, and the update after the last micro-batch. Return the terms' sums and the norm."""
-        where = f"micro-batch {number} of {len(step.batches)}"
+    @contextmanager
+    def _out_of_memory_explained(self, micro: Any) -> Iterator[None]:
+        """Context manager: say where memory ran out, and what to change, in place of the device's own error."""
         try:
-            self._enter(f"the forward of {where}", step.index)
-            loss, terms = self.forward_batch(step, micro, scales)
-            self._enter(f"the backward of {where}", step.index)
-            self.engine.backward(loss)
-            self._enter(f"the update after {where}", step.index)
-            return terms, self.engine.step(lr)
+            yield
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -322,7 +324,7 @@ class Loop(Hooks):
         self.processes.watch.phase(f"writing the checkpoint of step {done}", limited=False)
         self.share_statistics()
         # The losses' own state is part of the task's state dict.
-        state = {"step": done, "seconds": time.monotonic() - self.began, "tally": asdict(self.tally)}
+        state = {"step": done, "seconds": time.monotonic() - self.began, "tally": self.tally.state()}
 
         def write(folder: Path) -> dict[str, Entry]:
             entries = self.engine.save(folder, state)
@@ -348,7 +350,7 @@ class Loop(Hooks):
             return 0, 0.0
         state = self.engine.load(found)
         self.load_more(found)
-        self.tally = Tally(**state.get("tally", {}))
+        self.tally = SampleTally.from_state(state.get("tally", {}))
         return state["step"], state["seconds"]
 
     def _best_score(self, done: int) -> float | None:
@@ -368,18 +370,18 @@ class Loop(Hooks):
         )
         if counts["student"] > counts.get("teacher", counts["student"]):
             tracker.warn("the student is larger than its teacher")
-        for remark in [*self.told, *self.past.remarks, *idle_settings(config)]:
+        for remark in [*self.remarks, *self.past.remarks, *idle_settings(config)]:
             tracker.warn(remark)
         if done:
             changed = f" with {self.past.changed}" if self.past.changed else ""
             tracker.say(f"resumed after step {done}{changed}")
 
-    def _check_first_rows(self, tracker: Tracker, done: int) -> None:
+    def _check_first_samples(self, tracker: Tracker, done: int) -> None:
         """Try the next rows. Raise ``UserError`` on all ranks if none of them can be used. Collective."""
         if done >= self.steps:
             return
-        self.processes.watch.phase("trying the first rows", limited=False)
-        found = try_rows(self.dataset, done, self.steps) if self.processes.first else FirstRows()
+        self.processes.watch.phase("trying the first samples", limited=False)
+        found = try_samples(self.dataset, done, self.steps) if self.processes.first else FirstSamples()
         mistake = found.mistake() or self.mistake_in(found)
         if self.processes.first and mistake is None:
             mistake = self.evaluation_mistake()
@@ -454,7 +456,7 @@ class Loop(Hooks):
             "parameters": self.parameters,
             "memory": {"peak_bytes": max(self.peak_bytes, peak_memory(device))},
             "problems": {f"{source}: {reason}": number for (source, reason), number in counts.items()},
-            "rows": self.tally.rows,
+            "rows": self.tally.samples,
             "left_out": self.tally.share,
             "empty_steps": self.tally.empty_steps,
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_distill.losses import FeatureTerm, Term, TermSums
 from vlm_distill.runtime.processes import Processes
 
-from .intake import Tally
+from .intake import SampleTally
 
 _UNITS = {"tokens_per_second": "tok/s", "images_per_second": "images/s"}
 
@@ -60,13 +60,13 @@ def finite_norm(norm: float | None) -> bool:
     return norm is None or (math.isfinite(norm) and norm >= 0)
 
 
-def headline(values: Mapping[str, Any], speed: str, tally: Tally) -> str:
+def headline(values: Mapping[str, Any], speed: str, tally: SampleTally) -> str:
     """Return what the progress bar shows of a step: ``loss 1.234  t 0.4  data wait 1.2%  10.3k tok/s``.
 
     Args:
         values: the step's metrics.
         speed: the metric of the run's speed, ``tokens_per_second`` for example.
-        tally: rows left out and empty steps of the run so far.
+        tally: samples left out and empty steps of the run so far.
     """
     shown = [f"loss {values['loss']:.4g}"] if "loss" in values else []
     shown += [f"{name.split('/')[1]} {value:.4g}" for name, value in values.items() if name.endswith("/t")]

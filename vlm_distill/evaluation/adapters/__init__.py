@@ -1,10 +1,10 @@
-"""A model of this suite inside other harnesses, which then ask and score by their own code.
+"""Run this suite's models inside other harnesses, which ask and score with their own code.
 
-lmms-eval finds it by itself where both are installed (entry point ``lmms_eval.models``):
+lmms-eval finds them by itself if both are installed (entry point ``lmms_eval.models``):
 
     python -m lmms_eval --model vlm_distill --model_args pretrained=FOLDER --tasks mmstar --batch_size 16
 
-VLMEvalKit has a list of models in its own files, to which ``vlmevalkit.register`` adds one.
+VLMEvalKit keeps a list of models; ``vlmevalkit.register`` adds one to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def lmms_eval_models() -> Any:
-    """What lmms-eval is told: the name ``vlm_distill`` and the class behind it."""
+    """Return lmms-eval's manifest: the name ``vlm_distill`` and the class behind it."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("vlm_distill", simple_class_path=f"{__name__}.lmms_eval.VLMDistill")

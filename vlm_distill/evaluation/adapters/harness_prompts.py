@@ -1,4 +1,4 @@
-"""Questions as other harnesses put them, answered in batches of like length."""
+"""Answer the questions that other harnesses put, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlm_distill.models.processor import Prompt
 
 
 def prompt(parts: Sequence[str | Image.Image]) -> Prompt:
-    """Texts and images in their order as one user message, decoded as the harnesses decode images."""
+    """Return texts and images, in their order, as one user message; images are decoded as the harnesses do."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
     images = tuple(load_image(part, alpha="drop") for part in parts if isinstance(part, Image.Image))
     return Conversation(({"role": "user", "content": content},), images), images
@@ -22,7 +22,7 @@ def prompt(parts: Sequence[str | Image.Image]) -> Prompt:
 def answers(
     model: VisionLanguageModel, prompts: Sequence[Prompt], *, batch_size: int, max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers, in the order of the prompts."""
+    """Return greedy answers, in the order of the prompts."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i][0].question), i))
     found = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

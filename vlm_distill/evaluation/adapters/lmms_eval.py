@@ -1,4 +1,4 @@
-"""The model class that lmms-eval makes; needs the package ``lmms_eval``, written against its version 0.7.3."""
+"""The model class that lmms-eval creates. Needs the package ``lmms_eval``; written against version 0.7.3."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .harness_prompts import answers, prompt
 
 
 class VLMDistill(lmms):
-    """Greedy answers and likelihoods of a model that ``load_vlm`` reads, in one process.
+    """Gives greedy answers and likelihoods of a model that ``load_vlm`` reads, in one process.
 
     Args:
         pretrained: folder or name.
         batch_size: questions asked together.
-        dtype: of the weights; as saved if absent, fp32 on a CPU.
-        device: ``cuda`` or ``cpu``; the first there is.
-        ignored: whatever else lmms-eval passes.
+        dtype: of the weights; by default as saved, on a CPU fp32.
+        device: ``cuda`` or ``cpu``; by default ``cuda`` if available.
+        ignored: other arguments of lmms-eval.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class VLMDistill(lmms):
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Greedy answers, cut at the task's stop texts. Sampling settings of a task are not followed."""
+        """Return greedy answers, cut at the task's stop texts. A task's sampling settings are ignored."""
         groups: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(int(request.args[1].get("max_new_tokens", 1024)), []).append(i)
@@ -54,11 +54,11 @@ class VLMDistill(lmms):
             asked = [self._prompt(requests[i].args[0], *requests[i].args[2:]) for i in places]
             told = answers(self.model, asked, batch_size=self.batch_size, max_new_tokens=length)
             for i, text in zip(places, told, strict=True):
-                found[i] = _cut(text, requests[i].args[1].get("until"))
+                found[i] = cut_at_stops(text, requests[i].args[1].get("until"))
         return found
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation as the answer, and whether it is the greedy one."""
+        """Return each continuation's log-likelihood as the answer, and whether it is the greedy answer."""
         found = []
         for request in requests:
             context, continuation, *document = request.args
@@ -81,8 +81,9 @@ class VLMDistill(lmms):
         return prompt([*images, text])
 
 
-def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    # A blank line would end answers that think first, and tasks name it by default.
+def cut_at_stops(text: str, until: str | Sequence[str] | None) -> str:
+    """Return an answer up to the first of a task's stop texts."""
+    # Ignore blank stops: many tasks name a blank line by default, which would end an answer inside its reasoning.
     stops = [until] if isinstance(until, str) else list(until or [])
     for stop in stops:
         if stop.strip():

@@ -1,6 +1,6 @@
-"""A model in VLMEvalKit's list, which its ``run.py`` then knows by name.
+"""Add a model to VLMEvalKit's list, so that its ``run.py`` knows it by name.
 
-PyPI has VLMEvalKit as ``ms-vlmeval`` and ``nvidia-vlmeval``; ``docs/evaluation.md`` shows how their run starts.
+PyPI has VLMEvalKit as ``ms-vlmeval`` and ``nvidia-vlmeval``; ``docs/evaluation.md`` shows how to start a run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def register(name: str, folder: str, max_new_tokens: int | None = None) -> None:
     """Add a model to ``vlmeval.config.supported_VLM``.
 
     Args:
-        name: what ``--model`` calls it.
+        name: its name for ``--model``.
         folder: folder or name of the model.
-        max_new_tokens: the longest answer; by default the benchmark's, as ``vlm-distill eval`` has it, or 512.
+        max_new_tokens: the longest answer; by default the benchmark's, as in ``vlm-distill eval``, or 512.
     """
     from vlmeval.config import supported_VLM
     from vlmeval.vlm.base import BaseModel
@@ -47,7 +47,7 @@ def register(name: str, folder: str, max_new_tokens: int | None = None) -> None:
 
 
 def answer_length(dataset: str | None) -> int:
-    """Return the longest answer to one of VLMEvalKit's data sets, in tokens; 512 for those that we do not have."""
+    """Return the longest answer to one of VLMEvalKit's data sets, in tokens; 512 for data sets unknown here."""
     try:
         return get_benchmark(dataset or "").length_for("vlmevalkit")
     except UserError:

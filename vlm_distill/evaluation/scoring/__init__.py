@@ -1,1 +1,1 @@
-"""Scoring rules, one file per family of benchmarks."""
+"""Scoring rules, one file per family of benchmarks; ``scorers.py`` lists them all."""

@@ -1,4 +1,4 @@
-"""Cells of a table as the references read them: predictions, right answers, lists written as text."""
+"""Read a table's cells as the references do: predictions, right answers, lists written as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .scores import Row, Rules, Table, missing
 
 
 def column(table: Table, name: str) -> list[Any]:
-    """A column that the rules need.
+    """Return a column that the rules need.
 
     Raises:
         UserError: a row does not have it.
@@ -24,11 +24,11 @@ def column(table: Table, name: str) -> list[Any]:
 
 
 def literal(cell: Any) -> Any:
-    """A cell's Python value: what its list, tuple, dict or string stands for, or the cell itself where it is none.
+    """Return a cell's value if it is the literal of a list, tuple, dict or string, and the cell itself otherwise.
 
-    VLMEvalKit passes such cells to ``eval``; a literal is all that real files hold.
+    VLMEvalKit passes such cells to ``eval``; real files hold nothing but literals.
     """
-    # Of plain text the parser would warn ("3and" is an odd number).
+    # The parser would warn about plain text such as "3and".
     if not isinstance(cell, str) or cell.lstrip()[:1] not in tuple("[({'\""):
         return cell
     try:
@@ -38,7 +38,7 @@ def literal(cell: Any) -> Any:
 
 
 def as_text(value: Any, what: str) -> str:
-    """The value, which must be text.
+    """Return the value, which must be text.
 
     Raises:
         UserError: it is not.
@@ -49,10 +49,10 @@ def as_text(value: Any, what: str) -> str:
 
 
 def prediction(row: Row, rules: Rules) -> str:
-    """The model's answer as text.
+    """Return the model's answer as text.
 
-    An empty cell is what the reference makes of it: "nan" or "None" under VLMEvalKit, else "". lmms-eval strips every
-    answer before it scores.
+    An empty cell becomes what the reference makes of it: "nan" or "None" under VLMEvalKit, otherwise "". lmms-eval
+    strips every answer before scoring.
 
     Raises:
         UserError: the row has no such column.
@@ -67,9 +67,9 @@ def prediction(row: Row, rules: Rules) -> str:
 
 
 def references(row: Row) -> list[str]:
-    """The right answers: the list in ``answers``, or the cell ``answer``, which is one answer unless it holds a list.
+    """Return the right answers: the list in ``answers``, or the cell ``answer``, which is one answer or a list.
 
-    Records with a key ``answer``, as the VQA files have, are accepted for text.
+    Records with a key ``answer``, as in the VQA files, count as text.
 
     Raises:
         UserError: there is no such column, or an answer is not text.
@@ -82,7 +82,7 @@ def references(row: Row) -> list[str]:
 
 
 def reference_cell(row: Row) -> list[Any]:
-    """The cell ``answer`` by VLMEvalKit's rule: a list's elements, or anything else, as text, alone in a list."""
+    """Return the cell ``answer`` by VLMEvalKit's rule: a list's elements, or any other cell as the only text."""
     if "answer" not in row:
         raise UserError("a row has neither 'answers' nor 'answer'")
     cell = row["answer"]
@@ -91,5 +91,5 @@ def reference_cell(row: Row) -> list[Any]:
 
 
 def cell_text(cell: Any) -> str:
-    """Return a cell as text; of an empty one "nan", since that is what pandas has there."""
+    """Return a cell as text; an empty one is "nan", as in pandas."""
     return "nan" if missing(cell) else str(cell)

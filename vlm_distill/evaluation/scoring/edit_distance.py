@@ -1,8 +1,8 @@
-"""Edit distance, which ANLS and MathVista compare texts by."""
+"""The edit distance that ANLS and MathVista use."""
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The least number of single-character insertions, deletions and substitutions that turn ``a`` into ``b``."""
+    """Return the least number of character insertions, deletions and substitutions that turn ``a`` into ``b``."""
     previous = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         current = [i]

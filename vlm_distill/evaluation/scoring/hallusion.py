@@ -1,4 +1,4 @@
-"""HallusionBench: accuracy of answers, of figures and of questions; a figure or question is right if all of it is.
+"""HallusionBench: accuracy of answers, figures and questions; a figure or question is right if all its answers are.
 
 Source: Guan et al. 2024, "HallusionBench".
 """
@@ -17,14 +17,14 @@ _PARTS = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
 
 def score_hallusion(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
-    """aAcc, fAcc and qAcc; the main score is their mean, in per cent.
+    """Return aAcc, fAcc and qAcc; the main score is their mean, in per cent.
 
-    VLMEvalKit takes set, figure and question from the 4th to 6th parts of ``index``, joined by ``_``. lmms-eval has
-    them in columns. With the verdict of a judge in the column ``judge`` ("0" wrong, "1" right, "2" unclear) it scores
-    that, in per cent; without, an answer is yes if it contains "yes" and no otherwise, 0…1.
+    VLMEvalKit takes set, figure and question from the 4th to 6th parts of ``index``, joined by ``_``; lmms-eval has
+    them in columns. If every row has a judge's verdict in the column ``judge`` ("0" wrong, "1" right, "2" unclear),
+    lmms-eval scores the verdicts, in per cent. Otherwise an answer is yes if it contains "yes" and no if not, 0…1.
 
     Raises:
-        UserError: an index has too few parts, a column is missing, a judged question is there twice.
+        UserError: an index has too few parts, a column is missing, or a judged question occurs twice.
     """
     if rules == "vlmevalkit":
         return _by_index(table)
@@ -33,7 +33,7 @@ def score_hallusion(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
 
 
 def has_yes(answer: str) -> str:
-    """lmms-eval without a judge: "1" if the answer contains "yes", else "0"."""
+    """Return "1" if the answer contains "yes", else "0", as lmms-eval does without a judge."""
     return "1" if "yes" in answer.lower() else "0"
 
 
@@ -93,7 +93,7 @@ def _judged(table: Table) -> Scores:
     for i in positions:
         scores[i] = float(_verdict(table[i]))
     hits = [scores[i] or 0.0 for i in positions]
-    # Without a figure there is none to be right about.
+    # Rows without a figure do not count towards fAcc.
     seen = [i for i in positions if not _no_figure(table[i])]
     by_figure = grouped((_key(table[i], "figure_id") for i in seen), (scores[i] or 0.0 for i in seen))
     by_question = grouped((_key(table[i], "question_id") for i in positions), hits)
@@ -109,7 +109,7 @@ def _verdict(row: Row) -> bool:
     verdict = str(row["judge"])
     if verdict not in ("0", "1", "2"):
         raise UserError(f"a judge's verdict is 0, 1 or 2, not {verdict!r}")
-    # "Unclear" is right about a figure that is not shown.
+    # "Unclear" is the right verdict if no figure is shown.
     return verdict == "1" or (verdict == "2" and _no_figure(row))
 
 

@@ -1,7 +1,7 @@
-"""MathVista: the answer is extracted, by a judge where it is not just the value, and compared with the right one.
+"""MathVista: extract a value from the answer, by a judge if the answer is more than the value, and compare it.
 
-Source: Lu et al. 2024, "MathVista". A judge's extraction stands in the column ``judge``, or as the references have it
-in ``res`` (VLMEvalKit) or ``extraction`` (lmms-eval).
+Source: Lu et al. 2024, "MathVista". A judge's extraction is in the column ``judge``, or as in the references in
+``res`` (VLMEvalKit) or ``extraction`` (lmms-eval).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _GROUPS = ("question_type", "answer_type", "language", "source", "category", "ta
 
 
 def found_value(row: Row, answer: Any) -> str | int | float | None:
-    """VLMEvalKit: what an answer says, without a judge: a letter, an integer, a float, or ``None``.
+    """Return the value in an answer by VLMEvalKit's rules, without a judge: a letter, an integer, a float, or ``None``.
 
-    Numbers must be Python's ("14.0" is no integer, 14.7 is 14). Other free-form answers give the word "None", the
-    reference's slip.
+    Numbers follow Python's syntax ("14.0" is not an integer, 14.7 becomes 14). Other free-form answers give the word
+    "None", as in the reference, by mistake.
 
     Raises:
-        UserError: the choices are not a list, or a number is to be read from what is none (an empty cell).
+        UserError: the choices are not a list, or the answer to be read as a number is an empty cell.
     """
     if row["question_type"] == "multi_choice":
         choices = literal(row["choices"])
@@ -51,7 +51,7 @@ def found_value(row: Row, answer: Any) -> str | int | float | None:
 
 
 def right_value(row: Row) -> Any:
-    """VLMEvalKit: what ``found_value`` must equal; text where the right answer is not of its own type."""
+    """Return what VLMEvalKit compares ``found_value`` with; text if the right answer is not of its own type."""
     if row["question_type"] == "multi_choice":
         return row["answer_option"]
     kind = {"integer": int, "float": float}.get(row["answer_type"])
@@ -62,7 +62,7 @@ def right_value(row: Row) -> Any:
 
 
 def prefetched(row: Row, answer: Any) -> str | int | float | None:
-    """VLMEvalKit: the value that needs no judge: any letter, or the right number; ``None`` if a judge must look."""
+    """Return the value that needs no judge by VLMEvalKit's rules: any letter, or the right number; else ``None``."""
     found = found_value(row, answer)
     if row["question_type"] == "multi_choice" or found == right_value(row):
         return found
@@ -70,9 +70,9 @@ def prefetched(row: Row, answer: Any) -> str | int | float | None:
 
 
 def extract(row: Row, answer: str) -> tuple[str, bool]:
-    """lmms-eval: the extraction that needs no judge, and whether one would be asked (the extraction is "" then).
+    """Return lmms-eval's extraction without a judge, and whether a judge would be asked (the extraction is "" then).
 
-    A choice's own text, and a number where one is wanted, are their own extraction; of an empty answer it is "".
+    A choice's exact text, and a number where one is wanted, are their own extraction; for an empty answer it is "".
     """
     if not answer:
         return "", False
@@ -88,11 +88,11 @@ def extract(row: Row, answer: str) -> tuple[str, bool]:
 
 
 def normalise(row: Row, extraction: Any) -> Any:
-    """lmms-eval: the extraction in the form of the right answer, or ``None`` if it has none.
+    """Return lmms-eval's extraction in the form of the right answer; ``None`` if it cannot have this form.
 
     Multiple choice: the text of the choice whose letter it is ("(b)" anywhere, or a capital), or else of the choice
-    with the least edit distance, be it ever so large. Integers are truncated. Floats are rounded to ``precision``
-    decimals: to a whole number without it, and to nothing at all if it is not an int, as in the data set (1.0).
+    with the least edit distance, however large. Integers are truncated. Floats are rounded to ``precision`` decimals:
+    to a whole number if it is missing, and to ``None`` if it is not an int, as in the data set (1.0).
     """
     if row["question_type"] == "multi_choice":
         choices = _choices(row)
@@ -113,7 +113,7 @@ def normalise(row: Row, extraction: Any) -> Any:
 
 
 def is_right(row: Row, normalised: Any) -> bool:
-    """lmms-eval: whether two values are the same text, so that "1.5" is not "1.50"."""
+    """Return whether two values are the same text, as in lmms-eval: "1.5" is not "1.50"."""
     return str(normalised).strip() == str(row["answer"]).strip()
 
 
@@ -125,7 +125,7 @@ def _choices(row: Row) -> Sequence[str]:
 
 
 def score_mathvista(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
-    """Accuracy in per cent, with groups by task and skill (VLMEvalKit) or by all that ``metadata`` says (lmms-eval).
+    """Return accuracy in per cent, grouped by task and skill (VLMEvalKit) or by all of ``metadata`` (lmms-eval).
 
     Raises:
         UserError: a cell is malformed; see the functions above.
@@ -134,7 +134,7 @@ def score_mathvista(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
 
 
 def _judged(row: Row, name: str) -> Any:
-    """A judge's extraction, or ``None``; an empty text is one."""
+    """Return a judge's extraction, which may be an empty text, or ``None``."""
     return next((row[key] for key in (name, "judge") if not missing(row.get(key))), None)
 
 
@@ -143,14 +143,14 @@ def _kit(table: Table) -> Scores:
     scores: list[float | None] = []
     judge = []
     for position, row in enumerate(table):
-        # A finished table of VLMEvalKit's has an extraction in every row, be it empty.
+        # A finished table of VLMEvalKit's has an extraction in every row, even if it is empty.
         extraction = _judged(row, "res") if "prediction" in row else row.get("res", "")
         by_itself = row.get("log") == "Prefetch succeed"
         if extraction is None:
             value = prefetched(row, prediction(row, "vlmevalkit"))
-            # A right answer of zero is falsy in the reference, which then asks its judge.
+            # A right answer of 0 is falsy in the reference, which then asks its judge.
             by_itself = bool(value)
-            # An extraction that failed is empty in the reference's file, and "nan" when it is read from there.
+            # A failed extraction is empty in the reference's file, and "nan" when read back.
             extraction = value if by_itself else math.nan
             if not by_itself:
                 judge.append(position)
@@ -173,10 +173,10 @@ def _kit(table: Table) -> Scores:
 
 
 def _skills(row: Row) -> list[str]:
-    """The skills of a row: a list's literal, or a text of several words.
+    """Return the skills of a row: a list's elements, or a text of several words.
 
     Raises:
-        UserError: the cell is a single word or anything else, over which VLMEvalKit stumbles.
+        UserError: the cell is a single word or anything else, on which VLMEvalKit crashes.
     """
     cell = row["skills"]
     if isinstance(cell, str):

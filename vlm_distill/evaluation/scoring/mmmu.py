@@ -1,7 +1,7 @@
-"""MMMU by its official parser and by lmms-eval's; VLMEvalKit's way is in ``mcq``.
+"""MMMU by its official parser and by lmms-eval's; VLMEvalKit's is in ``multiple_choice_vlmevalkit``.
 
-Source: Yue et al. 2024, "MMMU", and its evaluation code. Both references guess where an answer names no option; here
-such an answer has no letter, is wrong, and is counted.
+Source: Yue et al. 2024, "MMMU", and its evaluation code. Both references guess if an answer names no option; here such
+an answer has no letter, is wrong, and is counted.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", 
 _NUMBERS = (
     r"-?\b\d{1,3}(?:,\d{3})+\b",  # 1,234,567
     r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # 1.5e-3
-    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",  # 1.5, .5, 15, no part of the others
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",  # 1.5, .5, 15, not part of the others
 )
 
 
 def choice(answer: str, options: Mapping[str, str], *, rules: Rules = "official") -> str | None:
-    """The letter that an answer names, or ``None`` where the references guess.
+    """Return the letter that an answer names, or ``None`` where the references guess.
 
     Letters in brackets come first, then letters between spaces, then, in answers of more than five words, options whose
-    text is in the answer. Of several the one whose last place is furthest right wins. lmms-eval needs no space before a
-    letter, so that "DNA is the molecule" names A, and tries letters before a period next.
+    text is in the answer. Among several, the last occurrence wins. lmms-eval needs no space before a letter, so "DNA is
+    the molecule" names A, and tries letters before a period next.
 
     Args:
         options: letter → text.
@@ -39,7 +39,7 @@ def choice(answer: str, options: Mapping[str, str], *, rules: Rules = "official"
     for mark in ",.!?;:'":
         answer = answer.strip(mark)
     text = f" {answer} "
-    # What finds a letter, and what then tells which of several is the last one.
+    # Patterns that find a letter, and that then tell which of several occurs last.
     forms = [("({})", "({})"), (" {} ", " {} ")]
     if rules == "lmms-eval":
         forms = [("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")]
@@ -54,10 +54,10 @@ def choice(answer: str, options: Mapping[str, str], *, rules: Rules = "official"
 
 
 def open_answers(answer: str) -> Parsed:
-    """What an answer to an open question may mean, without repetitions, in the order found.
+    """Return what an answer to an open question may mean, without repetitions, in the order found.
 
-    Of each line the shortest tail after a word such as "is" or "answer" is taken (in the last line "=" is such a word,
-    too), or the whole answer if no line has one; then every number in it.
+    These are each line's shortest tail after a word such as "is" or "answer" (in the last line also after "="), or the
+    whole answer if no line has one; then every number in them.
     """
     answer = answer.strip().strip(".").lower()
     lines = answer.split("\n")
@@ -65,7 +65,7 @@ def open_answers(answer: str) -> Parsed:
     for number, line in enumerate(lines):
         keys = (*_KEYS, "=") if number == len(lines) - 1 else _KEYS
         found = [line.rsplit(key, 1)[1].strip() for key in keys if key in line]
-        # An empty tail is passed over for the next, however long: it counts as none in the reference.
+        # As in the reference, an empty tail gives way to the next, however long.
         tail = ""
         for candidate in found:
             if not tail or len(candidate) < len(tail):
@@ -78,9 +78,9 @@ def open_answers(answer: str) -> Parsed:
 
 
 def normalised(text: str) -> Parsed:
-    """A text as a number rounded to two decimals, if it is one, or else in lower case.
+    """Return a text as a number rounded to two decimals, if it is one, or else in lower case.
 
-    A single letter becomes two texts, with a space before and after, lest it be found in every word.
+    A single letter becomes two texts, with a space before and after, so that it is not found in every word.
     """
     text = text.strip()
     try:
@@ -92,44 +92,41 @@ def normalised(text: str) -> Parsed:
 
 
 def open_match(parsed: Parsed, gold: str | Sequence[str], *, rules: Rules = "official") -> bool:
-    """Whether one of the parsed numbers is a right one, or one of the parsed texts contains a right text.
+    """Return whether a parsed number is right, or a parsed text contains a right text.
 
-    lmms-eval compares the letters of the first parsed answer one by one, so that nothing but an empty right answer is
-    ever found.
+    lmms-eval compares the letters of the first parsed answer one by one, so it only ever finds an empty right answer.
     """
     right = [value for answer in ([gold] if isinstance(gold, str) else gold) for value in normalised(answer)]
     if rules == "lmms-eval":
         return "" in right and parsed[:1] != [""]
-    numbers, texts = (
-        [value for value in parsed if not isinstance(value, str)],
-        [v for v in parsed if isinstance(v, str)],
-    )
+    numbers = [value for value in parsed if not isinstance(value, str)]
+    texts = [value for value in parsed if isinstance(value, str)]
     contained = (value in text for value in right if isinstance(value, str) for text in texts)
     return any(number in right for number in numbers) or any(contained)
 
 
 def choice_match(letter: str | None, gold: str | Sequence[str]) -> bool:
-    """Whether the letter is the right one, or one of them."""
+    """Return whether the letter is the right one, or one of several right ones."""
     return letter is not None and (letter == gold if isinstance(gold, str) else letter in gold)
 
 
 def subject(question: str) -> str:
-    """The subject in a question's id: "validation_Art_Theory_12" is "Art_Theory".
+    """Return the subject in a question's id: "Art_Theory" for "validation_Art_Theory_12".
 
     Raises:
         UserError: the id has another form.
     """
     found = re.fullmatch(r"[^_]*_(.+?)_\d+", question, re.DOTALL)
     if found is None:
-        raise UserError(f"{question!r} is no id of MMMU: split, subject and number joined by _")
+        raise UserError(f"{question!r} is not an id of MMMU: split, subject and number joined by _")
     return found[1]
 
 
 def score_mmmu(table: Table, *, rules: Rules = "official") -> Scores:
-    """Accuracy 0…1, and that of each subject; lmms-eval rounds it to five decimals.
+    """Return accuracy 0…1, overall and by subject; lmms-eval rounds it to five decimals.
 
     Rows have ``id``, ``question_type`` ("multiple-choice" or else open), ``options`` (texts) and ``answer``; the answer
-    to score is in ``prediction`` or ``response``. An empty table scores 0, as officially.
+    to score is in ``prediction`` or ``response``. An empty table scores 0, as in the official code.
     """
     names = [subject(as_text(question, "an id of MMMU")) for question in column(table, "id")]
     hits, guessed = [], 0

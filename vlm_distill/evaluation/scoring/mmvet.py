@@ -1,7 +1,7 @@
-"""MM-Vet: a judge gives each answer 0 to 1; without one, whether the answer contains the right one.
+"""MM-Vet: a judge gives each answer 0 to 1; without a judge, whether the answer contains the right one.
 
-Source: Yu et al. 2024, "MM-Vet". The references have no scores without a judge, so that the deterministic part is our
-own, a stand-in to watch a training by: it is comparable with nothing that is published.
+Source: Yu et al. 2024, "MM-Vet". The references have no scores without a judge. The deterministic part is this
+project's own, a substitute for watching a training run; it is not comparable with published scores.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from .scores import Row, Rules, Scores, Table, mean, missing
 
 
 def contains_answer(answer: str, reference: str) -> bool:
-    """Whether all parts of one alternative are in the answer, without case, white space counting as one space.
+    """Return whether all parts of one alternative are in the answer, ignoring case and runs of white space.
 
-    In the references ``<OR>`` parts alternatives and ``<AND>`` the parts of one.
+    In the right answers, ``<OR>`` separates alternatives and ``<AND>`` the parts of one.
     """
     text = _plain(answer)
     return any(
@@ -28,10 +28,10 @@ def _plain(text: str) -> str:
 
 
 def score_mmvet(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
-    """The mean, in per cent, of the judge's scores in the column ``judge`` (0…1), and of containment where it is empty.
+    """Return the mean, in per cent, of the judge's scores in the column ``judge`` (0…1), or of containment if empty.
 
     Groups are the abilities in ``category`` or ``capability``, a list or text with commas. VLMEvalKit counts a question
-    of one ability alone twice in that ability's mean, once as a set of abilities. ``judge`` of the result lists the
+    with a single ability twice in that ability's mean, once as a set of abilities. ``judge`` of the result lists the
     rows that no judge has seen.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Multiple choice as lmms-eval scores it: a rule for each benchmark, without a judge but for MMBench's second one."""
+"""Multiple choice as lmms-eval scores it: a rule for each benchmark, without a judge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .cells import column, literal, prediction
 from .scores import Row, Scores, Table, grouped, mean, missing
 from .text_match import average, same_text
 
-#: Phrases before an answer, in lower case. Their first place in the answer counts.
+#: Phrases before an answer, in lower case. Their first occurrence counts.
 _PHRASES = (
     *(
         f"{the}{thing} is"
@@ -26,9 +26,9 @@ _PHRASES = (
     *(f"my {noun} is" for noun in ("answer", "choice")),
     *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
 )
-#: How a letter may be written, with its rank; the letter's last place counts.
+#: How a letter may be written, with its rank; its last occurrence counts.
 _FORMS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
-#: How MMBench's first step knows a letter among the words, in the order in which it looks.
+#: How MMBench's first step recognises a letter among the words, in order.
 _MMBENCH_FORMS = (
     *("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({})."),
     *(":{}", ":{},", ":{}.", ":{})", ":{})."),
@@ -37,10 +37,10 @@ _START, _END, _PHRASE, _ANYWHERE = 10, 9, 7, 0
 
 
 def extract_letter(answer: str, choices: Sequence[str] | None = None) -> str:
-    """The option letter of an answer, "" if none: MMStar, RealWorldQA, and MMBench where its own rules find nothing.
+    """Return the option letter of an answer, or "": MMStar, RealWorldQA, and MMBench if its own rules find nothing.
 
-    Every way in which a letter may be written has a rank; the highest wins, and the last of equal ones: alone at the
-    start, alone at the end, after a phrase such as "the answer is", "(A)", "A.", "A:", "A)", "A ", anywhere.
+    Each way to write a letter has a rank. The highest wins, and among equals the last: alone at the start, alone at the
+    end, after a phrase such as "the answer is", "(A)", "A.", "A:", "A)", "A ", anywhere.
 
     Args:
         choices: capital letters; A…H by default.
@@ -56,7 +56,7 @@ def extract_letter(answer: str, choices: Sequence[str] | None = None) -> str:
     found: list[tuple[int, int, str]] = []  # rank, place, letter
     for form, rank in _FORMS:
         found += [(rank, text.rfind(form.format(x)), x) for x in letters if form.format(x) in text]
-    # Places are those of the lower-cased text, as in lmms-eval, though a letter there may be two ("İ").
+    # As in lmms-eval, positions are those of the lower-cased text, in which "İ" is two characters.
     for phrase in _PHRASES:
         if (place := text.lower().find(phrase)) >= 0:
             after = place + len(phrase)
@@ -68,13 +68,13 @@ def extract_letter(answer: str, choices: Sequence[str] | None = None) -> str:
 
 
 def ai2d_letter(answer: str) -> str:
-    """AI2D: the capital letter before a period at the start, or else the whole answer."""
+    """Return AI2D's answer: the capital letter before a period at the start, or else the whole text."""
     found = re.match(r"\s*([A-Z])\.", answer)
     return found[1] if found else answer
 
 
 def option_letter(index: object, options: Sequence[str]) -> str:
-    """The letter of the option at ``index``, a number or its text, from 0; a negative one counts from the end.
+    """Return the letter of the option at ``index``, a number or its text, from 0; negative ones count from the end.
 
     Raises:
         UserError: there is no such option.
@@ -82,14 +82,14 @@ def option_letter(index: object, options: Sequence[str]) -> str:
     try:
         position = int(str(index))
     except ValueError:
-        raise UserError(f"the reference answer {index!r} is no option's index") from None
+        raise UserError(f"the reference answer {index!r} is not the index of an option") from None
     if not -len(options) <= position < len(options):
         raise UserError(f"the reference answer {index!r} is not one of {len(options)} options")
     return string.ascii_uppercase[: len(options)][position]
 
 
 def scienceqa_match(answer: str, target: str) -> bool:
-    """ScienceQA: the letter alone, in either case, or a capital letter and a period at the start."""
+    """Return whether an answer to ScienceQA is the letter alone, in either case, or starts with it and a period."""
     answer = answer.strip()
     if answer.lower() == target.lower():
         return True
@@ -97,12 +97,12 @@ def scienceqa_match(answer: str, target: str) -> bool:
 
 
 def mmstar_match(answer: str, target: str) -> bool:
-    """MMStar: the extracted letter, of A…D."""
+    """Return whether the letter extracted from an answer to MMStar, of A…D, is the right one."""
     return extract_letter(answer, "ABCD") == target.strip().upper()
 
 
 def realworldqa_match(answer: str, target: str) -> bool:
-    """RealWorldQA: as MMStar where the reference is a letter; else equality without case and closing periods."""
+    """Return whether a RealWorldQA answer is right: as in MMStar for a letter, else equal but for case and periods."""
     target = target.strip()
     if target.upper() in ("A", "B", "C", "D"):
         return mmstar_match(answer, target)
@@ -110,36 +110,36 @@ def realworldqa_match(answer: str, target: str) -> bool:
 
 
 def seedbench_letter(answer: str) -> str:
-    """SEEDBench: the first character, whatever it is."""
+    """Return SEEDBench's answer: the first character, whatever it is."""
     return answer.strip()[:1]
 
 
 def seedbench_match(answer: str, target: str) -> bool:
-    """SEEDBench: whether the first character is the letter, in either case."""
+    """Return whether the first character of an answer to SEEDBench is the letter, in either case."""
     return seedbench_letter(answer).lower() == target.lower().strip()
 
 
 def score_ai2d(table: Table) -> Scores:
-    """AI2D: ``answer`` is an option's index as text, ``options`` their texts."""
+    """Score AI2D: ``answer`` is an option's index as text, ``options`` are their texts."""
     right = [option_letter(row["answer"], literal(row["options"])) for row in _need(table, "answer", "options")]
     letters = [ai2d_letter(prediction(row, "lmms-eval")) for row in table]
     return _accuracy([same_text(a, b, rules="lmms-eval") for a, b in zip(letters, right, strict=True)])
 
 
 def score_scienceqa(table: Table) -> Scores:
-    """ScienceQA: ``answer`` is an option's index, ``choices`` their texts."""
+    """Score ScienceQA: ``answer`` is an option's index, ``choices`` are their texts."""
     right = [option_letter(row["answer"], literal(row["choices"])) for row in _need(table, "answer", "choices")]
     return _accuracy([scienceqa_match(prediction(row, "lmms-eval"), a) for row, a in zip(table, right, strict=True)])
 
 
 def score_realworldqa(table: Table) -> Scores:
-    """RealWorldQA: ``answer`` is a letter, a word or a number."""
+    """Score RealWorldQA: ``answer`` is a letter, a word or a number."""
     right = [str(answer) for answer in column(table, "answer")]
     return _accuracy([realworldqa_match(prediction(row, "lmms-eval"), a) for row, a in zip(table, right, strict=True)])
 
 
 def score_mmstar(table: Table) -> Scores:
-    """MMStar: the mean over the ``l2_category`` means, not over questions; so within each ``category``."""
+    """Score MMStar: the mean over the ``l2_category`` means, not over questions; also within each ``category``."""
     right = [str(answer) for answer in column(table, "answer")]
     hits = [float(mmstar_match(prediction(row, "lmms-eval"), a)) for row, a in zip(table, right, strict=True)]
     kinds, fine = column(table, "category"), column(table, "l2_category")
@@ -147,16 +147,15 @@ def score_mmstar(table: Table) -> Scores:
     def of_means(rows: Sequence[int]) -> float:
         return mean(map(mean, grouped((fine[i] for i in rows), (hits[i] for i in rows)).values()))
 
-    groups = {
-        str(kind): {"average": of_means([i for i, other in enumerate(kinds) if other == kind])}
-        for kind in dict.fromkeys(kinds)
-    }
+    groups = {}
+    for kind in dict.fromkeys(kinds):
+        groups[str(kind)] = {"average": of_means([i for i, other in enumerate(kinds) if other == kind])}
     overall = of_means(range(len(table)))
     return Scores("average", 100 * overall, {"average": overall}, groups, hits)
 
 
 def score_seedbench(table: Table) -> Scores:
-    """SEEDBench: accuracy of all questions, and of each ``data_type`` (image, video)."""
+    """Score SEEDBench: accuracy of all questions, and of each ``data_type`` (image, video)."""
     right = [str(answer) for answer in column(table, "answer")]
     hits = [float(seedbench_match(prediction(row, "lmms-eval"), a)) for row, a in zip(table, right, strict=True)]
     kinds = grouped(column(table, "data_type"), hits)
@@ -165,10 +164,10 @@ def score_seedbench(table: Table) -> Scores:
 
 
 def mmbench_letter(answer: str, choices: dict[str, object]) -> str | None:
-    """MMBench, first step: the option that an answer names, or ``None``.
+    """Return the option that an answer to MMBench names by the first step, or ``None``.
 
-    The one letter of A…E that stands alone ("A" only in answers of at most three words), or alone with one of twelve
-    ways to punctuate it; or else the one option whose text is in the answer.
+    It is the only letter of A…E that is a word ("A" only in answers of at most three words), alone or with one of
+    twelve punctuations; or else the only option whose text is in the answer.
     """
     if "Failed to obtain answer via API" not in answer:
         words = answer.split()
@@ -182,9 +181,9 @@ def mmbench_letter(answer: str, choices: dict[str, object]) -> str | None:
 
 
 def score_mmbench(table: Table) -> Scores:
-    """MMBench, circular, by lmms-eval's static rules: a question is right if all its copies are.
+    """Score circular MMBench by lmms-eval's static rules: a question is right if all its copies are.
 
-    A copy whose answer names no option gets a second chance by ``extract_letter``, if no other copy is wrong.
+    If no copy is wrong, copies whose answer names no option are read once more by ``extract_letter``.
     """
     table = [{name if name in "ABCD" else name.lower(): cell for name, cell in row.items()} for row in table]
     indices = column(table, "index")

@@ -1,7 +1,7 @@
 """Multiple choice as VLMEvalKit scores it: MMBench, MMStar, AI2D, SEEDBench, ScienceQA, RealWorldQA, MMMU.
 
-Where the answer names no option, VLMEvalKit asks a judge and, if that fails too, guesses. Here a judge's reply may
-stand in the column ``judge``; without it the answer is wrong, and ``Scores.judge`` lists the row.
+If the answer names no option, VLMEvalKit asks a judge and, if that fails too, guesses. Here a judge's reply may be in
+the column ``judge``; without it the answer is wrong, and ``Scores.judge`` lists the row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.errors import UserError
 from .cells import column, prediction
 from .scores import Row, Scores, Table, mean, missing
 
-#: What VLMEvalKit takes for a refusal, which is the option "Z": wrong, and no matter for a judge.
+#: Texts that VLMEvalKit takes as a refusal, which is the option "Z": wrong, without asking a judge.
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -26,7 +26,7 @@ _REFUSALS = (
 )
 _API_FAILURE = "Failed to obtain answer via API"
 _TO_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-# Letters beyond D are not looked for, and nothing needs to follow the letter: "answer is Denmark" names D.
+# Only A to D are looked for, and the letter may begin a word: "answer is Denmark" names D.
 _ANSWER_IS = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
 
 #: MMBench's abilities as VLMEvalKit's tables name them.
@@ -41,17 +41,17 @@ _ABBREVIATIONS = {
 
 
 def letter(answer: Any, choices: Mapping[str, Any], *, verbose: bool = False) -> str | None:
-    """The option that an answer names, "Z" for a refusal, or ``None``.
+    """Return the option that an answer names, "Z" for a refusal, or ``None``.
 
     In this order: the one option letter that stands alone in the answer, if it is among the last four words; the
     letter after "answer is"; the one option whose text is in the answer, unless the answer is more than twice as long
     as all options together.
 
     Args:
-        answer: anything; its text counts.
+        answer: converted to text.
         choices: letter → text of the option.
-        verbose: whether VLMEvalKit's environment has a non-empty ``VERBOSE``, under which an answer of more than three
-            words with a single "A" has no letter.
+        verbose: whether VLMEvalKit runs with a non-empty ``VERBOSE``; then an answer of more than three words with a
+            single "A" has no letter.
     """
     answer = str(answer)
     return _letter_by_name(answer, choices, verbose) or _letter_by_text(answer, choices)
@@ -84,12 +84,12 @@ def _letter_by_text(answer: str, choices: Mapping[str, Any]) -> str | None:
 
 
 def choices_of(row: Row) -> dict[str, Any]:
-    """The options of a row: its columns A…Z that are not empty."""
+    """Return the options of a row: its columns A…Z that are not empty."""
     return {name: row[name] for name in string.ascii_uppercase if name in row and not missing(row[name])}
 
 
 def row_letter(row: Row, *, verbose: bool = False) -> str | None:
-    """The option that a row's answer names, or else the judge's reply in its column ``judge``."""
+    """Return the option that a row's answer names, or else the one in the judge's reply."""
     choices = choices_of(row)
     found = letter(prediction(row, "vlmevalkit"), choices, verbose=verbose)
     if found is None and not missing(row.get("judge")):
@@ -100,13 +100,14 @@ def row_letter(row: Row, *, verbose: bool = False) -> str | None:
 def score_choice(
     table: Table, *, meta: Table | None = None, split: str | None = None, mmmu: bool = False, verbose: bool = False
 ) -> Scores:
-    """Accuracy of questions asked once.
+    """Return the accuracy of questions asked once.
 
     Args:
         table: rows with ``index``, options and ``answer``; groups are ``split``, ``l2-category`` and ``category``.
-        meta: the question file, if its answers are the right ones.
-        split: the split that the main score is of. By default the only one, or else all rows.
-        mmmu: whether open questions (no option A) become a choice between the right answer, A, and "Other Answers".
+        meta: the question file, if the right answers are there.
+        split: the split for the main score; by default all rows.
+        mmmu: whether open questions (without option A) become a choice between the right answer, A, and "Other
+            Answers".
 
     Raises:
         UserError: a row's index is not in ``meta``, or a column is missing.
@@ -125,10 +126,10 @@ def score_choice(
 def score_circular(
     table: Table, *, meta: Table | None = None, split: str | None = None, verbose: bool = False
 ) -> Scores:
-    """Accuracy of questions asked once for each rotation of their options: right only if every copy is.
+    """Return the accuracy of questions asked once per rotation of their options: right only if every copy is.
 
-    Copies have ``index`` plus k · 1,000,000, or say in ``g_index`` whose copy they are. Groups and score are those of
-    the first copy; the other rows have no score. Only questions whose first copy is there count.
+    Copies have ``index`` plus k · 1,000,000, or name their original in ``g_index``. Groups and score are those of the
+    first copy; the other rows have no score. Questions without their first copy do not count.
     """
     right = _right_answers(table, meta)
     table = [_lower_columns(row) for row in table]
@@ -159,23 +160,23 @@ def _right_answers(table: Table, meta: Table | None) -> dict[Any, Any]:
 
 
 def _lower_columns(row: Row) -> Row:
-    # "L2-category" is "l2-category" to VLMEvalKit; option columns keep their capital.
+    # VLMEvalKit reads "L2-category" as "l2-category"; option columns keep their capital.
     return {name if name in string.ascii_uppercase else name.lower(): cell for name, cell in row.items()}
 
 
 def closed(row: Row) -> Row:
-    """Return an open question of MMMU as VLMEvalKit scores it: a choice between the right answer, A, and others, B."""
+    """Return an open question of MMMU as VLMEvalKit scores it: a choice of A, the right answer, or B, any other."""
     return {**row, "A": row["answer"], "B": "Other Answers"} if missing(row.get("A")) else row
 
 
 def _report(
     table: Table, hits: list[float], scores: Sequence[float | None], unresolved: list[int], split: str | None
 ) -> Scores:
-    """VLMEvalKit's table: for each split the accuracy 0…1, in all and for each group of the whole table.
+    """Return VLMEvalKit's table: each split's accuracy 0…1, overall and for each group of the whole table.
 
     Args:
         table, hits: the rows that count, and whether each is right.
-        scores, unresolved: of all rows, for the result.
+        scores, unresolved: for all rows, to put into the result.
     """
     splits = [str(row.get("split", "none")) for row in table]
     groups: dict[str, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""OCRBench: a question is right if a reference is contained in the answer; the score is the number of right ones.
+"""OCRBench: a question is right if the answer contains a reference; the score is the number of right questions.
 
 Source: Liu et al. 2024, "OCRBench: On the Hidden Mystery of OCR in Large Multimodal Models".
 """
@@ -31,10 +31,10 @@ _HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000:
 
 
 def contains(answer: str, reference: str, *, formula: bool = False, rules: Rules = "vlmevalkit") -> bool:
-    """Whether the reference is in the answer.
+    """Return whether the answer contains the reference.
 
-    A line break is a space. Of formulas all spaces are removed and case counts; otherwise surrounding space is removed
-    and case does not count, and lmms-eval takes full-width ASCII for plain.
+    A line break is a space. In formulas, all spaces are removed and case counts. Elsewhere, surrounding space and
+    case are ignored, and lmms-eval reads full-width ASCII as plain.
     """
     return _plain(reference, formula, rules) in _plain(answer, formula, rules)
 
@@ -48,9 +48,9 @@ def _plain(text: str, formula: bool, rules: Rules) -> str:
 
 
 def ocr_references(row: Row, rules: Rules) -> Sequence[str]:
-    """The right answers of a row.
+    """Return the right answers of a row.
 
-    VLMEvalKit evaluates the cell, and goes through a bare string letter by letter. lmms-eval takes a list or a text.
+    VLMEvalKit evaluates the cell, and iterates over a bare string letter by letter. lmms-eval takes a list or a text.
 
     Raises:
         UserError: the cell is not a literal of text or of several.
@@ -70,10 +70,10 @@ def ocr_references(row: Row, rules: Rules) -> Sequence[str]:
 
 
 def row_hit(row: Row, rules: Rules = "vlmevalkit") -> bool:
-    """Whether a row's answer is right.
+    """Return whether a row's answer is right.
 
     Raises:
-        UserError: its category is none of OCRBench's (VLMEvalKit), or its reference is malformed.
+        UserError: OCRBench has no such category (VLMEvalKit), or the reference is malformed.
     """
     lmms = rules == "lmms-eval"
     formula = row.get("dataset") == "HME100k" if lmms else _category(row["category"]) == _OTHERS[-1]
@@ -88,9 +88,9 @@ def _category(name: str) -> str:
 
 
 def score_ocrbench(table: Table, *, rules: Rules = "vlmevalkit", partial: bool = False) -> Scores:
-    """The number of right answers, 0…1000; ``Final Score Norm`` is a tenth of it, lmms-eval's accuracy a thousandth.
+    """Count right answers, 0…1000; ``Final Score Norm`` is a tenth of that, lmms-eval's accuracy a thousandth.
 
-    With ``partial`` these two are per cent and share of the questions that are there.
+    With ``partial``, these two are the percentage and share of the questions in the table.
     """
     total = max(1, len(table)) if partial else _QUESTIONS
     kinds = [_category(name) for name in column(table, "question_type" if rules == "lmms-eval" else "category")]

@@ -1,4 +1,4 @@
-"""Every scorer by name and rules. This is the whole list: a benchmark names one of these."""
+"""The list of scorers, by name and rules; a benchmark names one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scores import Rules, Scorer, Scores, Table
 
 
 def _each(scorer: Scorer, *rules: Rules, **options: Any) -> dict[Rules, Scorer]:
-    """The same function for several rules, which it takes as an argument."""
+    """Return one function for several rules, which it takes as an argument."""
     return {name: partial(scorer, rules=name, **options) for name in rules}
 
 
@@ -50,7 +50,7 @@ SCORERS: dict[str, dict[Rules, Scorer]] = {
 
 
 def rules_of(name: str) -> tuple[Rules, ...]:
-    """The rules that a scorer has.
+    """Return the rules that a scorer has.
 
     Raises:
         UserError: there is no such scorer.
@@ -61,18 +61,21 @@ def rules_of(name: str) -> tuple[Rules, ...]:
 
 
 def score(name: str, table: Table, rules: str = "vlmevalkit", **options: Any) -> Scores:
-    """Scores a table.
+    """Score a table.
 
     Args:
         name: a key of ``SCORERS``.
         table: rows with the columns that the rules need and ``prediction``.
-        rules: whose rules.
+        rules: whose rules to follow.
         options: of the scorer, for example ``split`` and ``meta`` of multiple choice.
 
     Raises:
-        UserError: no such scorer or rules, or a table that they cannot score.
+        UserError: there is no such scorer or rules, or they cannot score this table.
     """
     known = rules_of(name)
     if rules not in known:
         raise UserError(f"{name} has no rules {rules!r}; it has {', '.join(known)}")
-    return SCORERS[name][rules](table, **options)
+    try:
+        return SCORERS[name][rules](table, **options)
+    except KeyError as lacking:
+        raise UserError(f"{name}: a row has no column {lacking}, which the rules {rules!r} need") from None

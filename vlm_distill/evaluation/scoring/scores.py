@@ -1,4 +1,8 @@
-"""What every scorer takes and gives: rows of a table in, `Scores` out."""
+"""What scorers take and return: a table in, :class:`Scores` out.
+
+A row holds one question: the columns of VLMEvalKit's TSV, or of the official or lmms-eval files, and the model's answer
+under ``prediction``. Cells may be Python values or, as in TSV files, their literals in text.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,15 @@ class Scores:
     """The result of one benchmark.
 
     Attributes:
-        metric: name of the main metric, a key of ``overall`` or a sum of such, as ``docs/evaluation.md`` has it.
-        main: its value as papers print it: per cent, but MME 0…2800 (perception and cognition together) and OCRBench
-            0…1000. NaN where no row was scored.
-        overall: metrics of the whole table, with the names and in the units of the reference.
+        metric: name of the main metric: a key of ``overall``, or a sum of several (``docs/evaluation.md``).
+        main: its value as papers print it: per cent, except MME 0…2800 (perception and cognition together) and
+            OCRBench 0…1000. NaN if no row was scored.
+        overall: metrics of the whole table, with the reference's names and units.
         groups: the same for each group: category, split, task, answer type. NaN for a group without rows in a split.
         rows: a score in 0…1 for each row, in order; ``None`` for a row that the rules leave out.
-        fallbacks: reason → number of rows in which the rules' last resort decided, for example ``"random"`` where the
-            reference guesses and the answer counts as wrong here.
-        judge: positions of the rows that only a judge can decide. Their score here is that of the deterministic part.
+        fallbacks: reason → number of rows decided by the rules' last resort, for example ``"random"`` where the
+            reference guesses; here such an answer is wrong.
+        judge: positions of the rows that only a judge can decide. Their score is that of the deterministic part.
     """
 
     metric: str
@@ -44,18 +48,18 @@ Scorer = Callable[..., Scores]
 
 
 def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean; NaN of nothing."""
+    """Return the arithmetic mean; NaN without values."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
 
 
 def missing(value: Any) -> bool:
-    """Whether a cell is empty: ``None``, or the NaN that pandas puts there."""
+    """Return whether a cell is empty: ``None``, or the NaN that pandas puts there."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def grouped(keys: Iterable[Hashable], values: Iterable[float]) -> dict[Any, list[float]]:
-    """Values by key, in the order of first appearance; rows with an empty key are left out."""
+    """Return values by key, in the order of first appearance, without rows whose key is empty."""
     groups: dict[Any, list[float]] = defaultdict(list)
     for key, value in zip(keys, values, strict=True):
         if not missing(key):

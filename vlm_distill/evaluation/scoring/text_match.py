@@ -1,7 +1,7 @@
-"""Answers compared as text or numbers: ANLS (DocVQA, InfoVQA), relaxed accuracy (ChartQA), exact match (GQA, OCR-VQA).
+"""Compare answers as text or numbers: ANLS (DocVQA, InfoVQA), relaxed accuracy (ChartQA), exact match (GQA, OCR-VQA).
 
 Sources: ANLS in Biten et al. 2019, "Scene Text Visual Question Answering"; relaxed accuracy in Masry et al. 2022,
-"ChartQA"; the details, on which scores depend, as VLMEvalKit and lmms-eval have them.
+"ChartQA"; the details, on which scores depend, follow VLMEvalKit and lmms-eval.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def anls(prediction: str, answers: Sequence[str], *, rules: Rules = "vlmevalkit", threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity with the nearest answer, 0…1; 0 below the threshold.
+    """Return the average normalised Levenshtein similarity with the nearest answer, 0…1; 0 below the threshold.
 
-    The distance is that of the lower-cased texts with single spaces; it is divided by the length of the longer *raw*
-    text, so that surplus spaces raise a score: those of the prediction under VLMEvalKit only, as lmms-eval strips it.
+    The distance is between the lower-cased texts with single spaces, but it is divided by the length of the longer
+    *raw* text, so surplus spaces raise a score (the prediction's only under VLMEvalKit, since lmms-eval strips it).
     Two empty texts score 1.
 
     Raises:
@@ -37,12 +37,12 @@ def anls(prediction: str, answers: Sequence[str], *, rules: Rules = "vlmevalkit"
 
 
 def _similarity(prediction: str, answer: str, threshold: float) -> float:
-    # Both references measure upper-cased texts, where "ß" is two letters.
+    # Both references measure the length of upper-cased texts, in which "ß" is two letters.
     length = max(len(prediction.upper()), len(answer.upper()))
     found, right = _plain(prediction), _plain(answer)
     if not length or found == right:
         return 1.0
-    # No distance is below the difference of lengths: rambling answers need no comparison.
+    # The distance is at least the difference of lengths, so rambling answers need no comparison.
     if 1 - abs(len(found) - len(right)) / length < threshold:
         return 0.0
     return 1 - levenshtein(found, right) / length
@@ -53,10 +53,10 @@ def _plain(text: str) -> str:
 
 
 def relaxed_match(prediction: str, answer: str, *, tolerance: float = 0.05) -> bool:
-    """Whether two numbers differ by at most 5 % of the right one, or two texts are equal without case.
+    """Return whether two numbers differ by at most 5 % of the right one, or two texts are equal but for case.
 
-    A per cent sign divides by 100: "20%" is right for "0.2" and wrong for "20". Where the right answer is zero, or
-    either is no number to Python ("1,000"), the texts are compared. Both references strip the prediction.
+    A per cent sign divides by 100: "20%" is right for "0.2" and wrong for "20". If the right answer is zero, or Python
+    cannot read one of them as a number ("1,000"), the texts are compared. Both references strip the prediction.
     """
     prediction = prediction.strip()
     found, right = _number(prediction), _number(answer)
@@ -73,10 +73,10 @@ def _number(text: str) -> float | None:
 
 
 def same_text(prediction: str, answer: str, *, rules: Rules = "vlmevalkit") -> bool:
-    """Whether two answers are the same word: GQA and OCR-VQA.
+    """Return whether two answers are the same text, for GQA and OCR-VQA.
 
-    VLMEvalKit forgives case and surrounding space; lmms-eval forgives case and ASCII punctuation anywhere, so that
-    "Yes." is right for "yes" there only.
+    VLMEvalKit ignores case and surrounding space; lmms-eval ignores case and ASCII punctuation anywhere, so only there
+    "Yes." is right for "yes".
     """
     if rules == "vlmevalkit":
         return prediction.strip().lower() == answer.strip().lower()
@@ -84,18 +84,18 @@ def same_text(prediction: str, answer: str, *, rules: Rules = "vlmevalkit") -> b
 
 
 def _numpy_plain(text: str) -> str:
-    # lmms-eval does this in a numpy array, whose cells keep their width ("İ" has two letters in lower case) and do not
-    # tell trailing NULs from padding.
+    # lmms-eval does this in a numpy array, whose cells keep their width ("İ" has two letters in lower case) and drop
+    # trailing NULs as padding.
     return text.lower()[: max(len(text), 1)].translate(_NO_PUNCTUATION).rstrip("\0")
 
 
 def score_anls(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
-    """DocVQA, InfoVQA: mean ANLS."""
+    """Score DocVQA and InfoVQA: mean ANLS."""
     return _average(table, [anls(prediction(row, rules), references(row), rules=rules) for row in table], rules, "anls")
 
 
 def score_relaxed(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
-    """ChartQA: mean relaxed accuracy over the best reference of each question.
+    """Score ChartQA: mean relaxed accuracy, with the best reference of each question.
 
     Raises:
         UserError: a row has no reference.
@@ -117,7 +117,7 @@ def score_relaxed(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
 
 
 def relaxed_references(row: Row) -> list[str]:
-    """Right answers as text; numbers are written out, which the other rules refuse to do.
+    """Return the right answers as text, numbers included, which the other rules refuse.
 
     Raises:
         UserError: there is none.
@@ -130,12 +130,12 @@ def relaxed_references(row: Row) -> list[str]:
 
 
 def score_exact(table: Table, *, rules: Rules = "vlmevalkit", best: bool = False) -> Scores:
-    """GQA, and with ``best`` OCR-VQA: share of answers equal to the reference.
+    """Score GQA, or with ``best`` OCR-VQA: the share of answers equal to the reference.
 
-    Of several references VLMEvalKit averages for GQA (NaN of none) and takes the best for OCR-VQA.
+    With several references, VLMEvalKit averages for GQA (NaN without any) and takes the best for OCR-VQA.
 
     Raises:
-        UserError: there is no best of no references.
+        UserError: with ``best``, a row has no reference.
     """
     scores = []
     for row in table:
@@ -151,7 +151,7 @@ def _average(table: Table, scores: list[float], rules: Rules, metric: str) -> Sc
 
 
 def average(table: Table, scores: Sequence[float], metric: str, *, percent: bool = True) -> Scores:
-    """The mean of row scores, and by split or else category, which is how VLMEvalKit groups its VQA tables."""
+    """Return the mean of row scores, overall and by split or else category, as VLMEvalKit groups its VQA tables."""
     scale = 100.0 if percent else 1.0
     groups: dict[str, dict[str, float]] = {}
     for name in ("split", "category"):

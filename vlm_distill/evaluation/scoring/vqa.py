@@ -1,8 +1,8 @@
 """VQA accuracy: the normaliser and soft accuracy of the VQA challenge, and plain exact match.
 
 The rules are those of https://github.com/GT-Vision-Lab/VQA (Antol et al. 2015, "VQA: Visual Question Answering"),
-oddities included, so that scores can be compared with published ones; and what VLMEvalKit and lmms-eval, which has a
-second normaliser for TextVQA, made of them.
+oddities included, so that scores compare with published ones, and the variants of VLMEvalKit and lmms-eval, which has a
+second normaliser for TextVQA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .cells import as_text, literal, prediction, reference_cell
 from .scores import Row, Rules, Scores, Table, grouped, mean, missing
 from .text_match import average
 
-#: Who normalises an answer how: the three rules, and lmms-eval's own way for TextVQA.
+#: Ways to normalise an answer: those of the three rules, and lmms-eval's own for TextVQA.
 Normaliser = Literal["official", "vlmevalkit", "lmms-eval", "lmms-eval-textvqa"]
 
 _NUMBERS = {
@@ -36,8 +36,8 @@ _COMMAS_IN_NUMBER = re.compile(r"\d,+\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _PERIOD_APART_FROM_DIGITS = re.compile(r"(?<!\d)\.(?!\d)")
 
-# Written right; each is also recognised with any one of its apostrophes missing. "I" is absent because the official
-# table has it in upper case and looks it up in lower case; "let's" and "she's" because it maps them to themselves.
+# Spelled correctly; each is also recognised with any one apostrophe missing. "I" is absent because the official table
+# has it in upper case and looks it up in lower case; "let's" and "she's" because it maps them to themselves.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -57,15 +57,15 @@ def _flatten(text: str) -> str:
 
 
 def normalize(text: str, rules: Normaliser = "official") -> str:
-    """An answer as VQA evaluation compares it.
+    """Return an answer as VQA evaluation compares it.
 
-    In this order: line breaks and tabs become spaces; each punctuation mark is deleted where any one of its kind
-    stands beside a space or the text holds a number with a comma, and becomes a space otherwise; the first 32 periods
+    In this order: line breaks and tabs become spaces; each punctuation mark is deleted if any one of its kind is next
+    to a space or the text holds a number with a comma, and becomes a space otherwise; the first 32 periods
     not followed by a digit are deleted; words are lower-cased, numbers up to ten become digits ("none" becomes 0),
     articles are dropped and missing apostrophes put back.
 
-    VLMEvalKit keeps a period after a digit, too ("3."). lmms-eval takes repeated commas for a number's ("3,,5"); for
-    TextVQA it first deletes commas and question marks and parts "'s" from its word.
+    VLMEvalKit also keeps a period after a digit ("3."). lmms-eval accepts repeated commas in a number ("3,,5"); for
+    TextVQA it first deletes commas and question marks and separates "'s" from its word.
     """
     if rules == "lmms-eval-textvqa":
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
@@ -86,9 +86,9 @@ def without_punctuation(raw: str, rules: Normaliser = "official") -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the answers, else 0.0.
+    """Return 1.0 if the prediction is one of the answers, else 0.0.
 
-    Compared without case, without surrounding white space and without one period at the end; nothing else is forgiven.
+    The comparison ignores case, surrounding white space and one period at the end, and nothing else.
     """
     return float(_plain(prediction) in {_plain(answer) for answer in answers})
 
@@ -98,11 +98,11 @@ def _plain(text: str) -> str:
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy in 0…1: each answer in turn is left out, the rest vote, and the scores are averaged.
+    """Return VQA accuracy in 0…1: each answer is left out in turn, the others vote, and the scores are averaged.
 
     One vote is ``min(1, matches among the others / 3)``. As in the official code, prediction and answers are
-    normalised only where the answers are not all the same. With a single reference, where the official rule always
-    gives 0, it is equality after normalisation: data sets with one reference a question would have no score otherwise.
+    normalised only if the answers are not all the same. With a single reference, for which the official rule always
+    gives 0, it is equality after normalisation, so that data sets with one reference per question get a score.
 
     Raises:
         ValueError: there is no answer to compare with.
@@ -117,16 +117,16 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def leave_one_out(
     prediction: str, answers: Sequence[str], rules: Normaliser = "official", *, ids: bool = True
 ) -> float:
-    """VQA accuracy as the references compute it, single references included: those always score 0.
+    """Return VQA accuracy as the references compute it; a single reference always scores 0.
 
     Args:
         prediction, answers: raw texts.
-        rules: whose normaliser; the official code normalises only where the answers are not all the same.
-        ids: whether the answers are records with an ``answer_id``. Without it the official code and lmms-eval's VQAv2
+        rules: whose normaliser; the official code normalises only if the answers are not all the same.
+        ids: whether the answers are records with an ``answer_id``. Without it, the official code and lmms-eval's VQAv2
             leave out all equal answers together with the one.
 
     Returns:
-        A score in 0…1. NaN without answers under VLMEvalKit, whose mean of nothing that is.
+        A score in 0…1; under VLMEvalKit NaN without answers.
 
     Raises:
         UserError: there is no answer, under the other rules.
@@ -140,13 +140,13 @@ def leave_one_out(
         prediction, answers = normalize(prediction, rules), [normalize(answer, rules) for answer in answers]
     matches = [answer == prediction for answer in answers]
     votes = sum(matches)
-    # Without ids the equal answers go as one: nothing that matches is left beside an answer that does.
+    # Without ids, equal answers are left out together, so an answer that matches leaves no other match.
     left_out = matches if ids else [votes * match for match in matches]
     return mean(min(1.0, (votes - gone) / 3) for gone in left_out)
 
 
 def reference_records(row: Row) -> tuple[list[str], bool]:
-    """The answers of a VQA row, and whether they can be told apart: texts can, records only by an ``answer_id``.
+    """Return the answers of a VQA row, and whether they are distinguishable: texts are, records only by ``answer_id``.
 
     Raises:
         UserError: an answer is not text.
@@ -159,21 +159,21 @@ def reference_records(row: Row) -> tuple[list[str], bool]:
 
 
 def score_vqa(table: Table, *, rules: Rules = "official", textvqa: bool = False) -> Scores:
-    """VQAv2, OK-VQA and TextVQA: mean soft accuracy.
+    """Score VQAv2, OK-VQA and TextVQA: mean soft accuracy.
 
-    Official scores are per cent, rounded to two decimals, for each ``answer_type`` and ``question_type`` too. Those
-    rounded scores of each question are what the official means are of. lmms-eval scores 0 where the references are
-    hidden (``answers`` is empty, as in test splits); ``fallbacks`` counts them.
+    Official scores are per cent, rounded to two decimals, also by ``answer_type`` and ``question_type``; the official
+    means are over the questions' rounded scores. lmms-eval scores 0 if the references are hidden (``answers`` is empty,
+    as in test splits); ``fallbacks`` counts these rows.
 
     Args:
-        textvqa: whether lmms-eval's TextVQA normaliser is meant.
+        textvqa: use lmms-eval's normaliser for TextVQA under its rules.
     """
     who: Normaliser = "lmms-eval-textvqa" if textvqa and rules == "lmms-eval" else rules
     hidden = [rules == "lmms-eval" and missing(row.get("answers", ())) for row in table]
     scores = []
     for row, is_hidden in zip(table, hidden, strict=True):
         answers, ids = reference_records(row) if not is_hidden else ([], True)
-        # VLMEvalKit, and lmms-eval for TextVQA, tell references apart by their place.
+        # VLMEvalKit, and lmms-eval for TextVQA, distinguish references by position.
         ids = ids or textvqa or rules == "vlmevalkit"
         scores.append(0.0 if is_hidden else leave_one_out(prediction(row, rules), answers, who, ids=ids))
     if rules != "official":

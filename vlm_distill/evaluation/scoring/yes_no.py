@@ -1,4 +1,4 @@
-"""Yes or no: POPE and MME, and what VLMEvalKit reads out of any such answer.
+"""Yes or no: POPE and MME, and how VLMEvalKit reads any yes-or-no answer.
 
 Sources: POPE in Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models"; MME in Fu et al.
 2023, "MME: A Comprehensive Evaluation Benchmark for Multimodal Large Language Models".
@@ -33,7 +33,7 @@ MME_REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculati
 
 
 def yes_no(answer: str) -> str:
-    """VLMEvalKit: "Yes" or "No" if exactly one of the two words is in the answer, else "Unknown"."""
+    """Return VLMEvalKit's reading: "Yes" or "No" if exactly one of the two words is in the answer, else "Unknown"."""
     words = without_punctuation(answer.lower(), "vlmevalkit").split()
     if ("yes" in words) == ("no" in words):
         return "Unknown"
@@ -41,33 +41,35 @@ def yes_no(answer: str) -> str:
 
 
 def yes_no_whole(answer: str) -> str:
-    """lmms-eval, POPE: the lower-cased answer; only "yes" and "no" themselves are either."""
+    """Return lmms-eval's reading for POPE: the lower-cased answer, which must be just "yes" or "no"."""
     return answer.lower().strip()
 
 
 def yes_no_start(answer: str) -> str:
-    """lmms-eval, MME: "yes", "no" or "other", by the first four characters without periods; "y" and "n" will do."""
+    """Return lmms-eval's reading for MME: "yes", "no" or "other", by the first four characters; "y" and "n" count."""
     text = answer.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, "other")
     start = text[:4]
-    return "yes" if "yes" in start else "no" if "no" in start else "other"
+    if "yes" in start:
+        return "yes"
+    return "no" if "no" in start else "other"
 
 
 def yes_no_first_sentence(answer: str) -> str:
-    """POPE's own rule: "no" if the first sentence has the word no, No or not; everything else is "yes"."""
+    """Return POPE's official reading: "no" if the first sentence has the word no, No or not, else "yes"."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What VLMEvalKit reads out of the answers of a table.
+    """VLMEvalKit's reading of a table's answers.
 
     Attributes:
-        words: each row's "Yes", "No" or "Unknown", a judge's where the answer itself is unknown.
-        scores: whether it is the reference, 1 or 0.
-        judge: positions of the unknown ones that no judge has seen.
+        words: each row's "Yes", "No" or "Unknown"; the judge's if the answer itself is unknown.
+        scores: 1 if it equals the reference, else 0.
+        judge: positions of unknown answers that no judge has seen.
     """
 
     words: list[str]
@@ -80,9 +82,9 @@ class Extracted:
 
 
 def read_by_index(table: Table) -> Extracted:
-    """VLMEvalKit: read each row's answer.
+    """Read each row's answer by VLMEvalKit's rules.
 
-    It joins answers and questions by ``index``, so that the last of several answers counts for all of them.
+    VLMEvalKit joins answers and questions by ``index``, so if several rows share an index, the last answer counts.
     """
     indices = [row.get("index", i) for i, row in enumerate(table)]
     by_index: dict[Any, str] = {}
@@ -101,7 +103,7 @@ def read_by_index(table: Table) -> Extracted:
 
 
 def reference(answer: object, *, periods: bool = False) -> str:
-    """The right answer of lmms-eval's POPE and (with ``periods`` removed) MME: "yes" or "no".
+    """Return the right answer in lmms-eval's POPE or, with ``periods`` removed, MME: "yes" or "no".
 
     Raises:
         UserError: it is neither.
@@ -114,7 +116,7 @@ def reference(answer: object, *, periods: bool = False) -> str:
 
 
 def precision_recall_f1(true: Sequence[bool], found: Sequence[bool | None]) -> dict[str, float]:
-    """Precision, recall and F1 of "yes", 0…1; 0 where undefined. ``None``: counted in neither denominator."""
+    """Return precision, recall and F1 of "yes", 0…1; 0 if undefined. A ``None`` counts in neither denominator."""
     pairs = list(zip(true, found, strict=True))
     hits = sum(1 for t, f in pairs if t and f)
     wrong = sum(1 for t, f in pairs if not t and f)
@@ -126,11 +128,11 @@ def precision_recall_f1(true: Sequence[bool], found: Sequence[bool | None]) -> d
 
 
 def score_pope(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
-    """POPE: F1 of "yes".
+    """Score POPE by the F1 of "yes".
 
-    VLMEvalKit: a row belongs to each category that its cell names, and counts once for each in the total; an answer
-    that is neither counts as "no"; a repeated ``index`` takes the last answer. lmms-eval: an answer that is neither is
-    wrong, but left out of precision and recall; ``yes_ratio`` is that of the references.
+    VLMEvalKit: a row belongs to each category in its cell, and counts once for each in the total; an answer that is
+    neither yes nor no counts as "no"; a repeated ``index`` takes the last answer. lmms-eval: an answer that is neither
+    is wrong, but left out of precision and recall; ``yes_ratio`` is that of the references.
     """
     return _pope_vlmevalkit(table) if rules == "vlmevalkit" else _pope(table, rules)
 
@@ -138,11 +140,10 @@ def score_pope(table: Table, *, rules: Rules = "vlmevalkit") -> Scores:
 def _pope_vlmevalkit(table: Table) -> Scores:
     categories = column(table, "category")
     read = read_by_index(table)
-    exploded = [
-        (category, row["answer"] == "Yes", found == "Yes", score)
-        for cell, row, found, score in zip(categories, table, read.words, read.scores, strict=True)
-        for category in ([None] if missing(cell) else str(cell).split(","))
-    ]
+    exploded: list[tuple[str | None, bool, bool, float]] = []
+    for cell, row, found, score in zip(categories, table, read.words, read.scores, strict=True):
+        names = [None] if missing(cell) else str(cell).split(",")
+        exploded += [(name, row["answer"] == "Yes", found == "Yes", score) for name in names]
 
     def metrics(rows: list[tuple[str | None, bool, bool, float]]) -> dict[str, float]:
         found = precision_recall_f1([row[1] for row in rows], [row[2] for row in rows])
@@ -151,8 +152,9 @@ def _pope_vlmevalkit(table: Table) -> Scores:
         return {name: 100 * value for name, value in named.items()}
 
     overall = metrics(exploded)
-    names = dict.fromkeys(row[0] for row in exploded if row[0] is not None)
-    groups = {name: metrics([row for row in exploded if row[0] == name]) for name in names}
+    groups = {}
+    for name in dict.fromkeys(row[0] for row in exploded if row[0] is not None):
+        groups[name] = metrics([row for row in exploded if row[0] == name])
     return Scores("Overall", overall["Overall"], overall, groups, read.scores, read.fallbacks, read.judge)
 
 
@@ -173,21 +175,23 @@ def _pope(table: Table, rules: Rules) -> Scores:
 
     overall = metrics(range(len(table)))
     categories = dict.fromkeys(row["category"] for row in table if not missing(row.get("category")))
-    groups = {str(c): metrics([i for i, row in enumerate(table) if row.get("category") == c]) for c in categories}
+    groups = {}
+    for category in categories:
+        groups[str(category)] = metrics([i for i, row in enumerate(table) if row.get("category") == category])
     unclear = sum(found not in ("yes", "no") for found in extracted)
     f1 = 100 * overall["pope_f1_score"]
     return Scores("pope_f1_score", f1, overall, groups, scores, {"neither yes nor no": unclear})
 
 
 def score_mme(table: Table, *, rules: Rules = "vlmevalkit", partial: bool = False) -> Scores:
-    """MME: for each task acc + acc+ (both questions about an image right), per cent each; the main score is their sum.
+    """Score MME: each task's acc + acc+ (both questions about an image right), in per cent; the main score is the sum.
 
-    Questions belong together by ``image_path`` (VLMEvalKit) or ``question_id`` (lmms-eval). ``groups`` gives each
-    task's acc, acc+ and their sum. With ``partial``, VLMEvalKit's totals are those of the tasks that are there.
+    Questions are paired by ``image_path`` (VLMEvalKit) or ``question_id`` (lmms-eval). ``groups`` has each task's acc,
+    acc+ and their sum. With ``partial``, VLMEvalKit's totals are over the tasks in the table.
 
     Raises:
-        UserError: VLMEvalKit: a task of the 14 is missing, or an image has one question. lmms-eval: an image has any
-            number of questions but two, or a reference is neither yes nor no.
+        UserError: by VLMEvalKit, one of the 14 tasks is missing, or an image has one question; by lmms-eval, an image
+            does not have two questions, or a reference is neither yes nor no.
     """
     kit = rules == "vlmevalkit"
     read = read_by_index(table) if kit else Extracted([], [], [])
@@ -206,7 +210,7 @@ def score_mme(table: Table, *, rules: Rules = "vlmevalkit", partial: bool = Fals
         for image, pair in pairs.items():
             if len(pair) < 2 or (len(pair) > 2 and not kit):
                 raise UserError(f"MME needs two questions about each image; {image!r} in {task!r} has {len(pair)}")
-        # VLMEvalKit averages over questions, lmms-eval over images: the same, but for images with more than two.
+        # VLMEvalKit averages over questions, lmms-eval over images: the same unless an image has more than two.
         accuracy = 100 * mean(score for pair in pairs.values() for score in pair)
         both = 100 * mean(pair[0] * pair[1] for pair in pairs.values())
         groups[task] = {"score": accuracy + both, "acc": accuracy, "acc+": both}
@@ -220,11 +224,14 @@ def _mme_kit_totals(groups: dict[str, dict[str, float]], partial: bool) -> dict[
     if lacking and not partial:
         raise UserError(f"MME is incomplete: no question of {', '.join(lacking)}")
     totals = {"perception": MME_PERCEPTION, "reasoning": MME_REASONING}
-    return {name: sum(groups[task]["score"] for task in tasks if task not in lacking) for name, tasks in totals.items()}
+    sums = {}
+    for name, tasks in totals.items():
+        sums[name] = sum(groups[task]["score"] for task in tasks if task not in lacking)
+    return sums
 
 
 def _mme_totals(groups: dict[str, dict[str, float]]) -> dict[str, float]:
-    """A task that is none of MME's counts as cognition; a total without tasks is left out."""
+    """Return lmms-eval's totals: an unknown task counts as cognition; a total without tasks is left out."""
     totals: dict[str, float] = {}
     for task, metrics in groups.items():
         name = "mme_perception_score" if task in MME_PERCEPTION else "mme_cognition_score"

@@ -1,4 +1,4 @@
-"""Try the first rows of the data before the first step, so that a run does not start on data that it cannot use."""
+"""Try the first samples of the data before the first step, so that a run does not start on data that it cannot use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from data.errors import BadSample
 from data.loader import problem_of
 
-from .intake import FIRST_ROWS, FirstRows
+from .intake import FIRST_SAMPLES, FirstSamples
 
 
-def try_rows(dataset: Any, start: int, stop: int) -> FirstRows:
-    """Encode the first rows of the steps ``start`` to ``stop - 1``, and return what came of it."""
-    found, mixture = FirstRows(), dataset.mixture
-    rows = chain.from_iterable(mixture.samples_of(step) for step in range(start, stop))
-    for source, row in islice(rows, min(FIRST_ROWS, mixture.epoch_samples)):
+def try_samples(dataset: Any, start: int, stop: int) -> FirstSamples:
+    """Encode the first samples of the steps ``start`` to ``stop - 1``, and return what came of it."""
+    found, mixture = FirstSamples(), dataset.mixture
+    samples = chain.from_iterable(mixture.samples_of(step) for step in range(start, stop))
+    for source, row in islice(samples, min(FIRST_SAMPLES, mixture.epoch_samples)):
         found.tried += 1
         try:
             images, apart = dataset.try_sample((source, row))
@@ -24,7 +24,7 @@ def try_rows(dataset: Any, start: int, stop: int) -> FirstRows:
             continue
         found.images += images
         found.apart += apart
-        found.rows_apart += apart > 0
+        found.samples_apart += apart > 0
     for source in mixture.sources:
         keys = getattr(source, "not_read", None)
         if keys:
