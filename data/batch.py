@@ -56,7 +56,7 @@ class ModelInputs(dict[str, Tensor]):
 
 
 class Processor(Protocol):
-    """What collation needs from a model's processor (``vlm_distill.models.interface.Processor`` is one)."""
+    """What collation needs from a model's processor (``vlm_distill.models.processor.Processor`` is one)."""
 
     has_vision: bool
     #: Whether the model wants all packed samples in a single row.

@@ -1,8 +1,8 @@
-"""Tiny models, tokenizers, images and conversations made on the spot."""
+"""Tiny models, tokenizers, images and conversations, made on the spot."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of the hub is imported: no test asks the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's package is imported: no test uses the network
 
 import byte_tokenizer
 import pytest

@@ -54,7 +54,7 @@ def processors():
 
 
 def expected(processor, parts, learn):
-    """Ids, and which are supervised and ends, of a text in parts: tokens of the prompt may only lend blanks."""
+    """Return the ids of a text in parts, and which are supervised and ends; from the prompt only blanks may be."""
     text, marks = "", ""
     for part, kind in parts:
         text += part
@@ -69,7 +69,7 @@ def expected(processor, parts, learn):
 
 
 def stretches(processor, row):
-    """Each run of supervised tokens as text."""
+    """Return each run of supervised tokens as text."""
     texts, run = [], []
     for token, on in zip([*row.input_ids.tolist(), 0], [*row.supervised.tolist(), False], strict=True):
         if on:
@@ -147,7 +147,7 @@ def test_a_tool_call_is_an_answer_and_its_reply_is_context(processors, arguments
     assert "<|im_start|>tool\nit is red<|im_end|>" in made.tokenizer.decode(row.input_ids[~row.supervised])
 
 
-# A tool's reply names the call that it answers.
+# A tool's reply names the call it answers.
 REPLIES = CALLS.replace(
     "<|im_start|>{{ m['role'] }}\n",
     "<|im_start|>{{ m['role'] }}{% if m['role'] == 'tool' %}{% for call in messages[loop.index0 - 1]['tool_calls'] %}"
@@ -175,7 +175,7 @@ def test_an_empty_thought_of_the_data_is_no_thought(processors, name, thought):
     made = processors(name) if name != "keyed" else processors(KEYED)
     made.learn_answer_prefix = False
     row = made.encode(conversation([ASK, ("assistant", f"{thought}Red.")]), [])
-    learnt = thought if name in ("chatml", "headers") else ""  # their models have to write it
+    learnt = thought if name in ("chatml", "headers") else ""  # their models must write it
     (answer,) = stretches(made, row)
     assert answer.startswith(f"{learnt}Red.<|")
     text = made.tokenizer.decode(row.input_ids)
@@ -185,7 +185,7 @@ def test_an_empty_thought_of_the_data_is_no_thought(processors, name, thought):
     assert own - {tuple(row.spans.tolist()[-1])} <= {tuple(place) for place in plain.spans.tolist()}
 
 
-# Thoughts are reasoning_content: inside a content they stand after an empty one.
+# Thoughts are reasoning_content; written inside the content, they follow an empty thought.
 KEYED = JINJA["opened"].replace("'</think>' in c", "false")
 
 
@@ -254,7 +254,7 @@ PAIRS = [(a, b) for a in ("chatml", "inst", "block", "opened", "hides", "channel
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_two_templates_share_the_answers_own_tokens(processors, student, teacher):
-    """Whatever each template writes around them, and whichever shows a thought."""
+    """Pairs of templates align, whatever each writes around answers and whichever shows a thought."""
     talk = [ASK, ("assistant", "It is red."), MORE, ("assistant", "There are three.", "hm")]
     made = processors(student), processors(teacher)
     for one in made:
@@ -266,7 +266,7 @@ def test_two_templates_share_the_answers_own_tokens(processors, student, teacher
     ]
     assert torch.equal(ids[0][pair.distilled], ids[1][pair.distilled])
     learnt = made[0].tokenizer.decode(ids[0][pair.distilled])
-    # A first word may be other tokens because of a blank.
+    # The first word may have other tokens because of a blank.
     assert " is red." in learnt
     assert " are three." in learnt
 

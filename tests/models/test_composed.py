@@ -60,7 +60,7 @@ def own_logits(model, inputs):
 
 
 def test_a_template_of_a_students_own_is_not_its_teachers(settings, tokenizer):
-    """A student without a tokenizer takes its teacher's, which goes on with its own template."""
+    """A student without a tokenizer takes its teacher's; the teacher keeps its own template."""
     before = tokenizer.chat_template
     own = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     student = build_vlm({**settings, "chat_template": own}, tokenizer)
@@ -144,7 +144,7 @@ def test_operations_are_those_that_pytorch_counts(kind, tower, settings, tokeniz
         config = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
         vit = {"source": "timm", "name": "vit_tiny_patch16_224", "config": config, "image_size": 32, "layer": -2}
         settings["vision_encoder"] = vit
-    model = build_vlm(settings, tokenizer).requires_grad_(False)  # PyTorch's counter hangs hooks on what trains
+    model = build_vlm(settings, tokenizer).requires_grad_(False)  # PyTorch's counter hooks trained parameters
     rows = [model.processor.encode(talk([None, "What?"], "It is red."), [picture(i)]) for i in range(3)]
     inputs = model.processor.collate(rows)
     real = multiplied(model, inputs)
@@ -153,7 +153,7 @@ def test_operations_are_those_that_pytorch_counts(kind, tower, settings, tokeniz
     for part, operations in counted.items():
         if part in real and (tower, part) != ("convnet", "vision_encoder"):
             assert operations == pytest.approx(real[part], rel=0.08), part
-    assert (counted["vision_encoder"] > 0) == (tower == "vit")  # of a convolutional one they are not known
+    assert (counted["vision_encoder"] > 0) == (tower == "vit")  # unknown for a convolutional one
     features = torch.stack(model.encode_images(rows))
     known = costs.count(ModelBatch({**inputs, "vision_features": features}, *[torch.arange(0)] * 3, 0))
     assert known == {**counted, "vision_encoder": 0}
@@ -213,7 +213,7 @@ def test_saved_and_loaded_bit_for_bit(settings, tokenizer, batch, tmp_path, dtyp
     assert torch.equal(sample.input_ids, same.input_ids)
     inputs = model.processor.collate([sample])
     assert torch.equal(model(inputs, torch.arange(9)).hidden, again(inputs, torch.arange(9)).hidden)
-    # Rotary frequencies are no parameters: they keep float32 in a bfloat16 model.
+    # Rotary frequencies are not parameters: they stay float32 in a bfloat16 model.
     assert again.decoder.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
@@ -355,7 +355,7 @@ def test_seeded_building_repeats(settings, tokenizer):
 
 
 def test_parts_are_whole_while_zero3_loading_is_on(settings, tokenizer, monkeypatch):
-    """Transformers would make empty parameters, which can be neither measured nor filled; afterwards it is on again."""
+    """Transformers would make empty parameters, which cannot be measured or filled; the mode is on again afterwards."""
     from transformers.integrations import deepspeed as integration
 
     class Zero3:

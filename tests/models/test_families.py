@@ -42,7 +42,7 @@ def folder(tmp_path_factory, make_tokenizer):
 
 @pytest.fixture(scope="module")
 def load(folder):
-    """Each family's model, loaded once; a test must leave it as it was."""
+    """Each family's model, loaded once; tests must leave it unchanged."""
     loaded = {}
 
     def get(name):
@@ -56,7 +56,7 @@ def load(folder):
 
 @pytest.fixture
 def samples(talk, picture):
-    """Conversations of unlike lengths, with images of unlike shapes, as a family can take them."""
+    """Conversations of different lengths, with images of different shapes, that a family can take."""
 
     def get(name):
         wide, tall, flat = picture(1, (60, 30)), picture(2, (30, 60)), picture(3, (90, 20))
@@ -107,14 +107,14 @@ def test_logits_are_the_models_own(name, load, samples):
             close(got, alone)
 
 
-#: What norms and biases, counted as if they multiplied, add in models so narrow; and what is left out or in beside.
+#: Norms and biases, counted as if they multiplied, add this much in such narrow models; and what else differs.
 TOLERANCE = {
-    ("pixtral", "vision_encoder"): (0.75, 1.0),  # what pads an image does go through the patch embedding
+    ("pixtral", "vision_encoder"): (0.75, 1.0),  # an image's padding goes through the patch embedding
     ("mistral3", "vision_encoder"): (0.75, 1.0),
-    # Linear attention pads a sequence to whole chunks of 64 tokens, and its state's products are not counted.
+    # Linear attention pads a sequence to chunks of 64 tokens; the products of its state are not counted.
     ("qwen3_5", "decoder"): (0.75, 1.07),
     ("qwen3_5_moe", "decoder"): (0.75, 1.07),
-    ("phi4_multimodal", "vision_encoder"): (1.0, 1.2),  # its pooling head computes at one position, not at all
+    ("phi4_multimodal", "vision_encoder"): (1.0, 1.2),  # its pooling head computes at one position, not at every one
 }
 
 
@@ -124,7 +124,7 @@ def test_operations_are_those_that_pytorch_counts(name, load, samples):
     collator = Collator(model.processor, None, 2048)
     rows = collator.batch([pair for sample in samples(name) for pair in collator.encode(*sample)]).student
     counted = ModelFlops(model, trains=False).count(rows)
-    if name == "paligemma2":  # whose soft-cap keeps attention from being fused, so that PyTorch counts it
+    if name == "paligemma2":  # its soft-cap prevents fused attention, so PyTorch counts it
         counted["decoder"] += counted["attention"]
     for part, real in multiplied(model, rows.inputs).items():
         low, high = TOLERANCE.get((name, part), (0.99, 1.07))
@@ -143,7 +143,7 @@ def test_images_reach_the_answer(name, load, talk, picture):
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_features_stand_for_images(name, load, samples):
-    """What was seen of images before, in one row, in a padded batch and in a packed row."""
+    """Features given in place of images: in one row, in a padded batch and in a packed row."""
     model = load(name)
     own, seen = model.processor, {}
     if name == "phi4_multimodal":
@@ -155,7 +155,7 @@ def test_features_stand_for_images(name, load, samples):
             for group in own.image_groups(images):
                 row = own.image_row(group)
                 (features,) = model.encode_images([row])
-                # Where rows are packed, features are put in order by the images' tokens.
+                # In packed rows, features are ordered by the images' tokens.
                 assert len(features) == own.image_tokens(row).sum()
                 seen[image_digest(group)] = features
     blind = own.with_features(lambda images: seen[image_digest(images)])
@@ -211,7 +211,7 @@ def test_what_frames_an_image_is_refused_in_a_text(load, talk, token):
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_no_token_sees_those_after_it(name, load, talk, picture):
-    """Another last token of an answer leaves every supervised position before it as it was."""
+    """Changing an answer's last token changes no supervised position before it."""
     model = load(name)
     sample = model.processor.encode(talk([None, "What colour?"], "It is red."), [picture(1)])
     positions = sample.supervised.nonzero().flatten() - 1
@@ -274,7 +274,7 @@ def test_answers_are_transformers_own(name, load, samples):
             **inputs, max_new_tokens=5, do_sample=False, eos_token_id=sorted(model.end_tokens), pad_token_id=0
         )
         assert answer.token_ids == own[0, length:].tolist()
-    # What generation leaves on a model (Qwen-VL's rope_deltas) changes nothing afterwards.
+    # State that generation leaves on a model (Qwen-VL's rope_deltas) changes nothing afterwards.
     row = model.processor.encode(*samples(name)[2])
     inputs = model.processor.collate([row])
     with torch.no_grad():
@@ -322,13 +322,13 @@ def test_unlike_pairs_align(student, teacher, load, samples, talk, picture):
     batch = collate(pairs, *pair)
     ours, theirs = (rows.inputs["input_ids"].flatten()[rows.positions + 1] for rows in (batch.student, batch.teacher))
     assert ours.equal(batch.targets)
-    # SmolVLM ends its turns with another token: it is learnt, not distilled.
+    # SmolVLM ends its turns with another token, which is learnt but not distilled.
     assert ours[batch.distilled].equal(theirs[batch.distilled])
     ends = sum(message["role"] == "assistant" for conversation, _ in talks for message in conversation.messages)
     assert (~batch.distilled).sum() == (ends if "smolvlm" in (student, teacher) else 0)
     text = "".join(m["content"][0]["text"] for c, _ in talks for m in c.messages if m["role"] == "assistant")
     assert load(student).processor.tokenizer.decode(ours[batch.distilled], skip_special_tokens=True) == text
-    # Nothing is cut off: a sample that either model's tokens make too long is left out.
+    # Nothing is cut off: a sample too long for either model is left out.
     lengths = [len(row.input_ids) for row in (pairs[2].student, pairs[2].teacher)]
     with pytest.raises(BadSample, match="too long"):
         encode_pair(*talks[2], *pair, max(lengths) - 1)
@@ -384,7 +384,7 @@ def test_inputs_that_would_be_missed_in_silence_are_asked_for(name, key, load, s
         model(inputs, positions)
 
 
-#: In one row these would see each other's prefixes, or mistake places in the row for places in the sample.
+#: Packed, these would see each other's prefixes, or confuse positions in the row with positions in the sample.
 NOT_PACKED = {*PALIGEMMA, "gemma3", "qwen3_5", "qwen3_5_moe"}
 
 
@@ -393,7 +393,7 @@ def test_samples_in_one_row_see_nothing_of_each_other(name, load, samples):
     model = load(name)
     assert keeps_samples_apart(model) == (name not in NOT_PACKED)
     if name in NOT_PACKED:
-        return  # what would come of it depends on the version of Transformers
+        return  # the result depends on the version of Transformers
     rows = encoded(model, samples(name))
     with torch.no_grad():
         alone = [hidden(model, [row]) for row in rows]
@@ -402,7 +402,7 @@ def test_samples_in_one_row_see_nothing_of_each_other(name, load, samples):
             found = hidden(model, [joined]).split([len(rows[i].input_ids) for i in order])
             errors = [(got - alone[i]).abs().max() / alone[i].abs().max() for got, i in zip(found, order, strict=True)]
             assert max(errors) < 1e-5
-        # Rows of unlike lengths: padding is one more sample.
+        # Rows of different lengths: padding counts as one more sample.
         found = hidden(model, [model.processor.join(rows[:2]), model.processor.join(rows[2:])])
         third = found[len(found) // 2 :][: len(rows[2].input_ids)]
         assert (third - alone[2]).abs().max() < 1e-5 * third.abs().max()
@@ -422,7 +422,7 @@ def test_documentation_names_the_families_that_are_packed():
 
 
 def test_caps_and_scales_are_the_models_own(load):
-    # Gemma 3's and Aya Vision's classes ignore what their text configurations name.
+    # Gemma 3's and Aya Vision's classes ignore these fields of their text configurations.
     assert load("paligemma2").head.softcap == 2.0
     assert (load("gemma3").head.softcap, load("gemma3").model.config.text_config.final_logit_softcapping) == (None, 0.5)
     assert (load("aya_vision").head.scale, load("aya_vision").model.config.text_config.logit_scale) == (1.0, 0.25)
@@ -471,7 +471,7 @@ def test_a_processor_that_does_not_tell_its_expansion_is_refused_on_loading(buil
     model, processor = build(make_tokenizer(extra=families.EXTRA))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"^model: {type(processor).__name__} does not tell how it expands images"):
+    with pytest.raises(UserError, match=rf"^model: {type(processor).__name__} does not report how it expands images"):
         load_vlm(tmp_path)
 
 
@@ -482,7 +482,7 @@ def test_a_processor_that_rewrites_its_text_is_not_understood():
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_an_answer_after_its_prompt_is_the_conversation(load, samples, name):
-    """Tokens that a student drew stand in a row as the same tokens of the data do."""
+    """Tokens drawn by a student make the same row as the same tokens from the data."""
     model = load(name)
     for conversation, images in samples(name)[:2]:
         whole = model.processor.encode(conversation, images)

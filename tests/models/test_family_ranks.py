@@ -19,7 +19,7 @@ def results(tmp_path_factory, make_tokenizer):
     maker = families.Maker(make_tokenizer)
     for seed, name in enumerate([*family_ranks.FAMILIES, *family_ranks.SHARDED]):
         maker.write(name, folder / name, seed=seed)
-    # One rank's micro-batch has no picture where another's has, and one holds nothing at all.
+    # One rank's micro-batch has no picture while another's has one, and one is empty.
     tiny.write_data(folder / "data", text_only=(0, 1, 2, 3, 8, 9), broken=(4, 5, 6, 7))
     return on_one_rank_and_two(Path(family_ranks.__file__), folder)
 

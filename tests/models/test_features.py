@@ -1,4 +1,4 @@
-"""Features by name: the model's own activations, returned by its forward and by no second run."""
+"""Features by name: the model's own activations, returned by its forward without a second run."""
 
 import pytest
 import tiny
@@ -30,7 +30,7 @@ TINY = {
     "vocab_size": 400,
     "pad_token_id": 0,
 }
-# How they come to queries, keys and values: norms before or after, biases, one matrix or three, wide heads.
+# How they compute queries, keys and values: norms before or after, biases, one matrix or three, wide heads.
 ATTENTION = {
     "llama": {},
     "mistral": {},
@@ -73,7 +73,7 @@ def batch(model, talk, picture):
 
 
 def seen(module, run):
-    """What a module gave while ``run`` ran: the test's own hook."""
+    """Return a module's output while ``run`` runs, by a hook of the test's own."""
     outputs = []
     handle = module.register_forward_hook(lambda _, args, output: outputs.append(output))
     run()
@@ -131,7 +131,7 @@ def test_a_composed_models_image_features(settings, tokenizer, talk, picture):
     assert torch.equal(got["projector"], model.projector(runs[0]))
     assert model.feature_shape("vision") == got["vision"].shape[1:] == (16, 16)
     assert model.feature_shape("projector") == got["projector"].shape[1:] == (16, 32)
-    # Images stand among the embeddings: hidden state 0 is what the first layer reads.
+    # Images are among the embeddings: hidden state 0 is the first layer's input.
     places = inputs["image_mask"].flatten().nonzero().flatten()
     assert torch.equal(model(inputs, places, ["hidden.0"]).features["hidden.0"], got["projector"].flatten(0, 1))
 
@@ -211,7 +211,7 @@ def test_unknown_features_are_one_line(name, message, settings, tokenizer, llama
 
 
 class Stub:
-    """A processor that knows one row of ids, whose image token is 5, with one image."""
+    """A processor with one fixed row of ids and one image; the image token is 5."""
 
     def __init__(self, inputs):
         tensors = {k: v for k, v in inputs.items() if k != "input_ids"}
@@ -238,7 +238,7 @@ WIDE = {**TINY, "head_dim": 8}
 
 
 def family(name):
-    """An untrained model of a family, and how many tokens an image becomes."""
+    """Return an untrained model of a family, and the number of tokens of an image."""
     if name == "paligemma":
         vision = SiglipVisionConfig(**TOWER, vision_use_head=False)
         text = Gemma2Config(**WIDE, sliding_window=16)

@@ -93,7 +93,7 @@ def processor(trained):
 
 
 def groups_of(student, teacher, conversation, images=(), *, grouped=True):
-    """Each group as (student's tokens, teacher's tokens)."""
+    """Return each group as (student's tokens, teacher's tokens)."""
     pair = encode_pair(conversation, images, student, teacher, 500, grouped=grouped)
     sides = []
     for processor, row, spans in zip((student, teacher), (pair.student, pair.teacher), pair.groups, strict=True):
@@ -103,7 +103,7 @@ def groups_of(student, teacher, conversation, images=(), *, grouped=True):
 
 
 def written(processor, tokens):
-    """What tokens spell, without white space; letters as the tokenizer knows them."""
+    """Return the text of tokens without white space, in the tokenizer's form of letters."""
     tokenizer = processor.tokenizer
     if tokenizer.backend_tokenizer.decoder is None:
         text = "".join(tokens)
@@ -117,7 +117,7 @@ def written(processor, tokens):
 @pytest.mark.parametrize("teacher", KINDS)
 def test_groups_spell_the_same_text_and_are_small(processor, talk, student, teacher, templates):
     ours, theirs = processor(student, templates[0]), processor(teacher, templates[1])
-    # A word that the WordPiece tokenizer has not met would be one unknown token.
+    # A word unknown to the WordPiece tokenizer would be one unknown token.
     talked = talk("What?", TEXTS[0], "And?", f"{TEXTS[1]} {TEXTS[3].strip()}  x")
     groups = groups_of(ours, theirs, talked)
     assert [pair[-1] for pair in groups[-1]] == ["</s>", "</s>"]
@@ -126,7 +126,7 @@ def test_groups_spell_the_same_text_and_are_small(processor, talk, student, teac
         if "wordpiece" in (student, teacher):  # which drops case and accents
             bare = [written(ours, []) + BARE.normalize_str(text) for text in bare]
         assert bare[0] == bare[1]
-    # White space has glued nothing together: a group crosses no space between two words.
+    # No group reaches across a space between two words.
     assert all(len(written(ours, mine)) <= len("Dunkelgrün") for mine, _ in groups)
     # Both end tokens, and every word and sign of both answers.
     assert len(groups) >= 2 + len(TEXTS[0].split()) + len(TEXTS[1].split())
@@ -148,7 +148,7 @@ def test_a_space_belongs_to_the_word_after_it(processor, talk, teacher):
 
 
 def test_pieces_of_one_character_stay_together(processor, talk):
-    groups = groups_of(processor("bytes"), processor("letters"), talk("?", "a☃b"))  # of which both have only bytes
+    groups = groups_of(processor("bytes"), processor("letters"), talk("?", "a☃b"))  # both have only its bytes
     assert [len(mine) for mine, _ in groups] == [1, 3, 1, 1]
 
 
@@ -201,7 +201,7 @@ def test_a_micro_batch_without_samples_has_no_groups(processor):
 
 
 def test_places_survive_the_expansion_of_images(talk, picture, tmp_path):
-    """Transformers' own processors put many tokens where the text has one placeholder."""
+    """Transformers' own processors replace one placeholder in the text by many tokens."""
     processor = load_vlm(str(tiny.write_llava(tmp_path / "llava", layers=2))).processor
     answers = ["red no", "blue"]
     row = processor.encode(talk([None, "what color"], answers[0], ["and", None], answers[1]), [picture(), picture()])

@@ -1,4 +1,4 @@
-"""Students cut from teachers: the right layers, a teacher left alone, a cache that works."""
+"""Students cut from teachers: the right layers, an unchanged teacher, a working key-value cache."""
 
 import pytest
 import torch

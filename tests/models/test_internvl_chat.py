@@ -1,4 +1,4 @@
-"""InternVL2's checkpoints, written here in their own layout: the original's logits, tiles and conversations."""
+"""InternVL2's checkpoints, written in their own layout: the original's logits, tiles and conversations."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from vlm_distill.models.sentencepiece import load_sentencepiece
 
 SENTENCEPIECE = Path(__file__).parents[1] / "golden" / "sentencepiece"
 PIECES = 420
-# Like InternLM2's: the marks of turns take places of unused pieces, the marks of images follow the pieces.
+# Like InternLM2's: turn marks replace unused pieces, image marks follow the pieces.
 ADDED = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "<|im_end|>", 4: "<|im_start|>"}
 ADDED |= {
     PIECES + i: token
@@ -163,7 +163,7 @@ def internlm2_weights(draw):
 
 
 def write(folder, config=CONFIG, weights=None, qk_norm=False, shards=3):
-    """A checkpoint as the hub has them: weights in shards with an index, a sentencepiece model, remote code named."""
+    """Write a checkpoint as on the hub: sharded weights with an index, a sentencepiece model, remote code named."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -198,7 +198,7 @@ def write(folder, config=CONFIG, weights=None, qk_norm=False, shards=3):
     return weights
 
 
-# The original's computation, written down plainly.
+# The original's computation, written plainly.
 
 
 def vision_tower(w, pixels, select_layer=-1, qk_norm=False):
@@ -226,7 +226,7 @@ def vision_tower(w, pixels, select_layer=-1, qk_norm=False):
 
 
 def image_features(w, hidden):
-    """Pixel shuffle v2, by places: token (r, c) holds patches (2r, 2c), (2r, 2c+1), (2r+1, 2c), (2r+1, 2c+1)."""
+    """Pixel shuffle v2, by position: token (r, c) holds patches (2r, 2c), (2r, 2c+1), (2r+1, 2c), (2r+1, 2c+1)."""
     side = SIDE // PATCH
     grid = hidden[:, 1:].unflatten(1, (side, side))
     cells = [
@@ -345,7 +345,7 @@ def test_language_models_that_transformers_has(kind, tmp_path, talk, picture):
     state = {f"language_model.{name}": tensor for name, tensor in decoder.state_dict().items()}
     if kind is Qwen2ForCausalLM:
         del state["language_model.lm_head.weight"]
-    # What Transformers 4 wrote besides.
+    # Further keys that Transformers 4 wrote.
     general = {"architectures": [kind.__name__], "torch_dtype": "bfloat16", "temperature": 1.0, "top_k": 50}
     general |= {"return_dict": True, "_name_or_path": "somewhere", "use_cache": True}
     template = "phi3-chat" if kind is Phi3ForCausalLM else "Hermes-2"
@@ -410,7 +410,7 @@ def test_while_zero_3_shards_what_is_loaded_it_is_made_whole(folder, weights, mo
 
 @pytest.fixture(scope="module")
 def tiles(model):
-    """What a checkpoint with tiles of 448 pixels makes of a picture: pixels and the number of image tokens."""
+    """Return the pixels and the number of image tokens of a picture, for a checkpoint with tiles of 448 pixels."""
 
     def cut(size, **config):
         source = CONFIG | {"force_image_size": 448} | config
@@ -427,7 +427,7 @@ def tiles(model):
         ((800, 600), 12, 4 * 3 + 1),
         ((800, 600), 6, 3 * 2 + 1),
         ((448, 448), 12, 1),
-        # 1×1, 2×2 and 3×3 are as near: a larger grid is taken while the picture has over half of its area.
+        # 1×1, 2×2 and 3×3 are equally near: the larger grid is taken if the picture has over half of its area.
         ((634, 634), 12, 2 * 2 + 1),
         ((633, 633), 12, 1),
         ((951, 951), 12, 3 * 3 + 1),
@@ -536,7 +536,7 @@ def test_placeholders_in_a_persons_text_are_refused(model, talk):
 
 @pytest.mark.parametrize("name", ["plain", "prefix"])
 def test_sentencepiece_ids(name, tmp_path):
-    """Ids are those of the sentencepiece package (``golden/sentencepiece/README.md``)."""
+    """Ids equal those of the sentencepiece package (``golden/sentencepiece/README.md``)."""
     shutil.copy(SENTENCEPIECE / f"{name}.model", tmp_path / "tokenizer.model")
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))

@@ -1,4 +1,4 @@
-"""Packed documents see nothing of each other, in every family that says so; students that take another tokenizer."""
+"""Packed documents see nothing of each other, in every family that claims so; students with another tokenizer."""
 
 import copy
 
@@ -50,7 +50,7 @@ def build(tokenizer, family, attention="sdpa", **changes):
 
 
 def batches(model, max_length, texts=TEXTS):
-    """All documents in rows of ``max_length``, and each in a batch of its own."""
+    """Return all documents in rows of ``max_length``, and each in a batch of its own."""
     collator = Collator(model.processor, model.processor, max_length)
     pairs = [pair for text in texts for pair in collator.encode(Document(text))]
     return collator.batch(pairs), [collator.batch([pair]) for pair in pairs]
@@ -108,7 +108,7 @@ def test_documents_of_a_tokenizer_with_a_start_token(make_tokenizer):
     [
         ("bloom", {"n_head": 4, "n_layer": 1}),
         ("mamba", {"state_size": 4}),
-        # Takes positions, and makes its mask without them.
+        # It takes positions, but ignores them in its mask.
         ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "attention": "sdpa"}),
     ],
 )
@@ -140,7 +140,7 @@ def test_embeddings_are_resized(models, talk, tmp_path):
     after = student.decoder.get_input_embeddings().weight.detach()
     assert after.shape == (tokens, 32)
     assert torch.equal(after[: len(before)], before)
-    # New rows lie about the mean of the old ones, by Transformers' own rule.
+    # New rows are close to the mean of the old ones, by Transformers' own rule.
     assert ((after[len(before) :] - before.mean(0)).abs() < 1e-2 * before.std()).all()
     assert len(student.decoder.get_output_embeddings().weight) == tokens
     assert align_heads(student, teacher) == tokens

@@ -1,4 +1,4 @@
-"""Assembled students as Transformers' LLaVA: the same logits, tokens and pictures; what has no equal is refused."""
+"""Assembled students as Transformers' LLaVA: the same logits, tokens and pictures; parts without equal are refused."""
 
 import pytest
 import torch

@@ -36,13 +36,13 @@ def without(weights, part):
 
 
 def one_more_layer(weights, embeddings):
-    """The decoder's second layer once more, as an eighth."""
+    """Repeat the decoder's second layer as its eighth."""
     start = embeddings.replace("embed_tokens.weight", "layers.1.")
     more = {name.replace("layers.1.", "layers.7."): t.clone() for name, t in weights.items() if name.startswith(start)}
     return weights | more
 
 
-#: What is done to a file's weights, given the name of the embeddings; and what the refusal says.
+#: Changes to a file's weights, given the name of the embeddings; and what the refusal says.
 DAMAGES = {
     "empty": (lambda w, e: {}, r"lacks \d+ weights that its configuration asks for \(.*, …\)"),
     "no output layer": (lambda w, e: without(w, "lm_head"), r"lacks 1 weight .*lm_head\.weight\)"),
@@ -134,7 +134,7 @@ def test_an_encoder_needs_the_weights_that_reach_its_features(change, expected, 
 
 @pytest.fixture
 def adapter(whole, tmp_path):
-    """A LoRA on the language model, in a folder."""
+    """A folder with a LoRA for the language model."""
     model = load_vlm(whole / "language")
     add_lora(model, rank=2)
     save_adapter(model, tmp_path / "adapter", str(whole / "language"))

@@ -28,7 +28,7 @@ def base(tmp_path):
 
 
 def adapted(folder, move=True, **options):
-    """The model in ``folder`` with LoRA, whose B is not zero."""
+    """Load the model in ``folder`` with LoRA; B is not zero."""
     model = load_vlm(folder)
     model.requires_grad_(False)
     torch.manual_seed(3)
@@ -163,11 +163,11 @@ def test_the_base_is_the_teacher_in_one_copy(base, talk, picture):
     head, hidden = found.targets.head, wanted.targets.hidden
     assert torch.equal(head.logits(hidden), wanted.targets.head.logits(hidden))
     assert not torch.equal(model.head.logits(hidden), head.logits(hidden))
-    # One copy: what a teacher reads are the student's own tensors, and it brings none.
+    # One copy: the teacher reads the student's own tensors and has none of its own.
     assert not list(teacher.model.parameters())
     with head.weight() as weight:
         assert weight.data_ptr() == model.decoder.lm_head.base_layer.weight.data_ptr()
-    # The student is left in its mode, its adapters on and trained.
+    # The student keeps its mode, with its adapters on and trained.
     assert model.training
     assert [m.training for m in model.modules()] == modes
     assert not any(layer.disable_adapters for layer in adapted_layers(model).values())

@@ -1,4 +1,4 @@
-"""Conversations in shared rows teach what they teach in rows of their own, whichever families learn and teach."""
+"""Packed conversations give the same loss as separate ones, whichever families learn and teach."""
 
 import families
 import pytest

@@ -1,4 +1,4 @@
-"""Transformers' own models behind the interface: the same logits, the right tokens supervised, saved as they were."""
+"""Transformers' own models behind the interface: the same logits, the right tokens supervised, saved unchanged."""
 
 import pytest
 import torch
@@ -19,10 +19,12 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import LMHead, PretrainedVLM, build_vlm, load_vlm
+from vlm_distill.models.families import FAMILIES
 from vlm_distill.models.lm_head import lm_head
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -330,3 +332,7 @@ def test_a_vlm_without_chat_template_is_refused(model, tmp_path):
     given = load_vlm(tmp_path / "bare", chat_template=CHATML)
     conversation = Conversation(({"role": "user", "content": [{"type": "image"}]},))
     assert given.processor.encode(conversation, [Image.new("RGB", (9, 9))], generation=True).images == 1
+
+
+def test_every_family_with_a_row_of_facts_is_one_of_transformers():
+    assert not FAMILIES.keys() - CONFIG_MAPPING_NAMES.keys()

@@ -1,4 +1,4 @@
-"""Models in fewer bits: what is stored, how far off it is, and one as a teacher."""
+"""Models in fewer bits: what is stored, how inexact it is, and one as a teacher."""
 
 import json
 
@@ -17,7 +17,7 @@ from vlm_distill.models.quantize import quantization
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
-# Bytes of a weight, and the most that logits of its like may be off, as a share of their spread.
+# Bytes of a weight, and the largest error of such a model's logits, relative to their spread.
 KINDS = {"int8": (1, 0.1), "nf4": (0.5, 0.5), "fp8": (1, 0.3)}
 
 
@@ -29,7 +29,7 @@ def llava(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
-    """Wide enough for the blocks of weights that share a scale."""
+    """A model wide enough for the blocks of weights that share a scale."""
     folder = tiny.write_language_model(tmp_path_factory.mktemp("language"))
     torch.manual_seed(0)
     config = LlamaConfig.from_pretrained(folder)
@@ -53,7 +53,7 @@ def linear(model):
 def test_fewer_bits_and_nearly_the_same_logits(language, kind, dtype):
     size, limit = KINDS[kind]
     whole, less = loaded(language, dtype=dtype), loaded(language, kind, dtype)
-    stored = getattr(linear(less), "qdata", linear(less))  # torchao's tensor says what it stands for
+    stored = getattr(linear(less), "qdata", linear(less))  # torchao's tensor wraps the stored one
     assert stored.numel() * stored.element_size() == size * linear(whole).numel()
     talk = Conversation(({"role": "user", "content": [{"type": "text", "text": "what color is it"}]},))
     inputs = whole.processor.collate([whole.processor.encode(talk, [], generation=True)])
@@ -67,7 +67,7 @@ def test_fewer_bits_and_nearly_the_same_logits(language, kind, dtype):
 
 
 def losses(folder, teacher, student, stops=(None,), on_policy=None, **changes):
-    """Of two steps, which barely move the student; with ``stops`` of a run that is started again after each."""
+    """Train two steps that barely move the student; with ``stops`` the run is restarted after each."""
     data = tiny.write_data(folder / "data")
     more = {"loss": [{"name": "forward_kl"}], "training__steps": 2, "optimizer__lr": 1e-4}
     plain = tiny.config(folder / "run", data, teacher, student=student, **more)
@@ -85,7 +85,7 @@ def losses(folder, teacher, student, stops=(None,), on_policy=None, **changes):
 def test_a_teacher_of_fewer_bits(llava, tmp_path, kind):
     if kind == "fp8":
         pytest.importorskip("torchao")
-    # The student's weights are the teacher's, so that rounding alone is between them.
+    # The student has the teacher's weights, so they differ by rounding alone.
     assert all(0 < loss < 0.05 for loss in losses(tmp_path, llava, {"path": str(llava)}, quantize=kind))
 
 
@@ -95,7 +95,7 @@ def test_adapters_on_a_student_of_four_bits(llava, tmp_path):
     found = losses(tmp_path, llava, student)
     assert all(0 < loss < 0.05 for loss in found)
     assert losses(tmp_path / "resumed", llava, student, stops=(1, None)) == found
-    # Having answered, which some CPUs' kernels repack weights for, it still learns.
+    # It still learns after answering, for which some CPU kernels repack weights.
     losses(tmp_path / "asked", llava, student, on_policy={"fraction": 1.0, "max_new_tokens": 2})
     adapter = load_file(tmp_path / "asked" / "run" / "student" / "adapter_model.safetensors")
     assert all(weight.any() for name, weight in adapter.items() if "lora_B" in name)

@@ -1,4 +1,4 @@
-"""What cannot be divided is refused; tests/training/test_scenarios.py trains what can."""
+"""Decoders that cannot be sharded are refused; tests/training/test_scenarios.py trains those that can."""
 
 import pytest
 import tiny
@@ -54,7 +54,7 @@ LONG = {"rope_parameters": ROPE | FACTORS | {"rope_type": "longrope"}, "max_posi
     ],
 )
 def test_what_only_long_sequences_would_show_is_known(tmp_path, processes, settings, longest, says):
-    """A trial with a short row tells nothing of a window or of frequencies that change with the length."""
+    """A trial with a short row would miss a window, or frequencies that change with the length."""
     folder = tiny.write_language_model(tmp_path / "model")
     own = load_vlm(folder).decoder.config.to_dict()
     kept = {name: value for name, value in own.items() if name not in ("model_type", "rope_parameters", "rope_scaling")}

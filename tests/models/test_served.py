@@ -1,4 +1,4 @@
-"""A teacher on a server teaches what the same model teaches here, as far as its likeliest tokens go."""
+"""A teacher on a server gives the same targets as the same model here, as far as its likeliest tokens go."""
 
 import json
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ _PROCESSES = []
 
 
 def opened():
-    """The processes of all trainings here: a second one would wait for the first one's port."""
+    """The processes of all trainings here: a second object would wait for the first one's port."""
     if not _PROCESSES:
         _PROCESSES.append(Processes("cpu"))
     return _PROCESSES[0]
@@ -85,7 +85,7 @@ def test_targets_are_those_of_the_logits(folder, server, model):
     assert torch.equal(found.ids, expected.ids)
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
     assert found.tail == pytest.approx(expected.tail, abs=1e-4)
-    # After two that try the server, every row is one request of its own tokens, without padding.
+    # After two requests that try the server, each row is one request of its own tokens, without padding.
     bodies = server.bodies[2:]
     assert sorted(len(body["prompt"]) for body in bodies) == sorted(
         batch.teacher.inputs["attention_mask"].sum(1).tolist()
@@ -113,7 +113,7 @@ def test_a_student_learns_what_it_learns_from_the_teacher_here(folder, server, o
     changes = {"loss": [{"name": "forward_kl"}], "evaluation__teacher": False}
     if on_policy:
         changes["on_policy"] = {"fraction": 1.0, "max_new_tokens": 4}
-    # So many likeliest tokens are all there are.
+    # The likeliest tokens are the whole vocabulary.
     here = trainer(folder, None, f"here_{on_policy}", **changes)
     there = trainer(folder, server, f"there_{on_policy}", **changes)
     here.run()
@@ -154,7 +154,7 @@ AFTER_QUESTIONS = tiny.TEMPLATE.replace(
 )
 
 
-# Of a first token before an image nothing is told but its id.
+# For a first token before an image the server returns only its id.
 @pytest.mark.parametrize(
     ("template", "tells_ids"),
     [
@@ -235,7 +235,7 @@ def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch)
     with pytest.raises(UserError, match="serves teacher-1, not teacher-2"):
         served(server, model, "teacher-2")
     server.told = False
-    with pytest.raises(UserError, match="tells no prompt_logprobs"):
+    with pytest.raises(UserError, match="returns no prompt_logprobs"):
         served(server, model)
     server.told, server.troubles = True, [400]
     with pytest.raises(UserError, match="refuses: HTTP 400"):
@@ -278,7 +278,7 @@ def test_requests_are_under_way_at_once_and_while_the_student_learns(folder, ser
         Trainer, "forward_batch", lambda *given: ahead.append(len(run.loss_teacher._ahead)) or forward(*given)
     )
     run.run()
-    # Four micro-batches of two samples are a step. While one is learnt, the next step's are on their way too.
+    # A step is four micro-batches of two samples. While one is trained on, the next step's requests are under way.
     assert ahead == [8, 7, 6, 5] * 2 + [4, 3, 2, 1]
     assert server.most > 8
     assert len(server.bodies) - asked == 24
@@ -302,7 +302,7 @@ def test_a_step_without_a_sample_leaves_no_reply_behind(folder, server, tmp_path
     ("changes", "says"),
     [
         ({"loss": [{"name": "kd"}]}, "loss kd needs more than the likeliest tokens"),
-        ({"evaluation__measures": ["kl"]}, "evaluation.measures: kl"),
+        ({"evaluation__measures": ["kl"]}, "evaluation.measures: 'kl'"),
         ({"training__recompute_logits": True}, "recompute_logits"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Chat templates of others: as Transformers renders them, and stopped where one would take the machine."""
+"""Chat templates render as in Transformers, and are stopped before they use up the machine."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Thoughts are told from answers, whatever marks them, and none is lost on the way from tokens to text."""
+"""Thoughts are separated from answers, whatever marks them, and none is lost between tokens and text."""
 
 import pytest
 import tiny
@@ -17,7 +17,7 @@ from vlm_distill.models.thinking import decode_with_marks, mark_tokens, split_th
         (" Yes \n", " Yes \n"),
         ("<think>there is no dog… wait</think>\n\nYes", "Yes"),
         ("<think>\n\n</think>\n\nYes", "Yes"),
-        ("there is no dog</think>\n\nYes", "Yes"),  # the opening holds <think>
+        ("there is no dog</think>\n\nYes", "Yes"),  # the opening contains <think>
         ("<think>I write </think> when I am done</think>Yes", "Yes"),
         ("<think>a</think>Yes<think>b</think>", "Yes"),
         ("<Thinking>no</thinking> Yes", "Yes"),

@@ -1,4 +1,4 @@
-"""Towers of three libraries: their own numbers, LLaVA's layer and select, images, idle parameters."""
+"""Towers of three libraries: their own features, LLaVA's layer and select, images, idle parameters."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_every_trainable_parameter_gets_a_gradient(name, layer):
     encoder.train()(torch.randn(2, 3, 28, 28)).square().sum().backward()
     for key, parameter in encoder.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
-    # Only single parameters inside used modules may be left frozen (DINO's mask token).
+    # Only single parameters inside used modules may stay frozen (DINO's mask token).
     assert all("mask_token" in key for key, p in encoder.named_parameters() if not p.requires_grad)
 
 
@@ -117,7 +117,7 @@ def test_bfloat16_and_recomputation(name):
     expected = encoder(pixels)
     encoder.checkpoint_activations()
     encoder.train()(pixels).sum().backward()
-    torch.testing.assert_close(encoder.eval()(pixels), expected)  # DINOv3 moves its positions while training
+    torch.testing.assert_close(encoder.eval()(pixels), expected)  # DINOv3 jitters its positions while training
     cast_parameters(encoder, torch.bfloat16)
     assert encoder(pixels).dtype == torch.bfloat16
 

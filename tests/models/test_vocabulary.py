@@ -1,4 +1,4 @@
-"""Which pairs of tokenizers may be distilled, and what both heads are cut to."""
+"""Which pairs of tokenizers can be distilled, and what both heads are cut to."""
 
 import copy
 

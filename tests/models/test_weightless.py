@@ -1,4 +1,4 @@
-"""Models without weights: Transformers' families and LoRA are planned as they are, and hold nothing."""
+"""Models without weights: Transformers' families and LoRA are planned as they are, and take no memory."""
 
 import families
 import pytest

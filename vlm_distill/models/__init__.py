@@ -1,4 +1,4 @@
-"""Teachers and students: assembled from parts or pretrained, one interface over both."""
+"""Teachers and students, assembled from parts or pretrained, behind one interface."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ __all__ = [
     "load_vlm",
 ]
 
-# Templates come with a model's files: whatever renders one in this process does so under limits.
+# Templates come with a model's files: everything that renders one in this process does so under limits.
 limit_templates()
 
 
 def build_vlm(settings: Mapping[str, Any], tokenizer: Any = None) -> VisionLanguageModel:
-    """A model assembled from parts (see :class:`~vlm_distill.models.composed.ComposedSettings`).
+    """Build a model from parts (see :class:`~vlm_distill.models.assembly.ComposedSettings`).
 
     Raises:
         UserError: a wrong setting, or a part that cannot be found or built.
@@ -69,24 +69,23 @@ def load_vlm(
     chat_template: str | None = None,
     quantize: Any = None,
 ) -> VisionLanguageModel:
-    """A whole model: one this suite saved, or a vision-language model or causal LM of Transformers, or an adapter.
+    """Load a whole model: one this suite saved, a vision-language model or causal LM of Transformers, or an adapter.
 
-    A folder with an adapter of peft's is read with the base that it names, and merged with it.
-
-    InternVL2's own checkpoints become Transformers' InternVL; nothing of theirs is run.
+    An adapter of peft is merged into the base that its folder names. InternVL2's own checkpoints become Transformers'
+    InternVL; none of their code is run.
 
     Args:
         name_or_folder: a folder, or a name that Transformers finds.
-        dtype: of the parameters, ``None``: as saved.
+        dtype: of the parameters; ``None``: as saved.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …
         trust_remote_code: run code that comes with the model.
-        tokenizer: instead of the model's own.
-        chat_template: text or file, instead of the model's own.
-        quantize: a ``quantization_config`` of Transformers, for a model of its own.
+        tokenizer: used instead of the model's own.
+        chat_template: text or file, used instead of the model's own.
+        quantize: a ``quantization_config`` of Transformers, for one of its models.
 
     Raises:
-        UserError: no such model, one that is neither of these kinds, one larger than this machine, or weights that are
-            missing, left over, of other shapes, NaN or infinite.
+        UserError: no such model, a model of another kind, one larger than this machine, or weights that are missing,
+            left over, of other shapes, NaN or infinite.
     """
     name = str(name_or_folder)
     template = None if chat_template is None else read_template(chat_template)
@@ -110,7 +109,7 @@ def load_vlm(
 def _load_transformers(
     name: str, dtype: Any, options: Mapping[str, Any], trust_remote_code: bool, tokenizer: Any, template: str | None
 ) -> VisionLanguageModel:
-    """A model of Transformers' own, whichever kind its configuration says it is."""
+    """Load a Transformers model, whichever kind its configuration says it is."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 
     try:
@@ -147,7 +146,7 @@ def _load_transformers(
 def load_processor(
     name: str, *, trust_remote_code: bool = False, tokenizer: Any = None, chat_template: str | None = None
 ) -> Processor:
-    """The processor of a model of Transformers, without its weights; the arguments are those of :func:`load_vlm`."""
+    """Load the processor of a Transformers model without its weights; arguments as in :func:`load_vlm`."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoProcessor
 
     template = None if chat_template is None else read_template(chat_template)
@@ -169,7 +168,7 @@ def load_processor(
 def _load_adapted(
     folder: Path, dtype: Any, tokenizer: Any, template: str | None, attention: str | None, trust_remote_code: bool
 ) -> VisionLanguageModel:
-    """The base of an adapter with the adapter merged; tokenizer and template are those beside the adapter, if any."""
+    """Load an adapter's base and merge the adapter; tokenizer and template come from the adapter's folder, if there."""
     base = adapter_base(folder)
     if tokenizer is None and (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(str(folder), trust_remote_code)
@@ -210,13 +209,13 @@ def _load_image_text(
 
 
 def _with_processor(name: str, model: Any, processor: Any, tokenizer: Any, template: str | None) -> PretrainedVLM:
-    """A model and a processor of Transformers behind the suite's interface, a given tokenizer and template put in."""
+    """Put a Transformers model and processor behind the suite's interface, with the given tokenizer and template."""
     return adapted(model, _prepared(name, model.config, processor, tokenizer, template))
 
 
 def _prepared(name: str, config: Any, processor: Any, tokenizer: Any, template: str | None) -> Any:
     if not hasattr(processor, "tokenizer"):
-        # Transformers falls back on a part where it does not know the whole.
+        # Transformers falls back on a part if it does not know the whole processor.
         raise UserError(
             f"model: '{name}' has no processor of images and text, only a {type(processor).__name__}; "
             "is processor_config.json there, and its processor_class right?"

@@ -79,14 +79,14 @@ def find_answers(
         raise BadSample("chat template rewrites the answer", f"it depends on the answer at {text[at : at + 40]!r}")
     spans: list[Span] = []
     number, anchor = 0, 0
-    for k, (message, (places, end)) in enumerate(zip(messages, _by_message(plain, shown.marks), strict=True)):
+    for k, (message, (marks, end)) in enumerate(zip(messages, _by_message(plain, shown.marks), strict=True)):
         if message["role"] != "assistant":
             continue
         if is_answer(message):
             _check_answer(message, frame)
             opening = MarkedText(rendered(render, marked[:k], True))
             own = split_thought(message)[1]
-            turn = _Turn(render, plain[k], own, marked, k, number, places, frame, learn_answer_prefix)
+            turn = _Turn(render, plain[k], own, marked, k, number, marks, frame, learn_answer_prefix)
             text, span = turn.located(text, anchor, opening)
             spans.append(span)
         anchor = max(anchor, end)
@@ -112,20 +112,20 @@ def _by_message(
     """Return the position of each message's marks, and of its last one. Refuse a missing or repeated answer."""
     waiting, found = list(marks), list[tuple[dict[str, int], int]]()
     for message in messages:
-        places: dict[str, int] = {}
+        own: dict[str, int] = {}
         last = last_mark(message) if message["role"] == "assistant" else None
-        while last is not None and last not in places:
+        while last is not None and last not in own:
             if not waiting:
                 raise BadSample("chat template drops an answer", _named(message))
             mark, place = waiting.pop(0)
-            if mark in places:
+            if mark in own:
                 raise BadSample("chat template repeats an answer", _named(message))
-            places[mark] = place
+            own[mark] = place
         # Templates may write a call's name again, in its header or in the header of the tool's reply.
-        end = max(places.values(), default=0)
+        end = max(own.values(), default=0)
         while last == CALL and waiting and waiting[0][0] == CALL:
             end = waiting.pop(0)[1]
-        found.append((places, end))
+        found.append((own, end))
     if waiting:
         raise BadSample("chat template repeats an answer")
     return found
@@ -150,7 +150,7 @@ class _Turn:
     marked: list[dict[str, Any]]
     k: int
     number: int
-    places: dict[str, int]
+    marks: dict[str, int]
     frame: Frame
     learn_answer_prefix: bool
 
@@ -165,12 +165,12 @@ class _Turn:
         since = opening.text[opening.marks[-1][1] if opening.marks else 0 :]
         header = anchor + common_prefix(since, text[anchor:])
         rest = since[header - anchor :]
-        first = min(self.places.values())
-        if split_thought(self.message)[0] and THOUGHT not in self.places and self._is_last():
+        first = min(self.marks.values())
+        if split_thought(self.message)[0] and THOUGHT not in self.marks and self._is_last():
             return self._reopened(text, header, rest)
         if rest and (header > first or self.frame.opening is None or len(rest) > len(self.frame.opening)):
             header = first  # the two differ before the opening, or agree by chance into the answer
-        closed = self.frame.closed or CALL in self.places
+        closed = self.frame.closed or CALL in self.marks
         return text, Span(self._start(text, header, first), self._stop(text), self._pieces(), closed)
 
     def _is_last(self) -> bool:
@@ -180,10 +180,10 @@ class _Turn:
         block = self.frame.answer_prefix
         if self.learn_answer_prefix:
             return header
-        if THOUGHT in self.places:
-            plain = text.startswith(block, header) and header + len(block) <= self.places[THOUGHT]
+        if THOUGHT in self.marks:
+            plain = text.startswith(block, header) and header + len(block) <= self.marks[THOUGHT]
             return header + len(block) * plain
-        if TEXT not in self.places or (CALL in self.places and first == self.places[CALL]):
+        if TEXT not in self.marks or (CALL in self.marks and first == self.marks[CALL]):
             return header + len(block) * text.startswith(block, header)
         between = text[header:first]
         if not between.strip():
@@ -193,9 +193,9 @@ class _Turn:
         return first
 
     def _stop(self, text: str) -> int:
-        if CALL in self.places:
+        if CALL in self.marks:
             return self._end_of_calls(text)
-        stop = self.places[TEXT_END]
+        stop = self.marks[TEXT_END]
         content = self.message["content"][0]["text"]
         blanks = content[len(content.rstrip()) :]
         return stop + len(blanks) * text.startswith(blanks, stop)
@@ -205,7 +205,7 @@ class _Turn:
         alone = MarkedText(rendered(self.render, self.marked[: self.k + 1], False))
         earlier = rendered(self.render, self.marked[: self.k], True).count(CALL)
         first = [place for mark, place in alone.marks if mark == CALL][earlier]
-        call = self.places[CALL]
+        call = self.marks[CALL]
         written = text[call : call + common_prefix(alone.text[first:], text[call:])]
         closing = [written.rfind(token) for token in self.frame.special if token in written]
         end = max(closing) if closing else len(written)
@@ -214,28 +214,28 @@ class _Turn:
     def _pieces(self) -> tuple[tuple[int, int, int], ...]:
         """Return thought and text with their positions; a text whose beginning is dropped is placed by its end."""
         pieces = []
-        if THOUGHT in self.places and THOUGHT_END in self.places:
-            pieces.append((2 * self.number, self.places[THOUGHT], self.places[THOUGHT_END]))
-        if TEXT_END in self.places:
-            stop = self.places[TEXT_END]
-            shown = TEXT in self.places and split_thought(self.message)[1] == self.own
-            start = self.places[TEXT] if shown else stop - len(self.own)
+        if THOUGHT in self.marks and THOUGHT_END in self.marks:
+            pieces.append((2 * self.number, self.marks[THOUGHT], self.marks[THOUGHT_END]))
+        if TEXT_END in self.marks:
+            stop = self.marks[TEXT_END]
+            shown = TEXT in self.marks and split_thought(self.message)[1] == self.own
+            start = self.marks[TEXT] if shown else stop - len(self.own)
             pieces.append((2 * self.number + 1, start, stop))
         else:
-            pieces.append((2 * self.number + 1, self.places[CALL], self.places[CALL]))
+            pieces.append((2 * self.number + 1, self.marks[CALL], self.marks[CALL]))
         return tuple(pieces)
 
     def _reopened(self, text: str, header: int, rest: str) -> tuple[str, Span]:
         """Write the answer after the opening, as the model does, if the template hides its thought."""
         opened = text[:header] + rest
-        if not opened.rstrip().endswith("<think>") or CALL in self.places:
+        if not opened.rstrip().endswith("<think>") or CALL in self.marks:
             raise BadSample("chat template drops the thought", "give a chat_template that shows it")
         _, thought, between, answer = thought_parts(self.message)
         if self.message.get("reasoning_content"):
             thought, between = self.message["reasoning_content"] + "\n", "</think>\n\n"
         if opened[-1:] == "\n":
             thought = thought.removeprefix("\n")
-        after = self.places[TEXT_END]
+        after = self.marks[TEXT_END]
         lead = len(thought) - len(thought.lstrip())
         begin = len(opened) + len(thought) + len(between)
         core = len(answer.strip())

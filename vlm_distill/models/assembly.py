@@ -32,7 +32,7 @@ from .vision_encoders import build_vision_encoder
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """A causal LM of Transformers: ``name`` of a pretrained one, or ``config`` with its ``model_type``."""
+    """A causal LM of Transformers: the ``name`` of a pretrained one, or a ``config`` with its ``model_type``."""
 
     name: str | None = None
     config: Mapping[str, Any] | None = None
@@ -40,16 +40,16 @@ class DecoderSettings:
 
 @dataclass(frozen=True)
 class ComposedSettings:
-    """What names an assembled model.
+    """Settings of an assembled model.
 
     Attributes:
         decoder: a name or folder, or the keys of :class:`DecoderSettings`.
         vision_encoder: keys of ``VisionEncoderSettings``; ``None`` makes a language model.
         projector: ``type`` and that type's keys.
         tokenizer: a name or folder; ``None``: the pretrained decoder's.
-        chat_template: the text of a Jinja template or a file that holds it; ``None``: the tokenizer's own.
+        chat_template: a Jinja template or the file with it; ``None``: the tokenizer's own.
         dtype: of all parameters; ``None``: float32.
-        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …; ``None``: the best there is.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …; ``None``: the best available.
         trust_remote_code: run code that comes with a pretrained decoder.
         quantize: a ``quantization_config`` of Transformers for a pretrained decoder.
     """
@@ -66,13 +66,13 @@ class ComposedSettings:
 
 
 def build(settings: Mapping[str, Any], tokenizer: Any = None) -> ComposedVLM:
-    """The model that ``settings`` name (see :class:`ComposedSettings`).
+    """Build the model described by ``settings`` (see :class:`ComposedSettings`).
 
-    New weights come from torch's global random generator: seed it before.
+    New weights come from torch's global random generator; seed it before.
 
     Args:
         settings: a mapping with the keys of :class:`ComposedSettings`.
-        tokenizer: instead of the one that ``settings`` name.
+        tokenizer: used instead of the one named in ``settings``.
 
     Raises:
         UserError: a wrong setting, or a part that cannot be found or built.
@@ -90,7 +90,7 @@ def build(settings: Mapping[str, Any], tokenizer: Any = None) -> ComposedVLM:
             raise UserError("model.tokenizer: missing; a decoder built from a configuration needs a tokenizer")
         tokenizer = load_tokenizer(name, trust_remote_code=s.trust_remote_code)
     if s.chat_template is not None:
-        tokenizer = copy.deepcopy(tokenizer)  # a student's may be its teacher's, which has a template of its own
+        tokenizer = copy.deepcopy(tokenizer)  # it may be the teacher's, which keeps its own template
         tokenizer.chat_template = read_template(s.chat_template)
     attention = {"attn_implementation": s.attn_implementation} if s.attn_implementation else {}
     if decoder_settings.name is not None:
@@ -114,6 +114,7 @@ def assemble(
     projector: Mapping[str, Any] | None,
     attn_implementation: str | None,
 ) -> ComposedVLM:
+    """Put a decoder, a tokenizer and a new vision encoder and projector together."""
     if vision_encoder is None:
         if projector is not None:
             raise UserError("projector: there is no vision_encoder to project; name one or leave the projector out")
@@ -128,6 +129,7 @@ def assemble(
 
 @built_whole()
 def new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping[str, Any]) -> Any:
+    """Build a causal LM with new weights from a configuration with its ``model_type``."""
     options = dict(settings)
     if "model_type" not in options:
         raise UserError("decoder.config: 'model_type' is missing (llama, qwen2, gemma2 …)")
@@ -151,7 +153,7 @@ def new_decoder(settings: Mapping[str, Any], tokenizer: Any, attention: Mapping[
 
 
 def load_decoder(name: str, dtype: torch.dtype | str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
-    """A pretrained causal LM; ``options`` are more of ``from_pretrained``. ``UserError`` where there is none."""
+    """Load a pretrained causal LM; ``options`` go to ``from_pretrained``. Raise ``UserError`` if there is none."""
     try:
         return from_pretrained(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except UserError:

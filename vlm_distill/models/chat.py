@@ -82,7 +82,10 @@ def rendered(render: Render, messages: Sequence[dict[str, Any]], generation: boo
 
 def held(tokens: Sequence[str], texts: Sequence[str]) -> str | None:
     """Return the first of the tokens that occurs in one of the texts."""
-    return next((token for token in tokens if any(token in text for text in texts)), None)
+    for token in tokens:
+        if any(token in text for text in texts):
+            return token
+    return None
 
 
 def written_texts(message: Mapping[str, Any]) -> list[str]:

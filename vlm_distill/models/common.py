@@ -119,7 +119,9 @@ def first_line(error: BaseException) -> str:
 def generation_ends(model: Any) -> set[int]:
     """Return the end tokens that the model's generation settings name."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    if isinstance(eos, list):
+        return set(eos)
+    return set() if eos is None else {eos}
 
 
 def tied_names(module: nn.Module) -> set[str]:

@@ -32,7 +32,7 @@ from .sequence_parallel import at_positions
 from .vision_encoders import VisionEncoder
 from .weightless import weightless
 
-#: The file that makes a folder one of ours.
+#: The file by which a folder is recognised as one of ours.
 CONFIG_NAME = "vlm_distill.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = 1
@@ -41,13 +41,13 @@ FORMAT = 1
 class ComposedVLM(VisionLanguageModel):
     """Vision encoder, projector and decoder put together; image features take the place of embeddings.
 
-    Without a vision encoder it is a language model, and is saved as Transformers saves it.
+    Without a vision encoder it is a language model, saved as Transformers saves it.
 
     Args:
         decoder: any causal language model of Transformers.
-        processor: of this model.
+        processor: this model's processor.
         vision_encoder, projector: both or neither.
-        projector_settings: what builds the projector again.
+        projector_settings: settings that build the projector again.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ComposedVLM(VisionLanguageModel):
         return self.decoder.base_model
 
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
-        # The base model, not the whole decoder: its output layer must never run on every token.
+        # The base model, not the whole decoder, whose output layer must never run on every token.
         body = self.body
         embeddings, images = self._embed(inputs)
         states = wanted_states(features, body)
@@ -134,7 +134,7 @@ class ComposedVLM(VisionLanguageModel):
             return embeddings, {}
         assert self.vision_encoder is not None
         assert self.projector is not None
-        # Those of a teacher with the same encoder, or from disk, if there are any.
+        # Given if a teacher with the same encoder, or a cache, already has them.
         known = inputs.get("vision_features")
         features = self.vision_encoder(inputs["pixel_values"]) if known is None else known
         projected = self.projector(features)
@@ -151,14 +151,14 @@ class ComposedVLM(VisionLanguageModel):
         return self.decoder.generate(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], **settings)
 
     def use_tokenizer(self, tokenizer: Any, ends: set[int]) -> None:
-        """Takes another tokenizer, with its chat template, in place of its own.
+        """Replace the tokenizer and its chat template.
 
-        Embeddings and output layer are cut or grown to its tokens; new rows are the old ones' mean, with a billionth of
-        their covariance as noise, as Transformers does. A row keeps its id, whatever token it was of.
+        Embeddings and output layer are resized to its tokens. New rows are the mean of the old ones plus noise of a
+        billionth of their covariance, as in Transformers. Rows keep their ids, whatever token each was for.
 
         Args:
             tokenizer: a copy is kept.
-            ends: ids that end an answer from now on, beside the template's.
+            ends: ids that end an answer from now on, besides the template's.
         """
         assert isinstance(self.processor, ComposedProcessor)
         tokenizer = copy.deepcopy(tokenizer)

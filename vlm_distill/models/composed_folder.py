@@ -35,16 +35,16 @@ def load_composed(
     attn_implementation: str | None = None,
     tokenizer: Any = None,
 ) -> ComposedVLM:
-    """A model that :meth:`ComposedVLM.save_pretrained` wrote with its vision encoder.
+    """Load a model that :meth:`ComposedVLM.save_pretrained` wrote with its vision encoder.
 
     Args:
-        folder: holds ``vlm_distill.json``.
+        folder: contains ``vlm_distill.json``.
         dtype: ``None``: as saved.
-        attn_implementation: as in :class:`ComposedSettings`.
-        tokenizer: instead of the saved one.
+        attn_implementation: as in :class:`~.assembly.ComposedSettings`.
+        tokenizer: used instead of the saved one.
 
     Raises:
-        UserError: another format, settings that would fetch or open anything else, weights that are not this model's.
+        UserError: another format, settings that would fetch or open other files, or weights of another model.
     """
     folder = Path(folder)
     check_attention(attn_implementation)
@@ -72,10 +72,10 @@ _KEYS: dict[str, type] = {
 
 
 def _read_composed(path: Path) -> dict[str, Any]:
-    """Return a saved model's settings, of which none names a place outside its folder.
+    """Return a saved model's settings, after checking that none names a place outside its folder.
 
     Raises:
-        UserError: another format, a key or value of another kind, or weights that would come from elsewhere.
+        UserError: another format, an unknown key, a value of another type, or weights from elsewhere.
     """
     config = read_object(path)
     if config.get("format") != FORMAT:

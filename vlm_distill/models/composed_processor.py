@@ -24,21 +24,21 @@ from .chat import DEFAULT_TEMPLATE, held, plain_messages, rendered, special_ids,
 from .image_transform import ImageTransform
 from .packed_rows import row_positions
 from .processor import Processor
-from .supervision import mark_tokens, token_places
+from .supervision import mark_tokens, token_spans
 from .template_marks import BREAK, IMAGE, PRIVATE
 
 _MARKS = re.compile(f"([{IMAGE}{BREAK}])")
 
 
 class ComposedProcessor(Processor):
-    """Chat template, tokenizer and image transform; an image becomes a fixed number of positions where its part stands.
+    """Chat template, tokenizer and image transform; each image part becomes a fixed number of positions.
 
-    Image positions hold the pad id and are marked in ``image_mask``, so that no word of the vocabulary means "image".
+    Image positions contain the pad id and are marked in ``image_mask``: no token of the vocabulary means "image".
 
     Args:
         tokenizer: a fast tokenizer; one without a chat template gets :data:`~vlm_distill.models.chat.DEFAULT_TEMPLATE`.
         transform: ``None`` for a language model.
-        tokens: positions an image takes.
+        tokens: number of positions of an image.
     """
 
     def __init__(self, tokenizer: Any, transform: ImageTransform | None = None, tokens: int = 0) -> None:
@@ -62,7 +62,7 @@ class ComposedProcessor(Processor):
         return self.tokenizer.chat_template
 
     def set_chat_template(self, template: Any) -> None:
-        self.tokenizer = copy.deepcopy(self.tokenizer)  # a student's may be its teacher's
+        self.tokenizer = copy.deepcopy(self.tokenizer)  # it may be the teacher's
         self.tokenizer.chat_template = template
 
     def _render(
@@ -108,14 +108,14 @@ class ComposedProcessor(Processor):
             at += len(piece)
         supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
         encoded = self._encoded(ids, supervised, ends, images)
-        encoded.spans = token_places(text, offsets, supervised, ends, spans)
+        encoded.spans = token_spans(text, offsets, supervised, ends, spans)
         return encoded
 
     def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:
         texts = [text for message in conversation.messages for text in written_texts(message)]
         if held(PRIVATE, texts):
             raise BadSample("text holds a private-use character that marks images", "U+10FFF0 to U+10FFFD")
-        # What is not escaped: an answer, and what a template writes as JSON.
+        # Answers, and what a template writes as JSON, are not escaped.
         texts = [text for m in conversation.messages if m["role"] == "assistant" for text in written_texts(m)]
         if token := held(self.frame.control, texts):
             raise BadSample("answer holds a control token", token)
@@ -161,13 +161,12 @@ class ComposedProcessor(Processor):
         return [[image] for image in images]
 
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
-        """Samples padded into one batch.
+        """Pad samples into one batch.
 
         Returns:
             ``input_ids``, ``attention_mask``, ``position_ids`` int64 ``[B, L]``; with a vision encoder ``image_mask``
-            bool ``[B, L]`` and, unless no sample has an image, ``pixel_values`` float32 ``[images, 3, H, W]`` or
-            ``vision_features`` ``[images, tokens, C]``.
-            Where samples were joined there is no ``attention_mask``.
+            bool ``[B, L]`` and, if a sample has an image, ``pixel_values`` float32 ``[images, 3, H, W]`` or
+            ``vision_features`` ``[images, tokens, C]``. Without ``attention_mask`` if samples were joined.
         """
 
         def padded(rows: list[Tensor], value: float) -> Tensor:

@@ -1,7 +1,8 @@
-"""What the configurations of Transformers' model types do not tell: one row a family."""
+"""Facts about families of Transformers that their configurations lack: one row a family."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -14,15 +15,15 @@ class Family:
     """Facts about a model type of Transformers.
 
     Attributes:
-        softcap: the class of a composite model applies its text configuration's soft-cap to the logits. Others ignore
-            what their text model alone would apply (Gemma 3).
-        scale: the same of the text configuration's factor on the logits (others ignore it, such as Aya Vision).
-        multiplies: the class multiplies the logits by ``logits_scaling``, by which Granite divides them.
-        needs: an input without which the model silently computes something else: flat positions, or images attended
-            causally.
-        norm_after: the decoder's norms come after attention and MLP, so that attention reads the hidden state itself.
+        softcap: the class of a vision-language model applies its text configuration's soft-cap to the logits. Other
+            classes ignore it (Gemma 3).
+        scale: the class applies its text configuration's factor on the logits. Other classes ignore it (Aya Vision).
+        multiplies: the class multiplies the logits by ``logits_scaling``; Granite divides by it.
+        needs: an input without which the model silently computes something else, such as one-dimensional positions or
+            causal attention between image tokens.
+        norm_after: the decoder's norms come after attention and MLP, so attention reads the hidden state itself.
         causal: Transformers lists this vision-language model among the causal LMs.
-        chat: conversations have a chat template.
+        chat: the family has a chat template.
         llava: a decoder of this type can be exported inside a LLaVA.
     """
 
@@ -59,12 +60,25 @@ FAMILIES = {
     "qwen2_5_vl": Family(needs="mm_token_type_ids"),
 }
 
-#: Vision towers whose model type starts like this: they have a position for each patch, which they stretch to another
-#: image size only when told to, and this normalisation if they come without an image processor.
+#: Normalisation (mean, standard deviation) of vision towers without an image processor, by the start of their model
+#: type. These towers have a position for each patch and stretch them to another image size only if asked to.
 TOWERS = {"clip": CLIP, "siglip": HALF, "vit": HALF}
 
-#: What a configuration can set of an image processor, by the beginning of its class's name (which ends in Pil or not):
-#: keys, and the attribute behind each. Image processors that are not here make images of one size.
+#: Names of projectors inside a vision tower (Qwen-VL), and of projectors beside it.
+PROJECTORS_INSIDE = ("merger", "deepstack_merger_list")
+PROJECTORS_BESIDE = ("multi_modal_projector", "connector")
+#: Name of the line-end embedding of LLaVA-NeXT and LLaVA-OneVision.
+LINE_END = "image_newline"
+
+#: Factors on the logits by their names in configurations, and the names of the soft-cap.
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+#: Added tokens that frame an image or a part of one, by their names.
+IMAGE_TOKENS = re.compile(r"im(g|age)|vision|video|audio|tile|patch|row_\d", re.IGNORECASE)
+
+#: The sizes that a configuration can set, by the class of the image processor: keys, and the attribute behind each.
+#: Image processors without an entry produce images of one size.
 _IMAGE_KEYS = {
     "GotOcr2ImageProcessor": {"min_patches": "min_patches", "max_patches": "max_patches"},
     "Idefics2ImageProcessor": {"shortest_edge": "size.shortest_edge", "longest_edge": "size.longest_edge"},
@@ -82,7 +96,7 @@ def image_keys(image_processor: str) -> dict[str, str]:
 
 
 def family(model_type: str) -> Family:
-    """Return the facts about a model type; one without a row is in no way special."""
+    """Return the facts about a model type; one without a row has the defaults."""
     return FAMILIES.get(model_type, Family())
 
 

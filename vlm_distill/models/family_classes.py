@@ -1,4 +1,4 @@
-"""Classes for the families that differ from PretrainedVLM and PretrainedProcessor in what they do."""
+"""Classes for families that need code of their own, and the choice of class for a model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .pretrained_processor import PretrainedProcessor
 
 
 class PaliGemmaProcessor(PretrainedProcessor):
-    """PaliGemma 1 and 2: images, a question seen in both directions, and its answer, which is seen token by token.
+    """PaliGemma 1 and 2: images, a question seen in both directions, and its answer, seen token by token.
 
-    There is no chat. The answer goes in as the processor's ``suffix``: as text it would see itself in both directions.
+    There is no chat. The answer is the processor's ``suffix``; as plain text it would be seen in both directions, too.
     """
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
@@ -52,15 +52,15 @@ class PaliGemmaProcessor(PretrainedProcessor):
         tensors.pop("labels")
         input_ids, offsets = tensors.pop("input_ids")[0], tensors.pop("offset_mapping")[0]
         supervised = tensors["token_type_ids"][0] == 1
-        # The last token is the end token that the processor puts behind an answer.
+        # The last token is the end token that the processor appends to an answer.
         ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)
-        # Of the first answer's text; see `data.conversation.answer_pieces`.
-        places = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
-        return Encoded(input_ids, supervised, ends, len(images), tensors, places)
+        # Piece 1 is the first answer's text; see `data.conversation.answer_pieces`.
+        spans = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
+        return Encoded(input_ids, supervised, ends, len(images), tensors, spans)
 
 
 class InternVLImages(PretrainedProcessor):
-    """Of any InternVL, converted or not: several images share the tiles that one alone may have, as in its training."""
+    """Any InternVL, converted or not: several images share the tiles of a single one, as in its training."""
 
     def _process(self, text: str, images: Sequence[Image.Image], **options: Any) -> Any:
         if len(images) > 1:
@@ -70,12 +70,12 @@ class InternVLImages(PretrainedProcessor):
 
 
 class Phi4MultimodalVLM(PretrainedVLM):
-    """Phi-4-multimodal: a causal LM to Transformers, whose embedding layer holds the vision encoder."""
+    """Phi-4-multimodal: a causal LM to Transformers, with the vision encoder inside its embedding layer."""
 
     def __init__(self, model: Any, processor: PretrainedProcessor) -> None:
         super().__init__(model, processor)
-        # Marked as causal in Transformers 5.23, which sdpa believes where no tile of a batch has padding: an image's
-        # features would depend on the other images.
+        # Transformers 5.23 marks this attention as causal, which sdpa obeys if no tile of a batch has padding: an
+        # image's features would depend on the other images.
         for module in self.parts["vision_encoder"].modules():
             if hasattr(module, "is_causal"):
                 setattr(module, "is_causal", False)  # noqa: B010
@@ -83,7 +83,7 @@ class Phi4MultimodalVLM(PretrainedVLM):
     def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
         if "image_pixel_values" not in inputs:
             return super().vision_positions(inputs)
-        # Tiles that only pad a batch run with the others; ends of lines are put in before the projector.
+        # Tiles that only pad a batch run, too; line ends are added before the projector.
         tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
         return {"vision_encoder": self._patches(inputs["image_pixel_values"]), "projector": tokens}
 
@@ -102,27 +102,27 @@ class Phi4MultimodalVLM(PretrainedVLM):
         }
 
 
-#: Model types with a processor or a class of their own here.
+#: Model types with a processor or a model class of their own.
 PROCESSORS = {"internvl": InternVLImages, "paligemma": PaliGemmaProcessor}
 MODELS = {"phi4_multimodal": Phi4MultimodalVLM}
 
 
 def adapted(model: Any, processor: Any) -> PretrainedVLM:
-    """A Transformers model and its processor behind the suite's interface."""
+    """Put a Transformers model and its processor behind the suite's interface."""
     wrapped = adapted_processor(model.config, processor, model)
     return MODELS.get(model.config.model_type, PretrainedVLM)(model, wrapped)
 
 
 def adapted_processor(config: Any, processor: Any, model: Any = None) -> PretrainedProcessor:
-    """A Transformers model's processor behind the suite's interface; without the model it packs no M-RoPE positions.
+    """Put a Transformers processor behind the suite's interface; without the model it cannot pack M-RoPE positions.
 
     Raises:
-        UserError: the processor does not tell where an image's tokens stand, so that every sample would be refused.
+        UserError: the processor does not report where an image's tokens are, so that every sample would be refused.
     """
     found = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     found.append(getattr(config.vision_config, "image_token_id", None))
     image_token_id = next((token for token in found if token is not None), None)
-    refusal = f"model: {type(processor).__name__} does not tell how it expands images; choose a family that does"
+    refusal = f"model: {type(processor).__name__} does not report how it expands images; choose a family that does"
     if image_token_id is None or not isinstance(getattr(processor, "image_token", None), str):
         raise UserError(refusal)
     wrapped = PROCESSORS.get(config.model_type, PretrainedProcessor)(processor, image_token_id, model)

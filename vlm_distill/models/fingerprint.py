@@ -1,4 +1,4 @@
-"""What a model's files are, told apart by their content and without loading it."""
+"""Fingerprints of a model's files, by content and without loading the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from .folder import ADAPTER_CONFIG, adapter_base
 
-# Of all weights together so many blocks are read, evenly spaced, and of each file at least so many; small files whole.
+# Size of a block; blocks read of all weights together, evenly spaced; fewest blocks of one file (small ones whole).
 _BLOCK, _BLOCKS, _LEAST = 2**12, 2**13, 2**8
 _TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 _IMAGES = ("preprocessor_config", "processor_config", "video_preprocessor_config", "image_processor")
@@ -17,17 +17,17 @@ _IDLE = ("generation_config", "training_args", "trainer_state")
 
 
 def fingerprint(name: str) -> dict[str, str]:
-    """Digests of a model's ``weights``, ``configuration``, ``tokenizer`` and ``image processor``.
+    """Return digests of a model's ``weights``, ``configuration``, ``tokenizer`` and ``image processor``.
 
     Of the weights, safetensors' headers and some thousand blocks of 4 KiB are read: 70 billion parameters take seconds.
-    Any training of a whole model, and of adapters that were merged, changes blocks everywhere; a change by hand of
-    single numbers in a large file may go unseen.
+    Training a whole model, or merging an adapter, changes blocks everywhere; single values edited by hand in a large
+    file can go unnoticed.
 
     Args:
-        name: a folder, a file of weights or of a chat template, or what Transformers finds on this machine.
+        name: a folder, a file of weights or of a chat template, or a name that Transformers finds on this machine.
 
     Returns:
-        What there are files of; nothing where there is no such model here.
+        A digest for each kind of file that exists; empty if there is no such model here.
     """
     if _is_file(name):
         return {"content": _digest([Path(name)], sampled=True)}
@@ -56,7 +56,7 @@ def digest_text(text: str) -> str:
 def _is_file(name: str) -> bool:
     try:
         return Path(name).is_file()
-    except (OSError, ValueError):  # a text in place of a name
+    except (OSError, ValueError):  # a text instead of a name
         return False
 
 
@@ -82,7 +82,7 @@ def _kind(path: Path, weights: str) -> str | None:
         return "tokenizer"
     if name.startswith(_IMAGES):
         return "image processor"
-    # Code that comes with a model decides what it makes of its weights.
+    # Code that comes with a model is part of what its weights compute.
     return "configuration" if path.suffix in (".json", ".py") else None
 
 
@@ -108,5 +108,5 @@ def _digest(paths: list[Path], *, sampled: bool) -> str:
 
 
 def _base(folder: Path) -> str | None:
-    """What a folder with an adapter names as its base."""
+    """Return the base that an adapter's folder names."""
     return adapter_base(folder) if (folder / ADAPTER_CONFIG).is_file() else None

@@ -1,4 +1,4 @@
-"""The files of a model's folder, checked before a library acts on them: types, sizes, what else they would open."""
+"""Check the files of a model's folder before a library reads them: types, sizes, and what else they would open."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .common import check_keys
 #: peft's name for the file that makes a folder an adapter.
 ADAPTER_CONFIG = "adapter_config.json"
 
-#: The most adapters on adapters that are followed to their base.
+#: Longest chain of adapters on adapters that is followed to the base.
 _MOST_ADAPTERS = 8
 
-#: Files that hold a JSON object in every folder that Transformers, peft or this suite wrote.
+#: Files that contain a JSON object in folders written by Transformers, peft or this suite.
 OBJECTS = (
     "config.json",
     "generation_config.json",
@@ -33,11 +33,11 @@ OBJECTS = (
     "vlm_distill.json",
 )
 
-#: The largest of them that is read, in bytes: a tokenizer's configuration with all its special tokens has under one.
+#: Largest of these files that is read, in bytes; a tokenizer's configuration with all special tokens is below 1 MiB.
 MOST_BYTES = 64 * 2**20
 
-#: The most layers, blocks or experts that a configuration may ask for. Building a model takes about a millisecond a
-#: layer: a billion of them takes days, before the first weight is missed.
+#: The most layers, blocks or experts that a configuration can ask for. Building a model takes about a millisecond a
+#: layer, so a billion would take days before the first weight is found missing.
 MOST_LAYERS = 10_000
 
 _COUNT = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts)$")
@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"model: {path} is larger than {MOST_BYTES // 2**20} MiB; it is no configuration")
+            raise UserError(f"model: {path} is larger than {MOST_BYTES // 2**20} MiB; it is not a configuration")
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"model: {path} cannot be read ({error}); is the copy complete?") from None
@@ -70,10 +70,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_folder(name: str | Path) -> None:
-    """Check the configuration files of a model's folder; a name that is no folder here passes.
+    """Check the configuration files of a model's folder; a name that is not a folder here passes.
 
     Raises:
-        UserError: names the file, and what is wrong with it.
+        UserError: the message names the file and what is wrong with it.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -93,7 +93,7 @@ def check_folder(name: str | Path) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Raise ``UserError`` where a folder's index of weights names files that are not there."""
+    """Raise ``UserError`` if a folder's index of weights names missing files."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -118,7 +118,7 @@ def adapter_base(folder: Path) -> str:
     """Return the name or folder of the base that an adapter's folder names.
 
     Raises:
-        UserError: it names none, or the base is an adapter that leads back to this one.
+        UserError: it names none, or leads through other adapters back to itself.
     """
     here, seen, found = folder, [folder.resolve()], ""
     while True:
@@ -139,10 +139,10 @@ def adapter_base(folder: Path) -> str:
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Check a configuration of a model that comes from outside.
+    """Check the configuration of a model from outside.
 
     Args:
-        settings: as it stands in the file, with the configurations of parts in it.
+        settings: the file's content, including the configurations of parts.
         where: the file or key, for messages.
 
     Raises:
@@ -169,7 +169,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
 
 
 def check_timm_options(options: Any, where: str) -> None:
-    """Check that a model's folder gives timm's constructor plain numbers and words, and its loader nothing.
+    """Check that a model's folder gives timm's constructor plain numbers and words only, and its loader nothing.
 
     Raises:
         UserError: an option of timm's loader, or a value that could be a place.
@@ -188,10 +188,10 @@ def check_timm_options(options: Any, where: str) -> None:
 
 
 def check_timm_folder(config: Mapping[str, Any], where: str) -> None:
-    """Check the ``config.json`` of a folder in the layout of timm's models.
+    """Check the ``config.json`` of a folder in timm's layout.
 
     Raises:
-        UserError: weights, or an architecture, that lie elsewhere.
+        UserError: weights or an architecture from elsewhere.
     """
     check_settings(config, where)
     options, about = config.get("model_args"), config.get("pretrained_cfg")
@@ -267,16 +267,18 @@ def is_place(name: str) -> bool:
 def _check_generation(content: Mapping[str, Any], path: Path) -> None:
     for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
         value = content.get(key)
-        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if value is None:
+            continue
+        tokens = value if isinstance(value, list) else [value]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
             raise UserError(f"model: {path}: {key} is {value!r}; it must be a token id or a list of them")
 
 
 def _check_index(content: Mapping[str, Any], path: Path) -> None:
-    places = content.get("weight_map")
-    if not isinstance(places, dict):
+    files = content.get("weight_map")
+    if not isinstance(files, dict):
         raise UserError(f"model: {path}: weight_map is missing or no JSON object; is the copy complete?")
-    wrong = next((file for file in places.values() if not _is_plain(file)), None)
+    wrong = next((file for file in files.values() if not _is_plain(file)), None)
     if wrong is not None:
         raise UserError(f"model: {path}: weight_map names {wrong!r}; weights are files of the folder itself")
 

@@ -11,7 +11,7 @@ from data.errors import UserError
 from .common import check_keys
 from .families import image_keys
 
-#: The largest value of a key. Side lengths and numbers of tiles stay far below; it is a limit for numbers of pixels.
+#: Largest value of any key: a limit for numbers of pixels, far above every side length and number of tiles.
 _LARGEST = 2**28
 
 
@@ -19,7 +19,7 @@ def with_image_settings(processor: Any, settings: Mapping[str, Any], where: str,
     """Return a copy of a Transformers processor whose image processor has these sizes.
 
     Args:
-        processor: stays as it is.
+        processor: unchanged.
         settings: values by key; the keys are those of :func:`~.families.image_keys`.
         where: the section of the configuration, for errors.
         largest: the longest side in pixels that the vision encoder has positions for; ``None``: unknown.

@@ -15,13 +15,13 @@ INTERPOLATION = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# Pixels. The square around a longer image would take gigabytes, so that it is made smaller first.
+# Pixels. The square around a longer image would take gigabytes, so the image is shrunk first.
 _LONGEST_PADDED = 8192
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """A PIL image to a normalised tensor; holds no module, so that worker processes can have it."""
+    """Turns a PIL image into a normalised tensor; contains no module, so it can be sent to worker processes."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -30,7 +30,7 @@ class ImageTransform:
     resize: str = "squash"
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Float32 ``[3, H, W]`` of an RGB image."""
+        """Return an RGB image as float32 ``[3, H, W]``."""
         height, width = self.size
         if self.resize == "pad" and image.width != image.height:
             if max(image.size) > _LONGEST_PADDED:
@@ -54,6 +54,6 @@ class ImageTransform:
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
     def blank(self) -> Image.Image:
-        """A black image of the size that the encoder takes."""
+        """Return a black image of the encoder's size."""
         height, width = self.size
         return Image.new("RGB", (width, height))

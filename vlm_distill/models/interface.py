@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -205,16 +206,16 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @torch.no_grad()
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Log-likelihoods in nats of given answers: the sum over an answer's tokens, its end token left out.
+        """Return the log-likelihoods of given answers in nats: the sum over an answer's tokens, without its end token.
 
-        One forward for all of them together.
+        All are computed in one forward.
 
         Args:
             prompts: as in :meth:`generate`.
             options: the answers to each prompt, at least one.
 
         Raises:
-            BadSample: the chat template renders an answer as nothing, or not as it is.
+            BadSample: the chat template drops or changes an answer.
         """
         rows, answers = [], []
         for (conversation, images), texts in zip(prompts, options, strict=True):
@@ -225,23 +226,24 @@ class VisionLanguageModel(nn.Module, ABC):
                 row = self.processor.encode(answered, images[: count_images(prompt.messages)])
                 rows.append(row)
                 answers.append(_last_answer(row))
-        count = len(rows)
         if self.processor.has_vision and not any(row.images for row in rows) and self.synced:
             rows.append(self.processor.dummy())
         inputs = self.processor.collate(rows)
         length = inputs["input_ids"].shape[1]
-        places = torch.cat([row * length + tokens for row, tokens in enumerate(answers)])
-        targets = inputs["input_ids"].flatten()[places]
+        positions = torch.cat([row * length + tokens for row, tokens in enumerate(answers)])
+        targets = inputs["input_ids"].flatten()[positions]
         device = next(self.parameters()).device
         training = self.training
         self.eval()
         try:
-            hidden = self(inputs.to(device, self.dtype), (places - 1).to(device)).hidden
+            hidden = self(inputs.to(device, self.dtype), (positions - 1).to(device)).hidden
         finally:
             self.train(training)
         logprobs = self.head.logprobs(hidden, targets.to(device)).cpu()
-        scores = iter([part.sum().item() for part in logprobs.split([len(tokens) for tokens in answers])][:count])
-        return [[next(scores) for _ in texts] for texts in options]
+        lengths = [len(tokens) for tokens in answers]
+        scores = [part.sum().item() for part in logprobs.split(lengths)]
+        stops = list(accumulate(len(texts) for texts in options))
+        return [scores[stop - len(texts) : stop] for texts, stop in zip(options, stops, strict=True)]
 
     def encode_prompt(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Encode a conversation for the model to answer; an assistant message at its end is left out."""

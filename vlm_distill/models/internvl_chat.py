@@ -1,4 +1,4 @@
-"""InternVL2's own checkpoints (``internvl_chat``) as Transformers' InternVL, without the code that comes with them.
+"""Convert InternVL2's own checkpoints (``internvl_chat``) to Transformers' InternVL, without running their code.
 
 InternViT, pixel shuffle, ``mlp1`` and the language model map one to one; InternLM2 is a Llama whose query, key and
 value matrices are stored as one. Layout and facts: https://github.com/OpenGVLab/InternVL.
@@ -30,11 +30,11 @@ IMAGE_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
-    # Transformers' processor wants one. It has no row in the matrices, and the processor lets none through.
+    # Transformers' processor requires one. It has no embedding, and the processor refuses texts with it.
     "video_token": "<video>",
 }
 
-#: Language models of Transformers whose names and computation are those in these checkpoints.
+#: Language models that have the same weight names and computation in Transformers.
 SAME = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Phi3ForCausalLM": "phi3"}
 INTERNLM2 = "InternLM2ForCausalLM"
 
@@ -69,7 +69,7 @@ _SHANGHAI = (
 _WANXIANG = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
-#: ``template`` of a checkpoint: the opening of each role's turn, the end of a turn, the system message by default.
+#: By a checkpoint's ``template``: the opening of each role's turn, the end of a turn, the default system message.
 _CHATML = {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")}
 _PHI3 = {role: f"<|{role}|>\n" for role in ("system", "user", "assistant")}
 TEMPLATES = {
@@ -83,15 +83,15 @@ TEMPLATES = {
 def load_internvl_chat(
     name: str, config: Mapping[str, Any], dtype: torch.dtype | str, attention: Mapping[str, Any]
 ) -> tuple[Any, Any]:
-    """A model and a processor of Transformers made of an InternVL2 checkpoint.
+    """Make a Transformers model and processor from an InternVL2 checkpoint.
 
     Weights are read one tensor at a time: memory holds the model and, at most, its largest tensor once more. Every rank
-    makes the whole model, also while ZeRO-3 loading is on.
+    makes the whole model, even while ZeRO-3 loading is on.
 
     Args:
         name: a folder, or a name on the hub.
-        config: what its ``config.json`` says.
-        dtype: of the parameters, ``auto``: as saved.
+        config: the content of its ``config.json``.
+        dtype: of the parameters; ``auto``: as saved.
         attention: ``attn_implementation``, or nothing.
 
     Returns:
@@ -128,7 +128,7 @@ def load_internvl_chat(
 
 
 def _check(name: str, config: Mapping[str, Any]) -> None:
-    """Refuses what Transformers' InternVL computes differently."""
+    """Raise ``UserError`` for settings that Transformers' InternVL computes differently."""
     where = f"model: '{name}'"
     for key in ("vision_config", "llm_config", "template"):
         if not config.get(key):
@@ -220,12 +220,12 @@ def _config(name: str, config: Mapping[str, Any], tokenizer: Any) -> Any:
 
 
 def _side(config: Mapping[str, Any]) -> int:
-    """Pixels of a tile's side."""
+    """Return the side of a tile in pixels."""
     return config.get("force_image_size") or config["vision_config"]["image_size"]
 
 
 def _llama(text: Mapping[str, Any]) -> Any:
-    """InternLM2's settings as Llama's. Its dynamic rotary scaling changes nothing up to the longest position."""
+    """Convert InternLM2's settings to Llama's. Dynamic rotary scaling changes nothing up to the longest position."""
     from transformers import LlamaConfig
 
     rope = {"rope_type": "default", "rope_theta": float(text.get("rope_theta", 10000))}
@@ -255,7 +255,7 @@ def _llama(text: Mapping[str, Any]) -> Any:
 
 
 def _same(text: Mapping[str, Any]) -> Any:
-    """The settings that the language model's configuration class has; the rest are Transformers 4's general ones."""
+    """Keep the settings that the language model's configuration class has, and drop Transformers 4's general ones."""
     from transformers import AutoConfig
 
     model_type = SAME[text["architectures"][0]]
@@ -282,24 +282,24 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _fill(name: str, model: Any, files: list[Path]) -> None:
-    """Copies every tensor of the files into its parameter, one at a time."""
+    """Copy every tensor of the files into its parameter, one at a time."""
     text = model.config.text_config
-    places = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     filled: set[int] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 for target, tensor in _pieces(key, file.get_tensor(key), text):
-                    place = places.get(target)
-                    if place is None or place.shape != tensor.shape:
-                        expected = "no place in this model" if place is None else f"shape {list(place.shape)}"
+                    parameter = parameters.get(target)
+                    if parameter is None or parameter.shape != tensor.shape:
+                        expected = "no place in this model" if parameter is None else f"shape {list(parameter.shape)}"
                         raise UserError(
                             f"model: weight '{key}' of '{name}', shape {list(tensor.shape)}, should have {expected}; "
                             "do config.json and weights belong together?"
                         )
-                    place.data.copy_(tensor)
-                    filled.add(id(place))
-    empty = [target for target, place in places.items() if id(place) not in filled]
+                    parameter.data.copy_(tensor)
+                    filled.add(id(parameter))
+    empty = [target for target, parameter in parameters.items() if id(parameter) not in filled]
     if empty:
         raise UserError(
             f"model: '{name}' has no weights for {len(empty)} parameters, first '{empty[0]}'; is the copy complete?"
@@ -307,8 +307,8 @@ def _fill(name: str, model: Any, files: list[Path]) -> None:
 
 
 def _pieces(key: str, tensor: Tensor, text: Any) -> Iterator[tuple[str, Tensor]]:
-    """A stored tensor under Transformers' names, joint projections taken apart."""
-    if key.endswith("rotary_emb.inv_freq"):  # older files hold this constant
+    """Yield a stored tensor under Transformers' names, with joint projections split."""
+    if key.endswith("rotary_emb.inv_freq"):  # older files contain this constant
         return
     name = key
     for pattern, replacement in _RENAMED:
@@ -317,7 +317,7 @@ def _pieces(key: str, tensor: Tensor, text: Any) -> Iterator[tuple[str, Tensor]]
         for part, piece in zip("qkv", tensor.chunk(3), strict=True):
             yield name.replace(".qkv.", f".{part}_proj."), piece
     elif ".wqkv." in name:
-        # For each key head its queries, the key and the value, a head width of rows each.
+        # For each key head: its queries, the key and the value, each with as many rows as a head is wide.
         group = text.num_attention_heads // text.num_key_value_heads
         heads = tensor.unflatten(0, (text.num_key_value_heads, group + 2, -1))
         for part, piece in (("q", heads[:, :group].flatten(0, 2)), ("k", heads[:, -2]), ("v", heads[:, -1])):
@@ -330,14 +330,14 @@ def _pieces(key: str, tensor: Tensor, text: Any) -> Iterator[tuple[str, Tensor]]
 
 
 def chat_template(name: str, start: str = "") -> str:
-    """The Jinja template of a checkpoint's ``template``.
+    """Return the Jinja template for a checkpoint's ``template``.
 
-    A conversation without a system message gets the template's own. An image stands where its part stands; before text
-    that does not begin with a blank, and before another image, a line ends, as the models were trained on.
+    A conversation without a system message gets the template's own. An image is rendered where its part is; as in the
+    models' training, a line break follows unless the next part is text that begins with a blank.
 
     Args:
         name: one of :data:`TEMPLATES`.
-        start: what the conversation begins with, ``{{ bos_token }}`` where the tokenizer adds one.
+        start: what the conversation begins with; ``{{ bos_token }}`` if the tokenizer adds one.
     """
     opening, end, system = TEMPLATES[name]
     quoted = {role: json.dumps(text, ensure_ascii=False) for role, text in opening.items()}

@@ -292,9 +292,9 @@ def _compare(ours: ComposedVLM, theirs: PretrainedVLM) -> None:
         )
     inputs = [model.processor.collate([row]) for model, row in zip((ours, theirs), rows, strict=True)]
     inputs[1]["pixel_values"] = inputs[0]["pixel_values"]  # resized by another library, the picture differs a little
-    places = torch.arange(len(rows[0].input_ids))
+    positions = torch.arange(len(rows[0].input_ids))
     dtype = ours.dtype
-    hidden = [m(i.to("cpu", dtype), places).hidden.float() for m, i in zip((ours, theirs), inputs, strict=True)]
+    hidden = [m(i.to("cpu", dtype), positions).hidden.float() for m, i in zip((ours, theirs), inputs, strict=True)]
     difference = (hidden[0] - hidden[1]).abs().max().item() / max(1e-9, hidden[0].abs().max().item())
     if not difference <= TOLERANCE.get(dtype, 0.05):
         raise _refusal(f"its hidden states differ by {difference:.1e} of the largest", "export it without --format")

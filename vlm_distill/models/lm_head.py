@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import with_adapters
-from .families import family
+from .families import LOGIT_CAPS, LOGIT_FACTORS, family
 
 
 class LMHead:
@@ -91,7 +91,7 @@ def lm_head(model: Any) -> LMHead:
     composite = text is not config
     scale, softcap = 1.0, None
     if not composite or family(config.model_type).softcap:
-        softcap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
+        softcap = next((cap for name in LOGIT_CAPS if (cap := getattr(text, name, None))), None)
     if not composite or family(config.model_type).scale:
         scale = _scale(text, config.model_type)
     return LMHead(model.get_output_embeddings(), scale, softcap)
@@ -99,7 +99,7 @@ def lm_head(model: Any) -> LMHead:
 
 def _scale(text: Any, model_type: str) -> float:
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+    for name in LOGIT_FACTORS:
         scale *= getattr(text, name, None) or 1.0
     scaling = getattr(text, "logits_scaling", None) or 1.0
     return scale * scaling if family(model_type).multiplies else scale / scaling

@@ -1,4 +1,4 @@
-"""Models of Transformers by name: no weight missing or left over, all finite, and no code of theirs unless trusted."""
+"""Load models of Transformers: no weight missing or left over, all finite, and no remote code unless trusted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .common import built_whole
 from .folder import ADAPTER_CONFIG, check_folder, check_weight_files
 from .weightless import needs_weights, weightless
 
-# Where a library leaves trust_remote_code out, Transformers would ask on the terminal, and take a `y` from a pipe.
+# If a library omits trust_remote_code, Transformers would ask on the terminal, and accept a `y` from a pipe.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 #: How many names of weights a message shows.
@@ -29,11 +29,11 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Report:
-    """What differs between a model and its weights, as Transformers reports it.
+    """The differences between a model and its weights, as Transformers reports them.
 
     Attributes:
-        missing: weights of the model that the files lack; tied ones and those that a class can do without left out.
-        unexpected: weights in the files that the model has no place for; those that a class is known to skip left out.
+        missing: weights of the model that the files lack, except tied and optional ones.
+        unexpected: weights in the files that the model has no place for, except those that the class skips on purpose.
         mismatched: name, shape in the files, shape in the model.
     """
 
@@ -43,11 +43,11 @@ class Report:
 
 
 def read_config(name: str, trust_remote_code: bool = False) -> Any:
-    """Return the configuration of a model of Transformers; its files are checked before.
+    """Return the configuration of a Transformers model, after checking its files.
 
     Raises:
-        UserError: a file of a wrong shape or with settings that no model has (:mod:`.folder`).
-        Exception: whatever Transformers raises for a name or a configuration that it does not know.
+        UserError: a malformed file, or settings that no model has (:mod:`.folder`).
+        Exception: whatever Transformers raises for an unknown name or configuration.
     """
     from transformers import AutoConfig
 
@@ -56,13 +56,13 @@ def read_config(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def from_pretrained(kind: Any, name: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """Return ``kind.from_pretrained``, or with no weights wanted a model of its configuration alone.
+    """Call ``kind.from_pretrained`` and check the result; without weights, build the model from its configuration.
 
     Args:
         kind: an auto class of Transformers.
         name: a name or folder.
         trust_remote_code: run code that comes with the model.
-        options: more of ``from_pretrained``.
+        options: further options of ``from_pretrained``.
 
     Raises:
         UserError: weights are missing, left over, or of other shapes; or the model is larger than this machine.
@@ -76,20 +76,20 @@ def from_pretrained(kind: Any, name: str, *, trust_remote_code: bool = False, **
 def with_report(
     kind: Any, name: str, *, trust_remote_code: bool = False, config: Any = None, **options: Any
 ) -> tuple[Any, Report]:
-    """Return a model and what its weights lack, for callers that use a part of either.
+    """Return a model and how it differs from its weights, for callers that need only a part of it.
 
-    With ZeRO-3 loading on (``HfDeepSpeedConfig`` alive), each rank gets its share of the weights. Transformers does not
-    compare names there, and only one rank sees an error: all names and shapes are compared before, on every rank.
+    With ZeRO-3 loading on (``HfDeepSpeedConfig`` alive), each rank gets its share of the weights. Transformers compares
+    no names then, and only one rank sees an error; so every rank compares all names and shapes before.
 
     Args:
         kind: an auto class of Transformers.
         name: a name or folder.
         trust_remote_code: run code that comes with the model.
-        config: instead of the model's own.
-        options: more of ``from_pretrained``.
+        config: used instead of the model's own.
+        options: further options of ``from_pretrained``.
 
     Raises:
-        UserError: see :func:`from_pretrained`, but for missing and unexpected weights.
+        UserError: as in :func:`from_pretrained`, except for missing and unexpected weights.
         Exception: whatever Transformers raises.
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -108,7 +108,7 @@ def with_report(
         try:
             report = Report()
             if not quantised:
-                # On the meta device: names and shapes of all weights, numbers of none.
+                # On the meta device: names and shapes of all weights, no values.
                 with built_whole():
                     empty, found = kind.from_pretrained(
                         name, device_map={"": "meta"}, trust_remote_code=trust_remote_code, **options
@@ -120,7 +120,7 @@ def with_report(
             with _shapes_before_sharding():
                 model, found = kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
         except RuntimeError as error:
-            # Transformers' message refers to what it has logged.
+            # Transformers' message only refers to its log.
             raise (RuntimeError(reasons[-1]) if reasons else error) from error
     if quantised:
         report = _report(found)
@@ -131,11 +131,7 @@ def with_report(
 
 
 def check_report(name: str, report: Report) -> None:
-    """Refuse a model whose files lack weights or hold others.
-
-    Raises:
-        UserError: names the first few weights, and how many there are.
-    """
+    """Raise ``UserError`` if a model's files lack weights or contain others; the message names the first few."""
     if report.missing:
         also = ""
         if report.unexpected:
@@ -152,7 +148,7 @@ def check_report(name: str, report: Report) -> None:
 
 
 def check_shapes(name: str, report: Report) -> None:
-    """Refuse a model whose weights have other shapes than its configuration says; ``UserError`` names the first."""
+    """Raise ``UserError`` if weights have other shapes than the configuration says; the message names the first."""
     if report.mismatched:
         first, there, wanted = report.mismatched[0]
         raise UserError(
@@ -162,18 +158,15 @@ def check_shapes(name: str, report: Report) -> None:
 
 
 def check_size(name: str, model: nn.Module, dtype: Any = None, limit: int | None = None) -> None:
-    """Refuse a model that this machine's main memory cannot hold.
+    """Raise ``UserError`` if this machine's main memory cannot hold a model.
 
     Under ZeRO-3 loading, the shares of the ranks on this machine count.
 
     Args:
-        name: for the message.
+        name: for the message, which has both sizes.
         model: on the meta device.
-        dtype: in which it will be loaded; otherwise as its parameters are.
+        dtype: the precision it will be loaded in; ``None``: its parameters' own.
         limit: bytes; ``None``: :func:`machine_memory`.
-
-    Raises:
-        UserError: with both sizes.
     """
     tensors = [*model.parameters(), *model.buffers()]
     width = dtype.itemsize if isinstance(dtype, torch.dtype) else None
@@ -193,13 +186,13 @@ def check_size(name: str, model: nn.Module, dtype: Any = None, limit: int | None
 
 @needs_weights
 def check_new_size(where: str, create: Callable[[], nn.Module]) -> None:
-    """Refuse a model with new weights, built by ``create``, that this machine's main memory cannot hold."""
+    """Raise ``UserError`` if this machine's main memory cannot hold the new model that ``create`` builds."""
     with torch.device("meta"):
         check_size(where, create())
 
 
 def machine_memory() -> int:
-    """Return the bytes of main memory that this process may use: the machine's, or its container's limit."""
+    """Return the bytes of main memory that this process can use: the machine's, or its container's limit."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -210,11 +203,7 @@ def machine_memory() -> int:
 
 
 def check_finite(name: str, model: nn.Module) -> None:
-    """Refuse a model with weights that are NaN or infinite. Of sharded parameters, this rank's share is read.
-
-    Raises:
-        UserError: names the first few such weights.
-    """
+    """Raise ``UserError`` if weights are NaN or infinite; of sharded parameters, this rank's share is checked."""
     wrong = not_finite(model)
     if wrong:
         raise UserError(
@@ -224,7 +213,7 @@ def check_finite(name: str, model: nn.Module) -> None:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Return the names of a model's weights that hold NaN or infinite numbers on this rank."""
+    """Return the names of weights that contain NaN or infinite values on this rank."""
     if weightless():
         return []
     found = []
@@ -236,7 +225,7 @@ def not_finite(model: nn.Module) -> list[str]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """A sum is one pass without a copy; where it overflows, every number is looked at."""
+    """Return whether all values are finite: by their sum, one pass without a copy; if it overflows, one by one."""
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -264,7 +253,7 @@ def _without_weights(kind: Any, config: Any, options: dict[str, Any], trust_remo
 
 
 def _share_of_this_machine() -> float:
-    """Which share of a model lies on this machine: all of it, or under ZeRO-3 loading that of its ranks."""
+    """Return the share of a model on this machine: all, or under ZeRO-3 loading that of its ranks."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -275,7 +264,7 @@ def _share_of_this_machine() -> float:
 
 @contextmanager
 def _reasons() -> Iterator[list[str]]:
-    """Collect what Transformers logs of weights that it cannot convert; keep its tables off the screen."""
+    """Collect what Transformers logs about weights that it cannot convert, and hide its tables."""
     reasons: list[str] = []
 
     class Collect(logging.Filter):
@@ -296,7 +285,7 @@ def _reasons() -> Iterator[list[str]]:
 
 
 class _Whole:
-    """A model whose parameters have the shapes that they had before ZeRO-3 sharded them."""
+    """A model that reports its parameters' shapes from before ZeRO-3 sharded them."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -312,10 +301,10 @@ class _Whole:
 
 @contextmanager
 def _shapes_before_sharding() -> Iterator[None]:
-    """Let Transformers' conversions of weights see the whole shape of a parameter that ZeRO-3 has sharded.
+    """Context manager: inside it, Transformers' weight conversions see whole shapes of parameters sharded by ZeRO-3.
 
-    Some turn a matrix only if its shape differs from the parameter's, and a shard's placeholder has the shape [0]: the
-    expert weights of Qwen3-VL-MoE would always be turned, in silence where they are square.
+    Some transpose a matrix only if its shape differs from the parameter's. A shard's placeholder has the shape [0], so
+    the expert weights of Qwen3-VL-MoE would always be transposed, silently if they are square.
     """
     from transformers.core_model_loading import WeightConverter
 

@@ -1,4 +1,4 @@
-"""LoRA by peft on any part of a model: adding it, reading it back, merging it, and the model with its adapters off."""
+"""LoRA by peft on any part of a model: add it, save it, merge it, and use the model with its adapters off."""
 
 from __future__ import annotations
 
@@ -43,22 +43,21 @@ def add_lora(
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> None:
-    """Puts W + s·B·A in the place of linear layers' W (Hu et al. 2021); A and B alone are trained in these parts.
+    """Replace linear layers' W by W + s·B·A (Hu et al. 2021); in these parts only A and B are trained.
 
-    A is random, from torch's global generator, and B is zero: the model's outputs are as before.
+    A is random, from torch's global generator, and B is zero, so that the model's outputs do not change.
 
     Args:
-        model: changed in place. What else of it trains goes on training.
-        parts: whose layers, by their names in ``model.parts``; their own weights are frozen.
-        target: ``all-linear`` (every linear layer but the output layer), or names, of which each stands for the layers
-            whose path ends in it (``q_proj``).
-        rank: r, the rows of A.
-        alpha: s is α/r; ``None``: 2·r.
+        model: changed in place. Other parts stay trained if they were.
+        parts: names of the parts, as in ``model.parts``; their own weights are frozen.
+        target: ``all-linear`` (every linear layer but the output layer), or ends of layer paths, such as ``q_proj``.
+        rank: r, the number of rows of A.
+        alpha: α; s is α/r. ``None``: 2·r.
         dropout: probability, on the input of A.
         rslora: s is α/√r instead (Kalajdzievski 2023).
 
     Raises:
-        UserError: peft is missing, or no such part or layer is there, or one that cannot have an adapter.
+        UserError: peft is missing, there is no such part or layer, or a layer cannot have an adapter.
     """
     peft = _peft("student.lora")
     missing = [part for part in parts if part not in model.parts]
@@ -70,7 +69,7 @@ def add_lora(
         raise UserError("student.lora.dropout: the output layer is read without it; leave one of the two out")
     for part in parts:
         model.parts[part].requires_grad_(False)
-    # peft freezes all but its own.
+    # peft freezes everything but its adapters.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = peft.LoraConfig(
         r=rank,
@@ -78,12 +77,12 @@ def add_lora(
         lora_dropout=dropout,
         use_rslora=rslora,
         target_modules=names,
-        # Lets peft's classes for whole language models load the adapter.
+        # So that peft's classes for whole language models can load the adapter.
         task_type="CAUSAL_LM" if root is transformer and isinstance(model, ComposedVLM) else None,
     )
     try:
         peft.inject_adapter_in_model(settings, root)
-    except ValueError as error:  # Mamba's kernels read some layers' weights by themselves
+    except ValueError as error:  # Mamba's kernels read some layers' weights directly
         raise UserError(f"student.lora.target: peft refuses these layers ({first_line(error)}); name others") from error
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -98,14 +97,14 @@ def save_adapter(
     whole: Sequence[str] = (),
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes what :func:`add_lora` added, as peft reads it, with the processor; ``load_vlm`` reads the folder, too.
+    """Write the adapters of :func:`add_lora` in peft's format, with the processor; ``load_vlm`` reads the folder, too.
 
     Args:
         model: with adapters.
-        folder: made if need be.
-        base: the name or folder of the model that was adapted.
-        whole: parts other than the decoder that were trained whole, and are saved whole.
-        state: the weights, where the model's own are sharded over ranks.
+        folder: created if needed.
+        base: name or folder of the model that was adapted.
+        whole: parts other than the decoder that were trained in full, and are saved in full.
+        state: the weights, if the model's own are sharded over ranks.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,11 +130,11 @@ def save_adapter(
 
 @needs_weights
 def merge_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
-    """Adds a saved adapter to the weights of its base.
+    """Add a saved adapter to the weights of its base.
 
     Raises:
-        UserError: peft is missing, or the adapter does not fit: it is not LoRA, its layers are not in this base, or its
-            weights are missing, left over, of other shapes, NaN or infinite.
+        UserError: peft is missing, or the adapter does not fit: not LoRA, layers that this base lacks, or weights that
+            are missing, left over, of other shapes, NaN or infinite.
     """
     peft = _peft(str(folder))
     _, root, transformer = _modules(model)
@@ -159,18 +158,18 @@ def merge_adapter(model: VisionLanguageModel, folder: str | Path) -> None:
         adapted.merge_and_unload()
     except UserError:
         raise
-    except Exception as error:  # peft's own, of layers that are not there or cannot have an adapter
+    except Exception as error:  # peft's own errors, for layers that are missing or cannot have an adapter
         raise UserError(f"model: the adapter in '{folder}' does not fit its base: {first_line(error)}") from error
     model.head.rebind(transformer.get_output_embeddings())
 
 
-#: What an adapter's configuration may set: LoRA on linear layers, and parts that were trained in full.
+#: What an adapter's configuration can set: LoRA on linear layers, and parts that were trained in full.
 _LORA_KEYS = (
     *("r", "lora_alpha", "lora_bias", "bias", "target_modules", "exclude_modules", "modules_to_save"),
     *("fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
     *("layers_to_transform", "layers_pattern"),
 )
-#: Keys that change what is loaded or how it computes, and are refused when they say anything.
+#: Keys that change what is loaded or how it computes; refused if they are set.
 _OTHER_KINDS = (
     *(
         "megatron_config",
@@ -184,7 +183,7 @@ _OTHER_KINDS = (
 
 
 def _lora_settings(path: Path) -> dict[str, Any]:
-    """Return what an adapter's configuration says of its layers. ``UserError`` where it is not plain LoRA."""
+    """Return an adapter's LoRA settings. Raise ``UserError`` if it is not plain LoRA."""
     content = read_object(path)
     kind = content.get("peft_type")
     if kind != "LORA":
@@ -196,7 +195,7 @@ def _lora_settings(path: Path) -> dict[str, Any]:
 
 
 def _check_fit(folder: str | Path, report: Report) -> None:
-    """Raise ``UserError`` where an adapter and its base have other layers, or layers of other shapes."""
+    """Raise ``UserError`` if an adapter and its base differ in layers or shapes."""
     where, base = (
         f"model: the adapter in '{folder}' does not fit its base:",
         "is base_model_name_or_path the right one?",
@@ -212,18 +211,18 @@ def _check_fit(folder: str | Path, report: Report) -> None:
 
 
 class WithoutAdapters(VisionLanguageModel):
-    """A model as it is with its adapters off, in evaluation mode: a second model that has no weights of its own.
+    """A model with its adapters off, in evaluation mode: a second model without weights of its own.
 
-    The model's own modules run, so that those whose parameters are sharded gather them as ever.
+    The model's own modules run, so sharded parameters are gathered as usual.
 
     Args:
-        model: not registered here. Between calls it is in the mode that it was in, its adapters on.
+        model: not registered here. Between calls its adapters are on and its mode is unchanged.
     """
 
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__()
         self.processor = model.processor
-        self._model = (model,)  # in a tuple, so that nothing done to this module reaches the other
+        self._model = (model,)  # in a tuple, so that torch does not register it
 
     @property
     def model(self) -> VisionLanguageModel:
@@ -286,7 +285,7 @@ class WithoutAdapters(VisionLanguageModel):
             return self.model._generate(inputs, **settings)
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        raise NotImplementedError("the base is where it was loaded from")
+        raise NotImplementedError("the base is already on disk")
 
     def checkpoint_activations(self) -> None:
         raise NotImplementedError("it never runs with a gradient")
@@ -297,7 +296,7 @@ class WithoutAdapters(VisionLanguageModel):
         self.model.eval()
         try:
             for layer in layers:
-                # Not enable_adapters, which sets requires_grad as well: an engine's hooks hang on it.
+                # Not enable_adapters: it also sets requires_grad, which an engine's hooks depend on.
                 layer._disable_adapters = True
             yield
         finally:
@@ -315,7 +314,7 @@ def _peft(where: str) -> Any:
 
 
 def _modules(model: VisionLanguageModel) -> tuple[str, Any, Any]:
-    """What an adapter's names are relative to: its prefix in the state dict and itself; and the Transformers model."""
+    """Return the module that adapter names are relative to, with its state-dict prefix, and the Transformers model."""
     if isinstance(model, ComposedVLM):
         if model.vision_encoder is None:
             return "decoder.", model.decoder, model.decoder
@@ -325,9 +324,9 @@ def _modules(model: VisionLanguageModel) -> tuple[str, Any, Any]:
 
 
 def _targets(root: nn.Module, parts: Sequence[nn.Module], transformer: Any, target: str | Sequence[str]) -> list[str]:
-    """Paths of the layers that get an adapter."""
+    """Return the paths of the layers that get an adapter."""
     inside = {id(module) for part in parts for module in part.modules()}
-    # This attention reads the weights of its layers without calling them.
+    # MultiheadAttention reads its layers' weights without calling the layers.
     unseen = {id(m) for a in root.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
     linear = {
         name: module

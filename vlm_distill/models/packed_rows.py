@@ -56,11 +56,14 @@ def join(samples: Sequence[Encoded], positions: Sequence[Tensor]) -> Encoded:
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate along the first dimension; pad the others at their end with zeros to the largest."""
-    sizes = [max(size) for size in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    shapes = torch.tensor([tensor.shape[1:] for tensor in tensors], dtype=torch.long)
+    largest = shapes.amax(0).tolist()
 
     def grown(tensor: Tensor) -> Tensor:
-        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
-        return nn.functional.pad(tensor, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else tensor
+        padding: list[int] = []
+        for size, own in zip(reversed(largest), reversed(tensor.shape[1:]), strict=True):
+            padding += [0, size - own]
+        return nn.functional.pad(tensor, padding) if any(padding) else tensor
 
     return torch.cat([grown(tensor) for tensor in tensors])
 

@@ -35,13 +35,13 @@ def keeps_samples_apart(model: VisionLanguageModel) -> bool:
         return samples is not None
     picture, text, *middle = samples
     rows = [model.processor.join([edge, *middle, edge]) for edge in (picture, text)]
-    # A student's base, its adapters off, has no parameters of its own.
+    # WithoutAdapters has no parameters of its own.
     device, training = next(model.body.parameters()).device, model.training
     length, first = len(rows[0].input_ids), len(picture.input_ids)
-    places = torch.arange(first, length - first)
-    batches = [([row], places) for row in rows]
+    positions = torch.arange(first, length - first)
+    batches = [([row], positions) for row in rows]
     if not model.processor.one_row:
-        batches = [(rows, torch.cat([places, length + places]))]
+        batches = [(rows, torch.cat([positions, length + positions]))]
     model.eval()
     try:
         # FlashAttention takes 16 bits only.

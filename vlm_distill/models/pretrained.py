@@ -20,7 +20,7 @@ from data.errors import UserError
 from .adapters import plain_state
 from .common import checkpoint_layers, generation_ends
 from .decoder_features import IMAGES, VISION_FEATURES, decoder_features, decoder_width, wanted_states
-from .families import family
+from .families import LINE_END, PROJECTORS_BESIDE, PROJECTORS_INSIDE, family
 from .interface import Outputs, VisionLanguageModel
 from .lm_head import lm_head
 from .packed_rows import wants_one_row
@@ -39,7 +39,7 @@ class PretrainedVLM(VisionLanguageModel):
 
     Args:
         model: from ``AutoModelForImageTextToText``.
-        processor: of this model.
+        processor: this model's processor.
     """
 
     processor: PretrainedProcessor
@@ -52,7 +52,7 @@ class PretrainedVLM(VisionLanguageModel):
         self._ends = template_ends(processor)
         self._listed: bool | None = None
         processor.one_row = wants_one_row(model.get_decoder().config)
-        # What no part holds takes no part: towers for sound.
+        # Modules outside the parts, such as audio towers, are not trained.
         used = {id(parameter) for part in self.parts.values() for parameter in part.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in used)
@@ -61,15 +61,13 @@ class PretrainedVLM(VisionLanguageModel):
     def parts(self) -> dict[str, nn.Module]:
         """Views of the model's own modules."""
         base, tower = self.model.base_model, self.model.get_encoder(modality="image")
-        # The projectors of Qwen-VL stand inside the tower.
-        inside = [name for name in ("merger", "deepstack_merger_list") if hasattr(tower, name)]
-        beside = [getattr(base, name) for name in ("multi_modal_projector", "connector") if hasattr(base, name)]
+        inside = [name for name in PROJECTORS_INSIDE if hasattr(tower, name)]
+        beside = [getattr(base, name) for name in PROJECTORS_BESIDE if hasattr(base, name)]
         if inside:
             beside = [getattr(tower, name) for name in inside]
             tower = nn.ModuleList([module for name, module in tower.named_children() if name not in inside])
-        # The embedding of a line's end in LLaVA-NeXT and LLaVA-OneVision.
-        if hasattr(base, "image_newline"):
-            beside.append(nn.ParameterList([base.image_newline]))
+        if hasattr(base, LINE_END):
+            beside.append(nn.ParameterList([getattr(base, LINE_END)]))
         decoder = nn.ModuleList([self.model.get_decoder(), self.model.get_output_embeddings()])
         projector = beside[0] if len(beside) == 1 else nn.ModuleList(beside)
         return {"vision_encoder": tower} | ({"projector": projector} if beside else {}) | {"decoder": decoder}
@@ -83,7 +81,7 @@ class PretrainedVLM(VisionLanguageModel):
         return self.model.get_decoder()
 
     def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
-        # The base model, not its decoder: some models put vision features into deeper layers too.
+        # The base model, not its decoder: some models also feed vision features into deeper layers.
         base, body = self.model.base_model, self.body
         given: dict[str, Any] = dict(inputs)
         needed = family(self.model.config.model_type).needs
@@ -93,7 +91,7 @@ class PretrainedVLM(VisionLanguageModel):
         if "vision_features" in given:
             given["mm_encoder_outputs"] = {"image": self._seen(given.pop("vision_features"))}
         if any(name in (*IMAGES, VISION_FEATURES) for name in features) and "pixel_values" in inputs:
-            # The tower runs here, once, and the model goes on from what it gave.
+            # The tower runs here, once, and the model continues from its output.
             seen = base.get_image_features(**self._image_inputs(inputs), return_dict=True)
             given = {k: v for k, v in given.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": seen}}
             found = self._image_features(seen, features)
@@ -112,9 +110,9 @@ class PretrainedVLM(VisionLanguageModel):
         base = self.model.base_model
         asked = signature(base.get_image_features).parameters if hasattr(base, "get_image_features") else {}
         dummy = self.processor.dummy()
-        # Grids and sizes are asked for where images are cut into tiles or keep their shape.
+        # Grids and sizes are inputs if images are cut into tiles or keep their shape.
         various = {"image_grid_thw", "image_sizes"} & set(asked) & set(dummy.tensors)
-        # Families that cut tiles do it by an image's shape.
+        # Families that cut tiles do so by an image's shape.
         wide = self.processor.image_row([Image.new("RGB", (256, 64))])
         whole = all(
             "pixel_values" in s.tensors and s.tensors["pixel_values"].shape[:-3].numel() == 1 for s in (dummy, wide)
@@ -132,9 +130,9 @@ class PretrainedVLM(VisionLanguageModel):
     def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
         if "pixel_values" not in inputs:
             return {"vision_encoder": 0, "projector": 0}
-        if hasattr(self.model.base_model, "image_newline") and inputs["pixel_values"].dim() == 5:
-            # Rows of padding are cut out of what the projector gave, ends of lines are put in. Tiles of zeros, which a
-            # normalised image's first line is not, pad the batch and never run.
+        if hasattr(self.model.base_model, LINE_END) and inputs["pixel_values"].dim() == 5:
+            # Padding rows are cut from the projector's output, line ends are added. Tiles of zeros pad the batch and
+            # never run; the first line of a normalised image is never all zeros.
             tiles = inputs["pixel_values"].flatten(0, 1)
             run = int(tiles[:, :, 0].flatten(1).any(-1).sum())
             return dict.fromkeys(("vision_encoder", "projector"), run * self._patches(tiles[:1]))
@@ -143,15 +141,15 @@ class PretrainedVLM(VisionLanguageModel):
 
     @cached_property
     def _joined(self) -> float:
-        """How many patches become one image token: pixels of a batch hold padding as well, which towers leave out."""
+        """Patches an image token. Counting pixels would count padding, too, which towers leave out."""
         dummy = self.processor.dummy()
         return self._patches(dummy.tensors["pixel_values"]) / max(1, int(self.processor.image_tokens(dummy).sum()))
 
     def _patches(self, pixels: Tensor) -> float:
-        """How many patches pixels are; 0 where the first layer is none of patches, as in convolutional towers."""
+        """Return the number of patches in pixels; 0 if the first layer takes no patches (convolutional towers)."""
         kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
         first: Any = next((m for m in self.parts["vision_encoder"].modules() if isinstance(m, kinds)), None)
-        # A patch's numbers are what one row of that layer multiplies.
+        # A patch has as many values as one row of that layer multiplies.
         if isinstance(first, nn.Linear):
             return pixels.numel() / first.in_features
         if first is None or first.stride != first.kernel_size:
@@ -177,7 +175,7 @@ class PretrainedVLM(VisionLanguageModel):
         return {**{name: value for name, value in config.items() if name not in here}, "image_processor": images}
 
     def encode_images(self, rows: Sequence[Encoded]) -> list[Tensor]:
-        # Alone: beside other images some families pad an image, or its tiles.
+        # One by one: beside other images some families pad an image or its tiles.
         return [self._flat(self._look(row)) for row in rows]
 
     def _look(self, row: Encoded) -> Any:
@@ -186,15 +184,18 @@ class PretrainedVLM(VisionLanguageModel):
         return self.model.base_model.get_image_features(**inputs, return_dict=True)
 
     def _flat(self, seen: Any) -> Tensor:
-        """``[tokens, C]`` of what ``get_image_features`` gave: what the decoder takes first, then in deeper layers."""
+        """Flatten the output of ``get_image_features`` to ``[tokens, C]``: the decoder's input, then deeper layers'."""
         found = [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
-        lists = [[one] if isinstance(one, Tensor) else one for one in found]
-        return torch.cat([torch.cat([t.reshape(-1, t.shape[-1]) for t in one]) for one in lists], -1)
+        columns = []
+        for part in found:
+            tensors = [part] if isinstance(part, Tensor) else part
+            columns.append(torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]))
+        return torch.cat(columns, -1)
 
     def _seen(self, features: Tensor) -> Any:
-        """The way back from :meth:`_flat`."""
+        """Reverse :meth:`_flat`."""
         if self._listed is None:
-            # Whether a family gives a list or a tensor is written nowhere.
+            # Whether a family returns a list or a tensor is documented nowhere.
             with torch.no_grad():
                 self._listed = not isinstance(self._look(self.processor.dummy()).pooler_output, Tensor)
         found: list[Any] = list(features.split(self.model.config.get_text_config().hidden_size, -1))
@@ -207,12 +208,14 @@ class PretrainedVLM(VisionLanguageModel):
         return {name: tensor for name, tensor in inputs.items() if name in asked}
 
     def _vision_layers(self) -> list[int]:
-        """The tower's hidden states that the projector reads; none where it reads the final output."""
+        """Return which of the tower's hidden states the projector reads; none if it reads the final output."""
         layers = getattr(self.model.config, "vision_feature_layer", None)
-        return list(layers) if isinstance(layers, list | tuple) else [] if layers is None else [layers]
+        if layers is None:
+            return []
+        return list(layers) if isinstance(layers, list | tuple) else [layers]
 
     def _image_features(self, seen: Any, features: Sequence[str]) -> dict[str, Tensor]:
-        """Features of images, of what ``get_image_features`` returned."""
+        """Return the image features by name from the output of ``get_image_features``."""
         found: dict[str, Tensor] = {}
         if VISION_FEATURES in features:
             found[VISION_FEATURES] = self._flat(seen)

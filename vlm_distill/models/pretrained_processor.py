@@ -26,17 +26,16 @@ from .common import first_line
 from .image_settings import with_image_settings
 from .packed_rows import is_by_token, joined, row_positions
 from .processor import Processor
-from .supervision import mark_tokens, token_places
+from .supervision import mark_tokens, token_spans
 from .template_marks import PRIVATE
 
 
 class Expanded:
-    """A rendered text after the images' placeholders were replaced.
+    """A rendered text with the images' placeholders replaced.
 
     Args:
-        text: before.
-        replaced: for each image its placeholder (``text``), where that stood (``span``), and what took its place
-            (``replacement``).
+        text: with the placeholders.
+        replaced: for each image its placeholder (``text``), its position (``span``) and its ``replacement``.
     """
 
     def __init__(self, text: str, replaced: Sequence[dict[str, Any]]) -> None:
@@ -50,17 +49,17 @@ class Expanded:
         self.text = "".join([*pieces, text[last:]])
 
     def span(self, span: Span) -> Span:
-        """An answer's place afterwards; no image stands in an answer."""
+        """Return an answer's span after the replacement; no answer contains an image."""
         return span.moved(sum(len(new) - (stop - start) for start, stop, new in self._replaced if stop <= span.start))
 
 
 class PretrainedProcessor(Processor):
-    """A Transformers processor, which expands each image's placeholder and says where.
+    """A Transformers processor that expands each image's placeholder and reports where.
 
     Args:
         processor: with its chat template and a fast tokenizer.
-        image_token_id: of the token that stands for images in the ids.
-        model: whose M-RoPE positions are computed, where it has any; its weights are not kept.
+        image_token_id: the token that stands for images in the ids.
+        model: computes M-RoPE positions, if it has any; its weights are not kept.
     """
 
     has_vision = True
@@ -71,7 +70,7 @@ class PretrainedProcessor(Processor):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = image_token_id
-        #: What stands for an image in the rendered text; Gemma 3 and Aya Vision have another token in the ids.
+        #: The text for an image in a rendered conversation; Gemma 3 and Aya Vision use another token in the ids.
         self.placeholder = processor.image_token
         names = [processor.video_token] if getattr(processor, "video_token", None) else []
         self._reserved = [self.placeholder, self.tokenizer.convert_ids_to_tokens(image_token_id), *names]
@@ -119,12 +118,12 @@ class PretrainedProcessor(Processor):
         return self._encoded(text, spans, images, add_special_tokens=self._lacks_start(text))
 
     def adds_special_tokens(self, conversation: Conversation) -> bool:
-        """Whether the tokenizer puts its own tokens around this conversation, beside those of the template."""
+        """Return whether the tokenizer adds its own tokens around this conversation, besides the template's."""
         render = partial(self._render, tools=conversation.tools)
         return self._lacks_start(rendered(render, plain_messages(conversation.messages, self.frame), False))
 
     def _lacks_start(self, text: str) -> bool:
-        # As Transformers does after its own templates: no second start token.
+        # No second start token, as in Transformers after its own templates.
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
@@ -135,46 +134,46 @@ class PretrainedProcessor(Processor):
             raise BadSample("text holds a private-use character that marks images", "U+10FFF0 to U+10FFFD")
         if token := held(self._reserved, texts):
             raise BadSample("text holds one of the model's placeholders", token)
-        # The processor tokenizes the rendered text as a whole, and makes of this what it makes of the template's own.
+        # The processor tokenizes the rendered text as a whole and cannot tell this from the template's own.
         if token := held(self.frame.control, texts):
             raise BadSample("text holds a control token", token)
         if count_images(conversation.messages) != len(images):
             raise BadSample("images and image parts differ in number", f"{len(images)} images")
 
     def _encoded(self, text: str, spans: Sequence[Span], images: Sequence[Image.Image], **options: Any) -> Encoded:
-        """A rendered text with the answers at ``spans`` marked, which are carried over the images' expansion."""
+        """Encode a rendered text and mark the answers at ``spans``, which are moved past the images' expansion."""
         tensors, replaced = self._process(text, images, **options)
         expanded = Expanded(text, replaced)
         moved = [expanded.span(span) for span in spans]
         offsets = tensors.pop("offset_mapping")[0].tolist()
         input_ids = tensors.pop("input_ids")[0]
         supervised, ends = mark_tokens(expanded.text, offsets, input_ids.tolist(), moved, self._special)
-        places = token_places(expanded.text, offsets, supervised, ends, moved)
-        return Encoded(input_ids, torch.tensor(supervised), torch.tensor(ends), len(images), tensors, places)
+        token_positions = token_spans(expanded.text, offsets, supervised, ends, moved)
+        return Encoded(input_ids, torch.tensor(supervised), torch.tensor(ends), len(images), tensors, token_positions)
 
     def _process(
         self, text: str, images: Sequence[Image.Image], **options: Any
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """The model's inputs, offsets among them, and what became of each image's placeholder.
+        """Return the model's inputs, offsets included, and how each image's placeholder was replaced.
 
-        With ``vision_features`` among them where these are known; grids and sizes stay.
+        If features are given, ``vision_features`` takes the place of pixels; grids and sizes stay.
         """
         try:
             inputs = self.processor(
                 text=[text],
-                # One list for one sample: several images in a flat list are several samples to some families.
+                # One list for one sample: some families take a flat list of images for several samples.
                 images=[list(images)] if images else None,
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
                 **options,
             )
-            # Not by the processor: InternVL's would make a tensor of the replacements too.
+            # Not converted by the processor: InternVL's would turn the replacements into a tensor, too.
             (replaced,) = inputs.pop("text_replacement_offsets", None) or [[]]
             tensors = dict(BatchFeature(dict(inputs), tensor_type="pt"))
-        except Exception as error:  # processors raise almost anything on images of odd shapes
+        except Exception as error:  # processors raise almost anything for images of odd shapes
             raise BadSample("processor refuses the sample", first_line(error)[:120]) from error
         if len(replaced) != len(images):
-            raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not tell it")
+            raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not report it")
         if images and self.features is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pixel_")}
             tensors["vision_features"] = self.features(images)
@@ -197,10 +196,10 @@ class PretrainedProcessor(Processor):
         return other
 
     def collate(self, samples: Sequence[Encoded], *, padding_side: str = "right") -> ModelInputs:
-        """Tensors of the shape ``[1, L]`` are padded to ``[B, L]``, all others joined along their first dimension.
+        """Pad tensors of shape ``[1, L]`` to ``[B, L]``, and join all others along their first dimension.
 
-        Where these differ in a further one (tiles, height, width), they are padded there with zeros, as processors do
-        with the images of one sample; masks and sizes among the inputs tell the models what is padding.
+        If these differ in a further dimension (tiles, height, width), they are padded there with zeros, as processors
+        pad the images of one sample; masks and sizes among the inputs tell the model what is padding.
         """
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
 
@@ -239,9 +238,9 @@ class PretrainedProcessor(Processor):
 
 
 def _rope_index(model: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The method of a model's class that computes M-RoPE positions, bound to an object with its configuration alone.
+    """Return the method that computes M-RoPE positions, bound to an object that has only the configuration.
 
-    It goes to the processes that make batches, where the weights must not go.
+    It is sent to the processes that make batches, where the weights must not go.
     """
     base: Any = getattr(model, "base_model", None)
     if not hasattr(base, "get_rope_index"):

@@ -1,4 +1,4 @@
-"""Projectors: image features of the vision encoder to embeddings of the decoder."""
+"""Projectors: from the vision encoder's features to the decoder's embeddings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Projector(nn.Module, ABC):
 
     @abstractmethod
     def tokens(self, count: int) -> int:
-        """Number of embeddings an image of ``count`` features becomes."""
+        """Return the number of embeddings that ``count`` features become."""
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor: ...
 
     def uses(self) -> dict[int, float]:
-        """How often parameters, by their ids, multiply for each embedding that comes out, where that is not once."""
+        """Return how often parameters (by id) multiply for each output embedding, if not once."""
         return {}
 
 
@@ -72,10 +72,10 @@ class PixelShuffleMLP(Projector):
 
 
 class Resampler(Projector):
-    """Learned queries that read the image features through cross-attention, a fixed number of tokens an image.
+    """Learned queries that read the image features through cross-attention: a fixed number of tokens an image.
 
     Keys and values are the queries and the features together, as in the perceiver resampler of Flamingo (Alayrac et
-    al. 2022, section 3.1.1). Features get a learned position each, since those of a convolutional encoder carry none.
+    al. 2022, section 3.1.1). Each feature gets a learned position, since a convolutional encoder's have none.
     """
 
     def __init__(self, in_width: int, out_width: int, count: int, tokens: int, layers: int, heads: int) -> None:
@@ -146,14 +146,14 @@ PROJECTORS = ("linear", "mlp", "pixel_shuffle_mlp", "resampler")
 def build_projector(
     settings: Mapping[str, Any], in_width: int, out_width: int, count: int, grid: tuple[int, int] | None
 ) -> Projector:
-    """The projector that ``settings`` name.
+    """Build the projector described by ``settings``.
 
     Args:
         settings: ``type`` (``linear``, ``mlp``, ``pixel_shuffle_mlp`` or ``resampler``) and that type's own keys.
         in_width: width of the image features.
         out_width: width of the decoder.
-        count: number of features an image has.
-        grid: rows and columns of the features, ``None`` where they form no grid.
+        count: number of features of an image.
+        grid: rows and columns of the features; ``None`` if they are not a grid.
 
     Raises:
         UserError: an unknown type or key, or a value that does not fit the widths or the grid.

@@ -1,4 +1,4 @@
-"""Linear layers' weights in fewer bits, as Transformers loads them: int8 and NF4 by bitsandbytes, float8 by torchao."""
+"""Load linear layers in fewer bits through Transformers: int8 and NF4 by bitsandbytes, float8 by torchao."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .interface import VisionLanguageModel
 from .weightless import weightless
 
 Kind = Literal["int8", "nf4", "fp8"]
-#: Bits of a quantised weight with its scales: of NF4 one of 8 bits for 64 weights, and its own scale for 256 of these.
+#: Bits of a quantised weight with its scales. NF4 has an 8-bit scale for 64 weights, and a scale for 256 of these.
 BITS = {"nf4": 4.127, "int8": 8.0, "fp8": 8.0}
 _PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "torchao"}
 
 
 def quantization(kind: Kind, dtype: torch.dtype, role: str) -> Any:
-    """The settings with which Transformers loads a model in fewer bits. Embeddings, norms and lm head stay as they are.
+    """Return Transformers' settings for loading a model in fewer bits. Embeddings, norms and lm head are unchanged.
 
-    - ``int8``: LLM.int8() (Dettmers et al. 2022): products in 8 bits, those of outlying features in 16.
-    - ``nf4``: 4 bits with scales that are quantised as well (Dettmers et al. 2023, QLoRA).
-    - ``fp8``: weights in float8 e4m3 with a scale a row; products are in ``dtype``.
+    - ``int8``: LLM.int8() (Dettmers et al. 2022): products in 8 bits, those of outlier features in 16.
+    - ``nf4``: 4 bits with quantised scales (Dettmers et al. 2023, QLoRA).
+    - ``fp8``: weights in float8 e4m3 with one scale a row; products in ``dtype``.
 
     Args:
         kind: how weights are stored.
-        dtype: in which is computed (of ``int8``: 16 bits, in any case).
+        dtype: precision of computation (``int8`` always computes in 16 bits).
         role: ``student`` or ``teacher``, for the message.
 
     Returns:
-        What ``from_pretrained`` takes; without weights, of which there are none to quantise, the kind alone.
+        The ``quantization_config`` of ``from_pretrained``; if models have no weights, only the kind.
 
     Raises:
-        UserError: the package that does it is missing.
+        UserError: the package for it is not installed.
     """
     if weightless():
         return kind
@@ -63,7 +63,7 @@ def quantization(kind: Kind, dtype: torch.dtype, role: str) -> Any:
 
 
 def quantised_weights(model: VisionLanguageModel) -> list[Tensor]:
-    """Weights that are loaded in fewer bits: linear layers' but the output layer's; of an assembled model's decoder."""
+    """Return the weights that are loaded in fewer bits: linear layers' except the lm head; assembled: the decoder's."""
     root = model.parts["decoder"] if isinstance(model, ComposedVLM) else model
     head = {id(p) for p in model.head.parameters}
     linear = {id(m.weight): m.weight for m in root.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad}
@@ -71,8 +71,9 @@ def quantised_weights(model: VisionLanguageModel) -> list[Tensor]:
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking weights for a CPU when they are first read in evaluation: no gradient goes
-    through those, and a student learns after it has answered.
+    """Keep bitsandbytes from repacking weights for a CPU at the first evaluation: gradients cannot pass repacked ones.
+
+    A student is trained further after it has answered.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

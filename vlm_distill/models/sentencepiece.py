@@ -1,4 +1,4 @@
-"""A sentencepiece BPE model (``tokenizer.model``) as a fast tokenizer, where a checkpoint's own is remote code."""
+"""Load a sentencepiece BPE model (``tokenizer.model``) as a fast tokenizer, if a checkpoint's own is remote code."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tokenizers import AddedToken, processors
 from data.errors import UserError
 
 MODEL_NAME = "tokenizer.model"
-#: What a piece is, in sentencepiece's own numbers.
+#: Sentencepiece's own numbers for a kind of piece and of model.
 _USER_DEFINED, _BPE_MODEL = 4, 2
 
 
 def load_sentencepiece(folder: Path, **options: Any) -> Any:
-    """The tokenizer of a folder with ``tokenizer.model`` and ``tokenizer_config.json``.
+    """Load the tokenizer of a folder with ``tokenizer.model`` and ``tokenizer_config.json``.
 
-    The file is read through the message classes that Transformers carries: the sentencepiece package is not needed.
-    Added tokens keep their ids, whether behind the pieces or in the place of one, as InternLM2's ``<|im_end|>`` is.
+    Transformers parses the file and builds the tokenizer; only its ``from_pretrained`` would need the sentencepiece
+    package. Added tokens keep their ids, behind the pieces or in place of one, like InternLM2's ``<|im_end|>``.
 
     Args:
-        folder: of the checkpoint.
-        options: further ones of ``PreTrainedTokenizerFast``.
+        folder: the checkpoint's folder.
+        options: go to ``PreTrainedTokenizerFast``.
 
     Raises:
         UserError: a file is missing, the model is not BPE, or an added token cannot have its id.
@@ -46,7 +46,7 @@ def load_sentencepiece(folder: Path, **options: Any) -> Any:
     added = _added_tokens(folder, config)
     pieces = [added[i].content if i in added else piece.piece for i, piece in enumerate(model.pieces)]
     tokenizer = SpmConverter.build_tokenizer_from_spm_proto(model, {piece: i for i, piece in enumerate(pieces)})
-    # User-defined pieces are whole words, whatever stands around them.
+    # User-defined pieces are always whole tokens, whatever is around them.
     symbols = [piece.piece for i, piece in enumerate(model.pieces) if piece.type == _USER_DEFINED and i not in added]
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
     for i, token in sorted(added.items()):
@@ -79,13 +79,14 @@ def _content(token: Any) -> str:
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    """Added tokens by id: of the configuration, or of the older ``added_tokens.json``."""
+    """Return the added tokens by id, from the configuration or the older ``added_tokens.json``."""
     if "added_tokens_decoder" in config:
         keys = ("lstrip", "rstrip", "single_word", "normalized", "special")
-        return {
-            int(i): AddedToken(token["content"], **{key: token[key] for key in keys if key in token})
-            for i, token in config["added_tokens_decoder"].items()
-        }
+        found = {}
+        for i, token in config["added_tokens_decoder"].items():
+            flags = {key: token[key] for key in keys if key in token}
+            found[int(i)] = AddedToken(token["content"], **flags)
+        return found
     path = folder / "added_tokens.json"
     tokens = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {i: AddedToken(token, normalized=False, special=True) for token, i in tokens.items()}

@@ -68,11 +68,11 @@ class SequenceParallel:
         body: Any = model.body
         parameter = next(body.parameters())  # WithoutAdapters has no parameters of its own
         inputs = inputs.to(parameter.device, model.dtype)
-        places = torch.arange(inputs["input_ids"].numel(), device=parameter.device)
+        positions = torch.arange(inputs["input_ids"].numel(), device=parameter.device)
         training = model.training
         model.eval()
         try:
-            whole = model(inputs, places).hidden
+            whole = model(inputs, positions).hidden
             others = set(getattr(body.config, "layer_types", None) or ()) - {"full_attention"}
             if others:
                 raise ValueError(f"it has layers of {', '.join(sorted(others))}")
@@ -80,7 +80,7 @@ class SequenceParallel:
                 raise ValueError(reason)
             prepare(model)
             with self.shared():
-                divided = model(inputs, places).hidden
+                divided = model(inputs, positions).hidden
         except Exception as error:
             raise UserError(
                 f"training.sequence_parallel: the {role}'s decoder cannot be divided: {first_line(error)}"

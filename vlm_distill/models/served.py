@@ -1,4 +1,4 @@
-"""A model on an OpenAI-compatible server (vLLM): its likeliest tokens at each place of an answer, and its answers."""
+"""A model on an OpenAI-compatible server (vLLM): likeliest tokens at each position of an answer, and answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,41 +31,41 @@ from .vocabulary import cut_head
 from .weightless import needs_weights
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-# A server computes in float32 at best: what is left beside its likeliest tokens is not known more exactly than this.
+# A server computes in float32 at best: the probability beside its likeliest tokens is not known more exactly than this.
 _LEAST_TAIL = 1e-7
-# The sum of probabilities above which they are none: log-probabilities of bfloat16 are this exact.
+# Numbers that sum to more than this are not probabilities; rounding in bfloat16 explains up to this much.
 _MOST_MASS = 1.1
-# Tokens of the vocabulary that a server's tokenizer is tried on.
+# Number of tokens with which a server's tokenizer is compared.
 _TRIED = 48
-# What vLLM would otherwise take from the model's own generation settings.
+# Overrides what vLLM would take from the model's own generation settings.
 _PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _ADVICE = "start again when it does (teacher.server.timeout: seconds that a request may take)"
-# HTTP statuses that are about the one request: it is too long, or its images are too many or too odd.
+# HTTP statuses that concern one request only: it is too long, or its images are too many or cannot be read.
 _OF_ONE = (400, 413, 422, 501)
 
-#: Tokens and their log-probabilities at one place.
+#: Log-probabilities by token at one position.
 Likeliest = Mapping[int, float]
 
 
 class ServedModel:
-    """A model on a server, with its processor here, which must be the server's.
+    """A model on a server; its processor runs here and must be the same as the server's.
 
-    Text goes as token ids to ``/completions``, so that no tokenizer of the server's has a part in it. With images a
-    conversation goes to ``/chat/completions``: the server renders it and expands the images as it likes.
+    Text goes to ``/completions`` as token ids, so the server's tokenizer is not used. A conversation with images goes
+    to ``/chat/completions``: the server renders it and expands the images itself.
 
     Args:
-        processor: the model's, from its folder or name here.
+        processor: the model's processor, loaded here.
         endpoint: the server.
-        name: the model's name there.
+        name: the model's name on the server.
         arguments: of its chat template, for conversations that the server renders.
 
     Attributes:
-        context: the most tokens of a request and its answer together; ``None`` where the server does not tell.
+        context: the most tokens of a request and its answer together; ``None`` if the server does not say.
         end_tokens: ids that end an answer.
-        tells: whether it tells log-probabilities of the prompt.
+        tells: whether the server returns log-probabilities of the prompt.
 
     Raises:
-        UserError: there is no such model there, its tokenizer is another one, or no server can have it.
+        UserError: the server has no such model, its tokenizer differs, or no server can load the model.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class ServedModel:
         self.arguments = dict(arguments or {})
         if processor.has_vision and not isinstance(processor, PretrainedProcessor):
             raise UserError(
-                "teacher.path: is assembled from parts, which no server loads; vlm-distill export --format llava makes "
-                "of it what one does"
+                "teacher.path: is assembled from parts, which no server loads; vlm-distill export --format llava turns "
+                "it into a model that servers load"
             )
         eos = processor.tokenizer.eos_token_id
         self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
@@ -92,21 +93,21 @@ class ServedModel:
         self.tells = self._compare_tokenizers()
 
     def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
-        """Path and body of a request about a text."""
+        """Return path and body of a request for a text."""
         return "completions", {"model": self.name, "prompt": list(ids), **_PLAIN, **settings}
 
     def chat(
         self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool, **settings: Any
     ) -> tuple[str, dict[str, Any]]:
-        """The same about a conversation with images."""
+        """Return path and body of a request for a conversation with images."""
         remaining = iter(images)
 
         def part(own: Mapping[str, Any]) -> dict[str, Any]:
             return {"type": "text", "text": own["text"]} if own["type"] == "text" else _image_part(next(remaining))
 
-        messages = [
-            {**m, "content": [part(own) for own in m["content"]]} for m in plain_messages(conversation.messages)
-        ]
+        messages = []
+        for message in plain_messages(conversation.messages):
+            messages.append({**message, "content": [part(own) for own in message["content"]]})
         assert isinstance(self.processor, PretrainedProcessor)
         special = self.processor.adds_special_tokens(conversation)
         body: dict[str, Any] = {
@@ -121,7 +122,7 @@ class ServedModel:
         return "chat/completions", {"model": self.name, **body, **_PLAIN, **settings}
 
     def differs(self, ids: Sequence[int]) -> UserError:
-        """What is said where the server has other tokens than these."""
+        """Return the error for a server with other tokens than these."""
         words = self.processor.tokenizer.convert_ids_to_tokens(list(ids))
         return UserError(
             f"teacher.server: {self.endpoint.url} has other tokens where {' '.join(words)!r} is expected; its "
@@ -129,7 +130,7 @@ class ServedModel:
         )
 
     def _compare_tokenizers(self) -> bool:
-        """Whether the server tells what tokens it makes of a text; raises where these are others than here."""
+        """Return whether the server reports the tokens of a text. Raise ``UserError`` if they differ from ours."""
         tokenizer = self.processor.tokenizer
         step = max(1, len(tokenizer) // _TRIED)
         words = (tokenizer.decode([i]).strip() for i in range(0, len(tokenizer), step))
@@ -149,19 +150,18 @@ class ServedModel:
 
 
 class ServedTeacher(Teacher):
-    """Scores prompts that hold the answers, by ``prompt_logprobs`` as vLLM serves them since version 0.6.
+    """Scores prompts that contain the answers, by ``prompt_logprobs``, which vLLM serves since version 0.6.
 
-    In conversations with images places are counted from the end, where nothing but the answers and what the chat
-    template puts around them is; what stands before the first image and after the last must be what stands there here.
+    In conversations with images, positions are counted from the end, since the server may expand images differently.
+    The tokens before the first image and after the last must be the same as here.
 
     Args:
         served: the teacher.
-        top: how many of the likeliest tokens are asked for. vLLM gives 20 unless it is started with more
-            (``--max-logprobs``).
-        workers: requests under way at once, of this rank.
+        top: how many of the likeliest tokens to request. vLLM gives at most 20 unless started with ``--max-logprobs``.
+        workers: this rank's concurrent requests.
 
     Raises:
-        UserError: the server does not tell so many log-probabilities of the prompt.
+        UserError: the server does not return that many log-probabilities of the prompt.
     """
 
     processor: Processor
@@ -173,7 +173,7 @@ class ServedTeacher(Teacher):
         self.needs_images = self.processor.has_vision
         self._vocabulary: int | None = None
         self._pool = ThreadPoolExecutor(workers)
-        #: What is asked ahead: origins of a micro-batch, and its rows' replies.
+        #: Requests under way: the origins of a micro-batch, and its rows' replies.
         self._ahead: deque[tuple[Any, list[Future[list[Likeliest]]]]] = deque()
         self._try()
 
@@ -213,54 +213,54 @@ class ServedTeacher(Teacher):
         return TeacherOutputs(self._targets(found, batch.targets.device))
 
     def _requests(self, batch: DistillationBatch) -> list[Future[list[Likeliest]]]:
-        """Rows that are asked about, all at once."""
+        """Send the requests for a micro-batch's rows, all at once."""
         assert batch.teacher is not None
         inputs = {name: batch.teacher.inputs[name].cpu() for name in ("input_ids", "attention_mask")}
         rows, length = inputs["input_ids"].shape
         positions = batch.teacher.positions.cpu()
         waiting = []
         for row in range(rows):
-            # Padding is on the right: a place in the row is one in the request.
-            places = (positions[positions // length == row] % length + 1).tolist()
-            if places:
+            # Padding is on the right, so a position in the row is one in the request.
+            wanted = (positions[positions // length == row] % length + 1).tolist()
+            if wanted:
                 ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())].tolist()
                 conversation, images = batch.conversations[row] if self.needs_images else (None, ())
                 if isinstance(conversation, Conversation) and images:
-                    waiting.append(self._pool.submit(self._score_seen, conversation, images, ids, places))
+                    waiting.append(self._pool.submit(self._score_seen, conversation, images, ids, wanted))
                 else:
-                    waiting.append(self._pool.submit(self._score, ids, places))
+                    waiting.append(self._pool.submit(self._score, ids, wanted))
         return waiting
 
-    def _score(self, ids: list[int], places: Sequence[int]) -> list[Likeliest]:
-        """What the teacher expects at some places of a row of text."""
+    def _score(self, ids: list[int], positions: Sequence[int]) -> list[Likeliest]:
+        """Return the likeliest tokens at some positions of a text."""
 
         def read(reply: Any) -> list[Likeliest]:
             told = reply["choices"][0]["prompt_logprobs"]
             if len(told) != len(ids):
-                raise ValueError(f"{len(told)} places for a prompt of {len(ids)} tokens")
-            return [self._likeliest(told[place], ids[place]) for place in places]
+                raise ValueError(f"{len(told)} positions for a prompt of {len(ids)} tokens")
+            return [self._likeliest(told[position], ids[position]) for position in positions]
 
         path, body = self.served.text(ids, **self._asked)
         return self.served.endpoint.ask(path, body, read, _ADVICE)
 
     def _score_seen(
-        self, conversation: Conversation, images: Sequence[Image.Image], ids: list[int], places: Sequence[int]
+        self, conversation: Conversation, images: Sequence[Image.Image], ids: list[int], positions: Sequence[int]
     ) -> list[Likeliest]:
-        """The same of a conversation with images, whose row here is ``ids``."""
+        """Return the same for a conversation with images, whose token ids here are ``ids``."""
         assert isinstance(self.processor, PretrainedProcessor)
-        seen = [place for place, own in enumerate(ids) if own == self.processor.image_token_id]
+        seen = [position for position, own in enumerate(ids) if own == self.processor.image_token_id]
         before, after = range(seen[0]), range(seen[-1] + 1 - len(ids), 0)
 
         def read(reply: Any) -> list[Likeliest]:
             told, there = reply["prompt_logprobs"], reply.get("prompt_token_ids")
             if len(told) < len(before) + len(after):
                 raise self.served.differs(ids[after.start :])
-            for place in (*before, *after):
-                # vLLM tells the prompt's ids since version 0.10.2; before, a place's token is among its likeliest.
-                known = told[place] is None or str(ids[place]) in told[place]
-                if there[place] != ids[place] if there else not known:
-                    raise self.served.differs(ids[place : place + 1])
-            return [self._likeliest(told[place - len(ids)], ids[place]) for place in places]
+            for position in (*before, *after):
+                # vLLM returns the prompt's ids since 0.10.2; before, a token is among its position's likeliest.
+                known = told[position] is None or str(ids[position]) in told[position]
+                if there[position] != ids[position] if there else not known:
+                    raise self.served.differs(ids[position : position + 1])
+            return [self._likeliest(told[position - len(ids)], ids[position]) for position in positions]
 
         settings = {"generation": False, "return_token_ids": True, **self._asked}
         path, body = self.served.chat(conversation, images, **settings)
@@ -269,83 +269,84 @@ class ServedTeacher(Teacher):
         except Refused as refused:
             if refused.status not in _OF_ONE:
                 raise
-            # It may be too long there, where images take other numbers of tokens, or have too many images.
+            # It may have too many images, or be too long on the server, where images take other numbers of tokens.
             where = f"{conversation.source}, line {conversation.line}"
-            raise UserError(f"{where}: {refused}; leave it out of the data, or mend the server") from None
+            raise UserError(f"{where}: {refused}; leave it out of the data, or change the server") from None
 
     @property
     def _asked(self) -> dict[str, Any]:
-        # One token is generated since servers refuse to generate none; it is not looked at. Before its version 1 engine
-        # vLLM divided these log-probabilities by the temperature too.
+        # Servers refuse to generate no token, so one is generated and ignored. Before its version 1 engine, vLLM
+        # divided the prompt's log-probabilities by the temperature, too.
         return {"max_tokens": 1, "prompt_logprobs": self.likeliest, "temperature": 1.0}
 
     def _likeliest(self, told: Mapping[str, Any] | None, own: int) -> Likeliest:
-        """One place in vLLM's form, ``{"token id": {"logprob": number, "rank": …}}``, the prompt's own token among it.
+        """Read one position: vLLM's ``{"token id": {"logprob": number, "rank": …}}``, the prompt's token included.
 
         Raises:
-            UserError: another token stands there, or the numbers are no log-probabilities.
+            UserError: the token at this position is another, or the numbers are not log-probabilities.
         """
         if told is None:
-            raise ValueError("nothing told of a place")
+            raise ValueError("a position without log-probabilities")
         found = {int(token): float(entry["logprob"]) for token, entry in told.items()}
         if own not in found:
             raise self.served.differs([own])
         if not sum(math.exp(min(p, 1.0)) for p in found.values()) < _MOST_MASS:
             raise UserError(
-                f"teacher.server: {self.served.endpoint.url} tells numbers that are no log-probabilities; start vLLM "
-                "with --logprobs-mode raw_logprobs"
+                f"teacher.server: {self.served.endpoint.url} returns numbers that are not log-probabilities; start "
+                "vLLM with --logprobs-mode raw_logprobs"
             )
         return found
 
     @needs_weights
     def _try(self) -> None:
-        """Finds out before training whether the server tells so much."""
+        """Find out before training whether the server returns enough log-probabilities."""
         token = next(iter(self.end_tokens), 0)
         if not self.served.tells:
             raise UserError(
-                f"teacher.server: {self.served.endpoint.url} tells no prompt_logprobs, which distillation learns from; "
+                f"teacher.server: {self.served.endpoint.url} returns no prompt_logprobs, which distillation needs; "
                 "serve the teacher with vLLM"
             )
         self._score([token, token], [1])
 
     def _targets(self, found: Sequence[Likeliest], device: torch.device) -> TopKTargets:
-        """Of as many tokens in every row: the places of a batch differ by the tokens that the student has not."""
-        rows = []
+        """Make targets with the same number of tokens a row; rows differ by the tokens that the student lacks."""
+        rows: list[list[tuple[int, float]]] = []
         for likeliest in found:
             shared = {i: p for i, p in likeliest.items() if self._vocabulary is None or i < self._vocabulary}
-            # As a head that is cut to the shared ids, whose softmax leaves the others out.
+            # Renormalise, like the softmax of a head that is cut to the shared ids.
             others = sum(math.exp(p) for i, p in likeliest.items() if i not in shared)
             scale = math.log1p(-min(others, 1 - _LEAST_TAIL))
             ranked = sorted(shared.items(), key=lambda entry: -entry[1])[: self.likeliest]
             rows.append([(i, p - scale) for i, p in ranked])
         k = min((len(row) for row in rows), default=self.likeliest)
-        ids = torch.tensor([[i for i, _ in row[:k]] for row in rows], dtype=torch.int64).reshape(len(rows), k)
-        logprobs = torch.tensor([[p for _, p in row[:k]] for row in rows], dtype=torch.float64).reshape(len(rows), k)
+        kept = list(chain.from_iterable(row[:k] for row in rows))
+        ids = torch.tensor([i for i, _ in kept], dtype=torch.int64).reshape(len(rows), k)
+        logprobs = torch.tensor([p for _, p in kept], dtype=torch.float64).reshape(len(rows), k)
         tail = (1 - logprobs.exp().sum(-1)).clamp(min=_LEAST_TAIL).log()
         if k == self._vocabulary:
-            tail.fill_(-torch.inf)  # there is no other token, for the student neither
+            tail.fill_(-torch.inf)  # the student has no other token either
         return TopKTargets(ids.to(device), logprobs.float().to(device), tail.float().to(device))
 
 
 class ServedAnswers:
-    """Asks a model on a server, each question in a request of its own.
+    """Asks a model on a server, one request a question.
 
     Args:
         served: the model.
         temperature: at which answers are drawn; 0: the likeliest tokens.
-        key: answers are drawn by a seed of this and of each question's place. A server may heed it or not.
+        key: seeds the answers, together with each question's source and line. A server may ignore the seed.
     """
 
     def __init__(self, served: ServedModel, temperature: float, key: str) -> None:
         self.served, self.processor, self.temperature, self.key = served, served.processor, temperature, key
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer | BadSample]:
-        """Answers, or why there is none: the model cannot take the question, or the server refuses it alone.
+        """Return an answer to each question, or why there is none: the model or the server refuses this question.
 
-        Answers have neither token ids nor log-probabilities. One is complete if the server stopped by itself.
+        Answers have neither token ids nor log-probabilities. They are complete if the server stopped by itself.
 
         Raises:
-            UserError: the server is away, or refuses what is not a question's fault.
+            UserError: the server cannot be reached, or refuses for a reason other than the question.
         """
         return [self._answer(*prompt, max_new_tokens) for prompt in prompts]
 
@@ -353,13 +354,13 @@ class ServedAnswers:
         prompt = conversation.prompt()
         shown = images[: len(prompt.images)]
         settings: dict[str, Any] = {"max_tokens": longest, "temperature": self.temperature}
-        # As a model here ends its answers; vLLM adds those of the model's own generation settings.
+        # The same end tokens as for a model here; vLLM adds those of the model's own generation settings.
         settings["stop_token_ids"] = sorted(self.served.end_tokens)
         if self.temperature:
-            place = f"{self.key} {prompt.source} {prompt.line}"
-            settings["seed"] = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4])
+            seed = f"{self.key} {prompt.source} {prompt.line}"
+            settings["seed"] = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4])
         try:
-            # With images too: what a model here would refuse, such as a control token in a text, no server gets.
+            # Also with images: the server gets nothing that a model here would refuse, such as a control token.
             ids = self.processor.encode(prompt, shown, generation=True).input_ids.tolist()
             if shown:
                 path, body = self.served.chat(prompt, shown, generation=True, **settings)
@@ -370,7 +371,7 @@ class ServedAnswers:
             return bad
         except Refused as refused:
             if refused.status == 500:
-                # Also after all retries. If the server is well otherwise, this question is what it stumbles over.
+                # Still after all retries. If the server is well otherwise, this question makes it fail.
                 self._probe()
                 return BadSample("server fails", refused.detail)
             if refused.status in _OF_ONE:
@@ -383,7 +384,7 @@ class ServedAnswers:
 
 
 def _read_contexts(reply: Any) -> dict[str, int | None]:
-    """Return the length of context of each model that a server lists; ``None`` where it does not say."""
+    """Return the context length of each model that a server lists; ``None`` if it does not say."""
     contexts = {}
     for card in reply["data"]:
         length = card.get("max_model_len")

@@ -54,7 +54,7 @@ def mark_tokens(
     return supervised, ends
 
 
-def token_places(
+def token_spans(
     text: str,
     offsets: Sequence[tuple[int, int]],
     supervised: Sequence[bool],
@@ -72,7 +72,7 @@ def token_places(
     Returns:
         ``Encoded.spans``, int64 ``[n, 3]``.
     """
-    places = []
+    found = []
     answer = 0
     for (a, b), marked, end in zip(offsets, supervised, ends, strict=True):
         if not marked:
@@ -81,9 +81,12 @@ def token_places(
             answer += 1
         number, start, own = _piece_of(text, a, b, spans[answer].pieces)
         # An end token belongs to the text that it ends, whatever the template writes between the two.
-        number = spans[answer].pieces[-1][0] if end else number if own else -1 - number
-        places.append((number, a - start, b - start))
-    return torch.tensor(places, dtype=torch.int64).reshape(-1, 3)
+        if end:
+            number = spans[answer].pieces[-1][0]
+        elif not own:
+            number = -1 - number
+        found.append((number, a - start, b - start))
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 3)
 
 
 def _piece_of(text: str, a: int, b: int, pieces: Sequence[tuple[int, int, int]]) -> tuple[int, int, bool]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .families import IMAGE_TOKENS
 from .template_marks import TEXT, TEXT_END, THOUGHT, MarkedText, Render, common_prefix, mark_answer, text_parts
-
-#: Added tokens that frame an image or a part of one, by their names in Transformers' families.
-_OF_IMAGES = re.compile(r"im(g|age)|vision|video|audio|tile|patch|row_\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def probe_frame(tokenizer: Any, render: Render) -> Frame:
     added = list(tokenizer.added_tokens_decoder.values())
     special = tuple(token.content for token in added if token.special)
     control = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
-    control |= {token.content for token in added if _OF_IMAGES.search(token.content)}
+    control |= {token.content for token in added if IMAGE_TOKENS.search(token.content)}
     frame = Frame(special=special)
     # A template may require an image or a system message.
     image = [{"type": "image"}, *text_parts("a")]

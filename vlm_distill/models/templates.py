@@ -1,8 +1,8 @@
-"""Chat templates under limits of time and size, whoever wrote them.
+"""Render chat templates under limits of time and size, since anyone may have written them.
 
-Transformers renders them in Jinja's sandbox, which keeps them from Python's objects but not from the machine: a
-template of one line can loop for years or fill the memory. Here they are compiled with a look at the clock in every
-block, and with a check of every operation whose result can be much larger than what it was given.
+Transformers renders them in Jinja's sandbox, which protects Python's objects but not the machine: one line can loop for
+years or fill the memory. Here they are compiled with a look at the clock in every block, and with a check of every
+operation whose result can be much larger than its inputs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
-#: The most characters of a rendered conversation, and of any text in between: some two million tokens.
+#: The most characters of a rendered conversation, and of any intermediate text: some two million tokens.
 MOST_CHARACTERS = 8_000_000
 
-#: The most seconds of a core's time for a conversation. Templates of published models take milliseconds.
+#: The most seconds of CPU time for a conversation. Templates of published models take milliseconds.
 MOST_SECONDS = 5.0
 
-# The longest whole number in bits, and the largest number that a filter or a text's own method may be given.
+# The longest integer in bits, and the largest number as an argument of a filter or string method.
 _MOST_BITS, _MOST_WIDTH = 256, 100_000
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
@@ -40,16 +40,16 @@ def limit_templates() -> None:
 
 @lru_cache
 def compile_limited(template: str) -> Template:
-    """Return a chat template with Transformers' own filters and functions, which raises beyond the limits.
+    """Compile a chat template with Transformers' own filters and functions; rendering it obeys the limits.
 
     Raises:
-        jinja2.TemplateError: the template is none. Rendering it raises ``SecurityError`` beyond a limit.
+        jinja2.TemplateError: the template is malformed. Rendering raises ``SecurityError`` beyond a limit.
     """
     theirs = _compile("").environment
     limited = object.__new__(LimitedEnvironment)
     vars(limited).update(vars(theirs))
     limited.template_class = LimitedTemplate
-    limited.cache = None  # theirs holds templates by name
+    limited.cache = None  # theirs caches templates by name
     limited.extensions = {name: extension.bind(limited) for name, extension in theirs.extensions.items()}
     limited.filters = {name: _limited_filter(name, function) for name, function in theirs.filters.items()}
     return limited.from_string(template)
@@ -62,7 +62,7 @@ class _TooSlowError(SecurityError):
 class LimitedTemplate(Template):
     """A template whose rendering ends after :data:`MOST_SECONDS` or :data:`MOST_CHARACTERS`.
 
-    One that took too long once is not tried again: a data set of it would take the time of each of its samples.
+    One that took too long is not tried again: it would cost that time for every sample of a data set.
     """
 
     slow: str | None = None
@@ -104,7 +104,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox under limits of time and size."""
 
     code_generator_class = _Code
-    # Computed when the template runs, and not, as other constants are, when it is compiled.
+    # Computed when the template runs; other constants are computed when it is compiled.
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def check_time(self) -> None:
@@ -156,7 +156,7 @@ def _clock() -> Iterator[None]:
 
 
 def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    # Jinja passes some filters its environment or context first, which the attributes that `wraps` copies tell it.
+    # Jinja passes some filters its environment or context first; it knows by attributes, which `wraps` copies.
     passes = hasattr(function, "jinja_pass_arg")
 
     @wraps(function)
@@ -176,7 +176,7 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _check_method(name: str, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what a text's own method, or a filter of that name, would make far too long."""
+    """Refuse a string method, or a filter of that name, whose result would be far too long."""
     given = (*args, *kwargs.values())
     _check_numbers(given)
     if name == "replace":
@@ -191,7 +191,7 @@ def _check_method(name: str, text: str, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _check_filled(text: str, mark: str, values: Any) -> None:
-    """Refuse a text whose places, filled with the longest of the values, or to the width they name, are too long."""
+    """Refuse a format string that would be too long with the longest value, or the named width, in every field."""
     if isinstance(values, dict):
         values = list(values.values())
     elif not isinstance(values, list | tuple):

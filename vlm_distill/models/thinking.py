@@ -1,4 +1,4 @@
-"""Tell a model's thoughts from its answer: only the answer is scored."""
+"""Separate a model's thoughts from its answer: only the answer is scored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MARKS = (
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
 )
-#: A family's own marks around a whole answer. Words such as ``<answer>`` stay: the references score them as text.
+#: Marks of single families around a whole answer. Words such as ``<answer>`` stay: the references score them as text.
 ANSWER_MARKS = (
     ("<|begin_of_box|>", "<|end_of_box|>"),
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
@@ -41,17 +41,17 @@ _WRAPPED = re.compile(
 _FINAL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")
 _END = re.compile(r"<\|(?:end|return|start|call)\|>")
 _OPENING_TOKENS = 32
-# A tokenizer that leaves special tokens out glues a channel's name to its text: "analysisWe see …assistantfinalRed".
+# Decoding without special tokens glues a channel's name to its text: "analysisWe see …assistantfinalRed".
 _GLUED_FINAL = re.compile(r"assistantfinal|\Afinal(?=[^a-z\s.,:;!?'-])")
 _GLUED_THOUGHT = re.compile(r"\A(?:analysis|commentary)(?=[^a-z\s.,:;!?'-])")
 
 
 def split_thought(text: str) -> tuple[str, bool]:
-    """Return the answer in a text without the thoughts before it, and whether the thoughts came to an end.
+    """Return the answer in a text without the thoughts before it, and whether the thoughts ended.
 
-    A text may begin inside a thought, because the chat template's opening holds ``<think>``: then everything up to the
-    last closing mark is thought. A thought that never ends leaves no answer: ``("", False)``. Marks around all of the
-    answer (``ANSWER_MARKS``) are left out. A text without any of these is returned as it is.
+    A text can begin inside a thought, if the chat template's opening contains ``<think>``: then everything up to the
+    last closing mark is thought. A thought that never ends leaves no answer: ``("", False)``. Marks around the whole
+    answer (``ANSWER_MARKS``) are removed. A text without any of these is returned unchanged.
     """
     answer, ended = _without_thought(text)
     wrapped = _WRAPPED.fullmatch(answer)
@@ -73,7 +73,7 @@ def _without_thought(text: str) -> tuple[str, bool]:
 
 def _of_marks(text: str, opening: str, closing: str) -> tuple[str, bool]:
     rest = re.sub(f"{opening}.*?{closing}", "", text, flags=re.IGNORECASE | re.DOTALL)
-    # What is left of a thought that quoted its own closing mark, or began before the text.
+    # The rest of a thought that quoted its own closing mark, or began before the text.
     rest = re.split(closing, rest, flags=re.IGNORECASE)[-1]
     if re.search(opening, rest, re.IGNORECASE):
         return "", False
@@ -88,20 +88,20 @@ def _of_channels(text: str) -> tuple[str, bool]:
 
 
 def opening_mark(tokenizer: Any, prompt: Sequence[int]) -> str:
-    """Return the mark with which a prompt's last tokens open a thought, or an empty text."""
+    """Return the mark with which a prompt's last tokens open a thought, or an empty string."""
     end = tokenizer.decode(list(prompt[-_OPENING_TOKENS:]), skip_special_tokens=False).rstrip().lower()
     return next((opening for opening, _ in MARKS if end.endswith(opening.lower())), "")
 
 
 def mark_tokens(tokenizer: Any) -> dict[int, str]:
-    """Return the special tokens that mark thoughts and channels, by id: decoding without special tokens loses them."""
+    """Return the special tokens that mark thoughts and channels, by id; plain decoding would drop them."""
     marks = {mark for pair in (*MARKS, *ANSWER_MARKS) for mark in pair} | set(CHANNEL_MARKS)
     special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {i: text for i, text in special.items() if text in marks}
 
 
 def decode_with_marks(tokenizer: Any, ids: Sequence[int], marks: Mapping[int, str]) -> str:
-    """Return the text of an answer's tokens without special tokens other than those of :func:`mark_tokens`."""
+    """Return the text of an answer's tokens, without special tokens except those of :func:`mark_tokens`."""
     text, plain = "", list[int]()
     for token in ids:
         if token not in marks:

@@ -18,21 +18,21 @@ from .image_transform import INTERPOLATION, ImageTransform
 from .loading import Report, check_finite, check_report
 from .vision_towers import BUILDERS, Tower, VisionEncoderSettings, as_pair
 
-#: The most pixels a side that an encoder is built for.
+#: The largest image side, in pixels, that an encoder is built for.
 MOST_PIXELS = 16_384
 
 
 class VisionEncoder(nn.Module):
-    """Pixels ``[n, 3, H, W]`` to features ``[n, tokens, width]``.
+    """Turns pixels ``[n, 3, H, W]`` into features ``[n, tokens, width]``.
 
     Attributes:
-        width: of a feature.
-        tokens: number of features an image has.
-        positions: at which each layer computes for an image, class and register tokens included; ``None`` where they
-            differ from layer to layer, as in convolutional and hierarchical towers.
-        grid: rows and columns, when the features are a grid in row-major order, else ``None``.
-        transform: images to pixels.
-        settings: what builds this encoder again without a network, weights aside.
+        width: width of a feature.
+        tokens: number of features of an image.
+        positions: number of positions that each layer computes for an image, class and register tokens included;
+            ``None`` if it differs from layer to layer, as in convolutional and hierarchical towers.
+        grid: rows and columns, if the features are a grid in row-major order.
+        transform: turns images into pixels.
+        settings: build this encoder again without a network, except for its weights.
     """
 
     def __init__(self, tower: Tower, settings: VisionEncoderSettings) -> None:
@@ -56,7 +56,7 @@ class VisionEncoder(nn.Module):
         }
 
     def _measure(self, tower: Tower, select: str) -> None:
-        """One image through the tower: its features' shape, and which parameters take part in them."""
+        """Run one image through the tower to find its features' shape and which parameters reach them."""
         named = dict(self.tower.named_parameters())
         self.tower.eval()
         with torch.enable_grad():
@@ -83,7 +83,7 @@ class VisionEncoder(nn.Module):
             self.grid, self._prefix = None, 0
         self.tokens = count - self._prefix
         # What never reaches the features (poolers, heads, mask tokens) would wait for gradients that never come:
-        # whole modules are taken out, single parameters stay frozen.
+        # remove whole modules, freeze single parameters.
         idle = {name for (name, _), grad in zip(named.items(), used, strict=True) if grad is None}
         for name, child in list(self.tower.named_children()):
             own = {f"{name}.{k}" for k, _ in child.named_parameters()}
@@ -104,7 +104,7 @@ class VisionEncoder(nn.Module):
         return output
 
     def requires_grad_(self, requires_grad: bool = True) -> VisionEncoder:
-        """As in torch, except that parameters which cannot influence the features stay frozen."""
+        """As in torch, except that parameters that cannot influence the features stay frozen."""
         super().requires_grad_(requires_grad)
         for name, parameter in self.tower.named_parameters():
             if name in self._idle:
@@ -116,7 +116,7 @@ class VisionEncoder(nn.Module):
         return self._flatten(self._extract(self.tower, pixel_values.to(dtype)))[:, self._prefix :]
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Float32 ``[3, H, W]`` of an RGB image."""
+        """Return an RGB image as float32 ``[3, H, W]``."""
         return self.transform(image)
 
     @property
@@ -136,13 +136,13 @@ class VisionEncoder(nn.Module):
         return self.transform.interpolation
 
     def checkpoint_activations(self) -> None:
-        """Recompute the tower's layers in the backward; towers that cannot keep their activations."""
+        """Recompute the tower's layers in the backward; towers without support keep their activations."""
         self._checkpoint(self.tower)
 
 
 @built_whole()
 def build_vision_encoder(settings: Mapping[str, Any], attn_implementation: str | None = None) -> VisionEncoder:
-    """The vision encoder that ``settings`` name (see :class:`VisionEncoderSettings`), in float32.
+    """Build the vision encoder described by ``settings`` (see :class:`VisionEncoderSettings`), in float32.
 
     Args:
         settings: a mapping with the keys of :class:`VisionEncoderSettings`.

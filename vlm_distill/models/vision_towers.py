@@ -22,22 +22,22 @@ from .weightless import weightless
 
 @dataclass(frozen=True)
 class VisionEncoderSettings:
-    """What names a vision encoder.
+    """Settings of a vision encoder.
 
     Attributes:
         source: ``timm``, ``open_clip`` or ``transformers``.
-        name: a model of that library (or, for Transformers, a folder); may be left out when ``config`` says it all.
-        pretrained: load weights; for open_clip it may be the tag of the weights.
+        name: a model of that library (or, for Transformers, a folder); optional if ``config`` is complete.
+        pretrained: load weights; for open_clip it can be the tag of the weights.
         config: keyword arguments of ``timm.create_model``, an open_clip model configuration (``vision_cfg`` …), or a
             Transformers vision configuration with its ``model_type``.
         layer: which hidden state is used, with LLaVA's meaning: 0 is the embedding, k the output of the k-th layer, −1
-            that of the last and −2 that of the last but one, all without the final norm. ``None``: the final output,
-            after the final norm if the tower has one there. For a convolutional tower: its k-th feature level.
-        select: ``patch`` leaves the class and register tokens out, ``cls_patch`` keeps them.
+            of the last and −2 of the last but one, all without the final norm. ``None``: the final output, after the
+            final norm if the tower has one. For a convolutional tower: its k-th feature level.
+        select: ``patch`` leaves out class and register tokens, ``cls_patch`` keeps them.
         image_size: pixels a side; ``None``: the encoder's own.
         resize: how an image of any shape becomes a square: ``squash`` (the whole image, its shape not kept), ``pad``
-            (to a square with the mean colour, then resized, as LLaVA-1.5 does) or ``crop`` (shorter side resized,
-            centre cut out, as CLIP's own processor does: what is cut off cannot be asked about).
+            (to a square with the mean colour, then resized, as in LLaVA-1.5) or ``crop`` (shorter side resized, centre
+            cut out, as in CLIP's own processor; what is cut off cannot be asked about).
         mean, std: normalisation in 0..1; ``None``: the encoder's own.
         interpolation: ``None``: the encoder's own.
     """
@@ -57,7 +57,7 @@ class VisionEncoderSettings:
 
 @dataclass
 class Tower:
-    """A library's model with its head off and what is needed to use it."""
+    """A library's model without its head, and what is needed to use it."""
 
     module: nn.Module
     extract: Callable[[nn.Module, Tensor], Tensor]
@@ -69,7 +69,7 @@ class Tower:
     interpolation: str
     patch: tuple[int, int] | None
     channels_last: bool = False
-    missing: frozenset[str] = frozenset()  # names of weights that the files lack
+    missing: frozenset[str] = frozenset()  # names of weights missing in the files
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -80,7 +80,7 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def layers_kept(layer: int, count: int) -> int:
-    """How many of ``count`` layers give hidden state ``layer`` (0 is the embedding)."""
+    """Return how many of ``count`` layers are needed for hidden state ``layer`` (0 is the embedding)."""
     kept = layer if layer >= 0 else count + 1 + layer
     if not 0 <= kept <= count:
         raise UserError(f"vision_encoder.layer: {layer} is outside the {count} layers of this encoder")
@@ -102,7 +102,7 @@ def _timm(s: VisionEncoderSettings, attn_implementation: str | None) -> Tower:
     def create_sized() -> nn.Module:
         if size is None or "img_size" in config:
             return create(**config)
-        try:  # transformers need the size for their position embeddings, convolutional nets do not know the option
+        try:  # transformers need the size for their position embeddings; convolutional nets do not take it
             return create(**config, img_size=size)
         except TypeError:
             return create(**config)
@@ -119,7 +119,7 @@ def _what(s: VisionEncoderSettings) -> str:
 
 
 def _loads(s: VisionEncoderSettings) -> bool:
-    """Whether published weights are loaded; without weights, towers of timm and open_clip are built as new ones."""
+    """Return whether published weights are loaded; in a plan without weights, the tower is built like a new one."""
     return bool(s.pretrained) and not weightless()
 
 
@@ -141,7 +141,7 @@ def _timm_tower(
         module=module,
         extract=_call,
         checkpoint=_set_grad_checkpointing,
-        # What told timm where to find weights is no part of what builds the tower again.
+        # Where timm found the weights is not part of what builds the tower again.
         config={key: value for key, value in config.items() if key not in timm_loader_options()},
         size=size or (tuple(built) if built else tuple(data["input_size"][1:])),
         mean=tuple(s.mean or data["mean"]),
@@ -213,8 +213,8 @@ def _open_clip(s: VisionEncoderSettings, attn_implementation: str | None) -> Tow
             del blocks[layers_kept(s.layer, len(blocks)) :]
         if s.layer is not None or visual.attn_pool is not None:
             visual.ln_post = nn.Identity()
-        # With these off, the tower's own forward gives all of its tokens: parameters that the tower itself holds
-        # (class embedding, positions) are only whole under ZeRO-3 while its forward runs.
+        # With these off, the tower's own forward returns all of its tokens. It must be that forward: under ZeRO-3 the
+        # tower's own parameters (class embedding, positions) are whole only while it runs.
         visual.attn_pool = visual.proj = None
         visual.pool_type, visual.final_ln_after_pool, visual.output_tokens = "none", False, False
     return Tower(
@@ -247,8 +247,8 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
     extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if s.pretrained:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        # The tower may be a part of what is there, and have a pooler that is not: what is missing is asked once it is
-        # known which weights reach the features.
+        # The tower may be part of a larger model, and its pooler may be missing: missing weights are checked once it is
+        # known which of them reach the features.
         module, report = with_report(AutoModel, name, config=config, dtype=torch.float32, **extra)
     else:
         check_new_size(_what(s), lambda: AutoModel.from_config(config, trust_remote_code=False, **extra))
@@ -256,7 +256,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
     own = getattr(config, "image_size", None)
     wanted = s.image_size if s.image_size is not None else own
     if wanted is None:
-        raise UserError("vision_encoder.image_size: this encoder takes any size; choose one")
+        raise UserError("vision_encoder.image_size: this encoder takes images of any size; set one")
     size = as_pair(wanted)
     if s.layer is not None:
         _truncate(module, layers_kept(s.layer, config.num_hidden_layers), config.num_hidden_layers)
@@ -285,7 +285,7 @@ def _transformers(s: VisionEncoderSettings, attn_implementation: str | None) -> 
 
 
 def _truncate(module: Any, kept: int, count: int) -> None:
-    """Drops the layers after the ``kept``-th and the final norm."""
+    """Drop the layers after the ``kept``-th and the final norm."""
     layers = next((m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
     norm = next((n for n in ("post_layernorm", "layernorm", "norm") if hasattr(module, n)), None)
     if layers is None or norm is None:

@@ -115,7 +115,7 @@ class Weightless(TorchDispatchMode):
                 return _grouped(*args[:3]), True
         if known:
             if func in _INDEXED:
-                args = (args[0], _places(args[1]), *args[2:])
+                args = (args[0], _as_indices(args[1]), *args[2:])
             args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         with self.fake:
             return func(*args, **kwargs), True
@@ -152,7 +152,7 @@ def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.T
     return a.new_empty(*sums, a.shape[-2], b.shape[-1])
 
 
-def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _as_indices(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Turn known masks into indices: how many entries of a fake mask are true would be unknown."""
     found: list[torch.Tensor | None] = []
     for index in indices:
