@@ -236,6 +236,7 @@ def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_
         (["--data", "d", "--columns", "image"], "'image' is not a mapping; write it as '{name: value}'"),
         (["--data", "d", "--columns", "{image: 3}"], "image: 3 is not a name; put it in quotes"),
         (["--data", "d", "--template-arguments", "{a: [}"], "'{a: [}' is not a mapping"),
+        (["--data", "d", "--images", "nowhere"], "--images: there is no folder nowhere"),
         (["--data", "d", "--judge", "http://j"], "--judge: is about benchmarks (--benchmarks), not data"),
         (["--data", "d", "--teacher-template-arguments", "{a: 1}"], "there is no --teacher"),
         (["--benchmarks", "mmstar", "--teacher", "t"], "--teacher: is about data, not benchmarks"),

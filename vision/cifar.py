@@ -1,8 +1,8 @@
-"""Networks of the distillation papers that timm does not have, registered with it by name.
+"""Networks of the distillation papers that timm lacks, registered with timm by name.
 
 ``cifar_resnet20`` … are for images of 32×32: ResNets of three stages (arXiv:1512.03385, section 4.2), wide ResNets
-(arXiv:1605.07146) and VGGs with BatchNorm, in the variants that papers on distillation compare on CIFAR-100.
-Modules are named so that published weights of those papers load by name (:mod:`vision.weights`).
+(arXiv:1605.07146) and VGGs with BatchNorm, in the variants that distillation papers compare on CIFAR-100.
+Modules are named so that these papers' published weights load (:mod:`vision.weights`).
 ``mobilenet_v1`` (arXiv:1704.04861) is their ImageNet student: timm's, with ReLU where timm has ReLU6.
 """
 
@@ -23,7 +23,7 @@ CIFAR100_STD = (0.2675, 0.2565, 0.2761)
 
 
 class _Net(nn.Module):
-    """What timm asks of a network, for one that is a list of levels with a linear layer on their pooled end."""
+    """Methods that timm expects, for a network of consecutive levels, pooling and a linear layer."""
 
     head_name = "fc"
     feature_info: list[dict[str, Any]]
@@ -38,11 +38,11 @@ class _Net(nn.Module):
         self.grad_checkpointing = False
 
     def level(self, index: int, x: Tensor) -> Tensor:
-        """The output of a level of ``feature_info`` from that of the one before."""
+        """Return the output of a level of ``feature_info`` from that of the level before."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
-        """What comes between the last level and the pooling."""
+        """Apply what comes between the last level and the pooling."""
         return x
 
     def _initialise(self) -> None:
@@ -64,7 +64,7 @@ class _Net(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """As timm's: the final features and the levels at ``indices``, or only these."""
+        """Return the final features and the levels at ``indices``, or only the levels, as timm does."""
         assert output_fmt == "NCHW"
         count = len(self.feature_info)
         wanted, last = feature_take_indices(count, indices)
@@ -105,7 +105,7 @@ class _Net(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around which the input is added; projected by a 1×1 convolution where shapes differ."""
+    """Two 3×3 convolutions with a shortcut, which a 1×1 convolution projects if shapes differ."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class CifarResNet(_Net):
 
 
 class PreActivationBlock(nn.Module):
-    """Norm and ReLU before each of two 3×3 convolutions; the activated input is projected where widths differ."""
+    """Norm and ReLU before each of two 3×3 convolutions; the shortcut is projected if widths differ."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class PreActivationBlock(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Blocks in a row under the name ``layer``, as published weights have them."""
+    """Consecutive blocks under the name ``layer``, as in published weights."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _Stage(nn.Module):
 
 
 class CifarWideResNet(_Net):
-    """Depth ``6n + 4``, ``factor`` times as wide; its levels are given before the norm that follows them."""
+    """Depth ``6n + 4``, ``factor`` times as wide; features are taken before the norm that follows a level."""
 
     def __init__(
         self, depth: int, factor: int, num_classes: int = 100, in_chans: int = 3, global_pool: str = "avg"
@@ -216,7 +216,7 @@ class CifarWideResNet(_Net):
 
 
 class CifarVGG(_Net):
-    """Five groups of 3×3 convolutions with BatchNorm, max-pooled before the second to the fourth."""
+    """Five groups of 3×3 convolutions with BatchNorm, with max-pooling before groups two to four."""
 
     head_name = "classifier"
     WIDTHS = (64, 128, 256, 512, 512)

@@ -1,4 +1,4 @@
-"""Class sets of data, student and teacher brought into one order, by class name or synset."""
+"""Bring the classes of data, student and teacher into one order, by class name or synset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ClassMap:
         labels: int64 ``[data's classes]``, the student's output for each label of the data; ``None``: they are equal.
         teacher_index: int64 ``[student's outputs]``, the teacher's output for each output of the student, so that
             ``teacher_logits[:, teacher_index]`` are in the student's order; ``None``: they are in it already.
-        notes: what was taken for granted, to be told.
+        notes: assumptions to report to the user.
     """
 
     labels: Tensor | None
@@ -42,19 +42,20 @@ def map_classes(
     student_outputs: int,
     teacher_outputs: int | None = None,
 ) -> ClassMap:
-    """Finds every class of the data among the student's, and every class of the student among the teacher's.
+    """Find every class of the data among the student's, and every class of the student among the teacher's.
 
     Names are compared without regard to case, and underscores count as spaces. Where names differ, ImageNet's synsets
-    are compared: a synset, timm's description, one of its terms and open_clip's name are the same class. A set with
-    more classes than are needed is fine; numbers counted from 0 are no names.
+    are compared: a synset, timm's description, one of its terms and open_clip's name are the same class. A set may
+    have more classes than needed. Numbers counted from 0 are not taken as names.
 
     Args:
-        student, teacher: class names in the order of the outputs; ``None``: not known. Then numbers must agree.
+        student, teacher: class names in the order of the outputs; ``None`` if unknown: then numbers
+            of classes must agree.
         data: class names in the order of the labels.
-        student_outputs, teacher_outputs: numbers of outputs; no teacher: ``None``.
+        student_outputs, teacher_outputs: numbers of outputs; ``None`` without a teacher.
 
     Raises:
-        UserError: a class that is missing, or unknown names and different numbers.
+        UserError: a class is missing, or names are unknown and numbers differ.
     """
     notes = []
     student, teacher, named = _names(student), _names(teacher), _names(data)
@@ -78,7 +79,7 @@ def map_classes(
 def _names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
     if classes is None or all(name == str(i) for i, name in enumerate(classes)):
         return None
-    # The whole of ImageNet by its order: open_clip calls two classes missile, and timm two crane.
+    # Match all of ImageNet by order: open_clip calls two classes missile, and timm two crane.
     info = ImageNetInfo("imagenet-1k")
     for naming in (IMAGENET_CLASSNAMES, _descriptions(info).values()):
         if [plain(n) for n in classes] == [plain(n) for n in naming]:
@@ -95,9 +96,9 @@ def _same_number(first: str, count: int, second: str, outputs: int) -> None:
 
 
 def _index(wanted: Sequence[str], among: Sequence[str], whose: str, where: str) -> Tensor | None:
-    """The place of each name of ``wanted`` in ``among``; ``None`` where they are the same names in the same order."""
+    """Return the index in ``among`` of each name in ``wanted``; ``None`` if both list the same names in order."""
     if [plain(n) for n in wanted] == [plain(n) for n in among]:
-        return None  # also with names that occur twice
+        return None  # including duplicate names
     places: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(among):
         places[plain(name)].append(place)
@@ -124,12 +125,12 @@ def _index(wanted: Sequence[str], among: Sequence[str], whose: str, where: str) 
 
 
 def plain(name: str) -> str:
-    """A name as it is compared."""
+    """Return a name as it is compared."""
     return " ".join(name.replace("_", " ").casefold().split())
 
 
 def synset(name: str) -> str | None:
-    """The synset that a name means among ImageNet's 1,000 classes; ``None`` where none, or more than one."""
+    """Return the synset that a name means among ImageNet's 1,000 classes; ``None`` if there is none or several."""
     if SYNSET.fullmatch(name):
         return name
     return _by_name().get(plain(name))
@@ -138,7 +139,7 @@ def synset(name: str) -> str | None:
 @functools.cache
 def _by_name() -> Mapping[str, str]:
     info = ImageNetInfo("imagenet-1k")
-    # From the most exact naming to the loosest; a name that means two classes in one of them means none.
+    # From the most exact naming to the loosest; a name that is ambiguous in one of them is not used.
     known: dict[str, str | None] = {}
     for naming in (_descriptions(info), dict(zip(info.label_names(), IMAGENET_CLASSNAMES, strict=True)), _terms(info)):
         new: dict[str, str | None] = {}
@@ -159,7 +160,7 @@ def _terms(info: ImageNetInfo) -> dict[str, list[str]]:
 
 @functools.cache
 def words() -> Mapping[str, str]:
-    """A word for each synset of ImageNet: open_clip's for the 1,000 classes, else the first term of its description."""
+    """Return a word for each ImageNet synset: open_clip's for the 1,000 classes, else its description's first term."""
     everything = ImageNetInfo("imagenet-22k")
     first = {wnid: text.split(",")[0] for wnid, text in _descriptions(everything).items()}
     return first | dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))

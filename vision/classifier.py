@@ -28,15 +28,15 @@ from .inputs import InputSettings
 
 assert cifar  # importing it registers its architectures with timm
 
-#: Modules that timm lists as a first feature level although no stage has run yet.
+#: Modules that timm lists as the first feature level although they precede all stages.
 _STEM = re.compile(r"(features\.)?(stem|conv_stem|conv1|act1|bn1|norm0|conv1_1)\b")
 
 
 class Outputs(NamedTuple):
-    """What a classifier gives for ``N`` images.
+    """A classifier's outputs for ``N`` images.
 
     Attributes:
-        logits: ``[N, C]``; in evaluation mode a distilled transformer's are the mean of both heads.
+        logits: ``[N, C]``; in evaluation mode, the mean of both heads for a distilled transformer.
         features: by name, as :meth:`Classifier.forward` describes.
         distilled: ``[N, C]`` of a distillation head (DeiT, arXiv:2012.12877), in training mode, else ``None``.
     """
@@ -47,13 +47,13 @@ class Outputs(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Normalised images ``[N, 3, H, W]`` to class logits.
+    """A module from normalised images ``[N, 3, H, W]`` to class logits.
 
     Attributes:
         model: a timm model, or one with the same methods.
-        inputs: how it wants its images; the caller normalises.
-        classes: names of its outputs in order; ``None`` where not known.
-        notes: what a person should be told about how it was loaded.
+        inputs: its image size and normalisation; the caller normalises.
+        classes: names of its outputs in order; ``None`` if unknown.
+        notes: remarks for the user on how it was loaded.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         settings: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        """Args: settings: what ``config.json`` says of a model that timm does not know; ``None`` for timm's own."""
+        """Args: settings: for ``config.json``, if timm cannot rebuild the model; ``None`` for timm's own."""
         super().__init__()
         self.model: Any = model
         self.inputs = inputs
@@ -80,24 +80,24 @@ class Classifier(nn.Module):
             )
         both_heads: Any = getattr(model, "set_distilled_training", None)
         if both_heads is not None:
-            both_heads(True)  # timm heeds it in training mode only
+            both_heads(True)  # timm applies it in training mode only
 
     @property
     def num_classes(self) -> int:
         return self.model.num_classes
 
     def forward(self, images: Tensor, features: Sequence[str] = ()) -> Outputs:
-        """Logits, and the features that are asked for.
+        """Compute logits, and the requested features.
 
         Args:
             images: ``[N, 3, H, W]``, normalised by ``inputs``.
             features: ``stage1`` … ``stageK``, ``[N, channels, h, w]``, the levels that timm lists for the model (each
                 block of a transformer, its tokens laid out as a grid without prefix tokens), ``stage-1`` being the
-                last; ``stem``, where timm lists one before them; ``pooled``, ``[N, width]``, what the classification
-                layer is given.
+                last; ``stem``, if timm lists one before them; ``pooled``, ``[N, width]``, the classification layer's
+                input.
 
         Raises:
-            UserError: a feature that this classifier does not give.
+            UserError: this classifier has no such feature.
         """
         if not features:
             return self._outputs(self.model(images), {})
@@ -111,7 +111,7 @@ class Classifier(nn.Module):
         elif isinstance(head, nn.Linear):
             found["pooled"] = self.model.forward_head(final, pre_logits=True)
             logits = head(found["pooled"])
-        else:  # several heads, or one that is a convolution: what precedes the layer runs twice
+        else:  # several heads, or a convolution: what precedes the layer runs twice
             found["pooled"] = self.model.forward_head(final, pre_logits=True).flatten(1)
             logits = self.model.forward_head(final)
         return self._outputs(logits, found)
@@ -123,7 +123,7 @@ class Classifier(nn.Module):
         return Outputs(logits, features, None)
 
     def feature_names(self) -> list[str]:
-        """All features that :meth:`forward` gives, from the images upwards."""
+        """Return the names of all features of :meth:`forward`, from the images upwards."""
         if not hasattr(self.model, "forward_intermediates"):
             return []
         return [*self._levels(), "pooled"]
@@ -136,7 +136,7 @@ class Classifier(nn.Module):
         return (["stem"] if stem else []) + [f"stage{k}" for k in range(1, len(info) + 1 - stem)]
 
     def _level(self, name: str) -> int | None:
-        """Which of timm's levels a feature name means; ``None`` for ``pooled``."""
+        """Return the index of timm's level that a feature name means; ``None`` for ``pooled``."""
         names = self._levels()
         if name == "pooled":
             return None
@@ -149,7 +149,7 @@ class Classifier(nn.Module):
         return names.index(found)
 
     def feature_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a feature without ``N``, measured on one blank image of the classifier's own size."""
+        """Return a feature's shape without ``N``, measured on a blank image."""
         level = self._level(name)
         if self._shapes is None:
             modes = {module: module.training for module in self.modules()}
@@ -163,12 +163,12 @@ class Classifier(nn.Module):
         return self._shapes["pooled" if level is None else self._levels()[level]]
 
     def head(self) -> list[nn.Module]:
-        """The classification layer; two of them in a distilled transformer."""
+        """Return the classification layer; two of them for a distilled transformer."""
         found = self.model.get_classifier()
         return list(found) if isinstance(found, tuple) else [found]
 
     def freeze_all_but_head(self) -> Classifier:
-        """A linear probe: only the classification layer learns; the rest stays as in evaluation, BatchNorm included."""
+        """Make it a linear probe: only the classification layer learns; the rest stays in evaluation mode."""
         self.requires_grad_(False)
         for layer in self.head():
             layer.requires_grad_(True)
@@ -187,7 +187,7 @@ class Classifier(nn.Module):
         """Recompute the model's blocks in the backward.
 
         Raises:
-            UserError: timm's class cannot.
+            UserError: timm's class does not support it.
         """
         try:
             self.model.set_grad_checkpointing(True)
@@ -197,11 +197,11 @@ class Classifier(nn.Module):
             ) from error
 
     def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes ``model.safetensors`` and ``config.json``, the layout of timm's models on the hub.
+        """Write ``model.safetensors`` and ``config.json``, the layout of timm's models on the hub.
 
         Args:
-            folder: made if need be.
-            state: this module's ``state_dict`` where an engine has gathered it; ``None``: the parameters as they are.
+            folder: created if missing.
+            state: this module's ``state_dict``, gathered by an engine; default: its parameters.
         """
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state is None else state
@@ -233,18 +233,18 @@ def load_classifier(
     templates: str | Sequence[str] = "openai",
     train: str = "all",
 ) -> Classifier:
-    """A classifier in float32 and training mode.
+    """Load a classifier, in float32 and training mode.
 
     Args:
         name_or_folder: a model of timm (``resnet18``, ``resnet34.tv_in1k``, ``cifar_resnet20``), or a folder that
             :meth:`Classifier.save_pretrained` or timm wrote, or a model of open_clip.
-        source: ``timm`` or ``open_clip`` (:mod:`vision.zero_shot`); a folder says itself what it is.
-        pretrained: weights from the hub; a word chooses among a model's.
+        source: ``timm`` or ``open_clip`` (:mod:`vision.zero_shot`); a folder overrides it.
+        pretrained: load weights from the hub; a string names one of several.
         weights: a local file of weights instead (:mod:`vision.weights`).
-        num_classes: outputs; ``None``: as many as the weights have. Where the weights have another number, the
-            classification layer is a new one, and ``notes`` say so.
+        num_classes: number of outputs; ``None``: as many as the weights have. If the weights have another number, the
+            classification layer is new, and ``notes`` say so.
         classes: names of the outputs in order; ``imagenet`` or another of timm's sets, or a text file of one name a
-            line; ``None``: those that came with the weights. With open_clip: what the zero-shot classifier tells apart.
+            line; ``None``: those of the weights. With open_clip: the classes of the zero-shot classifier.
         image_size: pixels a side; position embeddings are resampled to it. ``None``: the model's own.
         mean, std: normalisation in 0..1; ``None``: the model's own.
         config: more keyword arguments of ``timm.create_model``; an open_clip model configuration.
@@ -252,56 +252,71 @@ def load_classifier(
         train: ``all``, or ``head`` for a linear probe.
 
     Raises:
-        UserError: unknown names, weights that do not fit or cannot be had, settings that contradict each other.
+        UserError: a name is unknown, weights do not fit or cannot be loaded, or settings contradict each other.
     """
     choose("train", train, ("all", "head"))
     choose("source", source, ("timm", "open_clip"))
     if weights and pretrained:
         raise UserError("classifier: give 'pretrained' or 'weights', not both")
+
+    # A folder's own settings override ``source``.
     folder = Path(name_or_folder.removeprefix("local-dir:"))
     check_open_clip_folder(folder)
     if (folder / "open_clip_config.json").is_file():
         source, name_or_folder = "open_clip", f"local-dir:{folder}"
     saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name_or_folder))
-    if source == "open_clip" or saved.get("source") == "open_clip":
+
+    given: dict[str, Any] = {
+        "pretrained": pretrained,
+        "weights": weights,
+        "num_classes": num_classes,
+        "image_size": image_size,
+    }
+    if saved.get("source") == "open_clip":
+        from . import zero_shot
+
+        classifier = Classifier(*zero_shot.rebuild(folder, saved, num_classes))
+    elif source == "open_clip":
         from . import zero_shot  # late: open_clip takes seconds to import
 
-        if saved.get("source") == "open_clip":
-            parts = zero_shot.rebuild(folder, saved, num_classes)
-        else:
-            parts = zero_shot.load(
-                name_or_folder,
-                pretrained=pretrained,
-                weights=weights,
-                num_classes=num_classes,
-                classes=class_names(classes),
-                image_size=image_size,
-                config=config or None,
-                templates=templates,
-            )
-        classifier = Classifier(*parts._replace(inputs=_inputs(parts.inputs, None, mean, std)))
+        parts = zero_shot.load(
+            name_or_folder, **given, classes=class_names(classes), config=config or None, templates=templates
+        )
+        classifier = Classifier(*parts)
     else:
         name = f"local-dir:{folder}" if saved else name_or_folder
-        options = dict(config or {})
-        model, notes, trained, hints = _timm_model(name, pretrained, weights, num_classes, image_size, options)
-        named = class_names(classes)
-        if named is None and trained:
-            named = _own_classes(model, trained)
-        known = resolve_model_data_config(model)
-        own = InputSettings(
-            _size(model, known),
-            tuple(hints.get("mean", known["mean"])),
-            tuple(hints.get("std", known["std"])),
-            known["interpolation"],
-            known["crop_pct"],
-        )
-        classifier = Classifier(model, _inputs(own, image_size, mean, std), named, notes=notes)
+        classifier = _load_timm(name, **given, classes=class_names(classes), config=config or {})
+    classifier.inputs = _inputs(classifier.inputs, None, mean, std)
     check_finite(name_or_folder, classifier)
     return classifier.freeze_all_but_head() if train == "head" else classifier
 
 
+def _load_timm(
+    name: str,
+    *,
+    pretrained: bool | str,
+    weights: str | None,
+    num_classes: int | None,
+    image_size: int | None,
+    classes: tuple[str, ...] | None,
+    config: Mapping[str, Any],
+) -> Classifier:
+    model, notes, trained, hints = _timm_model(name, pretrained, weights, num_classes, image_size, dict(config))
+    if classes is None and trained:
+        classes = _own_classes(model, trained)
+    known = resolve_model_data_config(model)
+    inputs = InputSettings(
+        _size(model, known),
+        tuple(hints.get("mean", known["mean"])),
+        tuple(hints.get("std", known["std"])),
+        known["interpolation"],
+        known["crop_pct"],
+    )
+    return Classifier(model, _inputs(inputs, image_size, None, None), classes, notes=notes)
+
+
 def class_names(classes: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    """Class names from a list, the name of one of timm's ImageNet sets, or a text file of one name a line."""
+    """Return class names from a list, the name of one of timm's ImageNet sets, or a text file of one name a line."""
     if classes is None or not isinstance(classes, str):
         return None if classes is None else tuple(str(c) for c in classes)
     subset = {"imagenet": "imagenet-1k"}.get(classes, classes)
@@ -329,7 +344,7 @@ def _inputs(
 
 
 def _saved_settings(folder: Path, a_name: bool) -> dict[str, Any]:
-    """``config.json`` of a classifier's folder; nothing where ``folder`` is not one but a library's name of a model."""
+    """Read ``config.json`` of a classifier's folder; empty if ``folder`` is a library's name of a model instead."""
     path = folder / "config.json"
     if path.is_file():
         saved = read_object(path)
@@ -350,7 +365,7 @@ def _size(model: Any, known: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _own_classes(model: Any, trained: int) -> tuple[str, ...] | None:
-    """Names of the outputs of trained weights: those that came with them, or ImageNet's by their number."""
+    """Return the names of trained outputs: those saved with the weights, or ImageNet's by their number."""
     if model.num_classes != trained:
         return None
     named = model.pretrained_cfg.get("label_names")
@@ -361,7 +376,7 @@ def _own_classes(model: Any, trained: int) -> tuple[str, ...] | None:
 
 
 def _near(name: str) -> list[str]:
-    """Return the names of models that a person may have meant, the papers' own (``resnet8x4``, ``WRN-40-2``) first."""
+    """Return similar names of models, the papers' own (``resnet8x4``, ``WRN-40-2``) first."""
     plain = {re.sub("[^a-z0-9]", "", known): known for known in timm.list_models()}
     wanted = re.sub("[^a-z0-9]", "", name.lower())
     exact = [plain[other] for other in (wanted, f"cifar{wanted}") if other in plain]
@@ -376,7 +391,7 @@ def _timm_model(
     image_size: int | None,
     options: dict[str, Any],
 ) -> tuple[nn.Module, list[str], int, dict[str, Any]]:
-    """The model, notes, the number of classes its weights were trained for (0: none), input settings of the weights."""
+    """Return model, notes, number of trained classes (0: none), and the weights' input settings."""
     folder = name.startswith("local-dir:")
     if isinstance(pretrained, str):
         name, pretrained = f"{name.split('.')[0]}.{pretrained}", True
@@ -408,7 +423,7 @@ def _timm_model(
 
 
 def _create(name: str, image_size: int | None, options: dict[str, Any], trained: str | None = None) -> Any:
-    """``timm.create_model`` with one-line errors; ``trained`` says where weights come from, if they do."""
+    """Call ``timm.create_model`` with one-line errors; ``trained`` says where weights come from, if any."""
 
     def create(**more: Any) -> Any:
         return timm.create_model(name, pretrained=trained is not None, **options, **more)
@@ -416,11 +431,11 @@ def _create(name: str, image_size: int | None, options: dict[str, Any], trained:
     try:
         if image_size is None or "img_size" in options:
             return create()
-        try:  # transformers need the size for their position embeddings, convolutional nets do not know the option
+        try:  # transformers need the size for their position embeddings; convolutional nets have no such option
             return create(img_size=image_size)
         except TypeError:
             return create()
-    except Exception as error:  # whatever timm, torch and the hub raise
+    except Exception as error:  # timm, torch and the hub raise anything
         told = " ".join(str(error).split()) or type(error).__name__
         told = re.sub(r"^Error\(s\) in loading state_dict for \w+: ", "", told)
         told = told if len(told) <= 300 else f"{told[:300]} …"

@@ -1,4 +1,4 @@
-"""The typed configuration of a classifier's distillation; what it shares with the other path is in that one's."""
+"""The typed configuration of a classification run; sections shared with the VLM path are in that path's."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class StudentSection(ClassifierSection):
 
 
 class TeacherSection(ClassifierSection):
-    """``cache`` names a folder for its logits of fixed views, which are then computed once."""
+    """The teacher; ``cache`` names a folder for its logits of fixed views, which are then computed once."""
 
     cache: str | None = None
 
 
 class ClassifierLossSection(LossSection):
-    """One term of the loss, whose weight rises over ``warmup_epochs``: e/warmup in the e-th epoch (as DKD's code)."""
+    """One term of the loss. Its weight rises over ``warmup_epochs``: e/warmup in the e-th epoch, as in DKD's code."""
 
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
 
@@ -66,9 +66,9 @@ class ImagesSection(Section):
 
 
 class DataSection(Section):
-    """``views`` are what training sees of an image: one, or a weak and a strong one where a loss compares them.
+    """The data; ``views`` are the augmentations of an image: one, or a weak and a strong one.
 
-    A run that leaves out more than the share ``max_bad`` of its images ends.
+    A run ends if it leaves out more than the share ``max_bad`` of its images.
     """
 
     train: list[ImagesSection] = Field(min_length=1)
@@ -90,16 +90,16 @@ class OptimizerSection(Section):
     """An optimizer and a schedule, by timm's names; epochs may be fractions.
 
     Attributes:
-        name: as ``timm.optim`` knows it: ``sgd`` is with Nesterov's momentum, ``momentum`` without.
-        decay: which parameters ``weight_decay`` applies to: ``weights`` leaves biases and norms out, ``all`` does not,
-            nor what losses learn.
+        name: as ``timm.optim`` knows it: ``sgd`` has Nesterov momentum, ``momentum`` does not.
+        decay: which parameters ``weight_decay`` applies to: ``weights`` leaves biases and norms out, ``all``
+            includes them and what losses learn.
         layer_decay: factor on the learning rate from each layer to the one before it.
         milestones: epochs after which the learning rate is multiplied by ``decay_rate``, for ``multistep``.
-        decay_epochs: the same every so many epochs, for ``step``.
+        decay_epochs: epochs between such multiplications, for ``step``.
         options: further arguments of the optimizer.
     """
 
-    # Milestones belong to the schedule ``multistep``, which this does not count for.
+    # Milestones need the schedule ``multistep``.
     replaces = {"schedule": ("milestones",)}
 
     name: str = "sgd"
@@ -126,7 +126,7 @@ class OptimizerSection(Section):
 
 
 class ClassifierTrainingSection(TrainingSection):
-    """``gather`` shows losses of a batch the rows of all ranks; ``ema`` is the decay of an average of the weights."""
+    """``gather`` lets batch losses see the rows of all ranks; ``ema`` is the decay of the averaged weights."""
 
     batch_size: Positive = 256
     dtype: DType = "fp32"
@@ -137,7 +137,7 @@ class ClassifierTrainingSection(TrainingSection):
 
 
 class EvaluationSection(Section):
-    """``best`` names the data by whose top-1 accuracy the best student is kept."""
+    """``best`` names the data whose top-1 accuracy decides which student is kept as the best."""
 
     every_epochs: AboveZero | None = None
     limit: Positive | None = None
@@ -153,13 +153,13 @@ class EvaluationSection(Section):
 
 
 class ClassifierDeepSpeedSection(DeepSpeedSection):
-    """Without ZeRO unless a stage is given: classifiers are small."""
+    """ZeRO is off by default: classifiers are small."""
 
     stage: Literal[0, 1, 2, 3] = 0
 
 
 class ClassifierConfig(Section):
-    """A run. ``teacher`` is optional: without one, only losses that need none are allowed."""
+    """A run. ``teacher`` is optional; without one, only losses that need no teacher are allowed."""
 
     student: StudentSection
     teacher: TeacherSection | None = None

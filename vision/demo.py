@@ -1,7 +1,7 @@
 """The demo of classifiers: a student alone and by KD, DKD and TAID, three seeds each: ``python -m vision.demo``.
 
-Its runs are those of ``configs/demo/vision``, on Fashion-MNIST where Debian's package is there or can be had, else on
-scikit-learn's digits.
+Its runs are those of ``configs/demo/vision``, on Fashion-MNIST if Debian's package is installed or can be fetched,
+else on scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DOWNLOAD_SECONDS = 60
 
 
 class Job(NamedTuple):
-    """A training: a file of ``configs/demo/vision``, what overrides it, and the run's folder."""
+    """A training: a file of ``configs/demo/vision``, its overrides, and the run's folder."""
 
     config: str
     overrides: tuple[str, ...]
@@ -44,19 +44,19 @@ class Job(NamedTuple):
 
 
 def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Sequence[str] = ()) -> Path:
-    """Trains the teacher and all students, ``nproc`` at once, prints a table and writes the report.
+    """Train the teacher and all students, ``nproc`` at once; print a table and write the report.
 
     Args:
         out: folder of data, runs and report.
-        nproc: processes, each of which trains one model after the other on its share of the cores.
-        seeds: of the students; the teacher's is the first.
+        nproc: processes; each trains one model after the other on its share of the cores.
+        seeds: the students' seeds; the teacher takes the first.
         overrides: for every run.
 
     Returns:
         The report.
 
     Raises:
-        UserError: there are no data, or a run's configuration is wrong.
+        UserError: there is no data, or a run's configuration is wrong.
     """
     from vlm_distill.reporting.report import write_report
 
@@ -82,7 +82,7 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
         for name in METHODS
     }
     with processes(nproc, out / "log") as pool, _bar(console, 1 + len(METHODS) * len(seeds)) as bar:
-        # Students that need no teacher keep the other processes busy while it is trained.
+        # Students without a teacher keep the other processes busy while the teacher trains.
         first = pool.submit(train, teacher)
         waiting = [pool.submit(train, one) for one in students["alone"]]
         first.result()
@@ -92,7 +92,7 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
             _, exact, seconds = _read(folder)
             console.print(f"{folder.relative_to(out)}: top-1 {exact:.2%}, {seconds:.0f} s")
             bar()
-    # The first run is the one that a report compares with the others.
+    # The report compares the first run with the others.
     runs = {f"{name}/{one.folder.name}": one.folder for name in reversed(METHODS) for one in students[name]}
     page = write_report(
         runs | {"teacher": teacher.folder},
@@ -105,15 +105,15 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
 
 
 def train(job: Job) -> Path:
-    """Trains, evaluates and exports what a job says, in a process of the pool; returns the run's folder."""
-    # Imported here: the process that only waits and writes the report does without.
+    """Train, evaluate and export a job's model, in a process of the pool; return the run's folder."""
+    # Imported here: the process that waits and writes the report does not need it.
     from vlm_distill.config.file import load_config
     from vlm_distill.demo import configs_folder
 
     from .config import ClassifierConfig
 
     config = load_config(configs_folder() / "demo" / "vision" / job.config, job.overrides, ClassifierConfig)
-    # And here: a mistake in a configuration is told without waiting for DeepSpeed.
+    # And here: a mistake in a configuration is reported without waiting for DeepSpeed.
     from vlm_distill.runtime.processes import Processes
 
     from . import trainer
@@ -126,17 +126,17 @@ def train(job: Job) -> Path:
 
 
 def prepare(folder: Path) -> tuple[Path, str]:
-    """The data, and what they are called.
+    """Prepare the data; return its folder and name.
 
-    Fashion-MNIST is read where Debian's package puts it, or where an earlier demo has unpacked it below ``folder``;
-    failing that, the package is fetched and unpacked there, which takes no rights. Where that fails, too, the digits of
-    scikit-learn are written as class folders.
+    Fashion-MNIST is read from where Debian's package installs it, or from where an earlier demo unpacked it below
+    ``folder``. Otherwise the package is fetched and unpacked there, which needs no rights. If that fails too,
+    scikit-learn's digits are written as class folders.
 
     Args:
-        folder: for what must be written; made if need be.
+        folder: for files that must be written; created if missing.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither is available.
     """
     unpacked = folder / FASHION.relative_to("/")
     for place in (FASHION, unpacked):
@@ -149,7 +149,7 @@ def prepare(folder: Path) -> tuple[Path, str]:
 
 
 def _fetch(folder: Path) -> bool:
-    """Whether Debian's package could be fetched and unpacked."""
+    """Fetch and unpack Debian's package; return whether that worked."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         return False
     try:
@@ -163,7 +163,7 @@ def _fetch(folder: Path) -> bool:
 
 
 def _write_digits(folder: Path) -> Path:
-    """1,797 images of 8×8 in folders by class, every fifth for testing."""
+    """Write 1,797 images of 8×8 in folders by class, every fifth for testing."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -175,21 +175,21 @@ def _write_digits(folder: Path) -> Path:
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         place = folder / ("train" if number % 5 else "test") / str(label)
         place.mkdir(parents=True, exist_ok=True)
-        # Of 17 greys, 0 to 16.
+        # 17 levels of grey, 0 to 16.
         Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(place / f"{number:04}.png")
     return folder
 
 
 @contextmanager
 def processes(count: int, log: Path) -> Iterator[ProcessPoolExecutor]:
-    """Processes for :func:`train`, each with its share of the cores, which write what they say to a file."""
+    """Make a pool of processes for :func:`train`, each with its share of the cores and its output in a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, cores() // count)
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start, (log, threads))
     try:
         yield pool
     except Stopped:
-        # Signalled by its number alone, this process is the only one that knows.
+        # Only this process knows of a signal that was sent to it alone.
         for process in multiprocessing.active_children():
             process.terminate()
         raise
@@ -198,7 +198,7 @@ def processes(count: int, log: Path) -> Iterator[ProcessPoolExecutor]:
 
 
 def _start(log: Path, threads: int) -> None:
-    # Before PyTorch and DeepSpeed are imported, which read them.
+    # PyTorch and DeepSpeed read these when they are imported.
     os.environ |= {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -207,7 +207,7 @@ def _start(log: Path, threads: int) -> None:
 
 @contextmanager
 def _bar(console: Console, total: int) -> Iterator[Any]:
-    """A bar of finished trainings; gives what moves it."""
+    """Context manager: show a bar of finished trainings; yield the function that advances it."""
     columns = [TextColumn("trainings"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
@@ -215,7 +215,7 @@ def _bar(console: Console, total: int) -> Iterator[Any]:
 
 
 def _read(folder: Path) -> tuple[int, float, float]:
-    """Parameters, top-1 accuracy on the test split, and seconds of training of a finished run."""
+    """Return parameters, top-1 accuracy on the test split, and training seconds of a finished run."""
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     scores = json.loads((folder / "evaluation" / "test" / "student" / "scores.json").read_text("utf-8"))
     return summary["parameters"]["student"], scores["exact"], summary["seconds"]
@@ -236,7 +236,7 @@ def _table(title: str, rows: dict[str, list[Job]]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns the exit code."""
+    """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m vision.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo-vision"), help="folder of data, runs and report")
     parser.add_argument("--nproc", type=int, default=min(4, cores()), help="trainings at once")

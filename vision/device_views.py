@@ -1,4 +1,4 @@
-"""A micro-batch as the models receive it: normalised, erased and mixed on the device."""
+"""Normalise, erase and mix micro-batches on the device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Views(NamedTuple):
     Attributes:
         student: floating point ``[V·N, 3, H, W]``, normalised for the student.
         teacher: the same pixels ``[V·N, 3, H', W']``, normalised for the teacher; ``None`` without one.
-        labels: int64 ``[N]``; of a mixed image the label with the larger share, its own where they are equal.
-        soft: float32 ``[N, C]``, the shares of the labels; ``None`` where images are not mixed.
+        labels: int64 ``[N]``; for a mixed image the label with the larger share, its own if shares are equal.
+        soft: float32 ``[N, C]``, the shares of the labels; ``None`` if images are not mixed.
     """
 
     student: Tensor
@@ -33,9 +33,9 @@ class Views(NamedTuple):
 class DeviceViews:
     """Normalises, erases and mixes a micro-batch on the device, and shows the teacher the same pixels.
 
-    What is drawn depends on the seed, the step and the micro-batch's number alone: the same for any split over ranks.
-    The views of an image are mixed alike, that is with the same partner, share and box, because they share a label.
-    Images are paired within their micro-batch; of an odd number the last one stays unmixed.
+    Random draws depend on seed, step and the micro-batch's number alone: they are the same for any split over ranks.
+    The views of an image share a label, and so are mixed with the same partner, share and box. Images are paired within
+    their micro-batch; the last of an odd number stays unmixed.
 
     Args:
         student: the student's input.
@@ -44,7 +44,7 @@ class DeviceViews:
         erasing: random erasing; ``None`` for none. Each view loses its own rectangles.
         mixing: Mixup and CutMix; ``None`` for neither.
         device: where the batches are.
-        dtype: of the images; everything is computed in float32.
+        dtype: the images' dtype; everything is computed in float32.
         channels_last: the memory format of the images.
     """
 
@@ -91,11 +91,11 @@ class DeviceViews:
             )
 
     def __call__(self, batch: ImageBatch, *, seed: int, step: int) -> Views:
-        """The views of a micro-batch that is on the device.
+        """Make the views of a micro-batch that is on the device.
 
         Args:
             batch: the micro-batch.
-            seed: of the training.
+            seed: the training's seed.
             step: the optimizer step, counted from 0 through all epochs.
         """
         images = batch.images.to(torch.float32, memory_format=self.format)
@@ -112,26 +112,26 @@ class DeviceViews:
         return Views(shown, self._for_teacher(images, shown), labels, soft)
 
     def _mixed(self, images: Tensor, labels: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Mixes images ``[V·N, 3, H, W]`` in place; labels by their larger share, and shares ``[N, C]``."""
+        """Mix images ``[V·N, 3, H, W]`` in place; return the labels of larger shares, and the shares ``[N, C]``."""
         assert self._mix is not None
         soft = torch.nn.functional.one_hot(labels, self.classes).float()
         even = len(labels) // 2 * 2
         if even:
             for view in images.chunk(len(images) // len(labels)):
-                # Seeded anew, so that each view draws the same.
+                # Seed again, so that each view draws the same numbers.
                 seed_randomness(*key, device=self.device)
                 _, soft[:even] = self._mix(view[:even], labels[:even])
         own = soft.gather(1, labels[:, None])[:, 0]
         return torch.where(own >= 0.5, labels, soft.argmax(1)), soft
 
     def _for_teacher(self, images: Tensor, shown: Tensor) -> Tensor | None:
-        """The student's images in float32, and as they are ``shown`` to it, as the teacher's."""
+        """Return the teacher's images, from the student's in float32 or as ``shown`` to the student."""
         if self.teacher is None:
             return None
         if self._teacher_size is None and self._teacher_norm is None:
             return shown
         if self._teacher_size is not None:
-            # The weights of an interpolation add up to one, so that mean and deviation may be changed after it.
+            # Interpolation weights sum to one, so normalisation may be changed afterwards.
             images = (
                 torch.nn.functional.interpolate(images, self._teacher_size, mode="bicubic", antialias=True)
                 if len(images)
@@ -149,6 +149,6 @@ class DeviceViews:
         new_mean: tuple[float, ...],
         new_std: tuple[float, ...],
     ) -> tuple[Tensor, Tensor]:
-        """From one normalisation to another: ``x · scale + shift``, both float32 ``[3, 1, 1]``."""
+        """Return scale and shift, float32 ``[3, 1, 1]``, from one normalisation to another: ``x · scale + shift``."""
         a, b, c, d = (torch.tensor(x, dtype=torch.float64).reshape(3, 1, 1) for x in (mean, std, new_mean, new_std))
         return (b / d).float().to(self.device), ((a - c) / d).float().to(self.device)

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from timm.utils import ModelEmaV3
 
 from .classifier import Classifier
 
-_FILE = "ema.safetensors"
 
+class Average(ModelEmaV3):
+    """timm's average of weights and batch-norm statistics, ``a ← d·a + (1 − d)·w`` after each optimizer step.
 
-class Average:
-    """Float32 weights ``a ← d·a + (1 − d)·w`` after each optimizer step, and the student's batch-norm statistics too.
-
-    In the first steps the decay is smaller, min(d, (1 + s)/(10 + s)) after s of them, so that the average is not one of
-    untrained weights (as TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``).
+    The decay grows with the steps, min(d, (1 + s)/(10 + s)) after s of them, as in TensorFlow's
+    ``ExponentialMovingAverage`` with ``num_updates``: the average soon forgets the untrained weights.
 
     Args:
         student: whose weights are averaged; on its device already, not yet in an engine.
         decay: d.
 
     Attributes:
-        model: a classifier with the averaged weights.
+        module: a classifier with the averaged weights.
     """
 
-    def __init__(self, student: Classifier, decay: float) -> None:
-        self.model = copy.deepcopy(student).requires_grad_(False).eval()
-        self.decay = decay
+    _FILE = "ema.safetensors"
 
-    @torch.no_grad()
-    def update(self, student: nn.Module, step: int) -> None:
-        """Called after optimizer step ``step``, counted from 0."""
-        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        mine, now = self.model.state_dict(), student.state_dict()
-        averaged = [name for name, tensor in mine.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([mine[n] for n in averaged], [now[n].float() for n in averaged], weight)
-        for name in mine.keys() - set(averaged):
-            mine[name].copy_(now[name])
+    def __init__(self, student: Classifier, decay: float) -> None:
+        super().__init__(student, decay)
+        self.module.requires_grad_(False)
+
+    def get_decay(self, step: int | None = None) -> float:
+        """Return the decay after optimizer step ``step``, counted from 0."""
+        return self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
 
     def save(self, folder: Path) -> None:
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, folder / _FILE)
+        """Write the averaged weights into a checkpoint."""
+        save_file({name: t.contiguous() for name, t in self.module.state_dict().items()}, folder / self._FILE)
 
     def load(self, folder: Path) -> None:
-        self.model.load_state_dict(load_file(folder / _FILE))
+        """Read what :meth:`save` wrote."""
+        self.module.load_state_dict(load_file(folder / self._FILE))

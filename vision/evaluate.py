@@ -1,29 +1,32 @@
-"""Scores of a classifier on labelled images, on any number of ranks: ``python -m vision.evaluate MODEL --data DIR``.
+"""Score a classifier on labelled images: ``python -m vision.evaluate MODEL --data DIR``.
 
-The launchers start it on several processes as they start training; each answers its share of the images.
+The launchers of a training start it on several ranks, each of which takes its share of the images.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import typer
 from torch import Tensor
 
 from data.batch import Problem
 from data.errors import UserError
+from vlm_distill.cli.options import parse
 from vlm_distill.evaluation.left_out import too_much_left_out
+from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores, guarded, leave
 
 from . import imagenet
-from .predict import in_words, predict
+from .predict import Inference, Labels, predict
 
 if TYPE_CHECKING:
     from data.classification import LabelledImages
@@ -31,45 +34,59 @@ if TYPE_CHECKING:
     from .classifier import Classifier
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Scores what the options name; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="vision.evaluate", description=__doc__)
-    parser.add_argument("model", help="folder of a classifier, or timm's name of one")
-    parser.add_argument("--data", type=Path, required=True, help="folder or file of labelled images")
-    parser.add_argument("--set", choices=get_args(imagenet.Set), help="which of ImageNet's sets they are")
-    parser.add_argument("--format", default="auto", help="of the data; default: as they look")
-    parser.add_argument("--split", help="of the data")
-    parser.add_argument(
-        "--source", choices=["timm", "open_clip"], default="timm", help="where the model's name is from"
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """A classifier, labelled images, and how to score one on the other."""
+
+    model: Annotated[str, typer.Argument(help="Folder of a classifier, or timm's name of one.", show_default=False)]
+    data: Annotated[Path, typer.Option(help="Folder or file of labelled images.", show_default=False)]
+    set: Annotated[imagenet.Set | None, typer.Option(help="Which of ImageNet's sets the images are.")] = None
+    format: Annotated[str, typer.Option(help="Format of the data; auto: as they look.")] = "auto"
+    split: Annotated[str | None, typer.Option(help="Split of the data.")] = None
+    source: Annotated[Literal["timm", "open_clip"], typer.Option(help="Library that the model's name is from.")] = (
+        "timm"
     )
-    parser.add_argument("--pretrained", action="store_true", help="the model's published weights, from its hub")
-    parser.add_argument("--weights", help="file of weights for the model")
-    parser.add_argument("--classes", help="names of the model's outputs: a file of one a line, or imagenet")
-    parser.add_argument("--num-classes", type=int, help="number of the model's outputs")
-    parser.add_argument("--teacher", help="a classifier to agree with: folder or timm's name")
-    parser.add_argument("--teacher-weights", help="file of weights for the teacher")
-    parser.add_argument("--out", type=Path, help="folder for scores and predictions, such as RUN/evaluation")
-    parser.add_argument("--limit", type=int, help="this many images, evenly spaced (of ImageNet-C: of each folder)")
-    parser.add_argument("--max-bad", type=float, default=0.5, help="most of the images to leave out, 0 to 1")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--workers", type=int, help="processes that decode, of each rank; default: by cores, at most 8")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    options = parser.parse_args(given)
-    return guarded(lambda: run(options))
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Load the model's published weights, from its hub.")
+    ] = False
+    weights: Annotated[str | None, typer.Option(help="File of weights for the model.")] = None
+    classes: Annotated[
+        str | None, typer.Option(help="Names of the model's outputs: a file of one a line, or imagenet.")
+    ] = None
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of the model's outputs.")] = None
+    teacher: Annotated[str | None, typer.Option(help="A classifier to agree with: folder or timm's name.")] = None
+    teacher_weights: Annotated[str | None, typer.Option(help="File of weights for the teacher.")] = None
+    out: Annotated[Path | None, typer.Option(help="Folder for scores and predictions, such as RUN/evaluation.")] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask about this many images, evenly spaced (of ImageNet-C: per folder).")
+    ] = None
+    max_bad: Annotated[float, typer.Option(help="Largest share of images that may be left out, 0 to 1.")] = 0.5
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a forward pass.")] = 256
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode, of each rank; default: by cores, at most 8.")
+    ] = None
+    device: Annotated[str | None, typer.Option(help="Device; default: a GPU where there is one.")] = None
+
+    def __post_init__(self) -> None:
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out: {self.out} is a file; give a folder")
 
 
-def run(options: argparse.Namespace) -> None:
-    """The model, and the teacher if there is one, on the data; scores are written and shown."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score what the options name; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: run(parse(EvaluateOptions, given, "vision.evaluate", __doc__)))
+
+
+def run(options: EvaluateOptions) -> None:
+    """Score the model, and the teacher if there is one; write and show the scores.
+
+    Raises:
+        UserError: model, data and options do not fit, or more images are left out than ``max_bad`` allows.
+    """
     from vlm_distill.runtime.processes import Processes
 
-    for name in ("limit", "batch_size", "num_classes"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(options, name)} is less than 1")
-    # Mistakes are reported before a model is loaded.
-    if options.out and options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out: {options.out} is a file; give a folder")
+    # Report mistakes before a model is loaded.
     _check_trained(options)
     parts = _open(options)
     processes = Processes()
@@ -77,28 +94,21 @@ def run(options: argparse.Namespace) -> None:
         device = torch.device(options.device) if options.device else processes.device
         models = _models(options, device)
         workers = options.workers if options.workers is not None else min(8, cores() // processes.world)
-        settings = {
-            "batch_size": options.batch_size,
-            "workers": workers if workers > 1 else 0,
-            "device": device,
-            "channels_last": device.type == "cuda",
-            "limit": options.limit,
-            "rank": processes.rank,
-            "world": processes.world,
-            "all_gather": processes.gather,
-        }
-        _score(options, parts, models, settings)
+        inference = Inference(options.batch_size, workers if workers > 1 else 0, device, device.type == "cuda")
+        ranks = RankShare(processes.rank, processes.world, processes.gather)
+        began = time.monotonic()
+        found, skipped = _predict_all(options, parts, models, inference, ranks)
+        if ranks.first:
+            _report(options, parts[0][0].source.name, found, skipped, time.monotonic() - began)
     finally:
         processes.close()
 
 
-__all__ = ["in_words", "main", "predict", "run"]
-
-#: A variant, and of ImageNet-C the corruption and severity.
+#: A variant, and for ImageNet-C the corruption and severity.
 _Part = tuple[imagenet.Variant, tuple[str, int] | None]
 
 
-def _open(options: argparse.Namespace) -> list[_Part]:
+def _open(options: EvaluateOptions) -> list[_Part]:
     from data.classification import open_images
 
     def opened(path: Path) -> LabelledImages:
@@ -112,8 +122,8 @@ def _open(options: argparse.Namespace) -> list[_Part]:
     return [(imagenet.open_variant(options.set, opened(options.data)), None)]
 
 
-def _check_trained(options: argparse.Namespace) -> None:
-    """Raise ``UserError`` for the name of an architecture without weights: its scores would be of random numbers."""
+def _check_trained(options: EvaluateOptions) -> None:
+    """Raise ``UserError`` for an architecture without trained weights, whose scores would be meaningless."""
     import timm
 
     models = [
@@ -129,8 +139,8 @@ def _check_trained(options: argparse.Namespace) -> None:
             )
 
 
-def _models(options: argparse.Namespace, device: torch.device) -> dict[str, Classifier]:
-    """The teacher first: the student is compared with its answers."""
+def _models(options: EvaluateOptions, device: torch.device) -> dict[str, Classifier]:
+    """Load the models, the teacher first: the student is compared with its answers."""
     from .classifier import load_classifier
 
     models = {}
@@ -151,49 +161,69 @@ def _models(options: argparse.Namespace, device: torch.device) -> dict[str, Clas
     return {who: model.to(device).eval() for who, model in models.items()}
 
 
-def _score(
-    options: argparse.Namespace,
+def _predict_all(
+    options: EvaluateOptions,
     parts: Sequence[_Part],
     models: Mapping[str, Classifier],
-    settings: Mapping[str, Any],
-) -> None:
+    inference: Inference,
+    ranks: RankShare,
+) -> tuple[dict[str, dict[Any, dict[str, Any]]], list[Problem]]:
+    """Ask all models about all parts of the data.
+
+    Returns:
+        Scores by model and corruption (``None`` where there is one part), and the images that were left out.
+    """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    first = settings["rank"] == 0
     name = parts[0][0].source.name
-    found: dict[str, dict[Any, dict[str, Any]]] = {who: {} for who in models}
+    scores: dict[str, dict[Any, dict[str, Any]]] = {who: {} for who in models}
     skipped: list[Problem] = []
-    began = time.monotonic()
-    name_column = TextColumn("{task.description}", markup=False)
-    columns = (name_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=plain_console(stderr=True), transient=True, disable=not first) as bar:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=plain_console(stderr=True), transient=True, disable=not ranks.first) as bar:
         for variant, corruption in parts:
-            logits: dict[int, Tensor] = {}
+            theirs: dict[int, Tensor] | None = None
             for who, model in models.items():
                 task = bar.add_task(" ".join(map(str, (f"{who}: {name}", *(corruption or ())))))
 
                 def progress(done: int, whole: int, task: Any = task) -> None:
                     bar.update(task, completed=done, total=whole)
 
-                folder = options.out and options.out / name
-                alone = corruption is None and folder is not None
-                found[who][corruption] = predict(
+                found = predict(
                     model,
                     variant.source,
-                    label_map=_label_map(variant.source, model, options.set),
-                    only_mapped=variant.only_mapped,
-                    references=variant.references,
-                    logits=logits if who == "teacher" else None,
-                    teacher=logits if who == "student" and logits else None,
-                    out=folder / who if alone else None,
-                    pictures=folder / "pictures" if alone else None,
-                    skipped=skipped if who == "student" else None,
+                    inference,
+                    Labels(_label_map(variant.source, model, options.set), variant.only_mapped, variant.references),
+                    limit=options.limit,
+                    ranks=ranks,
+                    keep_logits=who == "teacher",
+                    teacher=theirs,
                     progress=progress,
-                    **settings,
                 )
                 bar.remove_task(task)
-    if not first:
-        return
+                scores[who][corruption] = found.scores
+                if who == "teacher":
+                    theirs = found.logits or None
+                else:
+                    skipped += found.problems
+                if ranks.first and corruption is None and options.out is not None:
+                    found.write(options.out / name / who)
+                    found.write_gallery(options.out / name / "pictures")
+    return scores, skipped
+
+
+def _report(
+    options: EvaluateOptions,
+    name: str,
+    found: Mapping[str, Mapping[Any, dict[str, Any]]],
+    skipped: Sequence[Problem],
+    seconds: float,
+) -> None:
+    """Write the scores over all corruptions, and print every model's."""
     results = {}
     for who, scores in found.items():
         results[who] = imagenet.corruption_scores(scores) if options.set == "c" else scores[None]
@@ -202,12 +232,11 @@ def _score(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results[who], indent=2, ensure_ascii=False) + "\n", "utf-8")
     if not results["student"]["n"]:
-        raise UserError(
-            f"{name}: no image could be read; the first: {_told(skipped[0]) if skipped else 'there is none'}"
-        )
+        first = _told(skipped[0]) if skipped else "there is none"
+        raise UserError(f"{name}: no image could be read; the first: {first}")
     _show(name, results)
     images = sum(scores["n"] for scores in results.values())
-    print(f"{images / max(1e-9, time.monotonic() - began):,.0f} images per second")
+    print(f"{images / max(1e-9, seconds):,.0f} images per second")
     if skipped:
         print(f"{len(skipped)} left out, the first: {_told(skipped[0])}")
     if options.out:
@@ -222,7 +251,7 @@ def _told(problem: Problem) -> str:
 
 
 def _label_map(source: LabelledImages, classifier: Classifier, variant: str | None) -> list[int] | None:
-    """The classifier's output of each of the source's classes."""
+    """Return the classifier's output for each of the source's classes."""
     if variant is not None:
         return imagenet.outputs(source.classes, classifier.classes)
     from .classes import map_classes

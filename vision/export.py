@@ -1,4 +1,4 @@
-"""A student for others: safetensors that timm loads, class names, a model card and, if asked for, ONNX.
+"""Export a classifier: safetensors that timm loads, class names, a model card and optionally ONNX.
 
 ``python -m vision.export RUN FOLDER [--onnx]`` exports a run's student, or any folder that holds a classifier.
 """
@@ -26,20 +26,20 @@ from vlm_distill.runtime.launch import guarded
 from .classifier import Classifier, load_classifier
 from .config import ClassifierConfig
 
-#: Share of the largest logit by which ONNX may differ from torch; kernels add in other orders.
+#: Largest difference between ONNX and torch as a share of the largest logit; kernels add in other orders.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class About:
-    """What a model card says beyond the model itself; what is not known is left out.
+    """Facts for a model card beyond the model itself; unknown ones are left out.
 
     Attributes:
-        name: of the model.
-        teacher: its name as the run's configuration has it.
+        name: the model's name.
+        teacher: the teacher's name in the run's configuration.
         data: names of the training data.
         losses: each with its weight and parameters, in words.
-        scores: by name of the evaluation data, as ``scores.json`` has them.
+        scores: as in ``scores.json``, by name of the evaluation data.
     """
 
     name: str
@@ -50,7 +50,7 @@ class About:
 
 
 class FromPixels(nn.Module):
-    """A classifier of RGB images in 0..1, with the normalisation inside."""
+    """A classifier of RGB images in 0..1 that normalises them itself."""
 
     mean: Tensor
     std: Tensor
@@ -66,19 +66,19 @@ class FromPixels(nn.Module):
 
 
 def export(classifier: Classifier, folder: Path, about: About, onnx: bool = False) -> float | None:
-    """Writes ``model.safetensors``, ``config.json``, ``labels.txt``, ``README.md`` and, if asked for, ``model.onnx``.
+    """Write ``model.safetensors``, ``config.json``, ``labels.txt``, ``README.md`` and optionally ``model.onnx``.
 
     Args:
         classifier: in float32 on the CPU; left in evaluation mode.
-        folder: made if need be.
+        folder: created if missing.
         about: for the model card.
-        onnx: RGB in 0..1, float32 ``[batch, 3, height, width]``, to logits ``[batch, classes]``.
+        onnx: also write ONNX: RGB in 0..1, float32 ``[batch, 3, height, width]``, to logits ``[batch, classes]``.
 
     Returns:
-        The largest difference between the logits of onnxruntime and of torch; ``None`` without ONNX.
+        The largest difference between onnxruntime's and torch's logits; ``None`` without ONNX.
 
     Raises:
-        UserError: ONNX's packages are not installed, or torch cannot put this model into it.
+        UserError: ONNX's packages are not installed, or torch cannot export this model.
     """
     classifier.eval()
     classifier.save_pretrained(folder)
@@ -112,10 +112,10 @@ def _write_onnx(classifier: Classifier, path: Path) -> float:
             verbose=False,
         )
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # whatever torch and its converters raise for what they cannot express
+    except Exception as error:  # torch and its converters raise anything for what they cannot express
         raise UserError(f"--onnx: this model cannot be put into ONNX: {first_line(error)}") from error
     difference = 0.0
-    for count in (1, 3):  # neither is the number it was traced with
+    for count in (1, 3):  # neither equals the batch size at tracing
         with torch.no_grad():
             expected = model(images[:count])
         found = torch.from_numpy(session.run(None, {"images": images[:count].numpy()})[0])
@@ -126,10 +126,10 @@ def _write_onnx(classifier: Classifier, path: Path) -> float:
 
 
 def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
-    """Exports the student of a run, or the classifier in a folder; see :func:`export`.
+    """Export the student of a run, or the classifier in a folder; see :func:`export`.
 
     Raises:
-        UserError: neither a finished run nor a classifier.
+        UserError: the folder is neither a finished run nor a classifier.
     """
     source = finished_student(run) or run
     if not (source / "config.json").is_file():
@@ -142,7 +142,7 @@ def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
 
 
 def _about(run: Path) -> About:
-    """What a run's own files say of it."""
+    """Read the facts from a run's own files."""
     name = run.resolve().name
     path = run / "config.yaml"
     if not path.is_file():
@@ -153,7 +153,7 @@ def _about(run: Path) -> About:
 
 
 def _card(classifier: Classifier, folder: Path, about: About, difference: float | None) -> str:
-    """A model card in the hub's form: facts as YAML for machines, then the same in words."""
+    """Return a model card in the hub's form: facts as YAML for machines, then in words."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = settings.get("architecture")
     facts: dict[str, Any] = {"library_name": "timm"} if architecture else {}
@@ -232,7 +232,7 @@ def _usage(classifier: Classifier, settings: Mapping[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exports; returns the exit code."""
+    """Export; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m vision.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run's folder, or one that holds a classifier")
     parser.add_argument("folder", type=Path, help="where the export goes")

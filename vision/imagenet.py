@@ -59,14 +59,14 @@ _ALEXNET = {
 _SEVERITIES = range(1, 6)
 # Sets whose classes may be given as numbers 0…999, in ImageNet's usual order.
 _NUMBERED = ("v2", "val", "real", "val-a", "val-r")
-# Images by which their order is checked at most, and at least.
+# Most and fewest images to check the order with.
 _COMPARED, _ENOUGH = 500, 20
 _VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\b")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A set as ``vision.evaluate.predict`` asks about it.
+    """A variant of ImageNet, and how it is scored.
 
     Attributes:
         source: images whose classes are synsets in ImageNet's order.
@@ -81,19 +81,19 @@ class Variant:
 
 @cache
 def synsets() -> tuple[str, ...]:
-    """The 1,000 classes in the order of the classifiers' outputs."""
+    """Return the 1,000 classes in the order of the classifiers' outputs."""
     return tuple(ImageNetInfo().label_names())
 
 
 @cache
 def indices(name: Literal["a", "r"]) -> tuple[int, ...]:
-    """The 200 of the 1,000 classes that ImageNet-A or -R has, rising."""
+    """Return the indices of the 200 classes that ImageNet-A or -R has, rising."""
     return tuple(map(int, _info(f"imagenet_{name}_indices.txt").split()))
 
 
 @cache
 def real_labels() -> tuple[tuple[int, ...], ...]:
-    """Right classes of each of the 50,000 validation images (Beyer et al. 2020); of some there are none."""
+    """Return the right classes of each of the 50,000 validation images (Beyer et al. 2020); some have none."""
     return tuple(map(tuple, json.loads(_info("imagenet_real_labels.json"))))
 
 
@@ -102,7 +102,7 @@ def _info(name: str) -> str:
 
 
 def readable(classes: Sequence[str]) -> tuple[str, ...]:
-    """``tench`` for a synset of ImageNet-1k, with the synset where two share a word; other names stay."""
+    """Return readable names: a word for an ImageNet-1k synset (with the synset if two share it); other names stay."""
     return tuple(_names().get(name, name) for name in classes)
 
 
@@ -116,17 +116,16 @@ def _names() -> dict[str, str]:
 
 
 def open_variant(name: Set, source: LabelledImages) -> Variant:
-    """A set by its name.
+    """Open a variant by its name.
 
     Args:
-        name: ``val-a`` and ``val-r`` are the images of the validation set whose classes A and R have, scored as those
-            are: the "clean" scores to compare A and R with.
-        source: the set's images as they lie on disk. Classes are synsets, or for V2 and the validation images the
-            numbers 0…999: in whatever order the reader has them.
+        name: ``val-a`` and ``val-r`` are the validation images of A's and R's classes, scored alike: the
+            "clean" scores to compare A and R with.
+        source: the variant's images. Classes are synsets, or for V2 and the validation images the numbers 0…999, in any
+            order.
 
     Raises:
-        UserError: a class is none of the set's, or numbers are in another order; ReaL: the source has not all 1,000
-            classes.
+        UserError: the variant has no such class, or numbers are in another order; for ReaL, the source lacks classes.
     """
     subset: Literal["a", "r"] | None = {"a": "a", "val-a": "a", "r": "r", "val-r": "r"}.get(name)  # type: ignore[assignment]
     whole = synsets()
@@ -149,7 +148,7 @@ def open_variant(name: Set, source: LabelledImages) -> Variant:
 
 
 def _remedy(name: Set, given: str) -> str:
-    """Return what to do about a class that is none of a set's."""
+    """Return what to do about a class that the variant does not have."""
     if given.isdecimal() and name != "v2":
         return (
             "put classes.txt beside the list: the synset of each of its numbers, such as n01440764, in their order and "
@@ -159,13 +158,13 @@ def _remedy(name: Set, given: str) -> str:
 
 
 def _check_order(source: LabelledImages) -> None:
-    """Raise ``UserError`` where numbers are not in ImageNet's usual order, by what ReaL says of the images."""
+    """Raise ``UserError`` if ReaL's labels show that numbers are not in ImageNet's usual order."""
     agreed = []
     for row in range(0, len(source), max(1, len(source) // _COMPARED)):
         with suppress(BadSample):
             item = source[row]
             agreed.append(source.classes[item.label] in map(str, _real(item)))
-    # By the right order some 85 % agree, by another one in a thousand.
+    # In the right order about 85 % agree, in another one about one in a thousand.
     if len(agreed) >= _ENOUGH and sum(agreed) < len(agreed) / 2:
         raise UserError(
             f"{source.name}: its numbers are not ImageNet's classes in the usual order ({sum(agreed)} of {len(agreed)} "
@@ -174,7 +173,7 @@ def _check_order(source: LabelledImages) -> None:
 
 
 def _real(item: LabelledImage) -> Sequence[int]:
-    """Raises ``BadSample`` where the name is no validation file's, and where there is no right label."""
+    """Raise ``BadSample`` if the name is not a validation file's, or the image has no right label."""
     found = _VALIDATION_FILE.search(item.image) if isinstance(item.image, str) else None
     if found is None or not 1 <= int(found[1]) <= len(real_labels()):
         raise BadSample("no name like ILSVRC2012_val_00000001.JPEG, by which ReaL knows an image")
@@ -185,7 +184,7 @@ def _real(item: LabelledImage) -> Sequence[int]:
 
 
 class _Relabelled:
-    """A source under another name, with classes in another order; images of other classes are no part of it."""
+    """A source with another name and order of classes; images of other classes are left out."""
 
     def __init__(
         self,
@@ -224,14 +223,14 @@ class _Relabelled:
 
 
 def outputs(wanted: Sequence[str], classes: Sequence[str] | None) -> list[int] | None:
-    """The classifier's output of each wanted synset.
+    """Return the classifier's output for each wanted synset.
 
     Args:
-        classes: the classifier's, in order. Without names, or with 1,000 that are no synsets, the outputs are taken to
-            be ImageNet's in the usual order, as timm's are.
+        classes: the classifier's, in order. Without names, or with 1,000 names that are not synsets, the outputs are
+            assumed to be ImageNet's in the usual order, as timm's are.
 
     Raises:
-        UserError: a synset is not among them.
+        UserError: the classifier lacks a synset.
     """
     usual = synsets()
     if classes is None or (len(classes) == len(usual) and not set(classes) & set(usual)):
@@ -244,10 +243,10 @@ def outputs(wanted: Sequence[str], classes: Sequence[str] | None) -> list[int] |
 
 
 def corruption_folders(folder: Path) -> list[tuple[str, int, Path]]:
-    """(corruption, severity, folder) of ``<corruption>/<1…5>/<synset>/…``, one level deeper where they are grouped.
+    """Return (corruption, severity, folder) for each ``<corruption>/<1…5>/<synset>/…``, or one level deeper if grouped.
 
     Raises:
-        UserError: there is none.
+        UserError: no such folder was found.
     """
     found = sorted(path for pattern in ("*/[1-5]", "*/*/[1-5]") for path in folder.glob(pattern) if path.is_dir())
     if not found:
@@ -256,13 +255,13 @@ def corruption_folders(folder: Path) -> list[tuple[str, int, Path]]:
 
 
 def corruption_scores(scores: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Any]:
-    """What ImageNet-C's scores come to, from those of every corruption and severity.
+    """Combine the scores of every corruption and severity of ImageNet-C.
 
     Returns:
         As of a classification: ``n``, and plain means over all corruptions and severities of ``exact``, ``top5``,
         ``nll`` and ``ece``; ``by_type``, the same of each corruption, as a mean over its severities; ``corruptions``,
-        ``exact`` by corruption and severity. ``mce``: where all 15 corruptions of the benchmark are there with all
-        severities, 100 · the mean over them of error / AlexNet's error (Hendrycks and Dietterich 2019), else ``None``.
+        ``exact`` by corruption and severity. ``mce``: if all 15 corruptions were scored at all severities,
+        100 · the mean over them of error / AlexNet's error (Hendrycks and Dietterich 2019), else ``None``.
     """
     scored = {key: found for key, found in scores.items() if found["n"]}
     by_corruption: dict[str, dict[int, Mapping[str, Any]]] = {}

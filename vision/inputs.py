@@ -1,4 +1,4 @@
-"""How a classifier wants its images."""
+"""The image size and normalisation that a classifier expects."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How a classifier wants its images.
+    """The images that a classifier expects.
 
     Attributes:
         size: height and width in pixels.
-        mean, std: of the normalisation, for red, green and blue in 0..1.
-        interpolation: for resizing, by timm's names.
-        crop_pct: share of the resized image's side that the centre crop of an evaluation keeps.
+        mean, std: normalisation of red, green and blue in 0..1.
+        interpolation: of resizing, one of timm's names.
+        crop_pct: share of the resized image's side that evaluation's centre crop keeps.
     """
 
     size: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Labelled images as whole optimizer steps for one rank; the views are the same for any ranks and workers."""
+"""Deal labelled images to one rank as whole optimizer steps; views do not depend on ranks and workers."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class ImageBatch:
     Attributes:
         images: uint8 ``[V·N, 3, H, W]`` of the student's size, in the memory format ``channels_last``.
         labels: int64 ``[N]``, in the student's order of classes.
-        rows: int64 ``[N]``, the data's rows, numbered through all sources.
-        checks: int64 ``[V·N]``, CRC-32 of each view's pixels, row by row; empty unless asked for.
-        number: which micro-batch of the step this is, over all ranks; with seed and step it seeds the device's draws.
+        rows: int64 ``[N]``, the images' numbers, counted through all sources.
+        checks: int64 ``[V·N]``, CRC-32 of each view's pixels; empty unless requested.
+        number: the micro-batch's number in the step, over all ranks; with seed and step it seeds the device's draws.
     """
 
     images: Tensor
@@ -50,13 +50,13 @@ class ImageBatch:
 
     @property
     def samples(self) -> int:
-        """N, the images that were readable."""
+        """N, the number of readable images."""
         return len(self.labels)
 
     def filled(self, views: int) -> ImageBatch:
-        """This micro-batch, or where nothing in it was readable V views of two images of class 0, black and white.
+        """Return this micro-batch; if it is empty, V views of a black and a white image of class 0 instead.
 
-        Every rank runs every module, whatever its images are like; batch norm takes no single one.
+        Every rank must run every module, and batch norm needs two images.
         """
         if self.samples:
             return self
@@ -75,35 +75,35 @@ class ImageBatch:
 class ImageSteps(Dataset[Step]):
     """One rank's share of each optimizer step, by the step's number; micro-batches are dealt as in ``StepDataset``.
 
-    Each view's randomness is seeded by (seed, step, place in the step, view), or for fixed views by (seed, epoch modulo
-    ``fixed_views``, row, view): whoever makes it, it is the same.
+    Each view's randomness is seeded by (seed, step, position in the step, view), or for fixed views by (seed, epoch
+    modulo ``fixed_views``, image, view), so that any rank and any worker makes the same view.
 
     Args:
-        mixture: the order of rows of ``LabelledImages``; its seed is the views' too.
+        mixture: the order of images of ``LabelledImages``; its seed also seeds the views.
         inputs: the student's input.
-        augmentations: of each view, such as a weak and a strong one; ``None`` is the view of evaluation.
+        augmentations: one per view, such as a weak and a strong one; ``None`` is the view of evaluation.
         label_maps: for each source ``None`` (its labels are the student's), or the student's class of each of its
             labels, −1 for a class that the student does not have: such an image is a bad sample.
         rank: this process, from 0.
         world: number of processes.
         micro_batch_size: images in a micro-batch.
         accumulation: micro-batches of each rank in a step.
-        roots: when given, folders outside of which no image is read.
+        roots: if given, images are read from inside these folders only.
         max_pixels: the largest image.
-        on_bad: what a bad sample does: ``skip`` leaves its micro-batch smaller, ``fail`` ends the training.
-        fixed_views: how many different views an image has in all, each the view of an epoch in turn, so that a
-            teacher's answer may be kept; 0 for a new one each time.
-        repeats: how often each chosen image stands in its step, each time another view (repeated augmentation: Hoffer
-            et al. 2020, Berman et al. 2019). An epoch has as many steps as without, so that it sees one image of
-            ``repeats``, others in each epoch. Repeats stand far from each other, on different ranks where possible.
-        checks: give a checksum of each view.
+        on_bad: ``skip`` leaves the micro-batch of a bad sample smaller, ``fail`` ends the training.
+        fixed_views: number of different views of an image, shown in turn by epoch, so that a teacher's logits can be
+            cached; 0 for a new one each time.
+        repeats: how often each image occurs in its step, in different views (repeated augmentation: Hoffer et al. 2020,
+            Berman et al. 2019). An epoch keeps its number of steps, and so shows one image in ``repeats``, others in
+            each epoch. Repeats are far from each other, on different ranks where possible.
+        checks: compute a checksum of each view.
 
     Attributes:
-        steps_per_epoch: steps of an epoch, the smaller last one counted.
+        steps_per_epoch: steps of an epoch, including a smaller last one.
 
     Raises:
         UserError: the mixture's batch size is not ``micro_batch_size × accumulation × world`` or no multiple of
-            ``repeats``, or both repeats and fixed views are asked for; on access, with ``fail``, a bad sample.
+            ``repeats``, or both repeats and fixed views are given; on access, with ``fail``, a bad sample.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ImageSteps(Dataset[Step]):
         self.repeats = repeats
         self.checks = checks
         self.steps_per_epoch = mixture.steps_per_epoch
-        #: The first row of each source when the rows of all sources are numbered through.
+        #: Each source's first row when rows are numbered through all sources.
         self._first = [0, *accumulate(len(source) for source in mixture.sources)]
 
     def __getitem__(self, index: int) -> Step:
@@ -157,12 +157,12 @@ class ImageSteps(Dataset[Step]):
         return Step(index, batches, problems, consumed=readable + len(problems))
 
     def locate_samples(self, index: int, number: int) -> str:
-        """Where the images of this rank's micro-batch ``number`` of a step stand."""
+        """Describe where the images of this rank's micro-batch ``number`` of a step come from."""
         start = (number * self.world + self.rank) * self.micro_batch_size
         return describe_samples(self.mixture.sources, self._rows(index)[start : start + self.micro_batch_size])
 
     def sample(self, count: int) -> ImageBatch:
-        """The first ``count`` images of the training's first micro-batch, as far as they are readable."""
+        """Return the readable ones of the first ``count`` images of the training."""
         with kept_randomness():
             return self._batch(0, self._rows(0)[:count], 0, [])
 
@@ -173,17 +173,17 @@ class ImageSteps(Dataset[Step]):
         return 1, 0
 
     def turn(self, step: int) -> int:
-        """Which of the fixed views the images of a step are seen in, from 0."""
+        """Return which of the fixed views a step shows, from 0."""
         return step // self.steps_per_epoch % self.fixed_views
 
     def _rows(self, step: int) -> list[tuple[int, int]]:
-        """The (source, row) pairs of a step, over all ranks."""
+        """Return the (source, row) pairs of a step, over all ranks."""
         rows = self.mixture.samples_of(step)
         chosen = rows[: math.ceil(len(rows) / self.repeats)]
         return (chosen * self.repeats)[: len(rows)]
 
     def _batch(self, step: int, places: Sequence[tuple[int, int]], number: int, problems: list[Problem]) -> ImageBatch:
-        """Micro-batch ``number`` of a step, of which ``places`` are all rows."""
+        """Make micro-batch ``number`` of a step whose (source, row) pairs are ``places``."""
         labels, rows, images = [], [], []
         start = number * self.micro_batch_size
         for place, (source, row) in enumerate(places[start : start + self.micro_batch_size], start):
@@ -196,7 +196,7 @@ class ImageSteps(Dataset[Step]):
             rows.append(self._first[source] + row)
             images.append(views)
         count = len(self.transforms)
-        # A view is the transpose of Pillow's pixels: in this memory format it is copied as it lies.
+        # A view is the transpose of Pillow's pixels: in this memory format it is copied without reordering.
         pixels = torch.empty((count * len(rows), 3, *self.size), dtype=torch.uint8, memory_format=torch.channels_last)
         for i, views in enumerate(images):
             for view, pixels_of_view in enumerate(views):
@@ -224,7 +224,7 @@ class ImageSteps(Dataset[Step]):
             if self.fixed_views:
                 seed_randomness(self.mixture.seed, _FIXED, self.turn(step), self._first[source] + row, view)
             else:
-                # Not by epoch and row: an epoch, and even a step, may take a row more than once.
+                # Not by epoch and row: an epoch, and even a step, may repeat a row.
                 seed_randomness(self.mixture.seed, _FREE, step, place, view)
             views.append(transform(image))
         return label, views

@@ -1,7 +1,7 @@
-"""Scores of a classifier from its logits: what is kept of every image, and the sums over all of them.
+"""Compute a classifier's scores from its logits.
 
-Of every image a few numbers are kept and summed at the end, in the order of the source and exactly rounded
-(``math.fsum``): the scores depend neither on how images are batched nor on how many ranks there are.
+A few numbers per image are kept and summed at the end, in the order of the source and exactly rounded (``math.fsum``):
+scores depend neither on the batches nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Answers:
-    """A classifier's answers to N images; every field is an array ``[N]``.
+    """Answers to N images; every field is an array ``[N]``.
 
     Attributes:
         rows: int64, rows of the source.
         labels: int64, the source's labels.
-        answers: int64, the output with the greatest logit.
+        answers: int64, the output with the largest logit.
         confidence: float64, its softmax.
-        right, right5: bool, whether it, or one of the five greatest, is right. Ties are broken as by ``torch.topk``.
+        right, right5: bool, whether it, or one of the five largest, is right. Ties are broken as by ``torch.topk``.
         nll: float64, ``−log`` of the summed softmax of the outputs that are right, in nats.
-        agrees: bool, whether the teacher's greatest logit is the same output's; empty without a teacher.
+        agrees: bool, whether the teacher gives the same answer; empty without a teacher.
         divergence: float64, ``KL(teacher ‖ classifier)`` in nats; empty without a teacher.
     """
 
@@ -57,11 +57,11 @@ def measure(
     right: Tensor,
     pair: tuple[Tensor, Tensor] | None = None,
 ) -> Answers:
-    """What is kept of a batch.
+    """Measure a batch.
 
     Args:
         rows, labels: of the source, N each.
-        logits: ``[N, C]``, any floating type; the softmax is of float64.
+        logits: ``[N, C]``, any floating type; the softmax is computed in float64.
         right: bool ``[N, C]``, which outputs are right: one in each row, or several (ReaL).
         pair: the classifier's and the teacher's logits ``[N, K]`` of the same K classes, to compare the two.
     """
@@ -75,7 +75,7 @@ def measure(
         ours, theirs = (x.double() for x in pair)
         agrees = ours.topk(1, -1).indices[:, 0] == theirs.topk(1, -1).indices[:, 0]
         log_q = theirs.log_softmax(-1)
-        # A class that the teacher gives nothing adds nothing, whatever the student gives it: 0 · ∞ is 0 here.
+        # A class without teacher probability adds nothing: 0 · ∞ is 0 here.
         divergence = torch.where(log_q.exp() > 0, log_q.exp() * (log_q - ours.log_softmax(-1)), 0).sum(-1)
     found = (
         top[:, 0],
@@ -90,7 +90,7 @@ def measure(
 
 
 def together(parts: Sequence[Answers]) -> Answers:
-    """The answers of all batches of all ranks, in the order of the source."""
+    """Join the answers of all batches of all ranks, in the order of the source."""
     if not parts:
         parts = [measure([], [], torch.empty(0, 1), torch.empty(0, 1, dtype=torch.bool))]
     whole = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
@@ -99,7 +99,7 @@ def together(parts: Sequence[Answers]) -> Answers:
 
 
 def summarise(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
-    """Scores of N images, as ``scores.json`` has them.
+    """Compute the scores of N images, as in ``scores.json``.
 
     Args:
         names: of the source's classes, in the order of its labels.
@@ -108,14 +108,14 @@ def summarise(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
         ``n``; ``exact`` (top-1) and ``top5``, shares in 0…1; ``interval``, Wilson's of top-1, 95 %; ``nll``, a mean in
         nats; ``ece`` and ``calibration`` (:func:`calibration`); ``by_type``, ``n`` and ``exact`` of each class that
         has an image, in the order of labels. With a teacher also ``agreement``, the share of equal answers, and ``kl``,
-        the mean of KL(teacher ‖ classifier) in nats. Of no image, scores are ``None``.
+        the mean of KL(teacher ‖ classifier) in nats. Without an image, scores are ``None``.
     """
     n = len(answers)
     if n == 0:
         empty = dict.fromkeys(("exact", "top5", "interval", "nll", "ece"))
         return {"kind": "classification", "n": 0, **empty, "calibration": [], "by_type": {}}
     exact = int(answers.right.sum()) / n
-    # A classifier that diverged is sure of nothing.
+    # A diverged classifier has no confidence.
     bins = calibration(answers.confidence, answers.right) if np.isfinite(answers.confidence).all() else []
     counts = np.bincount(answers.labels, minlength=len(names))
     hits = np.bincount(answers.labels[answers.right], minlength=len(names))
@@ -141,18 +141,17 @@ def summarise(answers: Answers, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Exactly rounded; ``None`` where one is no finite number: JSON has no other word for it."""
+    """Return the exactly rounded mean; ``None`` if a value is NaN or infinite, which JSON cannot hold."""
     return math.fsum(values) / len(values) if np.isfinite(values).all() else None
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
-    """How often answers are right, by how sure the classifier is of them (Guo et al. 2017, section 3).
+    """Compute accuracy by confidence (Guo et al. 2017, section 3).
 
     Images fall into 15 bins of equal width by the softmax of their answer: bin m of M = 15 is ((m − 1)/M, m/M].
 
     Returns:
-        Of every bin that is not empty, in rising order: its number of images ``n``, mean ``confidence``, and share of
-        right answers ``exact``.
+        For each non-empty bin, in rising order: number of images ``n``, mean ``confidence`` and accuracy ``exact``.
     """
     place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     found = []
@@ -166,6 +165,6 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, flo
 
 
 def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """``ECE = Σ_m n_m/N · |exact_m − confidence_m|`` over the bins of :func:`calibration`, in 0…1."""
+    """Compute ``ECE = Σ_m n_m/N · |exact_m − confidence_m|`` over the bins of :func:`calibration`, in 0…1."""
     total = math.fsum(b["n"] for b in bins)
     return math.fsum(b["n"] * abs(b["exact"] - b["confidence"]) for b in bins) / total

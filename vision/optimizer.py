@@ -1,4 +1,4 @@
-"""timm's learning-rate schedules, as a configuration names them."""
+"""timm's learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Schedule:
     """timm's schedule of a learning rate, as a function of the optimizer step."""
 
     def __init__(self, section: OptimizerSection, steps: int, epoch_steps: int) -> None:
-        # timm's schedules write into an optimizer; the engine's is not theirs.
+        # timm's schedules write into an optimizer of their own.
         self._holder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=section.lr)
-        # timm compares them with the update after this one: half an update later, they are exact.
+        # timm compares milestones with the next update: half an update later, they are exact.
         milestones = [(round(epoch * epoch_steps) + 0.5) / epoch_steps for epoch in section.milestones]
         self._schedule, _ = create_scheduler_v2(
             self._holder,

@@ -1,12 +1,12 @@
-"""A classifier's answers to labelled images, on any number of ranks, and their scores."""
+"""Ask a classifier about labelled images, on any number of ranks, and score its answers."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,7 @@ from data.workers import make_loader
 from vlm_distill.evaluation.pictures import write_pictures
 from vlm_distill.evaluation.predictions import Prediction, image_key, write_predictions
 from vlm_distill.evaluation.question_source import evenly_spaced
-from vlm_distill.evaluation.rank_share import AllGather
+from vlm_distill.evaluation.rank_share import RankShare
 
 from . import imagenet
 from .metrics import Answers, measure, summarise, together
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .classifier import Classifier
     from .inputs import InputSettings
 
-# Pictures that are kept for the report: mostly of wrong answers, where models differ.
+# Pictures for the report: mostly of wrong answers, where models differ.
 _WRONG_PICTURES, _RIGHT_PICTURES = 60, 20
 
 
@@ -47,8 +47,15 @@ class _Item(NamedTuple):
     pixels: Tensor
 
 
+class _Fact(NamedTuple):
+    """A row's image key and right labels."""
+
+    key: str
+    right: list[int]
+
+
 class _Batch(NamedTuple):
-    """uint8 ``[N, 3, H, W]`` with what is known of the N images, and those that cannot be read."""
+    """Pixels, uint8 ``[N, 3, H, W]``, and facts of N images; and the images that cannot be read."""
 
     rows: list[int]
     labels: list[int]
@@ -58,128 +65,219 @@ class _Batch(NamedTuple):
     problems: list[Problem]
 
 
+@dataclass(frozen=True)
+class Inference:
+    """How images are read and run.
+
+    Attributes:
+        batch_size: images in a forward pass.
+        workers: this rank's decoding processes; 0 decodes in this one.
+        device: where the classifier is.
+        channels_last: the memory format of the images.
+        dtype: autocast's dtype; ``None`` computes in the weights' own.
+        load: function that decodes an image.
+    """
+
+    batch_size: int = 256
+    workers: int = 0
+    device: torch.device | str = "cpu"
+    channels_last: bool = False
+    dtype: torch.dtype | None = None
+    load: Callable[[ImageSource], Image.Image] = load_image
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How a source's labels and a classifier's outputs belong together.
+
+    Attributes:
+        outputs: the classifier's output for each of the source's labels; ``None`` if they are in the same order.
+        only_mapped: only these outputs compete; otherwise all that the classifier has.
+        references: function that returns an image's right labels if there may be several, or raises ``BadSample``.
+    """
+
+    outputs: Sequence[int] | None = None
+    only_mapped: bool = False
+    references: Callable[[LabelledImage], Sequence[int]] | None = None
+
+
+@dataclass
+class Predicted:
+    """A classifier's answers to a source, the same on every rank but for ``logits``.
+
+    Attributes:
+        scores: as :func:`vision.metrics.summarise`, with ``skipped``, reason to number.
+        problems: the images that were left out.
+        logits: this rank's, if they were kept: float32 ``[K]`` of the source's K classes on the CPU, by row.
+    """
+
+    scores: dict[str, Any]
+    problems: list[Problem]
+    logits: dict[int, Tensor]
+    _source: LabelledImages
+    _answers: Answers
+    _facts: Mapping[int, _Fact]
+    _spoken: Mapping[int, str]
+
+    def predictions(self) -> list[Prediction]:
+        """Return the answers in the order of the source's rows, without the images that were left out."""
+        names = imagenet.readable(self._source.classes)
+        answers = self._answers
+        found = []
+        for k, row in enumerate(answers.rows.tolist()):
+            fact = self._facts[row]
+            prediction = Prediction(
+                index=row,
+                source=self._source.name,
+                line=self._source.line(row),
+                question="",
+                references=[names[label] for label in fact.right],
+                answer=self._spoken[int(answers.answers[k])],
+                probability=float(answers.confidence[k]),
+                exact=float(answers.right[k]),
+                soft=float(answers.right[k]),
+                image=fact.key,
+            )
+            found.append(prediction)
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``predictions.jsonl`` and ``scores.json`` into a folder, created if missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_predictions(folder / "predictions.jsonl", self.predictions())
+        text = json.dumps(self.scores, indent=2, ensure_ascii=False)
+        (folder / "scores.json").write_text(text + "\n", "utf-8")
+
+    def write_gallery(self, folder: Path, load: Callable[[ImageSource], Image.Image] = load_image) -> None:
+        """Write small copies of pictures that are not files of their own, mostly of wrong answers."""
+        predictions = self.predictions()
+        wrong = [prediction for prediction in predictions if not prediction.exact]
+        right = [prediction for prediction in predictions if prediction.exact]
+        shown = [wrong[i] for i in evenly_spaced(len(wrong), _WRONG_PICTURES)]
+        shown += [right[i] for i in evenly_spaced(len(right), _RIGHT_PICTURES)]
+        write_pictures(folder, shown, lambda row: self._source[row].image, load)
+
+
 def predict(
     classifier: Classifier,
     source: LabelledImages,
+    inference: Inference = Inference(),
+    labels: Labels = Labels(),
     *,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    channels_last: bool = False,
-    dtype: torch.dtype | None = None,
     limit: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    all_gather: AllGather | None = None,
-    out: Path | None = None,
-    pictures: Path | None = None,
-    label_map: Sequence[int] | Tensor | None = None,
-    only_mapped: bool = False,
-    references: Callable[[LabelledImage], Sequence[int]] | None = None,
-    logits: dict[int, Tensor] | None = None,
+    ranks: RankShare = RankShare(),  # noqa: B008 - frozen
+    keep_logits: bool = False,
     teacher: Mapping[int, Tensor] | None = None,
-    load: Callable[[ImageSource], Image.Image] = load_image,
-    skipped: list[Problem] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """A classifier's scores on a source: timm's evaluation transform, one view, no augmentation.
+) -> Predicted:
+    """Score a classifier on a source: timm's evaluation transform, one view, no augmentation.
 
     Batches are cut once from the source and dealt to the ranks in turn: neither their content nor a score depends on
-    ``world``. Every rank makes the same number of forward passes. Images that cannot be read are left out of the scores
-    and listed in ``skipped``.
+    the number of ranks. Every rank makes the same number of forward passes. Images that cannot be read are left out.
 
     Args:
-        classifier: a ``vision.classifier.Classifier``, or what has its ``inputs``, ``classes`` and forward; on
-            ``device``. Its mode is put back to what it was.
-        source: images with labels; names of its classes that are ImageNet's synsets are written out.
-        workers: processes that decode, of this rank; 0 decodes in this one.
-        dtype: of autocast in the forward passes; ``None`` computes in the weights' own.
+        classifier: a ``vision.classifier.Classifier``, or an object with its ``inputs``, ``classes`` and forward; on
+            its device. Its training mode is restored.
+        source: labelled images; ImageNet synsets among its class names are written as words.
+        inference: how images are read and run.
+        labels: how the source's labels and the classifier's outputs belong together.
         limit: ask only about this many images, evenly spaced over the source.
-        all_gather: gives every rank's list to every rank; needed when ``world`` > 1.
-        out: folder for ``predictions.jsonl`` and ``scores.json``, written by rank 0.
-        pictures: folder for small copies of pictures that are no files, for the report's gallery.
-        label_map: of each of the source's labels, the classifier's output; by default the outputs are in their order.
-        only_mapped: only these outputs compete; otherwise all that the classifier has.
-        references: all right labels of an image, where there may be several; ``BadSample`` leaves it out.
-        logits: receives this rank's logits of the source's classes, float32 ``[K]`` on the CPU, by row.
-        teacher: such logits of a teacher, from the same ``batch_size``, ``limit`` and ranks, to be compared with.
-        load: decodes an image.
-        skipped: receives the images that were left out, of all ranks.
+        ranks: this process's share of the work.
+        keep_logits: keep this rank's logits.
+        teacher: a teacher's logits, kept with the same batches, limit and ranks, to be compared with.
         progress: called with (images done over all ranks, images in all) after each batch.
-
-    Returns:
-        As :func:`vision.metrics.summarise`, with ``skipped``, reason to number; the same on every rank.
 
     Raises:
         UserError: the source has classes that the classifier has no output for.
     """
-    if world > 1 and all_gather is None:
-        raise ValueError("evaluation on several ranks needs all_gather")
-    device = torch.device(device)
-    places = torch.as_tensor(range(len(source.classes)) if label_map is None else label_map)
-    inputs = classifier.inputs
+    outputs = torch.as_tensor(range(len(source.classes)) if labels.outputs is None else labels.outputs)
     rows = evenly_spaced(len(source), limit)
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    rounds = math.ceil(len(batches) / world)
-    mine = [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
-    loader = make_loader(_Views(source, mine, inputs, load, references), 0, len(mine), min(workers, len(mine)))
-    normalise = _Normalise(inputs, device, channels_last)
-    names = imagenet.readable(source.classes)
-    parts: list[Answers] = []
-    facts: dict[int, tuple[str, list[int]]] = {}  # of a row: its image's key and its right labels
-    problems: list[Problem] = []
-    width = 0
+    size = inference.batch_size
+    mine = ranks.deal([rows[i : i + size] for i in range(0, len(rows), size)])
+    views = _Views(source, mine, classifier.inputs, inference.load, labels.references)
+    scorer = _Scorer(classifier, source, inference, outputs, labels.only_mapped, keep_logits, teacher)
     with _evaluating(classifier), torch.no_grad():
-        for done, batch in enumerate(loader, start=1):
-            # Ranks may wait for each other inside a forward pass: none leaves one out, and a blank image fills in.
-            blank = torch.zeros(1, 3, *inputs.size, dtype=torch.uint8)
-            with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
-                raw = classifier(normalise(batch.pixels if batch.rows else blank)).logits[: len(batch.rows)]
-            raw = raw.float()
-            width = _width(raw, source, places)
-            problems += batch.problems
-            if batch.rows:
-                known = raw[:, places.to(raw.device)]
-                if logits is not None:
-                    logits.update(zip(batch.rows, known.cpu(), strict=True))
-                pair = None if teacher is None else (known, _theirs(teacher, batch.rows).to(known.device))
-                compete = known if only_mapped else raw
-                right = torch.zeros(compete.shape, dtype=torch.bool)
-                for k, labels in enumerate(batch.right):
-                    right[k, list(labels) if only_mapped else places[list(labels)]] = True
-                parts.append(measure(batch.rows, batch.labels, compete, right.to(raw.device), pair))
-                facts.update(zip(batch.rows, zip(batch.keys, batch.right, strict=True), strict=True))
+        for done, batch in enumerate(make_loader(views, 0, len(mine), min(inference.workers, len(mine))), start=1):
+            scorer.add(batch)
             if progress is not None:
-                progress(min(done * world * batch_size, len(rows)), len(rows))
+                progress(min(done * ranks.world * size, len(rows)), len(rows))
 
-    if all_gather is not None:
-        gathered = [part for found in all_gather([(parts, facts, problems)]) for part in found]
-        parts = [part for found, _, _ in gathered for part in found]
-        facts = {row: fact for _, found, _ in gathered for row, fact in found.items()}
-        problems = [problem for _, _, found in gathered for problem in found]
+    # Bring together what all ranks have found.
+    parts: list[Answers] = []
+    facts: dict[int, _Fact] = {}
+    problems: list[Problem] = []
+    for found in ranks.gather((scorer.parts, scorer.facts, scorer.problems)):
+        parts += found[0]
+        facts |= found[1]
+        problems += found[2]
     problems.sort(key=lambda problem: problem.line)
-    if skipped is not None:
-        skipped += problems
     answers = together(parts)
+    names = imagenet.readable(source.classes)
     scores = summarise(answers, names) | {"skipped": dict(Counter(problem.reason for problem in problems))}
-    if rank == 0 and (out is not None or pictures is not None):
-        said = dict(enumerate(names)) if only_mapped else _output_names(classifier, names, places, width)
-        predictions = _predictions(answers, source, names, said, facts)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_predictions(out / "predictions.jsonl", predictions)
-            (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        if pictures is not None:
-            wrong = [p for p in predictions if not p.exact]
-            right_ones = [p for p in predictions if p.exact]
-            shown = [wrong[i] for i in evenly_spaced(len(wrong), _WRONG_PICTURES)]
-            shown += [right_ones[i] for i in evenly_spaced(len(right_ones), _RIGHT_PICTURES)]
-            write_pictures(pictures, shown, lambda row: source[row].image, load)
-    return scores
+    spoken = dict(enumerate(names))
+    if not labels.only_mapped:
+        spoken = _output_names(classifier, names, outputs, scorer.width)
+    return Predicted(scores, problems, scorer.logits, source, answers, facts, spoken)
+
+
+class _Scorer:
+    """Runs a classifier on batches, and collects the results.
+
+    Attributes:
+        parts: answers, batch by batch.
+        facts: by row.
+        problems: images that could not be read.
+        logits: float32 ``[K]`` of the source's classes by row, if they are to be kept.
+        width: the classifier's number of outputs.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        source: LabelledImages,
+        inference: Inference,
+        outputs: Tensor,
+        only_mapped: bool,
+        keep_logits: bool,
+        teacher: Mapping[int, Tensor] | None,
+    ) -> None:
+        self.classifier, self.source, self.outputs = classifier, source, outputs
+        self.only_mapped, self.keep_logits, self.teacher = only_mapped, keep_logits, teacher
+        self.device, self.dtype = torch.device(inference.device), inference.dtype
+        self.normalise = _Normalise(classifier.inputs, self.device, inference.channels_last)
+        # Ranks may wait for each other inside a forward pass, so an empty batch runs a blank image.
+        self.blank = torch.zeros(1, 3, *classifier.inputs.size, dtype=torch.uint8)
+        self.parts: list[Answers] = []
+        self.facts: dict[int, _Fact] = {}
+        self.problems: list[Problem] = []
+        self.logits: dict[int, Tensor] = {}
+        self.width = 0
+
+    def add(self, batch: _Batch) -> None:
+        with nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype):
+            raw = self.classifier(self.normalise(batch.pixels if batch.rows else self.blank)).logits
+        raw = raw[: len(batch.rows)].float()
+        self.width = _width(raw, self.source, self.outputs)
+        self.problems += batch.problems
+        if not batch.rows:
+            return
+        known = raw[:, self.outputs.to(raw.device)]
+        if self.keep_logits:
+            self.logits.update(zip(batch.rows, known.cpu(), strict=True))
+        pair = None
+        if self.teacher is not None:
+            pair = known, _theirs(self.teacher, batch.rows).to(known.device)
+        compete = known if self.only_mapped else raw
+        right = torch.zeros(compete.shape, dtype=torch.bool)
+        for k, labels in enumerate(batch.right):
+            right[k, list(labels) if self.only_mapped else self.outputs[list(labels)]] = True
+        self.parts.append(measure(batch.rows, batch.labels, compete, right.to(raw.device), pair))
+        for row, key, labels in zip(batch.rows, batch.keys, batch.right, strict=True):
+            self.facts[row] = _Fact(key, labels)
 
 
 def in_words(scores: Mapping[str, Any]) -> str:
-    """The overall scores of :func:`predict`, for a person."""
+    """Return the overall scores of :func:`predict` in words."""
     if not scores["n"]:
         return "no image could be read"
     text = f"top-1 {scores['exact']:.2%}, top-5 {scores['top5']:.2%} on {scores['n']:,} images"
@@ -187,7 +285,7 @@ def in_words(scores: Mapping[str, Any]) -> str:
 
 
 class _Views(Dataset[_Batch]):
-    """Batches of images as timm's evaluation has them, before they are normalised."""
+    """Batches of images in timm's view of evaluation, not normalised."""
 
     def __init__(
         self,
@@ -198,7 +296,7 @@ class _Views(Dataset[_Batch]):
         references: Callable[[LabelledImage], Sequence[int]] | None,
     ) -> None:
         self.source, self.batches, self.load, self.references = source, batches, load, references
-        # Not normalised: bytes are a quarter of what floats are on their way to the device.
+        # Not normalised: bytes are a quarter of the size of floats on their way to the device.
         self.view = create_transform(
             (3, *inputs.size),
             interpolation=inputs.interpolation,
@@ -228,7 +326,7 @@ class _Views(Dataset[_Batch]):
 
 
 class _Normalise:
-    """uint8 to what the classifier takes: ``(x / 255 − mean) / std``, on the device."""
+    """Normalise uint8 images on the device: ``(x / 255 − mean) / std``."""
 
     def __init__(self, inputs: InputSettings, device: torch.device, channels_last: bool) -> None:
         self.device = device
@@ -250,10 +348,10 @@ def _evaluating(classifier: nn.Module) -> Iterator[None]:
         classifier.train(training)
 
 
-def _width(raw: Tensor, source: LabelledImages, places: Tensor) -> int:
-    """The classifier's number of outputs, if it is enough."""
+def _width(raw: Tensor, source: LabelledImages, outputs: Tensor) -> int:
+    """Return the classifier's number of outputs; raise ``UserError`` if there are too few."""
     width = raw.shape[-1]
-    needed = int(places.max()) + 1
+    needed = int(outputs.max()) + 1
     if needed > width:
         raise UserError(
             f"{source.name}: its {len(source.classes)} classes need {needed} outputs and the classifier has {width}; "
@@ -269,32 +367,8 @@ def _theirs(teacher: Mapping[int, Tensor], rows: Sequence[int]) -> Tensor:
         raise ValueError(f"no logits of the teacher for row {missing}: ask it the same images, batched alike") from None
 
 
-def _output_names(classifier: Classifier, names: Sequence[str], places: Tensor, width: int) -> dict[int, str]:
-    """Names of all outputs: the source's where it has the class, else the classifier's own, else the number."""
+def _output_names(classifier: Classifier, names: Sequence[str], outputs: Tensor, width: int) -> dict[int, str]:
+    """Return the names of all outputs: the source's if it has the class, else the classifier's own, else numbers."""
     classes = classifier.classes
     own = [f"output {k}" for k in range(width)] if classes is None else imagenet.readable(classes)
-    return dict(enumerate(own)) | dict(zip(places.tolist(), names, strict=True))
-
-
-def _predictions(
-    answers: Answers,
-    source: LabelledImages,
-    names: Sequence[str],
-    said: Mapping[int, str],
-    facts: Mapping[int, tuple[str, list[int]]],
-) -> list[Prediction]:
-    return [
-        Prediction(
-            index=row,
-            source=source.name,
-            line=source.line(row),
-            question="",
-            references=[names[label] for label in facts[row][1]],
-            answer=said[int(answers.answers[k])],
-            probability=float(answers.confidence[k]),
-            exact=float(answers.right[k]),
-            soft=float(answers.right[k]),
-            image=facts[row][0],
-        )
-        for k, row in enumerate(answers.rows.tolist())
-    ]
+    return dict(enumerate(own)) | dict(zip(outputs.tolist(), names, strict=True))

@@ -1,4 +1,4 @@
-"""ClassificationTask: a classifier and its losses, which is what an engine steps. The teacher stays outside."""
+"""ClassificationTask: a classifier and its losses, the module that an engine steps. The teacher stays outside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .device_views import Views
 
 @dataclass(frozen=True)
 class BatchTerm:
-    """One summand of the training loss that compares the rows of a batch with one another."""
+    """A term whose loss compares the rows of a batch with one another."""
 
     name: str
     loss: BatchLoss
@@ -29,15 +29,15 @@ AnyTerm = Term | BatchTerm | FeatureTerm
 class ClassificationTask(nn.Module):
     """A student and a weighted sum of losses.
 
-    Losses with one value for each row see every view of every image. Where the student has a distillation head (DeiT),
-    losses that need a teacher see that head's logits, and the others those of its class head.
+    Losses with one value per row see every view of every image. If the student has a distillation head (DeiT), losses
+    that need a teacher see that head's logits, and the others see the class head's.
 
     Args:
-        student: trained in the parameters that require gradients.
+        student: its parameters that require gradients are trained.
         terms: the losses, by unique names, prepared.
-        views: of each image.
-        gather: joins the rows ``[n, …]`` of all ranks, differentiable in this rank's own; ``None`` where losses of a
-            batch see this rank's alone.
+        views: number of views of each image.
+        gather: joins the rows ``[n, …]`` of all ranks, differentiable in this rank's own; ``None`` if losses of a batch
+            see this rank's rows alone.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class ClassificationTask(nn.Module):
         self.batch_terms: list[BatchTerm | FeatureTerm] = [term for term in terms if isinstance(term, BatchTerm)]
         self.feature_terms: list[BatchTerm | FeatureTerm] = [term for term in terms if isinstance(term, FeatureTerm)]
         self.features = wanted_features([term for term in terms if isinstance(term, FeatureTerm)])[0]
-        # Registered for their parameters and for their state in a checkpoint.
+        # Registered for their parameters and their state in checkpoints.
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
 
     def read_parameters(self) -> list[nn.Parameter]:
-        """Parameters that ``forward`` reads without calling their module: with features, timm's own methods do."""
+        """Return parameters that ``forward`` reads without calling their module, as timm's methods for features do."""
         return list(self.student.model.parameters(recurse=False)) if self.features else []
 
     def forward(
@@ -71,13 +71,13 @@ class ClassificationTask(nn.Module):
         *,
         real: bool = True,
     ) -> tuple[Tensor, dict[str, TermSums]]:
-        """The loss of a micro-batch and its terms.
+        """Compute the loss of a micro-batch and its terms.
 
         Args:
             views: V views of N > 0 images on this rank's device.
-            teacher: what the teacher gives for them, its classes in the student's order.
-            scales: a factor for each term's sum over rows, by name; 1 where none is given.
-            real: false where the images only fill in for a micro-batch without any: nothing is learnt from them.
+            teacher: the teacher's outputs for them, its classes in the student's order.
+            scales: a factor for each term's sum over rows, by name; default 1.
+            real: false if the images only stand in for an empty micro-batch: nothing is learnt from them.
 
         Returns:
             The differentiable weighted sum (0-d), and the detached sums of each term.
@@ -97,13 +97,13 @@ class ClassificationTask(nn.Module):
         if not real:
             losses = [0.0 * loss for loss in losses]
             sums = {name: TermSums(0.0 * found.loss, 0, {}) for name, found in sums.items()}
-        # A plain tuple with the tensor in it: ZeRO-3 hangs its backward hooks on the tensors it finds in an output.
+        # A plain tuple: ZeRO-3 attaches its backward hooks to the tensors it finds in an output.
         return torch.stack(losses).sum(), sums
 
     def _rows(
         self, outputs: Outputs, teacher: Outputs | None, views: Views, scales: Mapping[str, float]
     ) -> tuple[list[Tensor], dict[str, TermSums]]:
-        """Terms with a value for each row, those together that see the same logits and targets."""
+        """Compute the terms with a value per row; terms that see the same logits and targets share a pass."""
         labels = views.labels.repeat(self.views)
         soft = None if views.soft is None else views.soft.repeat(self.views, 1)
         together: dict[tuple[bool, bool], list[Term]] = {}
@@ -128,13 +128,13 @@ class ClassificationTask(nn.Module):
     def _batch(
         self, loss: BatchLoss, outputs: Outputs, teacher: Outputs, labels: Tensor, real: bool
     ) -> tuple[Tensor, TermSums]:
-        """A loss of a batch times the rows that it is a mean over, so that it adds up as sums over rows do."""
+        """Return a batch loss times its number of rows, so that it adds up like sums over rows."""
         mine, other = outputs.logits if outputs.distilled is None else outputs.distilled, teacher.logits
         each = self.views if loss.views == 1 else 1
         count = each * len(labels)
         together = None if self.gather is None else self.gather(labels[: len(labels) * real])
         if self.gather is not None and together is not None and len(together):
-            # View by view: a batch of all ranks has the first views of all images first, too.
+            # View by view: a batch of all ranks also has the first views of all images first.
             mine, other = (
                 torch.cat([self.gather(part[: len(labels) * real]) for part in side.chunk(self.views)])
                 for side in (mine, other)

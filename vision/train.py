@@ -16,13 +16,13 @@ from .config import ClassifierConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code."""
+    """Train; return the exit code."""
     return train.main(arguments, ClassifierConfig, "vision.trainer")
 
 
 def check(arguments: Sequence[str], nproc: int) -> None:
-    """Raises ``UserError`` for what is wrong with a configuration by itself, before processes are started."""
-    from .trainer import build_terms
+    """Raise ``UserError`` for mistakes in a configuration alone, before processes are started."""
+    from .build import build_terms
 
     config = load_config(arguments[0], arguments[1:], ClassifierConfig)
     split_batch(config, nproc)

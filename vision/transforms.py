@@ -33,33 +33,33 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Imag
     return Image.new(image.mode, image.size)
 
 
-# timm's strongest posterization keeps no bit. Pillow made a black image of that once; now it raises, in the midst of a
-# training, whenever RandAugment happens to draw it (timm 1.0.31, Pillow 13).
+# timm's strongest posterization keeps no bit, for which Pillow 13 raises, whenever RandAugment happens to draw it
+# (timm 1.0.31); earlier versions of Pillow made a black image.
 auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
 
-# timm's names of the crops that it makes itself.
+# timm's names of its crops.
 _TIMM_CROPS = {"random_resized": "rrc", "rkrc": "rkrc", "rkrr": "rkrr"}
 
 
 class Augmentation(Section):
-    """How a training view is made of an image. The defaults are timm's for ImageNet.
+    """How to make a training view of an image. The defaults are timm's for ImageNet.
 
-    CIFAR's standard recipe is ``crop: pad`` and ``color_jitter: 0``; a view without any randomness is ``crop: center``,
+    CIFAR's standard recipe is ``crop: pad`` and ``color_jitter: 0``; a deterministic view is ``crop: center``,
     ``hflip: 0`` and ``color_jitter: 0``.
 
     Attributes:
-        crop: ``random_resized``: of a random area and shape (Inception's); ``pad``: ``padding`` black pixels on each
+        crop: ``random_resized``: a crop of random size (Inception's); ``pad``: ``padding`` black pixels on each
             side, then a random window of the model's size; ``resize``: the whole image, squeezed to that size;
             ``center``: the view of evaluation; ``rkrc`` and ``rkrr``: timm's crops of those names, which keep the
-            shape. ``pad`` and ``resize`` leave an image that has the size already as it is.
-        scale: least and greatest share of the image's area in a random crop; ``None``: timm's for that crop.
-        ratio: least and greatest width / height of a random crop, in the same way.
+            aspect ratio. ``pad`` and ``resize`` do not resample an image that already has the size.
+        scale: smallest and largest share of the image's area in a random crop; ``None``: timm's for that crop.
+        ratio: smallest and largest width / height of a random crop; ``None``: timm's.
         padding: pixels on each side, for ``pad``.
         interpolation: ``random`` takes bilinear or bicubic by chance in a random crop, and the model's own otherwise.
         hflip: probability of mirroring left and right.
         vflip: probability of mirroring top and bottom.
-        color_jitter: greatest relative change of brightness, contrast and saturation, or three or four numbers, the
-            fourth for the hue. As in timm it is left out where ``auto_augment`` is set (other than ``3a``).
+        color_jitter: largest relative change of brightness, contrast and saturation, or three or four numbers, the
+            fourth for the hue. As in timm, ignored if ``auto_augment`` is set (other than ``3a``).
         auto_augment: a policy as timm writes it: ``rand-m9-mstd0.5-inc1``, ``augmix-m5-w4-d2``, ``original``, ``3a``.
     """
 
@@ -91,18 +91,18 @@ class Augmentation(Section):
         }
         try:
             kinds.get(value.split("-")[0], auto_augment.auto_augment_transform)(value, {})
-        except Exception:  # timm tells a wrong policy by whatever its parsing stumbles over
+        except Exception:  # timm's parser raises anything for a wrong policy
             raise ValueError("not a policy of timm; for example rand-m9-mstd0.5-inc1 or augmix-m5-w4-d2") from None
         return value
 
 
 class Erasing(Section):
-    """Random erasing (Zhong et al. 2017), as timm does it to normalised images.
+    """Random erasing (Zhong et al. 2017), as timm applies it to normalised images.
 
     Attributes:
-        probability: that an image loses a rectangle.
-        mode: what takes its place: ``const``: the mean colour; ``rand``: one random colour; ``pixel``: noise.
-        count: the most rectangles in an image.
+        probability: probability that an image loses a rectangle.
+        mode: what fills the rectangle: ``const``: the mean colour; ``rand``: one random colour; ``pixel``: noise.
+        count: largest number of rectangles in an image.
     """
 
     probability: Probability = 0.0
@@ -116,9 +116,9 @@ class Mixing(Section):
     Attributes:
         mixup: parameter of Mixup's beta distribution; 0: no Mixup.
         cutmix: parameter of CutMix's beta distribution; 0: no CutMix.
-        probability: that a batch (a pair, an image) is mixed.
+        probability: probability that a batch (a pair, an image) is mixed.
         switch: probability of CutMix where both are on.
-        mode: draw once a ``batch``, a ``pair`` of images that are mixed with each other, or an image (``elem``).
+        mode: draw once per ``batch``, per ``pair`` of images that are mixed with each other, or per image (``elem``).
     """
 
     mixup: Strength = 0.0
@@ -129,14 +129,14 @@ class Mixing(Section):
 
 
 def build_transform(inputs: InputSettings, augmentation: Augmentation | None = None) -> Transform:
-    """What a worker does to a decoded image.
+    """Build the transform that a worker applies to a decoded image.
 
     Args:
-        inputs: of the model whose images these are; their ``mean`` fills what an augmentation moves out of the image.
-        augmentation: of a training view; ``None``: the view of evaluation, as timm makes it.
+        inputs: the model's input; its ``mean`` fills areas that an augmentation uncovers.
+        augmentation: for a training view; ``None``: timm's view of evaluation.
 
     Returns:
-        A function of an RGB image, to uint8 ``[3, H, W]`` of the model's size. It draws from Python's, NumPy's and
+        A function from an RGB image to uint8 ``[3, H, W]`` of the model's size, which draws from Python's, NumPy's and
         torch's global random numbers.
     """
     height, width = inputs.size
@@ -154,7 +154,7 @@ def build_transform(inputs: InputSettings, augmentation: Augmentation | None = N
         ratio=augmentation.ratio,
         hflip=augmentation.hflip,
         vflip=augmentation.vflip,
-        # ColorJitter draws numbers even where it has nothing to change.
+        # ColorJitter draws random numbers even if it changes nothing.
         color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
         auto_augment=augmentation.auto_augment,
         interpolation=augmentation.interpolation,
@@ -164,7 +164,7 @@ def build_transform(inputs: InputSettings, augmentation: Augmentation | None = N
     if crop not in _TIMM_CROPS:
         chosen = augmentation.interpolation
         mode = str_to_interp_mode(inputs.interpolation if chosen == "random" else chosen)
-        # torchvision's Resize gives back an image of the right size as it is.
+        # torchvision's Resize returns an image of the right size unchanged.
         steps = [torchvision_transforms.Resize((height, width), mode)]
         if crop == "pad":
             steps.append(torchvision_transforms.RandomCrop((height, width), padding=augmentation.padding))
@@ -192,7 +192,7 @@ def _evaluation(inputs: InputSettings) -> torchvision_transforms.Compose:
 
 @contextmanager
 def kept_randomness(device: torch.device | None = None) -> Iterator[None]:
-    """Leaves the global random numbers of Python, NumPy, torch (and a CUDA device) as they were."""
+    """Context manager: restore the global random states of Python, NumPy, torch (and a CUDA device)."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
     try:
@@ -207,11 +207,11 @@ def kept_randomness(device: torch.device | None = None) -> Iterator[None]:
 
 
 def seed_randomness(*key: int, device: torch.device | None = None) -> None:
-    """Seeds the same global random numbers by a hash of some integers."""
+    """Seed the same global random states with a hash of integers."""
     seed = int.from_bytes(hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest(), "little")
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    # torch.manual_seed would seed every device, and only the given one is put back.
+    # torch.manual_seed would seed every device, but only the given one is restored.
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         torch.cuda.default_generators[

@@ -1,4 +1,4 @@
-"""Published weights in files: read without running code from them, and named as timm names them."""
+"""Read published weights from files, without running code from them, and rename them as timm does."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from data.errors import UserError
 from vlm_distill.models.common import first_line
 
-#: Where checkpoints keep the model among other things, averaged weights first.
+#: Keys under which checkpoints keep the model, averaged weights first.
 _WHOLE = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
 _DEEPEST = 3
-#: Classification layers, by the usual names.
+#: Usual names of classification layers.
 _HEADS = ("fc", "classifier", "head", "head.fc", "heads.head", "classifier.6", "linear")
-#: What stands beside the tensors and is data, not code: NumPy's numbers (a best accuracy; NumPy 1 has the function
-#: elsewhere), and a training's command line with its paths, as timm's own checkpoints have it.
+#: Safe types beside tensors: NumPy numbers (a best accuracy; NumPy 1 has the function elsewhere), and a training's
+#: command line with its paths, as in timm's own checkpoints.
 _SCALAR = np.float64(0).__reduce__()[0]
 _BESIDE: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -39,12 +39,12 @@ _BESIDE: list[Any] = [
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """Contents of a file of weights.
 
     Attributes:
         state: tensors under timm's names.
         num_classes: outputs of the classification layer; 0 without one.
-        inputs: ``mean`` and ``std`` that these weights want, where their family differs from timm's.
+        inputs: ``mean`` and ``std`` that these weights need, if their family differs from timm's.
     """
 
     state: dict[str, Tensor]
@@ -53,10 +53,10 @@ class Weights:
 
 
 def read(path: str | Path) -> Weights:
-    """Weights from a safetensors file or a state dict that torch saved, possibly with other things around it.
+    """Read weights from a safetensors file, or from a state dict that torch saved, alone or inside a checkpoint.
 
     Raises:
-        UserError: no such file, not one of these, or none with tensors in it.
+        UserError: the file is missing, has another format, or has no tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -89,13 +89,13 @@ def read(path: str | Path) -> Weights:
 
 
 def _efficientnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """EfficientNet and its Lite variant with underscored modules and blocks counted through."""
+    """Rename EfficientNet and its Lite variant: modules have underscores, blocks are numbered through."""
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     expanding = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
     expanding |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     excite = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
-    # timm counts blocks within stages; a stage begins where a block gives another width than it is given.
+    # timm numbers blocks within stages; a stage begins where a block changes the width.
     places: dict[str, str] = {}
     stage, place = -1, 0
     for number in range(sum(k.endswith("._project_conv.weight") for k in state)):
@@ -117,13 +117,13 @@ def _efficientnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _efficientnet_inputs(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The Lite variants (no squeeze and excitation) were trained on ``(pixel - 127) / 128``."""
+    """Return the input of the Lite variants (no squeeze and excitation): ``(pixel - 127) / 128``."""
     lite = not any("_se_reduce" in k for k in state)
     return {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3} if lite else {}
 
 
 def _mobilenet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """MobileNet-V1 as one sequence ``model.0`` … ``model.13`` and ``fc``."""
+    """Rename MobileNet-V1 that is one sequence ``model.0`` … ``model.13`` and ``fc``."""
     stages = (1, 2, 2, 6, 2)
     places = [f"blocks.{s}.{b}" for s, blocks in enumerate(stages) for b in range(blocks)]
     inner = {"0": "conv_dw", "1": "bn1", "3": "conv_pw", "4": "bn2"}
@@ -150,14 +150,14 @@ def _none(state: dict[str, Tensor]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Naming:
-    """A family of published weights: a name by which it is known, and what to do."""
+    """A family of published weights: a name that identifies it, and how to rename it."""
 
     mark: str
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     inputs: Callable[[dict[str, Tensor]], dict[str, Any]] = _none
 
 
-#: Others need no entry: the papers' CIFAR ResNets and VGGs are named as ours, and torchvision's ResNets as timm's.
+#: Other families need no entry: CIFAR ResNets and VGGs have our names, and torchvision's ResNets timm's.
 NAMINGS = (
     Naming("_conv_stem.weight", _efficientnet, _efficientnet_inputs),
     Naming("model.0.0.weight", _mobilenet),

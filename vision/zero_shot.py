@@ -30,7 +30,7 @@ TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.
 
 
 class Parts(NamedTuple):
-    """What a :class:`~vision.classifier.Classifier` is made of, in the order of its arguments."""
+    """Arguments of :class:`~vision.classifier.Classifier`, in order."""
 
     model: nn.Module
     inputs: InputSettings
@@ -42,8 +42,8 @@ class Parts(NamedTuple):
 class ImageTower(nn.Module):
     """An open_clip image tower and a linear layer, with the methods that timm's models have.
 
-    A zero-shot classifier is this with ``normalise``: the layer's rows are the classes' text features of length one,
-    times the logit scale, its bias is the logit bias (SigLIP's; CLIP has none).
+    With ``normalise`` it is a zero-shot classifier: the layer's weight holds the classes' text features of length one,
+    times the logit scale, and its bias the logit bias (SigLIP's; CLIP has none).
     """
 
     def __init__(self, visual: nn.Module, head: nn.Linear, normalise: bool) -> None:
@@ -54,7 +54,7 @@ class ImageTower(nn.Module):
         self.normalise = normalise
         self.num_features = head.in_features
         if hasattr(visual, "output_tokens"):
-            tower.output_tokens = False  # CoCa's tower gives them beside the image's features
+            tower.output_tokens = False  # CoCa's tower returns them with the image's features
         if hasattr(visual, "trunk"):
             self.feature_info = list(tower.trunk.feature_info)
         elif isinstance(visual, ModifiedResNet):
@@ -70,7 +70,7 @@ class ImageTower(nn.Module):
         return self.forward_head(self.visual(images))
 
     def forward_intermediates(self, images: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
-        # The last level is always asked for: open_clip's ResNets stop at the highest one.
+        # Always ask for the last level: open_clip's ResNets stop at the highest one.
         levels = sorted({*indices, len(self.feature_info) - 1})
         found = self.visual.forward_intermediates(images, indices=levels)
         maps = dict(zip(levels, found["image_intermediates"], strict=True))
@@ -102,22 +102,22 @@ def load(
     config: Mapping[str, Any] | None = None,
     templates: str | Sequence[str] = "openai",
 ) -> Parts:
-    """A zero-shot classifier, or with ``num_classes`` an image tower under a new linear layer.
+    """Load a zero-shot classifier, or with ``num_classes`` an image tower under a new linear layer.
 
     Args:
-        name: a model of open_clip, ``local-dir:…`` or ``hf-hub:…``, which bring their weights along; with ``config``
-            only a word for messages.
+        name: a model of open_clip, or ``local-dir:…`` or ``hf-hub:…``, which include weights; with ``config``
+            only a name for messages.
         pretrained: the tag of the weights, or ``True`` for the first that open_clip lists.
         weights: a local file of the whole model's weights instead.
         num_classes: outputs of a new linear layer.
-        classes: what the zero-shot classifier tells apart, as words or ImageNet synsets; ``None``: ImageNet's 1,000
+        classes: classes of the zero-shot classifier, as words or ImageNet synsets; ``None``: ImageNet's 1,000
             with open_clip's names. With ``num_classes``: names of the outputs.
         image_size: pixels a side; position embeddings are resampled to it.
         config: an open_clip model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg`` …).
         templates: ``openai`` (80 prompts), ``simple`` (7) or prompts with ``{}`` for the name.
 
     Raises:
-        UserError: a model, weights or prompts that are not there or do not fit.
+        UserError: model, weights or prompts are missing or do not fit.
     """
     prompts = _prompts(templates)
     with _named(name, config) as source:
@@ -150,7 +150,7 @@ def load(
 
 
 def rebuild(folder: Path, saved: Mapping[str, Any], num_classes: int | None = None) -> Parts:
-    """The classifier that ``save_pretrained`` wrote; with another ``num_classes`` under a new linear layer."""
+    """Load the classifier that ``save_pretrained`` wrote; another ``num_classes`` gives it a new linear layer."""
     try:
         config = saved["config"]
         visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config["quick_gelu"])
@@ -185,7 +185,7 @@ def _prompts(templates: str | Sequence[str]) -> Sequence[Any]:
 
 @contextmanager
 def _named(name: str, config: Mapping[str, Any] | None) -> Iterator[str]:
-    """A name that open_clip knows; a configuration of one's own becomes a folder for as long as it is read."""
+    """Context manager: yield a name that open_clip knows; a custom configuration becomes a temporary folder."""
     if config is None:
         yield name
         return
@@ -196,7 +196,7 @@ def _named(name: str, config: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _whole(source: str, pretrained: bool | str, weights: str | None, image_size: int | None) -> tuple[Any, Any]:
-    """The whole model with its text tower, and its tokenizer."""
+    """Return the whole model with its text tower, and its tokenizer."""
     known = open_clip.get_model_config(source)
     if known is None:
         raise UserError(f"classifier: open_clip knows no model called '{source}'; open_clip.list_models() lists them")
@@ -206,9 +206,9 @@ def _whole(source: str, pretrained: bool | str, weights: str | None, image_size:
         if not tags:
             raise UserError(f"classifier: open_clip has no weights for '{source}'; choose another model")
         tag = tags[0]
-    # Weights of some tags were trained with the quick GELU although the model's name does not say so.
+    # Some tags' weights were trained with quick GELU although the model's name does not say so.
     quick = isinstance(tag, str) and bool(open_clip.get_pretrained_cfg(source, tag).get("quick_gelu"))
-    logging.disable(logging.WARNING)  # what is missing is said in the classifier's notes, once weights are settled
+    logging.disable(logging.WARNING)  # missing weights are reported in the classifier's notes
     try:
         model: Any = open_clip.create_model(
             source,
@@ -232,7 +232,7 @@ def _whole(source: str, pretrained: bool | str, weights: str | None, image_size:
 
 
 def _settings(source: str, model: Any) -> dict[str, Any]:
-    """What builds the image tower again without a network."""
+    """Return the settings that rebuild the image tower without a network."""
     known: Any = open_clip.get_model_config(source)
     size = model.visual.image_size
     vision = {**known["vision_cfg"], "image_size": size if isinstance(size, int) else list(size)}
@@ -244,7 +244,7 @@ def _settings(source: str, model: Any) -> dict[str, Any]:
 
 
 def _width(model: Any, settings: Mapping[str, Any]) -> int:
-    """Length of the image's features."""
+    """Return the width of the image's features."""
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     with torch.no_grad():
@@ -253,14 +253,14 @@ def _width(model: Any, settings: Mapping[str, Any]) -> int:
 
 
 def _words(classes: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """What stands in the prompts, and the names of the outputs; synsets are put into words."""
+    """Return the words for the prompts, and the names of the outputs; synsets become words."""
     named = ImageNetInfo("imagenet-1k").label_names() if classes is None else list(classes)
     return [words().get(name, name.replace("_", " ")) for name in named], named
 
 
 @torch.no_grad()
 def _text_head(model: Any, tokenizer: Any, spoken: Sequence[str], prompts: Sequence[Any]) -> nn.Linear:
-    """The classes' text features, averaged over prompts and brought to length one, as a linear layer."""
+    """Return a linear layer of the classes' text features, averaged over prompts and normalised to length one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # 80,000 prompts for ImageNet
     model.to(device)
     features = open_clip.build_zero_shot_classifier(model, tokenizer, spoken, prompts, device=device).cpu()

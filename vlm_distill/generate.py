@@ -92,7 +92,7 @@ def generate(options: GenerateOptions) -> None:
 
 
 def _check(config: RunConfig, options: GenerateOptions) -> None:
-    """Raise ``UserError`` if there is nothing to answer, nobody to answer it, or the file exists."""
+    """Raise ``UserError`` if there are no questions, no model to answer them, or the file exists already."""
     if options.out.exists():
         raise UserError(f"--out: {options.out} is there already; remove it, or name another file")
     section = config.teacher

@@ -49,22 +49,22 @@ AnySource = Source | TextSource
 
 
 class Run:
-    """The parts of a run. Each is made when it is first asked for, and what it is made from before it.
+    """The parts of a run, each made when it is first asked for, after the parts that it is made from.
 
-    What needs no model comes first, since mistakes are cheapest to find there::
+    Commands ask in this order, since mistakes are cheapest to find before a model is loaded::
 
-        terms      the loss's terms
-        sources    the readers of data.train
-        teacher    loaded, sharded, on its server or opened from its cache
-        student    loaded after the teacher, so that its first weights do not depend on there being one
-        grouped    vocabularies paired: both heads cut to the tokens that are compared
-        prepare()  losses, models and data made to fit each other, or refused
-        dataset    this rank's micro-batches
+        terms      build the loss's terms
+        sources    open the readers of data.train
+        teacher    load it, shard it, connect to its server or open its cache
+        student    load it after the teacher, so that its initial weights are the same with and without one
+        grouped    pair the vocabularies: cut both heads to the tokens that are compared
+        prepare()  make losses, models and data fit each other, or refuse them
+        dataset    deal the samples to this rank's micro-batches
 
     Args:
         config: the run.
-        processes: the ranks; every rank makes the same parts. ``None``: models have no weights (the caller keeps
-            ``models.weightless.Weightless`` open while they are made), and no server or cache is opened.
+        processes: the ranks; every rank makes the same parts. ``None``: models have no weights, and no server is asked
+            and no cache opened. The caller keeps ``models.weightless.Weightless`` open while models are made.
     """
 
     def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
@@ -90,7 +90,7 @@ class Run:
 
     @cached_property
     def teacher(self) -> Teacher | None:
-        """The teacher, whether a loss learns from it or it is only evaluated beside the student."""
+        """The teacher, even if no loss learns from it and it is only evaluated with the student."""
         section = self.config.teacher
         if section is not None and section.from_student:
             return ModelTeacher(WithoutAdapters(self.student))
@@ -121,7 +121,7 @@ class Run:
 
     @cached_property
     def running_teacher(self) -> VisionLanguageModel | None:
-        """The teacher's model that runs beside the student in training; ``None`` if it is cached or on a server."""
+        """The teacher's model, if it runs in training; ``None`` if the outputs come from a cache or a server."""
         cached = self.config.teacher is not None and self.config.teacher.cache is not None
         return None if self.loss_teacher is None or cached else self.loss_teacher.model
 
@@ -158,7 +158,7 @@ class Run:
 
     @property
     def teacher_features(self) -> list[str]:
-        """Names of the teacher's activations that are needed beside its logits."""
+        """Names of the teacher's activations that are needed in addition to its logits."""
         shared = [VISION_FEATURES] if self.shared_vision else []
         return sorted({*wanted_features(self.terms)[1], *shared})
 
@@ -213,7 +213,7 @@ class Run:
         if self.processes is not None and self.processes.device.type == "cuda":
             student.to(self.processes.device)
 
-        # Whether a model keeps packed samples apart is found by running it, where it will run.
+        # Packing is tried by running the models, on the device where they will run.
         _ = self.packing
         check_packing(config.data.train, student, teacher, grouped)
         check_evaluations(config, student, self.teacher.model if self.teacher is not None else None)

@@ -222,9 +222,9 @@ def test_a_classifiers_empty_step_changes_nothing(tmp_path, processes):
     moved, original = {}, trainer.train_step
 
     def step(one, waited):
-        before = [p.detach().clone() for model in (trainer.student, trainer.average.model) for p in model.parameters()]
+        before = [p.detach().clone() for model in (trainer.student, trainer.average.module) for p in model.parameters()]
         found = original(one, waited)
-        after = [p for model in (trainer.student, trainer.average.model) for p in model.parameters()]
+        after = [p for model in (trainer.student, trainer.average.module) for p in model.parameters()]
         moved[one.index + 1] = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         return found
 

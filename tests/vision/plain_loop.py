@@ -12,6 +12,7 @@ import pictures
 import torch
 from torch.nn import functional as F
 
+from vision import build
 from vision import trainer as trainer_module
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
@@ -28,7 +29,7 @@ def in_float64(*args, **settings):
 
 
 # In float32 a rounding is enough for a ReLU to change sides, and for a gradient by two per cent.
-trainer_module.load_classifier = in_float64
+build.load_classifier = in_float64
 trainer_module.DeviceViews = partial(DeviceViews, dtype=torch.float64)
 
 

@@ -14,9 +14,9 @@ from data.classification import open_images
 from data.errors import UserError
 from data.images import load_image
 from vision import demo
+from vision.build import build_terms
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
-from vision.trainer import build_terms
 from vlm_distill.config.file import load_config
 from vlm_distill.demo import configs_folder
 

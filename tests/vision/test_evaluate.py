@@ -100,7 +100,7 @@ def test_corruptions(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--limit", "0"], "--limit: 0 is less than 1"),
+        (["--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
         (["--set", "a"], "class class 0 is none of ImageNet-A"),
         ([], "no image could be read; the first: listed, line 1: gone"),
     ],

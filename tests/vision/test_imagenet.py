@@ -8,7 +8,7 @@ from timm.data.real_labels import RealLabelsImagenet
 
 from data.errors import BadSample, UserError
 from vision import imagenet
-from vision.predict import predict
+from vision.predict import Labels, predict
 
 SYNSETS = ImageNetInfo().label_names()
 
@@ -24,7 +24,8 @@ def test_a_and_r_are_slices_of_the_thousand(name, clean):
     expected = float((logits[:, list(places)].argmax(-1) == torch.arange(200)).double().mean())
     variant = imagenet.open_variant(name, numbered(list(range(200)), folders))
     assert variant.source.classes == tuple(folders)
-    found = predict(Says(logits), variant.source, label_map=imagenet.outputs(folders, None), only_mapped=True)
+    labels = Labels(imagenet.outputs(folders, None), only_mapped=True)
+    found = predict(Says(logits), variant.source, labels=labels).scores
     assert found["exact"] == expected
 
     # The clean score asks the same of those validation images whose class is among the 200.
@@ -32,7 +33,7 @@ def test_a_and_r_are_slices_of_the_thousand(name, clean):
     val = imagenet.open_variant(clean, numbered(labels, SYNSETS))
     inside = [row for row, label in enumerate(labels) if label in places]
     assert len(val.source) == len(inside) < len(labels)
-    found = predict(Says(logits), val.source, label_map=imagenet.outputs(folders, None), only_mapped=True)
+    found = predict(Says(logits), val.source, labels=Labels(imagenet.outputs(folders, None), True)).scores
     said = logits[inside][:, list(places)].argmax(-1)
     right = [places.index(labels[row]) for row in inside]
     assert found["exact"] == float((said == torch.tensor(right)).double().mean())
@@ -61,7 +62,7 @@ def test_real_takes_any_of_the_labels_and_leaves_empty_ones_out(tmp_path):
         answer = labels[k][-1] if labels[k] and row < 4 else next(j for j in range(1000) if j not in labels[k])
         logits[row, answer] = 9
     variant = imagenet.open_variant("real", source)
-    found = predict(Says(logits), variant.source, references=variant.references)
+    found = predict(Says(logits), variant.source, labels=Labels(references=variant.references)).scores
 
     theirs = RealLabelsImagenet([f"ILSVRC2012_val_{k + 1:08d}.JPEG" for k in range(50_000)])
     for row, k in enumerate(numbers):

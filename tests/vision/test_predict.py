@@ -9,9 +9,10 @@ from listed_images import Says, Tiny, broken, numbered, picture
 from timm.data import create_transform
 
 from data.errors import UserError
-from vision.predict import in_words, predict
+from vision.predict import Inference, Labels, in_words, predict
 from vlm_distill.evaluation.compare import paired
 from vlm_distill.evaluation.predictions import read_predictions
+from vlm_distill.evaluation.rank_share import RankShare
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def on_ranks(world, work):
 
 def test_a_classifier_sees_what_timm_shows_it(source):
     classifier = Tiny()
-    predict(classifier, source, batch_size=64)
+    predict(classifier, source, Inference(batch_size=64))
     i = classifier.inputs
     view = create_transform((3, *i.size), interpolation=i.interpolation, crop_pct=i.crop_pct, mean=i.mean, std=i.std)
     expected = torch.stack([view(picture(row)) for row in range(23) if row not in (4, 9)])
@@ -52,46 +53,45 @@ def test_a_classifier_sees_what_timm_shows_it(source):
 
 @pytest.mark.parametrize(("world", "batch"), [(2, 4), (3, 2), (5, 16)])
 def test_any_number_of_ranks_gives_the_same_scores_and_files(source, tmp_path, world, batch):
-    alone = predict(Tiny(), source, batch_size=batch, out=tmp_path / "alone")
+    alone = predict(Tiny(), source, Inference(batch_size=batch))
+    alone.write(tmp_path / "alone")
     seen = []
 
     def work(rank, all_gather):
         classifier = Tiny()
-        scores = predict(
-            classifier,
-            source,
-            batch_size=batch,
-            rank=rank,
-            world=world,
-            all_gather=all_gather,
-            out=tmp_path / "ranks",
-        )
+        found = predict(classifier, source, Inference(batch_size=batch), ranks=RankShare(rank, world, all_gather))
         seen.append(len(classifier.seen))
-        return scores
+        found.write(tmp_path / f"rank{rank}")
+        return found.scores
 
     results = on_ranks(world, work)
-    assert all(scores == alone for scores in results)
+    assert all(scores == alone.scores for scores in results)
     assert len(set(seen)) == 1  # ranks that wait for each other would hang otherwise
     for name in ("scores.json", "predictions.jsonl"):
-        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "ranks" / name).read_bytes()
+        for rank in range(world):
+            assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / f"rank{rank}" / name).read_bytes()
 
 
 def test_images_that_cannot_be_read_are_counted_and_told(source):
-    skipped = []
-    scores = predict(Tiny(), source, batch_size=5, skipped=skipped)
-    assert scores["n"] == 21
-    assert scores["skipped"] == {"not an image": 1, "label is missing": 1}
-    assert [(p.source, p.line) for p in skipped] == [("listed", 5), ("listed", 10)]
+    found = predict(Tiny(), source, Inference(batch_size=5))
+    assert found.scores["n"] == 21
+    assert found.scores["skipped"] == {"not an image": 1, "label is missing": 1}
+    assert [(p.source, p.line) for p in found.problems] == [("listed", 5), ("listed", 10)]
 
 
 def test_workers_change_nothing(source):
-    assert predict(Tiny(), source, batch_size=5, workers=2) == predict(Tiny(), source, batch_size=5)
+    one, two = (predict(Tiny(), source, Inference(batch_size=5, workers=workers)) for workers in (0, 2))
+    assert two.scores == one.scores
+    assert two.predictions() == one.predictions()
 
 
 def test_what_is_written(source, tmp_path):
     classifier = Tiny()
     classifier.train()
-    scores = predict(classifier, source, out=tmp_path / "student", pictures=tmp_path / "pictures")
+    found = predict(classifier, source)
+    found.write(tmp_path / "student")
+    found.write_gallery(tmp_path / "pictures")
+    scores = found.scores
     assert classifier.training
     assert json.loads((tmp_path / "student" / "scores.json").read_text()) == scores
     assert set(scores) == {"kind", "n", "exact", "top5", "interval", "nll", "ece", "calibration", "by_type", "skipped"}
@@ -105,20 +105,19 @@ def test_what_is_written(source, tmp_path):
 
 
 def test_a_limit_takes_an_even_share(source):
-    logits = {}
-    predict(Tiny(), source, limit=4, logits=logits)
-    assert sorted(logits) == [0, 5, 11, 17]
+    found = predict(Tiny(), source, limit=4, keep_logits=True)
+    assert sorted(found.logits) == [0, 5, 11, 17]
 
 
 def test_a_student_is_compared_with_its_teacher():
     ours = torch.tensor([[2.0, 0, 1], [0, 1, 0], [0, 0, 3]])
     theirs = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 3]])
-    source, logits = numbered([0, 1, 2], "abc"), {}
+    source = numbered([0, 1, 2], "abc")
     # The teacher's outputs stand in another order, and it has one more.
     teacher = Says(torch.cat([theirs[:, [2, 0, 1]], torch.full((3, 1), 9.0)], 1))
-    wrong = predict(teacher, source, label_map=[1, 2, 0], logits=logits)
-    assert wrong["exact"] == 0
-    scores = predict(Says(ours), source, teacher=logits)
+    wrong = predict(teacher, source, labels=Labels([1, 2, 0]), keep_logits=True)
+    assert wrong.scores["exact"] == 0
+    scores = predict(Says(ours), source, teacher=wrong.logits).scores
     assert scores["agreement"] == 2 / 3
     p, q = theirs.double().softmax(-1), ours.double().softmax(-1)
     assert scores["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
@@ -131,9 +130,11 @@ def test_outputs_that_the_data_lack_compete_unless_told_otherwise(tmp_path):
     logits = torch.tensor([[0.0, 1, 5], [0, 3, 5]])
     source = numbered([0, 1], ["cat", "dog"])
     classifier = Says(logits, ("dog", "cat", "owl"))
-    predict(classifier, source, label_map=[1, 0], out=tmp_path)
+    predict(classifier, source, labels=Labels([1, 0])).write(tmp_path)
     assert [p.answer for p in read_predictions(tmp_path / "predictions.jsonl")] == ["owl", "owl"]
-    scores = predict(classifier, source, label_map=[1, 0], only_mapped=True, out=tmp_path)
+    found = predict(classifier, source, labels=Labels([1, 0], only_mapped=True))
+    found.write(tmp_path)
+    scores = found.scores
     assert [p.answer for p in read_predictions(tmp_path / "predictions.jsonl")] == ["cat", "cat"]
     assert scores["exact"] == 0.5
     assert scores["nll"] == pytest.approx(
@@ -144,7 +145,7 @@ def test_outputs_that_the_data_lack_compete_unless_told_otherwise(tmp_path):
 def test_several_labels_may_be_right():
     source = numbered([0, 1, 2], "abc")
     right = {0: [1, 2], 1: [0], 2: [2]}
-    scores = predict(Says(torch.eye(3)), source, references=lambda item: right[item.label])
+    scores = predict(Says(torch.eye(3)), source, labels=Labels(references=lambda item: right[item.label])).scores
     assert scores["exact"] == 1 / 3
     p = torch.eye(3).double().softmax(-1)
     assert scores["nll"] == pytest.approx(float(-(p[0, 1:].sum().log() + p[1, 0].log() + p[2, 2].log()) / 3))
@@ -158,12 +159,12 @@ def test_too_few_outputs_are_refused():
 
 def test_nothing_to_read_gives_no_score(source):
     source.items = [source.items[4], source.items[9]]
-    scores = predict(Tiny(), source)
+    scores = predict(Tiny(), source).scores
     assert (scores["n"], scores["exact"]) == (0, None)
     assert in_words(scores) == "no image could be read"
 
 
 def test_training_draws_the_same_numbers_with_and_without_it(source):
     before = torch.get_rng_state()
-    predict(Tiny(), source, batch_size=5, workers=1)
+    predict(Tiny(), source, Inference(batch_size=5, workers=1))
     assert torch.equal(torch.get_rng_state(), before)

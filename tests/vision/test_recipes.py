@@ -14,12 +14,12 @@ import pytest
 import timm
 import torch
 
+from vision.build import build_terms, load_model
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vision.losses import CrossEntropy
 from vision.optimizer import Schedule
 from vision.task import ClassificationTask
-from vision.trainer import build_terms, load
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
 from vlm_distill.training.optimizers import classifier_optimizer
@@ -184,13 +184,13 @@ def test_deit_is_the_recipe_of_its_code():
     assert config.optimizer.lr == 5e-4 * config.training.batch_size / 512
     assert (config.optimizer.name, config.optimizer.weight_decay, config.training.epochs) == ("adamw", 0.05, 300)
     assert {section.name: section.weight for section in config.loss} == {"hard_labels": 0.5, "cross_entropy": 0.5}
-    assert load(config.student, [str(i) for i in range(1000)], "student").inputs.crop_pct == 224 / 256
+    assert load_model(config.student, [str(i) for i in range(1000)], "student").inputs.crop_pct == 224 / 256
     assert "no figure is published" in comment(path.with_name("clip_vit_l_resnet50.yaml")).lower()
 
 
 def test_students_of_imagenet_are_evaluated_as_torchvision_does():
     for pair in IMAGENET:
-        inputs = load(
+        inputs = load_model(
             read(CONFIGS / "imagenet" / pair / "kd.yaml").student, [str(i) for i in range(1000)], "student"
         ).inputs
         assert (inputs.size, inputs.crop_pct, inputs.interpolation) == ((224, 224), 0.875, "bilinear")

@@ -39,6 +39,7 @@ class RankShare:
         """Return this rank's batches: every ``world``-th, padded with empty ones so that all ranks have equally many.
 
         Under ZeRO-3, ranks wait for each other in every forward, so each must run the same number of batches.
+        With 5 batches on 2 ranks, rank 0 gets batches 0, 2 and 4; rank 1 gets 1, 3 and an empty one.
         """
         rounds = math.ceil(len(batches) / self.world)
         mine = range(self.rank, rounds * self.world, self.world)

@@ -31,7 +31,7 @@ class StepFlops:
         device: of this rank.
         bf16: whether matrix products are in bfloat16.
         shared_vision: whether the student reuses what the teacher's vision encoder gives.
-        head: the head of a teacher of which nothing else runs.
+        head: of a teacher whose head alone runs, on cached hidden states.
     """
 
     def __init__(

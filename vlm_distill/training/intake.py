@@ -126,13 +126,13 @@ class SampleTally:
 def with_remedy(problems: Sequence[Problem]) -> str:
     """Return the reasons, and what to do about the commonest."""
     reason = commonest_reason(problems)
-    remedy = next((text for start, text in _REMEDIES.items() if reason.startswith(start)), "mend the data")
+    remedy = next((text for start, text in _REMEDIES.items() if reason.startswith(start)), "fix the data")
     return f"{reasons(problems)}; {remedy} (`vlm-distill inspect` shows every sample)"
 
 
 def too_many_left_out(tally: SampleTally, limit: float, summary: str) -> UserError:
     """Return the error of a run that leaves out more of its data than ``data.max_bad`` allows."""
     return UserError(
-        f"data.max_bad: {tally.in_words()}, more than {limit:.0%}: {summary}; mend the data, or raise data.max_bad, "
+        f"data.max_bad: {tally.in_words()}, more than {limit:.0%}: {summary}; fix the data, or raise data.max_bad, "
         "and start the run again"
     )

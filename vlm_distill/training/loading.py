@@ -92,7 +92,7 @@ def _load_here(config: RunConfig, processes: Processes | None) -> Teacher:
 
 
 def open_cached(section: TeacherSection, cache: CacheSection, device: torch.device) -> CachedTeacher:
-    """Open a teacher's cached outputs. Raise ``UserError`` if there are none."""
+    """Open a teacher's cached outputs. Raise ``UserError`` if the folder has none."""
     folder = Path(cache.folder)
     if not (folder / ABOUT).is_file():
         check_not_filling(folder, "teacher.cache")
@@ -167,7 +167,7 @@ def _cut_from(teacher: VisionLanguageModel, from_teacher: dict[str, Any]) -> Vis
 
 
 def _load_own(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel:
-    """Load a student from its own path or parts, with the teacher's tokenizer where it takes that."""
+    """Load a student from its own path or parts, with the teacher's tokenizer if its section says so."""
     section = config.student
     tokenizer = teacher.processor.tokenizer if teacher is not None else None
     dtype = DTYPES[config.training.dtype]

@@ -37,7 +37,7 @@ Place = tuple[int, int]
 
 
 def learns_from_drawn(term: Term | FeatureTerm) -> bool:
-    """Return whether a loss can learn from the student's own answers, which nobody knows to be right."""
+    """Return whether a loss can learn from the student's own answers, which are not known to be right."""
     return "targets" not in term.loss.needs
 
 
@@ -212,7 +212,7 @@ class OnPolicy:
                     pairs.append(self._pair(prompt, ids, answered))
                     conversations.append((answered, prompt.images))
                 except BadSample as bad:
-                    self._leave_out(step, prompt.place, bad, "skip")  # nobody can repair the student's answer
+                    self._leave_out(step, prompt.place, bad, "skip")  # the data is not at fault
             batch = self.dataset.collator.batch(pairs)
             batches.append(replace(batch, drawn=True, conversations=conversations))
             tokens += sum(len(pair.student.input_ids) for pair in pairs)

@@ -1,4 +1,4 @@
-"""Whether conversations share rows: as the configuration asks, where the models can."""
+"""Whether conversations share rows: if the configuration asks for it and the models can keep them apart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vlm_distill.config.sections import DataSection
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.packing_trial import keeps_samples_apart
 
-#: ``data.length_window`` where a model's rows have to be padded although packing was asked for.
+#: ``data.length_window`` if packing is asked for and a model's rows must be padded instead.
 WINDOW = 16
 
 
@@ -17,7 +17,7 @@ class Packing:
     """How rows are filled.
 
     Attributes:
-        packed: whether conversations share rows, of the student's and of the teacher's.
+        packed: whether conversations share rows, for the student and for the teacher.
         window: batches within which samples are grouped by length.
         remarks: for a person.
     """
@@ -28,7 +28,7 @@ class Packing:
 
 
 def plan_packing(data: DataSection, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> Packing:
-    """Packs the rows of each model that keeps samples in one row apart; groups samples by length where one does not."""
+    """Pack the rows of each model that keeps packed samples apart; group samples by length if one does not."""
     if not data.packing:
         return Packing((False, False), data.length_window)
     models = {"student": student, "teacher": teacher}

@@ -54,7 +54,7 @@ def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLo
     if served and "teacher" in loss.needs and not (isinstance(loss, DistillationLoss) and loss.takes_topk):
         raise UserError(
             f"loss {name} needs more than the likeliest tokens, which are all that a teacher on a server "
-            "tells; choose a divergence at temperature 1, such as forward_kl"
+            "returns; choose a divergence at temperature 1, such as forward_kl"
         )
 
 

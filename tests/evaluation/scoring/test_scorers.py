@@ -197,3 +197,9 @@ def test_an_empty_reference_is_nan_as_pandas_has_it():
     for name in ("gqa", "ocrvqa"):
         rows = [{"answer": None, "prediction": text} for text in ("nan", "None")]
         assert list(score(name, rows, "vlmevalkit").rows) == [1, 0]
+
+
+@pytest.mark.parametrize("rules", ["vlmevalkit", "lmms-eval"])
+def test_a_column_that_is_missing_is_named(rules):
+    with pytest.raises(UserError, match="mathvista: a row has no column 'question_type'"):
+        score("mathvista", [{"prediction": "3", "answer": "3", "skills": "['a']", "task": "b"}], rules)
