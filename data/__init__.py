@@ -1,1 +1,1 @@
-"""What both training paths read: samples, images, mixtures and batches. Knows no model."""
+"""Samples, readers, images, mixtures, collation and loading, for both training paths. Imports no model."""

@@ -74,7 +74,7 @@ class Pair:
         groups: int64 ``[G, 2]`` for each model, as returned by :func:`~data.alignment.group_tokens`.
         samples: number of samples that begin here: 0 for further answers or pieces of one sample.
         document: whether it is plain text, which is always packed with other plain text.
-        origins: the sample it comes from; empty if nobody needs to know.
+        origins: the sample it comes from; empty if not needed.
     """
 
     student: Encoded

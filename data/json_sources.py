@@ -100,7 +100,7 @@ class JsonSource(Source):
             content = _read_whole(path) if text is None else text
             records = json.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON: {error}; mend the file, or name its format") from None
+            raise UserError(f"{path} is not valid JSON: {error}; fix the file, or name its format") from None
         if isinstance(records, dict) and self._is_record(records):
             records = [records]
         if not isinstance(records, list):
@@ -112,7 +112,7 @@ class JsonSource(Source):
         try:
             texts = [json.dumps(record).encode() for record in records[:limit]]
         except RecursionError:
-            raise UserError(f"{path} holds lists or objects nested too deeply; mend the file") from None
+            raise UserError(f"{path} holds lists or objects nested too deeply; fix the file") from None
         self._text = b"".join(texts)
         self._ends = np.cumsum([0, *map(len, texts)])
 

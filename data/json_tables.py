@@ -84,7 +84,7 @@ def _read(path: Path) -> Any:
     return records
 
 
-def joined(rows: Sequence[Row], on: str, other: Sequence[Row], *, files: tuple[Path, Path]) -> list[Row]:
+def join_rows(rows: Sequence[Row], on: str, other: Sequence[Row], *, files: tuple[Path, Path]) -> list[Row]:
     """Join rows with those of ``other`` that have the same value in column ``on``.
 
     If both have a column, that of ``rows`` counts. Unmatched rows of ``other`` are ignored.

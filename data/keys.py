@@ -108,7 +108,7 @@ def one_of(given: Mapping[str, Any], keys: Collection[str]) -> Any:
     return value
 
 
-def learnt(given: Mapping[str, Any], where: str) -> bool | None:
+def trained_on(given: Mapping[str, Any], where: str) -> bool | None:
     """Return whether a record or message is to be trained on, or ``None`` if it does not say.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 from .conversation import Conversation, ImageSource, answer_text, message_text
 from .errors import BadSample
 from .image_values import images_of
-from .keys import MASKS, check_keys, is_empty, learnt
+from .keys import MASKS, check_keys, is_empty, trained_on
 from .messages import (
     RawMessage,
     check_grounding,
@@ -272,7 +272,7 @@ def _checked_layout(
         check_keys(record, _COMMON, unread, chosen=chosen, has_image=has_image)
         raise
     check_keys(record, layout.keys, unread, chosen=chosen, has_image=has_image, asks=layout.asks)
-    if learnt(record, "the record") is False:
+    if trained_on(record, "the record") is False:
         raise BadSample("sample kept out of the loss", "its own weight, train or mask says so; leave the record out")
     return layout
 

@@ -158,7 +158,7 @@ def problem_of(source: Located, index: int, bad: BadSample, on_bad: Literal["ski
     line = source.line(index)
     if on_bad == "fail":
         raise UserError(
-            f"{source.name}, line {line}: {' '.join(str(bad).split())}; mend it, or set data.bad_samples to skip"
+            f"{source.name}, line {line}: {' '.join(str(bad).split())}; fix it, or set data.bad_samples to skip"
         )
     return Problem(source.name, line, bad.reason, bad.detail)
 

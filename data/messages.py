@@ -13,7 +13,7 @@ from typing import Any
 from .conversation import ImageSource, message_text
 from .errors import BadSample
 from .image_values import images_of
-from .keys import MASKS, check_keys, is_empty, learnt, one_of
+from .keys import MASKS, check_keys, is_empty, one_of, trained_on
 
 #: A message before its content is split into parts: ``role``, raw ``content`` and a conversation's optional keys.
 RawMessage = dict[str, Any]
@@ -72,7 +72,7 @@ def read_message(given: Mapping[str, Any], unread: Counter[str]) -> RawMessage:
         if not isinstance(reasoning, str) or role != "assistant":
             raise BadSample("reasoning is not an assistant's text", repr(reasoning)[:80])
         message["reasoning_content"] = reasoning
-    wanted = learnt(given, f"a message of the {role}")
+    wanted = trained_on(given, f"a message of the {role}")
     # Some tools write the number 1 on every message, but true on a question is deliberate.
     if wanted and role != "assistant" and any(isinstance(given.get(key), bool) for key in MASKS):
         raise BadSample("only an assistant's messages are learnt", f"a message of the {role} says that it is to be")

@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import BadSample, UserError
 from .labelled import IMAGE_SUFFIXES, LabelledImage, LabelledImages, is_image_name, labels_of
-from .tars import Index, Shards, Span, members, opened, samples, split_name
+from .tars import Index, Member, Shards, Span, iterate_members, iterate_samples, open_shard, split_name
 
 _INDEX_VERSION = 2
 _PEEKED = 1000  # members that are searched to distinguish WebDataset from class folders
@@ -27,8 +27,8 @@ class TarImages(LabelledImages):
 
     The index is built in one scan over the headers and cached (:meth:`data.tars.Shards.index`).
 
-    Tars are read in WebDataset's layout (:func:`data.tars.samples`) if a sample holds an image and a label. Otherwise
-    a member's class is its folder, or for members in no folder, the name of their tar.
+    Tars are read in WebDataset's layout (:func:`data.tars.iterate_samples`) if a sample holds an image and a label.
+    Otherwise a member's class is its folder, or for members in no folder, the name of their tar.
 
     Args:
         shards: the tar files, in the order of samples.
@@ -86,8 +86,8 @@ def _index(shards: Shards, image_key: str | None, label_key: str | None) -> Inde
     spans, codes = array("q"), array("i")
     texts: dict[str, int] = {}
     for number, shard in enumerate(shards.paths):
-        with opened(shard) as file:
-            found = members(shard, file)
+        with open_shard(shard) as file:
+            found = iterate_members(shard, file)
             if webdataset:
                 labelled = _samples(file, found, image_key, label_key)
             else:
@@ -119,9 +119,9 @@ def _count_up(shards: Sequence[Path]) -> bool:
 
 def _has_labels(shard: Path) -> bool:
     """Return whether some sample has an image and a label, as in WebDataset's layout."""
-    with opened(shard) as file:
+    with open_shard(shard) as file:
         seen: dict[str, set[bool]] = {}
-        for name, _, _ in islice(members(shard, file), _PEEKED):
+        for name, _, _ in islice(iterate_members(shard, file), _PEEKED):
             key, field = split_name(name)
             if field in IMAGE_SUFFIXES or field in _LABEL_FIELDS:
                 seen.setdefault(key, set()).add(field in IMAGE_SUFFIXES)
@@ -129,10 +129,10 @@ def _has_labels(shard: Path) -> bool:
 
 
 def _samples(
-    file: BinaryIO, found: Iterator[tuple[str, int, int]], image_key: str | None, label_key: str | None
+    file: BinaryIO, found: Iterator[Member], image_key: str | None, label_key: str | None
 ) -> Iterator[tuple[int, int, str | None]]:
     """Yield the first byte and length of the image, and the label, of each sample in WebDataset's layout."""
-    for _, fields in samples(found):
+    for _, fields in iterate_samples(found):
         yield from _sample(file, fields, image_key, label_key)
 
 
@@ -165,13 +165,13 @@ def _label(file: BinaryIO, start: int, length: int, key: str | None) -> str | No
 
 
 def _class_members(
-    shard: Path, file: BinaryIO, found: Iterator[tuple[str, int, int]], own: str | None
+    shard: Path, file: BinaryIO, found: Iterator[Member], own: str | None
 ) -> Iterator[tuple[int, int, str | None]]:
     """Yield the first byte, length and class of each image in a tar of class folders, of one class, or of such tars.
 
     ``own`` is the class of members in no folder.
     """
-    inner: list[tuple[str, int, int]] = []
+    inner: list[Member] = []
     for name, start, length in found:
         path = PurePosixPath(name)
         if path.suffix == ".tar":
@@ -179,4 +179,4 @@ def _class_members(
         elif is_image_name(name) and not path.name.startswith("."):
             yield start, length, path.parent.name or own
     for stem, begin, size in inner:
-        yield from _class_members(shard, file, members(shard, file, begin, begin + size), stem)
+        yield from _class_members(shard, file, iterate_members(shard, file, begin, begin + size), stem)

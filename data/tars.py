@@ -29,6 +29,8 @@ _SHARD_RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 
 #: First byte and length of a member.
 Span = tuple[int, int]
+#: Name, first byte and length of a member.
+Member = tuple[str, int, int]
 Index = dict[str, NDArray[Any]]
 
 
@@ -146,7 +148,8 @@ def _save(path: Path, arrays: Index) -> None:
 # Members.
 
 
-def opened(shard: Path) -> BinaryIO:
+def open_shard(shard: Path) -> BinaryIO:
+    """Open a tar file. Raise ``UserError`` if it cannot be read."""
     try:
         return shard.open("rb")
     except OSError as error:
@@ -171,7 +174,7 @@ class _Headers:
         return content
 
 
-def members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
+def iterate_members(shard: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[Member]:
     """Yield the name, first byte and length of each file in the tar that begins at ``start`` of an open file."""
     size = os.fstat(file.fileno()).st_size
     file.seek(start)
@@ -209,7 +212,7 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", field.lower()
 
 
-def samples(found: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, Span]]]:
+def iterate_samples(found: Iterable[Member]) -> Iterator[tuple[str, dict[str, Span]]]:
     """Yield WebDataset's samples: the key, and each field's span.
 
     Consecutive members with the same path up to the first dot of the file name are one sample; what follows the dot, in

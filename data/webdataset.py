@@ -17,7 +17,7 @@ from .keys import one_of
 from .labelled import is_image_name
 from .messages import IMAGE_PARTS
 from .sources import Source
-from .tars import Index, Shards, members, opened, samples, split_name
+from .tars import Index, Shards, iterate_members, iterate_samples, open_shard, split_name
 
 _INDEX_VERSION = 1
 _RECORD, _CAPTION, _IMAGE = range(3)
@@ -164,8 +164,8 @@ def _index(shards: Shards) -> Index:
     """Return the index of all samples' members, as :class:`WebDatasetSource` describes it."""
     fields, first, names = array("q"), array("q", [0]), bytearray()
     for number, shard in enumerate(shards.paths):
-        with opened(shard) as file:
-            for key, spans in samples(members(shard, file)):
+        with open_shard(shard) as file:
+            for key, spans in iterate_samples(iterate_members(shard, file)):
                 kinds = {field: kind for field in spans if (kind := _kind(field)) is not None}
                 if not kinds or all(kind == _IMAGE for kind in kinds.values()):
                     continue

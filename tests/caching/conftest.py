@@ -15,5 +15,5 @@ def processes():
 
 @pytest.fixture
 def processor():
-    """Makes a processor."""
+    """Return the class of a tiny processor."""
     return CharacterProcessor

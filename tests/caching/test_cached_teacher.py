@@ -1,4 +1,4 @@
-"""A run that learns from a cache is the run with the teacher itself, and no other cache is taken for it."""
+"""A run with a cache equals the run with the teacher itself, and any other cache is refused."""
 
 import json
 import shutil
@@ -90,7 +90,7 @@ def material(tmp_path_factory):
 
 @pytest.fixture
 def own(material, tmp_path):
-    """A copy of data and teacher that a test may spoil, and what makes configurations of it."""
+    """A copy of data and teacher that a test may damage, and a maker of configurations for it."""
     for part in ("data", "teacher"):
         shutil.copytree(material[0] / part, tmp_path / part)
 
@@ -105,7 +105,7 @@ def own(material, tmp_path):
 
 @pytest.fixture(scope="module")
 def filled(material, processes, tmp_path_factory):
-    """A whole cache of the material."""
+    """A complete cache of the material."""
     folder = tmp_path_factory.mktemp("filled") / "cache"
     plain = tiny.config(folder.parent / "run", material[0] / "data/data.jsonl", material[1])
     plain["teacher"]["cache"] = {"folder": str(folder)}
@@ -115,7 +115,7 @@ def filled(material, processes, tmp_path_factory):
 
 @pytest.fixture
 def cached(own, filled):
-    """The same with a whole cache."""
+    """The same with a complete cache."""
     shutil.copytree(filled, own[0] / "cache")
     return own
 
@@ -133,7 +133,7 @@ def test_the_teacher_itself_is_never_loaded(cached, processes, monkeypatch, capf
     told = " ".join(capfd.readouterr().err.split())
     assert "the teacher is not evaluated: with teacher.cache it is never loaded" in told
     assert "the teacher's weights cannot be compared with the cache's: no such files here" in told
-    # And without a file of it: all that is needed lies in the cache.
+    # Without any file of the teacher: everything needed is in the cache.
     shutil.rmtree(folder / "teacher")
     shutil.rmtree(folder / "run")
     Trainer(make(), processes)
@@ -178,7 +178,7 @@ def test_a_cache_of_something_else_is_refused_by_name(cached, processes, spoil, 
         pytest.skip("the template lies in another file")
     spoil(folder)
     for use in (lambda: Trainer(make(), processes), lambda: fill(make(), processes)):
-        with pytest.raises(UserError, match=f"contents are of another {key}: ") as caught:
+        with pytest.raises(UserError, match=f"contents were made with another {key}: ") as caught:
             use()
         assert "\n" not in str(caught.value)
 
@@ -194,7 +194,7 @@ def test_a_cache_of_something_else_is_refused_by_name(cached, processes, spoil, 
     ],
 )
 def test_a_cache_of_other_settings_is_refused_by_name(cached, processes, cache, changes, key):
-    with pytest.raises(UserError, match=f"contents are of another {key}"):
+    with pytest.raises(UserError, match=f"contents were made with another {key}"):
         Trainer(cached[1](cache, **changes), processes)
 
 
@@ -263,7 +263,7 @@ def test_what_was_killed_goes_on_and_the_rest_is_not_run_again(own, processes, m
     assert len(written) == len(set(written)) == 9
     assert set(written[4:]).isdisjoint(before)
     Trainer(make(), processes)
-    # Whole: nothing is loaded.
+    # Complete: nothing is loaded.
     monkeypatch.setattr("vlm_distill.run.load_teacher", None)
     fill(make(), processes)
     assert "is complete: " in capfd.readouterr().err
@@ -281,11 +281,11 @@ def test_what_it_will_take_is_told_before_and_needs_room(own, processes, monkeyp
     folder, make = own
     fill(make(data__bad_samples="skip"), processes)
     told = capfd.readouterr().err
-    # A hidden state of width 24 in float32; ids and marks of 3 tokens a row of 2, places of 2, and 40 a row.
+    # A hidden state of width 24 in float32; ids and marks of 3 tokens, spans of 2 tokens, and 40 bytes a sample.
     assert "96 bytes a token, 136 with ids" in told
     data = sum(path.stat().st_size for path in (folder / "cache").glob("*.[di]*"))
     assert data == pytest.approx(18 * 135.5, rel=0.1)
-    # Of likeliest tokens 4 bytes each and 4, and the same beside them.
+    # Likeliest tokens: 4 bytes each and 4 for the tail, and the same in addition.
     fill(make({"folder": str(folder / "likeliest"), "form": "topk", "k": 4}, loss=[{"name": "forward_kl"}]), processes)
     assert "20 bytes a token, 60 with ids" in capfd.readouterr().err
     shutil.rmtree(folder / "cache")
@@ -366,7 +366,7 @@ def test_a_flipped_byte_of_what_a_cache_holds_once_is_noticed(cached, processes,
     raw[-9] ^= 1  # a weight, or a letter
     path.write_bytes(raw)
     for use in (Trainer, fill):
-        with pytest.raises(UserError, match="fill it anew") as caught:
+        with pytest.raises(UserError, match="fill it again") as caught:
             use(make(), processes)
         assert str(path) in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""A teacher's logits on disk: what goes in comes out, and nothing that is of something else."""
+"""A teacher's logits on disk: what was written is read, and logits of anything else are refused."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def test_a_view_that_changed_is_refused_with_its_place(cache):
 def test_a_row_that_a_crash_tore_is_not_there(cache, tmp_path, file):
     rows, view, checks, logits = sample([2, 5])
     cache().write(rows, view, checks, logits)
-    # The flag reached the disk, and these did not.
+    # The flag reached the disk, but these did not.
     array = np.lib.format.open_memmap(tmp_path / f"cache/{file}.npy", mode="r+")
     array[5 * 2] = 0
     del array
@@ -202,7 +202,7 @@ def test_a_fingerprint_tells_names_shapes_types_and_bytes_apart():
     state = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3), "c": torch.zeros(0), "d": torch.zeros(2, 2)}
     base = fingerprint(state)
     assert base == fingerprint(dict(reversed(state.items())))
-    # Written down once: caches are asked for it by later versions.
+    # A golden value: later versions compare caches by it.
     assert base == "b4a4dac3da4781b0df11aa5ec9676a2b775b03796e31f4724cfc5790cec08467"
     for change in (
         {"a": torch.tensor([1.0, 2.5])},

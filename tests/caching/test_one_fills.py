@@ -1,4 +1,4 @@
-"""One command at a time fills a cache; another one, and a run that would read it, end in a line that says who does."""
+"""One command at a time fills a cache; a second one, and a run that would read it, name the first in one line."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def configured(material, folder, key):
 
 @contextmanager
 def other_command(path):
-    """A command that has filled a little of the cache of a configuration, and waits."""
+    """A command that has written part of a configuration's cache, and waits."""
     paths = os.pathsep.join(map(str, [Path(__file__).parents[2], Path(__file__).parent]))
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in ranks}
@@ -99,7 +99,7 @@ def test_a_second_command_of_two_ranks_says_it_once(material, tmp_path, capfd):
 
 
 def test_a_folder_under_another_name_is_the_same(tmp_path):
-    """Also before it is there."""
+    """Even before it exists."""
     (tmp_path / "caches").mkdir()
     (tmp_path / "mine").symlink_to(tmp_path / "caches/a")
     with filling(tmp_path / "mine", "x"), filling(tmp_path / "caches/b", "x"):
@@ -117,7 +117,7 @@ def test_where_no_lock_can_be_it_is_filled_all_the_same(material, processes, tmp
 
 
 def test_ranks_that_see_different_rows_missing_do_not_begin(material, processes, tmp_path, monkeypatch):
-    """As where no file can be locked and another command writes."""
+    """As without file locks, while another command writes."""
     config, _ = configured(material, tmp_path, KEYS[0])
     monkeypatch.setattr(processes, "gather", lambda missing: [missing, missing - 1])
     with pytest.raises(UserError, match="cache: another command is filling it; wait for it or stop it"):

@@ -1,4 +1,4 @@
-"""A teacher's outputs on disk: what goes in comes out, and nothing half written, damaged or of something else."""
+"""A teacher's outputs on disk: what was written is read; incomplete, damaged or other records are refused."""
 
 import json
 import signal
@@ -20,8 +20,9 @@ from data.encoding import Turns, compact, encode_teacher
 from data.errors import BadSample, UserError
 from data.layouts import to_conversation
 from vlm_distill.caching.cached_processor import CachedProcessor
+from vlm_distill.caching.sample_digests import sample_digest
 from vlm_distill.caching.store import in_words, make_folder, read_about
-from vlm_distill.caching.token_records import TokenCache, TokenWriter, bytes_a_token, digest_of
+from vlm_distill.caching.token_records import TokenCache, TokenWriter, bytes_a_token
 
 FIELDS = {"hidden": (torch.bfloat16, 6), "ids": (torch.int32, 2)}
 LENGTH = 4
@@ -34,11 +35,11 @@ def folder(tmp_path):
     return tmp_path / "cache"
 
 
-def encoded(tokens, places=False):
+def encoded(tokens, spans=False):
     """One prompt token, then supervised ones."""
     supervised = torch.arange(tokens + 1) > 0
     ends = torch.arange(tokens + 1) == tokens
-    where = torch.arange(3 * tokens).reshape(tokens, 3) - 1 if places else None
+    where = torch.arange(3 * tokens).reshape(tokens, 3) - 1 if spans else None
     return Encoded(torch.arange(tokens + 1) + 70_000, supervised, ends & supervised, spans=where)
 
 
@@ -48,21 +49,21 @@ def values(tokens, seed):
     return {"hidden": hidden, "ids": torch.randint(100_000, (tokens, 2), generator=generator, dtype=torch.int32)}
 
 
-def write(folder, *rows, places=False):
-    """Samples, each of as many tokens as its row's number and one more."""
+def write(folder, *rows, spans=False):
+    """Write samples; the one with index i has i + 1 tokens."""
     writer = TokenWriter(TokenCache(folder))
     for source, row in rows:
-        writer.write((source, row), 2**63 + row, encoded(row + 1, places), values(row + 1, 10 * source + row))
+        writer.write((source, row), 2**63 + row, encoded(row + 1, spans), values(row + 1, 10 * source + row))
     writer.close()
 
 
-@pytest.mark.parametrize("places", [True, False])
-def test_what_is_written_is_read_by_another(folder, places):
-    write(folder, (0, 2), (1, 0), (1, 3), places=places)
+@pytest.mark.parametrize("spans", [True, False])
+def test_what_is_written_is_read_by_another(folder, spans):
+    write(folder, (0, 2), (1, 0), (1, 3), spans=spans)
     cache = TokenCache(folder)
     assert cache.missing() == [0, 1, 4, 5]
     assert cache.tokens == 3 + 1 + 4
-    found, expected = cache.read((1, 3), 2**63 + 3), encoded(4, places)
+    found, expected = cache.read((1, 3), 2**63 + 3), encoded(4, spans)
     for name in ("input_ids", "supervised", "ends", "spans"):
         a, b = getattr(found, name), getattr(expected, name)
         assert (a is None and b is None) or torch.equal(a, b)
@@ -86,7 +87,7 @@ def test_parts_of_a_sample_are_found_by_the_tokens_before_them(folder):
 
 def test_it_takes_the_bytes_that_are_told(folder):
     write(folder, (1, 2))
-    write(folder, (1, 3), places=True)
+    write(folder, (1, 3), spans=True)
     assert bytes_a_token(FIELDS) == 2 * 6 + 4 * 2
     assert sorted(path.stat().st_size for path in folder.glob("*.data")) == [3 * 20 + 4 * 5, 4 * (20 + 12) + 5 * 5]
     assert {path.stat().st_size for path in folder.glob("*.index")} == {40}
@@ -166,7 +167,7 @@ def test_data_that_were_cut_off_do_not_count_and_damaged_ones_are_refused(folder
 
 @contextmanager
 def full_disk():
-    """Inside, no file gets longer than 100 bytes."""
+    """Context manager: inside it, no file can grow beyond 100 bytes."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
@@ -231,7 +232,7 @@ def test_killed_writers_lose_what_they_had_not_yet_written_and_others_go_on(tmp_
     killed.wait()
     half = TokenCache(folder)
     assert 0 < len(half.missing()) < 400
-    # What was flushed is right, and two others at once write the rest and more.
+    # What was flushed is correct; two more processes write the rest at once, and some of it again.
     assert half.read((0, 0), 0).input_ids.tolist() == [0, 0, 0]
     others = [subprocess.Popen([*command, str(k), "2"], stdout=subprocess.DEVNULL) for k in range(2)]
     assert [other.wait() for other in others] == [0, 0]
@@ -282,7 +283,7 @@ def test_a_description_of_another_shape_is_told_in_one_line(folder, spoil, words
         TokenCache(folder)
     assert str(caught.value).startswith(f"{path}: ")
     assert words in str(caught.value)
-    assert "to fill it anew" in str(caught.value)
+    assert "to fill it again" in str(caught.value)
 
 
 def without(text, key):
@@ -301,19 +302,19 @@ def test_digests_tell_texts_images_and_sizes_apart():
     nearly = red.copy()
     nearly.putpixel((3, 1), (255, 0, 1))
     found = [
-        digest_of(talk("a"), []),
-        digest_of(talk("b"), []),
-        digest_of(talk("a"), [red]),
-        digest_of(talk("a"), [red, red]),
-        digest_of(talk("a"), [nearly]),
-        digest_of(talk("a"), [Image.new("RGB", (2, 4), "red")]),
-        digest_of(Document("a"), ()),
-        digest_of(Document("a", last=False), ()),
+        sample_digest(talk("a"), []),
+        sample_digest(talk("b"), []),
+        sample_digest(talk("a"), [red]),
+        sample_digest(talk("a"), [red, red]),
+        sample_digest(talk("a"), [nearly]),
+        sample_digest(talk("a"), [Image.new("RGB", (2, 4), "red")]),
+        sample_digest(Document("a"), ()),
+        sample_digest(Document("a", last=False), ()),
     ]
     assert len(set(found)) == len(found)
-    assert found[2] == digest_of(talk("a"), [red.copy()])
-    # Where it came from is not what it is.
-    assert found[6] == digest_of(Document("a", source="x", line=3), ())
+    assert found[2] == sample_digest(talk("a"), [red.copy()])
+    # The source and line are not part of its content.
+    assert found[6] == sample_digest(Document("a", source="x", line=3), ())
 
 
 def test_compact_rows_keep_answers_apart_and_say_where_states_are():
@@ -335,7 +336,7 @@ def test_answers_that_are_samples_of_their_own_are_found_again(folder, processor
     turns = Turns(split=True)
     pairs, whole = encode_teacher(sample, [], processor(), 50, turns)
     writer = TokenWriter(TokenCache(folder))
-    writer.write((0, 0), digest_of(sample, []), whole, values(5, 0))
+    writer.write((0, 0), sample_digest(sample, []), whole, values(5, 0))
     writer.close()
     collator = Collator(processor(), CachedProcessor(TokenCache(folder), None), 50, turns)
     found = collator.encode(sample, [], (0, 0))

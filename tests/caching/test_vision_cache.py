@@ -1,4 +1,4 @@
-"""A run that reads a frozen vision encoder's features is the run with the encoder, and no other features are read."""
+"""A run with cached image features equals the run with the encoder, and any other features are refused."""
 
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def test_the_encoder_does_not_run_and_nothing_else_changes(folder, processes, ca
         gap = (weight - live.weights[key]).abs()
         assert gap.float().mean() < 1e-3 if name == "bf16" else gap.max() < tolerance, key
     assert cached.flops < live.flops
-    # One encoder lies there once; of models that have one each, two.
+    # A shared encoder is stored once; if each model has one, there are two.
     ours, theirs = (m.vision_encoder for m in (cached.trainer.student, cached.trainer.loss_teacher.model))
     together = [a.data_ptr() == b.data_ptr() for a, b in zip(ours.parameters(), theirs.parameters(), strict=False)]
     assert all(together) if not teacher_runs else not any(together)
@@ -119,13 +119,13 @@ def test_models_of_transformers_too(folder, family, processes, monkeypatch, same
 def test_a_projector_that_trains_is_refused(folder, family, processes, tmp_path):
     student = {"path": str(family), "train": PARTS}
     config = settings(folder, tmp_path / "run", tmp_path / "cache", student=student, data__max_length=512)
-    with pytest.raises(UserError, match=r"student\.vision_cache: .* its projector gives, which trains; leave"):
+    with pytest.raises(UserError, match=r"student\.vision_cache: .* its projector, which is trained; leave"):
         fill(config, processes)
 
 
 @pytest.fixture
 def filled(folder, processes, tmp_path):
-    """A configuration whose cache is whole."""
+    """A configuration with a complete cache."""
     config = settings(folder, tmp_path / "run", tmp_path / "cache")
     fill(config, processes)
     return config
@@ -199,7 +199,7 @@ def other_weights(folder, path):
 def test_features_of_something_else_are_refused_by_name(folder, filled, processes, tmp_path, changes, key):
     config = settings(folder, tmp_path / "run2", filled_folder(filled), **changes(folder, tmp_path / "student"))
     for use in (Trainer, fill):
-        with pytest.raises(UserError, match=f"features are of another {key}: ") as caught:
+        with pytest.raises(UserError, match=f"features were made with another {key}: ") as caught:
             use(config, processes)
         assert "\n" not in str(caught.value)
 

@@ -10,13 +10,13 @@ from data.json_sources import JsonlSource
 
 @pytest.fixture
 def processor():
-    """Makes a processor."""
+    """Return the class of a tiny processor."""
     return CharacterProcessor
 
 
 @pytest.fixture
 def write_jsonl(tmp_path):
-    """Writes records (or raw bytes) as lines and opens the file as a source."""
+    """Write records (or raw bytes) as lines and open the file as a source."""
 
     def write(records, name="train"):
         path = tmp_path / f"{name}.jsonl"
@@ -28,7 +28,7 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def questions(write_jsonl):
-    """A source of ``n`` text rows of growing length; row ``i`` answers ``str(i)``."""
+    """A source of ``n`` text samples of growing length; sample ``i`` has the answer ``str(i)``."""
 
     def make(n, name="train", length=lambda i: 1):
         return write_jsonl([{"question": "?" * length(i), "answer": str(i)} for i in range(n)], name)

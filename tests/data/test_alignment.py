@@ -1,4 +1,4 @@
-"""Where two tokenizations of an answer meet."""
+"""Which boundaries two tokenizations of an answer have in common."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def sizes(*arguments):
         ("abcd", [(0, 2), (2, 4)], [(0, 2), (2, 4)], [(1, 1), (1, 1), (1, 1)]),
         ("abcd", [(0, 1), (1, 4)], [(0, 3), (3, 4)], [(2, 2), (1, 1)]),
         ("abcd", [(0, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)], [(1, 4), (1, 1)]),
-        # The space with the word after it, with the word before, alone, trimmed away.
+        # The space belongs to the next word, to the previous one, is a token, or is trimmed.
         ("ab cd", [(0, 2), (2, 5)], [(0, 3), (3, 5)], [(1, 1), (1, 1), (1, 1)]),
         ("ab cd", [(0, 2), (2, 5)], [(0, 2), (2, 3), (3, 5)], [(1, 1), (1, 2), (1, 1)]),
         ("ab cd", [(0, 3), (3, 5)], [(0, 2), (2, 3), (3, 5)], [(1, 2), (1, 1), (1, 1)]),
@@ -45,10 +45,10 @@ def sizes(*arguments):
         # Boundaries inside white space that only one side has.
         ("a   b", [(0, 1), (1, 2), (2, 4), (4, 5)], [(0, 1), (1, 4), (4, 5)], [(1, 1), (2, 1), (1, 1), (1, 1)]),
         ("a   b", [(0, 2), (2, 5)], [(0, 1), (1, 3), (3, 5)], [(1, 1), (1, 2), (1, 1)]),
-        # Three pieces of one character.
+        # Three tokens of one character.
         ("a☃b", [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [(0, 1), (1, 2), (2, 3)], [(1, 1), (3, 1), (1, 1), (1, 1)]),
         ("a☃b", [(0, 1), (1, 2), (1, 3)], [(0, 2), (1, 2), (2, 3)], [(3, 3), (1, 1)]),
-        # White space of the template before and after.
+        # White space that the template adds before and after.
         ("ab", [(-1, 0), (0, 2)], [(0, 2)], [(2, 1), (1, 1)]),
         ("ab", [(-1, 2)], [(0, 2)], [(1, 1), (1, 1)]),
         ("ab", [(-1, 0), (0, 2)], [(-1, 0), (0, 2)], [(1, 1), (1, 1), (1, 1)]),

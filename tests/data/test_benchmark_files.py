@@ -1,4 +1,4 @@
-"""Benchmark tables: VLMEvalKit's TSV against its golden cases, official JSON, Hugging Face; what is broken is named."""
+"""Tables: VLMEvalKit's TSV against its golden cases, official JSON, Hugging Face; errors say what is broken."""
 
 import base64
 import csv
@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.errors import BadSample, UserError
 from data.images import load_image
-from data.json_tables import Records, joined, json_table, read_records
+from data.json_tables import Records, join_rows, json_table, read_records
 from data.opening import open_source
 from data.tables import HuggingFaceTable, Selection, SourceTable
 from data.tsv import TsvTable
@@ -153,12 +153,12 @@ def test_questions_find_their_annotations_by_id_not_by_place(tmp_path):
         tmp_path / "a.json", {"annotations": [{"question_id": i, "answers": [str(i)]} for i in (3, 2, 1)]}
     )
     asked, answered = read_records(Records(questions, "questions")), read_records(Records(annotations, "annotations"))
-    rows = joined(asked, "question_id", answered, files=(questions, annotations))
+    rows = join_rows(asked, "question_id", answered, files=(questions, annotations))
     assert [row["answers"] for row in rows] == [["1"], ["2"]]
     table = json_table("vqa", rows, [questions], tmp_path, "val/COCO_{image_id:012d}.jpg")
     assert table.images(1) == [str(tmp_path / "val" / "COCO_000000000002.jpg")]
     with pytest.raises(UserError, match=r"q.json, record 1: .*a.json has no question_id 1"):
-        joined(asked, "question_id", answered[:2], files=(questions, annotations))
+        join_rows(asked, "question_id", answered[:2], files=(questions, annotations))
     with pytest.raises(UserError, match=r"record 1 has no key 'id'"):
         json_table("vqa", rows, [questions], tmp_path, "{id}.jpg")
 

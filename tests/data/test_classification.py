@@ -1,4 +1,4 @@
-"""Class folders, lists and Hugging Face data sets give the same labelled images; what is wrong is named in one line."""
+"""Class folders, lists and Hugging Face data sets give the same labelled images; mistakes are one-line errors."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def grow(folder, files):
 
 
 def rows(source):
-    """The red value of each image, which tells them apart, with its class's name."""
+    """Return the red value of each image, which identifies it, and the name of its class."""
     samples = [source[row] for row in range(len(source))]
     return [(load_image(s.image).getpixel((0, 0))[0], source.classes[s.label]) for s in samples]
 

@@ -1,4 +1,4 @@
-"""Images are read from tar files where they lie, the same in every process; a broken or changed tar is named."""
+"""Images are read from tar files in place, the same in every process; errors name a broken or changed tar."""
 
 import io
 import json
@@ -286,7 +286,7 @@ def test_few_files_stay_open(tmp_path, monkeypatch):
     source = open_images(tmp_path / "set")
 
     def tars_open():
-        # These alone: what tests before have left may be closed meanwhile.
+        # Only these: files that earlier tests left open may be closed meanwhile.
         links = (Path("/proc/self/fd") / number for number in os.listdir("/proc/self/fd"))
         return sum(str(tmp_path) in os.readlink(link) for link in links if link.is_symlink())
 

@@ -1,4 +1,4 @@
-"""Of a local folder of tables only the files found in it are read, whatever the folder says about others."""
+"""Only the files inside a local folder of tables are read, whatever its descriptions say."""
 
 import json
 import socket
@@ -15,7 +15,7 @@ SECRET = [{"question": "Secret?", "answer": "Yes."}]
 
 @pytest.fixture(autouse=True)
 def closed(monkeypatch, tmp_path):
-    """No connection may be tried."""
+    """Fail on any attempt to connect."""
 
     def refuse(*_, **__):
         raise AssertionError("a connection was tried")

@@ -1,4 +1,4 @@
-"""Every kind of image file reads as a person sees it, and what cannot be read says why."""
+"""Every kind of image file reads as a person sees it, and an image that cannot be read says why."""
 
 import io
 import os
@@ -130,7 +130,7 @@ def test_broken_exif_is_no_broken_image():
 
 
 def test_the_size_is_checked_before_decoding():
-    # Only the header is there: to decode it would fail in another way.
+    # There is only a header: decoding it would fail with another error.
     bomb = encoded(Image.new("1", (3000, 3000)))[:100]
     with pytest.raises(BadSample, match=r"too large: 100 bytes: 3000 x 3000 pixels, limit 8999999"):
         load_image(bomb, max_pixels=8_999_999)

@@ -1,4 +1,4 @@
-"""Every key of a record is read, known to mean nothing, refused by name, or named as not read."""
+"""Every key of a record is read, known to be meaningless, refused by name, or reported as not read."""
 
 import base64
 import io
@@ -160,7 +160,7 @@ def test_what_looks_like_an_image_by_its_value(folder):
     assert "columns: {image: files}" in refused({"files": [{"path": "a.png"}], "messages": ASKED})
     second = {"image": "2.png", "second": {"bytes": png(), "path": None}, "messages": ASKED}
     assert "columns: {image: second}" in refused(second)
-    # Beside an image, the name of a file says where it came from.
+    # Beside an image, the name of a file only says where it came from.
     assert said(to_conversation({"image": "3.png", "file_name": "x.png", "messages": ASKED}, images=folder))
 
 
@@ -237,7 +237,7 @@ def test_the_index_of_an_image_part_is_honoured(folder):
         refused(record(*indices))
 
 
-# What is beside the text.
+# Keys beside the text.
 
 
 def test_the_system_of_a_record_comes_first():

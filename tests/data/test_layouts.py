@@ -1,4 +1,4 @@
-"""Public data sets' layouts, each made by hand as its authors store it, read from files as a training reads them."""
+"""Layouts of public data sets, built by hand as their authors store them, and read as training reads them."""
 
 import io
 import json
@@ -141,7 +141,7 @@ def test_mantis_instruct(tmp_path):
     source = open_source(tmp_path / "nlvr2", images=tmp_path, split="train")
     assert source[0].messages[0]["content"] == [IMAGE, text(" "), IMAGE, text(" Same?")]
     assert sides(source[0]) == [6, 7]
-    # One of two has its place: the other goes before everything.
+    # One of two has a placeholder; the other precedes everything.
     assert source[1].messages[0]["content"] == [IMAGE, text("Same?")]
     assert source[1].messages[2]["content"] == [text("And "), IMAGE, text("?")]
     assert sides(source[1]) == [6, 7]

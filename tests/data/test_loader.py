@@ -18,7 +18,7 @@ from data.workers import make_loader
 
 @pytest.fixture
 def steps(processor, questions):
-    """A step dataset over 21 rows in steps of 8."""
+    """A step dataset over 21 samples in steps of 8."""
     source = questions(21, length=lambda i: 1 + i % 4)
 
     def make(world=1, rank=0, micro=2, accumulation=4, source=source, max_length=50, **options):

@@ -1,4 +1,4 @@
-"""The order of rows: complete, weighted, repeatable, and grouped by length without losing a row."""
+"""The order of samples: complete, weighted, reproducible, and grouped by length without losing a sample."""
 
 import pickle
 from collections import Counter
@@ -42,7 +42,7 @@ def test_rows_are_a_pure_function_of_seed_and_step(questions, window):
 
 
 def test_the_order_survives_upgrades_of_numpy(questions):
-    # Written down once: a training resumed by a later version must go on where it stopped.
+    # Golden values: a training resumed by a later version must continue where it stopped.
     mixture = Mixture([questions(6)], seed=1, batch_size=6)
     assert [row for _, row in mixture.samples_of(0)] == [1, 0, 4, 2, 3, 5]
 
@@ -75,7 +75,7 @@ def test_grouping_lowers_padding_and_keeps_every_row(questions):
     batches = epoch(grouped, 1)
     assert sorted(flat(batches)) == [(0, i) for i in range(101)]
     assert [len(batch) for batch in batches] == [4] * 25 + [1]
-    # Each window holds the rows of the same batches of the plain order.
+    # Each window holds the samples of the same batches of the plain order.
     for start in range(0, 26, 8):
         assert sorted(flat(batches[start : start + 8])) == sorted(flat(epoch(plain, 1)[start : start + 8]))
     # Batches are shuffled again: a window does not run from short to long.

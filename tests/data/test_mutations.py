@@ -1,4 +1,4 @@
-"""A thousand mutated samples and images through real readers and workers: each is used or counted, and nothing ends."""
+"""A thousand mutated samples and images through real readers and workers: each is used or counted; none crashes."""
 
 import base64
 import csv
@@ -68,7 +68,7 @@ class Watched(torch.utils.data.Dataset):
 
 @contextmanager
 def limited(seconds):
-    """Ends what hangs."""
+    """Raise in code that hangs."""
 
     def end(*_):
         raise TimeoutError(f"more than {seconds} s")
@@ -325,7 +325,7 @@ def _outcome(read):
 
 
 def read_all(path, open_it, use):
-    """Opens a file and reads each of its rows; whether it is of any use, else a ``UserError`` says in one line."""
+    """Open a file and read all its samples, or raise a one-line ``UserError``. Return whether any is usable."""
     told = None
     with limited(HANGS):
         try:

@@ -1,4 +1,4 @@
-"""Every layout of a record becomes the same conversation; files are indexed exactly; what is wrong is named."""
+"""Every layout of a record becomes the same conversation; files are indexed exactly; errors name what is wrong."""
 
 import csv
 import gzip
@@ -352,7 +352,7 @@ def test_lists_of_messages_in_a_table(tmp_path):
     ],
 )
 def test_files_with_holes_end_in_one_line(tmp_path, monkeypatch, name, start, opens):
-    """40 GB that take no room on the disk."""
+    """A sparse file of 40 GB."""
     monkeypatch.setattr("data.paths.MAX_LINE", 1 << 20)
     (tmp_path / name).write_bytes(start)
     os.truncate(tmp_path / name, 40 << 30)
@@ -453,7 +453,7 @@ def test_saved_data_set_with_image_columns(table, tmp_path):
     assert load_image(source[0].images[0]).getpixel((0, 0)) == (255, 0, 0)
     assert source[0].messages[0] == said("user", IMAGE, text("short"))
     assert source[0].metadata["id"] == "x"
-    # The reader decodes nothing: a broken image is found by load_image, with the row's place known.
+    # The reader decodes nothing: a broken image is found by load_image, which knows the sample.
     assert source[1].images == (b"broken",)
     assert [load_image(i).getpixel((0, 0)) for i in source[2].images] == [(0, 0, 255)] * 2
     assert source.size(0) == len("human" + "short" + "gpt" + "a")

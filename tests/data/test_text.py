@@ -1,4 +1,4 @@
-"""Plain text: sources in rows of bounded length, documents packed into rows, steps however they are split."""
+"""Plain text: samples of bounded length, documents packed into rows, steps independent of the split."""
 
 import json
 
@@ -25,7 +25,7 @@ def write(folder, texts=TEXTS, name="text"):
 
 
 def joined(source):
-    """The texts of a source's documents, put together from their rows."""
+    """Return the texts of a source's documents, joined from their pieces."""
     texts, current = [], ""
     for i in range(len(source)):
         row = source[i]
@@ -41,7 +41,7 @@ def joined(source):
 def test_rows_are_the_documents(tmp_path, characters):
     source = open_text(write(tmp_path), characters)
     assert joined(source) == TEXTS
-    # To the next white space: a word more than asked for.
+    # Cut at the next white space, so one word longer than requested.
     assert max(len(source[i].text) for i in range(len(source))) <= characters + len("document")
     assert all(source.size(i) <= characters for i in range(len(source)))
     assert source.line(len(source) - 1) == len(TEXTS)
@@ -160,7 +160,7 @@ def test_packing(letters):
     batch = Collator(letters, letters, 8).batch(documents)
     ids = batch.student.inputs["input_ids"]
     assert [bytes(row.tolist()) for row in ids] == [b"defghi\4", b"abc\4jk\4", b"l\4" + bytes(5)]
-    # In the documents' order, whatever rows they stand in.
+    # In the documents' order, whichever rows they are in.
     assert bytes(batch.targets.tolist()) == b"bc\4efghi\4k\4\4"
     assert ids.flatten()[batch.student.positions + 1].equal(batch.targets)
     assert batch.teacher.positions.equal(batch.student.positions)

@@ -1,4 +1,4 @@
-"""WebDataset shards give the conversations that their records hold, with the images beside them and no others."""
+"""WebDataset shards give the conversations in their records, with the images of the same sample and no others."""
 
 import base64
 import io
@@ -121,7 +121,7 @@ def test_images_are_in_the_order_in_which_the_record_names_them(tmp_path, member
 
 
 def test_frames_of_a_video_are_members(tmp_path, monkeypatch):
-    """A record's names for them are looked for in the tar alone, not from where the command was started."""
+    """Images that a record names are looked up in the tar only, not in the working directory."""
     monkeypatch.chdir(tmp_path)
     for name in ("0.jpg", "1.jpg"):
         (tmp_path / name).write_bytes(png(200))
@@ -254,14 +254,14 @@ def test_columns_of_records_in_a_tar(tmp_path):
     path = tar(tmp_path / "a.tar", [("0.json", record), ("0.png", png(4)), ("1.txt", "red"), ("1.png", png(5))])
     source = open_source(path, columns={"question": "q", "answer": "a"})
     assert (source[0].question, reds(source[0]), reds(source[1])) == ("Colour?", [4], [5])
-    # The members are the images: the name before they were packed is not asked about.
+    # The members are the images: their name before packing does not matter.
     assert set(source.not_read) == {"image_path", "rating"}
     with pytest.raises(UserError, match="no record has the key b; there are q, a"):
         open_source(path, columns={"answer": "b"})
 
 
 def sized(name, size, kind=tarfile.REGTYPE):
-    """A header that says what it likes about its size."""
+    """A header with an arbitrary size."""
     info = tarfile.TarInfo(name)
     info.type = kind
     info.size = size
@@ -269,7 +269,7 @@ def sized(name, size, kind=tarfile.REGTYPE):
 
 
 def with_size(header, raw):
-    """The header with other bytes for its size, and the sum that fits them."""
+    """Return the header with other bytes for its size, and the matching checksum."""
     header[124:136] = raw
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
@@ -288,7 +288,7 @@ def test_a_tar_with_a_false_size_ends_in_one_line(tmp_path, kind, raw):
 
 
 def test_a_member_with_holes_is_a_bad_sample(tmp_path):
-    """20 GB that take no room on the disk."""
+    """A sparse file of 20 GB."""
     size = 20 << 30
     with (tmp_path / "a.tar").open("wb") as file:
         for name in ("0.json", "1.png"):

@@ -1,4 +1,4 @@
-"""Processes that read ahead: what they are like inside, and what is said when one ends."""
+"""Worker processes: their state, and the message when one dies."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from data.workers import make_loader
 
 
 class WorkerState(torch.utils.data.Dataset):
-    """Gives what a worker process looks like from inside, after its signals."""
+    """Return the state of a worker process, after signals to it."""
 
     def __getitem__(self, index):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -32,7 +32,7 @@ def test_workers_take_one_thread_and_outlive_signals():
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Items of so many tensors that DataLoader's own message of one does not fit into a pipe."""
+    """Items with so many tensors that DataLoader's own message for one would not fit into a pipe."""
 
     def __getitem__(self, index):
         return [torch.full((3,), index) for _ in range(3000)], os.getpid()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from data.collate import Collator, collate
 from data.encoding import encode_pair
 from data.errors import BadSample, UserError
-from vlm_distill.caching.token_records import image_digest
+from vlm_distill.caching.sample_digests import image_digest
 from vlm_distill.models import load_vlm
 from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.packing_trial import keeps_samples_apart

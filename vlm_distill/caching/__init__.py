@@ -1,4 +1,4 @@
-"""Caches of what never changes between runs: one store on disk, three kinds of record."""
+"""Caches of outputs that never change between runs: one store on disk, three kinds of record, one fill loop."""
 
 from vlm_distill.neighbours import check_neighbours
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from data.batch import Encoded, ModelInputs, RecordedProcessor, RecordedSample, SampleId
 from data.conversation import Conversation, Document
 
-from .token_records import TokenCache, digest_of
+from .sample_digests import sample_digest
+from .token_records import TokenCache
 
 
 class CachedProcessor(RecordedProcessor):
@@ -67,10 +68,10 @@ class CachedSample(CachedProcessor, RecordedSample):
         self._sample_id = sample_id
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image]) -> Encoded:
-        return self.cache.read(self._sample_id, digest_of(conversation, images))
+        return self.cache.read(self._sample_id, sample_digest(conversation, images))
 
     def encode_document(self, document: Document) -> Encoded:
-        return self.cache.read(self._sample_id, digest_of(document, ()))
+        return self.cache.read(self._sample_id, sample_digest(document, ()))
 
     def answer(self, number: int, conversation: Conversation, images: Sequence[Image.Image]) -> CachedAnswer:
         whole = self.encode(conversation, images)

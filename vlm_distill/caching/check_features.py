@@ -49,8 +49,8 @@ def frozen_vision(model: VisionLanguageModel) -> dict[str, nn.Module]:
     for name, part in parts.items():
         if any(p.requires_grad for p in part.parameters()):
             raise UserError(
-                f"student.vision_cache: features of this model are what its {name} gives, which trains; leave it out "
-                "of student.train and lora.parts, or leave vision_cache out"
+                f"student.vision_cache: the features to cache depend on its {name}, which is trained; leave it out of "
+                "student.train and lora.parts, or leave vision_cache out"
             )
     return parts
 

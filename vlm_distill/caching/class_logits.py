@@ -103,7 +103,7 @@ class LogitCache:
             if now != seen:
                 raise UserError(
                     f"{self._name(sample)}, view {view}: not the pixels whose logits {self.folder} holds: the image, "
-                    "or a library that decodes or augments it, has changed since; delete that folder to fill it anew"
+                    "or a library that decodes or augments it, has changed since; delete that folder to fill it again"
                 )
         return torch.from_numpy(logits)
 

@@ -11,7 +11,7 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.processes import Processes
 
 from .fill_features import FeatureFilling
-from .fill_loop import Filling, run
+from .fill_loop import Filling, fill_records
 from .fill_tokens import TokenFilling
 from .store import filling
 
@@ -41,7 +41,7 @@ def fill(config: RunConfig, processes: Processes) -> None:
 def fill_one(job: Filling[Any]) -> None:
     """Fill one cache while no other command does. Collective."""
     with _exclusive(job):
-        run(job)
+        fill_records(job)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Fill a cache with the features that a student's frozen vision encoder gives of all images."""
+"""Fill a cache with a frozen vision encoder's features of all images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from vlm_distill.runtime.processes import Processes
 from .check_features import compare_features, feature_identity
 from .fill_loop import Filling, SampleBatches, say
 from .image_features import FeatureCache, FeatureWriter
+from .sample_digests import image_digest
 from .store import ABOUT, in_words, make_folder
-from .token_records import image_digest
 
 WHAT = "the vision encoder's features"
 
@@ -140,7 +140,7 @@ class FeatureFilling(Filling[dict[int, Encoded]]):
 
 @torch.no_grad()
 def _try_features(model: VisionLanguageModel) -> Tensor:
-    """Return the features of a blank image, after checking that the model gives the same output from them.
+    """Return the features of a blank image, after checking that the model's output from them is the same.
 
     Some families of Transformers take more of an image than :meth:`VisionLanguageModel.encode_images` returns.
     """

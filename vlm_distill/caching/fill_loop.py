@@ -38,7 +38,7 @@ class SampleBatches(Dataset[T]):
         return len(self.sample_ids)
 
     def take_share(self, processes: Processes) -> None:
-        """Keep this rank's share: the same number of micro-batches on every rank, of which the last may be empty."""
+        """Keep this rank's share: the same number of micro-batches on every rank, the last of which may be empty."""
         padding: list[Sequence[SampleId]] = [()] * (-len(self) % processes.world)
         self.sample_ids = [*self.sample_ids, *padding][processes.rank :: processes.world]
 
@@ -46,8 +46,8 @@ class SampleBatches(Dataset[T]):
 class Filling(ABC, Generic[T]):
     """How one kind of record is filled.
 
-    On every rank, :func:`run` calls ``prepare``, then ``begin``, ``write`` for each micro-batch and ``close``, then
-    ``report``. All but ``close`` may be collective.
+    On every rank, :func:`fill_records` calls ``prepare``, ``begin``, ``write`` for each micro-batch, ``close`` and
+    ``report``, in this order. All but ``close`` may be collective.
 
     Args:
         config: the run that will read the cache.
@@ -86,7 +86,7 @@ class Filling(ABC, Generic[T]):
         """Show what the cache holds now."""
 
 
-def run(filling: Filling[T]) -> None:
+def fill_records(filling: Filling[T]) -> None:
     """Fill a cache. Collective."""
     batches = filling.prepare()
     if batches is None:

@@ -30,8 +30,9 @@ from vlm_distill.training.open_data import turns
 
 from .check_tokens import cache_sections, check_top_k, compare_tokens, token_identity
 from .fill_loop import Filling, SampleBatches, say
+from .sample_digests import sample_digest
 from .store import ABOUT, check_room, in_words, make_folder, read_about
-from .token_records import TokenCache, TokenWriter, bytes_a_token, digest_of
+from .token_records import TokenCache, TokenWriter, bytes_a_token
 
 WHAT = "the teacher's outputs"
 # Samples from which the total size is estimated, and micro-batches within which samples are sorted by length.
@@ -91,7 +92,7 @@ class _TeacherSteps(SampleBatches[Step]):
         source, index = sample.sample_id
         content = self.sources[source][index]
         images = [] if isinstance(content, Document) else [self.load(image) for image in content.images]
-        sample.digest = digest_of(content, images)
+        sample.digest = sample_digest(content, images)
         pairs, sample.encoded = encode_teacher(content, images, self.processor, self.max_length, self.turns)
         return add_origins(pairs, sample.sample_id)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from data.errors import UserError
 
 from .record_files import RecordFiles, RecordWriter
+from .sample_digests import image_digest
 from .store import read_about
-from .token_records import image_digest
 
 FORMAT = 2
 _SHAPE = {"format": int | str}

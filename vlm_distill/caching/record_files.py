@@ -152,7 +152,7 @@ class RecordArrays(dict[str, "np.memmap[Any, Any]"]):
             try:
                 array = open_memmap(path, mode="r+")
             except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read: {error}; delete the folder to fill it anew") from None
+                raise UserError(f"{path}: cannot be read: {error}; delete the folder to fill it again") from None
             if array.shape != shape or array.dtype != dtype:
                 found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
                 raise UserError(f"{path}: {found} is not {wanted}; delete the folder")

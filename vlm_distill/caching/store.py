@@ -133,7 +133,7 @@ def read_about(folder: Path, shape: Mapping[str, Any] | None = None) -> dict[str
             raise UserError(f"{path}: damaged (its checksum does not match)")
         manifest.check(folder, manifest.entries_from(found.pop("files")))
     except UserError as error:
-        raise UserError(f"{error}; put it back from a copy, or delete {folder} to fill it anew") from None
+        raise UserError(f"{error}; put it back from a copy, or delete {folder} to fill it again") from None
     return found
 
 
@@ -147,8 +147,8 @@ def compare(folder: Path, what: str, found: Mapping[str, Any], identity: Mapping
         old, new = found.get(key, "none"), identity.get(key, "none")
         if old != new:
             raise UserError(
-                f"{folder}: its {what} are of another {key}: {old} there, {new} here; name another folder, or "
-                "delete this one to fill it anew"
+                f"{folder}: its {what} were made with another {key}: {old} there, {new} here; name another folder, or "
+                "delete this one to fill it again"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -11,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data.batch import Encoded, Origin, SampleId
-from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
 
 from .record_files import RecordFiles, RecordWriter
@@ -47,28 +44,6 @@ def bytes_a_token(fields: Fields) -> int:
     return sum(dtype.itemsize * width for dtype, width in fields.values())
 
 
-def digest_of(sample: Conversation | Document, images: Sequence[Image.Image]) -> int:
-    """Return 64 bits of a sample's content: its messages and its images' decoded pixels, or its text."""
-    digest = hashlib.blake2b(digest_size=8)
-    if isinstance(sample, Document):
-        digest.update(json.dumps([sample.text, sample.last]).encode())
-    else:
-        digest.update(json.dumps([sample.messages, sample.tools], sort_keys=True).encode())
-    return _with_images(digest, images)
-
-
-def image_digest(images: Sequence[Image.Image]) -> int:
-    """Return 64 bits of the images' decoded pixels."""
-    return _with_images(hashlib.blake2b(digest_size=8), images)
-
-
-def _with_images(digest: Any, images: Sequence[Image.Image]) -> int:
-    for image in images:
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
-    return int.from_bytes(digest.digest(), "little")
-
-
 class TokenCache:
     """Named values ``[tokens, width]`` of each sample's supervised tokens.
 
@@ -92,7 +67,7 @@ class TokenCache:
         self.folder = folder
         self.about = read_about(folder, _SHAPE)
         if self.about["format"] != FORMAT:
-            raise UserError(f"{folder}: no cache of this version; name another folder, or delete it to fill it anew")
+            raise UserError(f"{folder}: no cache of this version; name another folder, or delete it to fill it again")
         self.sources: dict[str, int] = self.about["sources"]
         self.max_length: int = self.about["max_length"]
         self.fields = {name: (getattr(torch, dtype), width) for name, (dtype, width) in self.about["fields"].items()}
@@ -158,7 +133,7 @@ class TokenCache:
 
         Args:
             sample_id: which sample.
-            digest: its present content (:func:`digest_of`).
+            digest: its present content (:func:`~vlm_distill.caching.sample_digests.sample_digest`).
 
         Raises:
             BadSample: the teacher could not take it.
@@ -169,7 +144,7 @@ class TokenCache:
         if int(entry["digest"]) != digest:
             raise UserError(
                 f"{self._name(sample_id)}: not the sample that the teacher saw when {self.folder} was filled: its "
-                "text or an image has changed since; delete that folder to fill it anew"
+                "text or an image has changed since; delete that folder to fill it again"
             )
         if entry["kind"] == _LEFT_OUT:
             raise BadSample(*json.loads(data.tobytes()))

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from data.datasets_library import open_dataset
 from data.errors import UserError
-from data.json_tables import Records, joined, json_table, read_records
+from data.json_tables import Records, join_rows, json_table, read_records
 from data.opening import open_source
 from data.tables import HuggingFaceTable, Selection, SourceTable, Table
 from data.tsv import TsvTable
@@ -208,7 +208,7 @@ class Official(Layout):
         for join in self.join:
             path = folder / join.file
             other = read_records(Records(path, join.under, join.by, join.fields))
-            rows = joined(rows, join.by, other, files=(folder / self._names()[0], path))
+            rows = join_rows(rows, join.by, other, files=(folder / self._names()[0], path))
         if self.only is not None:
             rows = self._chosen(self.only, folder, rows)
         for column in self.required:
