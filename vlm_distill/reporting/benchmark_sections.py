@@ -1,4 +1,4 @@
-"""The report's sections on benchmarks: main scores, groups, models against each other, examples where they differ."""
+"""The report's sections on benchmarks: main scores, groups, models compared, and examples where they differ."""
 
 from __future__ import annotations
 
@@ -10,44 +10,42 @@ from vlm_distill.evaluation.judge import UNREADABLE
 from vlm_distill.evaluation.pictures import find_picture
 
 from .entries import Duel, Entry, Run, duel, entries_on
+from .gallery import CARDS, evenly_spaced
 
-_CARDS = 6
 _GROUPS = ("Students differ", "Teacher scores higher", "Student scores higher")
+_STUDENTS_DIFFER, _TEACHER_HIGHER, _STUDENT_HIGHER = _GROUPS
 
 
 def is_benchmark(scores: Mapping[str, Any]) -> bool:
-    """Whether a ``scores.json`` is a benchmark's and not a data source's."""
+    """Return whether a ``scores.json`` is about a benchmark and not about a data source."""
     return "benchmark" in scores
 
 
 def benchmark_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A section for each benchmark and rules: scores by different rules do not compare.
+    """Return a section for each benchmark and set of rules, since scores by different rules do not compare.
 
-    Benchmarks whose right answers are not published have none.
+    Benchmarks whose right answers are not published have no section.
     """
-    scored = dict.fromkeys(
-        (data, found["rules"])
-        for run in runs
-        for (data, _), found in run.scores.items()
-        if is_benchmark(found) and "main" in found
-    )
+    scored: dict[tuple[str, str], None] = {}
+    for run in runs:
+        for (data, _), scores in run.scores.items():
+            if is_benchmark(scores) and "main" in scores:
+                scored[data, scores["rules"]] = None
     return [_section(runs, data, rules) for data, rules in scored]
 
 
 def not_scored(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Return which answers of which run's models to which benchmark could not be scored, and why."""
-    return [
-        {"run": run.label, "data": data, "who": who, "reason": found["failure"]}
-        for run in runs
-        for (data, who), found in run.scores.items()
-        if is_benchmark(found) and found.get("failure")
-    ]
+    """Return which benchmark answers of which run's models could not be scored, and why."""
+    found = []
+    for run in runs:
+        for (data, who), scores in run.scores.items():
+            if is_benchmark(scores) and scores.get("failure"):
+                found.append({"run": run.label, "data": data, "who": who, "reason": scores["failure"]})
+    return found
 
 
 def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
-    sharing = [
-        run for run in runs if any(key[0] == data and found.get("rules") == rules for key, found in run.scores.items())
-    ]
+    sharing = [run for run in runs if rules in _rules_used(run, data)]
     entries = [e for e in entries_on(sharing, data, {}) if e.scores.get("rules") == rules and "main" in e.scores]
     answered = [entry for entry in entries if entry.predictions]
     folders = [run.folder / "evaluation" / data / "pictures" for run in sharing]
@@ -64,22 +62,34 @@ def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
     }
 
 
+def _rules_used(run: Run, data: str) -> set[Any]:
+    return {scores.get("rules") for (name, _), scores in run.scores.items() if name == data}
+
+
 def _tables(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[str, list[float | None]]]]]:
-    """(title, rows of name and one value a model): the whole, then every group that a model has."""
+    """Return (title, rows) of the overall scores and of each group; a row is a name and one value per model."""
     tables = []
-    names = dict.fromkeys(name for entry in entries for name in entry.scores.get("groups", {}))
-    for title in ["", *names]:
-        found = [
-            e.scores.get("overall", {}) if not title else e.scores.get("groups", {}).get(title, {}) for e in entries
-        ]
-        keys = dict.fromkeys(key for values in found for key in values)
-        if keys:
-            tables.append((title, [(key, [values.get(key) for values in found]) for key in keys]))
+    groups = dict.fromkeys(name for entry in entries for name in entry.scores.get("groups", {}))
+    for title in ["", *groups]:
+        found = [_scores_of_group(entry, title) for entry in entries]
+        rows = [(key, [scores.get(key) for scores in found]) for key in _all_keys(found)]
+        if rows:
+            tables.append((title, rows))
     return tables
 
 
+def _scores_of_group(entry: Entry, title: str) -> Mapping[str, Any]:
+    if not title:
+        return entry.scores.get("overall", {})
+    return entry.scores.get("groups", {}).get(title, {})
+
+
+def _all_keys(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
 def _duels(entries: Sequence[Entry]) -> list[Duel]:
-    """The first student against the teacher and every other student, where both have scores of one question."""
+    """Compare the first student with the teacher and every other student that has scores on the same questions."""
     students = [entry for entry in entries if entry.role == "student"]
     if not students:
         return []
@@ -89,34 +99,42 @@ def _duels(entries: Sequence[Entry]) -> list[Duel]:
 
 
 def _scored(entry: Entry) -> dict[int, float]:
+    """Return the score of each question by its index."""
     return {p.index: p.score for p in entry.predictions if p.score is not None}
 
 
 def _gallery(entries: Sequence[Entry], folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Questions on which the models score differently, in groups by who is better."""
+    """Return questions on which the models score differently, in groups by who scores higher."""
     if not entries:
         return []
     scores = [_scored(entry) for entry in entries]
     common = sorted(set[int].intersection(*map(set, scores)))
-    rows: dict[str, list[int]] = {name: [] for name in _GROUPS}
+    members: dict[str, list[int]] = {name: [] for name in _GROUPS}
     for index in common:
-        teacher = [s[index] for s, entry in zip(scores, entries, strict=True) if entry.role == "teacher"]
-        students = [s[index] for s, entry in zip(scores, entries, strict=True) if entry.role == "student"]
-        if len(set(students)) > 1:
-            rows["Students differ"].append(index)
-        elif teacher and students and teacher[0] != students[0]:
-            rows[_GROUPS[1] if teacher[0] > students[0] else _GROUPS[2]].append(index)
+        group = _group(entries, [by_index[index] for by_index in scores])
+        if group is not None:
+            members[group].append(index)
     answers = [{p.index: p for p in entry.predictions} for entry in entries]
-    files = {index: find_picture(answers[0][index].image, folders) for chosen in rows.values() for index in chosen}
     groups = []
-    for name, found in rows.items():
-        # Those that can be seen, if any can, and of them the middles of equal stretches, as in the other galleries.
-        seen = [index for index in found if files[index] is not None] or found
-        count = min(_CARDS, len(seen))
-        cards = [
-            {"answers": [(e, by_index[i]) for e, by_index in zip(entries, answers, strict=True)], "picture": files[i]}
-            for i in (seen[(2 * k + 1) * len(seen) // (2 * count)] for k in range(count))
-        ]
+    for name, indices in members.items():
+        files = {index: find_picture(answers[0][index].image, folders) for index in indices}
+        # Prefer questions whose picture can be shown.
+        shown = [index for index in indices if files[index] is not None] or indices
+        cards = []
+        for index in evenly_spaced(shown, CARDS):
+            card = [(entry, by_index[index]) for entry, by_index in zip(entries, answers, strict=True)]
+            cards.append({"answers": card, "picture": files[index]})
         if cards:
-            groups.append({"name": name, "count": len(found), "of": len(common), "cards": cards})
+            groups.append({"name": name, "count": len(indices), "of": len(common), "cards": cards})
     return groups
+
+
+def _group(entries: Sequence[Entry], scores: Sequence[float]) -> str | None:
+    """Return the gallery's group of a question, ``None`` where the models score the same."""
+    teacher = [score for entry, score in zip(entries, scores, strict=True) if entry.role == "teacher"]
+    students = [score for entry, score in zip(entries, scores, strict=True) if entry.role == "student"]
+    if len(set(students)) > 1:
+        return _STUDENTS_DIFFER
+    if not teacher or not students or teacher[0] == students[0]:
+        return None
+    return _TEACHER_HIGHER if teacher[0] > students[0] else _STUDENT_HIGHER

@@ -1,4 +1,4 @@
-"""Pictures of a classifier's answers as inline SVG: how sure it is when it is right, and what it takes for what."""
+"""Reliability diagrams and confusion matrices of classifiers, as inline SVG."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _TEXT = Markup('<text x="{:.1f}" y="{:.1f}" dy=".32em" text-anchor="{}">{}</text
 
 
 def reliability(models: Sequence[tuple[str, str, Sequence[Mapping[str, float]]]]) -> Markup:
-    """A reliability diagram: share of right answers by confidence, a dot's area the share of images there.
+    """Draw a reliability diagram: accuracy by confidence. A dot's area is the share of images in its bin.
 
     Args:
-        models: label, colour class and bins (``n``, ``confidence``, ``exact``) of each; nothing is drawn without bins.
+        models: label, colour class and bins (``n``, ``confidence``, ``exact``) of each. Models without bins are left
+            out; if none is left, an empty string is returned.
     """
     models = [model for model in models if model[2]]
     if not models:
@@ -58,12 +59,13 @@ def reliability(models: Sequence[tuple[str, str, Sequence[Mapping[str, float]]]]
 
 
 def confusion(title: str, css: str, names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Markup:
-    """What is taken for what: a row for each right class, shaded by the share of its images with each answer.
+    """Draw a confusion matrix: one row per right class, shaded by the share of its images with each answer.
 
     Args:
-        title: for screen readers.
-        names: the classes, at most some twenty.
-        pairs: (right class, answer) of every image; answers that are no class of the data share a last column.
+        title: text for screen readers.
+        css: colour class.
+        names: the classes, at most about twenty.
+        pairs: (right class, answer) of every image. Answers outside the classes share a last column, "other".
     """
     columns = [*names, "other"] if any(answer not in names for _, answer in pairs) else list(names)
     counts = {right: dict.fromkeys(columns, 0) for right in names}
@@ -93,7 +95,7 @@ def confusion(title: str, css: str, names: Sequence[str], pairs: Sequence[tuple[
         for k, (answer, n) in enumerate(row.items()):
             x = left + _CELL * k
             share = n / total if total else 0.0
-            opacity = 0.08 + 0.92 * share if n else 0.0  # few are faint and not invisible
+            opacity = 0.08 + 0.92 * share if n else 0.0  # even a single image is visible
             kind, told = "hit" if right == answer else "miss", f"{right} answered as {answer}: {n:,} of {total:,}"
             parts.append(square.format(kind, x + 1, y + 1, _CELL - 2, _CELL - 2, opacity, told))
             if n:
@@ -108,7 +110,9 @@ def _short(name: str) -> str:
 
 
 def _commonest(counts: Mapping[str, Mapping[str, int]]) -> str:
-    wrong = [(n, right, answer) for right, row in counts.items() for answer, n in row.items() if n and answer != right]
+    wrong = []
+    for right, row in counts.items():
+        wrong += [(n, right, answer) for answer, n in row.items() if n and answer != right]
     if not wrong:
         return "no mistakes"
     n, right, answer = max(wrong, key=lambda item: item[0])

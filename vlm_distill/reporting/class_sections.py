@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_distill.evaluation.pictures import find_picture
+from vlm_distill.evaluation.runner import Prediction
 
 from . import class_plots, seeds
 from .entries import Duel, Entry, Run, duel, entries_on
@@ -16,23 +17,28 @@ _EXTREMES = 5
 
 
 def is_classification(scores: Mapping[str, Any]) -> bool:
-    """Whether a ``scores.json`` is a classifier's."""
+    """Return whether a ``scores.json`` is about a classifier."""
     return scores.get("kind") == "classification"
 
 
 def classification_sections(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A section for each data set; ``baselines`` stand in the first.
+    """Return a section for each data set; ``baselines`` are shown in the first.
 
-    All runs have their scores shown. Where runs repeat others with another seed, one of each name stands for the rest
-    in what goes into single images.
+    Every run's scores are shown. Where runs differ only by their seed, one of them represents the others wherever
+    single images are compared.
     """
-    names = dict.fromkeys(data for run in runs for (data, _), found in run.scores.items() if is_classification(found))
-    return [_section(runs, data, baselines if k == 0 else {}) for k, data in enumerate(names)]
+    names: dict[str, None] = {}
+    for run in runs:
+        for (data, _), scores in run.scores.items():
+            if is_classification(scores):
+                names[data] = None
+    return [_section(runs, data, {} if k else baselines) for k, data in enumerate(names)]
 
 
 def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    entries = entries_on(list(runs), data, baselines)
-    chosen = {run.label for run in seeds.one_seed([run for run in runs if (data, "student") in run.scores])}
+    entries = entries_on(runs, data, baselines)
+    scored = [run for run in runs if (data, "student") in run.scores]
+    chosen = {run.label for run in seeds.one_seed(scored)}
     several = len(runs) > 1
     shown = [e for e in entries if e.role != "student" or not several or e.label in chosen]
     answered = [entry for entry in shown if entry.predictions]
@@ -53,24 +59,26 @@ def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str
         "corruptions": next((e for e in shown if e.role == "student" and e.scores.get("corruptions")), None),
         "reliability": class_plots.reliability([(e.label, e.css, e.scores.get("calibration", [])) for e in shown]),
         "confusion": _confusion(answered),
-        "gallery": _gallery(answered, [run for run in runs if (data, "student") in run.scores], data),
+        "gallery": _gallery(answered, scored, data),
     }
 
 
 def _skipped(entries: Sequence[Entry]) -> list[tuple[str, Mapping[str, int]]]:
-    """Who left out how many images for which reason; all models at once where it is the same of all."""
+    """Return which model left out how many images for which reasons, in one entry if all models agree."""
     found = [(e.label, e.scores["skipped"]) for e in entries if e.scores.get("skipped")]
     alike = len(found) > 1 and all(skipped == found[0][1] for _, skipped in found)
-    return [("All models", found[0][1])] if alike and len(found) == len(entries) else found
+    if alike and len(found) == len(entries):
+        return [("All models", found[0][1])]
+    return found
 
 
 def _duels(students: Sequence[Entry]) -> list[Duel]:
-    """The first student against each other one."""
+    """Compare the first student with each other one."""
     return [duel(students[0], other) for other in students[1:]]
 
 
 def _classes(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Rows of name, number of images and one accuracy a model: all classes, or the best and worst of many."""
+    """Return rows of a class, its number of images and one accuracy per model: all classes, or the best and worst."""
     if not entries:
         return {}
     names = list(dict.fromkeys(name for entry in entries for name in entry.scores["by_type"]))
@@ -84,19 +92,19 @@ def _classes(entries: Sequence[Entry]) -> dict[str, Any]:
         return {"entries": entries, "parts": [("", [row(name) for name in names])]}
     scored = {name: f["exact"] for name, f in first.scores["by_type"].items() if f.get("exact") is not None}
     ranked = sorted(scored, key=lambda name: -scored[name])
-    parts = {"best": ranked[:_EXTREMES], "worst": ranked[-_EXTREMES:]}
-    of = f"of {len(names):,} classes"
-    titled = [(f"{first.label}: {which} {of}", [row(name) for name in some]) for which, some in parts.items()]
-    return {"entries": entries, "parts": titled}
+    parts = []
+    for which, some in (("best", ranked[:_EXTREMES]), ("worst", ranked[-_EXTREMES:])):
+        parts.append((f"{first.label}: {which} of {len(names):,} classes", [row(name) for name in some]))
+    return {"entries": entries, "parts": parts}
 
 
 def _confusion(entries: Sequence[Entry]) -> list[tuple[Entry, Any]]:
-    """Of the first student, and of its teacher beside it."""
+    """Draw the confusions of the first student and of its teacher."""
     chosen = [e for e in entries if e.role == "student"][:1] + [e for e in entries if e.role == "teacher"]
     pictures = []
     for entry in chosen:
         names = list(entry.scores.get("by_type", {}))
-        # With several right labels (ReaL) there is no row to put an image into.
+        # An image with several right labels (ReaL) belongs to no single row.
         if 2 <= len(names) <= _ALL_CLASSES and all(len(p.references) == 1 for p in entry.predictions):
             pairs = [(p.references[0], p.answer) for p in entry.predictions]
             pictures.append((entry, class_plots.confusion(f"Answers of {entry.label}", entry.css, names, pairs)))
@@ -105,11 +113,18 @@ def _confusion(entries: Sequence[Entry]) -> list[tuple[Entry, Any]]:
 
 def _gallery(entries: Sequence[Entry], runs: Sequence[Run], data: str) -> list[dict[str, Any]]:
     folders = [run.folder / "evaluation" / data / "pictures" for run in runs]
-    kept = {f"sha256:{path.stem}" for folder in folders if folder.is_dir() for path in folder.iterdir()}
-    # A picture that is a file of its own needs no copy.
-    groups = gallery(entries, lambda p: p.image is not None and (not p.image.startswith("sha256:") or p.image in kept))
+    kept: set[str] = set()
+    for folder in folders:
+        if folder.is_dir():
+            kept |= {f"sha256:{path.stem}" for path in folder.iterdir()}
+
+    def seen(prediction: Prediction) -> bool:
+        # Only images without a file of their own, named by their hash, need a kept copy.
+        image = prediction.image
+        return image is not None and (not image.startswith("sha256:") or image in kept)
+
+    groups = gallery(entries, seen)
     for group in groups:
-        group["cards"] = [
-            {"answers": card, "picture": find_picture(card[0][1].image, folders)} for card in group["cards"]
-        ]
+        cards = group["cards"]
+        group["cards"] = [{"answers": card, "picture": find_picture(card[0][1].image, folders)} for card in cards]
     return groups

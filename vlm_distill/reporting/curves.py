@@ -21,7 +21,7 @@ _SCORES = [
     ("score", "main", "Score"),
     *((key, key, title) for key, (title, _) in MEASURES.items()),
 ]
-#: So many first lines of a run's metrics name all of its curves.
+#: The curves' names are collected from this many first lines of a run's metrics.
 _LINES_FOR_NAMES = 50
 
 
@@ -39,16 +39,18 @@ def _score_charts(
 ) -> list[Chart]:
     """Chart one score of each data set, by step and by time."""
     levels = {section["data"]: _levels(section, final_key) for section in sections}
-    scored = [[line for line in run.evaluations if key in line] for run in runs]
-    names = dict.fromkeys(_data_of(line) for lines in scored for line in lines)
+    names: dict[str, None] = {}
+    for run in runs:
+        names |= dict.fromkeys(_data_of(line) for line in run.evaluations if key in line)
     found = []
     for data in names:
         # Name the data where there are several, and beside measures that mean nothing without it.
         suffix = f" · {data}" if len(names) > 1 or key != "exact" else ""
         for x, unit in (("step", "step"), ("seconds", "second")):
             curves = []
-            for run, lines in zip(runs, scored, strict=True):
-                curves.append(_curve(run, [line for line in lines if _data_of(line) == data], x, key))
+            for run in runs:
+                lines = [line for line in run.evaluations if key in line and _data_of(line) == data]
+                curves.append(_curve(run, lines, x, key))
             caption = f"{title} by {unit}{suffix}"
             percent = key in ("exact", "rouge_l")
             curves += levels.get(data, [])
@@ -71,9 +73,12 @@ def _data_of(line: Mapping[str, Any]) -> str:
 
 def _metric_names(runs: Sequence[Run]) -> list[str]:
     """Return the metrics to draw: the loss, the terms' losses, the terms' other metrics, and the optimizer's."""
-    lines = [line for run in runs for line in run.train[:_LINES_FOR_NAMES]]
-    terms = [name for name in dict.fromkeys(name for line in lines for name in line) if "/" in name]
-    return ["loss", *sorted(terms, key=lambda name: not name.endswith("/loss")), "lr", "grad_norm"]
+    names: dict[str, None] = {}
+    for run in runs:
+        for line in run.train[:_LINES_FOR_NAMES]:
+            names |= dict.fromkeys(line)
+    terms = sorted((name for name in names if "/" in name), key=lambda name: not name.endswith("/loss"))
+    return ["loss", *terms, "lr", "grad_norm"]
 
 
 def _metric_chart(runs: Sequence[Run], name: str) -> Chart:

@@ -1,4 +1,4 @@
-"""Questions for people to look at: those that all models answered, in groups by who was right."""
+"""Questions to look at: those that all models answered, in groups by who was right."""
 
 from __future__ import annotations
 
@@ -9,45 +9,53 @@ from vlm_distill.evaluation.predictions import Prediction
 
 from .entries import Entry
 
-_CARDS = 6
+#: Largest number of questions shown of a group.
+CARDS = 6
+_GROUPS = (
+    "Students differ",
+    "Teacher right, student wrong",
+    "Student right, teacher wrong",
+    "All right",
+    "All wrong",
+)
 
 
 def gallery(entries: Sequence[Entry], seen: Callable[[Prediction], bool] | None = None) -> list[dict[str, Any]]:
-    """Questions that all models answered, in groups by who was right, evenly spaced in each group.
+    """Return questions that all models answered, in groups by who was right, evenly spaced in each group.
 
     Args:
-        seen: whether there is a picture of a question; those come first.
+        entries: models with predictions.
+        seen: returns whether a question's picture can be shown; such questions come first.
     """
     if not entries:
         return []
     answers = [{p.index: p for p in entry.predictions} for entry in entries]
     common = sorted(set[int].intersection(*map(set, answers)))
     roles = [entry.role for entry in entries]
-    groups: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {name: [] for name in _GROUPS}
     for index in common:
         right = [by_index[index].exact > 0 for by_index in answers]
-        groups.setdefault(_group(roles, right), []).append(index)
-    order = [
-        "Students differ",
-        "Teacher right, student wrong",
-        "Student right, teacher wrong",
-        "All right",
-        "All wrong",
-    ]
-    result = []
-    for name in order:
-        found = groups.get(name, [])
-        rows = [i for i in found if seen(answers[0][i])] or found if seen is not None else found
-        count = min(_CARDS, len(rows))
-        # The middle of each of `count` equal stretches: deterministic, and seldom twice the same picture.
-        chosen = [rows[(2 * k + 1) * len(rows) // (2 * count)] for k in range(count)]
-        cards = [[(e, by_index[i]) for e, by_index in zip(entries, answers, strict=True)] for i in chosen]
+        members[_group(roles, right)].append(index)
+    groups = []
+    for name, indices in members.items():
+        shown = indices
+        if seen is not None:
+            shown = [index for index in indices if seen(answers[0][index])] or indices
+        cards = []
+        for index in evenly_spaced(shown, CARDS):
+            cards.append([(entry, by_index[index]) for entry, by_index in zip(entries, answers, strict=True)])
         if cards:
-            result.append({"name": name, "count": len(found), "of": len(common), "cards": cards})
-    return result
+            groups.append({"name": name, "count": len(indices), "of": len(common), "cards": cards})
+    return groups
 
 
-def _group(roles: list[str], right: list[bool]) -> str:
+def evenly_spaced(indices: Sequence[int], count: int) -> list[int]:
+    """Return the middles of ``count`` equal stretches: deterministic, and seldom two questions about one picture."""
+    count = min(count, len(indices))
+    return [indices[(2 * k + 1) * len(indices) // (2 * count)] for k in range(count)]
+
+
+def _group(roles: Sequence[str], right: Sequence[bool]) -> str:
     students = {r for role, r in zip(roles, right, strict=True) if role == "student"}
     if all(right):
         return "All right"

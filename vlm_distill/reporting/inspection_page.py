@@ -1,4 +1,4 @@
-"""Samples as each model receives them, supervised tokens highlighted: in the terminal and as an HTML page."""
+"""Show samples as each model receives them, with supervised tokens highlighted: in the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class InspectedModel:
-    """A sample as one model receives it, token by token; all four lists have the length of the sequence.
+    """A sample as one model receives it. Each list has one entry per token.
 
     Attributes:
-        pieces: the text of each token.
-        supervised: whether the loss sees it.
+        pieces: the token's text.
+        supervised: whether the loss sees the token.
         ends: whether it is the end token of an answer.
-        image: whether it stands for a part of an image.
+        image: whether it is an image token.
     """
 
     pieces: list[str]
@@ -47,10 +47,14 @@ class InspectedModel:
 
 @dataclass(frozen=True)
 class InspectedSample:
-    """A sample, its images, and how each model (``student``, ``teacher``) receives it.
+    """A sample, its images, and how each model receives it.
 
-    ``problem`` says why training would leave the sample out. ``groups``, where the tokenizers differ, are the student's
-    and the teacher's tokens that are compared.
+    Attributes:
+        title: the sample's name.
+        images: its images.
+        models: ``student`` and ``teacher``, if there is one.
+        problem: why training would leave the sample out.
+        groups: the texts of the student's and the teacher's tokens that are compared, where their tokenizers differ.
     """
 
     title: str
@@ -60,7 +64,7 @@ class InspectedSample:
     groups: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     """Neighbouring tokens of one kind: ``prompt``, ``answer``, ``end`` or ``image``."""
 
     kind: str
@@ -68,21 +72,29 @@ class Run(NamedTuple):
 
     @property
     def label(self) -> str:
+        """Return what is shown in place of image tokens."""
         return f"⟨image · {len(self.pieces)} token{'s' if len(self.pieces) > 1 else ''}⟩"
 
 
-def token_runs(model: InspectedModel) -> list[Run]:
-    """The sequence cut where the kind of token changes."""
-    rows = zip(model.pieces, model.supervised, model.ends, model.image, strict=True)
-    kinds = [
-        ("image" if image else "end" if supervised and end else "answer" if supervised else "prompt", piece)
-        for piece, supervised, end, image in rows
-    ]
-    return [Run(kind, [piece for _, piece in group]) for kind, group in groupby(kinds, key=lambda row: row[0])]
+def token_runs(model: InspectedModel) -> list[TokenRun]:
+    """Split the sequence where the kind of token changes."""
+    tokens = zip(model.pieces, map(_kind, model.supervised, model.ends, model.image), strict=True)
+    runs = []
+    for kind, group in groupby(tokens, key=lambda token: token[1]):
+        runs.append(TokenRun(kind, [piece for piece, _ in group]))
+    return runs
+
+
+def _kind(supervised: bool, end: bool, image: bool) -> str:
+    if image:
+        return "image"
+    if not supervised:
+        return "prompt"
+    return "end" if end else "answer"
 
 
 def counts(model: InspectedModel) -> str:
-    """How many tokens of what kind, in words."""
+    """Say how many tokens of each kind there are."""
     return (
         f"{len(model.pieces)} tokens, {sum(model.image)} of images, "
         f"{sum(model.supervised)} supervised, {sum(model.ends)} of them end tokens"
@@ -90,17 +102,17 @@ def counts(model: InspectedModel) -> str:
 
 
 def visible(piece: str) -> str:
-    """A token's text with line breaks and tabs shown as signs; the break itself is kept."""
+    """Make line breaks and tabs in a token visible; the breaks themselves are kept."""
     return piece.replace("\t", "→\t").replace("\r", "␍").replace("\n", "↵\n")
 
 
 def group_text(group: tuple[str, str]) -> str:
-    """The tokens of both models; once where they are the same."""
+    """Return the tokens of both models, or only once if they are the same."""
     return group[0] if group[0] == group[1] else f"{group[0]} = {group[1]}"
 
 
 def render_terminal(samples: Sequence[InspectedSample], console: Console) -> None:
-    """Prints the samples; pictures in half blocks where the terminal has colours, else their size."""
+    """Print the samples. Images are drawn in half blocks if the terminal has colours, else their sizes are printed."""
     legend = Text("  ").join(Text(f" {name} ", _STYLES[kind]) for kind, name in _LEGEND)
     console.print(legend)
     for sample in samples:
@@ -118,10 +130,13 @@ def render_terminal(samples: Sequence[InspectedSample], console: Console) -> Non
             compared = Text("  ").join(Text(visible(group_text(group)), _STYLES["answer"]) for group in sample.groups)
             title = Text.assemble(("groups", "bold"), (f"  {len(sample.groups)}, student = teacher", "dim"))
             parts += [title, Padding(compared, (0, 0, 1, 2))]
-        row = Table.grid(padding=(0, 2))
-        pictures = [_blocks(image) if console.color_system else _size(image) for image in sample.images]
-        row.add_row(*([Group(*pictures)] if pictures else []), Group(*parts))
-        console.print(row)
+        columns = [Group(*parts)]
+        if sample.images:
+            draw = _blocks if console.color_system else _size
+            columns.insert(0, Group(*map(draw, sample.images)))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(*columns)
+        console.print(grid)
 
 
 def _size(image: Image.Image) -> Text:
@@ -129,7 +144,7 @@ def _size(image: Image.Image) -> Text:
 
 
 def _blocks(image: Image.Image) -> Text:
-    """A picture in characters: each upper half block shows two pixels, one above the other."""
+    """Draw an image in characters: each half block shows two pixels, one above the other."""
     small = image.convert("RGB")
     small.thumbnail((_TERMINAL_IMAGE, _TERMINAL_IMAGE))
     text = Text(no_wrap=True)
@@ -147,38 +162,32 @@ def _hex(pixel: Any) -> str:
 
 
 def render_html(samples: Sequence[InspectedSample], path: Path) -> Path:
-    """Writes one self-contained page about the samples."""
-    page = (
-        environment()
-        .get_template("inspect.html.j2")
-        .render(
-            samples=[
-                {
-                    "title": sample.title,
-                    "problem": sample.problem,
-                    "images": [{**image_uri(image.copy(), _PAGE_IMAGE), "size": image.size} for image in sample.images],
-                    "models": [(name, counts(model), token_runs(model)) for name, model in sample.models.items()],
-                    "groups": [group_text(group) for group in sample.groups],
-                }
-                for sample in samples
-            ],
-            legend=_LEGEND,
-            visible=visible,
-        )
-    )
+    """Write one self-contained page about the samples, and return its path."""
+    template = environment().get_template("inspect.html.j2")
+    page = template.render(samples=[*map(_for_page, samples)], legend=_LEGEND, visible=visible)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, "utf-8")
     return path
 
 
+def _for_page(sample: InspectedSample) -> dict[str, Any]:
+    return {
+        "title": sample.title,
+        "problem": sample.problem,
+        "images": [{**image_uri(image.copy(), _PAGE_IMAGE), "size": image.size} for image in sample.images],
+        "models": [(name, counts(model), token_runs(model)) for name, model in sample.models.items()],
+        "groups": [group_text(group) for group in sample.groups],
+    }
+
+
 def write_lines(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Write one JSON object per line; a path ``-`` is standard output."""
+    """Write one JSON object per line to a file, or to standard output if the path is ``-``."""
     if path == Path("-"):
         for entry in entries:
             print(json.dumps(entry))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Half an emoji of somebody's text has no other form in UTF-8 than its escape.
+    # Half a surrogate pair (a cut emoji) cannot be written in UTF-8, except as an escape.
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for entry in entries:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import plots
 from .entries import Run
 
 
-def planned_sections(runs: list[Run]) -> list[dict[str, Any]]:
+def planned_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each run with a plan: ``run``, ``under`` (what the plan was made for) and ``rows`` of what, plan, fact."""
     sections = []
     for run in runs:

@@ -1,6 +1,6 @@
-"""Line charts as inline SVG, and numbers as people read them.
+"""Line charts as inline SVG, and numbers in readable form.
 
-Colours are classes, defined in ``templates/style.css``, so that charts follow the page into dark mode.
+Colours are CSS classes from ``templates/style.css``, so that charts follow the page into dark mode.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        label: the run.
+        label: name of the run.
         css: its colour class.
-        points: (x, y) in rising x; points that are not finite are left out.
-        smooth: draw the points faintly and a moving average over them.
-        level: a horizontal, dashed reference at the single point's y.
+        points: (x, y) by rising x; NaN and infinite points are left out.
+        smooth: whether to draw the points faintly, with a moving average over them.
+        level: whether to draw a horizontal dashed line at the y of the only point.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Series:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Data to picture, along one axis."""
+    """Map data values to picture coordinates along one axis."""
 
     low: float
     high: float
@@ -50,81 +50,103 @@ class _Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
 
+    def numbers(self) -> str:
+        return " ".join(f"{v:.8g}" for v in (self.low, self.high, self.start, self.stop))
+
 
 def line_chart(title: str, series: Sequence[Series], *, x_label: str, percent: bool = False) -> Markup:
-    """A line chart, or nothing where no series has a finite point.
+    """Draw a line chart; return an empty string if no line has a finite point.
 
     Args:
-        title: what is drawn, for screen readers; the caption is the page's.
-        x_label: written under the axis.
-        percent: y is a fraction and shown in per cent.
+        title: what is drawn, for screen readers; the page adds its own caption.
+        series: the lines.
+        x_label: unit of the x axis, for screen readers.
+        percent: whether y is a fraction to be shown in per cent.
     """
-    drawn = [(s, [p for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]) for s in series]
-    drawn = [(s, points) for s, points in drawn if points]
-    lines = [(s, points) for s, points in drawn if not s.level]
-    if not lines:
+    drawn = []
+    for line in series:
+        points = [point for point in line.points if math.isfinite(point[0]) and math.isfinite(point[1])]
+        if points:
+            drawn.append((line, points))
+    if all(line.level for line, _ in drawn):
         return Markup("")
-    xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in drawn for _, y in points]
-    x_low = 0.0 if 0 < min(xs) < 0.1 * max(xs) else min(xs)
-    x_high = max(xs) if max(xs) > x_low else x_low + 1
-    x_ticks = nice_ticks(x_low, x_high, 5)
-    y_ticks = nice_ticks(min(ys), max(ys), 5)
-    y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
-    x = _Scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
-    y = _Scale(y_low, y_high, _HEIGHT - _BOTTOM, _TOP)
+    x, y, x_ticks, y_ticks = _axes(drawn)
 
     def show(value: float) -> str:
         return f"{value * 100:.4g} %" if percent else compact(value)
 
-    last = ", ".join(f"{s.label} {show(points[-1][1])}" for s, points in drawn)
-    parts = [
-        Markup(
-            '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-scale="{}" data-percent="{}">'
-        ).format(
-            _WIDTH,
-            _HEIGHT,
-            f"{title} by {x_label}; at the end: {last}",
-            " ".join(f"{v:.8g}" for v in (x.low, x.high, x.start, x.stop, y.low, y.high, y.start, y.stop)),
-            int(percent),
-        )
-    ]
+    last = ", ".join(f"{line.label} {show(points[-1][1])}" for line, points in drawn)
+    head = Markup(
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-scale="{}" data-percent="{}">'
+    )
+    told = f"{title} by {x_label}; at the end: {last}"
+    parts = [head.format(_WIDTH, _HEIGHT, told, f"{x.numbers()} {y.numbers()}", int(percent))]
+    parts += _grid(x, y, x_ticks, [(tick, show(tick)) for tick in y_ticks])
+    for line, points in drawn:
+        parts += _line(x, y, line, points)
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def _axes(drawn: Sequence[tuple[Series, Sequence[Point]]]) -> tuple[_Scale, _Scale, list[float], list[float]]:
+    """Return both scales and their ticks. Levels stretch the y axis only."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for line, points in drawn:
+        ys += [y for _, y in points]
+        if not line.level:
+            xs += [x for x, _ in points]
+    # Begin at zero if the first point is near it.
+    x_low = 0.0 if 0 < min(xs) < 0.1 * max(xs) else min(xs)
+    x_high = max(xs) if max(xs) > x_low else x_low + 1
+    y_ticks = nice_ticks(min(ys), max(ys), 5)
+    x = _Scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
+    y = _Scale(min(y_ticks[0], *ys), max(y_ticks[-1], *ys), _HEIGHT - _BOTTOM, _TOP)
+    return x, y, nice_ticks(x_low, x_high, 5), y_ticks
+
+
+def _grid(x: _Scale, y: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[tuple[float, str]]) -> list[Markup]:
+    """Draw grid lines, the numbers beside the axes, and the guide that follows the pointer."""
     grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-    number = Markup('<text x="{}" y="{}" dy=".32em" text-anchor="end">{}</text>')
-    for tick in y_ticks:
+    left_number = Markup('<text x="{}" y="{}" dy=".32em" text-anchor="end">{}</text>')
+    bottom_number = Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
+    parts = []
+    for tick, text in y_ticks:
         at = f"{y(tick):.1f}"
         parts.append(grid.format(_LEFT, _WIDTH - _RIGHT, at, at))
-        parts.append(number.format(_LEFT - 7, at, show(tick)))
+        parts.append(left_number.format(_LEFT - 7, at, text))
     for tick in x_ticks:
         if x.low <= tick <= x.high:
-            where = Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
-            parts.append(where.format(min(x(tick), _WIDTH - _RIGHT - 8), _HEIGHT - 11, compact(tick)))
+            parts.append(bottom_number.format(min(x(tick), _WIDTH - _RIGHT - 8), _HEIGHT - 11, compact(tick)))
     parts.append(Markup('<line class="guide" y1="{}" y2="{}" hidden=""/>').format(_TOP, _HEIGHT - _BOTTOM))
+    return parts
+
+
+def _line(x: _Scale, y: _Scale, line: Series, points: Sequence[Point]) -> list[Markup]:
+    """Draw one series: a level, or the points with a moving average over them, with dots if they are few."""
 
     def polyline(points: Sequence[Point], css: str, label: str = "") -> Markup:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
         name = Markup(' data-label="{}"').format(label) if label else ""
         return Markup('<polyline class="{}" points="{}"{}/>').format(css, path, name)
 
-    for s, points in drawn:
-        if s.level:
-            ends = [(x.low, points[0][1]), (x.high, points[0][1])]
-            parts.append(polyline(ends, f"line level {s.css}"))
-            continue
-        points = thinned(points)
-        if s.smooth and len(points) > 8:
-            parts.append(polyline(points, f"line faint {s.css}"))
-            points = smoothed(points)
-        parts.append(polyline(points, f"line {s.css}", s.label))
-        if len(points) <= 24:
-            dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>')
-            parts += [dot.format(s.css, x(a), y(b)) for a, b in points]
-    parts.append(Markup("</svg>"))
-    return Markup("").join(parts)
+    if line.level:
+        height = points[0][1]
+        return [polyline([(x.low, height), (x.high, height)], f"line level {line.css}")]
+    parts = []
+    points = thinned(points)
+    if line.smooth and len(points) > 8:
+        parts.append(polyline(points, f"line faint {line.css}"))
+        points = smoothed(points)
+    parts.append(polyline(points, f"line {line.css}", line.label))
+    if len(points) <= 24:
+        dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>')
+        parts += [dot.format(line.css, x(a), y(b)) for a, b in points]
+    return parts
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers from at most ``low`` to at least ``high``."""
+    """Return about ``count`` round numbers that span ``low`` to ``high``."""
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
@@ -136,17 +158,19 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most 240 points: means of equal groups of neighbours, the last point kept."""
+    """Return at most 240 points: means of equal groups of neighbours, and the last point."""
     if len(points) <= _MOST_POINTS:
         return list(points)
     cuts = [round(i * len(points) / _MOST_POINTS) for i in range(_MOST_POINTS + 1)]
-    groups = [points[a:b] for a, b in pairwise(cuts)]
-    means = [(sum(p[0] for p in g) / len(g), sum(p[1] for p in g) / len(g)) for g in groups]
+    means = []
+    for start, stop in pairwise(cuts):
+        xs, ys = zip(*points[start:stop], strict=True)
+        means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
     return [*means[:-1], points[-1]]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """A centred moving average over a twelfth of the points, cut short at both ends."""
+    """Return a centred moving average over a twelfth of the points, with a shorter window at both ends."""
     half = max(1, len(points) // 24)
     result = []
     for i, (x, _) in enumerate(points):
@@ -156,27 +180,28 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def compact(value: float) -> str:
-    """A number in at most about five characters: 1.5 M, 340, 0.043, 5e-06."""
+    """Format a number in about five characters at most: 1.5 M, 340, 0.043, 5e-06."""
     size = abs(value)
     for power, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= power:
-            return f"{value / (1e3 if sign == 'k' else power):.3g} {sign}".replace("-", "−")
+            unit = 1e3 if sign == "k" else power
+            return f"{value / unit:.3g} {sign}".replace("-", "−")
     text = f"{value:.4g}" if size >= 1e-3 or size == 0 else f"{value:.2g}"
     return text.replace("-", "−") if "e" not in text else text
 
 
 def percent(value: float | None) -> str:
-    """A fraction in per cent with one decimal; ``–`` for none."""
+    """Format a fraction in per cent with one decimal; ``–`` for ``None``."""
     return "–" if value is None else f"{value * 100:.1f} %"
 
 
 def points(value: float) -> str:
-    """A difference of fractions in signed percentage points."""
+    """Format a difference of fractions in signed percentage points."""
     return f"{value * 100:+.1f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``42 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    """Format seconds as ``42 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -186,11 +211,11 @@ def duration(seconds: float) -> str:
 
 
 def size_in_bytes(value: float) -> str:
-    """Bytes in binary units."""
+    """Format bytes in binary units."""
     power = min(4, max(0, int(value).bit_length() - 1) // 10)
     return f"{value / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def swatch(css: str, label: str) -> Markup:
-    """A legend entry."""
+    """Return a legend entry."""
     return Markup('<span class="swatch {}">{}</span>').format(css, escape(label))

@@ -52,9 +52,13 @@ def headline(runs: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:
 
 def speed_and_memory(runs: Sequence[Run]) -> list[Row]:
     """Return rows of a label and one text per run, without rows that are empty for every run."""
-    rows = [(label, [_from_summary(run, path, show) for run in runs]) for label, path, show in _SUMMARY]
-    rows += [(label, [_median(run, key, show) for run in runs]) for label, key, show in _MEDIANS]
-    rows += [(label, [_from_summary(run, path, show) for run in runs]) for label, path, show in _DATA_AND_SIZES]
+    rows: list[Row] = []
+    for label, path, show in _SUMMARY:
+        rows.append((label, [_from_summary(run, path, show) for run in runs]))
+    for label, key, show in _MEDIANS:
+        rows.append((label, [_median(run, key, show) for run in runs]))
+    for label, path, show in _DATA_AND_SIZES:
+        rows.append((label, [_from_summary(run, path, show) for run in runs]))
     for key in dict.fromkeys(key for run in runs for key in run.summary.get("speed", {})):
         label = key.replace("_", " ").capitalize()
         rows.append((label, [_from_summary(run, ("speed", key), _compact_or_text) for run in runs]))

@@ -1,6 +1,6 @@
-"""Runs that differ by their seed alone: means over seeds, and how sure they are.
+"""Means and confidence intervals over runs that differ only by their seed.
 
-Such runs lie in folders ``<name>/seed<k>``.
+Such runs are in folders ``<name>/seed<k>``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _SEED = re.compile(r"seed[-_]?(\d+)")
 
 
 def family(folder: Path) -> str | None:
-    """What runs of several seeds have in common: the name of the folder above ``seed<k>``, or nothing."""
+    """Return the name that a run shares with those of other seeds, the folder above ``seed<k>``; ``None`` otherwise."""
     return folder.parent.name if _SEED.fullmatch(folder.name) else None
 
 
 def one_seed(runs: Sequence[Run]) -> list[Run]:
-    """One run of each family, of the first run's seed where it has that one; all runs where nothing is repeated."""
+    """Return one run of each family, with the same seed as the first run where possible."""
     chosen: dict[str, Run] = {}
     for run in runs:
         name = family(run.folder) or run.label
@@ -34,7 +34,7 @@ def one_seed(runs: Sequence[Run]) -> list[Run]:
 
 @dataclass(frozen=True)
 class Group:
-    """Accuracies of one name's seeds, with ``t``-interval ``mean ± half`` (95 %); ``None`` of a single seed."""
+    """Accuracies of a family's seeds, and their 95 % ``t``-interval ``mean ± half`` (``None`` for a single seed)."""
 
     name: str
     css: str
@@ -44,7 +44,7 @@ class Group:
 
 
 def seed_groups(runs: Sequence[Run], data: str) -> list[Group]:
-    """Groups of the runs that a data set has scores of; none unless a name has two seeds."""
+    """Return the families of the runs scored on ``data``; none if no family has two seeds."""
     found: dict[str, list[tuple[Run, float]]] = {}
     for run in runs:
         name, exact = family(run.folder), run.scores.get((data, "student"), {}).get("exact")
@@ -60,7 +60,7 @@ def seed_groups(runs: Sequence[Run], data: str) -> list[Group]:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of its 95 % interval (Student 1908): ``t₀.₉₇₅(n − 1) · s / √n``; ``None`` for fewer than two."""
+    """Return the mean and half its 95 % interval ``t₀.₉₇₅(n − 1) · s / √n`` (Student 1908); ``None`` for one value."""
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
@@ -70,7 +70,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def t_quantile(freedom: int, inside: float = 0.95) -> float:
-    """The t with ``P(|T| ≤ t) = inside`` for a whole number of degrees of freedom, by bisection."""
+    """Find the ``t`` with ``P(|T| ≤ t) = inside`` by bisection, for a whole number of degrees of freedom."""
     low, high = 0.0, 1e3
     for _ in range(80):
         middle = (low + high) / 2
@@ -79,7 +79,7 @@ def t_quantile(freedom: int, inside: float = 0.95) -> float:
 
 
 def _within(t: float, freedom: int) -> float:
-    """``P(|T| ≤ t)``, the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    """Return ``P(|T| ≤ t)`` by the finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun."""
     angle = math.atan(t / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
@@ -91,10 +91,12 @@ def _within(t: float, freedom: int) -> float:
 
 
 def axis(groups: Sequence[Group], levels: Sequence[float]) -> dict[str, Any]:
-    """Where values lie on an axis that holds all of them and their intervals, in per cent of its length."""
-    ends = [v + side * (g.half or 0) for g in groups for v in (g.mean,) for side in (-1, 1)]
-    everything = [*ends, *(v for g in groups for v in g.values), *levels]
-    low, high = min(everything), max(everything)
+    """Return an axis that fits all values and intervals: ``low``, ``high`` and ``place``, a position in per cent."""
+    fitted = list(levels)
+    for group in groups:
+        half = group.half or 0
+        fitted += [group.mean - half, group.mean + half, *group.values]
+    low, high = min(fitted), max(fitted)
     margin = 0.06 * (high - low) or 0.01
     low, high = low - margin, high + margin
     return {"low": low, "high": high, "place": lambda value: 100 * (value - low) / (high - low)}
