@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_distill.evaluation.pictures import find_picture
-from vlm_distill.evaluation.runner import Prediction
+from vlm_distill.evaluation.predictions import Prediction
 
 from . import class_plots, seeds
 from .entries import Duel, Entry, Run, duel, entries_on
