@@ -1,7 +1,7 @@
-"""The demo: a teacher VLM distilled on easy-VQA, compared with learning from few right answers, scored and reported.
+"""The demo: distil a VLM on easy-VQA, compare with training on few labels, score both and write a report.
 
-Its data go the way of any run's: ``python -m vlm_distill.demo FOLDER`` writes easy-VQA as ``train.jsonl``,
-``unlabelled.jsonl`` and ``test.jsonl`` in LLaVA's layout, and a tokenizer of whole words.
+``python -m vlm_distill.demo FOLDER`` only writes the data: easy-VQA as ``train.jsonl``, ``unlabelled.jsonl`` and
+``test.jsonl`` in LLaVA's layout, and a tokenizer of whole words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import launch
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
-# The second has the number of rows that configs/demo/cross_entropy.yaml takes.
+# The number of labels is that in configs/demo/cross_entropy.yaml.
 _TAID, _CROSS_ENTROPY = "TAID, no labels", "cross-entropy, 500 labels"
 _RUNS = {_TAID: "taid", _CROSS_ENTROPY: "cross_entropy"}
 _TEMPLATE = (
@@ -41,14 +41,14 @@ _TEMPLATE = (
 
 
 def run(out: Path, nproc: int) -> None:
-    """Distils the demo's student by TAID, trains it again on few labels, scores both, and writes the report.
+    """Distil the demo's student by TAID, train it again on few labels, score both, and write the report.
 
     Args:
-        out: folder of data, runs, exported student and report.
-        nproc: ranks under DeepSpeed's launcher.
+        out: folder for data, runs, the exported student and the report.
+        nproc: number of ranks.
 
     Raises:
-        UserError: the data's package is not installed.
+        UserError: the package ``easy-vqa`` is not installed.
     """
     from vlm_distill.evaluation.compare import paired
     from vlm_distill.evaluation.predictions import read_predictions
@@ -58,12 +58,12 @@ def run(out: Path, nproc: int) -> None:
     from vlm_distill.reporting.report import write_report
 
     console = plain_console(stderr=True)
-    console.print("1/4 easy-VQA: 5,000 pictures, 48,248 questions")
+    console.print("1/4 writing easy-VQA: 5,000 pictures, 48,248 questions")
     data = prepare(out / "data")
     configs = configs_folder() / "demo"
     test = data / "test.jsonl"
     for number, (label, name) in enumerate(_RUNS.items(), start=2):
-        console.print(f"{number}/4 the student by {label}: {nproc} rank(s) under DeepSpeed's launcher")
+        console.print(f"{number}/4 training a student by {label}, on {nproc} rank(s)")
         overrides = [
             f"student.tokenizer={configs / 'teacher'}",
             f"data.train.0.path={data / ('unlabelled.jsonl' if name == 'taid' else 'train.jsonl')}",
@@ -76,7 +76,7 @@ def run(out: Path, nproc: int) -> None:
         if code:
             raise SystemExit(code)
 
-    console.print("4/4 scores, export, report")
+    console.print("4/4 scoring, exporting, writing the report")
     baseline = question_only_baseline(open_source(str(data / "train.jsonl")), open_source(str(test)))
     evaluated = {label: out / name / "evaluation" / "test" for label, name in _RUNS.items()}
     answers = {label: read_predictions(folder / "student" / "predictions.jsonl") for label, folder in evaluated.items()}
@@ -95,7 +95,7 @@ def run(out: Path, nproc: int) -> None:
     page = write_report(
         {label: out / name for label, name in _RUNS.items()},
         out / "report.html",
-        title="easy-VQA: a student distilled by TAID without labels, and one that learnt from 500 labels",
+        title="easy-VQA: a student distilled by TAID without labels, and one trained on 500 labels",
         baselines={"the question alone": summarise(baseline)},
     )
     picture = answers[_TAID][0].image
@@ -105,24 +105,21 @@ def run(out: Path, nproc: int) -> None:
 
 
 def configs_folder() -> Path:
-    """Where ``configs/`` is: beside the package in a checkout, under the environment's ``share`` when installed."""
+    """Return the folder of configurations: beside the package in a checkout, or in the environment's ``share``."""
     beside = Path(__file__).resolve().parent.parent / "configs"
     return beside if beside.is_dir() else Path(sys.prefix) / "share" / "vlm-distill" / "configs"
 
 
 def prepare(folder: Path) -> Path:
-    """Writes easy-VQA as LLaVA-style JSONL, and a tokenizer of whole words.
+    """Write easy-VQA as LLaVA-style JSONL and a tokenizer of whole words, and return ``folder``.
 
-    The training rows are ordered by image in a fixed shuffle, so that the first rows are few pictures with all their
-    questions: ``limit`` on the source makes the setting with few labels. ``unlabelled.jsonl`` has the same rows with
-    all possible answers in turn, whatever the question: a loss that learns from the teacher alone reads the teacher's
-    distribution at the place of the answer, and never the answer; after each of them it learns to end.
+    Training samples are ordered by image in a fixed shuffle, so that a ``limit`` on the source keeps few pictures with
+    all their questions: the setting with few labels. ``unlabelled.jsonl`` has the same samples with all possible
+    answers in turn, whatever the question. A loss that learns from the teacher alone uses the teacher's distribution
+    at the answer's position, never the answer itself, and then learns to end.
 
     Args:
-        folder: made if need be.
-
-    Returns:
-        ``folder``.
+        folder: created if missing.
 
     Raises:
         UserError: the package ``easy-vqa`` is not installed.
@@ -130,7 +127,7 @@ def prepare(folder: Path) -> Path:
     try:
         import easy_vqa
     except ImportError:
-        raise UserError("demo: its data is the package easy-vqa; install vlm-distill[demo]") from None
+        raise UserError("demo: needs the package easy-vqa; install vlm-distill[demo]") from None
     folder.mkdir(parents=True, exist_ok=True)
     words: set[str] = set()
     train = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
@@ -146,7 +143,7 @@ def prepare(folder: Path) -> Path:
             words.update(_words(question), _words(answer))
         placeholders = itertools.cycle(sorted(set(answers)))
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            # Multiplication by a number prime to the count is a shuffle that needs no generator.
+            # Multiplying by a number coprime to the count is a shuffle without a random generator.
             order = sorted(by_image, key=lambda image: image * 7919 % len(by_image))
             for image in order:
                 for number, (question, answer) in enumerate(by_image[image]):
@@ -165,7 +162,7 @@ def prepare(folder: Path) -> Path:
 
 
 def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words and punctuation, with a chat template of two special tokens."""
+    """Return a tokenizer of whole words and punctuation, with a chat template of two special tokens."""
     special = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>"]
     vocabulary = {token: i for i, token in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""A run's student as a folder of its own, with a model card, and if asked for on the Hugging Face hub."""
+"""Write a run's student as a folder with a model card, and upload it to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS = ("native", "llava")
 
 
 def is_classifier(run: Path) -> bool:
-    """Whether a run trained an image classifier, whose student is named where others have a path or parts."""
+    """Return whether a run trained an image classifier: only those have ``student.name``."""
     from vlm_distill.config.file import read_yaml
 
     config = run / "config.yaml"
@@ -27,21 +27,21 @@ def is_classifier(run: Path) -> bool:
 
 
 def export_student(run: Path, folder: Path, dtype: str | None = None, format: str = "native") -> Path:
-    """Writes the student of a run, finished or at its latest checkpoint, adapters merged, and its model card.
+    """Write the student of a run, finished or at its latest checkpoint, with adapters merged, and a model card.
 
     Args:
-        run: the folder of a run that has finished, or has a checkpoint.
-        folder: where the student goes; made if need be.
-        dtype: ``fp32``, ``bf16``, ``fp16`` or ``None`` for the one it was trained in.
-        format: ``native`` is Transformers' own for its models, and this suite's for assembled ones; ``llava`` makes a
-            LLaVA of Transformers of an assembled one.
+        run: the folder of a run that is finished or has a checkpoint.
+        folder: where to write the student; created if missing.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; ``None``: as trained.
+        format: ``native`` writes Transformers' models in their own format and assembled ones in this suite's;
+            ``llava`` writes an assembled student as a LLaVA model of Transformers.
 
     Returns:
         ``folder``, which ``load_vlm`` reads.
 
     Raises:
-        UserError: no run, nothing in it to export, a model of another format in the folder, or a student that no LLaVA
-            equals.
+        UserError: there is no run or nothing in it to export, the folder holds a model in another format, or no LLaVA
+            model is equal to the student.
     """
     from vlm_distill.models.common import as_dtype, cast_parameters, choose
     from vlm_distill.models.composed import CONFIG_NAME, ComposedVLM
@@ -60,23 +60,23 @@ def export_student(run: Path, folder: Path, dtype: str | None = None, format: st
     ours = isinstance(model, ComposedVLM) and model.processor.has_vision
     if (folder / ("config.json" if ours else CONFIG_NAME)).is_file():
         raise UserError(f"{folder}: holds a model in another format; choose another folder, or empty it")
-    _tell_ends(model)
+    _set_end_tokens(model)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(_card(model, run, record), encoding="utf-8")
     return folder
 
 
 def finished_student(run: Path) -> Path | None:
-    """Return the folder of a run's finished student, ``None`` where there is none, or its run is being made longer.
+    """Return the folder of a finished run's student; ``None`` if there is none or the run is being extended.
 
     Raises:
-        UserError: the student is not what the run wrote.
+        UserError: the student differs from what the run wrote.
     """
     folder = run / "student"
     longer = not (run / "summary.json").is_file() and (run / "checkpoints").is_dir()
     if not folder.is_dir() or longer:
         return None
-    if (folder / manifest.NAME).is_file():  # a student from elsewhere has none
+    if (folder / manifest.NAME).is_file():  # a student from elsewhere has no manifest
         try:
             manifest.check(folder, manifest.read(folder))
         except manifest.Damaged as error:
@@ -86,7 +86,7 @@ def finished_student(run: Path) -> Path | None:
 
 
 def _student(run: Path) -> tuple[Any, Record | None]:
-    """Return a run's student, and what the run has kept of itself when it wrote it."""
+    """Return a run's student, and the run's record from when it was written."""
     from vlm_distill.config.sections import RunConfig
     from vlm_distill.models import load_vlm
     from vlm_distill.training import checkpoint
@@ -104,7 +104,7 @@ def _student(run: Path) -> tuple[Any, Record | None]:
     from vlm_distill.runtime.processes import Processes
     from vlm_distill.training.engine import checkpoint_weights
 
-    # The checkpoint's own: the run may have been started again with another stage since.
+    # Use the checkpoint's record: the run may since have been restarted with another ZeRO stage.
     record = Record.read(found.path)
     config = RunConfig.model_validate(record.configuration)
     processes = Processes("cpu")
@@ -116,8 +116,8 @@ def _student(run: Path) -> tuple[Any, Record | None]:
     return model, record
 
 
-def _tell_ends(model: Any) -> None:
-    """Has a plain ``generate`` stop where ours does: the chat template's end token may not be the tokenizer's."""
+def _set_end_tokens(model: Any) -> None:
+    """Make a plain ``generate`` stop where ours does: the chat template's end token may differ from the tokenizer's."""
     settings = getattr(model, "model", None) or model.decoder
     settings.generation_config.eos_token_id = sorted(model.end_tokens) or None
     settings.generation_config.pad_token_id = model.pad_token
@@ -178,24 +178,24 @@ print(model.generate([(question, [Image.open("picture.png").convert("RGB")])])[0
 
 
 def check_hub(name: str) -> None:
-    """Raises ``UserError`` where nothing could be pushed: no ``owner/name``, or nobody is logged in."""
+    """Raise ``UserError`` if an upload would fail: ``name`` is not ``owner/name``, or there is no token."""
     import re
 
     from huggingface_hub import get_token
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--push-to-hub: '{name}' is no name on the hub; write owner/name")
+        raise UserError(f"--push-to-hub: '{name}' is not a name on the hub; write owner/name")
     if get_token() is None:
-        raise UserError("--push-to-hub: no token of the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
+        raise UserError("--push-to-hub: no Hugging Face token found; run `hf auth login`, or set HF_TOKEN")
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:
-    """Uploads a folder to the hub; returns its address.
+    """Upload a folder to the hub, and return its address.
 
     Args:
-        folder: an export.
-        name: ``owner/name``; made if need be. One that is there keeps its visibility.
-        public: seen by everybody; else by its owner.
+        folder: an exported student.
+        name: ``owner/name``; created if missing. An existing one keeps its visibility.
+        public: whether everyone can see it, or only its owner.
 
     Raises:
         UserError: see :func:`check_hub`, or the hub refuses.
@@ -208,6 +208,6 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     try:
         address = create_repo(name, private=not public, exist_ok=True)
         upload_folder(repo_id=name, folder_path=folder, commit_message="Export of vlm-distill")
-    except Exception as error:  # no network, no right to write, no room: of many kinds
+    except Exception as error:  # no network, no permission, no space: errors of many kinds
         raise UserError(f"--push-to-hub: {name}: {first_line(error)}; {folder} is written and complete") from error
     return str(address)

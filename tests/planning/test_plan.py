@@ -108,7 +108,7 @@ def test_the_report_shows_plan_and_fact(planned):
     summary = {"plan": found, "seconds": 100.0, "steps": 5, "memory": {"peak_bytes": 123_000_000}, "device": "cpu: 2"}
     (folder / "summary.json").write_text(json.dumps(summary))
     page = write_report([folder]).read_text()
-    section = page.split('aria-label="Plan against fact"')[1].split("</section>")[0]
+    section = page.split('aria-label="Plan and measurement"')[1].split("</section>")[0]
     assert "5e+09" in section
     assert f"{found['flops']:.3g}" in section
     assert "25" in section.split("Waiting for data")[1].split("</tr>")[0]

@@ -154,9 +154,9 @@ def test_a_score_that_is_none_and_a_scale_of_its_own(answered):
     text = re.sub(r"\s+", " ", read(out).text)
     assert "1,400.0 of 2800" in text
     assert "– of 2800" in text
-    assert "this score is without a judge. 3 of 40 answers need one" in text
+    assert "scored without a judge. 3 of 40 answers need one" in text
     assert "4 of the judge's replies could not be read" in text
-    assert "2 answers were decided by a last resort (random)" in text
+    assert "2 answers were scored by a fallback (random)" in text
     assert 'style="width:50.00%"' in out.read_text()
 
 
@@ -173,6 +173,6 @@ def test_limits_cut_answers_and_failures_are_marked(answered):
     text = re.sub(r"\s+", " ", read(out).text)
     assert "20.0 of 40 limited" in text
     assert "limited to a share of 9,000 questions" in text
-    assert "7 answers were cut before their end" in text
+    assert "7 answers reached the token limit and were cut" in text
     assert "pope, teacher of taid: the judge did not answer." in text
     assert 'style="width:50.00%"' in out.read_text()

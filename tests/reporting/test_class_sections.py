@@ -28,7 +28,7 @@ def text_of(page):
 def test_one_run(tmp_path):
     run = build_classifier(tmp_path / "kd", n=120)
     page = read(write_report([run]))
-    headings = ("Accuracy on test", "Measures", "By class", "How sure, and what for what", "Gallery", "Curves")
+    headings = ("Accuracy on test", "Measures", "By class", "Calibration and confusions", "Gallery", "Curves")
     for heading in headings:
         assert heading in page.headings
     for heading in ("Seeds", "On the same images", "Scores on test", "By question type", "By severity"):
@@ -76,7 +76,7 @@ def test_of_many_classes_the_best_and_worst_are_shown(tmp_path):
     assert "worst of 30 classes" in text
     assert 'class="confusion' not in path.read_text()
     ranked = sorted(scores(run)["by_type"].items(), key=lambda item: -item[1]["exact"])
-    table = text[text.index("best of 30 classes") : text.index("How sure")]
+    table = text[text.index("best of 30 classes") : text.index("Calibration and confusions")]
     assert {name for name, _ in ranked[:5] + ranked[-5:]} == set(re.findall(r"kind \d\d", table))
 
 
@@ -166,7 +166,7 @@ def test_what_is_taken_for_what():
     text = str(class_plots.confusion("Answers", "c0", names, pairs))
     assert "cat answered as dog: 2 of 3" in text
     assert "dog answered as other: 1 of 2" in text
-    assert "the commonest mistake is cat answered as dog, 2 times" in text
+    assert "the most frequent mistake is cat answered as dog, 2 times" in text
     assert text.count("<rect") == 6
     assert text.count('class="hit"') == 2
 

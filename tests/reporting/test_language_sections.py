@@ -37,7 +37,7 @@ def test_a_table_and_curves(run):
     for text in ("6.12", "0.5250", "25.0%", "4.50", "24 samples", "1,234 supervised tokens"):
         assert text in page
     assert "Perplexity by step · talks" in page
-    assert "KL to the teacher, nats a token by second · talks" in page
+    assert "KL to the teacher, nats per token by second · talks" in page
     assert page.count(" best") == page.count('<td class="c0 best">') + page.count('<td class="c1 best">')
     assert '<td class="c0 best">6.12' in page
     assert '<td class="c1 best">0.2500' in page

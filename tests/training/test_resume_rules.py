@@ -200,7 +200,7 @@ def test_what_may_change_is_told_and_kept_in_the_record(stopped, processes, capf
     assert yaml.safe_load((out / "config.yaml").read_text())["optimizer"]["lr"] == 0.02
     export_student(out, stopped / "exported")
     card = (stopped / "exported" / "README.md").read_text()
-    assert "| changed on the way | after step 4: optimizer.lr 0.01 → 0.02, training.steps 6 → 7 |" in card
+    assert "| changed during training | after step 4: optimizer.lr 0.01 → 0.02, training.steps 6 → 7 |" in card
     # And of it, in turn, the next one knows.
     train(configuration(stopped, "stopped", **changes | {"training__steps": 8}), processes)
     assert len(resume.Record.read(out).comments()) == 2

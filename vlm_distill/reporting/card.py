@@ -1,4 +1,4 @@
-"""Model cards in the hub's form: facts as YAML for machines, then the same in words."""
+"""Model cards in the hub's format: facts as YAML front matter, then the same in words."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from data.json_files import read_object
 
 
 def document(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
-    """A card: what the hub reads as front matter, the licence left to fill in, and its text."""
+    """Return a card: front matter for the hub, with the licence left to fill in, and the text."""
     front = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True).strip()
     licence = "# license: yours to choose; mind those of the data and of every base model"
     return "\n".join(["---", front, licence, "---", "", *lines])
 
 
 def hub_name(name: str | None) -> str | None:
-    """``name`` if it looks like one on the hub, ``owner/name``, and is no file or folder here."""
+    """Return ``name`` if it looks like ``owner/name`` on the hub and is not a local file or folder."""
     if name is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
         return None
     return None if name.endswith((".json", ".jsonl", ".ndjson", ".parquet", ".arrow")) else name
 
 
 def in_words(losses: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The terms of a run's configuration, each with its weight and parameters."""
+    """Describe the loss terms of a configuration, each with its weight and parameters."""
     words = []
     for term in losses:
         given = ", ".join(f"{k} {v}" for k, v in term.items() if k not in ("name", "weight"))
@@ -37,28 +37,28 @@ def in_words(losses: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def source_names(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of a run's sources of data."""
+    """Return the names of a run's data sources."""
     return [s.get("name") or hub_name(s["path"]) or Path(s["path"]).name for s in sources]
 
 
 def student_scores(run: Path) -> dict[str, dict[str, Any]]:
-    """The student's ``scores.json`` of the end of a run, by the name of the data."""
+    """Return the student's final ``scores.json`` by data name."""
     files = sorted(run.glob("evaluation/*/student/scores.json"))
     return {file.parent.parent.name: read_object(file) for file in files}
 
 
 def fact_table(rows: Sequence[tuple[str, Any]]) -> list[str]:
-    """Lines of a table of facts; empty ones are left out."""
+    """Return the lines of a table of facts, without empty ones."""
     return ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows if value)]
 
 
 def cell(value: Any) -> str:
-    """A value as text alone in a table of Markdown, on one line, no markup in it."""
+    """Return a value as one line of plain text for a Markdown table, with any markup escaped."""
     return one_line(str(value)).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def result(task: str, data: str, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """An entry of ``model-index``."""
+    """Return an entry of ``model-index``."""
     return {"task": {"type": task}, "dataset": {"name": data, "type": data}, "metrics": list(metrics)}
 
 
@@ -71,16 +71,16 @@ def run_card(
     usage: Sequence[str],
     changes: Sequence[str] = (),
 ) -> str:
-    """The card of a run's student that reads text and, perhaps, images.
+    """Return the model card of a run's student, a language or vision-language model.
 
     Args:
-        config: the run's, as plain data.
-        run: its folder, which has its scores and names the model.
+        config: the run's configuration, as plain data.
+        run: the run's folder, which holds the scores and names the model.
         sees: whether the student takes images.
-        size: number of its parameters.
+        size: the student's number of parameters.
         library: what loads it: ``transformers`` or ``vlm-distill``.
-        usage: lines of Python.
-        changes: what was changed while it trained, in words.
+        usage: lines of Python that use the model.
+        changes: changes to the configuration during the run, in words.
     """
     task = "image-text-to-text" if sees else "text-generation"
     name = run.resolve().name
@@ -113,7 +113,7 @@ def run_card(
         ("loss", " + ".join(in_words(config["loss"]))),
         ("optimizer", _pairs(config.get("optimizer"), "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")),
         ("training", _pairs(config.get("training"), "epochs", "steps", "batch_size", "dtype", "seed")),
-        ("changed on the way", "; ".join(changes)),
+        ("changed during training", "; ".join(changes)),
         ("ZeRO stage", str((config.get("deepspeed") or {}).get("stage", ""))),
     ]
     lines = [f"# {cell(name)}", "", "A student distilled by vlm-distill.", "", *fact_table(rows), ""]
@@ -135,7 +135,7 @@ def _metrics(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _origins(config: Mapping[str, Any]) -> list[str]:
-    """Names on the hub of what the student's weights and lessons come from."""
+    """Return the hub names of the teacher and of the models that the student's weights come from."""
     teacher, student = config.get("teacher") or {}, config["student"]
     encoder, decoder = student.get("vision_encoder") or {}, student.get("decoder") or {}
     names = [teacher.get("path"), student.get("path"), decoder.get("name")]
@@ -147,7 +147,7 @@ def _origins(config: Mapping[str, Any]) -> list[str]:
 
 
 def _whole(model: Mapping[str, Any]) -> str:
-    """A model's section in words; folders of this machine by their last name."""
+    """Describe a model's section. Local folders are shown by their last name only."""
     if model.get("path"):
         return hub_name(model["path"]) or Path(model["path"]).name
     if cut := model.get("from_teacher"):

@@ -116,4 +116,4 @@ def _commonest(counts: Mapping[str, Mapping[str, int]]) -> str:
     if not wrong:
         return "no mistakes"
     n, right, answer = max(wrong, key=lambda item: item[0])
-    return f"the commonest mistake is {right} answered as {answer}, {n:,} times"
+    return f"the most frequent mistake is {right} answered as {answer}, {n:,} times"

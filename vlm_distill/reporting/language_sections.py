@@ -10,7 +10,7 @@ from .entries import Run, entries_on
 #: Title of each measure, and whether lower is better.
 MEASURES = {
     "perplexity": ("Perplexity", True),
-    "kl": ("KL to the teacher, nats a token", True),
+    "kl": ("KL to the teacher, nats per token", True),
     "rouge_l": ("ROUGE-L", False),
 }
 

@@ -1,4 +1,4 @@
-"""The report's section on what ``vlm-distill plan`` said of a run, beside what came of it."""
+"""The report's section that shows a run's plan beside what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .entries import Run
 
 
 def planned_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each run with a plan: ``run``, ``under`` (what the plan was made for) and ``rows`` of what, plan, fact."""
+    """Return ``run``, ``under`` (what was planned for) and ``rows`` (label, planned, measured) of each run with a plan."""
     sections = []
     for run in runs:
         plan = run.summary.get("plan")
@@ -27,10 +27,10 @@ def _row(plan: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rows(run: Run, plan: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Texts; what neither side knows is left out."""
+    """Return rows of texts, without those that were not measured."""
     summary = run.summary
     memory, on_cpu = summary.get("memory", {}).get("peak_bytes"), str(summary.get("device", "")).startswith("cpu")
-    resident = "Peak memory of a rank" + (" (fact: the whole process)" if on_cpu else "")
+    resident = "Peak memory of a rank" + (" (measured: the whole process)" if on_cpu else "")
     counted = sum(p["parameters"] for p in plan["parts"] if p["model"] == "student")
     rows = [
         ("Parameters, student", counted, summary.get("parameters", {}).get("student"), "{:,}".format),

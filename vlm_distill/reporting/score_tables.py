@@ -1,4 +1,4 @@
-"""Benchmarks' scores in the terminal."""
+"""Print benchmark scores in the terminal."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def print_results(results: Sequence[Result]) -> None:
         if notes := result.notes():
             print(f"{result.benchmark}: {'; '.join(notes)}")
     if any(result.cut for result in results):
-        print("cut: answers that reached the longest length before their end; --max-new-tokens allows longer ones")
+        print("cut: answers that reached the token limit; raise --max-new-tokens")
     mean = average(results)
     if mean is not None:
-        print(f"average of the eight, as the Open VLM Leaderboard has it: {mean}")
+        print(f"average of the eight benchmarks of the Open VLM Leaderboard: {mean}")
 
 
 def main_score(result: Result) -> str:
-    """Return the main score with its total where that is not 100, and with a mark where a limit was set."""
+    """Format the main score, with its maximum if that is not 100, and a mark if questions were limited."""
     if result.scores is None:
         return ""
     total = f" of {result.out_of:g}" if result.out_of != 100 else ""
