@@ -195,7 +195,7 @@ def test_the_upload_is_private_and_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--push-to-hub", "me/student"], "no token of the Hugging Face hub"),
+        (["--push-to-hub", "me/student"], "no Hugging Face token found"),
         (["--push-to-hub", "student"], "write owner/name"),
         (["--public"], "name what is uploaded by --push-to-hub"),
     ],

@@ -11,9 +11,11 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,6 +28,9 @@ from data.errors import UserError
 from data.opening import open_source
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import launch
+
+if TYPE_CHECKING:
+    from vlm_distill.evaluation.predictions import Prediction
 
 _COLOURS = {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"}
 # The number of labels is that in configs/demo/cross_entropy.yaml.
@@ -50,7 +55,6 @@ def run(out: Path, nproc: int) -> None:
     Raises:
         UserError: the package ``easy-vqa`` is not installed.
     """
-    from vlm_distill.evaluation.compare import paired
     from vlm_distill.evaluation.predictions import read_predictions
     from vlm_distill.evaluation.question_only import question_only_baseline
     from vlm_distill.evaluation.source_scores import summarise
@@ -60,37 +64,17 @@ def run(out: Path, nproc: int) -> None:
     console = plain_console(stderr=True)
     console.print("1/4 writing easy-VQA: 5,000 pictures, 48,248 questions")
     data = prepare(out / "data")
-    configs = configs_folder() / "demo"
-    test = data / "test.jsonl"
     for number, (label, name) in enumerate(_RUNS.items(), start=2):
         console.print(f"{number}/4 training a student by {label}, on {nproc} rank(s)")
-        overrides = [
-            f"student.tokenizer={configs / 'teacher'}",
-            f"data.train.0.path={data / ('unlabelled.jsonl' if name == 'taid' else 'train.jsonl')}",
-            f"data.eval.0.path={test}",
-            f"output={out / name}",
-        ]
-        if name == "taid":
-            overrides.append(f"teacher.path={configs / 'teacher'}")
-        code = launch("vlm_distill.train", [str(configs / f"{name}.yaml"), *overrides], nproc)
-        if code:
-            raise SystemExit(code)
+        _train(name, out / name, data, nproc)
 
     console.print("4/4 scoring, exporting, writing the report")
-    baseline = question_only_baseline(open_source(str(data / "train.jsonl")), open_source(str(test)))
+    baseline = question_only_baseline(open_source(str(data / "train.jsonl")), open_source(str(data / "test.jsonl")))
     evaluated = {label: out / name / "evaluation" / "test" for label, name in _RUNS.items()}
     answers = {label: read_predictions(folder / "student" / "predictions.jsonl") for label, folder in evaluated.items()}
     answers["the teacher"] = read_predictions(evaluated[_TAID] / "teacher" / "predictions.jsonl")
     answers["the question alone"] = baseline
-    table = Table("", "right answers", title="easy-VQA, test split", title_justify="left")
-    for label, predictions in answers.items():
-        table.add_row(label, f"{summarise(predictions)['exact']:.2%}")
-    console.print(table)
-    duel = paired(answers[_TAID], answers[_CROSS_ENTROPY])
-    console.print(
-        f"TAID − cross-entropy: {100 * duel.difference:+.2f} points "
-        f"(95 % interval {100 * duel.low:+.2f} to {100 * duel.high:+.2f}, paired, by picture)"
-    )
+    _print_scores(answers, console)
     student = export_student(out / "taid", out / "student")
     page = write_report(
         {label: out / name for label, name in _RUNS.items()},
@@ -101,6 +85,37 @@ def run(out: Path, nproc: int) -> None:
     picture = answers[_TAID][0].image
     console.print(
         f"student: {student}\nreport:  {page}\nnow try: vlm-distill ask {student} {picture} 'what shape is present?'"
+    )
+
+
+def _train(name: str, out: Path, data: Path, nproc: int) -> None:
+    """Run one of the demo's configurations on the demo's data; a failure ends the demo."""
+    configs = configs_folder() / "demo"
+    overrides = [
+        f"student.tokenizer={configs / 'teacher'}",
+        f"data.train.0.path={data / ('unlabelled.jsonl' if name == 'taid' else 'train.jsonl')}",
+        f"data.eval.0.path={data / 'test.jsonl'}",
+        f"output={out}",
+    ]
+    if name == "taid":
+        overrides.append(f"teacher.path={configs / 'teacher'}")
+    code = launch("vlm_distill.train", [str(configs / f"{name}.yaml"), *overrides], nproc)
+    if code:
+        raise SystemExit(code)
+
+
+def _print_scores(answers: Mapping[str, list[Prediction]], console: Console) -> None:
+    from vlm_distill.evaluation.compare import paired
+    from vlm_distill.evaluation.source_scores import summarise
+
+    table = Table("", "right answers", title="easy-VQA, test split", title_justify="left")
+    for label, predictions in answers.items():
+        table.add_row(label, f"{summarise(predictions)['exact']:.2%}")
+    console.print(table)
+    duel = paired(answers[_TAID], answers[_CROSS_ENTROPY])
+    console.print(
+        f"TAID − cross-entropy: {100 * duel.difference:+.2f} points "
+        f"(95 % interval {100 * duel.low:+.2f} to {100 * duel.high:+.2f}, paired, by picture)"
     )
 
 

@@ -1,7 +1,7 @@
-"""Requests to an OpenAI-compatible server: retried where that may help, a person's mistakes reported in one line.
+"""Requests to an OpenAI-compatible server, with retries and one-line errors.
 
-A server is not trusted: a request has one time limit for everything, a reply has a size limit, redirects are not
-followed, and nothing that the server says shows the key.
+The server is not trusted: each request has one overall time limit, replies have a size limit, redirects are not
+followed, and the key is removed from everything the server says.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from vlm_distill.config.confidential import secret_in
 
 T = TypeVar("T")
 
-_LATER = (408, 409, 429, 500, 502, 503, 504)  # what may go well on another try
+_LATER = (408, 409, 429, 500, 502, 503, 504)  # worth another try
 _LONGEST_WAIT = 60.0
-# Of its own: the training's random numbers are not its to take.
+# A generator of its own, so that training's random numbers stay the same.
 _CHANCE = random.Random()
-# What reading a reply may raise where it has another shape, hostile ones included: nested deeply, numbers out of range.
+# Errors from reading a reply of an unexpected shape, including hostile ones: deep nesting, numbers out of range.
 _NOT_AS_WANTED = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
-# Room for the log-probabilities of a long prompt; most replies have a few kilobytes.
+# Enough for the log-probabilities of a long prompt; most replies have a few kilobytes.
 _LARGEST_REPLY = 256 * 2**20
 _LARGEST_REFUSAL = 2**16
 _CHUNK = 2**16
-# Of what a server says, as much goes into a message.
+# Characters of a server's text that go into a message.
 _SHOWN = 300
-# A shorter key is a word such as EMPTY, which a reply may hold for other reasons.
+# A shorter key is a placeholder such as EMPTY, which a reply may contain for other reasons.
 _SHORTEST_KEY = 8
 
 
 class Refused(UserError):
-    """A server refused a request with an HTTP status, after all retries where they may help.
+    """A server refused a request with an HTTP status, after retries where those may help.
 
     Attributes:
         status: the HTTP status.
-        detail: what the server says to it, in one line without the key.
+        detail: the server's explanation, in one line without the key.
     """
 
     def __init__(self, message: str, status: int, detail: str) -> None:
@@ -59,7 +59,7 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class _Reply:
-    """What came back: the status with its words, the headers, and the body, cut at the size limit."""
+    """A reply: status, reason, headers, and the body up to the size limit (``whole``: all of it)."""
 
     status: int
     reason: str
@@ -70,27 +70,27 @@ class _Reply:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """Leave a redirect as the refusal that it is: the address is the person's to change."""
+        """Treat redirects as refusals: only the user may change the address."""
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 class Endpoint:
-    """A server's base address.
+    """A server at a base address.
 
     Args:
-        who: what it is to the person, to begin a message with: ``judge``.
-        url: the base, as in ``http://localhost:8000/v1``.
-        key: the environment variable that holds the key, if the server wants one.
-        retries: tries after the first, on time-outs, lost connections and the server's own troubles.
-        timeout: seconds for one request in total, from the connection to the reply's last byte.
-        wait: seconds before the first retry, and up to half as many more; each further one waits twice as long.
-        largest: bytes of a reply, at most.
-        turn: called before every try, to wait for a turn.
+        who: what messages call the server, such as ``judge``.
+        url: the base address, such as ``http://localhost:8000/v1``.
+        key: the environment variable that holds the key, if the server needs one.
+        retries: retries after timeouts, lost connections and server errors.
+        timeout: seconds for a whole request, from connecting to the reply's last byte.
+        wait: seconds before the first retry, plus up to half as much at random; doubled for each further retry.
+        largest: largest size of a reply in bytes.
+        turn: called before every try; may block to limit the rate.
 
     Raises:
-        UserError: ``url`` is no address, or holds a secret.
+        UserError: ``url`` is not an address, or contains a secret.
     """
 
     def __init__(
@@ -110,18 +110,18 @@ class Endpoint:
         self.retries, self.timeout, self.wait, self.largest, self.turn = retries, timeout, wait, largest, turn
 
     def ask(self, path: str, body: Any, read: Callable[[Any], T], advice: str = "start again when it does") -> T:
-        """Return what ``read`` takes out of the reply.
+        """Send a request, and return what ``read`` extracts from the reply.
 
         Args:
-            path: below the base, as in ``chat/completions``.
-            body: what is sent as JSON; ``None``: a GET without any.
-            read: takes what is wanted out of the reply. Where it finds something else, it raises ``ValueError``,
+            path: path below the base address, such as ``chat/completions``.
+            body: content to send as JSON; ``None``: send a GET request.
+            read: extracts the result from the reply. For a reply of another shape it raises ``ValueError``,
                 ``KeyError``, ``IndexError``, ``TypeError`` or ``AttributeError``, and the request is tried again.
             advice: what to do when all tries have failed.
 
         Raises:
-            Refused: the server answers with an HTTP status that says no, after all retries where they may help.
-            UserError: it does not answer after all retries, or not as ``read`` wants it, or its reply is too large.
+            Refused: the server answers with an HTTP error status, after retries where those may help.
+            UserError: there is no valid reply after all retries, or the reply is too large.
         """
         key = self._secret()
         request = self._request(path, body, key)
@@ -140,10 +140,10 @@ class Endpoint:
                 asked = reply.headers.get("Retry-After", "")
                 wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else wait
             except (OSError, http.client.HTTPException, *_NOT_AS_WANTED) as error:
-                # A lost connection, a time-out, or a reply that is not what the protocol says.
+                # A lost connection, a timeout, or a reply that breaks the protocol.
                 trouble, refused = _shown(f"{type(error).__name__}: {error}", key), None
             if attempt < self.retries:
-                # Not all that were turned away come back at the same moment.
+                # Random, so that clients refused together do not return together.
                 time.sleep(wait * (1 + _CHANCE.random() / 2))
         tries = f"did not answer in {self.retries + 1} tries, the last: {trouble}"
         message = f"{self.who}: {self.url} {tries}; {advice}"
@@ -157,15 +157,15 @@ class Endpoint:
         return request
 
     def _content(self, reply: _Reply, key: str | None) -> Any:
-        """Return a reply's JSON, with the key and halves of surrogate pairs, which no file can hold, replaced.
+        """Return a reply's JSON. The key, and lone surrogates, which no file can hold, are replaced.
 
         Raises:
-            UserError: it is larger than the limit.
-            ValueError, RecursionError: it is no JSON.
+            UserError: the reply is larger than the limit.
+            ValueError, RecursionError: it is not JSON.
         """
         if not reply.whole:
             raise UserError(
-                f"{self.who}: {self.url} sends a reply of more than {self.largest:,} bytes, which is not read; "
+                f"{self.who}: {self.url} sent a reply of more than {self.largest:,} bytes, which was not read; "
                 "check what serves this address"
             )
         text = reply.body.decode("utf-8", "replace")
@@ -178,15 +178,15 @@ class Endpoint:
         return content
 
     def _secret(self) -> str | None:
-        """Return the key; raise ``UserError`` where no header can hold it, whose error would show it."""
+        """Return the key; raise ``UserError`` if no header can hold it (the library's own error would show it)."""
         key = os.environ.get(self.key, "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise UserError(f"{self.key}: the key has characters that no HTTP header holds; set it again")
+            raise UserError(f"{self.key}: the key has characters that HTTP headers cannot hold; set it again")
         return key or None
 
 
 def _check_address(who: str, url: str, key: str) -> None:
-    """Raise ``UserError`` for an address that cannot be asked. One that may hold a secret is not repeated."""
+    """Raise ``UserError`` for an unusable address. One that may hold a secret is not shown."""
     if secret := secret_in(url):
         raise UserError(f"{who}: the address holds {secret}; a key is read from {key}")
     if any(mark in url for mark in "@?#"):
@@ -204,10 +204,10 @@ def _check_address(who: str, url: str, key: str) -> None:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what a call gives; raise ``TimeoutError`` after so many seconds in total.
+    """Return the result of a call; raise ``TimeoutError`` after this many seconds in total.
 
-    A socket's own time-out starts again with every byte, so that a server which sends one now and then would never
-    reach it. A call that runs out of time goes on in its thread, which no process waits for.
+    A socket's own timeout restarts with every byte, so a server that sends one now and then would never reach it. A
+    call that runs out of time continues in its daemon thread.
     """
     future: Future[T] = Future()
 
@@ -225,7 +225,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _exchange(request: urllib.request.Request, seconds: float, largest: int) -> _Reply:
-    """Send a request and read the reply, of either kind."""
+    """Send a request and read the reply, whatever its status."""
     until = time.monotonic() + seconds
     try:
         response = _OPENER.open(request, timeout=seconds)
@@ -237,14 +237,14 @@ def _exchange(request: urllib.request.Request, seconds: float, largest: int) -> 
 
 
 def _read(response: Any, until: float, largest: int) -> tuple[bytes, bool]:
-    """Return the body up to a size, and whether that is all of it."""
+    """Return the body up to a size limit, and whether it is complete."""
     body = bytearray()
     while len(body) <= largest:
         if time.monotonic() > until:
             raise TimeoutError("the reply takes too long")
         chunk = response.read1(_CHUNK)
         if not chunk:
-            if response.length:  # what Content-Length said and did not come
+            if response.length:  # less than Content-Length promised
                 raise http.client.IncompleteRead(b"", response.length)
             return bytes(body), True
         body += chunk
@@ -252,7 +252,7 @@ def _read(response: Any, until: float, largest: int) -> tuple[bytes, bool]:
 
 
 def _told(reply: _Reply, key: str | None) -> str:
-    """Return what a server says to a refusal, and where it redirects to."""
+    """Return the server's explanation of a refusal, or where it redirects to."""
     text = _shown(reply.body.decode("utf-8", "replace"), key, cut=not reply.whole)
     if reply.status in range(300, 400) and (place := reply.headers.get("Location")):
         text = f"it redirects to {_shown(place, key)}; give that address if you trust it"
@@ -260,10 +260,10 @@ def _told(reply: _Reply, key: str | None) -> str:
 
 
 def _shown(text: str, key: str | None, *, cut: bool = False) -> str:
-    """Return a server's words as one short line without the key.
+    """Return a server's text as one short line without the key.
 
     Args:
-        cut: whether the text was cut somewhere, so that its end may be the beginning of the key.
+        cut: whether the text was cut, so that it may end with a part of the key.
     """
     if key:
         text = _without_key(text, key)
@@ -273,7 +273,7 @@ def _shown(text: str, key: str | None, *, cut: bool = False) -> str:
 
 
 def _without_key(text: str, key: str) -> str:
-    """Replace the key however a server may write it: in other case, escaped for URLs, HTML or JSON, in base64."""
+    """Replace the key in any form: in either case, escaped for URLs, HTML or JSON, or in base64."""
     forms = {key, urllib.parse.quote(key, safe=""), html.escape(key), json.dumps(key)[1:-1]}
     forms |= {key.replace("/", "\\/"), base64.b64encode(key.encode()).decode().rstrip("=")}
     pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))

@@ -17,6 +17,7 @@ from vlm_distill.neighbours import check_neighbours
 check_neighbours()  # before anything of `data` is imported
 
 from data.errors import UserError
+from vlm_distill.cli.options import RunOptions, parse
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.launch import guarded, leave
@@ -36,13 +37,13 @@ def main(
         trainer: the module with the function to call.
         work: the function's name.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    words = [word for word in given if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    words = list(sys.argv[1:] if arguments is None else arguments)
     return guarded(partial(_train, words, kind, trainer, work))
 
 
 def _train(words: Sequence[str], kind: type[Any], trainer: str, work: str) -> None:
-    config = load_config(words[0] if words else "(no configuration named)", words[1:], kind)
+    options = parse(RunOptions, words)
+    config = load_config(options.config, options.overrides or (), kind)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -155,7 +155,7 @@ def test_a_score_that_is_none_and_a_scale_of_its_own(answered):
     assert "1,400.0 of 2800" in text
     assert "– of 2800" in text
     assert "scored without a judge. 3 of 40 answers need one" in text
-    assert "4 of the judge's replies could not be read" in text
+    assert "4 of the judge's replies could not be parsed" in text
     assert "2 answers were scored by a fallback (random)" in text
     assert 'style="width:50.00%"' in out.read_text()
 

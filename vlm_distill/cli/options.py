@@ -77,8 +77,16 @@ def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def parse(model: type[Options], words: Sequence[str], program: str, description: str | None = None) -> Options:
-    """Return the options that a command line gives, for an entry point that is started as ``python -m program``.
+def parse(
+    model: type[Options], words: Sequence[str], program: str | None = None, description: str | None = None
+) -> Options:
+    """Return the options that the command line of ``python -m program`` gives.
+
+    Args:
+        model: the options model.
+        words: the command line, without the program.
+        program: the module's name, for ``--help``; by default that of the module that was started.
+        description: text for ``--help``.
 
     Raises:
         UserError: one line about the first wrong option.
@@ -93,7 +101,7 @@ def parse(model: type[Options], words: Sequence[str], program: str, description:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=description)(expanded(options))
     try:
-        found = typer.main.get_command(app).main(given, f"python -m {program}", standalone_mode=False)
+        found = typer.main.get_command(app).main(given, program and f"python -m {program}", standalone_mode=False)
     except _UsageError as mistake:
         text = mistake.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
         raise UserError(f"{text} (--help lists the options)") from None

@@ -94,6 +94,20 @@ def run_card(
         facts["base_model"] = origins
     if datasets := list(dict.fromkeys(found for s in sources if (found := hub_name(s["path"])))):
         facts["datasets"] = datasets
+    results, table = _scores(run, task)
+    if results:
+        facts["model-index"] = [{"name": name, "results": results}]
+    lines = [f"# {cell(name)}", "", "A student distilled by vlm-distill.", ""]
+    lines += [*fact_table(_facts(config, size, changes)), ""]
+    lines += ["## Use", "", "```python", *usage, "```", ""]
+    if table:
+        lines += ["## Scores", "", "| data | questions | score | rules |", "|---|---|---|---|", *table, ""]
+    lines += ["## Licence", "", "To be filled in, here and as `license` above.", ""]
+    return document(facts, lines)
+
+
+def _scores(run: Path, task: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the student's scores as entries of ``model-index``, and as lines of a table."""
     results, table = [], []
     for data, scores in student_scores(run).items():
         metrics = _metrics(scores)
@@ -101,27 +115,23 @@ def run_card(
             results.append(result(task, data, metrics))
         shown = ", ".join(f"{m['name']} {m['value']:g}" for m in metrics)
         table.append(f"| {' | '.join(map(cell, (data, scores.get('n', ''), shown, scores.get('rules', ''))))} |")
-    if results:
-        facts["model-index"] = [{"name": name, "results": results}]
-    teacher, student = config.get("teacher") or {}, config["student"]
-    rows = [
+    return results, table
+
+
+def _facts(config: Mapping[str, Any], size: int, changes: Sequence[str]) -> list[tuple[str, str]]:
+    student = config["student"]
+    return [
         ("parameters", f"{size / 1e6:.2f} million"),
-        ("teacher", _whole(teacher)),
+        ("teacher", _whole(config.get("teacher") or {})),
         ("student", _whole(student)),
         ("trained parts", ", ".join(student.get("train") or [])),
-        ("trained on", ", ".join(_shares(sources))),
+        ("trained on", ", ".join(_shares(config["data"]["train"]))),
         ("loss", " + ".join(in_words(config["loss"]))),
         ("optimizer", _pairs(config.get("optimizer"), "lr", "schedule", "warmup", "weight_decay", "max_grad_norm")),
         ("training", _pairs(config.get("training"), "epochs", "steps", "batch_size", "dtype", "seed")),
         ("changed during training", "; ".join(changes)),
         ("ZeRO stage", str((config.get("deepspeed") or {}).get("stage", ""))),
     ]
-    lines = [f"# {cell(name)}", "", "A student distilled by vlm-distill.", "", *fact_table(rows), ""]
-    lines += ["## Use", "", "```python", *usage, "```", ""]
-    if table:
-        lines += ["## Scores", "", "| data | questions | score | rules |", "|---|---|---|---|", *table, ""]
-    lines += ["## Licence", "", "To be filled in, here and as `license` above.", ""]
-    return document(facts, lines)
 
 
 def _metrics(scores: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from .entries import Run
 
 
 def planned_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return ``run``, ``under`` (what was planned for) and ``rows`` (label, planned, measured) of each run with a plan."""
+    """Return each planned run, what it was planned for (``under``) and ``rows`` of label, plan and measurement."""
     sections = []
     for run in runs:
         plan = run.summary.get("plan")
