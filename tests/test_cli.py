@@ -61,7 +61,7 @@ def test_a_cache_is_filled_and_then_learnt_from(material, command, monkeypatch):
     assert started == [("vlm_distill.cache", [str(path), place], 2)]
     # What those processes do.
     assert train.main([str(path), place]) == 2
-    assert train.main([str(path), place], trainer="vlm_distill.caching.fill_tokens", work="fill") == 0
+    assert train.main([str(path), place], trainer="vlm_distill.caching.fill", work="fill") == 0
     assert train.main([str(path), place]) == 0
     assert yaml.safe_load((folder / "cached/config.yaml").read_text())["teacher"]["cache"]["form"] == "hidden"
 
