@@ -1,4 +1,4 @@
-"""What pulls one classifier to another: the losses on logits of vlm_distill, those of a batch, and of features."""
+"""Losses for distilling classifiers: those on logits from vlm_distill, losses of a batch, and losses on features."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = [
     "build",
 ]
 
-#: The losses that a classifier's configuration may name.
+#: The losses that a classifier's configuration can name.
 REGISTRY: Registry[DistillationLoss | BatchLoss | FeatureLoss] = Registry(
     {
-        # Not the loss between tokenizers: classifiers' classes are mapped before there is a loss.
+        # Without the loss between tokenizers: classes are mapped before any loss.
         **{k: v for k, v in losses.REGISTRY.kinds.items() if issubclass(v, DistillationLoss) and not v.takes_groups},
         "cross_entropy": CrossEntropy,
         "hard_labels": HardLabels,
@@ -45,23 +45,23 @@ REGISTRY: Registry[DistillationLoss | BatchLoss | FeatureLoss] = Registry(
 
 
 def available(kind: type[Loss] = Loss) -> dict[str, str]:
-    """The names that ``build`` knows, each with one line about the loss.
+    """Return the names that ``build`` knows, each with one line about the loss.
 
     Args:
-        kind: ``DistillationLoss``, ``BatchLoss`` or ``FeatureLoss`` for those alone.
+        kind: ``DistillationLoss``, ``BatchLoss`` or ``FeatureLoss`` for those only.
     """
     return REGISTRY.available(kind)
 
 
 def build(name: str, **params: Any) -> DistillationLoss | BatchLoss | FeatureLoss:
-    """A loss by its name.
+    """Build a loss by name.
 
     Args:
         name: one of ``available()``.
-        params: the parameters of its constructor; ``standardise=True`` lets a loss between two models' logits see them
-            standardised (of MLKD its instance term alone).
+        params: the parameters of its constructor; with ``standardise=True`` a loss between two models' logits sees them
+            standardised (MLKD in its instance term only).
 
     Raises:
-        LossError: there is no such loss or parameter, or a value is out of its range.
+        LossError: there is no such loss or parameter, or a value is out of range.
     """
     return REGISTRY.build(name, params)

@@ -1,4 +1,4 @@
-"""DIST: the student's probabilities need only be correlated with the teacher's, along images and along classes."""
+"""DIST: correlates the student's probabilities with the teacher's, along images and along classes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from vlm_distill.losses import BatchLoss
 from vlm_distill.losses.parameters import check_number
 from vlm_distill.losses.softmax import upcast
 
-# Added to the product of the norms in the authors' code: it shows where a column carries little mass.
+# Added to the product of the norms in the authors' code; noticeable where a column has little mass.
 _EPS = 1e-8
 
 
 class DIST(BatchLoss):
     """DIST, τ²·(β·(1 − mean of rows' correlations) + γ·(1 − mean of columns')) (Huang et al., NeurIPS 2022).
 
-    The rows and columns are those of the matrices of both models' probabilities ``[N, C]`` at temperature τ: an image's
-    over the classes (inter-class relation), and a class's over the images of the batch (intra-class relation).
+    Rows and columns are those of the matrices of both models' probabilities ``[N, C]`` at temperature τ: a row holds an
+    image's classes (inter-class relation), a column holds a class's images in the batch (intra-class relation).
 
     Args:
         beta: weight of the relation between classes.
@@ -40,6 +40,6 @@ class DIST(BatchLoss):
 
 
 def _correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Pearson's along a dimension; 0 where one of the two does not vary, and no gradient there."""
+    """Compute Pearson's correlation along a dimension; 0 with no gradient if one of the two is constant."""
     a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
     return (a * b).sum(dim) / (vector_norm(a, dim=dim) * vector_norm(b, dim=dim) + _EPS)

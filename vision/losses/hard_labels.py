@@ -1,4 +1,4 @@
-"""Hard distillation: the teacher's decision stands for the label."""
+"""Hard distillation: the teacher's decision is the label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .label_cross_entropy import CrossEntropy
 class HardLabels(DistillationLoss):
     """Cross-entropy with the teacher's likeliest class, −log q(argmax p) (Touvron et al., DeiT, ICML 2021).
 
-    Where mixed images have mixed labels, the teacher still decides for one class an image.
+    Even for mixed images with mixed labels, the teacher decides for one class.
     """
 
     scratch = 1

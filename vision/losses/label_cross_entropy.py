@@ -1,4 +1,4 @@
-"""Cross-entropy with labels, smoothed if wanted, and with the mixed labels of mixed images."""
+"""Cross-entropy with labels: plain, smoothed, or the mixed labels of mixed images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vlm_distill.losses.softmax import need_targets, softmax_, upcast
 class CrossEntropy(DistillationLoss):
     """Cross-entropy with the labels, −Σ y log q: learning from the data, without a teacher.
 
-    Targets are the right classes (int64 ``[N]``), or each class's share (float ``[N, C]``), as Mixup and CutMix make
-    them. Smoothing takes a share of them for all classes alike: y becomes (1 − ε) y + ε/C (Szegedy et al., 2016).
+    Targets are the right classes (int64 ``[N]``), or each class's share (float ``[N, C]``) as from Mixup and CutMix.
+    Smoothing spreads a share evenly over all classes: y becomes (1 − ε) y + ε/C (Szegedy et al., 2016).
 
     Args:
         label_smoothing: ε, from 0 to 1.
@@ -44,7 +44,7 @@ class CrossEntropy(DistillationLoss):
         if targets.is_floating_point():
             shares = targets.to(q.probs.dtype) * (1.0 - smooth) + smooth / q.probs.shape[-1]
             loss = -(shares * q.log_probs).sum(-1)
-            # q − y, for shares that sum to 1 or not.
+            # q − y; the shares need not sum to 1.
             return RowResult(loss, q.probs.mul_(shares.sum(-1, keepdim=True)).sub_(shares) if grad else None)
         index = targets.unsqueeze(-1)
         loss = -q.log_probs.gather(-1, index).squeeze(-1)

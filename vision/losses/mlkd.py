@@ -1,4 +1,4 @@
-"""MLKD: images, pairs of images and pairs of classes, at several temperatures, on a weak and a strong view."""
+"""MLKD: compares images, pairs of images and pairs of classes, at several temperatures, in a weak and a strong view."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from vlm_distill.losses import BatchLoss, LossError
-from vlm_distill.losses.parameters import check_choice, check_number
+from vlm_distill.losses.parameters import check_choice, check_flag, check_number
 from vlm_distill.losses.softmax import kl_divergence, upcast
 from vlm_distill.losses.standardise import standardised
 
-# Where the authors' training step takes the weak view's logits for the strong view's.
+# Temperatures at which the authors' training step uses the weak view's logits for the strong view.
 _WEAK_INSTEAD = (2.0, 6.0)
 
 
@@ -25,15 +25,15 @@ class MLKD(BatchLoss):
     - batch: ‖P Pᵀ − Q Qᵀ‖²/N, how alike the images are;
     - class: ‖Pᵀ P − Qᵀ Q‖²/C, how alike the classes are;
 
-    summed over the temperatures and both views. The cross-entropy of both views that the paper adds is another term.
+    summed over the temperatures and both views. The paper's cross-entropy of both views is a term of its own.
 
     Args:
         temperatures: the paper's 4 and 3, 5, 2, 6; for ImageNet the first is 1.
         variant: ``paper``, or ``published``: as the authors' training step computes it. There the masks of half of the
-            images and classes multiply means that are taken already, so that they scale the weak view's terms by the
-            masked share: of images (instance and batch terms) whose teacher is at most as sure as the median one, of
-            classes of at most median mass. The strong view has the instance term alone, unmasked, and at the
-            temperatures 2 and 6 takes the weak view's logits.
+            images and classes multiply means that are already taken, so they only scale the weak view's terms by the
+            masked share: the share of images (instance and batch terms) on which the teacher is at most as confident as
+            on the median one, and of classes with at most median mass. The strong view has the instance term only,
+            unmasked, and uses the weak view's logits at the temperatures 2 and 6.
         standardise: whether the instance term sees standardised logits, as in the code of Sun et al. (CVPR 2024).
     """
 
@@ -50,9 +50,7 @@ class MLKD(BatchLoss):
             raise LossError(f"loss mlkd: temperatures is {temperatures!r}; give a list of numbers above 0")
         self.temperatures = [check_number("loss mlkd: temperatures", t, 0.0, above=True) for t in temperatures]
         self.variant = check_choice("loss mlkd: variant", variant, ("paper", "published"))
-        if not isinstance(standardise, bool):
-            raise LossError(f"loss mlkd: standardise is {standardise!r}; give true or false")
-        self.standardise = standardise
+        self.standardise = check_flag("loss mlkd: standardise", standardise)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
         student, teacher = upcast(student_logits), upcast(teacher_logits)
@@ -74,7 +72,7 @@ class MLKD(BatchLoss):
         return (images * (of_weak + of_images) + classes * of_classes + second).sum()
 
     def _soften(self, logits: Tensor) -> Tensor:
-        """``[..., N, C]`` at each temperature: ``[temperatures, ..., N, C]``."""
+        """Divide logits ``[..., N, C]`` by each temperature: ``[temperatures, ..., N, C]``."""
         return logits / logits.new_tensor(self.temperatures).view(-1, *[1] * logits.ndim)
 
     def _instance(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -84,15 +82,15 @@ class MLKD(BatchLoss):
 
 
 def instance_terms(student: Tensor, teacher: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """T²·mean over rows of KL(p‖q), ``[temperatures, ...]``, of softened logits ``[temperatures, ..., N, C]``."""
+    """Compute T²·mean over rows of KL(p‖q), ``[temperatures, ...]``, from logits ``[temperatures, ..., N, C]``."""
     rows = kl_divergence(teacher.log_softmax(-1), student.log_softmax(-1)).mean(-1)
     return rows * rows.new_tensor(temperatures).square().view(-1, *[1] * (rows.ndim - 1))
 
 
 def relation_terms(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """‖P Pᵀ − Q Qᵀ‖²/N and ‖Pᵀ P − Qᵀ Q‖²/C, both ``[...]``, of probabilities ``[..., N, C]``.
+    """Compute ‖P Pᵀ − Q Qᵀ‖²/N and ‖Pᵀ P − Qᵀ Q‖²/C, both ``[...]``, from probabilities ``[..., N, C]``.
 
-    Only matrices of the smaller of the two sizes are made. With D = P − Q, S = P + Q and X = S Dᵀ the first difference
+    Forms only matrices of the smaller of the two sizes. With D = P − Q, S = P + Q and X = S Dᵀ the first difference
     is (X + Xᵀ)/2, and ‖Pᵀ P − Qᵀ Q‖² = (⟨D Dᵀ, S Sᵀ⟩ + ⟨X, Xᵀ⟩)/2; neither loses digits as Q approaches P.
     """
     images, classes = p.shape[-2:]
@@ -107,5 +105,5 @@ def relation_terms(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lower_half(values: Tensor) -> Tensor:
-    """Which share is at most the median, that of two middle values being halfway between them."""
+    """Return the share of values that are at most the median (halfway between two middle values)."""
     return (values <= values.quantile(0.5)).to(values.dtype).mean()

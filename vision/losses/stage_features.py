@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_distill.losses import FeatureLoss, LossError
-from vlm_distill.losses.parameters import check_number
+from vlm_distill.losses.parameters import check_flag, check_number
 from vlm_distill.losses.softmax import upcast
 
 Layers = Mapping[int | str, int | str]
 
 
 class _Stages(FeatureLoss):
-    """Pairs of the student's and the teacher's features."""
+    """A loss between pairs of stages, the student's and the teacher's."""
 
     unit = "image"
 
@@ -26,12 +26,17 @@ class _Stages(FeatureLoss):
         self.name = name
         if not isinstance(layers, Mapping) or not layers:
             raise self._mistake(layers, pooled)
-        names = [[_feature(x, pooled) for x in pair] for pair in layers.items()]
-        if any(x is None for pair in names for x in pair):
-            raise self._mistake(layers, pooled)
-        self.student_features, self.teacher_features = (tuple(map(str, side)) for side in zip(*names, strict=True))
+        student, teacher = [], []
+        for own, other in layers.items():
+            own_name, other_name = _feature(own, pooled), _feature(other, pooled)
+            if own_name is None or other_name is None:
+                raise self._mistake(layers, pooled)
+            student.append(own_name)
+            teacher.append(other_name)
+        self.student_features, self.teacher_features = tuple(student), tuple(teacher)
 
     def _mistake(self, layers: Any, pooled: bool) -> LossError:
+        """Return the error for layers that are not pairs of stages."""
         also = ", or pooled" if pooled else ""
         return LossError(
             f"loss {self.name}: layers is {layers!r}; give numbers of stages{also}, student's: teacher's, as in "
@@ -39,20 +44,23 @@ class _Stages(FeatureLoss):
         )
 
     def _pairs(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        names = zip(self.student_features, self.teacher_features, strict=True)
-        pairs = [(upcast(student[mine]), teacher[other]) for mine, other in names]
-        return [(s, t.to(s.dtype)) for s, t in pairs]
+        """Return the features in pairs, in the student's precision, float32 at least."""
+        pairs = []
+        for own, other in zip(self.student_features, self.teacher_features, strict=True):
+            feature = upcast(student[own])
+            pairs.append((feature, teacher[other].to(feature.dtype)))
+        return pairs
 
 
 def _feature(given: Any, pooled: bool) -> str | None:
-    """The name of what a configuration calls by a stage's number; ``None`` where that is none."""
+    """Return the name of the feature that a configuration calls by a stage's number; ``None`` if there is none."""
     if isinstance(given, int) and not isinstance(given, bool) and given != 0:
         return f"stage{given}"
     return "pooled" if pooled and given == "pooled" else None
 
 
 def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both ``[n, channels, h, w]`` at the smaller height and width, averaged down (adaptive average pooling)."""
+    """Average both ``[n, channels, h, w]`` down to the smaller height and width (adaptive average pooling)."""
     size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
     a, b = (x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
     return a, b
@@ -61,19 +69,17 @@ def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class FitNet(_Stages):
     """FitNet's hints, mean (r(s) − t)², r learnt: 1×1 convolution, batch norm, ReLU (Romero et al., ICLR 2015).
 
-    An image's mean over channels and positions, summed over the pairs. The larger of two maps is averaged down to the
+    A mean over an image's channels and positions, summed over the pairs. The larger of two maps is averaged down to the
     other's size.
 
     Args:
         layers: student's stage: teacher's stage; −1 is the last, ``pooled`` what the classification layer reads.
-        relu: whether r ends in a ReLU, as for teachers whose features come out of one; a ViT's do not.
+        relu: whether r ends in a ReLU, for teachers whose features come out of one; a ViT's do not.
     """
 
     def __init__(self, layers: Layers | None = None, relu: bool = True) -> None:
         super().__init__("fitnet", {2: 2} if layers is None else layers, pooled=True)
-        if not isinstance(relu, bool):
-            raise LossError(f"loss fitnet: relu is {relu!r}; give true or false")
-        self.relu = relu
+        self.relu = check_flag("loss fitnet: relu", relu)
         self.regressors = nn.ModuleList()
 
     def prepare(self, student: Mapping[str, tuple[Any, ...]], teacher: Mapping[str, tuple[Any, ...]]) -> None:
@@ -96,8 +102,8 @@ class FitNet(_Stages):
 class AttentionTransfer(_Stages):
     """Attention transfer, mean (a_s − a_t)², a = Σ_channels x² at unit length (Zagoruyko & Komodakis, ICLR 2017).
 
-    An image's mean over positions, summed over the pairs. The larger of two maps is averaged down to the other's size
-    first.
+    A mean over an image's positions, summed over the pairs. The larger of two maps is first averaged down to the
+    other's size.
 
     Args:
         layers: student's stage: teacher's stage; −1 is the last.
@@ -117,7 +123,8 @@ class AttentionTransfer(_Stages):
 class SimilarityPreserving(_Stages):
     """Similarity preserving, ‖G_s − G_t‖²/n², G = x xᵀ with rows at unit length (Tung & Mori, ICCV 2019).
 
-    x is the batch's features ``[n, channels·h·w]``: sizes and widths may differ between the models. Summed over pairs.
+    x holds the batch's features ``[n, channels·h·w]``; sizes and widths may differ between the models. Summed over the
+    pairs.
 
     Args:
         layers: student's stage: teacher's stage; −1 is the last, ``pooled`` what the classification layer reads.
@@ -130,18 +137,18 @@ class SimilarityPreserving(_Stages):
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], samples: Tensor) -> Tensor:
         summands = []
-        for pair in self._pairs(student, teacher):
-            s, t = (F.normalize(x @ x.T) for x in (y.flatten(1) for y in pair))
-            summands.append((s - t).square().mean())
+        for own, other in self._pairs(student, teacher):
+            s, t = own.flatten(1), other.flatten(1)
+            summands.append((F.normalize(s @ s.T) - F.normalize(t @ t.T)).square().mean())
         return torch.stack(summands).sum()
 
 
 class RelationalKD(FeatureLoss):
     """Relational KD, Huber losses of distances and angles between a batch's pooled features (Park et al., CVPR 2019).
 
-    Distances between two images are divided by their mean over the pairs that do not coincide; angles are the cosines
-    at one image between two others. Both are means over all pairs and triples, those with an image twice included, as
-    in the authors' code; where images coincide, direction and angle are 0. Memory grows with n²·width + n³.
+    Distances between two images are divided by their mean over the pairs that do not coincide; angles are cosines at
+    one image between two others. Both are means over all pairs and triples, including those with an image twice, as in
+    the authors' code; where images coincide, direction and angle are 0. Memory grows with n²·width + n³.
 
     Args:
         distance: weight of the distances.
@@ -165,11 +172,11 @@ class RelationalKD(FeatureLoss):
 
 
 def _relations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances ``[n, n]`` over their mean, and cosines ``[n, n, n]`` at the first image, of ``[n, width]``."""
+    """Compute distances ``[n, n]`` over their mean, and cosines ``[n, n, n]`` at the first image, of ``[n, width]``."""
     gaps = x.unsqueeze(0) - x.unsqueeze(1)
     squares = gaps.square().sum(-1)
     apart = squares > 0
-    # A root has no derivative at 0, where nothing is to flow.
+    # A square root has no derivative at 0, and none should flow there.
     lengths = torch.where(apart, squares, 1.0).sqrt()
     directions = gaps / lengths.unsqueeze(-1)
     distances = torch.where(apart, lengths, 0.0)

@@ -74,7 +74,7 @@ class CTKD(DistillationLoss):
             g = self.source.g.detach()
             first = torch.empty(self.width, 2 * categories)
             nn.init.kaiming_uniform_(first, a=math.sqrt(5))
-            # With its last layer 0 it starts as the one temperature for all.
+            # Its last layer is 0, so it starts as one temperature for all.
             parts = {"first": first, "shift": torch.zeros(self.width), "last": torch.zeros(1, self.width), "g": g}
             self.source = _Source(**parts)
 
@@ -157,7 +157,7 @@ class _Source(nn.Module):
 
     def __init__(self, **values: Tensor) -> None:
         super().__init__()
-        # Not 0-dimensional, which DeepSpeed refuses, and not named like parameters that are exempt from weight decay.
+        # Not 0-dimensional, which DeepSpeed refuses; no name on which weight decay depends.
         for name, value in values.items():
             self.register_parameter(name, nn.Parameter(value))
 

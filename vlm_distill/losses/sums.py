@@ -87,7 +87,10 @@ class Sums:
 
     def learned_gradients(self) -> list[Tensor]:
         """Return the gradients of the losses' own parameters, term by term."""
-        return [gradient for gradients in self.learned.values() for gradient in gradients]
+        found: list[Tensor] = []
+        for gradients in self.learned.values():
+            found.extend(gradients)
+        return found
 
     def total(self) -> Tensor:
         """Return the weighted sum of all terms, 0-d."""

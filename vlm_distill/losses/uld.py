@@ -1,4 +1,4 @@
-"""ULD: probabilities compared by rank, so that teacher and student need not share a vocabulary."""
+"""ULD: compares probabilities by rank, so teacher and student need not share a vocabulary."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .softmax import need_targets, soften_, softmax_, through_softmax_, upcast
 class ULD(DistillationLoss):
     """Universal logit distillation, Σ|p₍ₖ₎ − q₍ₖ₎| over probabilities in descending order (Boizard et al., 2024).
 
-    It is the paper's closed form of the Wasserstein distance at a uniform cost; the smaller vocabulary is filled up
-    with zeros. It lies between 0 and 2, and has no derivative where p₍ₖ₎ = q₍ₖ₎; 0 is taken there.
+    This is the paper's closed form of the Wasserstein distance at a uniform cost; the smaller vocabulary is padded with
+    zeros. It lies between 0 and 2. Where p₍ₖ₎ = q₍ₖ₎ it has no derivative, and 0 is used.
 
-    Where tokenizers differ, groups of tokens that spell the same text are compared. With t₁ … tₙ a group's tokens on
-    one side and C = P(t₂ … tₙ | t₁), that side's distribution is the one at the first position with P(t₁) split in two:
-    P(t₁)·C for the whole group, P(t₁)·(1 − C) for the same beginning that goes on otherwise. It sums to 1.
+    If tokenizers differ, groups of tokens that spell the same text are compared. With t₁ … tₙ a group's tokens on one
+    side and C = P(t₂ … tₙ | t₁), that side's distribution is the one at the first position, with P(t₁) split in two:
+    P(t₁)·C for the whole group and P(t₁)·(1 − C) for everything that begins with t₁ and continues differently. It sums
+    to 1.
 
     Args:
         temperature: divides both models' logits.
@@ -42,13 +43,13 @@ class ULD(DistillationLoss):
         targets: Tensor | None = None,
         groups: TokenGroups | None = None,
     ) -> Tensor:
-        """See the base class.
+        """Compute the loss of each row or group; differentiable by autograd.
 
         Args:
             student_logits: ``[N, V]``.
             teacher_logits: ``[N, V']``; ``[M, V']`` with groups.
             targets: int64 ``[N]``, read with groups only.
-            groups: of the N and M rows.
+            groups: over the N and M rows.
 
         Returns:
             ``[N]``; ``[G]`` with groups.
@@ -82,62 +83,69 @@ class ULD(DistillationLoss):
         loss, slopes = _distance_and_slopes(_merged(log_q, targets, groups.student), p, grad=grad)
         if slopes is None:
             return RowResult(loss)
-        places = _places(groups.student)
-        first, index = q[places.first], targets[places.first].unsqueeze(-1)
-        log_chain = _log_chain(log_q, targets, places)
+        members = _members(groups.student)
+        first, index = q[members.first], targets[members.first].unsqueeze(-1)
+        log_chain = _log_chain(log_q, targets, members)
         chain, other = log_chain.exp(), -torch.expm1(log_chain)
-        # By q: both parts of P(t₁) count for t₁. By log C: what P(t₁)·C gains, P(t₁)·(1 − C) loses.
+        # Derivative by q: both parts of P(t₁) count for t₁. By log C: what P(t₁)·C gains, P(t₁)·(1 − C) loses.
         slopes, split = slopes[:, :-1], slopes[:, -1:]
         begun = slopes.gather(-1, index)
-        by_chain = (first.gather(-1, index) * chain * (begun - split))[places.group]
+        by_chain = (first.gather(-1, index) * chain * (begun - split))[members.group]
         slopes.scatter_(-1, index, chain * begun + other * split)
-        # Of each later token the logarithm's derivative, onehot − q; the rows of a group are written each once.
+        # Rows of later tokens: the derivative of their logarithm, onehot − q. Rows of first tokens: through the
+        # softmax.
         gradient = q
-        weight = q.new_zeros(len(q), 1).index_copy_(0, places.later, by_chain)
+        weight = q.new_zeros(len(q), 1).index_copy_(0, members.later, by_chain)
         gradient.mul_(-weight).scatter_add_(-1, targets.unsqueeze(-1), weight)
-        gradient.index_copy_(0, places.first, through_softmax_(slopes.mul_(first), first))
+        gradient.index_copy_(0, members.first, through_softmax_(slopes.mul_(first), first))
         return RowResult(loss, gradient.div_(self.temperature))
 
 
-class _Places(NamedTuple):
-    """Rows of G groups: ``first`` [G]; the ``later`` rows [K], and the ``group`` [K] that each of these is in."""
+class _Members(NamedTuple):
+    """The rows of G groups.
+
+    Attributes:
+        first: ``[G]``, each group's first row.
+        later: ``[K]``, all other rows.
+        group: ``[K]``, the group of each of these.
+    """
 
     first: Tensor
     later: Tensor
     group: Tensor
 
 
-def _places(spans: Tensor) -> _Places:
+def _members(spans: Tensor) -> _Members:
     first, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
     group = torch.arange(len(spans), device=spans.device).repeat_interleave(lengths - 1)
     before = (lengths - 1).cumsum(0) - (lengths - 1)
     later = first[group] + 1 + torch.arange(len(group), device=spans.device) - before[group]
-    return _Places(first, later, group)
+    return _Members(first, later, group)
 
 
-def _log_chain(log_probs: Tensor, targets: Tensor, places: _Places) -> Tensor:
-    """log C ``[G, 1]``, 0 for a group of one token."""
-    own = log_probs[places.later].gather(-1, targets[places.later].unsqueeze(-1))
-    return log_probs.new_zeros(len(places.first), 1).index_add(0, places.group, own)
+def _log_chain(log_probs: Tensor, targets: Tensor, members: _Members) -> Tensor:
+    """Compute log C ``[G, 1]``; 0 for a group of one token."""
+    own = log_probs[members.later].gather(-1, targets[members.later].unsqueeze(-1))
+    return log_probs.new_zeros(len(members.first), 1).index_add(0, members.group, own)
 
 
 def _merged(log_probs: Tensor, targets: Tensor, spans: Tensor) -> Tensor:
-    """The groups' distributions ``[G, V + 1]``, differentiable in ``log_probs [N, V]``."""
-    places = _places(spans)
-    probs, index = log_probs[places.first].exp(), targets[places.first].unsqueeze(-1)
-    log_chain, begun = _log_chain(log_probs, targets, places), probs.gather(-1, index)
+    """Compute the groups' distributions ``[G, V + 1]``, differentiable in ``log_probs [N, V]``."""
+    members = _members(spans)
+    probs, index = log_probs[members.first].exp(), targets[members.first].unsqueeze(-1)
+    log_chain, begun = _log_chain(log_probs, targets, members), probs.gather(-1, index)
     return torch.cat([probs.scatter(-1, index, begun * log_chain.exp()), begun * -torch.expm1(log_chain)], dim=-1)
 
 
 def _distance(q: Tensor, p: Tensor) -> Tensor:
-    """``[N]``, from probabilities ``[N, V]`` and ``[N, V']``; differentiable in both."""
+    """Compute the distances ``[N]`` of probabilities ``[N, V]`` and ``[N, V']``; differentiable in both."""
     q, p = q.sort(-1, descending=True).values, p.sort(-1, descending=True).values
     width = min(q.shape[-1], p.shape[-1])
     return (q[:, :width] - p[:, :width]).abs().sum(-1) + q[:, width:].sum(-1) + p[:, width:].sum(-1)
 
 
 def _distance_and_slopes(q: Tensor, p: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The same with its derivative by ``q`` ``[N, V]``: the sign of the difference that each probability is part of."""
+    """Compute the distances and their derivative by ``q`` ``[N, V]``: the sign of each probability's difference."""
     p, order = _ascending(p), _order(q) if grad else None
     q = _ascending(q) if order is None else q.gather(-1, order)
     width = min(q.shape[-1], p.shape[-1])
