@@ -1,4 +1,4 @@
-"""Measures how a student spends its probability mass, without training it."""
+"""Measure how a student spends its probability mass, without training it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RANGE, _HALVINGS = 6.0, 20
 
 
 class Diagnostics(DistillationLoss):
-    """Measures teacher and student at every step: a term whose loss and gradient are 0, whatever its weight.
+    """Measures teacher and student at every step; loss and gradient are 0, whatever its weight.
 
     Logs, as means over the distilled tokens of a step:
 

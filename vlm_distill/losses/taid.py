@@ -30,9 +30,17 @@ from .tvd import TVD
 _FLOOR_POWER = 3.0
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
-_DIVERGENCES: dict[str, type[Divergence]] = {
-    kind.label: kind for kind in (ForwardKL, ReverseKL, JSD, SkewForwardKL, SkewReverseKL, TVD, AdaptiveKL)
-}
+# Divergences that can compare the target with the student. List a new one here if it makes sense between the two.
+_COMPARES: tuple[type[Divergence], ...] = (
+    ForwardKL,
+    ReverseKL,
+    JSD,
+    SkewForwardKL,
+    SkewReverseKL,
+    TVD,
+    AdaptiveKL,
+)
+_DIVERGENCES = {kind.label: kind for kind in _COMPARES}
 
 
 class TAID(DistillationLoss):
@@ -209,26 +217,38 @@ class TAID(DistillationLoss):
         return loss, {name: signals[name] for name in self.signals}
 
     def update(self, signals: Mapping[str, float], progress: Progress) -> None:
-        done = progress.step / max(progress.steps, 1)
-        span = self.t_end - self.t_start
-        proposed = self.t_start + span * done
-        if self.schedule == "cosine":
-            proposed = self.t_start + span * (1.0 - math.cos(math.pi * done)) / 2.0
-        elif self.schedule == "exponential":
-            proposed = self.t_start + span * math.expm1(-self.rate * done) / math.expm1(-self.rate)
-        elif self.schedule == "adaptive":
+        if self.schedule == "adaptive":
             proposed = self._adaptive(signals, progress)
         elif self.schedule == "paper":
-            loss = float(signals.get("cross_entropy", math.nan))
-            if math.isfinite(loss):
-                if math.isfinite(self._previous):
-                    change = (self._previous - loss) / (self._previous + 1e-15)
-                    self._momentum = self.beta * self._momentum + (1.0 - self.beta) * change
-                    proposed = max(proposed, self._t + self.alpha * sigmoid(self._momentum) * (1.0 - self._t))
-                self._previous = loss
+            proposed = max(self._curve(progress), self._paper(signals))
+        else:
+            proposed = self._curve(progress)
         self._t = max(self._t, min(self.t_end, proposed))
 
+    def _curve(self, progress: Progress) -> float:
+        """Return t by the schedules that depend on progress only; the line for the others."""
+        done = progress.step / max(progress.steps, 1)
+        span = self.t_end - self.t_start
+        if self.schedule == "cosine":
+            return self.t_start + span * (1.0 - math.cos(math.pi * done)) / 2.0
+        if self.schedule == "exponential":
+            return self.t_start + span * math.expm1(-self.rate * done) / math.expm1(-self.rate)
+        return self.t_start + span * done
+
+    def _paper(self, signals: Mapping[str, float]) -> float:
+        """Return t by the feedback of the schedule ``paper``; t itself without two finite losses."""
+        loss = float(signals.get("cross_entropy", math.nan))
+        if not math.isfinite(loss):
+            return self._t
+        previous, self._previous = self._previous, loss
+        if not math.isfinite(previous):
+            return self._t
+        change = (previous - loss) / (previous + 1e-15)
+        self._momentum = self.beta * self._momentum + (1.0 - self.beta) * change
+        return self._t + self.alpha * sigmoid(self._momentum) * (1.0 - self._t)
+
     def _adaptive(self, signals: Mapping[str, float], progress: Progress) -> float:
+        """Return t by the pace at which the student closes in on its teacher."""
         steps = max(progress.steps, 1)
         pace = self._pace.after(
             float(signals.get("kl", math.nan)), float(signals.get("slope", math.nan)), self._t, steps
@@ -249,6 +269,7 @@ class TAID(DistillationLoss):
 
 
 def _divergence(given: str | Mapping[str, Any]) -> Divergence:
+    """Build the divergence from its name, or from a mapping with its name and parameters."""
     where = "loss taid: divergence"
     if not isinstance(given, str | Mapping):
         raise LossError(f"{where} is {given!r}; give a name, or a mapping with a name as in {{name: jsd, beta: 0.1}}")

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Two probabilities within this many units in the last place count as equal. In float32, probabilities of the same
-#: logits computed in two ways differed by up to 129 (vocabularies of 1,000 to 152,000, logits with deviations of 0.1 to
-#: 20).
+#: Two probabilities within this many units in the last place count as equal. In float32, the same logits computed
+#: in two ways gave differences of up to 129 (vocabularies of 1,000 to 152,000, logits with deviations of 0.1 to 20).
 ROUNDING = 256
 
 
