@@ -1,4 +1,4 @@
-"""Run by test_kernels.py in a process whose Triton interprets: the kernels in Triton against their torch twin.
+"""The Triton kernels against the torch kernels; test_kernels.py runs this in a process with Triton's interpreter.
 
 Its rows hold every special case at once, for the interpreter takes milliseconds for every row.
 """
@@ -40,7 +40,7 @@ def special_rows(kernels):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_special_rows_equal_the_twins(name, kernels):
+def test_special_rows_equal_the_torch_kernels(name, kernels):
     loss = kernels.make(name)
     assert RowStatistics(loss.kernel_form(), 1, torch.empty(1))._engine is triton_kernels
     student, teacher, targets = special_rows(kernels)
@@ -81,10 +81,10 @@ def test_scale_sum_softcap_rounding_and_strides(kernels):
     student = wide[:, :47]
     options = {"scale": 0.3, "softcap": 12.0, "add": True}
     out = torch.ones(3, 64, dtype=torch.bfloat16)[:, :47]
-    twins = torch.ones(3, 47)
+    reference = torch.ones(3, 47)
     kernels.streamed(loss, student, teacher[:, 13:], tile=20, out=out, **options)
-    kernels.streamed(loss, student, teacher[:, 13:], engine=torch_kernels, out=twins, **options)
-    torch.testing.assert_close(out.float(), twins, rtol=2**-7, atol=0)  # the interpreter truncates
+    kernels.streamed(loss, student, teacher[:, 13:], engine=torch_kernels, out=reference, **options)
+    torch.testing.assert_close(out.float(), reference, rtol=2**-7, atol=0)  # the interpreter truncates
     want = kernels.defined(loss, student, teacher[:, 13:], None)
     value, gradient, _ = loss_and_grad(loss.kernel_form(), student, teacher[:, 13:], grad=True)
     assert gradient.data_ptr() == wide.data_ptr()

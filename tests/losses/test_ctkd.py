@@ -1,4 +1,4 @@
-"""A temperature that learns against the student. (Values and gradients against the authors' code: test_golden.)"""
+"""CTKD: a temperature that learns against the student. test_golden compares with the authors' code."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_descent_lowers_the_loss_by_the_student_and_raises_it_by_g(setting):
 
 
 def instance(seed=0, **params):
-    """A loss with a temperature for each row, whose perceptron has learnt something."""
+    """Return a loss with a temperature for each row and a perceptron that is not at its start."""
     loss = CTKD(grl_coefficient=-0.5, t_range=3.0, instance=True, width=5, **params)
     loss.prepare(31)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What is measured beside the losses."""
+"""Diagnostics: what is measured and never trained."""
 
 import math
 

@@ -19,7 +19,7 @@ def draw(*shape, seed=0):
 
 
 def prepared(name, student, teacher, **params):
-    """A loss told the shapes of these features, in float64."""
+    """Return a loss prepared for these features, in float64."""
 
     def shapes(features):
         return {k: (x.shape[1] if x.ndim == 3 else None, x.shape[-1]) for k, x in features.items()}
@@ -31,7 +31,7 @@ def prepared(name, student, teacher, **params):
 
 
 def distance(kind, student, teacher):
-    """By the formula, one vector at a time."""
+    """Compute the distance by the formula, one vector at a time."""
     if kind == "cosine":
         return 1 - (student @ teacher) / (student.norm() * teacher.norm())
     if kind == "normalised_mse":
@@ -99,7 +99,7 @@ def test_tokens_that_form_no_square_are_refused_before_and_during_a_run(student,
 
 
 def relation(x, heads):
-    """softmax(x xᵀ/√d) of one sample's ``x [n, width]``, head by head."""
+    """Compute softmax(x xᵀ/√d) of one sample's ``x [n, width]``, head by head."""
     return [(part @ part.T / math.sqrt(part.shape[1])).softmax(-1) for part in x.chunk(heads, -1)]
 
 

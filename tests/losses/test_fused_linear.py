@@ -17,7 +17,7 @@ NAMES = list(losses.available(DistillationLoss))
 
 
 class TotalVariation(DistillationLoss):
-    """½ Σ|p − q|: a loss with no closed form of its gradient."""
+    """½ Σ|p − q|, without a closed form of its gradient."""
 
     def forward(self, student_logits, teacher_logits, targets=None):
         return 0.5 * (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1)
@@ -54,7 +54,7 @@ class Setting:
         return fused_linear(terms, self.hidden[rows], self.head, teacher, self.targets[rows], **options)
 
     def whole(self, terms, distilled=None, scales=None):
-        """The same weighted sum from whole logits, by autograd, as the definitions have it."""
+        """Compute the same weighted sum from whole logits by the definitions, for autograd."""
         distilled = self.distilled if distilled is None else distilled
         student = self.hidden @ self.linear.weight.t()
         student = (student if self.linear.bias is None else student + self.linear.bias) * self.head.scale
@@ -84,7 +84,7 @@ def two_terms():
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts matrix products."""
+    """Count matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ def test_no_row_distilled():
     none = torch.zeros(13, dtype=torch.bool)
     sums = setting.fused(losses.build("forward_kl"), distilled=none)
     assert (sums.loss.item(), sums.terms["loss"].count) == (0.0, 0)
-    # every rank must reduce the same signals, rows or not
+    # Every rank must reduce the same signals, with or without rows.
     assert set(setting.fused(two_terms(), distilled=none).terms["taid"].signals) == {"kl", "cross_entropy"}
     sums.loss.backward()
     assert all(x.grad is not None and not x.grad.any() for x in setting.inputs())
@@ -398,7 +398,7 @@ def test_what_does_not_fit_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "recompute"), [("eager", False), ("eager", True), ("inductor", False)])
 def test_torch_compile_leaves_it_alone(backend, recompute):
-    """The rest of the module is compiled; the loss and all gradients stay what they were."""
+    """The rest of the module is compiled; the loss and all gradients do not change."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")
 

@@ -1,4 +1,4 @@
-"""The kernels' torch twin against the losses' definitions; the kernels in Triton against the twin."""
+"""The torch kernels against the losses' definitions; the Triton kernels against the torch kernels."""
 
 import math
 import os
@@ -50,14 +50,14 @@ def logits(n, v, dtype=torch.float32, device="cpu"):
 
 
 def defined(loss, student, teacher, targets):
-    """Loss and gradient by the definition, in float64."""
+    """Compute loss and gradient by the definition, in float64."""
     leaf = student.double().clone().requires_grad_()
     value = loss(leaf, teacher.double(), targets)
     return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 
 def streamed(loss, student, teacher, targets=None, tile=None, engine=None, out=None, **options):
-    """Loss, gradient and signals by the kernels, from tiles of that many columns."""
+    """Compute loss, gradient and signals by the kernels, from tiles of ``tile`` columns."""
     form = loss.kernel_form()
     statistics = RowStatistics(form, len(student), student)
     if engine is not None:
@@ -106,7 +106,7 @@ def test_any_tiles(name, tile):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_twin_is_exact_in_float64(name):
+def test_the_torch_kernels_are_exact_in_float64(name):
     loss = make(name)
     student, teacher, targets = logits(5, 123, torch.float64)
     want = defined(loss, student, teacher, targets)
@@ -143,7 +143,7 @@ def test_ties(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_large_logits_keep_their_precision(name):
-    """The models' logits lie far from 0 and from one another."""
+    """The models' logits are far from 0 and from one another."""
     loss = make(name)
     student, teacher, targets = logits(5, 123)
     student, teacher = (student * 1024).round() / 1024, (teacher * 1024).round() / 1024
@@ -155,7 +155,7 @@ def test_large_logits_keep_their_precision(name):
 @pytest.mark.parametrize("tile", [60, 3])
 @pytest.mark.parametrize("name", LOSSES)
 def test_tokens_outside_the_vocabulary_add_nothing(name, tile):
-    """−∞ in both models, also where a whole tile is, at the front and at the end."""
+    """−∞ in both models, including whole tiles at the front and at the end."""
     loss = make(name)
     student, teacher, targets = logits(3, 47)
     padding = torch.full((3, 6), -math.inf)
@@ -234,7 +234,7 @@ def test_losses_that_need_whole_rows_say_so():
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_under_its_interpreter():
-    """Triton has to be told before it is imported, hence the process."""
+    """The interpreter must be chosen before Triton is imported, hence the process."""
     file = Path(__file__).with_name("interpreted_kernels.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
@@ -245,7 +245,7 @@ def test_triton_under_its_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(33, 151_936), (64, 92_553), (1, 7), (300, 1000)], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_triton_equals_its_twin_on_a_gpu(name, shape):
+def test_triton_equals_torch_on_a_gpu(name, shape):
     loss = make(name)
     student, teacher, targets = logits(*shape, device="cuda")
     want = streamed(loss, student, teacher, targets, engine=torch_kernels)

@@ -37,7 +37,7 @@ DIVERGENCES = {
 }
 EVERY = {**DIVERGENCES, "cross_entropy": {}, "dkd": {"temperature": 2.0}, "dkd at 1": {"temperature": 1.0, "beta": 0.5}}
 EVERY["ctkd"] = {"t_range": 2.0, "grl_coefficient": -1.0}
-# What is held still while the gradient is taken: TAID's target, adaptive KL's weights.
+# Held fixed in the gradient: TAID's target, adaptive KL's weights.
 HELD = ("taid", "adaptive_kl")
 SHAPES = [(3, 47), (31, 123), (1, 7)]
 
@@ -54,7 +54,7 @@ def logits(n, v, dtype=torch.float64, seed=0):
 
 
 def rows(loss, student, teacher, targets=None, grad=True):
-    """`rows` on copies: it may overwrite its arguments."""
+    """Call `loss_and_grad` on copies, since it may overwrite its arguments."""
     return loss.loss_and_grad(student.clone(), teacher.clone(), targets, grad=grad)
 
 
@@ -77,7 +77,7 @@ def test_closed_form_equals_definition(name, shape):
 
 
 def test_adaptive_kl_as_the_taid_code_has_it():
-    # Not a divergence (golden values hold it to that code): neither 0 at equality nor free of the tokens' order.
+    # Not a divergence (test_golden compares it with that code): not 0 at equality, and it depends on the tokens' order.
     loss = losses.build("adaptive_kl", convention="taid")
     student, teacher, _ = logits(31, 123)
     leaf = student.clone().requires_grad_()

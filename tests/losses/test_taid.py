@@ -1,4 +1,4 @@
-"""TAID's schedule and state. (Its trajectories against the released rule: test_golden.)"""
+"""TAID's schedules and state. test_golden compares trajectories with the released rule."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from vlm_distill.losses.taid_pace import Pace
 
 
 def run(loss, signals, steps=None, start=0):
-    """t after each update."""
+    """Return t after each update."""
     trajectory = []
     for step, signal in enumerate(signals, start):
         loss.update({"cross_entropy": signal}, Progress(step, steps or len(signals)))
@@ -75,7 +75,7 @@ def test_shapes_of_the_schedules():
 
 
 def learn(speed, steps, noise=0.2, t_start=0.2, sharpness=2.0):
-    """t over a run of a student that follows its target at some speed, its KL seen through noise."""
+    """Return t over a run of a student that follows its target at some speed, its KL seen through noise."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -117,7 +117,7 @@ def test_slope_is_how_the_kl_grows_with_t(power, t):
         loss.t = value
         return loss.loss_and_grad(student.clone(), teacher.clone(), grad=False).signals["kl"]
 
-    # One-sided where t cannot go on.
+    # One-sided where t cannot go further.
     low, high = t * (1 - 1e-5), min(1.0, t * (1 + 1e-5))
     numeric = (kl(high) - kl(low)) / math.log(high / low)
     loss.t = t

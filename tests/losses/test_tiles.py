@@ -14,7 +14,7 @@ STREAMED = [name for name in losses.available(losses.DistillationLoss) if losses
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sets a tile to so many tokens and columns, and gives the ``chunk_bytes`` for it."""
+    """Set a tile's numbers of tokens and columns, and return the ``chunk_bytes`` for it."""
 
     def set_tile(tokens, columns, *, teacher=True, itemsize=8):
         monkeypatch.setattr(tiles, "TOKENS_CPU", tokens)
@@ -26,7 +26,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def whole_rows(monkeypatch):
-    """Makes ``recompute`` run what a GPU runs without it: tiles of whole rows, gradients in groups."""
+    """Make ``recompute`` run what a GPU runs without it: tiles of whole rows, gradients of several blocks at once."""
     module = sys.modules["vlm_distill.losses.fused_linear"]
 
     def uncut(work, terms, count, *, recompute):
@@ -127,7 +127,7 @@ def test_uncut_rows_repeat_no_product(chunked, whole_rows):
 @pytest.mark.parametrize(("name", "passes"), [("taid", 1), ("jsd", 2)])
 @pytest.mark.parametrize(("frozen", "products"), [((), 2), (("weight",), 1), (("hidden",), 1)], ids=str)
 def test_products_are_those_that_are_needed(name, passes, frozen, products, chunked, small):
-    """Both models' logits once for every pass, less the tile that is still there; a frozen head costs no product."""
+    """Each pass forms both models' logits once, except for the tile still in memory; a frozen head costs no product."""
     setting = chunked.Setting()
     setting.hidden.requires_grad_("hidden" not in frozen)
     setting.linear.weight.requires_grad_("weight" not in frozen)
@@ -156,7 +156,7 @@ def test_evaluation_makes_no_gradient(chunked, small):
 
 
 def test_memory_depends_on_neither_tokens_nor_vocabulary(chunked, benchmark_losses):
-    """Beside the gradients: four times the tokens and four times the vocabulary take no more."""
+    """Besides the gradients, four times the tokens or four times the vocabulary need no more memory."""
     spare = []
     for n, v in ((512, 4096), (2048, 4096), (512, 16384)):
         setting = chunked.Setting(n, v, 4, 4, dtype=torch.float32)

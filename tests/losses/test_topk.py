@@ -1,4 +1,4 @@
-"""Teachers of whom the likeliest tokens are known: the tail is one more category, in every loss that takes it."""
+"""Top-k teachers: the tail is one more category, in every loss that supports it."""
 
 import math
 
@@ -45,7 +45,7 @@ def rows(loss, student, top, grad=True):
 
 
 def by_hand(loss, student, top):
-    """The same from probabilities summed over the tail, by autograd."""
+    """Compute the same from probabilities summed over the tail, by autograd."""
     q = student.softmax(-1)
     own = q.gather(-1, top.ids)
     log_q = torch.cat([own, 1 - own.sum(-1, keepdim=True)], -1).log()
@@ -83,7 +83,7 @@ def test_all_tokens_known_is_the_whole_distribution(name, logits):
 
 @pytest.mark.parametrize("name", TAKES)
 def test_the_tail_counts(name, logits):
-    """A student that agrees on the known tokens up to a factor, but not on their mass, is not at its goal."""
+    """A student that agrees on the k tokens only up to a factor has not reached its teacher."""
     _, teacher = logits
     loss, top = make(name), TopKTargets.of(teacher, 4)
     same = rows(loss, teacher, top)

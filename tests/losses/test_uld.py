@@ -13,13 +13,13 @@ from vlm_distill.losses.groups import TokenGroups
 from vlm_distill.losses.uld import _merged
 from vlm_distill.models.lm_head import LMHead
 
-# Lengths of groups on both sides, and the student's rows before each that are in none.
+# Lengths of groups on both sides, and the number of the student's rows before each that are in no group.
 SIZES = [(1, 1, 0), (2, 1, 1), (1, 3, 0), (4, 2, 0), (3, 4, 2), (1, 1, 0), (2, 2, 0)]
 ROWS, TEACHER_ROWS = sum(a + hole for a, _, hole in SIZES) + 1, sum(b for _, b, _ in SIZES)
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts matrix products."""
+    """Count matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class Setting:
         return student, self.teacher.head._linear(self.teacher.hidden).detach()
 
     def whole(self, terms, scales=None):
-        """The weighted sum by hand: ``by_hand`` for ULD, plain cross-entropy for the rest."""
+        """Compute the weighted sum by ``by_hand`` for ULD and plain cross-entropy for the rest."""
         student, teacher = self.logits()
         total = 0.0
         for term in terms:
@@ -94,7 +94,7 @@ class Setting:
 
 
 def outcomes(logits, targets, span, temperature):
-    """Probabilities of a group's outcomes as a list of 0-d tensors: one token after the other, from the definition."""
+    """Return the probabilities of a group's outcomes as a list of 0-d tensors, token by token from the definition."""
     first, stop = span
     probs = [(logits[row] / temperature).softmax(-1) for row in range(first, stop)]
     whole = probs[0][targets[first]]
@@ -124,7 +124,7 @@ def two_terms():
 
 
 def only_groups(setting):
-    """Whole logits of the rows in groups, and the groups within them, as ``grouped`` is given them."""
+    """Return whole logits of the rows in groups, with the groups within them, as ``grouped_loss_and_grad`` wants."""
     student, teacher = setting.logits()
     rows = torch.cat([torch.arange(a, b) for a, b in setting.groups.student.tolist()])
     closed = make_groups([(a, b, 0) for a, b, _ in SIZES], setting.groups.teacher_targets)
