@@ -10,7 +10,7 @@ from vlm_distill.evaluation.judge import UNREADABLE
 from vlm_distill.evaluation.pictures import find_picture
 
 from .entries import Duel, Entry, Run, duel, entries_on
-from .gallery import CARDS, evenly_spaced
+from .gallery import CARDS, by_index, evenly_spaced
 
 _GROUPS = ("Students differ", "Teacher scores higher", "Student scores higher")
 _STUDENTS_DIFFER, _TEACHER_HIGHER, _STUDENT_HIGHER = _GROUPS
@@ -72,7 +72,9 @@ def _tables(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[str, list[fl
     groups = dict.fromkeys(name for entry in entries for name in entry.scores.get("groups", {}))
     for title in ["", *groups]:
         found = [_scores_of_group(entry, title) for entry in entries]
-        rows = [(key, [scores.get(key) for scores in found]) for key in _all_keys(found)]
+        rows = []
+        for key in _all_keys(found):
+            rows.append((key, [scores.get(key) for scores in found]))
         if rows:
             tables.append((title, rows))
     return tables
@@ -111,10 +113,10 @@ def _gallery(entries: Sequence[Entry], folders: Sequence[Path]) -> list[dict[str
     common = sorted(set[int].intersection(*map(set, scores)))
     members: dict[str, list[int]] = {name: [] for name in _GROUPS}
     for index in common:
-        group = _group(entries, [by_index[index] for by_index in scores])
+        group = _group(entries, [of_model[index] for of_model in scores])
         if group is not None:
             members[group].append(index)
-    answers = [{p.index: p for p in entry.predictions} for entry in entries]
+    answers = [by_index(entry) for entry in entries]
     groups = []
     for name, indices in members.items():
         files = {index: find_picture(answers[0][index].image, folders) for index in indices}
@@ -122,7 +124,7 @@ def _gallery(entries: Sequence[Entry], folders: Sequence[Path]) -> list[dict[str
         shown = [index for index in indices if files[index] is not None] or indices
         cards = []
         for index in evenly_spaced(shown, CARDS):
-            card = [(entry, by_index[index]) for entry, by_index in zip(entries, answers, strict=True)]
+            card = [(entry, predictions[index]) for entry, predictions in zip(entries, answers, strict=True)]
             cards.append({"answers": card, "picture": files[index]})
         if cards:
             groups.append({"name": name, "count": len(indices), "of": len(common), "cards": cards})

@@ -29,12 +29,12 @@ def gallery(entries: Sequence[Entry], seen: Callable[[Prediction], bool] | None 
     """
     if not entries:
         return []
-    answers = [{p.index: p for p in entry.predictions} for entry in entries]
+    answers = [by_index(entry) for entry in entries]
     common = sorted(set[int].intersection(*map(set, answers)))
     roles = [entry.role for entry in entries]
     members: dict[str, list[int]] = {name: [] for name in _GROUPS}
     for index in common:
-        right = [by_index[index].exact > 0 for by_index in answers]
+        right = [predictions[index].exact > 0 for predictions in answers]
         members[_group(roles, right)].append(index)
     groups = []
     for name, indices in members.items():
@@ -43,10 +43,15 @@ def gallery(entries: Sequence[Entry], seen: Callable[[Prediction], bool] | None 
             shown = [index for index in indices if seen(answers[0][index])] or indices
         cards = []
         for index in evenly_spaced(shown, CARDS):
-            cards.append([(entry, by_index[index]) for entry, by_index in zip(entries, answers, strict=True)])
+            cards.append([(entry, predictions[index]) for entry, predictions in zip(entries, answers, strict=True)])
         if cards:
             groups.append({"name": name, "count": len(indices), "of": len(common), "cards": cards})
     return groups
+
+
+def by_index(entry: Entry) -> dict[int, Prediction]:
+    """Return a model's predictions by the index of the question."""
+    return {prediction.index: prediction for prediction in entry.predictions}
 
 
 def evenly_spaced(indices: Sequence[int], count: int) -> list[int]:
