@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -22,7 +22,7 @@ from vlm_distill.cli.evaluation import RankEvalOptions
 from vlm_distill.cli.options import parse
 from vlm_distill.evaluation.answering import Asking, Feedback
 from vlm_distill.evaluation.kept_answers import AnswerFolder
-from vlm_distill.evaluation.left_out import too_much_left_out
+from vlm_distill.evaluation.left_out import report_failures, too_much_left_out
 from vlm_distill.evaluation.model_identity import identity, student_of
 from vlm_distill.evaluation.progress import progress_line
 from vlm_distill.evaluation.rank_share import RankShare
@@ -31,7 +31,6 @@ from vlm_distill.runtime.launch import guarded, leave
 
 if TYPE_CHECKING:
     from vlm_distill.evaluation.benchmark_run import OpenBenchmarks
-    from vlm_distill.evaluation.judge import Judge
     from vlm_distill.evaluation.source_run import SourceResult
     from vlm_distill.models.interface import VisionLanguageModel
     from vlm_distill.models.teacher import ModelTeacher
@@ -106,19 +105,6 @@ def _load_teacher(options: RankEvalOptions, model: VisionLanguageModel, processe
 def _dtype(options: RankEvalOptions, processes: Processes) -> str | None:
     # A CPU gains nothing from 16 bits, and some of its layers refuse them.
     return options.dtype or ("fp32" if processes.device.type == "cpu" else None)
-
-
-def report_failures(failures: Mapping[str, str]) -> None:
-    """Print what could not be scored, one line each; raise the last line, so that the command exits with an error.
-
-    Raises:
-        UserError: if there are failures.
-    """
-    mistakes = [UserError(f"{name}: {reason}") for name, reason in failures.items()]
-    for mistake in mistakes[:-1]:
-        print(f"vlm-distill: {mistake}", file=sys.stderr)
-    for mistake in mistakes[-1:]:
-        raise mistake
 
 
 def _open_sources(options: RankEvalOptions) -> list[Any]:
@@ -231,6 +217,7 @@ def _run_benchmarks(
     from vlm_distill.evaluation.benchmark_lookup import data_folder, entry_name, get_benchmark
     from vlm_distill.evaluation.benchmark_results import write_summary
     from vlm_distill.evaluation.benchmark_run import run_benchmark
+    from vlm_distill.evaluation.judge import open_judge
     from vlm_distill.reporting.score_tables import print_results
 
     judge = open_judge(options.judge, options.judge_model, options.judge_rate, options.out)
@@ -289,16 +276,6 @@ def _identity(options: RankEvalOptions, model: VisionLanguageModel) -> dict[str,
 def _feedback(name: str, ranks: RankShare) -> Feedback:
     progress = progress_line(f"{name}, answers") if ranks.first else None
     return Feedback(progress, partial(print, file=sys.stderr, flush=True))
-
-
-def open_judge(url: str | None, model: str, requests_per_minute: float | None, out: Path) -> Judge | None:
-    """Return the judge at an address, which keeps its replies in ``out``; ``None`` without an address."""
-    from vlm_distill.evaluation.judge import Judge
-
-    if url is None:
-        return None
-    show = progress_line("judge, replies")
-    return Judge(url, model, out / "judge.jsonl", requests_per_minute=requests_per_minute, progress=show)
 
 
 def _print_skipped(skipped: Sequence[Problem]) -> None:

@@ -144,7 +144,8 @@ def score(options: ScoreOptions) -> None:
 
     The answers themselves are left unchanged.
     """
-    from vlm_distill.evaluate import open_judge, report_failures
+    from vlm_distill.evaluation.judge import open_judge
+    from vlm_distill.evaluation.left_out import report_failures
     from vlm_distill.evaluation.rescoring import default_out, known_rules, score_again
     from vlm_distill.reporting.score_tables import print_results
 

@@ -16,6 +16,7 @@ from vlm_distill.endpoint import Endpoint
 from vlm_distill.models.thinking import split_thought
 
 from . import jsonl
+from .progress import progress_line
 from .prompts import options
 from .scoring.mathvista import found_value
 from .scoring.multiple_choice_vlmevalkit import closed
@@ -141,6 +142,14 @@ class Judge:
             turn = max(now, self._next)
             self._next = turn + self._interval
         time.sleep(turn - now)
+
+
+def open_judge(url: str | None, model: str, requests_per_minute: float | None, out: Path) -> Judge | None:
+    """Return the judge at an address, which keeps its replies in ``out``; ``None`` without an address."""
+    if url is None:
+        return None
+    show = progress_line("judge, replies")
+    return Judge(url, model, out / "judge.jsonl", requests_per_minute=requests_per_minute, progress=show)
 
 
 def _content(reply: Any) -> str:

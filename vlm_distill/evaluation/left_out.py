@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data.batch import Problem
+from data.errors import UserError
 
 
 def commonest_reason(problems: Sequence[Problem]) -> str:
@@ -56,3 +58,16 @@ def too_much_left_out(
     remedies = {"image not found": "name their folder with --images", "image outside the roots": "allow it with --root"}
     remedy = remedies.get(commonest_reason(skipped), "fix the data")
     return [f"{name}: {left_out:,} of {whole:,} {what} left out, {verdict}: {reasons(skipped)}; {remedy}"]
+
+
+def report_failures(failures: Mapping[str, str]) -> None:
+    """Print what could not be scored, one line each; raise the last line, so that the command exits with an error.
+
+    Raises:
+        UserError: if there are failures.
+    """
+    mistakes = [UserError(f"{name}: {reason}") for name, reason in failures.items()]
+    for mistake in mistakes[:-1]:
+        print(f"vlm-distill: {mistake}", file=sys.stderr)
+    for mistake in mistakes[-1:]:
+        raise mistake
