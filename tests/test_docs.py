@@ -23,6 +23,7 @@ import yaml
 from run_files import CLASSIFIER, GOOD, write
 
 from vision.config import ClassifierConfig
+from vision.evaluate import EvaluateOptions
 from vision.train import check
 from vlm_distill import cli
 from vlm_distill.cli.evaluation import RankEvalOptions
@@ -155,8 +156,10 @@ def test_commands_of_the_docs_parse(here, monkeypatch, block, line):
         module, arguments = words[at + 1], words[at + 2 :]
         if module in ("vlm_distill.train", "vlm_distill.cache", "vision.train"):
             return configuration_loads(here, arguments, ClassifierConfig if module == "vision.train" else RunConfig)
-        if module == "vlm_distill.evaluate":
-            return parse_options(RankEvalOptions, arguments, module)
+        options = {"vlm_distill.evaluate": RankEvalOptions, "vision.evaluate": EvaluateOptions}
+        if module in options:
+            parse_options(options[module], arguments, module)
+            return None
         parse = argparse.ArgumentParser.parse_args
 
         def only_parse(self, args=None, namespace=None):
