@@ -266,29 +266,34 @@ def load_classifier(
         source, name_or_folder = "open_clip", f"local-dir:{folder}"
     saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name_or_folder))
 
-    given: dict[str, Any] = {
-        "pretrained": pretrained,
-        "weights": weights,
-        "num_classes": num_classes,
-        "image_size": image_size,
-    }
-    if saved.get("source") == "open_clip":
-        from . import zero_shot
-
-        classifier = Classifier(*zero_shot.rebuild(folder, saved, num_classes))
-    elif source == "open_clip":
-        from . import zero_shot  # late: open_clip takes seconds to import
-
-        parts = zero_shot.load(
-            name_or_folder, **given, classes=class_names(classes), config=config or None, templates=templates
-        )
-        classifier = Classifier(*parts)
+    given: dict[str, Any] = {"pretrained": pretrained, "weights": weights, "num_classes": num_classes}
+    given |= {"image_size": image_size, "config": config or {}}
+    if saved.get("source") == "open_clip" or source == "open_clip":
+        classifier = _load_open_clip(name_or_folder, folder, saved, classes, templates, given)
     else:
         name = f"local-dir:{folder}" if saved else name_or_folder
-        classifier = _load_timm(name, **given, classes=class_names(classes), config=config or {})
+        classifier = _load_timm(name, **given, classes=class_names(classes))
     classifier.inputs = _inputs(classifier.inputs, None, mean, std)
     check_finite(name_or_folder, classifier)
     return classifier.freeze_all_but_head() if train == "head" else classifier
+
+
+def _load_open_clip(
+    name: str,
+    folder: Path,
+    saved: Mapping[str, Any],
+    classes: Sequence[str] | str | None,
+    templates: str | Sequence[str],
+    given: Mapping[str, Any],
+) -> Classifier:
+    from . import zero_shot  # late: open_clip takes seconds to import
+
+    if saved.get("source") == "open_clip":
+        return Classifier(*zero_shot.rebuild(folder, saved, given["num_classes"]))
+    config = given["config"] or None
+    return Classifier(
+        *zero_shot.load(name, **{**given, "config": config}, classes=class_names(classes), templates=templates)
+    )
 
 
 def _load_timm(

@@ -7,16 +7,17 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.batch import Problem, SampleId, Step
+from data.conversation import ImageSource
 from data.errors import BadSample, UserError
-from data.images import MAX_PIXELS, load_image
+from data.images import load_image
 from data.loader import StepSplit, describe_samples, problem_of
 from data.mixture import Mixture
 
@@ -72,6 +73,26 @@ class ImageBatch:
         return ImageBatch(change(self.images), change(self.labels), change(self.rows), change(self.checks), self.number)
 
 
+@dataclass(frozen=True)
+class ViewSettings:
+    """How training sees an image.
+
+    Attributes:
+        augmentations: one per view, such as a weak and a strong one; ``None`` is the view of evaluation.
+        fixed_views: number of different views of an image, shown in turn by epoch, so that a teacher's logits can be
+            cached; 0 for a new one each time.
+        repeats: how often each image occurs in its step, in different views (repeated augmentation: Hoffer et al. 2020,
+            Berman et al. 2019). An epoch keeps its number of steps, and so shows one image in ``repeats``, others in
+            each epoch. Repeats are far from each other, on different ranks where possible.
+        checks: compute a checksum of each view.
+    """
+
+    augmentations: Sequence[Augmentation | None] = (None,)
+    fixed_views: int = 0
+    repeats: int = 1
+    checks: bool = False
+
+
 class ImageSteps(Dataset[Step]):
     """One rank's share of each optimizer step, by the step's number; micro-batches are dealt as in ``StepDataset``.
 
@@ -81,68 +102,49 @@ class ImageSteps(Dataset[Step]):
     Args:
         mixture: the order of images of ``LabelledImages``; its seed also seeds the views.
         inputs: the student's input.
-        augmentations: one per view, such as a weak and a strong one; ``None`` is the view of evaluation.
+        views: how training sees an image.
         label_maps: for each source ``None`` (its labels are the student's), or the student's class of each of its
             labels, −1 for a class that the student does not have: such an image is a bad sample.
-        rank: this process, from 0.
-        world: number of processes.
-        micro_batch_size: images in a micro-batch.
-        accumulation: micro-batches of each rank in a step.
-        roots: if given, images are read from inside these folders only.
-        max_pixels: the largest image.
+        split: this rank's share of a step.
+        load: decodes an image.
         on_bad: ``skip`` leaves the micro-batch of a bad sample smaller, ``fail`` ends the training.
-        fixed_views: number of different views of an image, shown in turn by epoch, so that a teacher's logits can be
-            cached; 0 for a new one each time.
-        repeats: how often each image occurs in its step, in different views (repeated augmentation: Hoffer et al. 2020,
-            Berman et al. 2019). An epoch keeps its number of steps, and so shows one image in ``repeats``, others in
-            each epoch. Repeats are far from each other, on different ranks where possible.
-        checks: compute a checksum of each view.
 
     Attributes:
         steps_per_epoch: steps of an epoch, including a smaller last one.
 
     Raises:
-        UserError: the mixture's batch size is not ``micro_batch_size × accumulation × world`` or no multiple of
-            ``repeats``, or both repeats and fixed views are given; on access, with ``fail``, a bad sample.
+        UserError: split or ``repeats`` do not fit the mixture's batch size, or both repeats and fixed views are given;
+            on access, with ``fail``, a bad sample.
     """
 
     def __init__(
         self,
         mixture: Mixture[LabelledImages],
         inputs: InputSettings,
-        augmentations: Sequence[Augmentation | None] = (None,),
+        views: ViewSettings = ViewSettings(),
         label_maps: Sequence[Sequence[int] | None] | None = None,
         *,
-        rank: int = 0,
-        world: int = 1,
-        micro_batch_size: int,
-        accumulation: int = 1,
-        roots: Sequence[Path] = (),
-        max_pixels: int = MAX_PIXELS,
+        split: StepSplit,
+        load: Callable[[ImageSource], Image.Image] = load_image,
         on_bad: Literal["skip", "fail"] = "skip",
-        fixed_views: int = 0,
-        repeats: int = 1,
-        checks: bool = False,
     ) -> None:
-        StepSplit(micro_batch_size, accumulation, rank, world).check(mixture.batch_size)
-        if mixture.batch_size % repeats:
-            raise UserError(f"batch size {mixture.batch_size} is no multiple of {repeats} repeats; change one of them")
-        if fixed_views and repeats > 1:
-            raise UserError(f"{fixed_views} fixed views and {repeats} repeats; one of them, as repeats need new views")
+        split.check(mixture.batch_size)
+        if mixture.batch_size % views.repeats:
+            raise UserError(
+                f"batch size {mixture.batch_size} is no multiple of {views.repeats} repeats; change one of them"
+            )
+        if views.fixed_views and views.repeats > 1:
+            raise UserError(
+                f"{views.fixed_views} fixed views and {views.repeats} repeats; one of them, as repeats need new views"
+            )
         self.mixture = mixture
         self.size = inputs.size
-        self.transforms = [build_transform(inputs, augmentation) for augmentation in augmentations]
+        self.transforms = [build_transform(inputs, augmentation) for augmentation in views.augmentations]
         self.label_maps = [None] * len(mixture.sources) if label_maps is None else list(label_maps)
-        self.rank = rank
-        self.world = world
-        self.micro_batch_size = micro_batch_size
-        self.accumulation = accumulation
-        self.roots = tuple(roots)
-        self.max_pixels = max_pixels
+        self.split = split
+        self.load = load
         self.on_bad = on_bad
-        self.fixed_views = fixed_views
-        self.repeats = repeats
-        self.checks = checks
+        self.views = views
         self.steps_per_epoch = mixture.steps_per_epoch
         #: Each source's first row when rows are numbered through all sources.
         self._first = [0, *accumulate(len(source) for source in mixture.sources)]
@@ -150,7 +152,7 @@ class ImageSteps(Dataset[Step]):
     def __getitem__(self, index: int) -> Step:
         rows = self._rows(index)
         problems: list[Problem] = []
-        numbers = range(self.rank, self.accumulation * self.world, self.world)
+        numbers = range(self.split.rank, self.split.accumulation * self.split.world, self.split.world)
         with kept_randomness():
             batches: list[Any] = [self._batch(index, rows, number, problems) for number in numbers]
         readable = sum(batch.samples for batch in batches)
@@ -158,8 +160,7 @@ class ImageSteps(Dataset[Step]):
 
     def locate_samples(self, index: int, number: int) -> str:
         """Describe where the images of this rank's micro-batch ``number`` of a step come from."""
-        start = (number * self.world + self.rank) * self.micro_batch_size
-        return describe_samples(self.mixture.sources, self._rows(index)[start : start + self.micro_batch_size])
+        return describe_samples(self.mixture.sources, self.split.micro_batch(self._rows(index), number))
 
     def sample(self, count: int) -> ImageBatch:
         """Return the readable ones of the first ``count`` images of the training."""
@@ -174,19 +175,20 @@ class ImageSteps(Dataset[Step]):
 
     def turn(self, step: int) -> int:
         """Return which of the fixed views a step shows, from 0."""
-        return step // self.steps_per_epoch % self.fixed_views
+        return step // self.steps_per_epoch % self.views.fixed_views
 
     def _rows(self, step: int) -> list[tuple[int, int]]:
         """Return the (source, row) pairs of a step, over all ranks."""
         rows = self.mixture.samples_of(step)
-        chosen = rows[: math.ceil(len(rows) / self.repeats)]
-        return (chosen * self.repeats)[: len(rows)]
+        chosen = rows[: math.ceil(len(rows) / self.views.repeats)]
+        return (chosen * self.views.repeats)[: len(rows)]
 
     def _batch(self, step: int, places: Sequence[tuple[int, int]], number: int, problems: list[Problem]) -> ImageBatch:
         """Make micro-batch ``number`` of a step whose (source, row) pairs are ``places``."""
         labels, rows, images = [], [], []
-        start = number * self.micro_batch_size
-        for place, (source, row) in enumerate(places[start : start + self.micro_batch_size], start):
+        size = self.split.micro_batch_size
+        start = number * size
+        for place, (source, row) in enumerate(places[start : start + size], start):
             try:
                 label, views = self._read(step, place, source, row)
             except BadSample as bad:
@@ -201,7 +203,7 @@ class ImageSteps(Dataset[Step]):
         for i, views in enumerate(images):
             for view, pixels_of_view in enumerate(views):
                 pixels[view * len(rows) + i] = pixels_of_view
-        checks = [zlib.crc32(view.permute(1, 2, 0).numpy().data) for view in pixels] if self.checks else []
+        checks = [zlib.crc32(view.permute(1, 2, 0).numpy().data) for view in pixels] if self.views.checks else []
         return ImageBatch(
             pixels,
             torch.tensor(labels, dtype=torch.int64),
@@ -218,10 +220,10 @@ class ImageSteps(Dataset[Step]):
             label = mapping[label]
             if label < 0:
                 raise BadSample("class the student does not have", str(origin.classes[sample.label]))
-        image = load_image(sample.image, roots=self.roots, max_pixels=self.max_pixels)
+        image = self.load(sample.image)
         views = []
         for view, transform in enumerate(self.transforms):
-            if self.fixed_views:
+            if self.views.fixed_views:
                 seed_randomness(self.mixture.seed, _FIXED, self.turn(step), self._first[source] + row, view)
             else:
                 # Not by epoch and row: an epoch, and even a step, may repeat a row.

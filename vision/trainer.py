@@ -15,7 +15,7 @@ from data.batch import Problem, Step
 from data.classification import LabelledImages
 from data.errors import BadSample, UserError
 from data.images import load_image
-from data.loader import problem_of
+from data.loader import StepSplit, problem_of
 from data.mixture import Mixture
 from data.workers import make_loader
 from vlm_distill.evaluation.left_out import reasons
@@ -37,7 +37,7 @@ from .classifier import Classifier
 from .config import ClassifierConfig
 from .device_views import DeviceViews
 from .ema import Average
-from .loader import ImageBatch, ImageSteps
+from .loader import ImageBatch, ImageSteps, ViewSettings
 from .optimizer import Schedule
 from .predict import Inference, Labels, Predicted, in_words, predict
 from .task import AnyTerm, BatchTerm, ClassificationTask
@@ -126,21 +126,15 @@ class Trainer(Loop):
         data, training = self.config.data, self.config.training
         weights = [section.weight for section in data.train]
         mixture = Mixture(sources, weights, seed=training.seed, batch_size=training.batch_size)
+        checks = self.config.teacher is not None and self.config.teacher.cache is not None
         return ImageSteps(
             mixture,
             self.student.inputs,
-            data.views,
+            ViewSettings(data.views, data.fixed_views, data.repeats, checks),
             label_maps,
-            rank=self.processes.rank,
-            world=self.processes.world,
-            micro_batch_size=self.micro,
-            accumulation=self.accumulation,
-            roots=[Path(root) for root in data.roots],
-            max_pixels=data.max_pixels,
+            split=StepSplit(self.micro, self.accumulation, self.processes.rank, self.processes.world),
+            load=self.load_image,
             on_bad=data.bad_samples,
-            fixed_views=data.fixed_views,
-            repeats=data.repeats,
-            checks=self.config.teacher is not None and self.config.teacher.cache is not None,
         )
 
     def _plan(self) -> None:
@@ -282,9 +276,8 @@ class Trainer(Loop):
             self.dataset.mixture,
             self.student.inputs,
             label_maps=self.dataset.label_maps,
-            micro_batch_size=self.dataset.mixture.batch_size,
-            roots=self.dataset.roots,
-            max_pixels=self.dataset.max_pixels,
+            split=StepSplit(self.dataset.mixture.batch_size),
+            load=self.load_image,
         )
         batch = steps.sample(_CHECKED_IMAGES).to(self.processes.device)
         if not batch.samples:

@@ -33,7 +33,7 @@ from data.opening import open_source, open_text
 from data.tsv import TsvTable
 from data.workers import make_loader
 from vision.inputs import InputSettings
-from vision.loader import ImageSteps
+from vision.loader import ImageSteps, ViewSettings
 from vision.transforms import Augmentation
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models.composed_processor import ComposedProcessor
@@ -252,7 +252,8 @@ def image_steps(source, roots):
     inputs = InputSettings((16, 16), (0.5,) * 3, (0.2,) * 3, "bilinear", 1.0)
     mixture = Mixture([source], seed=3, batch_size=BATCH)
     views = [Augmentation(auto_augment="rand-m9-mstd0.5-inc1"), Augmentation(crop="center")]
-    return ImageSteps(mixture, inputs, views, micro_batch_size=BATCH, roots=roots), mixture.steps_per_epoch
+    load = partial(load_image, roots=roots)
+    return ImageSteps(mixture, inputs, ViewSettings(views), split=StepSplit(BATCH), load=load), mixture.steps_per_epoch
 
 
 def test_class_folders_and_tars(folders):

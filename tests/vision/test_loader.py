@@ -5,6 +5,7 @@ import io
 import pickle
 import random
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 
 from data.errors import BadSample, UserError
+from data.images import load_image
+from data.loader import StepSplit
 from data.mixture import Mixture
 from data.workers import make_loader
 from vision.device_views import DeviceViews
 from vision.inputs import InputSettings
-from vision.loader import ImageSteps
+from vision.loader import ImageSteps, ViewSettings
 from vision.transforms import Augmentation, Erasing, Mixing
 from vlm_distill.caching.class_logits import LogitCache
 
@@ -54,17 +57,25 @@ class Images:
         return 1
 
 
-def make(sources=None, augmentations=(WEAK,), batch_size=8, world=1, rank=0, micro=2, weights=None, seed=5, **options):
+def make(
+    sources=None,
+    augmentations=(WEAK,),
+    batch_size=8,
+    world=1,
+    rank=0,
+    micro=2,
+    weights=None,
+    seed=5,
+    fixed_views=0,
+    repeats=1,
+    **options,
+):
     mixture = Mixture([Images(21)] if sources is None else sources, weights, seed=seed, batch_size=batch_size)
     return ImageSteps(
         mixture,
         INPUTS,
-        augmentations,
-        rank=rank,
-        world=world,
-        micro_batch_size=micro,
-        accumulation=batch_size // (micro * world),
-        checks=True,
+        ViewSettings(augmentations, fixed_views, repeats, checks=True),
+        split=StepSplit(micro, batch_size // (micro * world), rank, world),
         **options,
     )
 
@@ -136,7 +147,7 @@ def test_batches_as_described():
             assert content(moved) == content(batch)
     assert sorted(rows) == list(range(10))
     mixture = Mixture([Images(8)], batch_size=8)
-    assert len(ImageSteps(mixture, INPUTS, micro_batch_size=8)[0].batches[0].checks) == 0
+    assert len(ImageSteps(mixture, INPUTS, split=StepSplit(8))[0].batches[0].checks) == 0
 
 
 def test_without_augmentation_a_view_is_the_image():
@@ -318,7 +329,7 @@ def test_files_and_bytes_are_read_within_the_roots(tmp_path):
     source.images[2].save(memory, "PNG")
     expected = list(source.images)
     source.images = [str(outside), str(inside / "one.png"), memory.getvalue(), source.images[3]]
-    step = make([source], (None,), 4, micro=4, roots=[inside])[0]
+    step = make([source], (None,), 4, micro=4, load=partial(load_image, roots=[inside]))[0]
     assert [p.reason for p in step.problems] == ["image outside the roots"]
     batch = step.batches[0]
     for image, row in zip(batch.images, batch.rows.tolist(), strict=True):
