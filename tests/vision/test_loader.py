@@ -270,7 +270,7 @@ def flawed():
 
 
 def test_bad_samples_leave_the_batch_smaller():
-    steps = make([flawed()], batch_size=10, micro=5, max_pixels=1000)
+    steps = make([flawed()], batch_size=10, micro=5, load=partial(load_image, max_pixels=1000))
     step = steps[0]
     assert sorted((p.source, p.line, p.reason) for p in step.problems) == [
         ("train", 3, "record is broken"),
