@@ -15,7 +15,7 @@ from .errors import BadSample
 
 @dataclass(frozen=True)
 class _Token:
-    """A supervised token: its number among them, its id, and its span in its piece of text."""
+    """A supervised token: its index among the supervised tokens, its id, and its span in its piece of text."""
 
     number: int
     id: int
@@ -28,7 +28,7 @@ def match_tokens(student: Encoded, teacher: Encoded, pieces: Sequence[str]) -> t
     """Match each of the student's supervised tokens with the teacher's, for models with the same tokenizer.
 
     Tokens match if they have the same id and the same span. All of an answer's own tokens must match, except in its
-    first or last word where white space of one model's template joins that word and so changes its tokens. Text that
+    first or last word, whose tokens may differ if one template's white space merges with it. Text that
     only one template writes, and a thought that only one shows, has no counterpart. End tokens match in order.
 
     Args:

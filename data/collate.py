@@ -191,7 +191,7 @@ def _model_batch(
         documents: for each pair, whether it is plain text.
         packed: whether conversations and dummies are packed too.
     """
-    # Records of a cache are counted through the pairs and run through no model: they keep this order.
+    # Records of a cache are indexed by pair and never reach a model: they must not change places.
     may_pack = not isinstance(processor, RecordedProcessor)
     shared = [may_pack and (packed or (i < len(documents) and documents[i])) for i in range(len(samples))]
     lengths = [len(sample.input_ids) for sample in samples]

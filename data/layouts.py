@@ -114,7 +114,7 @@ def _questioned(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
 
 
 def _described(column: str) -> Callable[[Mapping[str, Any], Counter[str]], list[RawMessage]]:
-    """Read a text about an image, which becomes the answer to the image alone."""
+    """Read a text about an image, which becomes the answer to a question that is only the image."""
     return lambda record, _: [_message("user", ""), *_answered(record[column])]
 
 

@@ -19,9 +19,9 @@ from .conversation import Conversation, Document, ImageSource
 from .encoding import Pair
 from .errors import BadSample, UserError
 from .images import load_image
-from .json_files import read_lines
 from .mixture import Mixture
 from .plain_text import TextSource
+from .saved_json import read_lines
 from .sources import Source
 
 T = TypeVar("T")

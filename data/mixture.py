@@ -26,7 +26,7 @@ class Mixable(Protocol):
 
 S = TypeVar("S", bound=Mixable)
 
-#: How many samples, evenly spaced over the epoch, are searched for the longest. With some sources each takes 0.1 ms.
+#: How many evenly spaced samples are sized to find the longest; sizing one can take 0.1 ms.
 LOOKED_AT = 20_000
 
 

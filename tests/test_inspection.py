@@ -133,4 +133,4 @@ def test_the_summary_names_keys_that_nothing_reads(material, tmp_path):
     (tmp_path / "rated.jsonl").write_text(json.dumps({"question": "say red", "answer": "red", "rating": 5}))
     inspection = Inspection(RunConfig.model_validate(tiny.config(folder / "out", tmp_path / "rated.jsonl", teacher)))
     list(inspection.lines(None))
-    assert inspection.summary().splitlines()[1] == "rated: nothing reads rating of its records"
+    assert inspection.summary().splitlines()[1] == "rated: keys rating of its records are ignored"

@@ -36,7 +36,7 @@ class ClassificationTask(nn.Module):
         student: its parameters that require gradients are trained.
         terms: the losses, by unique names, prepared.
         views: number of views of each image.
-        gather: joins the rows ``[n, …]`` of all ranks, differentiable in this rank's own; ``None`` if losses of a batch
+        gather: joins the rows ``[n, …]`` of all ranks, with gradients for this rank's own; ``None``: losses of a batch
             see this rank's rows alone.
     """
 

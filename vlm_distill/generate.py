@@ -27,8 +27,8 @@ check_neighbours()  # before anything of `data` is imported
 from data.batch import Problem
 from data.conversation import Conversation, ImageSource
 from data.errors import UserError
-from data.json_files import read_object
 from data.loader import ProblemLog
+from data.saved_json import read_object
 from data.sources import Source
 from vlm_distill.cli.options import parse
 from vlm_distill.cli.training import GenerateOptions

@@ -100,7 +100,7 @@ class Inspection:
         lines = [f"{usable:,} of {self.samples:,} samples can be used; {self.log.summary()}"]
         for source in self.sources:
             if keys := getattr(source, "not_read", None):
-                lines.append(f"{source.name}: nothing reads {', '.join(sorted(keys))} of its records")
+                lines.append(f"{source.name}: keys {', '.join(sorted(keys))} of its records are ignored")
         return "\n".join(lines)
 
     def _first(self, count: int) -> Iterator[_Read]:

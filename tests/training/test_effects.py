@@ -104,9 +104,13 @@ def test_a_warmup_longer_than_the_run_is_named(material, processes, capsys):
     config = language(material, optimizer__warmup=50)
     Trainer(config, processes).run()
     told = " ".join(capsys.readouterr().err.split())
-    assert "optimizer.warmup: warms up for 50 steps, and the run has 5: its full value is never reached" in told
+    assert (
+        "optimizer.warmup: the warm-up (50 steps) is longer than the run (5): its full value is never reached" in told
+    )
     trainer = ClassifierTrainer(classifier(material, optimizer__warmup_epochs=20), processes)
-    assert re.match(r"optimizer.warmup_epochs: warms up for 20 epochs, and the run has 2\.5", trainer.remarks[0])
+    assert re.match(
+        r"optimizer.warmup_epochs: the warm-up \(20 epochs\) is longer than the run \(2\.5", trainer.remarks[0]
+    )
 
 
 def test_a_student_larger_than_its_teacher_is_told_of(material, processes, capsys):

@@ -125,12 +125,12 @@ def test_what_nothing_reads_is_named_once_a_source(run, tmp_path):
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     code, told = run()
     assert code == 0
-    assert told.count("data: nothing reads rating, score of its records") == 1
+    assert told.count("data: keys rating, score of its records are ignored") == 1
 
 
 def test_answers_that_cannot_be_compared_are_counted():
     (said,) = FirstSamples(tried=24, apart=30, samples_apart=24).remarks()
-    assert said.startswith("30 tokens in 24 of the first 24 samples are left to cross-entropy: ")
+    assert said.startswith("30 tokens in 24 of the first 24 samples are learned by cross-entropy alone: ")
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ class MLKD(BatchLoss):
 
     Args:
         temperatures: the paper's 4 and 3, 5, 2, 6; for ImageNet the first is 1.
-        variant: ``paper``, or ``published``: as the authors' training step computes it. There the masks of half of the
-            images and classes multiply means that are already taken, so they only scale the weak view's terms by the
-            masked share: the share of images (instance and batch terms) on which the teacher is at most as confident as
+        variant: ``paper``, or ``published``: as the authors' training step computes it. It
+            applies the masks after averaging, so each of the weak view's terms is only multiplied by the masked share:
+            the share of images (instance and batch terms) on which the teacher is at most as confident as
             on the median one, and of classes with at most median mass. The strong view has the instance term only,
             unmasked, and uses the weak view's logits at the temperatures 2 and 6.
         standardise: whether the instance term sees standardised logits, as in the code of Sun et al. (CVPR 2024).

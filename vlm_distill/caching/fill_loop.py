@@ -71,7 +71,7 @@ class Filling(ABC, Generic[T]):
         """Load the model and create the folder. Return this rank's share of the missing samples; ``None`` for none."""
 
     def begin(self) -> None:
-        """Write what belongs to no sample."""
+        """Write what all samples share."""
 
     @abstractmethod
     def write(self, item: T) -> None:
@@ -79,7 +79,7 @@ class Filling(ABC, Generic[T]):
 
     @abstractmethod
     def close(self) -> None:
-        """Bring the last records to the disk."""
+        """Flush the remaining records to disk."""
 
     @abstractmethod
     def report(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from data.json_files import read_object
+from data.saved_json import read_object
 from vlm_distill.runtime import manifest
 from vlm_distill.runtime.lock import Taken, hold, holder
 

@@ -77,7 +77,7 @@ class Loss(nn.Module):
 
 
 class DistillationLoss(Loss):
-    """A loss between logits, one value a row.
+    """A loss between logits, one value per row.
 
     ``forward`` is its definition and all that a subclass must write. For speed, a subclass may add a closed form of the
     gradient (``loss_and_grad``) and the form that the kernels compute (``kernel_form``).
@@ -160,7 +160,7 @@ class DistillationLoss(Loss):
 
 
 class BatchLoss(Loss):
-    """A loss between logits that compares the rows of a batch with one another: one value a batch.
+    """A loss between logits that compares the rows of a batch with one another: one value per batch.
 
     Attributes:
         views: how many views of each image it compares; the first views of all images come first.

@@ -1,8 +1,7 @@
 """``Divergence``: the base of losses that compare the teacher's distribution p with the student's q.
 
-Logits are divided by the temperature T; only KD has the factor T². A logit of −∞ in both models puts a token outside
-the
-vocabulary: it adds nothing and receives no gradient.
+Logits are divided by the temperature T; only KD has the factor T². A token whose logit is −∞ in both models is
+outside the vocabulary: it adds nothing and receives no gradient.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def find_answers(
 ) -> tuple[str, list[Span]]:
     """Return the rendered conversation and the span of every supervised answer in it.
 
-    An answer begins where the text departs from the template's opening for generation. What the template writes between
-    the opening and a plain answer belongs to the prompt. An answer with a thought is supervised from the opening on,
+    An answer begins where the text first differs from the generation prompt. What the template writes between that
+    prompt and a plain answer belongs to the prompt. An answer with a thought is supervised from the opening on,
     since the model must write all of it. If the rendering drops an earlier thought, only what it shows is supervised.
 
     Args:
@@ -76,7 +76,9 @@ def find_answers(
     shown = MarkedText(rendered(render, marked, False))
     if shown.text != text:
         at = common_prefix(shown.text, text)
-        raise BadSample("chat template rewrites the answer", f"it depends on the answer at {text[at : at + 40]!r}")
+        raise BadSample(
+            "chat template rewrites the answer", f"the text around it changes with the answer: {text[at : at + 40]!r}"
+        )
     spans: list[Span] = []
     number, anchor = 0, 0
     for k, (message, (marks, end)) in enumerate(zip(messages, _by_message(plain, shown.marks), strict=True)):
@@ -169,7 +171,7 @@ class _Turn:
         if split_thought(self.message)[0] and THOUGHT not in self.marks and self._is_last():
             return self._reopened(text, header, rest)
         if rest and (header > first or self.frame.opening is None or len(rest) > len(self.frame.opening)):
-            header = first  # the two differ before the opening, or agree by chance into the answer
+            header = first  # the texts diverge before the generation prompt, or agree into the answer by chance
         closed = self.frame.closed or CALL in self.marks
         return text, Span(self._start(text, header, first), self._stop(text), self._pieces(), closed)
 

@@ -53,7 +53,7 @@ class VisionLanguageModel(nn.Module, ABC):
     Attributes:
         head: the output layer as the losses read it.
         processor: turns conversations into inputs.
-        synced: set by the engine if ranks must leave ``generate`` together, since parameters are sharded over them.
+        synced: set if parameters are sharded: all ranks then stay in ``generate`` until the slowest is done.
     """
 
     processor: Processor
@@ -77,7 +77,7 @@ class VisionLanguageModel(nn.Module, ABC):
         Args:
             inputs: from ``processor.collate``, on this model's device.
             positions: int64 ``[N]``, indices into the flattened ``[B·L]`` of the sequence.
-            features: names of features to return as well; others are not kept.
+            features: names of features to return as well; all others are freed.
 
                 - ``hidden.K``: ``[N, H]``, hidden states at ``positions``. 0 is the embeddings (the images' included),
                   K the output of the K-th layer; the last, also −1, is ``Outputs.hidden``, after the final norm.
@@ -96,7 +96,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def feature_shape(self, name: str) -> tuple[int | None, int]:
-        """Return a feature's tokens an image (``None``: not of images, or known only by running) and its width.
+        """Return (tokens per image, width) of a feature; tokens are ``None`` if not of images or known only by running.
 
         Raises:
             UserError: as in :meth:`forward`.
@@ -104,7 +104,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def vision_positions(self, inputs: ModelInputs) -> dict[str, float]:
-        """Return at how many positions ``vision_encoder`` and ``projector`` compute, to count their operations.
+        """Return how many positions ``vision_encoder`` and ``projector`` process, to count operations.
 
         An encoder's positions are patches and class tokens, a projector's are its outputs. 0 for a part that does not
         run, and for an encoder whose layers differ in their positions, such as a convolutional one.

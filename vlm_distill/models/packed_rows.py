@@ -1,7 +1,7 @@
 """Join several samples in one row, told apart by position ids that restart with each sample.
 
-A packed row has no attention mask: from the position ids Transformers makes one for each kind of attention, block by
-block, or the lengths that a variable-length kernel takes.
+A packed row has no attention mask: from the position ids, Transformers derives a block-diagonal mask for each kind of
+attention, or the lengths that a variable-length kernel takes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def join(samples: Sequence[Encoded], positions: Sequence[Tensor]) -> Encoded:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first dimension; pad the others at their end with zeros to the largest."""
+    """Concatenate along the first dimension, after padding all others with zeros to their largest size."""
     shapes = torch.tensor([tensor.shape[1:] for tensor in tensors], dtype=torch.long)
     largest = shapes.amax(0).tolist()
 

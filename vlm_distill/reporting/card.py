@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from data.errors import one_line
-from data.json_files import read_object
+from data.saved_json import read_object
 
 
 def document(facts: Mapping[str, Any], lines: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 import xxhash
 
 from data.errors import UserError
-from data.json_files import read_object
+from data.saved_json import read_object
 
 NAME = "manifest.json"
 #: Bytes read and hashed at once.

@@ -16,7 +16,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from data.errors import UserError
-from data.json_files import read_lines
+from data.saved_json import read_lines
 from vlm_distill.config.sections import WandbSection
 
 from . import faults

@@ -22,7 +22,7 @@ from .launch import WAITED, Failure, leave
 
 _INTERVAL = 1.0  # seconds between a rank's signs of life
 _SILENT = 3  # intervals without one, after which a rank counts as stopped or gone
-_WARNED = 0.2  # of the limit, after which a slow rank is named
+_WARNED = 0.2  # share of the limit after which a slow rank is reported
 _PATIENCE = 3.0  # seconds that a rank waits for the one at fault to give its reason
 # Words in errors that only say that another rank is gone.
 _OF_OTHERS = ("gloo", "nccl", "processgroup", "connection closed", "connection reset", "broken pipe", "tcpstore")
@@ -30,7 +30,7 @@ _OF_OTHERS = ("gloo", "nccl", "processgroup", "connection closed", "connection r
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's sign of life: its phase, the number of that phase, and its seconds in it."""
+    """A rank's sign of life: the sign's number, phases entered so far, the current phase and the seconds in it."""
 
     number: int
     phases: int
@@ -102,7 +102,7 @@ class Watch:
 
         Args:
             error: the reason.
-            own: whether it is this rank's own reason, not one that it read.
+            own: true if this rank failed itself, false if it relays another rank's failure.
         """
         _do_not_stop()
         self._ending.acquire()  # never released: thread and loop may both get here, and the process ends

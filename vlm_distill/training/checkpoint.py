@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.errors import UserError
-from data.json_files import read_object
+from data.saved_json import read_object
 from vlm_distill.runtime import faults, manifest
 from vlm_distill.runtime.manifest import Entry
 from vlm_distill.runtime.output import cause_of, flush, flush_all, put_in_place, size

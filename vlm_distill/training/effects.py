@@ -38,7 +38,7 @@ def late_warmup(key: str, warmup: float, run: float, unit: str) -> list[str]:
     """
     if warmup <= run:
         return []
-    return [f"{key}: warms up for {warmup:g} {unit}, and the run has {run:g}: its full value is never reached"]
+    return [f"{key}: the warm-up ({warmup:g} {unit}) is longer than the run ({run:g}): its full value is never reached"]
 
 
 def _given(section: Section, *names: str) -> list[str]:

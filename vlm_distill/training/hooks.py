@@ -1,4 +1,4 @@
-"""What each path says to the loop: the hooks of a run, in the order in which the loop calls them."""
+"""Hooks by which the two trainers, of VLMs and of classifiers, plug into the loop, in the order of its calls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Hooks(ABC):
         steps, epoch_steps: optimizer steps of the run and of an epoch; the latter may be a fraction.
         evaluate_every: steps between evaluations; ``None``: only at the end.
         parameters: their numbers, by ``student``, ``trained`` and, with a teacher, ``teacher``.
-        compared_by: what makes two scores of the student comparable; ``None`` to keep no best student.
+        compared_by: what two scores must share to be compared, such as their data; ``None`` to keep no best student.
         lower_is_better: whether the best student has the lowest score, not the highest.
         remarks: on what was found while building.
     """
@@ -142,7 +142,7 @@ class Hooks(ABC):
         self.engine.share_statistics(self.engine.task)
 
     def student_state(self) -> dict[str, Tensor]:
-        """Return the student's whole state dict on the CPU, on the first rank. Collective."""
+        """Return the student's full, unsharded state dict on the CPU; only the first rank receives it. Collective."""
         return self.engine.whole_state(self.student)
 
     @abstractmethod

@@ -37,7 +37,7 @@ class FirstSamples:
         tried: number of samples.
         problems: of samples that cannot be used.
         images: number of images in the others.
-        apart: answer tokens that are not compared with the teacher's.
+        apart: answer tokens without a counterpart in the teacher's.
         samples_apart: number of samples with such tokens.
         not_read: by source, the keys of its records that nothing reads, and how often each occurred.
     """
@@ -70,13 +70,13 @@ class FirstSamples:
         remarks = []
         if self.apart:
             remarks.append(
-                f"{self.apart} tokens in {self.samples_apart} of the first {self.tried} samples are left to "
-                "cross-entropy: the models' chat templates cut the answer's edge in different places"
+                f"{self.apart} tokens in {self.samples_apart} of the first {self.tried} samples are learned "
+                "by cross-entropy alone: the two chat templates tokenize the edges of the answer differently"
             )
         for source, keys in self.not_read.items():
             listed = ", ".join(key for key, _ in keys.most_common(_KEYS))
             more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
-            remarks.append(f"{source}: nothing reads {listed}{more} of its records")
+            remarks.append(f"{source}: keys {listed}{more} of its records are ignored")
         return remarks
 
 

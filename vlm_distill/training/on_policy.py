@@ -32,7 +32,7 @@ from vlm_distill.runtime.processes import Processes
 
 _FILE = "on_policy.json"
 _DECODE_THREADS = 4
-#: A source's number and a row of it.
+#: A sample: (source, index).
 Place = tuple[int, int]
 
 
@@ -48,8 +48,8 @@ def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> N
     if not any(learns_from_drawn(term) for term in terms):
         names = ", ".join(term.name for term in terms)
         raise UserError(
-            f"on_policy: a student learns from its own answers by comparing with its teacher, and {names} reads right "
-            "answers; add a divergence such as jsd"
+            f"on_policy: the student's own answers have no right tokens, which {names} reads; "
+            "add a loss that needs the teacher alone, such as jsd"
         )
     text = next((source.path for source in config.data.train if source.format == "text"), None)
     if text is not None:
@@ -182,7 +182,9 @@ class OnPolicy:
         """Read the state from a checkpoint. Raise ``UserError`` if it has none."""
         path = folder / _FILE
         if not path.is_file():
-            raise UserError(f"{folder}: of a run without on_policy; leave the section out, or choose another output")
+            raise UserError(
+                f"{folder} was written by a run without on_policy; leave the section out, or choose another output"
+            )
         state = json.loads(path.read_text("utf-8"))
         self.score = state["score"]
         if self.settings.adaptive is not None:

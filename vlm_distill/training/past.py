@@ -9,7 +9,7 @@ from typing import Any
 
 from data.digest import Digestible, digest_source
 from data.errors import UserError
-from data.json_files import read_object
+from data.saved_json import read_object
 from vlm_distill.config.file import save_config
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.runtime import manifest

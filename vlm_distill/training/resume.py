@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from data import digest
 from data.digest import SourceDigest
-from data.json_files import read_object
+from data.saved_json import read_object
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.models.fingerprint import fingerprint
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data.errors import UserError
-from data.json_files import read_object
+from data.saved_json import read_object
 from vlm_distill.runtime.launch import cores
 
 NAME = "summary.json"
