@@ -232,6 +232,8 @@ SLOW = {
     *(f"resumed_{name}" for name in ("zero1", "bf16_zero0", "bf16_zero3", "own_base_zero3", "lora_bf16_zero2")),
     *(f"resumed_{name}" for name in ("persistent_zero3", "dropout_zero2", "batchnorm_zero2", "bf16_features_zero2")),
     *(f"resumed_features_zero{stage}" for stage in range(3)),
+    *("mixed_zero2", "packed_mixed_zero0", "tied_zero0", "llava_zero0", "language_zero0", "cut_zero0", "uld_zero0"),
+    *("ctkd_instance_zero0", "seeing_once_zero0", "muon_zero0", "shard_zero2", "offload_zero3", "resumed_zero2"),
 }
 
 

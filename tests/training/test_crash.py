@@ -231,7 +231,7 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(runs, forks
     assert set(codes) <= {2, -9}, told
     assert "the checkpoint of step 4 could not be written (the one before took " in told
     assert "file too large" in told
-    assert "goes on from step 2" in told
+    assert "continues from step 2" in told
     assert "Traceback" not in told
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_2"]
 
