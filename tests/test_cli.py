@@ -42,6 +42,30 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train"], "Missing argument 'config'."),
+        (["losses", "--bad"], "No such option: --bad"),
+        (["eval", "x", "--rules", "mine"], "Invalid value for '--rules': 'mine' is not one of 'vlmevalkit',"),
+        (["eval", "x", "--limit", "0"], "Invalid value for '--limit': "),
+    ],
+)
+def test_wrong_options_are_one_line(command, words, says):
+    code, _, errors = command(*words)
+    assert code == 2
+    assert errors.startswith(f"vlm-distill: {says}")
+    assert errors.endswith("(--help lists the options)\n")
+    assert errors.count("\n") == 1
+
+
+def test_without_words_the_commands_are_listed(command):
+    code, said, _ = command()
+    assert code == 2
+    assert "inspect" in said
+
+
 def write(material, name="run", **changes):
     folder, data, teacher = material
     path = folder / f"{name}.yaml"

@@ -8,29 +8,35 @@ from typing import Annotated
 import typer
 
 from vlm_distill import __version__
-from vlm_distill.runtime.launch import guarded
+from vlm_distill.runtime.launch import MISTAKE, guarded
 
 from . import evaluation, publishing, training
+from .options import run_app
 
 app = typer.Typer(
     name="vlm-distill",
     help="Distil a large vision-language model into a small one. Start with [bold]vlm-distill demo[/].",
     rich_markup_mode="rich",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 
 def main() -> None:
     """Run the command; a user's mistake becomes one line and exit code 2, never a traceback."""
-    sys.exit(guarded(lambda: app(standalone_mode=True)))
+    sys.exit(guarded(lambda: sys.exit(run_app(app))))
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         print(f"vlm-distill {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        context.get_help()
+        raise typer.Exit(MISTAKE)
 
 
 # In the order of --help.

@@ -100,14 +100,28 @@ def parse(
     options.__annotations__["found"] = model
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=description)(expanded(options))
-    try:
-        found = typer.main.get_command(app).main(given, program and f"python -m {program}", standalone_mode=False)
-    except _UsageError as mistake:
-        text = mistake.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
-        raise UserError(f"{text} (--help lists the options)") from None
+    found = run_app(app, given, program and f"python -m {program}")
     if not isinstance(found, model):
         sys.exit(found)
     return found
+
+
+def run_app(app: typer.Typer, words: Sequence[str] | None = None, program: str | None = None) -> Any:
+    """Run a command line; return what its command returns, or the exit code with which it ends.
+
+    Args:
+        app: the commands.
+        words: the command line; by default that of this process.
+        program: the name for ``--help``; by default that of the module that was started.
+
+    Raises:
+        UserError: one line about the first wrong option.
+    """
+    try:
+        return typer.main.get_command(app).main(words, program, standalone_mode=False)
+    except _UsageError as mistake:
+        text = mistake.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
+        raise UserError(f"{text} (--help lists the options)") from None
 
 
 def words_of(options: Any, model: type[Any] | None = None) -> list[str]:
