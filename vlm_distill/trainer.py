@@ -67,6 +67,7 @@ class Trainer(Loop):
     """Trains a student on image-text data. Whatever is cheap to check is checked before a model is loaded."""
 
     command, speed = "train", "tokens_per_second"
+    sample_hint = " (`vlm-distill inspect` shows every sample)"
     student: VisionLanguageModel
     dataset: StepDataset
 

@@ -212,6 +212,7 @@ def test_a_classifiers_run_without_a_usable_image_does_not_begin(tmp_path, capsy
     assert classify.main([str(tmp_path / "run.yaml")]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "data.train: none of the first 60 samples can be used: not an image (60), as in images, line " in told
+    assert "vlm-distill inspect" not in told
 
 
 def test_a_classifiers_empty_step_changes_nothing(tmp_path, processes):

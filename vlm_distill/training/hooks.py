@@ -47,6 +47,8 @@ class Hooks(ABC):
     #: The command that starts such a run, and the metric of its speed.
     command: ClassVar[str]
     speed: ClassVar[str]
+    #: Where a user can look at every sample, for messages about bad ones.
+    sample_hint: ClassVar[str] = ""
 
     engine: Engine
     student: nn.Module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from data.batch import Problem
@@ -39,6 +39,7 @@ class FirstSamples:
         images: number of images in the others.
         apart: answer tokens without a counterpart in the teacher's.
         samples_apart: number of samples with such tokens.
+        hint: where a user can look at every sample, to be added to the reasons.
         not_read: by source, the keys of its records that nothing reads, and how often each occurred.
     """
 
@@ -48,6 +49,7 @@ class FirstSamples:
     apart: int = 0
     samples_apart: int = 0
     not_read: dict[str, Counter[str]] = field(default_factory=dict)
+    hint: str = ""
 
     @property
     def usable(self) -> int:
@@ -57,13 +59,19 @@ class FirstSamples:
         """Return why the run cannot begin, with a remedy; ``None`` if at least one sample can be used."""
         if not self.tried or self.usable:
             return None
-        return f"data.train: none of the first {self.tried} samples can be used: {with_remedy(self.problems)}"
+        return f"data.train: none of the first {self.tried} samples can be used: {self._reasons()}"
 
     def warning(self) -> str | None:
         """Return a warning if many samples cannot be used."""
         if len(self.problems) <= _MANY * self.tried:
             return None
-        return f"{len(self.problems)} of the first {self.tried} samples are left out: {with_remedy(self.problems)}"
+        return f"{len(self.problems)} of the first {self.tried} samples are left out: {self._reasons()}"
+
+    def _reasons(self) -> str:
+        """Return why samples cannot be used, and what to do about the commonest reason."""
+        reason = commonest_reason(self.problems)
+        remedy = next((text for start, text in _REMEDIES.items() if reason.startswith(start)), "fix the data")
+        return f"{reasons(self.problems)}; {remedy}{self.hint}"
 
     def remarks(self) -> list[str]:
         """Return what else a person should know about the samples."""
@@ -121,13 +129,6 @@ class SampleTally:
         """Return the counts in words."""
         text = f"{self.left_out:,} of {self.samples:,} samples left out ({self.share:.1%})"
         return text + (f", {self.empty_steps:,} steps without a usable sample" if self.empty_steps else "")
-
-
-def with_remedy(problems: Sequence[Problem]) -> str:
-    """Return the reasons, and what to do about the commonest."""
-    reason = commonest_reason(problems)
-    remedy = next((text for start, text in _REMEDIES.items() if reason.startswith(start)), "fix the data")
-    return f"{reasons(problems)}; {remedy} (`vlm-distill inspect` shows every sample)"
 
 
 def too_many_left_out(tally: SampleTally, limit: float, summary: str) -> UserError:

@@ -382,6 +382,7 @@ class Loop(Hooks):
             return
         self.processes.watch.phase("trying the first samples", limited=False)
         found = try_samples(self.dataset, done, self.steps) if self.processes.first else FirstSamples()
+        found.hint = self.sample_hint
         mistake = found.mistake() or self.mistake_in(found)
         if self.processes.first and mistake is None:
             mistake = self.evaluation_mistake()
