@@ -54,6 +54,7 @@ DAMAGES = {
     ),
     "another shape": (lambda w, e: w | {e: w[e][:-1].clone()}, r"of other shapes .*embed_tokens.*: \[\d+, \d+\] in"),
     "NaN": (lambda w, e: w | {e: w[e] * float("nan")}, r"NaN or infinite numbers in 1 weight \(.*embed_tokens"),
+    "integers": (lambda w, e: w | {e: (100 * w[e]).to(torch.int8)}, r"stores .*embed_tokens\.weight as I8, and its"),
     "infinite": (lambda w, e: w | {e: w[e] + float("inf")}, r"NaN or infinite numbers in 1 weight \(.*embed_tokens"),
 }
 

@@ -21,7 +21,14 @@ from .common import (
     tied_names,
 )
 from .composed import CONFIG_NAME, FORMAT, WEIGHTS_NAME, ComposedVLM
-from .folder import check_open_clip_config, check_settings, check_timm_options, is_place, read_object
+from .folder import (
+    check_open_clip_config,
+    check_settings,
+    check_stored_precision,
+    check_timm_options,
+    is_place,
+    read_object,
+)
 from .loading import Report, check_finite, check_report, check_shapes
 from .tokenizer import load_tokenizer
 from .vision_towers import VisionEncoderSettings
@@ -114,6 +121,7 @@ def _fill(model: ComposedVLM, folder: Path) -> None:
         weights = load_file(folder / WEIGHTS_NAME)
     except Exception as error:
         raise UserError(f"model: '{name}' cannot be read: {first_line(error)}; is the copy complete?") from error
+    check_stored_precision(folder)
     wanted = model.state_dict()
     mismatched = tuple(
         (key, tuple(weights[key].shape), tuple(wanted[key].shape))

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from data.errors import UserError
 
 from .common import check_keys
@@ -112,6 +114,30 @@ def check_weight_files(folder: Path) -> None:
                 "is the copy complete?"
             )
         return
+
+
+def check_stored_precision(folder: Path) -> None:
+    """Raise ``UserError`` if a folder stores weights as integers: without their scales they are wrong numbers."""
+    for path in sorted(folder.glob("*.safetensors")):
+        name = _integer_weight(path)
+        if name is not None:
+            raise UserError(
+                f"model: {path} stores {name}, and its configuration has no quantization_config that says how to "
+                "read it; is the copy complete?"
+            )
+
+
+def _integer_weight(path: Path) -> str | None:
+    """Return the first matrix of weights that a file stores as integers, with its type."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensor = file.get_slice(name)
+                if name.endswith("weight") and len(tensor.get_shape()) > 1 and tensor.get_dtype()[0] in "IU":
+                    return f"{name} as {tensor.get_dtype()}"
+    except SafetensorError:  # a damaged file, which is reported when it is loaded
+        return None
+    return None
 
 
 def adapter_base(folder: Path) -> str:

@@ -17,7 +17,7 @@ from transformers import dynamic_module_utils
 from data.errors import UserError
 
 from .common import built_whole
-from .folder import ADAPTER_CONFIG, check_folder, check_weight_files
+from .folder import ADAPTER_CONFIG, check_folder, check_stored_precision, check_weight_files
 from .weightless import needs_weights, weightless
 
 # If a library omits trust_remote_code, Transformers would ask on the terminal, and accept a `y` from a pipe.
@@ -103,6 +103,8 @@ def with_report(
         return _without_weights(kind, config, options, trust_remote_code), Report()
     check_weight_files(Path(name))
     quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    if not quantised:
+        check_stored_precision(Path(name))
     options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _reasons() as reasons:
         try:
