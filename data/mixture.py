@@ -33,10 +33,11 @@ LOOKED_AT = 20_000
 class Mixture(Generic[S]):
     """Several sources as one endless, weighted, shuffled and reproducible order of batches.
 
-    Each source is an endless stream of its shuffled passes, and an epoch takes the next ``weight × samples`` of it:
-    with weight 1 each sample once an epoch, with 2 twice, with 0.5 one half and the other half in the next epoch. (If
-    a pass is not a multiple of an epoch's share, an epoch may span two passes.) What an epoch takes of all sources is
-    shuffled together and cut into batches. The last batch of an epoch may be smaller; no sample is dropped.
+    Each source is an endless stream of its shuffled passes, and each epoch consumes the next ``weight × len(source)``
+    samples of that stream: with weight 1 each sample once an epoch, with 2 twice, with 0.5 one half and the other
+    half in the next epoch. (If a pass is not a multiple of an epoch's share, an epoch may span two passes.) What an
+    epoch takes of all sources is shuffled together and cut into batches. The last batch of an epoch may be smaller;
+    no sample is dropped.
 
     With ``window`` > 0, the samples of each ``window`` consecutive batches are sorted by length and cut into batches
     of similar length, and these are shuffled: less padding, in an order that is still random beyond the window.

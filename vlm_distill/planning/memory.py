@@ -57,7 +57,7 @@ class Memory:
     Attributes:
         parameters, optimizer, gradients: the student's during a forward; float32 masters count as ``optimizer``.
         teacher: its weights.
-        buckets: further gradients at the end of a backward, in DeepSpeed's buckets or beside them.
+        buckets: more memory of gradients at the end of a backward, in DeepSpeed's buckets and beside them.
         activations: alive at the peak of forward and backward, with the losses' buffers and the micro-batch.
         step: temporaries of the update.
         host: in main memory, if something is offloaded.
@@ -246,7 +246,7 @@ class _Gradients:
         kept: during a forward: sums over earlier micro-batches, and buffers that are never freed.
         bucket: more while the ranks' gradients are reduced, at the end of the backward.
         overflows: whether a bucket is smaller than all gradients, so that they are also reduced during the backward.
-        left: until the update.
+        left: bytes of gradients when the update starts.
         sums: the float32 sums among ``kept`` and ``left``, which move to main memory with the optimizer.
     """
 

@@ -15,7 +15,7 @@ from .entries import Run
 
 
 def load_run(folder: Path, label: str, css: str) -> Run:
-    """Read a run's folder. Files that the run has not written, or not yet, are left out.
+    """Read a run's folder. Missing files are skipped: the run may not have written them yet.
 
     Raises:
         UserError: the folder has neither configuration nor metrics, or a file is damaged.

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 from .launch import Failure, leave
 from .watchdog import Watch
 
-# Seconds. A terminal and a launcher may each pass on the same Ctrl-C.
+# Seconds in which a repeated signal counts once: a terminal and a launcher may each pass on the same Ctrl-C.
 _ONCE_MORE = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -22,7 +22,7 @@ from .launch import WAITED, Failure, leave
 
 _INTERVAL = 1.0  # seconds between a rank's signs of life
 _SILENT = 3  # intervals without one, after which a rank counts as stopped or gone
-_WARNED = 0.2  # share of the limit after which a slow rank is reported
+_WARNED = 0.2  # share of the limit; after twice as long a slow rank is reported
 _PATIENCE = 3.0  # seconds that a rank waits for the one at fault to give its reason
 # Words in errors that only say that another rank is gone.
 _OF_OTHERS = ("gloo", "nccl", "processgroup", "connection closed", "connection reset", "broken pipe", "tcpstore")
@@ -98,7 +98,7 @@ class Watch:
         self._closed.set()
 
     def end(self, error: Failure, *, own: bool = True) -> NoReturn:
-        """End this rank, and so all others, for a reason that one of them prints.
+        """End this rank and thereby all others; one of them prints the reason.
 
         Args:
             error: the reason.
