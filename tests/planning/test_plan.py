@@ -266,7 +266,7 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
             "llama",
             "llama",
             {"on_policy": {"fraction": 0.5}, "loss": [{"name": "cross_entropy"}]},
-            "reads right answers",
+            "have no right tokens, which",
         ),
         ("llama", "llama", {"on_policy": {"fraction": 0.5}, "data": "text"}, "plain text and has no questions"),
         ("llama", "llama", {"training__sequence_parallel": 2, "data__packing": True}, "a divided one has one sample"),

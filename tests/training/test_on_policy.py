@@ -257,7 +257,7 @@ def test_other_precisions_and_adapters(folder, changes, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loss": [{"name": "cross_entropy"}, {"name": "dkd"}]}, "cross_entropy, dkd reads right"),
+        ({"loss": [{"name": "cross_entropy"}, {"name": "dkd"}]}, "no right tokens, which cross_entropy, dkd reads"),
         ({"on_policy": {"fraction": 0.5, "replay": 4}}, "on_policy.replay"),
         ({"on_policy": {"fraction": 0.5, "adaptive": 0.1}}, "evaluation.best"),
         ({"on_policy": {"fraction": 1.5}}, "on_policy.fraction"),

@@ -95,6 +95,13 @@ RESUMED = [*(f"zero{s}" for s in range(4)), "bf16_zero0", "bf16_zero2", "bf16_ze
 RESUMED += ["averaged_zero2", "averaged_batchnorm_zero0", "taid_zero0", "ctkd_zero2", "mlkd_zero0", "cached_zero0"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
+# Near to another one: `make test-slow` runs them, in a launch whose folder's name ends in "slow".
+SLOW = {
+    *("zero1", "adamw_zero2", "layer_decay_zero2", "dist_zero0", "bf16_zero1"),
+    *(f"resumed_{name}" for name in ("zero0", "zero1", "zero2", "bf16_zero0", "bf16_zero2", "batchnorm_zero2")),
+    *(f"resumed_{name}" for name in ("averaged_zero2", "mixed_zero0", "ctkd_zero2")),
+}
+
 
 def main(folder: Path) -> None:
     processes = Processes("cpu")
@@ -112,6 +119,8 @@ def main(folder: Path) -> None:
             load_classifier(**_load(large), num_classes=10, classes=names[::-1]).save_pretrained(folder / "large")
     processes.barrier()
     for name, changes in (SHARED | (TWO_RANKS if processes.world > 1 else {})).items():
+        if (name in SLOW) != folder.name.endswith("slow"):
+            continue
         out = folder / f"ranks{processes.world}" / name
         if processes.first:
             shutil.rmtree(out, ignore_errors=True)

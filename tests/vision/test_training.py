@@ -19,8 +19,39 @@ runs = load(HERE / "runs.py")
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    return on_one_rank_and_two(HERE / "runs.py", tmp_path_factory.mktemp("classifiers"))
+def launched(tmp_path_factory):
+    done = {}
+
+    def launch(kind):
+        if kind not in done:
+            folder = tmp_path_factory.mktemp("classifiers") / kind
+            folder.mkdir()
+            done[kind] = on_one_rank_and_two(HERE / "runs.py", folder)
+        return done[kind]
+
+    return launch
+
+
+@pytest.fixture
+def results(launched, request):
+    """What a run wrote, by the number of ranks and its name."""
+
+    def read(world, name):
+        # Both kinds for a slow test; one fast test that read a slow run would have all of them run.
+        slow = name in runs.SLOW
+        assert not slow or request.node.get_closest_marker("slow"), f"mark this test as slow, as {name} is"
+        return launched("slow" if slow else "fast")(world, name)
+
+    return read
+
+
+def marked(names, *others):
+    """Parameters; slow where a run is that they name, or that one of ``others`` makes of the name."""
+    found = []
+    for name in names:
+        read = {name, *(other(name) for other in others)}
+        found.append(pytest.param(name, marks=pytest.mark.slow if read & runs.SLOW else ()))
+    return found
 
 
 def losses(result):
@@ -35,7 +66,7 @@ def same_weights(a, b, tolerance):
         assert b["weights"][name] == pytest.approx(values, abs=tolerance), name
 
 
-@pytest.mark.parametrize("name", sorted(runs.SHARED))
+@pytest.mark.parametrize("name", marked(sorted(runs.SHARED)))
 def test_two_ranks_equal_one(results, name):
     one, two = results(1, name), results(2, name)
     # CTKD's loss is a small KL times T², and float32's rounding with it.
@@ -47,16 +78,22 @@ def test_two_ranks_equal_one(results, name):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name", sorted(n for n in runs.SHARED if n[-1] != "0" and f"{n[:-1]}0" in runs.SHARED))
+@pytest.mark.parametrize(
+    "name",
+    marked(
+        sorted(n for n in runs.SHARED if n[-1] != "0" and f"{n[:-1]}0" in runs.SHARED), lambda name: f"{name[:-1]}0"
+    ),
+)
 def test_every_zero_stage_equals_none(results, world, name):
     same_weights(results(world, f"{name[:-1]}0"), results(world, name), 1e-5)
 
 
+@pytest.mark.slow
 def test_layer_decay_is_heeded_under_zero(results):
     assert losses(results(2, "layer_decay_zero2")) != losses(results(2, "adamw_zero2"))
 
 
-@pytest.mark.parametrize("name", runs.RESUMED)
+@pytest.mark.parametrize("name", marked(runs.RESUMED, "resumed_{}".format))
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
         return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in result["metrics"]]
@@ -115,7 +152,7 @@ def test_the_average_is_what_is_exported(results):
     assert result["dtypes"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_bf16_stays_near_float32(results, stage):
     assert losses(results(2, f"bf16_zero{stage}")) == pytest.approx(losses(results(2, "zero0")), rel=0.05)
     assert losses(results(2, f"bf16_zero{stage}")) != losses(results(2, "zero0"))
