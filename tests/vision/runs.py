@@ -98,8 +98,9 @@ TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for n
 # Near to another one: `make test-slow` runs them, in a launch whose folder's name ends in "slow".
 SLOW = {
     *("zero1", "adamw_zero2", "layer_decay_zero2", "dist_zero0", "bf16_zero1"),
-    *(f"resumed_{name}" for name in ("zero0", "zero1", "zero2", "bf16_zero0", "bf16_zero2", "batchnorm_zero2")),
-    *(f"resumed_{name}" for name in ("averaged_zero2", "mixed_zero0", "ctkd_zero2")),
+    # Not those in bf16, whose rounding on a CPU may differ from one launch to another.
+    *(f"resumed_{name}" for name in ("zero0", "zero1", "zero2", "batchnorm_zero2", "averaged_zero2")),
+    *(f"resumed_{name}" for name in ("mixed_zero0", "ctkd_zero2")),
 }
 
 
