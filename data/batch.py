@@ -119,7 +119,7 @@ class RecordedSample(Processor):
 
 @dataclass(frozen=True)
 class Origin:
-    """Which tokens of which sample a part of a micro-batch holds.
+    """The sample, and the tokens of it, that a part of a micro-batch holds.
 
     Attributes:
         source, index: identify the sample (:data:`SampleId`).

@@ -32,7 +32,7 @@ def test_workers_take_one_thread_and_outlive_signals():
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Items with so many tensors that DataLoader's own message for one would not fit into a pipe."""
+    """Items with too many tensors for DataLoader's own message to fit into a pipe."""
 
     def __getitem__(self, index):
         return [torch.full((3,), index) for _ in range(3000)], os.getpid()
