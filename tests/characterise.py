@@ -128,7 +128,7 @@ class Recording:
             print(f"{chain}/{name}: exit code {record['exit']}, {time.monotonic() - began:.1f} s", flush=True)
 
     def _run_scenario(self, work: Path, name: str, scenario: Any) -> dict[str, Any]:
-        """Run a command and return its record; a command that is stopped depends on the clock, and so does what it wrote."""
+        """Run a command and return its record. What a stopped command has written depends on the clock."""
         stops = isinstance(scenario, Mapping)
         command = shlex.split(self._filled(scenario["stop"] if stops else scenario, name.rpartition("/")[2]))
         before = _stamps(work)
