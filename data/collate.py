@@ -232,7 +232,7 @@ def _assign_rows(lengths: list[int], shared: list[bool], limit: int) -> list[lis
 
 
 def _in_pair_order(rows: list[list[int]], counts: list[int], pairs: int) -> Tensor:
-    """Return the indices, counted through the rows, of things of which sample ``i`` has ``counts[i]``.
+    """Return indices in row order of items, ``counts[i]`` of them belonging to sample ``i``.
 
     They are listed in the pairs' order; the dummy's are left out.
     """

@@ -1,6 +1,6 @@
 """Score a classifier on labelled images: ``python -m vision.evaluate MODEL --data DIR``.
 
-The launchers of a training start it on several ranks, each of which takes its share of the images.
+The launchers of a training start it on several ranks; each rank takes its share of the images.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def supervised(batch):
 
 
 def test_what_is_told_of_a_loss_does_not_depend_on_its_place(folder):
-    """Cross-entropy has no rows in an on-policy step; the loss after it is told as the one before it."""
+    """Cross-entropy has no rows in an on-policy step; the loss in the log continues as before it."""
     told = []
     for losses in (["jsd", "cross_entropy"], ["cross_entropy", "jsd"]):
         changes = {"loss": [{"name": name} for name in losses], "training__steps": 2}

@@ -38,7 +38,7 @@ class SampleBatches(Dataset[T]):
         return len(self.sample_ids)
 
     def take_share(self, processes: Processes) -> None:
-        """Keep this rank's share: the same number of micro-batches on every rank, the last of which may be empty."""
+        """Keep this rank's share: the same number of micro-batches on every rank, padded with empty ones."""
         padding: list[Sequence[SampleId]] = [()] * (-len(self) % processes.world)
         self.sample_ids = [*self.sample_ids, *padding][processes.rank :: processes.world]
 

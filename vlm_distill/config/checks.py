@@ -119,7 +119,7 @@ RULES = (
         lambda run: _served(run) and run.data.packing,
         "data.packing: a server scores samples one by one; leave it out",
     ),
-    # A student cut from its teacher: whole weights in full precision are at hand.
+    # A student cut from its teacher: the teacher must have whole weights in full precision.
     Rule(
         lambda run: run.student.from_teacher is not None and run.teacher is None,
         "student.from_teacher needs a teacher section to cut from",

@@ -178,7 +178,7 @@ def _read_deepspeed(path: Path, where: str) -> dict[str, Any]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raise ``ValueError`` for a duplicate key, of which JSON's reader would keep the last."""
+    """Return a JSON object. Raise ``ValueError`` for a duplicate key: JSON's reader would keep the last."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
