@@ -1,9 +1,9 @@
-"""Read JSON files that the suite wrote; any damage becomes a one-line error."""
+"""JSON files that the suite wrote: damage becomes a one-line error, or in journals a line that is skipped."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +59,20 @@ def read_object(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str,
             where = ".".join(map(str, (key, *first["loc"])))
             raise UserError(f"{path}: {where}: {first['msg'].lower()}") from None
     return found
+
+
+def append_line(path: Path, entry: Any) -> None:
+    """Append a JSON line to a journal, which can be read after the writer was killed; create the folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        # The line break comes first, so that a line cut short by a kill does not damage the next one.
+        file.write("\n" + json.dumps(entry, ensure_ascii=False))
+
+
+def readable_lines(path: Path) -> Iterator[Any]:
+    """Yield the values of a journal's lines; skip lines that are empty, cut short or damaged."""
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: texts include other line breaks
+        try:
+            yield json.loads(line.decode())
+        except (ValueError, RecursionError):
+            continue

@@ -21,9 +21,9 @@ from data.batch import Problem
 from data.errors import UserError
 from vlm_distill.cli.options import parse
 from vlm_distill.evaluation.left_out import too_much_left_out
-from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import cores, guarded, leave
+from vlm_distill.runtime.rank_share import RankShare
 
 from . import imagenet
 from .predict import Inference, Labels, predict
@@ -95,7 +95,7 @@ def run(options: EvaluateOptions) -> None:
         models = _models(options, device)
         workers = options.workers if options.workers is not None else min(8, cores() // processes.world)
         inference = Inference(options.batch_size, workers if workers > 1 else 0, device, device.type == "cuda")
-        ranks = RankShare(processes.rank, processes.world, processes.gather)
+        ranks = processes.share
         began = time.monotonic()
         found, skipped = _predict_all(options, parts, models, inference, ranks)
         if ranks.first:

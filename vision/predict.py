@@ -24,7 +24,7 @@ from data.workers import make_loader
 from vlm_distill.evaluation.pictures import write_pictures
 from vlm_distill.evaluation.predictions import Prediction, image_key, write_predictions
 from vlm_distill.evaluation.question_source import evenly_spaced
-from vlm_distill.evaluation.rank_share import RankShare
+from vlm_distill.runtime.rank_share import RankShare
 
 from . import imagenet
 from .metrics import Answers, measure, summarise, together

@@ -20,7 +20,6 @@ from data.mixture import Mixture
 from data.workers import make_loader
 from vlm_distill.evaluation.left_out import reasons
 from vlm_distill.evaluation.question_source import evenly_spaced
-from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.losses import FeatureTerm, TermSums, wanted_features
 from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.processes import Processes
@@ -344,7 +343,7 @@ class Trainer(Loop):
             ),
             Labels(None if mapped.labels is None else mapped.labels.tolist()),
             limit=None if final else settings.limit,
-            ranks=RankShare(processes.rank, processes.world, processes.gather),
+            ranks=processes.share,
             keep_logits=who == "teacher",
             teacher=teacher,
         )

@@ -24,10 +24,9 @@ from vlm_distill.evaluation.answering import Asking, Feedback
 from vlm_distill.evaluation.kept_answers import AnswerFolder
 from vlm_distill.evaluation.left_out import report_failures, too_much_left_out
 from vlm_distill.evaluation.model_identity import identity, student_of
-from vlm_distill.evaluation.progress import progress_line
-from vlm_distill.evaluation.rank_share import RankShare
-from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.console import plain_console, progress_line
 from vlm_distill.runtime.launch import guarded, leave
+from vlm_distill.runtime.rank_share import RankShare
 
 if TYPE_CHECKING:
     from vlm_distill.evaluation.benchmark_run import OpenBenchmarks
@@ -58,7 +57,7 @@ def run(options: RankEvalOptions) -> None:
     processes = Processes()
     try:
         model, _engine = _load_model(options, processes)  # the engine must live as long as the model is asked
-        ranks = RankShare(processes.rank, processes.world, processes.gather)
+        ranks = processes.share
         if benchmarks is not None:
             failures = _run_benchmarks(options, benchmarks, model, ranks)
         else:
@@ -215,8 +214,8 @@ def _run_benchmarks(
     """Ask and score benchmarks; return name and reason of those without a valid score."""
     from data.images import load_image
     from vlm_distill.evaluation.benchmark_lookup import data_folder, entry_name, get_benchmark
-    from vlm_distill.evaluation.benchmark_results import write_summary
     from vlm_distill.evaluation.benchmark_run import run_benchmark
+    from vlm_distill.evaluation.benchmark_scores import write_summary
     from vlm_distill.evaluation.judge import open_judge
     from vlm_distill.reporting.score_tables import print_results
 

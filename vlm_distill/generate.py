@@ -39,7 +39,6 @@ from vlm_distill.evaluation.answering import Answerer, Asking, Feedback, evaluat
 from vlm_distill.evaluation.kept_answers import AnswerFolder
 from vlm_distill.evaluation.model_identity import identity
 from vlm_distill.evaluation.predictions import Prediction
-from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.models.chat import whole_thought
 from vlm_distill.runtime.launch import guarded, leave
 
@@ -178,7 +177,7 @@ def _teacher_identity(config: RunConfig, section: TeacherSection) -> str:
 def _answer_source(answers: _Answers, source: Any, sample: int, run: Run, part: Path) -> None:
     """Answer all questions of a source once, and keep the answers until those of all sources are there."""
     assert run.processes is not None
-    ranks = RankShare(run.processes.rank, run.processes.world, run.processes.gather)
+    ranks = run.processes.share
     asking = Asking(
         batch_size=answers.batch_size,
         at_once=answers.at_once,

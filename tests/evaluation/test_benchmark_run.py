@@ -10,8 +10,8 @@ from PIL import Image
 
 from data.batch import Problem
 from data.errors import BadSample, UserError
-from vlm_distill.evaluation.benchmark_results import Result, average, write_summary
 from vlm_distill.evaluation.benchmark_run import open_benchmarks
+from vlm_distill.evaluation.benchmark_scores import Result, average, write_summary
 from vlm_distill.evaluation.compare import compare_all
 from vlm_distill.evaluation.predictions import read_predictions
 from vlm_distill.evaluation.scoring.scores import Scores

@@ -13,10 +13,10 @@ from data.collate import Collator
 from data.conversation import Document
 from data.errors import BadSample
 from vlm_distill.evaluation.held_out import measure
-from vlm_distill.evaluation.rank_share import RankShare
 from vlm_distill.models.interface import Outputs
 from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.teacher import ModelTeacher
+from vlm_distill.runtime.rank_share import RankShare
 
 # Row i: what follows the i-th letter, as the model and as its teacher see it.
 MODEL = [[1 / 2, 1 / 4, 1 / 4], [1 / 4, 1 / 4, 1 / 2], [1 / 8, 1 / 2, 3 / 8]]

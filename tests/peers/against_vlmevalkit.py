@@ -35,7 +35,7 @@ from vlmeval.dataset.utils.vqa_eval import hit_calculate
 from vlmeval.smp import dump
 
 from vlm_distill.evaluation.benchmark_lookup import find_questions, get_benchmark
-from vlm_distill.evaluation.benchmark_scoring import judged
+from vlm_distill.evaluation.benchmark_scores import judged
 from vlm_distill.evaluation.scoring.scores import Scores
 
 ROUNDS = 3

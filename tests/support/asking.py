@@ -5,7 +5,7 @@ from dataclasses import fields
 from vlm_distill.evaluation import answering
 from vlm_distill.evaluation.answering import Asking, Feedback
 from vlm_distill.evaluation.kept_answers import AnswerFolder
-from vlm_distill.evaluation.rank_share import RankShare
+from vlm_distill.runtime.rank_share import RankShare
 
 
 def evaluate(model, source, *, out=None, resume=None, about=None, **settings):

@@ -173,7 +173,7 @@ def test_what_cannot_be_scored_does_not_end_the_run(material, processes, monkeyp
         if any(row["prediction"] != "unanswered" for row in rows):
             raise UserError("three answers too few")
 
-    monkeypatch.setattr("vlm_distill.evaluation.benchmark_scoring.judged", refuse)
+    monkeypatch.setattr("vlm_distill.evaluation.benchmark_scores.judged", refuse)
     folder = train(settings(material, "refused", best="colours", every=3), processes)
     assert capsys.readouterr().err.count("colours: not scored: three answers too few") == 3
     assert (folder / "student").is_dir()

@@ -12,7 +12,7 @@ from data.errors import UserError
 from vision.predict import Inference, Labels, in_words, predict
 from vlm_distill.evaluation.compare import paired
 from vlm_distill.evaluation.predictions import read_predictions
-from vlm_distill.evaluation.rank_share import RankShare
+from vlm_distill.runtime.rank_share import RankShare
 
 
 @pytest.fixture

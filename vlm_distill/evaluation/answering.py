@@ -20,11 +20,11 @@ from data.errors import BadSample
 from data.images import load_image
 from vlm_distill.models.answers import Answer
 from vlm_distill.models.processor import Processor, Prompt
+from vlm_distill.runtime.rank_share import RankShare
 
 from .kept_answers import AnswerFolder, AnswerStore, Kept, kept_answer, matched, question_digest
 from .predictions import Prediction, score_answer, score_kept
 from .question_source import Questions, read_question, share
-from .rank_share import RankShare
 from .source_scores import write_answers
 
 T = TypeVar("T")

@@ -13,19 +13,18 @@ from data.batch import Problem
 from data.errors import UserError
 from vlm_distill.models.answers import Answer
 from vlm_distill.models.processor import Processor, Prompt
+from vlm_distill.runtime.rank_share import RankShare
 
 from .answering import Answerer, Asking, Feedback, evaluate
 from .benchmark_entry import Benchmark
 from .benchmark_lookup import find_questions, get_benchmark
 from .benchmark_questions import BenchmarkQuestions
-from .benchmark_results import Result, write_result
-from .benchmark_scoring import YES_OR_NO, check_questions, check_rules, score_answers
+from .benchmark_scores import YES_OR_NO, Result, check_questions, check_rules, score_answers, write_result
 from .judge import Judge
 from .kept_answers import AnswerFolder
 from .pictures import write_pictures
 from .predictions import Prediction
 from .prompts import options
-from .rank_share import RankShare
 from .scoring.scores import Rules
 
 
@@ -120,7 +119,7 @@ def collected_warnings(texts: list[str]) -> Iterator[None]:
 class LikeliestOption:
     """Answers with the likeliest option's letter, or the likelier of Yes and No; nothing is generated.
 
-    Every question must have options (:func:`~.benchmark_scoring.check_questions`).
+    Every question must have options (:func:`~.benchmark_scores.check_questions`).
     """
 
     model: Chooser

@@ -22,9 +22,9 @@ from data.images import load_image
 from vlm_distill.losses import CrossEntropy, DistillationLoss, ForwardKL, Term, fused_linear
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
+from vlm_distill.runtime.rank_share import RankShare
 
 from .question_source import share
-from .rank_share import RankShare
 from .source_scores import in_words, notes_on
 
 #: Measures that need generated answers; the others need one forward pass.

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.saved_json import append_line, readable_lines
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.models.thinking import split_thought
+from vlm_distill.runtime.console import progress_line
 
-from . import jsonl
-from .progress import progress_line
 from .prompts import options
 from .scoring.mathvista import found_value
 from .scoring.multiple_choice_vlmevalkit import closed
@@ -85,7 +85,7 @@ class Judge:
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next = 0.0
         self._lock = threading.Lock()
-        kept = jsonl.entries(cache) if cache.is_file() else ()
+        kept = readable_lines(cache) if cache.is_file() else ()
         self._replies: dict[str, str] = {}
         for entry in kept:
             if isinstance(entry, dict) and isinstance(key := entry.get("key"), str):
@@ -119,7 +119,7 @@ class Judge:
         for prompt in prompts:
             key = self._key(prompt)
             if self._replies.pop(key, None) is not None:
-                jsonl.append(self.cache, {"key": key, "model": self.model, "prompt": prompt, "reply": None})
+                append_line(self.cache, {"key": key, "model": self.model, "prompt": prompt, "reply": None})
 
     def _key(self, prompt: str) -> str:
         return hashlib.sha256(f"{self.model}\0{prompt}".encode()).hexdigest()
@@ -129,7 +129,7 @@ class Judge:
         entry = {"key": self._key(prompt), "model": self.model, "prompt": prompt, "reply": reply}
         with self._lock:
             self._replies[entry["key"]] = reply
-            jsonl.append(self.cache, entry)
+            append_line(self.cache, entry)
 
     def _request(self, prompt: str) -> str:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.conversation import Conversation, ImageSource
+from data.saved_json import append_line, readable_lines
 
-from . import jsonl
 from .prompts import options
 
 #: In an evaluation's folder: the answers, how they were asked, and each rank's answers while it is unfinished.
@@ -86,7 +86,7 @@ class AnswerStore:
         """Return the answers given under these settings, in any order."""
         lines = [answer for entry in self._journals() for answer in entry["answers"]]
         if (path := self.folder / PREDICTIONS).is_file():
-            entries = jsonl.entries(path)
+            entries = readable_lines(path)
             lines += [line for line in entries if isinstance(line, dict) and line.get("by") == self.key]
         found = []
         for line in lines:
@@ -101,12 +101,12 @@ class AnswerStore:
 
     def _journals(self) -> Iterator[dict[str, Any]]:
         for path in sorted((self.folder / UNFINISHED).glob(f"{self.key}-*.jsonl")):
-            yield from (entry for entry in jsonl.entries(path) if isinstance(entry, dict))
+            yield from (entry for entry in readable_lines(path) if isinstance(entry, dict))
 
     def add(self, answers: Sequence[Kept], unusable: Sequence[int]) -> None:
         """Append a batch's answers, and the rows of the batch that could not be asked."""
         entry = {"answers": [*map(asdict, answers)], "unusable": list(unusable)}
-        jsonl.append(self.folder / UNFINISHED / f"{self.key}-{self.rank}.jsonl", entry)
+        append_line(self.folder / UNFINISHED / f"{self.key}-{self.rank}.jsonl", entry)
 
     def set_aside(self, answers: Sequence[Kept]) -> None:
         """Keep answers that ``predictions.jsonl`` will not hold, because a limit now leaves their questions out."""

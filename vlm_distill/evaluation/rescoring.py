@@ -15,9 +15,8 @@ from .answering import recalled
 from .benchmark_entry import Benchmark
 from .benchmark_lookup import find_questions, get_benchmark
 from .benchmark_questions import BenchmarkQuestions
-from .benchmark_results import Result, write_result, write_summary
 from .benchmark_run import collected_warnings
-from .benchmark_scoring import check_questions, check_rules, score_answers
+from .benchmark_scores import Result, check_questions, check_rules, score_answers, write_result, write_summary
 from .judge import Judge
 from .kept_answers import PREDICTIONS, kept_answer, read_asked, unusable_rows, write_asked
 from .predictions import Prediction, read_predictions, score_kept

@@ -10,14 +10,13 @@ from data.batch import Problem
 from data.collate import Collator
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
+from vlm_distill.runtime.rank_share import RankShare
 
 from .answering import Asking, Feedback, evaluate
 from .held_out import OF_ANSWERS, add_to_scores, measure
 from .kept_answers import AnswerFolder
 from .question_source import limit_mark
-from .rank_share import RankShare
-from .rouge import mean_rouge_l
-from .source_scores import summarise
+from .source_scores import mean_rouge_l, summarise
 
 
 @dataclass(frozen=True)

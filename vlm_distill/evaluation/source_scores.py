@@ -1,4 +1,4 @@
-"""Scores for any data source: exact match and VQA accuracy, overall and by question type."""
+"""Scores for any data source: exact match and VQA accuracy, overall and by question type, and ROUGE-L."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from data.batch import Problem
 
 from .kept_answers import PREDICTIONS
 from .predictions import Prediction, write_predictions
+from .scoring.rouge import rouge_l
 
 
 def summarise(
@@ -46,6 +47,13 @@ def _means(predictions: Sequence[Prediction]) -> dict[str, Any]:
     exact = math.fsum(p.exact for p in predictions) / n
     soft = math.fsum(p.soft for p in predictions) / n
     return {"n": n, "exact": exact, "soft": soft, "interval": list(wilson_interval(exact, n))}
+
+
+def mean_rouge_l(predictions: Sequence[Prediction]) -> float | None:
+    """Return the mean over answers, 0…1; ``None`` without answers."""
+    if not predictions:
+        return None
+    return math.fsum(rouge_l(p.answer, p.references) for p in predictions) / len(predictions)
 
 
 def wilson_interval(mean: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

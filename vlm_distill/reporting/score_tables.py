@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from vlm_distill.evaluation.benchmark_results import Result, average
+from vlm_distill.evaluation.benchmark_scores import Result, average
 from vlm_distill.runtime.console import plain_console
 
 

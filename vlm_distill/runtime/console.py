@@ -1,6 +1,10 @@
-"""The console that everything is printed on; square brackets in names are not markup."""
+"""Print to the terminal: text whose square brackets are not markup, and the progress of long work."""
 
 from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -8,3 +12,19 @@ from rich.console import Console
 def plain_console(*, stderr: bool = False) -> Console:
     """Return a console that prints text unchanged; rich's markup would fail on a name such as ``run[/1]``."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def progress_line(what: str, every: float = 10.0) -> Callable[[int, int], None]:
+    """Return a function of (done, total) that prints both to standard error, at most once every ``every`` seconds.
+
+    Work that finishes sooner prints nothing.
+    """
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return show

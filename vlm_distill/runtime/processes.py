@@ -15,6 +15,7 @@ from data.errors import UserError
 
 from . import slurm
 from .launch import cores
+from .rank_share import RankShare
 from .watchdog import Watch
 
 T = TypeVar("T")
@@ -74,6 +75,11 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
+
+    @property
+    def share(self) -> RankShare:
+        """This rank's share of work that is dealt in batches."""
+        return RankShare(self.rank, self.world, self.gather)
 
     def sum(self, values: Sequence[float | Tensor]) -> list[float]:
         """Return the sum of each number or 0-d tensor over all ranks, in float64; waits for the device once."""

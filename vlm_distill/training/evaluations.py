@@ -26,15 +26,13 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.answering import Asking, evaluate
 from vlm_distill.evaluation.benchmark_lookup import data_folder, entry_name, get_benchmark
 from vlm_distill.evaluation.benchmark_run import OpenBenchmark, open_benchmarks, run_benchmark
-from vlm_distill.evaluation.benchmark_scoring import published, score_answers
+from vlm_distill.evaluation.benchmark_scores import published, score_answers
 from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
 from vlm_distill.evaluation.kept_answers import AnswerFolder, digest_of
 from vlm_distill.evaluation.left_out import reasons
 from vlm_distill.evaluation.predictions import Prediction
 from vlm_distill.evaluation.question_source import Questions, evenly_spaced, limit_mark, share
-from vlm_distill.evaluation.rank_share import RankShare
-from vlm_distill.evaluation.rouge import mean_rouge_l
-from vlm_distill.evaluation.source_scores import notes_on, summarise
+from vlm_distill.evaluation.source_scores import mean_rouge_l, notes_on, summarise
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
@@ -265,10 +263,6 @@ class Evaluations:
             folder / "pictures" if pictures else None,
         )
 
-    @property
-    def _ranks(self) -> RankShare:
-        return RankShare(self.processes.rank, self.processes.world, self.processes.gather)
-
     def _identity(self, who: str, template: Any, done: int) -> dict[str, Any]:
         """Return everything that the answers of this student or teacher depend on, to recognise kept ones."""
         section, data = self.config.teacher, self.config.data
@@ -328,7 +322,7 @@ class Evaluations:
             model,
             _Fitting(source, self.collators["student"]) if limited else source,
             self._asking(self.load_image, final=final),
-            ranks=self._ranks,
+            ranks=self.processes.share,
             folder=self._answer_folder(source.name, who, about, final=final),
             skipped=skipped,
         )
@@ -359,7 +353,7 @@ class Evaluations:
             self.collators[who],
             batch_size=self.micro,
             limit=limit,
-            ranks=self._ranks,
+            ranks=self.processes.share,
             load=self.load_image,
             skipped=problems,
         )
@@ -383,7 +377,7 @@ class Evaluations:
             model,
             benchmark,
             self._asking(self.load_benchmark_image, final=final),
-            ranks=self._ranks,
+            ranks=self.processes.share,
             folder=self._answer_folder(entry.name, who, about, final=final, pictures=True),
         )
         if result is None:

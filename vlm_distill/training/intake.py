@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
 
 from data.batch import Problem
-from data.errors import UserError
+from data.errors import BadSample, UserError
+from data.loader import problem_of
 from vlm_distill.evaluation.left_out import commonest_reason, reasons
 
 #: Samples that are tried before the first step, and that must be counted before ``data.max_bad`` can end a run.
@@ -86,6 +89,27 @@ class FirstSamples:
             more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
             remarks.append(f"{source}: keys {listed}{more} of its records are ignored")
         return remarks
+
+
+def try_samples(dataset: Any, start: int, stop: int) -> FirstSamples:
+    """Encode the first samples of the steps ``start`` to ``stop - 1``, and return what came of it."""
+    found, mixture = FirstSamples(), dataset.mixture
+    samples = chain.from_iterable(mixture.samples_of(step) for step in range(start, stop))
+    for source, row in islice(samples, min(FIRST_SAMPLES, mixture.epoch_samples)):
+        found.tried += 1
+        try:
+            images, apart = dataset.try_sample((source, row))
+        except BadSample as bad:
+            found.problems.append(problem_of(mixture.sources[source], row, bad, "skip"))
+            continue
+        found.images += images
+        found.apart += apart
+        found.samples_apart += apart > 0
+    for source in mixture.sources:
+        keys = getattr(source, "not_read", None)
+        if keys:
+            found.not_read[source.name] = keys
+    return found
 
 
 @dataclass

@@ -29,9 +29,8 @@ from vlm_distill.runtime.tracking import Tracker
 
 from . import checkpoint
 from .effects import idle_settings
-from .first_samples import try_samples
 from .hooks import Hooks
-from .intake import FirstSamples, SampleTally, too_many_left_out
+from .intake import FirstSamples, SampleTally, too_many_left_out, try_samples
 from .past import Past
 from .run_summary import machine, when, write_summary
 from .step_metrics import finite_norm, headline, not_finite_terms, term_means

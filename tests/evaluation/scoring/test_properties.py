@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from vlm_distill.evaluation.scoring import mmmu, text_match, vqa, yes_no
 from vlm_distill.evaluation.scoring import multiple_choice_lmms_eval as lmms_choice
 from vlm_distill.evaluation.scoring import multiple_choice_vlmevalkit as kit_choice
-from vlm_distill.evaluation.scoring.edit_distance import levenshtein
 from vlm_distill.evaluation.scoring.hallusion import score_hallusion
 from vlm_distill.evaluation.scoring.scorers import score
+from vlm_distill.evaluation.scoring.text_match import levenshtein
 
 TEXTS = st.text(alphabet="aAbB01 .,'%ßé\n", max_size=8)
 ANSWERS = st.lists(st.sampled_from(["cat", "Dog", "a dog", "2", "two", "yes."]), min_size=2, max_size=10)

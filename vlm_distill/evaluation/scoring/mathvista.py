@@ -17,9 +17,9 @@ from typing import Any
 from data.errors import UserError
 
 from .cells import cell_text, literal, prediction
-from .edit_distance import levenshtein
 from .multiple_choice_vlmevalkit import letter
 from .scores import Row, Rules, Scores, Table, mean, missing
+from .text_match import levenshtein
 
 #: lmms-eval's groups; all but ``question_type`` and ``answer_type`` are keys of the column ``metadata``.
 _GROUPS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")

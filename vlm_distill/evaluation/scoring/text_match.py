@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from data.errors import UserError
 
 from .cells import column, literal, prediction, reference_cell, references
-from .edit_distance import levenshtein
 from .scores import Row, Rules, Scores, Table, grouped, mean
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -46,6 +45,17 @@ def _similarity(prediction: str, answer: str, threshold: float) -> float:
     if 1 - abs(len(found) - len(right)) / length < threshold:
         return 0.0
     return 1 - levenshtein(found, right) / length
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Return the least number of character insertions, deletions and substitutions that turn ``a`` into ``b``."""
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        current = [i]
+        for j, y in enumerate(b, 1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from vlm_distill.evaluation.rouge import longest_common_subsequence, rouge_l
+from vlm_distill.evaluation.scoring.rouge import longest_common_subsequence, rouge_l
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
-
-from .predictions import Prediction
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -19,13 +16,6 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
     """
     ours = _words(answer)
     return max((_f1(ours, _words(reference)) for reference in references), default=0.0)
-
-
-def mean_rouge_l(predictions: Sequence[Prediction]) -> float | None:
-    """Return the mean over answers, 0…1; ``None`` without answers."""
-    if not predictions:
-        return None
-    return math.fsum(rouge_l(p.answer, p.references) for p in predictions) / len(predictions)
 
 
 def _words(text: str) -> list[str]:
