@@ -1,7 +1,8 @@
 """Networks of the distillation papers that timm lacks, registered with timm by name.
 
-``cifar_resnet20`` … are for images of 32×32: ResNets of three stages (arXiv:1512.03385, section 4.2), wide ResNets
-(arXiv:1605.07146) and VGGs with BatchNorm, in the variants that distillation papers compare on CIFAR-100.
+``cifar_resnet20`` … are for images of 32×32: ResNets of three stages (arXiv:1512.03385, section 4.2), ResNet-50, wide
+ResNets (arXiv:1605.07146), VGGs with BatchNorm, ShuffleNets and MobileNet-V2 (:mod:`vision.cifar_mobile`), in the
+variants that distillation papers compare on CIFAR-100.
 Modules are named so that these papers' published weights load (:mod:`vision.weights`).
 ``mobilenet_v1`` (arXiv:1704.04861) is their ImageNet student: timm's, with ReLU where timm has ReLU6.
 """
@@ -13,95 +14,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.efficientnet import mobilenetv1_100
 from torch import Tensor, nn
 
+from .cifar_mobile import CifarMobileNetV2, CifarShuffleNetV1, CifarShuffleNetV2
+from .cifar_net import CifarNet
+
 CIFAR100_MEAN = (0.5071, 0.4867, 0.4408)
 CIFAR100_STD = (0.2675, 0.2565, 0.2761)
-
-
-class _Net(nn.Module):
-    """Methods that timm expects, for a network of consecutive levels, pooling and a linear layer."""
-
-    head_name = "fc"
-    feature_info: list[dict[str, Any]]
-
-    def __init__(self, num_classes: int, num_features: int, global_pool: str) -> None:
-        super().__init__()
-        if global_pool not in ("avg", ""):
-            raise ValueError(f"global_pool is 'avg' or '' here, not '{global_pool}'")
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = num_features
-        self.global_pool = global_pool
-        self.grad_checkpointing = False
-
-    def level(self, index: int, x: Tensor) -> Tensor:
-        """Return the output of a level of ``feature_info`` from that of the level before."""
-        raise NotImplementedError
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Apply what comes between the last level and the pooling."""
-        return x
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def _make_head(self, num_classes: int) -> nn.Module:
-        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Return the final features and the levels at ``indices``, or only the levels, as timm does."""
-        assert output_fmt == "NCHW"
-        count = len(self.feature_info)
-        wanted, last = feature_take_indices(count, indices)
-        found = []
-        for index in range(last + 1 if stop_early and intermediates_only else count):
-            again = self.grad_checkpointing and self.training
-            x = checkpoint(self.level, index, x) if again else self.level(index, x)
-            if index in wanted:
-                found.append(self.finish(x) if norm and index == count - 1 else x)
-        return found if intermediates_only else (self.finish(x), found)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.forward_intermediates(x, indices=[0])[0]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool:
-            x = x.mean((2, 3))
-        return x if pre_logits else self.get_classifier()(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        return getattr(self, self.head_name)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        old = next(self.parameters())
-        setattr(self, self.head_name, self._make_head(num_classes).to(old.device, old.dtype).train(self.training))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^(conv1|bn1)", "blocks": r"^(?:layer|block)(\d+)" if coarse else r"^\D+(\d+)(?:\D+(\d+))?"}
 
 
 class BasicBlock(nn.Module):
@@ -122,7 +43,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
 
 
-class CifarResNet(_Net):
+class CifarResNet(CifarNet):
     """Depth ``6n + 2``: a 3×3 convolution and three stages of ``n`` basic blocks."""
 
     def __init__(
@@ -144,8 +65,61 @@ class CifarResNet(_Net):
             self.feature_info.append(
                 {"num_chs": widths[stage], "reduction": 2 ** (stage - 1), "module": f"layer{stage}"}
             )
-        self.fc = self._make_head(num_classes)
-        self._initialise()
+        self.fc = self.make_head(num_classes)
+        self.initialise()
+
+    def level(self, index: int, x: Tensor) -> Tensor:
+        if index == 0:
+            return F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return getattr(self, f"layer{index}")(x)
+
+
+class BottleneckBlock(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions, the last one four times as wide; a 1×1 convolution projects the shortcut."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or width_in != 4 * width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x), inplace=True)
+
+
+class CifarBottleneckResNet(CifarNet):
+    """ImageNet's ResNet of four stages with a 3×3 stem and no pooling before them, as the papers' ResNet-50."""
+
+    head_name = "linear"
+
+    def __init__(
+        self, depths: tuple[int, ...], num_classes: int = 100, in_chans: int = 3, global_pool: str = "avg"
+    ) -> None:
+        super().__init__(num_classes, 2048, global_pool)
+        self.conv1 = nn.Conv2d(in_chans, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.feature_info = [{"num_chs": 64, "reduction": 1, "module": "bn1"}]
+        width_in = 64
+        for stage, depth in enumerate(depths, 1):
+            width, blocks = 32 * 2**stage, list[nn.Module]()
+            for number in range(depth):
+                stride = 2 if stage > 1 and number == 0 else 1
+                blocks.append(BottleneckBlock(width_in, width, stride))
+                width_in = 4 * width
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": width_in, "reduction": 2 ** (stage - 1), "module": f"layer{stage}"})
+        self.linear = self.make_head(num_classes)
+        self.initialise()
 
     def level(self, index: int, x: Tensor) -> Tensor:
         if index == 0:
@@ -181,7 +155,7 @@ class _Stage(nn.Module):
         return self.layer(x)
 
 
-class CifarWideResNet(_Net):
+class CifarWideResNet(CifarNet):
     """Depth ``6n + 4``, ``factor`` times as wide; features are taken before the norm that follows a level."""
 
     def __init__(
@@ -199,8 +173,8 @@ class CifarWideResNet(_Net):
                 {"num_chs": widths[stage], "reduction": 2 ** (stage - 1), "module": f"block{stage}"}
             )
         self.bn1 = nn.BatchNorm2d(widths[-1])
-        self.fc = self._make_head(num_classes)
-        self._initialise()
+        self.fc = self.make_head(num_classes)
+        self.initialise()
 
     def level(self, index: int, x: Tensor) -> Tensor:
         return self.conv1(x) if index == 0 else getattr(self, f"block{index}")(x)
@@ -208,17 +182,17 @@ class CifarWideResNet(_Net):
     def finish(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(x))
 
-    def _make_head(self, num_classes: int) -> nn.Module:
-        head = super()._make_head(num_classes)
+    def make_head(self, num_classes: int) -> nn.Module:
+        head = super().make_head(num_classes)
         if isinstance(head, nn.Linear):
             nn.init.zeros_(head.bias)
         return head
 
 
-class CifarVGG(_Net):
+class CifarVGG(CifarNet):
     """Five groups of 3×3 convolutions with BatchNorm, with max-pooling before groups two to four."""
 
-    head_name = "classifier"
+    head_name, stem_name = "classifier", "block0.0"
     WIDTHS = (64, 128, 256, 512, 512)
 
     def __init__(
@@ -234,8 +208,8 @@ class CifarVGG(_Net):
                 width_in = width
             setattr(self, f"block{group}", nn.Sequential(*layers))
             self.feature_info.append({"num_chs": width, "reduction": 2 ** min(group, 3), "module": f"block{group}"})
-        self.classifier = self._make_head(num_classes)
-        self._initialise()
+        self.classifier = self.make_head(num_classes)
+        self.initialise()
 
     def level(self, index: int, x: Tensor) -> Tensor:
         # Images of 64×64 are pooled once more before the last group.
@@ -243,8 +217,8 @@ class CifarVGG(_Net):
             x = F.max_pool2d(x, 2)
         return getattr(self, f"block{index}")(x)
 
-    def _make_head(self, num_classes: int) -> nn.Module:
-        head = super()._make_head(num_classes)
+    def make_head(self, num_classes: int) -> nn.Module:
+        head = super().make_head(num_classes)
         if isinstance(head, nn.Linear):
             nn.init.normal_(head.weight, 0.0, 0.01)
             nn.init.zeros_(head.bias)
@@ -252,7 +226,7 @@ class CifarVGG(_Net):
 
 
 WIDE = (32, 64, 128, 256)
-ARCHITECTURES: dict[str, tuple[type[_Net], dict[str, Any]]] = {
+ARCHITECTURES: dict[str, tuple[type[CifarNet], dict[str, Any]]] = {
     **{f"cifar_resnet{depth}": (CifarResNet, {"depth": depth}) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"cifar_resnet{depth}x4": (CifarResNet, {"depth": depth, "widths": WIDE}) for depth in (8, 32)},
     **{
@@ -260,6 +234,10 @@ ARCHITECTURES: dict[str, tuple[type[_Net], dict[str, Any]]] = {
         for depth in (16, 40)
         for factor in (1, 2)
     },
+    "cifar_resnet50": (CifarBottleneckResNet, {"depths": (3, 4, 6, 3)}),
+    "cifar_shufflenet_v1": (CifarShuffleNetV1, {}),
+    "cifar_shufflenet_v2": (CifarShuffleNetV2, {}),
+    "cifar_mobilenet_v2": (CifarMobileNetV2, {}),
     "cifar_vgg8": (CifarVGG, {"depths": (1, 1, 1, 1, 1)}),
     "cifar_vgg11": (CifarVGG, {"depths": (1, 1, 2, 2, 2)}),
     "cifar_vgg13": (CifarVGG, {"depths": (2, 2, 2, 2, 2)}),
@@ -292,7 +270,7 @@ default_cfgs = generate_default_cfgs(
         **{
             f"{name}.untrained": {
                 **_CIFAR,
-                "first_conv": "block0.0" if net is CifarVGG else "conv1",
+                "first_conv": net.stem_name,
                 "classifier": net.head_name,
             }
             for name, (net, _) in ARCHITECTURES.items()
@@ -302,7 +280,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _entry(name: str, net: type[_Net], options: dict[str, Any]) -> Callable[..., nn.Module]:
+def _entry(name: str, net: type[CifarNet], options: dict[str, Any]) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(net, name, pretrained, **{**options, **kwargs})
 

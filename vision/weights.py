@@ -144,6 +144,10 @@ def _wide_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.replace(".convShortcut.", ".shortcut."): v for k, v in state.items()}
 
 
+def _cifar_mobilenet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.replace("classifier.0.", "classifier."): v for k, v in state.items()}
+
+
 def _none(state: dict[str, Tensor]) -> dict[str, Any]:
     return {}
 
@@ -157,10 +161,11 @@ class Naming:
     inputs: Callable[[dict[str, Tensor]], dict[str, Any]] = _none
 
 
-#: Other families need no entry: CIFAR ResNets and VGGs have our names, and torchvision's ResNets timm's.
+#: Other families need no entry: CIFAR ResNets, VGGs and ShuffleNets have our names, and torchvision's ResNets timm's.
 NAMINGS = (
     Naming("_conv_stem.weight", _efficientnet, _efficientnet_inputs),
     Naming("model.0.0.weight", _mobilenet),
     Naming("block1.layer.0.convShortcut.weight", _wide_resnet),
     Naming("block2.layer.0.convShortcut.weight", _wide_resnet),
+    Naming("blocks.0.0.conv.0.weight", _cifar_mobilenet),
 )

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models._manipulate import group_parameters
 
 from vision import cifar
 
@@ -25,7 +26,15 @@ PUBLISHED = {
     "cifar_vgg13": 9.46,
     "mobilenet_v1": 4.23,
 }
-SMALL = ["cifar_resnet8", "cifar_wrn_16_1", "cifar_vgg8"]
+# Those of mdistiller's classes, counted; each of these networks gave mdistiller's logits and features from its weights.
+COUNTED = {
+    "cifar_resnet50": 23_705_252,
+    "cifar_shufflenet_v1": 949_258,
+    "cifar_shufflenet_v2": 1_355_528,
+    "cifar_mobilenet_v2": 812_836,
+}
+MOBILE = ["cifar_shufflenet_v1", "cifar_shufflenet_v2", "cifar_mobilenet_v2"]
+SMALL = ["cifar_resnet8", "cifar_wrn_16_1", "cifar_vgg8", *MOBILE]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -34,6 +43,11 @@ def test_as_many_parameters_as_published(name):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == PUBLISHED[name]
     assert model.num_classes == (1000 if name == "mobilenet_v1" else 100)
     assert model.pretrained_cfg["architecture"] == name
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_as_many_parameters_as_in_the_papers_code(name):
+    assert sum(p.numel() for p in timm.create_model(name).parameters()) == COUNTED[name]
 
 
 def test_names_are_new_to_timm():
@@ -89,7 +103,83 @@ def vgg8(x, w):
     return F.linear(x.mean((2, 3)), w["classifier.weight"], w["classifier.bias"])
 
 
+def conv_norm(x, w, conv, norm_name, stride=1, groups=1):
+    weight = w[f"{conv}.weight"]
+    x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
+    return norm(x, w, norm_name)
+
+
+def shuffled(x, groups):
+    """Channel ``i`` of the result is the ``i // groups``-th of group ``i % groups``."""
+    size = x.shape[1] // groups
+    return x[:, [(i % groups) * size + i // groups for i in range(x.shape[1])]]
+
+
+def resnet50(x, w):
+    x = F.relu(conv_norm(x, w, "conv1", "bn1"))
+    for stage, depth in enumerate((3, 4, 6, 3), 1):
+        for block in range(depth):
+            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = F.relu(conv_norm(x, w, f"{at}.conv1", f"{at}.bn1"))
+            y = F.relu(conv_norm(y, w, f"{at}.conv2", f"{at}.bn2", stride))
+            y = conv_norm(y, w, f"{at}.conv3", f"{at}.bn3")
+            x = F.relu(y + (x if block else conv_norm(x, w, f"{at}.shortcut.0", f"{at}.shortcut.1", stride)))
+    return F.linear(x.mean((2, 3)), w["linear.weight"], w["linear.bias"])
+
+
+def shufflenet_v1(x, w):
+    """Three groups, but one in the first convolution of the first block; a pooled shortcut is concatenated."""
+    x = F.relu(conv_norm(x, w, "conv1", "bn1"))
+    for stage, depth in enumerate((4, 8, 4), 1):
+        for block in range(depth):
+            at, groups = f"layer{stage}.{block}", 1 if (stage, block) == (1, 0) else 3
+            stride, middle = 1 if block else 2, len(w[f"{at}.conv2.weight"])
+            y = shuffled(F.relu(conv_norm(x, w, f"{at}.conv1", f"{at}.bn1", groups=groups)), groups)
+            y = F.relu(conv_norm(y, w, f"{at}.conv2", f"{at}.bn2", stride, middle))
+            y = conv_norm(y, w, f"{at}.conv3", f"{at}.bn3", groups=3)
+            x = F.relu(y + x if block else torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1))
+    return F.linear(x.mean((2, 3)), w["linear.weight"], w["linear.bias"])
+
+
+def shufflenet_v2(x, w):
+    """Two branches that both see all channels, then blocks that pass half of them."""
+    x = F.relu(conv_norm(x, w, "conv1", "bn1"))
+    for stage, (depth, width) in enumerate(((4, 116), (8, 232), (4, 464)), 1):
+        at, half = f"layer{stage}.0", width // 2
+        short = conv_norm(x, w, f"{at}.conv1", f"{at}.bn1", 2, x.shape[1])
+        short = F.relu(conv_norm(short, w, f"{at}.conv2", f"{at}.bn2"))
+        long = F.relu(conv_norm(x, w, f"{at}.conv3", f"{at}.bn3"))
+        long = conv_norm(long, w, f"{at}.conv4", f"{at}.bn4", 2, half)
+        x = shuffled(torch.cat([short, F.relu(conv_norm(long, w, f"{at}.conv5", f"{at}.bn5"))], 1), 2)
+        for block in range(1, depth):
+            at = f"layer{stage}.{block}"
+            y = F.relu(conv_norm(x[:, half:], w, f"{at}.conv1", f"{at}.bn1"))
+            y = conv_norm(y, w, f"{at}.conv2", f"{at}.bn2", groups=half)
+            x = shuffled(torch.cat([x[:, :half], F.relu(conv_norm(y, w, f"{at}.conv3", f"{at}.bn3"))], 1), 2)
+    x = F.relu(conv_norm(x, w, "conv2", "bn2"))
+    return F.linear(x.mean((2, 3)), w["linear.weight"], w["linear.bias"])
+
+
+def mobilenet_v2(x, w):
+    """Width 0.5; a block adds its input if it changes neither size nor width."""
+    x = F.relu(conv_norm(x, w, "conv1.0", "conv1.1", 2))
+    for group, (depth, first) in enumerate(((1, 1), (2, 1), (3, 2), (4, 2), (3, 1), (3, 2), (1, 1))):
+        for block in range(depth):
+            at, stride = f"blocks.{group}.{block}.conv", 1 if block else first
+            inner = len(w[f"{at}.3.weight"])
+            y = F.relu(conv_norm(x, w, f"{at}.0", f"{at}.1"))
+            y = F.relu(conv_norm(y, w, f"{at}.3", f"{at}.4", stride, inner))
+            y = conv_norm(y, w, f"{at}.6", f"{at}.7")
+            x = y + x if y.shape == x.shape and stride == 1 else y
+    x = F.relu(conv_norm(x, w, "conv2.0", "conv2.1"))
+    return F.linear(x.mean((2, 3)), w["classifier.weight"], w["classifier.bias"])
+
+
 PLAIN = {
+    "cifar_resnet50": resnet50,
+    "cifar_shufflenet_v1": shufflenet_v1,
+    "cifar_shufflenet_v2": shufflenet_v2,
+    "cifar_mobilenet_v2": mobilenet_v2,
     "cifar_resnet8": resnet8,
     "cifar_wrn_16_1": lambda x, w: wrn(x, w, 2),
     "cifar_wrn_16_2": lambda x, w: wrn(x, w, 2),
@@ -116,7 +206,7 @@ def test_forward_is_the_architecture(name):
     torch.testing.assert_close(model(x), PLAIN[name](x, model.state_dict()), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_wrn_16_2", "cifar_vgg8"])
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_wrn_16_2", "cifar_vgg8", "cifar_mobilenet_v2"])
 def test_convolutions_start_by_fan_out(name):
     torch.manual_seed(0)
     for key, module in timm.create_model(name).named_modules():
@@ -145,6 +235,16 @@ def test_timms_methods(name):
     torch.testing.assert_close(model(x), pooled)
     bare = timm.create_model(name, num_classes=0, in_chans=1, global_pool="")
     assert bare(torch.randn(1, 1, 32, 32)).dim() == 4
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_layers_can_have_learning_rates_of_their_own(name):
+    model = timm.create_model(name)
+    for coarse in (False, True):
+        groups = list(group_parameters(model, model.group_matcher(coarse)).values())
+        assert groups[0][0].startswith(model.stem_name)
+        assert groups[-1] == [f"{model.head_name}.weight", f"{model.head_name}.bias"]
+        assert len(groups) > len(model.feature_info)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -78,6 +78,13 @@ def test_wide_resnets_of_the_papers(tmp_path):
     same_logits("cifar_wrn_16_1", tmp_path / "wrn.pth", narrow)
 
 
+def test_mobilenet_v2_of_the_papers(tmp_path):
+    model = shaken(timm.create_model("cifar_mobilenet_v2"))
+    state = {k.replace("classifier.", "classifier.0."): v for k, v in model.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "mobilenet.pth")
+    same_logits("cifar_mobilenet_v2", tmp_path / "mobilenet.pth", model)
+
+
 def mobilenet_of_the_papers():
     """MobileNet-V1 as one sequence, each separable convolution a sequence of six."""
 
