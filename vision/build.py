@@ -16,7 +16,7 @@ from vlm_distill.training.loss_mistakes import loss_mistakes
 
 from . import losses
 from .classes import map_classes
-from .classifier import Classifier, load_classifier
+from .classifier import Classifier, load_section
 from .config import ClassifierConfig, ClassifierSection
 from .task import AnyTerm, BatchTerm
 
@@ -60,7 +60,8 @@ def load_models(config: ClassifierConfig, classes: Sequence[str]) -> tuple[Class
     teacher = None if config.teacher is None else load_model(config.teacher, classes, "teacher")
     # After the teacher, so that a student starts from the same weights with and without one.
     torch.manual_seed(config.training.seed)
-    return teacher, load_model(config.student, classes, "student", train=config.student.train)
+    student = load_model(config.student, classes, "student")
+    return teacher, student.freeze_all_but_head() if config.student.train == "head" else student
 
 
 class PairedClasses(NamedTuple):
@@ -101,17 +102,15 @@ def pair_classes(sources: Sequence[LabelledImages], student: Classifier, teacher
     return PairedClasses(label_maps, order, list(dict.fromkeys(notes)))
 
 
-def load_model(section: ClassifierSection, classes: Sequence[str], role: str, **more: Any) -> Classifier:
+def load_model(section: ClassifierSection, classes: Sequence[str], role: str) -> Classifier:
     """Load a section's classifier; one without weights gets an output for each of the data's classes."""
-    given = section.model_dump(exclude={"train", "cache"})
+    outputs = section.num_classes
     fresh = not (section.pretrained or section.weights or Path(section.name).is_dir())
-    if fresh and section.source == "timm" and section.num_classes is None:
-        given["num_classes"] = len(classes)
-    if section.classes is None and given["num_classes"] == len(classes):
-        given["classes"] = list(classes)
-    name = given.pop("name")
+    if fresh and section.source == "timm" and outputs is None:
+        outputs = len(classes)
+    names = list(classes) if section.classes is None and outputs == len(classes) else section.classes
     try:
-        return load_classifier(name, **given, **more)
+        return load_section(section.model_copy(update={"num_classes": outputs, "classes": names}))
     except UserError as error:
         raise UserError(f"{role}: {error}") from None
 

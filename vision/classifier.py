@@ -5,25 +5,27 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from data.errors import UserError
-from vlm_distill.models.common import choose
+from vlm_distill.config.file import explain
 from vlm_distill.models.folder import check_open_clip_config, check_open_clip_folder, check_timm_folder, read_object
 from vlm_distill.models.loading import check_finite
 
 from . import cifar
 from . import weights as files
+from .config import ClassifierSection
 from .inputs import InputSettings
 
 assert cifar  # importing it registers its architectures with timm
@@ -218,106 +220,70 @@ class Classifier(nn.Module):
             (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def load_classifier(
-    name_or_folder: str,
-    *,
-    source: str = "timm",
-    pretrained: bool | str = False,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    classes: Sequence[str] | str | None = None,
-    image_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    config: Mapping[str, Any] | None = None,
-    templates: str | Sequence[str] = "openai",
-    train: str = "all",
-) -> Classifier:
+def load_classifier(name_or_folder: str, **settings: Any) -> Classifier:
     """Load a classifier, in float32 and training mode.
 
     Args:
         name_or_folder: a model of timm (``resnet18``, ``resnet34.tv_in1k``, ``cifar_resnet20``), or a folder that
             :meth:`Classifier.save_pretrained` or timm wrote, or a model of open_clip.
-        source: ``timm`` or ``open_clip`` (:mod:`vision.zero_shot`); a folder overrides it.
-        pretrained: load weights from the hub; a string names one of several.
-        weights: a local file of weights instead (:mod:`vision.weights`).
-        num_classes: number of outputs; ``None``: as many as the weights have. If the weights have another number, the
-            classification layer is new, and ``notes`` say so.
-        classes: names of the outputs in order; ``imagenet`` or another of timm's sets, or a text file of one name a
-            line; ``None``: those of the weights. With open_clip: the classes of the zero-shot classifier.
-        image_size: pixels a side; position embeddings are resampled to it. ``None``: the model's own.
-        mean, std: normalisation in 0..1; ``None``: the model's own.
-        config: more keyword arguments of ``timm.create_model``; an open_clip model configuration.
-        templates: prompts of a zero-shot classifier.
-        train: ``all``, or ``head`` for a linear probe.
+        settings: the other keys of :class:`~vision.config.ClassifierSection`.
 
     Raises:
         UserError: a name is unknown, weights do not fit or cannot be loaded, or settings contradict each other.
     """
-    choose("train", train, ("all", "head"))
-    choose("source", source, ("timm", "open_clip"))
-    if weights and pretrained:
+    try:
+        section = ClassifierSection(name=name_or_folder, **settings)
+    except ValidationError as error:
+        raise UserError(f"classifier: {explain(error, ClassifierSection)}") from None
+    return load_section(section)
+
+
+def load_section(section: ClassifierSection) -> Classifier:
+    """Load the classifier of a configuration's section, as :func:`load_classifier` does."""
+    if section.weights and section.pretrained:
         raise UserError("classifier: give 'pretrained' or 'weights', not both")
 
     # A folder's own settings override ``source``.
-    folder = Path(name_or_folder.removeprefix("local-dir:"))
+    name, source = section.name, section.source
+    folder = Path(name.removeprefix("local-dir:"))
     check_open_clip_folder(folder)
     if (folder / "open_clip_config.json").is_file():
-        source, name_or_folder = "open_clip", f"local-dir:{folder}"
-    saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name_or_folder))
+        source, name = "open_clip", f"local-dir:{folder}"
+    saved = _saved_settings(folder, a_name=source == "open_clip" or timm.is_model(name))
 
-    given: dict[str, Any] = {"pretrained": pretrained, "weights": weights, "num_classes": num_classes}
-    given |= {"image_size": image_size, "config": config or {}}
     if saved.get("source") == "open_clip" or source == "open_clip":
-        classifier = _load_open_clip(name_or_folder, folder, saved, classes, templates, given)
+        classifier = _load_open_clip(name, folder, saved, section)
     else:
-        name = f"local-dir:{folder}" if saved else name_or_folder
-        classifier = _load_timm(name, **given, classes=class_names(classes))
-    classifier.inputs = _inputs(classifier.inputs, None, mean, std)
-    check_finite(name_or_folder, classifier)
-    return classifier.freeze_all_but_head() if train == "head" else classifier
+        classifier = _load_timm(f"local-dir:{folder}" if saved else name, section)
+    classifier.inputs = replace(
+        classifier.inputs, mean=section.mean or classifier.inputs.mean, std=section.std or classifier.inputs.std
+    )
+    check_finite(section.name, classifier)
+    return classifier
 
 
-def _load_open_clip(
-    name: str,
-    folder: Path,
-    saved: Mapping[str, Any],
-    classes: Sequence[str] | str | None,
-    templates: str | Sequence[str],
-    given: Mapping[str, Any],
-) -> Classifier:
+def _load_open_clip(name: str, folder: Path, saved: Mapping[str, Any], section: ClassifierSection) -> Classifier:
     from . import zero_shot  # late: open_clip takes seconds to import
 
     if saved.get("source") == "open_clip":
-        return Classifier(*zero_shot.rebuild(folder, saved, given["num_classes"]))
-    config = given["config"] or None
-    return Classifier(
-        *zero_shot.load(name, **{**given, "config": config}, classes=class_names(classes), templates=templates)
-    )
+        return Classifier(*zero_shot.rebuild(folder, saved, section.num_classes))
+    return Classifier(*zero_shot.load(name, section, class_names(section.classes)))
 
 
-def _load_timm(
-    name: str,
-    *,
-    pretrained: bool | str,
-    weights: str | None,
-    num_classes: int | None,
-    image_size: int | None,
-    classes: tuple[str, ...] | None,
-    config: Mapping[str, Any],
-) -> Classifier:
-    model, notes, trained, hints = _timm_model(name, pretrained, weights, num_classes, image_size, dict(config))
+def _load_timm(name: str, section: ClassifierSection) -> Classifier:
+    model, notes, trained, hints = _timm_model(name, section)
+    classes = class_names(section.classes)
     if classes is None and trained:
         classes = _own_classes(model, trained)
     known = resolve_model_data_config(model)
     inputs = InputSettings(
-        _size(model, known),
+        _size(model, known, section.image_size),
         tuple(hints.get("mean", known["mean"])),
         tuple(hints.get("std", known["std"])),
         known["interpolation"],
         known["crop_pct"],
     )
-    return Classifier(model, _inputs(inputs, image_size, None, None), classes, notes=notes)
+    return Classifier(model, inputs, classes, notes=notes)
 
 
 def class_names(classes: Sequence[str] | str | None) -> tuple[str, ...] | None:
@@ -335,19 +301,6 @@ def class_names(classes: Sequence[str] | str | None) -> tuple[str, ...] | None:
     return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _inputs(
-    own: InputSettings, image_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> InputSettings:
-    def three(values: Iterable[float] | None, default: tuple[float, float, float]) -> tuple[float, float, float]:
-        if values is None:
-            return default
-        red, green, blue = values
-        return float(red), float(green), float(blue)
-
-    size = own.size if image_size is None else (image_size, image_size)
-    return replace(own, size=size, mean=three(mean, own.mean), std=three(std, own.std))
-
-
 def _saved_settings(folder: Path, a_name: bool) -> dict[str, Any]:
     """Read ``config.json`` of a classifier's folder; empty if ``folder`` is a library's name of a model instead."""
     path = folder / "config.json"
@@ -363,7 +316,10 @@ def _saved_settings(folder: Path, a_name: bool) -> dict[str, Any]:
     return {}
 
 
-def _size(model: Any, known: Mapping[str, Any]) -> tuple[int, int]:
+def _size(model: Any, known: Mapping[str, Any], given: int | None) -> tuple[int, int]:
+    """Return height and width of the images: as given, or as the model was built for."""
+    if given is not None:
+        return given, given
     built = getattr(getattr(model, "patch_embed", None), "img_size", None)
     height, width = built or known["input_size"][1:]
     return int(height), int(width)
@@ -388,15 +344,10 @@ def _near(name: str) -> list[str]:
     return exact or difflib.get_close_matches(name, timm.list_models(), n=3)
 
 
-def _timm_model(
-    name: str,
-    pretrained: bool | str,
-    weights: str | None,
-    num_classes: int | None,
-    image_size: int | None,
-    options: dict[str, Any],
-) -> tuple[nn.Module, list[str], int, dict[str, Any]]:
+def _timm_model(name: str, section: ClassifierSection) -> tuple[nn.Module, list[str], int, dict[str, Any]]:
     """Return model, notes, number of trained classes (0: none), and the weights' input settings."""
+    pretrained, weights, num_classes = section.pretrained, section.weights, section.num_classes
+    image_size, options = section.image_size, dict(section.config)
     folder = name.startswith("local-dir:")
     if isinstance(pretrained, str):
         name, pretrained = f"{name.split('.')[0]}.{pretrained}", True

@@ -25,6 +25,8 @@ from .inputs import InputSettings
 Transform = Callable[[Image.Image], Tensor]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0)]
+ThreeStrengths = tuple[Strength, Strength, Strength]
+FourStrengths = tuple[Strength, Strength, Strength, Strength]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
@@ -46,32 +48,36 @@ class Augmentation(Section):
 
     CIFAR's standard recipe is ``crop: pad`` and ``color_jitter: 0``; a deterministic view is ``crop: center``,
     ``hflip: 0`` and ``color_jitter: 0``.
-
-    Attributes:
-        crop: ``random_resized``: a crop of random size (Inception's); ``pad``: ``padding`` black pixels on each
-            side, then a random window of the model's size; ``resize``: the whole image, squeezed to that size;
-            ``center``: the view of evaluation; ``rkrc`` and ``rkrr``: timm's crops of those names, which keep the
-            aspect ratio. ``pad`` and ``resize`` do not resample an image that already has the size.
-        scale: smallest and largest share of the image's area in a random crop; ``None``: timm's for that crop.
-        ratio: smallest and largest width / height of a random crop; ``None``: timm's.
-        padding: pixels on each side, for ``pad``.
-        interpolation: ``random`` takes bilinear or bicubic by chance in a random crop, and the model's own otherwise.
-        hflip: probability of mirroring left and right.
-        vflip: probability of mirroring top and bottom.
-        color_jitter: largest relative change of brightness, contrast and saturation, or three or four numbers, the
-            fourth for the hue. As in timm, ignored if ``auto_augment`` is set (other than ``3a``).
-        auto_augment: a policy as timm writes it: ``rand-m9-mstd0.5-inc1``, ``augmix-m5-w4-d2``, ``original``, ``3a``.
     """
 
-    crop: Literal["random_resized", "pad", "resize", "center", "rkrc", "rkrr"] = "random_resized"
-    scale: tuple[float, float] | None = None
-    ratio: tuple[float, float] | None = None
-    padding: int = Field(4, ge=0)
-    interpolation: Literal["random", "nearest", "bilinear", "bicubic", "lanczos"] = "random"
-    hflip: Probability = 0.5
-    vflip: Probability = 0.0
-    color_jitter: Strength | tuple[Strength, Strength, Strength] | tuple[Strength, Strength, Strength, Strength] = 0.4
-    auto_augment: str | None = None
+    crop: Literal["random_resized", "pad", "resize", "center", "rkrc", "rkrr"] = Field(
+        "random_resized",
+        description="`random_resized`: a crop of random size (Inception's); `pad`: `padding` black pixels on each "
+        "side, then a random window of the model's size; `resize`: the whole image, squeezed to that size; `center`: "
+        "the view of evaluation; `rkrc`, `rkrr`: timm's crops, which keep the aspect ratio. `pad` and `resize` do not "
+        "resample an image that already has the size.",
+    )
+    scale: tuple[float, float] | None = Field(
+        None, description="Smallest and largest share of the image's area in a random crop; by default timm's."
+    )
+    ratio: tuple[float, float] | None = Field(
+        None, description="Smallest and largest width / height of a random crop; by default timm's."
+    )
+    padding: int = Field(4, ge=0, description="Pixels on each side, for `pad`.")
+    interpolation: Literal["random", "nearest", "bilinear", "bicubic", "lanczos"] = Field(
+        "random",
+        description="`random` takes bilinear or bicubic by chance in a random crop, and the model's own otherwise.",
+    )
+    hflip: Probability = Field(0.5, description="Probability of mirroring left and right.")
+    vflip: Probability = Field(0.0, description="Probability of mirroring top and bottom.")
+    color_jitter: Strength | ThreeStrengths | FourStrengths = Field(
+        0.4,
+        description="Largest relative change of brightness, contrast and saturation, or three or four numbers, the "
+        "fourth for the hue. As in timm, ignored if `auto_augment` is set (other than `3a`).",
+    )
+    auto_augment: str | None = Field(
+        None, description="A policy as timm writes it: `rand-m9-mstd0.5-inc1`, `augmix-m5-w4-d2`, `original`, `3a`."
+    )
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -97,35 +103,27 @@ class Augmentation(Section):
 
 
 class Erasing(Section):
-    """Random erasing (Zhong et al. 2017), as timm applies it to normalised images.
+    """Random erasing (Zhong et al. 2017), as timm applies it to normalised images."""
 
-    Attributes:
-        probability: probability that an image loses a rectangle.
-        mode: what fills the rectangle: ``const``: the mean colour; ``rand``: one random colour; ``pixel``: noise.
-        count: largest number of rectangles in an image.
-    """
-
-    probability: Probability = 0.0
-    mode: Literal["const", "rand", "pixel"] = "pixel"
-    count: int = Field(1, ge=1)
+    probability: Probability = Field(0.0, description="Probability that an image loses a rectangle.")
+    mode: Literal["const", "rand", "pixel"] = Field(
+        "pixel",
+        description="What fills the rectangle: the mean colour (`const`), one random colour (`rand`), noise (`pixel`).",
+    )
+    count: int = Field(1, ge=1, description="Largest number of rectangles in an image.")
 
 
 class Mixing(Section):
-    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019), as timm does them.
+    """Mixup (Zhang et al. 2017) and CutMix (Yun et al. 2019), as timm does them."""
 
-    Attributes:
-        mixup: parameter of Mixup's beta distribution; 0: no Mixup.
-        cutmix: parameter of CutMix's beta distribution; 0: no CutMix.
-        probability: probability that a batch (a pair, an image) is mixed.
-        switch: probability of CutMix where both are on.
-        mode: draw once per ``batch``, per ``pair`` of images that are mixed with each other, or per image (``elem``).
-    """
-
-    mixup: Strength = 0.0
-    cutmix: Strength = 0.0
-    probability: Probability = 1.0
-    switch: Probability = 0.5
-    mode: Literal["batch", "pair", "elem"] = "batch"
+    mixup: Strength = Field(0.0, description="Parameter of Mixup's beta distribution; 0: no Mixup.")
+    cutmix: Strength = Field(0.0, description="Parameter of CutMix's beta distribution; 0: no CutMix.")
+    probability: Probability = Field(1.0, description="Probability that a batch (a pair, an image) is mixed.")
+    switch: Probability = Field(0.5, description="Probability of CutMix where both are on.")
+    mode: Literal["batch", "pair", "elem"] = Field(
+        "batch",
+        description="Draw once per `batch`, per `pair` of images that are mixed with each other, or per image: `elem`.",
+    )
 
 
 def build_transform(inputs: InputSettings, augmentation: Augmentation | None = None) -> Transform:

@@ -24,6 +24,7 @@ from data.errors import UserError
 from vlm_distill.models.common import first_line
 
 from .classes import words
+from .config import ClassifierSection
 from .inputs import InputSettings
 
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -91,38 +92,24 @@ class ImageTower(nn.Module):
         self.visual.set_grad_checkpointing(enable)
 
 
-def load(
-    name: str,
-    *,
-    pretrained: bool | str = False,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    classes: Sequence[str] | None = None,
-    image_size: int | None = None,
-    config: Mapping[str, Any] | None = None,
-    templates: str | Sequence[str] = "openai",
-) -> Parts:
+def load(name: str, section: ClassifierSection, classes: Sequence[str] | None) -> Parts:
     """Load a zero-shot classifier, or with ``num_classes`` an image tower under a new linear layer.
 
     Args:
-        name: a model of open_clip, or ``local-dir:…`` or ``hf-hub:…``, which include weights; with ``config``
+        name: a model of open_clip, or ``local-dir:…`` or ``hf-hub:…``, which include weights; with ``section.config``
             only a name for messages.
-        pretrained: the tag of the weights, or ``True`` for the first that open_clip lists.
-        weights: a local file of the whole model's weights instead.
-        num_classes: outputs of a new linear layer.
+        section: weights, size and prompts.
         classes: classes of the zero-shot classifier, as words or ImageNet synsets; ``None``: ImageNet's 1,000
             with open_clip's names. With ``num_classes``: names of the outputs.
-        image_size: pixels a side; position embeddings are resampled to it.
-        config: an open_clip model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg`` …).
-        templates: ``openai`` (80 prompts), ``simple`` (7) or prompts with ``{}`` for the name.
 
     Raises:
         UserError: model, weights or prompts are missing or do not fit.
     """
-    prompts = _prompts(templates)
-    with _named(name, config) as source:
+    pretrained, weights, num_classes = section.pretrained, section.weights, section.num_classes
+    prompts = _prompts(section.templates)
+    with _named(name, section.config) as source:
         try:
-            model, tokenizer = _whole(source, pretrained, weights, image_size)
+            model, tokenizer = _whole(source, pretrained, weights, section.image_size)
             settings = _settings(source, model)
         except UserError:
             raise
@@ -184,13 +171,13 @@ def _prompts(templates: str | Sequence[str]) -> Sequence[Any]:
 
 
 @contextmanager
-def _named(name: str, config: Mapping[str, Any] | None) -> Iterator[str]:
+def _named(name: str, config: Mapping[str, Any]) -> Iterator[str]:
     """Context manager: yield a name that open_clip knows; a custom configuration becomes a temporary folder."""
-    if config is None:
+    if not config:
         yield name
         return
     with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps({"model_cfg": dict(config)})
+        text = json.dumps({"model_cfg": config})
         (Path(folder) / "open_clip_config.json").write_text(text, encoding="utf-8")
         yield f"local-dir:{folder}"
 

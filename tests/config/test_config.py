@@ -1,6 +1,7 @@
 """Every mistake that a person is likely to make in a configuration ends in one line: what, where, what to do."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from run_files import CLASSIFIER, GOOD, write
 from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.fields import Section
 from vlm_distill.config.file import load_config, read_saved, save_config
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Standardised
@@ -378,6 +380,28 @@ def test_no_such_loss(tmp_path):
 def test_terms_of_one_loss_are_numbered(tmp_path):
     config = load_config(write(tmp_path, {"loss": [{"name": "jsd", "beta": 0.1}, {"name": "jsd", "beta": 0.9}]}))
     assert [term.name for term in build_terms(config)] == ["jsd", "jsd_2"]
+
+
+def sections_in(section):
+    """Return a section's class and those of all sections in it."""
+    found, waiting = set(), [section]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, type) and issubclass(part, Section):
+            if part not in found:
+                found.add(part)
+                waiting += [field.annotation for field in part.model_fields.values()]
+        else:
+            waiting += get_args(part)
+    return found
+
+
+@pytest.mark.parametrize("root", [RunConfig, ClassifierConfig])
+def test_every_key_has_a_description(root):
+    sections = sections_in(root)
+    assert len(sections) > 10
+    fields = {f"{s.__name__}.{name}": field for s in sections for name, field in s.model_fields.items()}
+    assert [name for name, field in fields.items() if not (field.description or "").endswith(".")] == []
 
 
 # Those of classifiers are in tests/vision/test_recipes.py.

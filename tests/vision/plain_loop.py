@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vision import build
 from vision import trainer as trainer_module
-from vision.classifier import load_classifier
+from vision.classifier import load_classifier, load_section
 from vision.config import ClassifierConfig
 from vision.device_views import DeviceViews
 from vision.trainer import Trainer
@@ -24,12 +24,12 @@ from vlm_distill.runtime.processes import Processes
 STEPS, LR, DECAY = 5, 0.05, 5e-4
 
 
-def in_float64(*args, **settings):
-    return load_classifier(*args, **settings).double()
+def in_float64(section):
+    return load_section(section).double()
 
 
 # In float32 a rounding is enough for a ReLU to change sides, and for a gradient by two per cent.
-build.load_classifier = in_float64
+build.load_section = in_float64
 trainer_module.DeviceViews = partial(DeviceViews, dtype=torch.float64)
 
 

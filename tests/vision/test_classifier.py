@@ -135,7 +135,7 @@ def test_a_distilled_transformer_has_both_heads_in_training():
 
 @pytest.mark.parametrize("name", ["cifar_resnet8", "deit_tiny_distilled_patch16_224", "levit_128s"])
 def test_a_probe_learns_its_layer_alone(name):
-    classifier = build(name, train="head")
+    classifier = build(name).freeze_all_but_head()
     before = {k: v.clone() for k, v in classifier.state_dict().items()}
     learning = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=1.0)
@@ -230,8 +230,8 @@ def test_unknown_features_are_told_with_those_there_are(feature):
     ("name", "options", "message"),
     [
         ("resnet18x", {}, "did you mean resnet18"),
-        ("resnet18", {"source": "torchvision"}, "'torchvision' is not one of timm, open_clip"),
-        ("resnet18", {"train": "tail"}, "'tail' is not one of all, head"),
+        ("resnet18", {"source": "torchvision"}, r"source: .*'timm' or 'open_clip' \(found 'torchvision'\)"),
+        ("resnet18", {"num_clases": 3}, "num_clases: unknown key; did you mean 'num_classes'"),
         ("resnet18", {"pretrained": True, "weights": "x.pth"}, "'pretrained' or 'weights', not both"),
         ("resnet18", {"config": {"depth": 3}}, "cannot build 'resnet18': .*depth"),
         ("cifar_resnet8", {"classes": ["a"]}, "1 names for a classifier of 100 outputs"),
