@@ -26,3 +26,17 @@ def no_rank_is_left():
         sys.modules["torch.distributed"].destroy_process_group()
     for name in RANK:
         os.environ.pop(name, None)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``vlm-distill WORDS`` in this process; gives the exit code, standard output and standard error."""
+    from vlm_distill import cli
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["vlm-distill", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return run

@@ -29,19 +29,6 @@ def material(tmp_path_factory):
     return folder, tiny.write_data(folder / "data"), tiny.write_teacher(folder / "teacher")
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs ``vlm-distill WORDS`` in this process; gives the exit code, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["vlm-distill", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from data.batch import Problem, Step
 from data.classification import LabelledImages
 from data.errors import BadSample, UserError
-from data.images import load_image
 from data.loader import StepSplit, problem_of
 from data.mixture import Mixture
 from data.workers import make_loader
@@ -28,6 +26,7 @@ from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine
 from vlm_distill.training.intake import FIRST_SAMPLES
 from vlm_distill.training.loop import Loop
+from vlm_distill.training.open_data import image_loader
 from vlm_distill.training.optimizers import classifier_optimizer
 
 from .build import build_terms, load_models, open_sources, pair_classes, prepare_losses
@@ -43,20 +42,6 @@ from .task import AnyTerm, BatchTerm, ClassificationTask
 from .teacher import Teacher, open_cache
 
 _CHECKED_IMAGES = 64
-
-
-def train(config: ClassifierConfig, processes: Processes, *, until: int | None = None) -> Path:
-    """Train a classifier, evaluate it and its teacher, and export it; return the run's folder.
-
-    Args:
-        config: the run.
-        processes: the ranks; every rank calls this.
-        until: stop (with a checkpoint) after this many optimizer steps of the whole schedule.
-
-    Raises:
-        UserError: the configuration cannot be run.
-    """
-    return Trainer(config, processes).run(until)
 
 
 class Trainer(Loop):
@@ -112,7 +97,7 @@ class Trainer(Loop):
     def _open_held_out(self) -> None:
         """Open ``data.eval``, and set how the best student is chosen."""
         data, settings = self.config.data, self.config.evaluation
-        self.load_image = partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
+        self.load_image = image_loader(data)
         self.held_out = open_sources(data.eval)
         if settings.best is None:
             return
@@ -366,3 +351,6 @@ def _count_parameters(student: Classifier, teacher: Classifier | None) -> dict[s
     if teacher is not None:
         counts["teacher"] = sum(p.numel() for p in teacher.parameters())
     return counts
+
+
+train = Trainer.train

@@ -46,23 +46,6 @@ _SUSPECT_TEACHER = 0.5
 _CHECKED_SAMPLES = 16
 
 
-def train(config: RunConfig, processes: Processes, *, until: int | None = None) -> Path:
-    """Train a student, evaluate it and its teacher, and export it.
-
-    Args:
-        config: the run.
-        processes: the ranks; every rank calls this.
-        until: stop (with a checkpoint) after this many optimizer steps of the whole schedule.
-
-    Returns:
-        The run's folder.
-
-    Raises:
-        UserError: the configuration cannot be run.
-    """
-    return Trainer(config, processes).run(until)
-
-
 class Trainer(Loop):
     """Trains a student on image-text data. Whatever is cheap to check is checked before a model is loaded."""
 
@@ -346,3 +329,6 @@ class Trainer(Loop):
 
     def final_summary(self) -> dict[str, Any]:
         return {"benchmarks": self.evaluations.scores} if self.evaluations.scores else {}
+
+
+train = Trainer.train

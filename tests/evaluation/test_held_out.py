@@ -121,7 +121,7 @@ def test_without_a_teacher_there_is_no_kl():
     found, _ = measured("aab", teacher=False)
     assert found.perplexity == pytest.approx(2**1.5)
     assert found.kl is None
-    assert found.values(["perplexity", "kl"]) == {"perplexity": found.perplexity, "tokens": 2}
+    assert found.values(["perplexity", "kl"]) == {"n": 1, "perplexity": found.perplexity, "tokens": 2}
 
 
 def test_what_cannot_be_read_is_told_and_counts_nowhere():

@@ -57,8 +57,8 @@ def main(folder: Path, terms: list) -> None:
         training__micro_batch_size=16,
     )
     trainer = Trainer(ClassifierConfig.model_validate(plain), Processes("cpu"))
-    theirs = in_float64(str(folder / "teacher")).eval()
-    mine = in_float64("cifar_resnet20", num_classes=10)
+    theirs = load_classifier(str(folder / "teacher")).double().eval()
+    mine = load_classifier("cifar_resnet20", num_classes=10).double()
     mine.load_state_dict(trainer.student.state_dict())
     before = mine.model.conv1.weight.detach().clone()
     batches = [trainer.dataset[step].batches[0] for step in range(STEPS)]

@@ -309,6 +309,10 @@ class AnyRun(Protocol):
 
 class AnyData(Protocol):
     @property
+    def roots(self) -> list[str]: ...
+    @property
+    def max_pixels(self) -> int: ...
+    @property
     def max_bad(self) -> float: ...
 
 

@@ -51,6 +51,7 @@ class HeldOut:
         perplexity: exp of the mean cross-entropy; ``None`` without tokens.
         kl: mean KL(teacher‖model) in nats per distilled token; ``None`` without a teacher.
         skipped: number of samples left out, by reason.
+        limited_from: number of samples in the source, if a limit left some out.
     """
 
     n: int
@@ -58,11 +59,13 @@ class HeldOut:
     perplexity: float | None
     kl: float | None
     skipped: dict[str, int]
+    limited_from: int | None = None
 
     def values(self, measures: Sequence[str]) -> dict[str, Any]:
-        """Return ``tokens``, and those of ``measures`` that were measured, by name."""
-        values = {name: value for name, value in asdict(self).items() if name in measures and value is not None}
-        return {**values, "tokens": self.tokens}
+        """Return those of ``measures`` that were measured, by name, with ``n``, ``tokens`` and what limits them."""
+        measured = {name: value for name, value in asdict(self).items() if name in measures and value is not None}
+        limit = {} if self.limited_from is None else {"limited_from": self.limited_from}
+        return {"n": self.n, **measured, "tokens": self.tokens, **limit}
 
 
 @torch.no_grad()
@@ -125,6 +128,7 @@ def measure(
         math.exp(min(found.cross_entropy / found.tokens, 700.0)) if found.tokens else None,
         found.kl / found.distilled if found.distilled else None,
         dict(Counter(problem.reason for problem in left_out)),
+        len(source) if len(rows) < len(source) else None,
     )
 
 

@@ -40,11 +40,6 @@ def share(source: Countable, limit: int | None) -> list[int]:
     return evenly_spaced(len(source), limit)
 
 
-def limit_mark(source: Countable, limit: int | None) -> dict[str, int]:
-    """Return ``limited_from``, the number of questions in the source, if a limit leaves some out; else nothing."""
-    return {"limited_from": len(source)} if len(share(source, limit)) < len(source) else {}
-
-
 def read_question(source: Questions, index: int, references: bool = True) -> Conversation | Problem:
     """Return a question, or why it cannot be asked.
 

@@ -15,8 +15,7 @@ from vlm_distill.runtime.rank_share import RankShare
 from .answering import Asking, Feedback, evaluate
 from .held_out import OF_ANSWERS, add_to_scores, measure
 from .kept_answers import AnswerFolder
-from .question_source import limit_mark
-from .source_scores import mean_rouge_l, summarise
+from .source_scores import answer_measures, summarise
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,8 @@ def run_source(
         predictions = evaluate(
             model, source, asking, ranks=ranks, folder=folder, skipped=result.skipped, feedback=feedback
         )
-        scores = summarise(predictions, result.skipped, len(source))
-        result.by_type = scores["by_type"]
-        result.values |= {key: scores[key] for key in ("n", "cut", "limited_from") if key in scores}
-        if "exact" in measures:
-            result.values |= {"exact": scores["exact"], "soft": scores["soft"]}
-        if "rouge_l" in measures and predictions:
-            result.values["rouge_l"] = mean_rouge_l(predictions)
+        result.values = answer_measures(predictions, result.skipped, len(source), measures)
+        result.by_type = summarise(predictions)["by_type"]
     if not set(measures) <= OF_ANSWERS:
         found = measure(
             model,
@@ -84,7 +78,7 @@ def run_source(
             load=asking.load,
             skipped=result.skipped,
         )
-        result.values |= {"n": found.n, **found.values(measures), **limit_mark(source, asking.limit)}
+        result.values |= found.values(measures)
     if ranks.first and list(measures) != ["exact"]:
         add_to_scores(folder.path, measures, result.values)
     return result

@@ -49,6 +49,26 @@ def _means(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return {"n": n, "exact": exact, "soft": soft, "interval": list(wilson_interval(exact, n))}
 
 
+def answer_measures(
+    predictions: Sequence[Prediction], skipped: Sequence[Problem], questions: int, measures: Sequence[str]
+) -> dict[str, Any]:
+    """Return those of ``measures`` that answers give, with ``n`` and what limits them.
+
+    Args:
+        predictions: answers to a source's questions.
+        skipped: questions left out.
+        questions: number of questions in the source.
+        measures: wanted; ``exact`` also gives ``soft``.
+    """
+    scores = summarise(predictions, skipped, questions)
+    values: dict[str, Any] = {key: scores[key] for key in ("n", "cut", "limited_from") if key in scores}
+    if "exact" in measures:
+        values |= {"exact": scores["exact"], "soft": scores["soft"]}
+    if "rouge_l" in measures and predictions:
+        values["rouge_l"] = mean_rouge_l(predictions)
+    return values
+
+
 def mean_rouge_l(predictions: Sequence[Prediction]) -> float | None:
     """Return the mean over answers, 0…1; ``None`` without answers."""
     if not predictions:

@@ -31,8 +31,8 @@ from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, 
 from vlm_distill.evaluation.kept_answers import AnswerFolder, digest_of
 from vlm_distill.evaluation.left_out import reasons
 from vlm_distill.evaluation.predictions import Prediction
-from vlm_distill.evaluation.question_source import Questions, evenly_spaced, limit_mark, share
-from vlm_distill.evaluation.source_scores import mean_rouge_l, notes_on, summarise
+from vlm_distill.evaluation.question_source import Questions, evenly_spaced, share
+from vlm_distill.evaluation.source_scores import answer_measures, mean_rouge_l, notes_on, summarise
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
@@ -327,15 +327,9 @@ class Evaluations:
             skipped=skipped,
         )
         problems += skipped
-        overall = summarise(predictions, skipped, len(source))
         rate = len(predictions) / max(1e-9, time.monotonic() - began)
-        values: dict[str, Any] = {key: overall[key] for key in ("n", "cut", "limited_from") if key in overall}
-        values["answers_per_second"] = rate
-        if "exact" in self.settings.measures:
-            values |= {"exact": overall["exact"], "soft": overall["soft"]}
-        if "rouge_l" in self.settings.measures and predictions:
-            values["rouge_l"] = mean_rouge_l(predictions)
-        return values, predictions
+        values = answer_measures(predictions, skipped, len(source), self.settings.measures)
+        return {**values, "answers_per_second": rate}, predictions
 
     def _predict(
         self,
@@ -357,7 +351,7 @@ class Evaluations:
             load=self.load_image,
             skipped=problems,
         )
-        return {"n": found.n, **found.values(self.settings.measures), **limit_mark(source, limit)}
+        return found.values(self.settings.measures)
 
     def _ask_benchmark(
         self,

@@ -69,6 +69,11 @@ class Loop(Hooks):
         if config.training.wandb and find_spec("wandb") is None:
             raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
 
+    @classmethod
+    def train(cls, config: Any, processes: Processes, *, until: int | None = None) -> Path:
+        """Make the trainer of a configuration, and :meth:`run` it; every rank calls this."""
+        return cls(config, processes).run(until)
+
     def run(self, until: int | None = None) -> Path:
         """Train, evaluate and export; return the run's folder.
 

@@ -16,7 +16,7 @@ from data.images import load_image
 from data.opening import open_source, open_text
 from data.plain_text import CHARACTERS_PER_TOKEN, TextSource
 from data.sources import Source
-from vlm_distill.config.sections import DataSection, SourceSection
+from vlm_distill.config.sections import AnyData, DataSection, SourceSection
 
 
 def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Source | TextSource]:
@@ -44,7 +44,7 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
     return sources
 
 
-def image_loader(data: DataSection) -> Callable[[ImageSource], Image.Image]:
+def image_loader(data: AnyData) -> Callable[[ImageSource], Image.Image]:
     """Return a function that decodes an image within the limits of the data section."""
     return partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
 
