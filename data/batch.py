@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -157,11 +157,10 @@ class ModelBatch:
     image_tokens: Tensor
     tokens: int
 
-    def to(self, device: torch.device | str) -> ModelBatch:
-        positions, images, tokens = (
-            x.to(device, non_blocking=True) for x in (self.positions, self.images, self.image_tokens)
-        )
-        return ModelBatch(self.inputs.to(device), positions, images, tokens, self.tokens)
+    def map(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
+        """Return the same side with every tensor changed."""
+        inputs = ModelInputs({name: change(tensor) for name, tensor in self.inputs.items()})
+        return ModelBatch(inputs, change(self.positions), change(self.images), change(self.image_tokens), self.tokens)
 
 
 @dataclass
@@ -172,7 +171,8 @@ class DistillationBatch:
 
     Attributes:
         student: the student's side.
-        teacher: the teacher's side; ``None`` when training without one.
+        teacher: the teacher's side; ``None`` when training without one. Models that receive the same inputs share their
+            tensors, so that nothing may modify them in place.
         targets: int64 ``[N]``, the student's supervised token ids.
         distilled: bool ``[N]``; false where only the end tokens differ, which are not distilled.
         sample_of: int64 ``[N]``, ascending: the number of the sample (or piece of a document) each target belongs to.
@@ -202,10 +202,18 @@ class DistillationBatch:
         return self.targets if self.groups is None else self.groups.teacher_targets
 
     def to(self, device: torch.device | str) -> DistillationBatch:
+        """Return the batch on a device. Tensors that both models share are moved once, and stay shared."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(device, non_blocking=True)
+            return moved[id(tensor)]
+
         return replace(
             self,
-            student=self.student.to(device),
-            teacher=self.teacher and self.teacher.to(device),
+            student=self.student.map(move),
+            teacher=self.teacher and self.teacher.map(move),
             targets=self.targets.to(device, non_blocking=True),
             distilled=self.distilled.to(device, non_blocking=True),
             sample_of=self.sample_of.to(device, non_blocking=True),

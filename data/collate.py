@@ -16,6 +16,7 @@ from .batch import (
     DistillationBatch,
     Encoded,
     ModelBatch,
+    ModelInputs,
     Origin,
     Processor,
     RecordedProcessor,
@@ -122,7 +123,8 @@ def collate(
 
     Returns:
         The batch. Per-token tensors follow the order of ``pairs``, even where samples share a packed row: ``positions``
-        are ``[N]`` indices of the tokens before the supervised ones, over all rows.
+        are ``[N]`` indices of the tokens before the supervised ones, over all rows. If one processor serves both
+        models, both models' inputs are the same tensors.
     """
     ours = [pair.student for pair in pairs]
     theirs = [pair.teacher for pair in pairs if pair.teacher is not None]
@@ -135,7 +137,11 @@ def collate(
     student_batch = _model_batch(student, ours, [pair.student_tokens for pair in pairs], documents, packed[0])
     teacher_batch = None
     if teacher is not None:
-        teacher_batch = _model_batch(teacher, theirs, [pair.teacher_tokens for pair in pairs], documents, packed[1])
+        tokens = [pair.teacher_tokens for pair in pairs]
+        if teacher is student and packed[0] == packed[1] and _are_one(pairs):
+            teacher_batch = replace(student_batch, inputs=ModelInputs(student_batch.inputs))
+        else:
+            teacher_batch = _model_batch(teacher, theirs, tokens, documents, packed[1])
 
     lengths = torch.tensor([len(pair.student_tokens) for pair in pairs], dtype=torch.int64)
     return DistillationBatch(
@@ -154,6 +160,11 @@ def collate(
 def _concatenate(parts: Sequence[Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
     """Concatenate one-dimensional tensors, or return an empty one if there are none."""
     return torch.cat([torch.empty(0, dtype=dtype), *parts])
+
+
+def _are_one(pairs: Sequence[Pair]) -> bool:
+    """Return whether both models have the very same encodings and supervised tokens."""
+    return all(pair.teacher is pair.student and pair.teacher_tokens is pair.student_tokens for pair in pairs)
 
 
 def _needs_dummy(processor: Processor, samples: list[Encoded]) -> bool:

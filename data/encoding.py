@@ -109,7 +109,7 @@ def encode_pair(
         conversation: the sample.
         images: its images, decoded.
         student: the student's processor.
-        teacher: the teacher's processor, if there is a teacher.
+        teacher: the teacher's processor, if there is a teacher. If it is the student's, the sample is encoded once.
         max_length: the most tokens for either model, image tokens included.
         turns: which answers are trained on, and further limits.
         grouped: whether the models have different tokenizers.
@@ -121,13 +121,21 @@ def encode_pair(
     """
     ours = _encode(role, student, conversation, images, max_length, turns)
     if teacher is None:
-        tokens = ours.supervised.nonzero().flatten()
-        return Pair(ours, None, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
+        return replace(_equal_pair(ours), teacher=None)
+    if teacher is student and not grouped:
+        # Equal encodings align token by token.
+        return _equal_pair(ours)
     theirs = _encode("teacher", teacher, conversation, images, max_length, turns)
     pieces = answer_pieces(conversation.messages)
     if grouped:
         return _grouped_pair(ours, theirs, pieces)
     return Pair(ours, theirs, *match_tokens(ours, theirs, pieces))
+
+
+def _equal_pair(encoded: Encoded) -> Pair:
+    """Return the pair of two models that receive the same encoding, which is shared and never modified."""
+    tokens = encoded.supervised.nonzero().flatten()
+    return Pair(encoded, encoded, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
 
 
 def _encode(
@@ -215,7 +223,7 @@ def encode_document(document: Document, student: Processor, teacher: Processor |
     """
     encoded = student.encode_document(document)
     ids = encoded.input_ids.tolist()
-    if teacher is not None:
+    if teacher is not None and teacher is not student:
         others = teacher.encode_document(document).input_ids.tolist()
         if ids != others:
             raise BadSample("misaligned", difference_of(ids, others))

@@ -38,11 +38,18 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
         prefetch: items that each worker makes ahead.
 
     Yields:
-        The items, in pinned memory if there is a CUDA device. All tensors of an item share one block of memory.
+        The items. With workers or a CUDA device, all tensors of an item share one block of memory, which is pinned if
+        there is a CUDA device.
 
     Raises:
         UserError: the dataset raised it for the next item, or a worker was killed or crashed.
     """
+    if not workers and not torch.cuda.is_available():
+        # Nothing to send and nothing to pin: items need not be packed.
+        items = _Deliveries(dataset)
+        for index in range(start, stop):
+            yield _unmistaken(items.item(index))
+        return
     loader: DataLoader[_Delivery] = DataLoader(
         _Deliveries(dataset),
         batch_size=None,
@@ -71,10 +78,14 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
             if died is None:
                 raise
             raise UserError(died) from error
-        item = delivery.unpack()
-        if isinstance(item, _Mistake):
-            raise UserError(item.text)
-        yield item
+        yield _unmistaken(delivery.unpack())
+
+
+def _unmistaken(item: Any) -> Any:
+    """Return an item, or raise the error that its message describes."""
+    if isinstance(item, _Mistake):
+        raise UserError(item.text)
+    return item
 
 
 class _Flag:
@@ -222,9 +233,9 @@ class _Deliveries(Dataset[_Delivery]):
         self.items = items
 
     def __getitem__(self, index: int) -> _Delivery:
-        return _Delivery.pack(self._item(index))
+        return _Delivery.pack(self.item(index))
 
-    def _item(self, index: int) -> Any:
+    def item(self, index: int) -> Any:
         try:
             return self.items[index]
         except UserError as error:

@@ -29,6 +29,7 @@ from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.models.shared_processing import share_processing
 from vlm_distill.models.shared_vision import has_same_vision
 from vlm_distill.models.teacher import ModelTeacher, Teacher
 from vlm_distill.runtime.processes import Processes
@@ -183,7 +184,7 @@ class Run:
             if self.same_encoder:
                 assert isinstance(teacher, Processor)
                 teacher = teacher.with_features(self.image_features)
-        return student, teacher
+        return share_processing(student, teacher)
 
     @cached_property
     def packing(self) -> Packing:

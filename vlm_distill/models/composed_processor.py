@@ -61,6 +61,9 @@ class ComposedProcessor(Processor):
     def chat_template(self) -> Any:
         return self.tokenizer.chat_template
 
+    def recipe(self) -> tuple[Any, ...]:
+        return *super().recipe(), self.transform, self.tokens
+
     def set_chat_template(self, template: Any) -> None:
         self.tokenizer = copy.deepcopy(self.tokenizer)  # it may be the teacher's
         self.tokenizer.chat_template = template

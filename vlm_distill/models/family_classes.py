@@ -48,9 +48,9 @@ class PaliGemmaProcessor(PretrainedProcessor):
         return self._suffixed(self.placeholder * len(images), None, images)
 
     def _suffixed(self, text: str, answer: str | None, images: Sequence[Image.Image]) -> Encoded:
-        tensors, _ = self._process(text, images, **({} if answer is None else {"suffix": [answer]}))
+        tensors, ids, places, _ = self._process(text, images, **({} if answer is None else {"suffix": [answer]}))
         tensors.pop("labels")
-        input_ids, offsets = tensors.pop("input_ids")[0], tensors.pop("offset_mapping")[0]
+        input_ids, offsets = torch.tensor(ids), torch.tensor(places)
         supervised = tensors["token_type_ids"][0] == 1
         # The last token is the end token that the processor appends to an answer.
         ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)

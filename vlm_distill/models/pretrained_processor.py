@@ -86,6 +86,14 @@ class PretrainedProcessor(Processor):
         self.processor = copy.copy(self.processor)
         self.processor.chat_template = template
 
+    def recipe(self) -> tuple[Any, ...]:
+        own = {
+            name: value for name, value in vars(self.processor).items() if name not in self.processor.get_attributes()
+        }
+        images = self.processor.image_processor
+        made = type(self.processor), own, type(images), vars(images)
+        return *super().recipe(), *made, self.image_token_id, _rope_recipe(self._rope)
+
     def set_image_sizes(self, settings: Mapping[str, Any], where: str) -> None:
         if not settings:
             return
@@ -142,19 +150,19 @@ class PretrainedProcessor(Processor):
 
     def _encoded(self, text: str, spans: Sequence[Span], images: Sequence[Image.Image], **options: Any) -> Encoded:
         """Encode a rendered text and mark the answers at ``spans``, which are moved past the images' expansion."""
-        tensors, replaced = self._process(text, images, **options)
+        tensors, ids, offsets, replaced = self._process(text, images, **options)
         expanded = Expanded(text, replaced)
         moved = [expanded.span(span) for span in spans]
-        offsets = tensors.pop("offset_mapping")[0].tolist()
-        input_ids = tensors.pop("input_ids")[0]
-        supervised, ends = mark_tokens(expanded.text, offsets, input_ids.tolist(), moved, self._special)
+        supervised, ends = mark_tokens(expanded.text, offsets, ids, moved, self._special)
         token_positions = token_spans(expanded.text, offsets, supervised, ends, moved)
-        return Encoded(input_ids, torch.tensor(supervised), torch.tensor(ends), len(images), tensors, token_positions)
+        return Encoded(
+            torch.tensor(ids), torch.tensor(supervised), torch.tensor(ends), len(images), tensors, token_positions
+        )
 
     def _process(
         self, text: str, images: Sequence[Image.Image], **options: Any
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Return the model's inputs, offsets included, and how each image's placeholder was replaced.
+    ) -> tuple[dict[str, Tensor], list[int], list[tuple[int, int]], list[dict[str, Any]]]:
+        """Return the model's inputs, the token ids, each token's span, and how each image's placeholder was replaced.
 
         If features are given, ``vision_features`` takes the place of pixels; grids and sizes stay.
         """
@@ -169,7 +177,9 @@ class PretrainedProcessor(Processor):
             )
             # Not converted by the processor: InternVL's would turn the replacements into a tensor, too.
             (replaced,) = inputs.pop("text_replacement_offsets", None) or [[]]
-            tensors = dict(BatchFeature(dict(inputs), tensor_type="pt"))
+            # Ids and offsets stay lists: they are read one by one, and may be as long as the images are large.
+            ids, offsets = _listed(inputs.pop("input_ids")), _listed(inputs.pop("offset_mapping"))
+            tensors = _as_tensors(inputs)
         except Exception as error:  # processors raise almost anything for images of odd shapes
             raise BadSample("processor refuses the sample", first_line(error)[:120]) from error
         if len(replaced) != len(images):
@@ -177,7 +187,7 @@ class PretrainedProcessor(Processor):
         if images and self.features is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pixel_")}
             tensors["vision_features"] = self.features(images)
-        return tensors, replaced
+        return tensors, ids, offsets, replaced
 
     def blank(self) -> Image.Image:
         return Image.new("RGB", (64, 64))
@@ -235,6 +245,36 @@ class PretrainedProcessor(Processor):
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.processor.save_pretrained(folder)
+
+
+def _listed(batch: Any) -> list[Any]:
+    """Return the only row of a batch as a list; Pixtral's processor makes tensors by itself."""
+    row = batch[0]
+    return row.tolist() if isinstance(row, Tensor) else row
+
+
+def _as_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Convert a processor's lists to tensors, as it would itself, but without copying the pixels of a single image."""
+    alone = {}
+    for name, value in inputs.items():
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Tensor):
+            alone[name] = value[0].unsqueeze(0)
+    return dict(BatchFeature({**inputs, **alone}, tensor_type="pt"))
+
+
+#: What positions of images depend on, in a configuration and in its ``vision_config``.
+_ROPE_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_ROPE_GRIDS = ("spatial_merge_size", "temporal_patch_size", "tokens_per_second", "patch_size", "image_size")
+
+
+def _rope_recipe(rope: Any) -> tuple[Any, ...]:
+    """Return everything that decides what :func:`_rope_index` returns."""
+    if rope is None:
+        return ()
+    config = rope.__self__.config
+    tokens = [getattr(config, name, None) for name in _ROPE_TOKENS]
+    grids = [getattr(config.vision_config, name, None) for name in _ROPE_GRIDS]
+    return rope.__func__, tokens, grids
 
 
 def _rope_index(model: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,17 @@ class Processor(ABC):
         supervised = torch.arange(length + new) >= length
         return Encoded(input_ids, supervised, torch.zeros_like(supervised), prompt.images, tensors)
 
+    def recipe(self) -> tuple[Any, ...]:
+        """Return everything that decides what this processor makes of a sample; equal recipes give equal tensors."""
+        return (
+            type(self),
+            tokenizer_recipe(self.tokenizer),
+            self.chat_template,
+            self.learn_answer_prefix,
+            self.one_row,
+            self.features,
+        )
+
     @abstractmethod
     def image_row(self, images: Sequence[Image.Image]) -> Encoded:
         """Return a sample of these images (at least one) alone, with nothing supervised."""
@@ -181,6 +193,18 @@ class Processor(ABC):
     @abstractmethod
     def image_tokens(self, sample: Encoded) -> Tensor:
         """Return which tokens of an encoded sample stand for images, bool ``[L]``."""
+
+
+#: Where a tokenizer was loaded from, which changes nothing that it does; its template is compared with the processor's.
+_ORIGIN = {"name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "is_local"}
+_ORIGIN |= {"local_files_only", "tokenizer_object", "chat_template", "tokenizer_class", "processor_class", "backend"}
+
+
+def tokenizer_recipe(tokenizer: Any) -> tuple[Any, ...]:
+    """Return everything that decides how a tokenizer splits a text, and what it calls its special tokens."""
+    settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items() if name not in _ORIGIN}
+    content = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return type(tokenizer), content, tokenizer.special_tokens_map, tokenizer.padding_side, settings
 
 
 def template_ends(processor: Processor) -> set[int]:

@@ -1,0 +1,150 @@
+"""Models with the same processor share each sample's encoding, and receive what they would receive alone."""
+
+import copy
+
+import families
+import pytest
+import torch
+
+from data.collate import Collator
+from data.conversation import Document
+from data.workers import make_loader
+from vlm_distill.models.family_classes import adapted
+from vlm_distill.models.shared_processing import share_processing
+
+
+@pytest.fixture(scope="module")
+def make(make_tokenizer):
+    """The processor of a family, made anew at each call."""
+    maker = families.Maker(make_tokenizer)
+
+    def get(name, seed=0):
+        return adapted(*maker.build(name, seed=seed)).processor
+
+    return get
+
+
+@pytest.fixture
+def samples(talk, picture):
+    wide, tall = picture(1, (60, 30)), picture(2, (30, 60))
+    return [
+        (talk([None, "What colour is it?"], "It is red."), [wide]),
+        (talk(["Is", None, "red?"], "yes"), [tall]),
+        (talk([None, "Yes?"], "no"), [wide]),
+    ]
+
+
+def same(one, other):
+    """Assert that two batches have the same tensors, to the bit."""
+    for side in ("student", "teacher"):
+        mine, theirs = getattr(one, side), getattr(other, side)
+        assert mine.inputs.keys() == theirs.inputs.keys()
+        for name, tensor in mine.inputs.items():
+            assert tensor.dtype == theirs.inputs[name].dtype
+            assert tensor.equal(theirs.inputs[name]), name
+        for name in ("positions", "images", "image_tokens"):
+            assert getattr(mine, name).equal(getattr(theirs, name)), name
+        assert mine.tokens == theirs.tokens
+    for name in ("targets", "distilled", "sample_of"):
+        assert getattr(one, name).equal(getattr(other, name)), name
+
+
+def is_shared(batch):
+    return all(tensor is batch.teacher.inputs[name] for name, tensor in batch.student.inputs.items())
+
+
+def batch_of(collator, samples):
+    return collator.batch([pair for sample in samples for pair in collator.encode(*sample)])
+
+
+@pytest.mark.parametrize("packed", [(False, False), (True, True), (True, False)], ids=str)
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_shared_encoding_equals_two(name, packed, make, samples):
+    student, teacher = make(name), make(name, seed=1)
+    one, two = share_processing(student, teacher)
+    assert one is two
+    # All samples, and none, whose row has a blank image.
+    for chosen in (samples, samples[:1], []):
+        shared = batch_of(Collator(one, two, 4096, packed=packed), chosen)
+        apart = batch_of(Collator(student, teacher, 4096, packed=packed), chosen)
+        same(shared, apart)
+        assert is_shared(shared) == (packed[0] == packed[1])
+        assert not is_shared(apart)
+
+
+def change_template(processor):
+    processor.set_chat_template(processor.chat_template + " ")
+
+
+def change_size(processor):
+    processor.processor.image_processor = copy.deepcopy(processor.processor.image_processor)
+    processor.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+
+
+def change_token(processor):
+    processor.tokenizer.add_tokens(["magenta"])
+
+
+def change_prefix(processor):
+    processor.learn_answer_prefix = True
+
+
+def change_rows(processor):
+    processor.one_row = True
+
+
+def change_replacement(processor):
+    processor.processor.patch_size = 14
+
+
+CHANGES = [change_template, change_size, change_token, change_prefix, change_rows, change_replacement]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_processors_that_differ_are_not_shared(change, make):
+    student, teacher = make("llava"), make("llava")
+    assert student.recipe() == teacher.recipe()
+    change(teacher)
+    assert share_processing(student, teacher) == (student, teacher)
+
+
+def test_features_in_place_of_pixels_are_shared_only_with_the_same_ones(make):
+    student, teacher = make("llava"), make("llava")
+
+    def features(images):
+        raise AssertionError
+
+    own = student.with_features(features)
+    assert share_processing(own, teacher)[1] is teacher
+    assert share_processing(own, teacher.with_features(features))[1] is own
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __getitem__(self, index):
+        return self.batch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shared_pixels_are_sent_and_moved_once(workers, make, samples):
+    processor = make("llava")
+    batch = batch_of(Collator(processor, processor, 4096), samples)
+    (arrived,) = make_loader(Items(batch), 0, 1, workers=workers)
+    same(arrived, batch)
+    assert is_shared(arrived)
+    moved = arrived.to("meta")
+    assert moved.student.inputs["pixel_values"].is_meta
+    assert is_shared(moved)
+    # A model's side can still be given other inputs without the other's noticing.
+    del moved.student.inputs["pixel_values"]
+    assert "pixel_values" in moved.teacher.inputs
+
+
+def test_documents_are_shared(make):
+    processor = make("llava")
+    batch = batch_of(Collator(processor, processor, 8), [(Document("What colour is the circle? It is red."),)])
+    apart = batch_of(Collator(processor, make("llava"), 8), [(Document("What colour is the circle? It is red."),)])
+    same(batch, apart)
+    assert is_shared(batch)
