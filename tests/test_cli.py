@@ -84,7 +84,9 @@ def test_a_cache_is_filled_and_then_learnt_from(material, command, monkeypatch):
         (["training.steps=many"], "training.steps"),
         (["training.batch_size=9"], "9 is not divisible"),
         (["loss.0.name=tied"], "did you mean 'taid'?"),
-        (["loss.0.t_start=7"], "taid"),
+        (["loss.0.t_strat=0.4"], "loss taid has no parameter 't_strat' (did you mean 't_start'?)"),
+        (["loss.0.divergence.name=jsdd"], "loss taid: divergence is 'jsdd' (did you mean 'jsd'?)"),
+        (["loss.0.divergence={name: jsd, bta: 0.1}"], "divergence jsd has no parameter 'bta'"),
     ],
 )
 def test_mistakes_found_before_processes_start(material, command, overrides, says):
@@ -94,11 +96,32 @@ def test_mistakes_found_before_processes_start(material, command, overrides, say
     assert errors.count("\n") == 1
 
 
+def test_what_starts_ranks_imports_nothing_heavy():
+    """The ranks import torch and the rest; imported here too, it would cost seconds and half a gigabyte."""
+    program = """
+import sys
+from vlm_distill.cli import app
+from vlm_distill.config.checks import check_caches
+from vlm_distill.config.file import load_config
+from vlm_distill.losses import available
+from vision.train import check
+
+check_caches(load_config("configs/demo/taid.yaml", ["teacher.cache.folder=cache"]))
+check(["configs/cifar100/resnet56_resnet20/kd.yaml"], 2)
+assert "taid" in available()
+heavy = "torch torchvision transformers deepspeed timm open_clip datasets numpy pandas PIL".split()
+print([name for name in heavy if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["training.device=cuda"], "PyTorch finds no CUDA device; use cpu or auto"),
         (["teacher.path=nowhere"], "nowhere"),
+        (["loss.0.t_start=7"], "loss taid: t_start is 7; give a number from 0 to 1"),
         (["data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.eval=[{path: DATA}, {path: DATA}]"], "2 sources are called data"),
         (

@@ -27,8 +27,6 @@ def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
     terms: list[AnyTerm] = []
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
-        if "teacher" in loss.needs and config.teacher is None:
-            raise UserError(f"loss {section.name} needs a teacher; add a teacher section or use cross_entropy alone")
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
         if isinstance(loss, BatchLoss):

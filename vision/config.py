@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from vlm_distill.config import deepspeed_keys
-from vlm_distill.config.checks import check_weights
+from vlm_distill.config.checks import check_losses
 from vlm_distill.config.fields import AboveZero, AtLeastZero, DType, Fraction, NotNegative, Positive, Section
 from vlm_distill.config.sections import DeepSpeedSection, LossSection, TrainingSection
 
-from .transforms import Augmentation, Erasing, Mixing
+from .augmentation import Augmentation, Erasing, Mixing
+from .losses import REGISTRY
 
 Colour = tuple[float, float, float]
 
@@ -212,7 +213,7 @@ class ClassifierConfig(Section):
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> ClassifierConfig:
-        check_weights(self.loss)
+        check_losses(self.loss, REGISTRY, has_teacher=self.teacher is not None)
         if self.evaluation.every_epochs is not None and not self.data.eval:
             raise ValueError(
                 "evaluation.every_epochs: there is nothing to evaluate; name data.eval, or leave every_epochs out"

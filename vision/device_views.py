@@ -9,9 +9,10 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from .augmentation import Erasing, Mixing
 from .inputs import InputSettings
 from .loader import ImageBatch
-from .transforms import Erasing, Mixing, kept_randomness, seed_randomness
+from .transforms import kept_randomness, seed_randomness
 
 
 class Views(NamedTuple):

@@ -21,8 +21,9 @@ from data.images import load_image
 from data.loader import StepSplit, describe_samples, problem_of
 from data.mixture import Mixture
 
+from .augmentation import Augmentation
 from .inputs import InputSettings
-from .transforms import Augmentation, build_transform, kept_randomness, seed_randomness
+from .transforms import build_transform, kept_randomness, seed_randomness
 
 if TYPE_CHECKING:
     from data.classification import LabelledImages

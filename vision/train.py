@@ -22,11 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(arguments: Sequence[str], nproc: int) -> None:
     """Raise ``UserError`` for mistakes in a configuration alone, before processes are started."""
-    from .build import build_terms
-
-    config = load_config(arguments[0], arguments[1:], ClassifierConfig)
-    split_batch(config, nproc)
-    build_terms(config)
+    split_batch(load_config(arguments[0], arguments[1:], ClassifierConfig), nproc)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from PIL import Image
 
 from data.errors import UserError
 from vlm_distill.caching import fill_loop
-from vlm_distill.caching.fill import check, fill
+from vlm_distill.caching.fill import fill
 from vlm_distill.caching.store import _checksum
 from vlm_distill.caching.token_records import TokenCache, TokenWriter
+from vlm_distill.config.checks import check_caches
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.inspection import Inspection
@@ -341,7 +342,7 @@ def test_a_folder_that_holds_no_cache(own, processes):
     with pytest.raises(UserError, match=r"holds no cache; fill it: vlm-distill cache CONFIG"):
         Trainer(own[1](), processes)
     with pytest.raises(UserError, match=r"set teacher\.cache\.folder"):
-        check(own[1]().model_copy(update={"teacher": None}))
+        check_caches(own[1]().model_copy(update={"teacher": None}))
 
 
 def test_likeliest_tokens_among_others_are_refused(own, processes):

@@ -32,9 +32,9 @@ from data.mixture import Mixture
 from data.opening import open_source, open_text
 from data.tsv import TsvTable
 from data.workers import make_loader
+from vision.augmentation import Augmentation
 from vision.inputs import InputSettings
 from vision.loader import ImageSteps, ViewSettings
-from vision.transforms import Augmentation
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models.composed_processor import ComposedProcessor
 from vlm_distill.models.image_transform import ImageTransform

@@ -1,12 +1,15 @@
 """The losses row by row: closed forms against definitions, properties, infinities, parameters."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
+from vision import losses as vision_losses
 from vlm_distill import losses
 from vlm_distill.losses import DistillationLoss, LossError
+from vlm_distill.losses.divergence import Divergence
 
 DIVERGENCES = {
     "forward_kl": {},
@@ -432,6 +435,16 @@ def test_mistakes_get_one_line(name, params, message):
         losses.build(name, **params)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("registry", [losses.REGISTRY, vision_losses.REGISTRY], ids=["tokens", "classes"])
+def test_what_is_known_without_torch_is_what_the_classes_say(registry):
+    for name, entry in registry.entries.items():
+        kind = entry.load()
+        assert entry.parameters == tuple(inspect.signature(kind).parameters), name
+        assert entry.summary() == inspect.getdoc(kind).splitlines()[0], name
+        assert entry.needs == kind.needs, name
+        assert not entry.compares or issubclass(kind, Divergence), name
 
 
 def test_available_describes_each_loss():

@@ -27,7 +27,7 @@ def small(monkeypatch):
 @pytest.fixture
 def whole_rows(monkeypatch):
     """Make ``recompute`` run what a GPU runs without it: tiles of whole rows, gradients of several blocks at once."""
-    module = sys.modules["vlm_distill.losses.fused_linear"]
+    module = sys.modules["vlm_distill.losses.from_hidden"]
 
     def uncut(work, terms, count, *, recompute):
         return tiles.Tiles(work, terms, count, recompute=False)

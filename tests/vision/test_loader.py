@@ -17,10 +17,10 @@ from data.images import load_image
 from data.loader import StepSplit
 from data.mixture import Mixture
 from data.workers import make_loader
+from vision.augmentation import Augmentation, Erasing, Mixing
 from vision.device_views import DeviceViews
 from vision.inputs import InputSettings
 from vision.loader import ImageSteps, ViewSettings
-from vision.transforms import Augmentation, Erasing, Mixing
 from vlm_distill.caching.class_logits import LogitCache
 
 INPUTS = InputSettings((16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)

@@ -1,17 +1,21 @@
-"""Losses for distilling classifiers: those on logits from vlm_distill, losses of a batch, and losses on features."""
+"""Losses for distilling classifiers: those on logits from vlm_distill, losses of a batch, and losses on features.
+
+To add one: write its class in a file of its own, and list it in ``catalogue.py``.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from vlm_distill import losses
-from vlm_distill.losses import BatchLoss, DistillationLoss, FeatureLoss, Loss, Registry
+from .catalogue import REGISTRY, available, build
 
-from .dist import DIST
-from .hard_labels import HardLabels
-from .label_cross_entropy import CrossEntropy
-from .mlkd import MLKD
-from .stage_features import AttentionTransfer, FitNet, RelationalKD, SimilarityPreserving
+if TYPE_CHECKING:
+    from .dist import DIST
+    from .hard_labels import HardLabels
+    from .label_cross_entropy import CrossEntropy
+    from .mlkd import MLKD
+    from .stage_features import AttentionTransfer, FitNet, RelationalKD, SimilarityPreserving
 
 __all__ = [
     "DIST",
@@ -27,41 +31,10 @@ __all__ = [
     "build",
 ]
 
-#: The losses that a classifier's configuration can name.
-REGISTRY: Registry[DistillationLoss | BatchLoss | FeatureLoss] = Registry(
-    {
-        # Without the loss between tokenizers: classes are mapped before any loss.
-        **{k: v for k, v in losses.REGISTRY.kinds.items() if issubclass(v, DistillationLoss) and not v.takes_groups},
-        "cross_entropy": CrossEntropy,
-        "hard_labels": HardLabels,
-        "mlkd": MLKD,
-        "dist": DIST,
-        "fitnet": FitNet,
-        "attention_transfer": AttentionTransfer,
-        "similarity_preserving": SimilarityPreserving,
-        "relational_kd": RelationalKD,
-    }
-)
 
-
-def available(kind: type[Loss] = Loss) -> dict[str, str]:
-    """Return the names that ``build`` knows, each with one line about the loss.
-
-    Args:
-        kind: ``DistillationLoss``, ``BatchLoss`` or ``FeatureLoss`` for those only.
-    """
-    return REGISTRY.available(kind)
-
-
-def build(name: str, **params: Any) -> DistillationLoss | BatchLoss | FeatureLoss:
-    """Build a loss by name.
-
-    Args:
-        name: one of ``available()``.
-        params: the parameters of its constructor; with ``standardise=True`` a loss between two models' logits sees them
-            standardised (MLKD in its instance term only).
-
-    Raises:
-        LossError: there is no such loss or parameter, or a value is out of range.
-    """
-    return REGISTRY.build(name, params)
+def __getattr__(name: str) -> Any:
+    for entry in REGISTRY.entries.values():
+        module, _, kind = entry.home.partition(":")
+        if kind == name and module.startswith(__name__):
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

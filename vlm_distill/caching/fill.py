@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from data.errors import UserError
+from vlm_distill.config.checks import check_caches
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.runtime.processes import Processes
 
@@ -16,22 +16,13 @@ from .fill_tokens import TokenFilling
 from .store import filling
 
 
-def check(config: RunConfig) -> None:
-    """Raise ``UserError`` if the configuration names no cache."""
-    if (config.teacher is None or config.teacher.cache is None) and config.student.vision_cache is None:
-        raise UserError(
-            "teacher.cache: says where the teacher's outputs go; set teacher.cache.folder, or student.vision_cache for "
-            "the features of a frozen vision encoder"
-        )
-
-
 def fill(config: RunConfig, processes: Processes) -> None:
     """Fill all caches of a configuration, the teacher's first. Collective.
 
     Raises:
         UserError: none is named, another command is filling one of them, or it cannot be filled.
     """
-    check(config)
+    check_caches(config)
     if config.teacher is not None and config.teacher.cache is not None:
         fill_one(TokenFilling(config, processes))
     if config.student.vision_cache is not None:

@@ -27,12 +27,8 @@ def train(run: RunOptions, nproc: Processes = 1) -> None:
     from vlm_distill.config.batch_split import split_batch
     from vlm_distill.config.file import load_config
 
-    # Report mistakes before processes start, and before imports that take seconds.
-    config = load_config(run.config, run.overrides or ())
-    split_batch(config, nproc)
-    from vlm_distill.run import Run
-
-    _ = Run(config).terms
+    # Report mistakes before processes start. Nothing that takes seconds to import is imported here: the ranks do that.
+    split_batch(load_config(run.config, run.overrides or ()), nproc)
     raise typer.Exit(launch_training("vlm_distill.train", words_of(run), nproc))
 
 
@@ -57,10 +53,10 @@ def cache(run: RunOptions, nproc: Processes = 1) -> None:
     Training then reads them from there and never loads the teacher. With student.vision_cache, the features of a
     frozen vision encoder are stored in the same way. An interrupted fill resumes when started again.
     """
-    from vlm_distill.caching.fill import check
+    from vlm_distill.config.checks import check_caches
     from vlm_distill.config.file import load_config
 
-    check(load_config(run.config, run.overrides or ()))
+    check_caches(load_config(run.config, run.overrides or ()))
     raise typer.Exit(launch("vlm_distill.cache", words_of(run), nproc))
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from data.errors import UserError
+from vlm_distill.losses import REGISTRY, Registry
+
 # A run is `sections.RunConfig`, whose validation reads this table; imported here, that would be a circle.
 Run = Any
 
@@ -21,25 +24,48 @@ class Rule(NamedTuple):
     message: str
 
 
-class Weighted(Protocol):
+class Named(Protocol):
     """A term of the loss."""
 
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_extra(self) -> dict[str, Any] | None: ...
     @property
     def weight(self) -> float: ...
 
 
 def check_run(run: Run) -> None:
     """Raise ``ValueError`` with the message of the first rule that a run breaks."""
-    check_weights(run.loss)
     for rule in RULES:
         if rule.broken(run):
             raise ValueError(rule.message)
+    check_losses(run.loss, REGISTRY, has_teacher=run.teacher is not None)
 
 
-def check_weights(losses: Sequence[Weighted]) -> None:
-    """Raise ``ValueError`` where all losses have weight 0, so that nothing would be learnt."""
-    if all(section.weight == 0 for section in losses):
+def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: bool) -> None:
+    """Raise ``ValueError`` for losses that cannot be built, without importing torch; their values are checked then.
+
+    Args:
+        losses: terms of the loss.
+        known: the losses of this path.
+        has_teacher: whether the run has a teacher.
+    """
+    for term in losses:
+        entry = known.check(term.name, term.model_extra or {})
+        if "teacher" in entry.needs and not has_teacher:
+            raise ValueError(f"loss {term.name} needs a teacher; add a teacher section or use cross_entropy alone")
+    if all(term.weight == 0 for term in losses):
         raise ValueError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
+
+
+def check_caches(run: Run) -> None:
+    """Raise ``UserError`` if a run that shall fill its caches names none."""
+    if not _cached(run) and run.student.vision_cache is None:
+        raise UserError(
+            "teacher.cache: says where the teacher's outputs go; set teacher.cache.folder, or student.vision_cache for "
+            "the features of a frozen vision encoder"
+        )
 
 
 def _served(run: Run) -> bool:

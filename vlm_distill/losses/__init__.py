@@ -1,38 +1,43 @@
 """Distillation losses by name, and the path from hidden states to their sums without whole logits.
 
-Needs torch and nothing else of this project, so it can be used inside any other. To add a loss: write its class in a
-file of its own and list it in ``REGISTRY``.
+Needs torch and nothing else of this project, so it can be used inside any other. Torch is imported once something is
+used that needs it: commands check losses by name without it. To add a loss, write its class in a file of its own and
+list it in ``catalogue.py``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .adaptive_kl import AdaptiveKL
-from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
-from .ctkd import CTKD
-from .diagnostics import Diagnostics
-from .dkd import DKD
+from .catalogue import REGISTRY, available, build
 from .errors import LossError
-from .feature_distances import HiddenStates, ProjectorFeatures, VisionFeatures
-from .feature_loss import FeatureLoss, FeatureTerm, wanted_features
-from .forward_kl import KD, ForwardKL
-from .fused_linear import fused_linear
-from .groups import TokenGroups
-from .heads import HiddenTargets
-from .jsd import JSD
-from .minilm import MiniLM
-from .on_logits import on_logits
-from .registry import Registry
-from .reverse_kl import ReverseKL
-from .skew_kl import SkewForwardKL, SkewReverseKL
-from .standardise import Standardised
-from .sums import LossSums, TermSums
-from .taid import TAID
-from .token_cross_entropy import CrossEntropy
-from .topk import TopKTargets
-from .tvd import TVD
-from .uld import ULD
+from .registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from .adaptive_kl import AdaptiveKL
+    from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
+    from .ctkd import CTKD
+    from .diagnostics import Diagnostics
+    from .dkd import DKD
+    from .feature_distances import HiddenStates, ProjectorFeatures, VisionFeatures
+    from .feature_loss import FeatureLoss, FeatureTerm, wanted_features
+    from .forward_kl import KD, ForwardKL
+    from .from_hidden import fused_linear
+    from .from_logits import on_logits
+    from .groups import TokenGroups
+    from .heads import HiddenTargets
+    from .jsd import JSD
+    from .minilm import MiniLM
+    from .reverse_kl import ReverseKL
+    from .skew_kl import SkewForwardKL, SkewReverseKL
+    from .standardise import Standardised
+    from .sums import LossSums, TermSums
+    from .taid import TAID
+    from .token_cross_entropy import CrossEntropy
+    from .topk import TopKTargets
+    from .tvd import TVD
+    from .uld import ULD
 
 __all__ = [
     "CTKD",
@@ -48,6 +53,7 @@ __all__ = [
     "CrossEntropy",
     "Diagnostics",
     "DistillationLoss",
+    "Entry",
     "FeatureLoss",
     "FeatureTerm",
     "ForwardKL",
@@ -77,49 +83,40 @@ __all__ = [
     "wanted_features",
 ]
 
-#: The losses that a vision-language model's configuration can name.
-REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
-    {
-        "taid": TAID,
-        "forward_kl": ForwardKL,
-        "reverse_kl": ReverseKL,
-        "jsd": JSD,
-        "skew_forward_kl": SkewForwardKL,
-        "skew_reverse_kl": SkewReverseKL,
-        "tvd": TVD,
-        "adaptive_kl": AdaptiveKL,
-        "kd": KD,
-        "dkd": DKD,
-        "ctkd": CTKD,
-        "uld": ULD,
-        "cross_entropy": CrossEntropy,
-        "hidden_states": HiddenStates,
-        "vision_features": VisionFeatures,
-        "projector_features": ProjectorFeatures,
-        "minilm": MiniLM,
-        "diagnostics": Diagnostics,
-    }
-)
+#: Where the names are that need torch.
+_HOMES = {
+    "adaptive_kl": "AdaptiveKL",
+    "base": "BatchLoss DistillationLoss Loss Progress RowResult Term",
+    "ctkd": "CTKD",
+    "diagnostics": "Diagnostics",
+    "dkd": "DKD",
+    "feature_distances": "HiddenStates ProjectorFeatures VisionFeatures",
+    "feature_loss": "FeatureLoss FeatureTerm wanted_features",
+    "forward_kl": "KD ForwardKL",
+    "from_hidden": "fused_linear",
+    "groups": "TokenGroups",
+    "heads": "HiddenTargets",
+    "jsd": "JSD",
+    "minilm": "MiniLM",
+    "from_logits": "on_logits",
+    "reverse_kl": "ReverseKL",
+    "skew_kl": "SkewForwardKL SkewReverseKL",
+    "standardise": "Standardised",
+    "sums": "LossSums TermSums",
+    "taid": "TAID",
+    "token_cross_entropy": "CrossEntropy",
+    "topk": "TopKTargets",
+    "tvd": "TVD",
+    "uld": "ULD",
+}
 
 
-def available(kind: type[Loss] = Loss) -> dict[str, str]:
-    """Return the names that ``build`` knows, each with one line about the loss.
-
-    Args:
-        kind: ``DistillationLoss`` or ``FeatureLoss`` for those only.
-    """
-    return REGISTRY.available(kind)
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
-    """Build a loss by name.
-
-    Args:
-        name: one of ``available()``.
-        params: the parameters of its constructor, such as ``t_start`` or ``temperature``; with ``standardise=True`` a
-            loss between two models' logits sees them standardised.
-
-    Raises:
-        LossError: there is no such loss or parameter, or a value is out of range.
-    """
-    return REGISTRY.build(name, params)
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,37 +10,22 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .adaptive_kl import AdaptiveKL
 from .base import DistillationLoss, Progress, RowResult
+from .catalogue import REGISTRY
 from .divergence import Divergence
 from .errors import LossError
 from .forward_kl import ForwardKL
-from .jsd import JSD
 from .kernels import Form
 from .parameters import check_choice, check_flag, check_number
 from .registry import make
-from .reverse_kl import ReverseKL
-from .skew_kl import SkewForwardKL, SkewReverseKL
 from .softmax import entropy, kl_divergence, relative_entropy_, softmax_, upcast
 from .taid_pace import Pace, sigmoid
-from .tvd import TVD
 
 # In the schedule `adaptive`, t never lags behind (n/N)³ of its way: far below the line for most of the run, and t_end
 # at its end.
 _FLOOR_POWER = 3.0
 
 SCHEDULES = ("paper", "linear", "cosine", "exponential", "adaptive")
-# Divergences that can compare the target with the student. List a new one here if it makes sense between the two.
-_COMPARES: tuple[type[Divergence], ...] = (
-    ForwardKL,
-    ReverseKL,
-    JSD,
-    SkewForwardKL,
-    SkewReverseKL,
-    TVD,
-    AdaptiveKL,
-)
-_DIVERGENCES = {kind.label: kind for kind in _COMPARES}
 
 
 class TAID(DistillationLoss):
@@ -271,15 +256,8 @@ class TAID(DistillationLoss):
 def _divergence(given: str | Mapping[str, Any]) -> Divergence:
     """Build the divergence from its name, or from a mapping with its name and parameters."""
     where = "loss taid: divergence"
-    if not isinstance(given, str | Mapping):
-        raise LossError(f"{where} is {given!r}; give a name, or a mapping with a name as in {{name: jsd, beta: 0.1}}")
-    settings = {"name": given} if isinstance(given, str) else dict(given)
-    if "name" not in settings:
-        raise LossError(f"{where} has no name; give it as in {{name: jsd, beta: 0.1}}")
-    name = check_choice(where, settings.pop("name"), list(_DIVERGENCES))
-    if "temperature" in settings:
-        raise LossError(f"{where} {name}: TAID compares at temperature 1; leave temperature out")
+    name, params = REGISTRY.divergence(where, given)
     try:
-        return make(_DIVERGENCES[name], f"{where} {name}", settings)
+        return make(REGISTRY.entries[name].load(), f"{where} {name}", params)
     except LossError as error:
         raise LossError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None

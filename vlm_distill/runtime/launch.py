@@ -88,7 +88,6 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         arguments: its command line.
         nproc: processes on this machine, one per GPU.
     """
-    settle_accelerator()
     environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     environment[_LAUNCHER] = str(os.getpid())
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))

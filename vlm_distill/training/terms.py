@@ -42,8 +42,6 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
 
 def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLoss) -> None:
     """Raise ``UserError`` if a loss needs what this configuration does not give."""
-    if "teacher" in loss.needs and config.teacher is None:
-        raise UserError(f"loss {name} needs a teacher; add a teacher section or use cross_entropy alone")
     whole_rows = isinstance(loss, DistillationLoss) and loss.kernel_form() is None
     if config.training.recompute_logits and whole_rows:
         raise UserError(f"loss {name} needs whole rows of logits; leave it or training.recompute_logits out")

@@ -1,0 +1,69 @@
+"""The losses that a vision-language model's configuration can name, described without importing torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .registry import TARGETS, TEACHER, Entry, Registry
+
+if TYPE_CHECKING:
+    from .base import DistillationLoss, Loss
+    from .feature_loss import FeatureLoss
+
+REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
+    {
+        "taid": Entry(
+            "vlm_distill.losses.taid:TAID",
+            ("t_start", "t_end", "alpha", "beta", "schedule", "rate", "divergence", "power", "target_entropy"),
+        ),
+        "forward_kl": Entry("vlm_distill.losses.forward_kl:ForwardKL", ("temperature",), compares=True),
+        "reverse_kl": Entry("vlm_distill.losses.reverse_kl:ReverseKL", ("temperature",), compares=True),
+        "jsd": Entry("vlm_distill.losses.jsd:JSD", ("beta", "temperature", "convention"), compares=True),
+        "skew_forward_kl": Entry("vlm_distill.losses.skew_kl:SkewForwardKL", ("alpha", "temperature"), compares=True),
+        "skew_reverse_kl": Entry("vlm_distill.losses.skew_kl:SkewReverseKL", ("alpha", "temperature"), compares=True),
+        "tvd": Entry("vlm_distill.losses.tvd:TVD", ("temperature",), compares=True),
+        "adaptive_kl": Entry(
+            "vlm_distill.losses.adaptive_kl:AdaptiveKL", ("mu", "temperature", "convention"), compares=True
+        ),
+        "kd": Entry("vlm_distill.losses.forward_kl:KD", ("temperature",)),
+        "dkd": Entry("vlm_distill.losses.dkd:DKD", ("alpha", "beta", "temperature"), needs=TARGETS | TEACHER),
+        "ctkd": Entry(
+            "vlm_distill.losses.ctkd:CTKD",
+            ("t_start", "t_range", "g", "loops", "decay", "grl_coefficient", "instance", "width"),
+        ),
+        "uld": Entry("vlm_distill.losses.uld:ULD", ("temperature",), classes=False),
+        "cross_entropy": Entry("vlm_distill.losses.token_cross_entropy:CrossEntropy", needs=TARGETS),
+        "hidden_states": Entry(
+            "vlm_distill.losses.feature_distances:HiddenStates", ("layers", "distance"), classes=False
+        ),
+        "vision_features": Entry("vlm_distill.losses.feature_distances:VisionFeatures", ("distance",), classes=False),
+        "projector_features": Entry(
+            "vlm_distill.losses.feature_distances:ProjectorFeatures", ("distance",), classes=False
+        ),
+        "minilm": Entry("vlm_distill.losses.minilm:MiniLM", ("relation_heads",), classes=False),
+        "diagnostics": Entry("vlm_distill.losses.diagnostics:Diagnostics"),
+    }
+)
+
+
+def available(kind: type[Loss] | None = None) -> dict[str, str]:
+    """Return the names that ``build`` knows, each with one line about the loss.
+
+    Args:
+        kind: ``DistillationLoss`` or ``FeatureLoss`` for those only.
+    """
+    return REGISTRY.available(kind)
+
+
+def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
+    """Build a loss by name.
+
+    Args:
+        name: one of ``available()``.
+        params: the parameters of its constructor, such as ``t_start`` or ``temperature``; with ``standardise=True`` a
+            loss between two models' logits sees them standardised.
+
+    Raises:
+        LossError: there is no such loss or parameter, or a value is out of range.
+    """
+    return REGISTRY.build(name, params)
