@@ -11,17 +11,11 @@ from pydantic import ValidationError
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
+from vision.augmentation import Augmentation, Erasing, Mixing
 from vision.device_views import DeviceViews
 from vision.inputs import InputSettings
 from vision.loader import ImageBatch
-from vision.transforms import (
-    Augmentation,
-    Erasing,
-    Mixing,
-    build_transform,
-    kept_randomness,
-    seed_randomness,
-)
+from vision.transforms import build_transform, kept_randomness, seed_randomness
 
 INPUTS = InputSettings((32, 32), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "bicubic", 0.875)
 TEACHER = InputSettings((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875)
