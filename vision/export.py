@@ -90,8 +90,9 @@ def export(classifier: Classifier, folder: Path, about: About, onnx: bool = Fals
 
 
 def _write_onnx(classifier: Classifier, path: Path) -> float:
+    """Write ``model.onnx``, and return how far its logits are from torch's."""
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -111,6 +112,7 @@ def _write_onnx(classifier: Classifier, path: Path) -> float:
             dynamo=True,
             verbose=False,
         )
+        onnx.save(_without_traces(onnx.load(str(path))), str(path))
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # torch and its converters raise anything for what they cannot express
         raise UserError(f"--onnx: this model cannot be put into ONNX: {first_line(error)}") from error
@@ -123,6 +125,14 @@ def _write_onnx(classifier: Classifier, path: Path) -> float:
     if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
         raise UserError(f"--onnx: its logits differ from torch's by up to {difference:.1e}; {path} is not to be used")
     return difference
+
+
+def _without_traces(model: Any) -> Any:
+    """Return an ONNX model without what the exporter wrote about its own code, which names files of this machine."""
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.functions):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    return model
 
 
 def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:

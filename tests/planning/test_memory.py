@@ -106,6 +106,27 @@ def test_a_shared_or_sharded_teacher_takes_its_share():
     assert (row.teacher, row.host) == (2e9, 1e10)
 
 
+@pytest.mark.parametrize("prefix", ["", "stage3_"])
+@pytest.mark.parametrize(
+    ("key", "value", "parameters", "peak"),
+    [
+        # Weights of 400 bytes on two ranks, of which parameters of 40 bytes stay whole: 240 kept, and up to 360 live.
+        ("max_live_parameters", 50, 240 + 160, -200),
+        ("max_live_parameters", 5, 240, -360),
+        ("prefetch_bucket_size", 10, 600, -360),
+    ],
+)
+def test_a_plan_follows_the_limits_of_zero_3(prefix, key, value, parameters, peak):
+    points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
+    rows = []
+    for zero in ({}, {prefix + key: value}):
+        sizes = _sizes(small=10, deepspeed=DeepSpeedSection(stage=3, zero_optimization=zero))
+        rows.append(rank_memory(sizes, points, 1, 3, "none", 2, 1, 1e12))
+    default, limited = rows
+    assert default.parameters == 600
+    assert (limited.parameters, limited.peak - default.peak) == (parameters, peak)
+
+
 def test_what_is_offloaded_lies_in_main_memory():
     points = {1: Micro(0, 0, 0, 1, 1), 2: Micro(0, 0, 0, 1, 1)}
     plain = rank_memory(_sizes(), points, 1, 3, "replicate", 1, 1, 1e12)

@@ -93,6 +93,7 @@ def test_onnx_takes_pixels_and_gives_torchs_logits(student, tmp_path):
     torch.testing.assert_close(found, student((pixels - mean) / std).logits.detach(), atol=1e-4, rtol=1e-4)
     assert f"{difference:.1e}" in (tmp_path / "README.md").read_text()
     assert not list(tmp_path.glob("*.data"))
+    assert b".py" not in (tmp_path / "model.onnx").read_bytes()  # source files of the exporter's stack traces
 
 
 def test_mistakes(student, tmp_path, capsys):

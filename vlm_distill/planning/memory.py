@@ -16,6 +16,12 @@ BUCKET, LIVE, PREFETCH, PERSISTENT = 500_000_000, 1_000_000_000, 50_000_000, 100
 MOST = 4096
 
 
+def zero3_elements(section: DeepSpeedSection, key: str, default: int) -> int:
+    """Return one of ZeRO-3's limits, in elements; DeepSpeed reads the key with and without ``stage3_`` before it."""
+    value = section.zero.get(f"stage3_{key}", section.zero.get(key))
+    return int(value) if isinstance(value, int | float) else default
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What decides how much ZeRO holds: sizes of a run's models, and its settings.
@@ -210,11 +216,13 @@ class _Parameters:
 
 def _parameters(sizes: Sizes, stage: int, gpus: int, fp32: bool) -> _Parameters:
     working, whole = 4 if fp32 else 2, sizes.weights(stage)
-    most_live = min(LIVE * working, whole)
+    most_live = min(zero3_elements(sizes.deepspeed, "max_live_parameters", LIVE) * working, whole)
     if stage < 3 or gpus == 1:
         return _Parameters(whole, whole, most_live=most_live)
     small = working * sizes.small
-    return _Parameters(whole, whole / gpus + small, most_live - small, min(PREFETCH * working, whole), most_live)
+    ahead = zero3_elements(sizes.deepspeed, "prefetch_bucket_size", PREFETCH) * working
+    # Small parameters are whole all the time, even if fewer may be live.
+    return _Parameters(whole, whole / gpus + small, max(0, most_live - small), min(ahead, whole), most_live)
 
 
 def _update(sizes: Sizes, stage: int, gpus: int, fp32: bool) -> float:

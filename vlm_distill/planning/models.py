@@ -25,7 +25,7 @@ from vlm_distill.run import Run
 from vlm_distill.training.optimizers import state_bytes
 from vlm_distill.training.schedule import lr_scales, parameter_groups
 
-from .memory import BUCKET, PERSISTENT, Sizes
+from .memory import BUCKET, PERSISTENT, Sizes, zero3_elements
 from .simulation import HeadCost, Meter, Micro, losses_cost, simulate
 
 
@@ -132,6 +132,7 @@ class Models:
         scales = lr_scales(self.student.parts, optimizer.part_lr, optimizer.lr)
         groups = parameter_groups(self.student, optimizer.weight_decay, scales)
         bucket = deepspeed.zero.get("reduce_bucket_size")
+        persistent = zero3_elements(deepspeed, "param_persistence_threshold", PERSISTENT)
         counts = [(p.numel(), p.requires_grad) for p in self.student.parameters()]
         return Sizes(
             total=sum(count for count, _ in counts),
@@ -139,7 +140,7 @@ class Models:
             learned=sum(_count(list(term.loss.parameters())) for term in self.run.terms),
             largest=max(count for count, trains in counts if trains),
             group=max(_count(group["params"]) for group in groups),
-            small=sum(count for count, _ in counts if count < PERSISTENT),
+            small=sum(count for count, _ in counts if count < persistent),
             bucket=bucket if isinstance(bucket, int) else BUCKET,
             bf16=self.bf16,
             on_cpu=self.on_cpu,
