@@ -123,7 +123,10 @@ def test_plain_peft_loads_the_adapter_onto_a_language_model(tmp_path, talk):
     save_adapter(model, tmp_path / "adapter", str(base))
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(".lora_" in name for name in stored)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["task_type"] == "CAUSAL_LM"
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    assert len(settings["target_modules"]) > 2
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
     ids = model.processor.encode(talk("what color is it ?", "red"), []).input_ids[None]
     with torch.no_grad():

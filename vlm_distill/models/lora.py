@@ -124,6 +124,8 @@ def save_adapter(
     settings = copy.copy(root.peft_config[ADAPTER])
     settings.base_model_name_or_path, settings.inference_mode = base, True
     settings.modules_to_save = kept or None
+    # peft keeps a set, whose order differs between processes.
+    settings.target_modules = sorted(settings.target_modules)
     settings.save_pretrained(folder)
     model.processor.save_pretrained(folder)
 
