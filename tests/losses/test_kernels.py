@@ -25,6 +25,11 @@ LOSSES = {
     "skew_forward_kl at T": {"alpha": 0.7, "temperature": 2.0},
     "skew_reverse_kl": {},
     "skew_reverse_kl at T": {"alpha": 0.7, "temperature": 2.0},
+    "skew_reverse_kl held": {"hold": True},
+    "alpha_beta": {},
+    "alpha_beta at T": {"alpha": 0.9, "beta": 0.3, "temperature": 2.0},
+    "todi": {},
+    "todi at T": {"temperature": 2.0},
     "tvd": {},
     "kd": {"temperature": 2.0},
     "taid": {"t_start": 0.3},
@@ -33,10 +38,12 @@ LOSSES = {
     "taid over reverse_kl": {"divergence": "reverse_kl"},
     "taid over jsd": {"divergence": {"name": "jsd", "beta": 0.2}},
     "taid over tvd": {"divergence": "tvd"},
+    "taid over alpha_beta": {"divergence": "alpha_beta"},
     "taid adaptive": {"schedule": "adaptive", "target_entropy": True},
     "cross_entropy": {},
 }
-FINITE = [name for name in LOSSES if "reverse_kl" not in name.replace("skew_reverse_kl", "") and "limit" not in name]
+INFINITE = ("reverse_kl", "taid over reverse_kl", "jsd by the limit", "todi")
+FINITE = [name for name in LOSSES if not name.startswith(INFINITE)]
 
 
 def make(name):

@@ -25,6 +25,21 @@ DIVERGENCES = {
     "tvd": {},
     "adaptive_kl": {},
     "adaptive_kl at T": {"mu": 0.8, "temperature": 2.0},
+    "alpha_beta": {},
+    "alpha_beta at T": {"alpha": 0.9, "beta": -0.3, "temperature": 2.0},
+    "alpha_beta near an axis": {"alpha": 0.8, "beta": 1e-4},
+    "alpha_beta on the other axis": {"alpha": 0.0, "beta": 0.6},
+    "alpha_beta where the sum is 0": {"alpha": 0.1, "beta": -0.1},
+    "alpha_beta near the origin": {"alpha": 0.04, "beta": 0.01},
+    "todi": {},
+    "todi at T": {"temperature": 2.0},
+    "amid": {},
+    "amid at T": {"temperature": 2.0, "alpha": 3.0, "order": "rq"},
+    "amid of logits": {"alpha": 1.0, "order": "rp"},
+    "amid qr": {"alpha": -1.0, "mix": 0.9, "order": "qr"},
+    "amid held qr": {"order": "qr", "hold": True},
+    "amid held rq": {"order": "rq", "hold": True},
+    "skew_reverse_kl held": {"hold": True},
     "kd": {"temperature": 2.0},
     "taid": {"t_start": 0.3},
     "taid at 0": {"t_start": 0.0},
@@ -33,6 +48,9 @@ DIVERGENCES = {
     "taid over jsd": {"divergence": {"name": "jsd", "beta": 0.2}, "schedule": "linear"},
     "taid over tvd": {"divergence": "tvd"},
     "taid over adaptive_kl": {"divergence": "adaptive_kl"},
+    "taid over alpha_beta": {"divergence": "alpha_beta"},
+    "taid over todi": {"divergence": "todi"},
+    "taid over amid": {"divergence": {"name": "amid", "order": "qr"}},
     "taid of probabilities": {"power": 1.0, "divergence": "reverse_kl"},
     "taid at power 0.5": {"power": 0.5},
     "uld": {},
@@ -40,8 +58,8 @@ DIVERGENCES = {
 }
 EVERY = {**DIVERGENCES, "cross_entropy": {}, "dkd": {"temperature": 2.0}, "dkd at 1": {"temperature": 1.0, "beta": 0.5}}
 EVERY["ctkd"] = {"t_range": 2.0, "grl_coefficient": -1.0}
-# Held fixed in the gradient: TAID's target, adaptive KL's weights.
-HELD = ("taid", "adaptive_kl")
+# Held fixed in the gradient: TAID's target, adaptive KL's and ToDi's weights, the student in a mixture.
+HELD = ("taid", "adaptive_kl", "todi", "amid held", "skew_reverse_kl held")
 SHAPES = [(3, 47), (31, 123), (1, 7)]
 
 
@@ -305,13 +323,23 @@ def test_a_token_that_one_model_rules_out():
     student, teacher, _ = logits(3, 47)
     ruled_out = teacher.clone()
     ruled_out[:, 4] = -math.inf
-    for name in [n for n in DIVERGENCES if not n.startswith(("reverse_kl", "adaptive_kl", "taid over adaptive"))]:
+    infinite = (
+        "reverse_kl",
+        "adaptive_kl",
+        "taid over adaptive",
+        "todi",
+        "taid over todi",
+        "alpha_beta on",
+        "alpha_beta where",
+    )
+    for name in [n for n in DIVERGENCES if not n.startswith(infinite)]:
         if name == "taid of probabilities":
             continue  # finite too, but not by rounding: its target is 0 nowhere that q is not
         result = rows(make(name), student, ruled_out)
         assert result.loss.isfinite().all(), name
         assert result.grad.isfinite().all(), name
-    assert rows(make("reverse_kl"), student, ruled_out).loss.isinf().all()
+    for name in ("reverse_kl", "todi", "alpha_beta on the other axis", "alpha_beta where the sum is 0"):
+        assert rows(make(name), student, ruled_out).loss.isinf().all(), name
     assert rows(make("forward_kl"), ruled_out, teacher).loss.isinf().all()
 
 
@@ -386,6 +414,19 @@ def test_missing_inputs_are_named():
         ),
         ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),
         ("taid", {"divergence": {"name": "tvd", "temperature": 2}}, "divergence tvd: TAID compares at temperature 1"),
+        ("alpha_beta", {"alpha": 3}, "loss alpha_beta: alpha is 3; give a number from -2 to 2"),
+        ("alpha_beta", {"beta": "x"}, "loss alpha_beta: beta is 'x'; give a number from -2 to 2"),
+        (
+            "alpha_beta",
+            {"alpha": -1, "beta": 0, "convention": "authors"},
+            "give a negative divergence; leave convention",
+        ),
+        ("amid", {"mix": 0}, "loss amid: mix is 0; give a number above 0"),
+        ("amid", {"mix": 1}, "loss amid: mix is 1, and r would be the teacher alone"),
+        ("amid", {"order": "pq"}, "loss amid: order is 'pq'"),
+        ("amid", {"hold": True}, "loss amid: with hold, order pr has no gradient; give order qr or rq"),
+        ("skew_reverse_kl", {"hold": 1}, "loss skew_reverse_kl: hold is 1; give true or false"),
+        ("skew_forward_kl", {"hold": True}, "loss skew_forward_kl has no parameter 'hold'"),
         ("jsd", {"convention": "trl"}, "loss jsd: convention is 'trl'; it must be one of paper, limit"),
         ("skew_forward_kl", {"alpha": 0}, "loss skew_forward_kl: alpha is 0; give a number above 0"),
         ("taid", {"t_strat": 0.4}, "loss taid has no parameter 't_strat' (did you mean 't_start'?)"),

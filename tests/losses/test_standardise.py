@@ -12,7 +12,7 @@ from vlm_distill.losses.heads import HiddenTargets
 from vlm_distill.models.lm_head import LMHead
 
 COMPARING = [n for n in losses.available(DistillationLoss) if n not in ("uld", "cross_entropy", "diagnostics")]
-HELD = ("taid", "adaptive_kl")
+HELD = ("taid", "adaptive_kl", "todi")
 
 
 def logits(n=4, v=9, seed=0):

@@ -16,6 +16,8 @@ from .registry import Entry, Registry
 
 if TYPE_CHECKING:
     from .adaptive_kl import AdaptiveKL
+    from .alpha_beta import AlphaBeta
+    from .amid import AMiD
     from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
     from .ctkd import CTKD
     from .diagnostics import Diagnostics
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .standardise import Standardised
     from .sums import LossSums, TermSums
     from .taid import TAID
+    from .todi import ToDi
     from .token_cross_entropy import CrossEntropy
     from .topk import TopKTargets
     from .tvd import TVD
@@ -48,7 +51,9 @@ __all__ = [
     "TAID",
     "TVD",
     "ULD",
+    "AMiD",
     "AdaptiveKL",
+    "AlphaBeta",
     "BatchLoss",
     "CrossEntropy",
     "Diagnostics",
@@ -73,6 +78,7 @@ __all__ = [
     "Standardised",
     "Term",
     "TermSums",
+    "ToDi",
     "TokenGroups",
     "TopKTargets",
     "VisionFeatures",
@@ -86,6 +92,8 @@ __all__ = [
 #: Where the names are that need torch.
 _HOMES = {
     "adaptive_kl": "AdaptiveKL",
+    "alpha_beta": "AlphaBeta",
+    "amid": "AMiD",
     "base": "BatchLoss DistillationLoss Loss Progress RowResult Term",
     "ctkd": "CTKD",
     "diagnostics": "Diagnostics",
@@ -104,6 +112,7 @@ _HOMES = {
     "standardise": "Standardised",
     "sums": "LossSums TermSums",
     "taid": "TAID",
+    "todi": "ToDi",
     "token_cross_entropy": "CrossEntropy",
     "topk": "TopKTargets",
     "tvd": "TVD",

@@ -20,11 +20,18 @@ REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
         "reverse_kl": Entry("vlm_distill.losses.reverse_kl:ReverseKL", ("temperature",), compares=True),
         "jsd": Entry("vlm_distill.losses.jsd:JSD", ("beta", "temperature", "convention"), compares=True),
         "skew_forward_kl": Entry("vlm_distill.losses.skew_kl:SkewForwardKL", ("alpha", "temperature"), compares=True),
-        "skew_reverse_kl": Entry("vlm_distill.losses.skew_kl:SkewReverseKL", ("alpha", "temperature"), compares=True),
+        "skew_reverse_kl": Entry(
+            "vlm_distill.losses.skew_kl:SkewReverseKL", ("alpha", "temperature", "hold"), compares=True
+        ),
         "tvd": Entry("vlm_distill.losses.tvd:TVD", ("temperature",), compares=True),
         "adaptive_kl": Entry(
             "vlm_distill.losses.adaptive_kl:AdaptiveKL", ("mu", "temperature", "convention"), compares=True
         ),
+        "alpha_beta": Entry(
+            "vlm_distill.losses.alpha_beta:AlphaBeta", ("alpha", "beta", "temperature", "convention"), compares=True
+        ),
+        "todi": Entry("vlm_distill.losses.todi:ToDi", ("temperature",), compares=True),
+        "amid": Entry("vlm_distill.losses.amid:AMiD", ("alpha", "mix", "order", "hold", "temperature"), compares=True),
         "kd": Entry("vlm_distill.losses.forward_kl:KD", ("temperature",)),
         "dkd": Entry("vlm_distill.losses.dkd:DKD", ("alpha", "beta", "temperature"), needs=TARGETS | TEACHER),
         "ctkd": Entry(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .divergence import Divergence
-from .kernels import Kind
-from .parameters import check_number
+from .kernels import Form, Kind
+from .parameters import check_flag, check_number
 from .softmax import Softmax, kl_divergence, kl_summands_, log_mixture, mixture, through_softmax_
 
 
@@ -51,13 +51,23 @@ class SkewReverseKL(_Skew):
     Args:
         alpha: α, the student's share in the mixture.
         temperature: divides both models' logits.
+        hold: whether the student inside the mixture is held fixed, as in DistiLLM-2 (Ko et al., 2025).
     """
 
     label = "skew_reverse_kl"
     kind = Kind.SKEW_REVERSE_KL
 
+    def __init__(self, alpha: float = 0.1, temperature: float = 1.0, hold: bool = False) -> None:
+        super().__init__(alpha, temperature)
+        self.hold = check_flag("loss skew_reverse_kl: hold", hold)
+
+    def kernel_form(self) -> Form | None:
+        form = super().kernel_form()
+        return form._replace(kind=Kind.HELD_SKEW_REVERSE_KL) if form is not None and self.hold else form
+
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return kl_divergence(log_q, log_mixture(log_p, log_q, 1.0 - self.alpha))
+        own = log_q.detach() if self.hold else log_q
+        return kl_divergence(log_q, log_mixture(log_p, own, 1.0 - self.alpha))
 
     def value_and_grad(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         m = mixture(p, q, 1.0 - self.alpha)
@@ -65,6 +75,8 @@ class SkewReverseKL(_Skew):
         loss = summands.sum(-1)
         if not grad:
             return loss, None
+        if self.hold:
+            return loss, through_softmax_(summands, q.probs)
         # q·(log q/m − α q/m), without the q that the softmax cancels; the ratio α q/m is at most 1.
         ratio = torch.div(q.probs, m, out=m)
         return loss, through_softmax_(summands.addcmul_(ratio, q.probs, value=-self.alpha), q.probs)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from . import torch_kernels
-from .forms import Form, Kind, Source, agree
+from .forms import ALPHA_BETA_FLOOR, Form, Kind, Source, agree
 
-__all__ = ["Form", "Kind", "RowStatistics", "Source", "agree", "loss_and_grad"]
+__all__ = ["ALPHA_BETA_FLOOR", "Form", "Kind", "RowStatistics", "Source", "agree", "loss_and_grad"]
 
 
 class RowStatistics:

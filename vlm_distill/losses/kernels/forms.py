@@ -1,4 +1,4 @@
-"""The losses that the kernels know: seven ways to compare a target's logits x with the student's y."""
+"""The losses that the kernels know: ten ways to compare a target's logits x with the student's y."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 #: Two probabilities within this many units in the last place count as equal. In float32, the same logits computed
 #: in two ways gave differences of up to 129 (vocabularies of 1,000 to 152,000, logits with deviations of 0.1 to 20).
 ROUNDING = 256
+
+#: A log-probability whose powers underflow, at the exponents of the alpha-beta kernel (0.05 or more).
+ALPHA_BETA_FLOOR = -1e5
 
 
 def agree(p: Tensor, q: Tensor) -> Tensor:
@@ -28,6 +31,13 @@ class Kind(IntEnum):
     SKEW_REVERSE_KL = 4
     TVD = 5
     CROSS_ENTROPY = 6
+    HELD_SKEW_REVERSE_KL = 7
+    ALPHA_BETA = 8
+    TODI = 9
+
+
+# Their sums need both normalisers first.
+_TWO_PASSES = tuple(kind for kind in Kind if kind not in (Kind.FORWARD_KL, Kind.REVERSE_KL, Kind.CROSS_ENTROPY))
 
 
 class Source(IntEnum):
@@ -43,11 +53,12 @@ class Form(NamedTuple):
 
     Attributes:
         kind: the comparison.
-        share: β of the JSD, α of the skew KLs.
+        share: β of the JSD, α of the skew KLs and of the alpha-beta divergence.
         temperature: divides x and y.
         factor: multiplies the loss.
         t: the teacher's share in the target, x = (1−t)·student + t·teacher, with the student's part held fixed. At 0
             and 1 the other model's logits are not read.
+        beta: β of the alpha-beta divergence.
         slope: whether to accumulate the variance of log p/q as well, TAID's signal ``slope``.
     """
 
@@ -56,12 +67,13 @@ class Form(NamedTuple):
     temperature: float = 1.0
     factor: float = 1.0
     t: float = 1.0
+    beta: float = 0.0
     slope: bool = False
 
     @property
     def mixed(self) -> bool:
-        """Whether the loss compares with a mixture, so that its sum needs both normalisers and a second pass."""
-        return self.kind in (Kind.JSD, Kind.SKEW_FORWARD_KL, Kind.SKEW_REVERSE_KL, Kind.TVD)
+        """Whether the loss's sum needs both normalisers and so a second pass, as where it compares with a mixture."""
+        return self.kind in _TWO_PASSES
 
     @property
     def source(self) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .forms import Form, Kind, Source, agree
+from .forms import ALPHA_BETA_FLOOR, Form, Kind, Source, agree
 
 
 def accumulate_(form: Form, student: Tensor, teacher: Tensor, targets: Tensor | None, state: Tensor) -> None:
@@ -140,11 +140,18 @@ def _parts(form: Form, log_p: Tensor, log_q: Tensor) -> tuple[Tensor | None, Ten
     q = log_q.exp()
     if kind == Kind.REVERSE_KL:
         return None, _summands(q, log_q - log_p)
+    if kind == Kind.ALPHA_BETA:
+        return _alpha_beta(form, log_p, log_q)
     p = log_p.exp()
+    if kind == Kind.TODI:
+        # The value is Σ (q−p) log(q/p), the slope q−p + (1−s) q log(q/p) with s = p/(p+q).
+        gap = log_q - log_p
+        difference = q - p
+        return _summands(difference, gap.clone()), _summands(q, gap.sigmoid().mul_(gap)).add_(difference)
     if kind == Kind.TVD:
         gap = torch.where(agree(p, q), 0.0, q - p)
         return gap.abs().mul_(0.5), gap.sign_().mul_(q).mul_(0.5)
-    if kind == Kind.SKEW_REVERSE_KL:
+    if kind in (Kind.SKEW_REVERSE_KL, Kind.HELD_SKEW_REVERSE_KL):
         share = 1.0 - share
     mixture = (share * p).add_(q, alpha=1.0 - share).clamp_(min=torch.finfo(p.dtype).tiny)
     log_m = mixture.log()
@@ -155,7 +162,20 @@ def _parts(form: Form, log_p: Tensor, log_q: Tensor) -> tuple[Tensor | None, Ten
     if kind == Kind.SKEW_FORWARD_KL:
         return _summands(p, log_p - log_m), ratio.mul_(p).mul_(share - 1.0)
     value = _summands(q, log_q - log_m)
+    if kind == Kind.HELD_SKEW_REVERSE_KL:
+        return value, value
     return value, value - ratio.mul_(q).mul_(1.0 - share)
+
+
+def _alpha_beta(form: Form, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = form.share, form.beta
+    # A finite limit, so that −∞ in both models gives no NaN; exp still underflows.
+    log_p, log_q = log_p.clamp(min=ALPHA_BETA_FLOOR), log_q.clamp(min=ALPHA_BETA_FLOOR)
+    mixed = (a * log_p).add_(log_q, alpha=b).exp_()
+    theirs = log_p.mul_(a + b).exp_().sub_(mixed)
+    own = log_q.mul_(a + b).exp_().sub_(mixed)
+    value = theirs.mul_(a / b).add_(own).div_(a * (a + b))
+    return value, own.div_(a)
 
 
 def _summands(weights: Tensor, values: Tensor) -> Tensor:

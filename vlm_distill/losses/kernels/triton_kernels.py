@@ -11,15 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forms import ROUNDING, Form, Kind
+from .forms import ALPHA_BETA_FLOOR, ROUNDING, Form, Kind
 
 _FORWARD_KL = tl.constexpr(int(Kind.FORWARD_KL))
 _REVERSE_KL = tl.constexpr(int(Kind.REVERSE_KL))
 _JSD = tl.constexpr(int(Kind.JSD))
 _SKEW_FORWARD_KL = tl.constexpr(int(Kind.SKEW_FORWARD_KL))
 _SKEW_REVERSE_KL = tl.constexpr(int(Kind.SKEW_REVERSE_KL))
+_HELD_SKEW_REVERSE_KL = tl.constexpr(int(Kind.HELD_SKEW_REVERSE_KL))
+_ALPHA_BETA = tl.constexpr(int(Kind.ALPHA_BETA))
+_TODI = tl.constexpr(int(Kind.TODI))
 _TVD = tl.constexpr(int(Kind.TVD))
 _CROSS_ENTROPY = tl.constexpr(int(Kind.CROSS_ENTROPY))
+_FLOOR = tl.constexpr(ALPHA_BETA_FLOOR)
 _STUDENT = tl.constexpr(1)
 _BOTH = tl.constexpr(2)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -65,6 +69,7 @@ def accumulate_mixture_(form: Form, student: Tensor, teacher: Tensor, totals: Te
         form.t,
         1.0 / form.temperature,
         form.share,
+        form.beta,
         KIND=int(form.kind),
         SOURCE=int(form.source),
         BLOCK=_block(columns),
@@ -100,6 +105,7 @@ def gradient_(
         form.t,
         1.0 / form.temperature,
         form.share,
+        form.beta,
         scale,
         1.0 if softcap is None else 1.0 / softcap,
         KIND=int(form.kind),
@@ -218,7 +224,7 @@ def _positive(mixture):
 
 
 @triton.jit
-def _parts(log_p, log_q, share, KIND: tl.constexpr):
+def _parts(log_p, log_q, share, beta, KIND: tl.constexpr):
     """See ``torch_kernels._parts``; here l is always computed, and the compiler drops it where nothing reads it."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
@@ -243,6 +249,23 @@ def _parts(log_p, log_q, share, KIND: tl.constexpr):
         mixture = _positive((1.0 - share) * p + share * q)
         value = _summands(q, log_q - tl.log(mixture))
         slope = value - share * q * (q / mixture)
+    elif KIND == _HELD_SKEW_REVERSE_KL:
+        mixture = _positive((1.0 - share) * p + share * q)
+        value = _summands(q, log_q - tl.log(mixture))
+        slope = value
+    elif KIND == _ALPHA_BETA:
+        # A comparison and not tl.maximum, which drops a NaN.
+        x = tl.where(log_p < _FLOOR, _FLOOR, log_p)
+        y = tl.where(log_q < _FLOOR, _FLOOR, log_q)
+        total = share + beta
+        mixed = tl.exp(share * x + beta * y)
+        own = tl.exp(total * y) - mixed
+        value = (own + share / beta * (tl.exp(total * x) - mixed)) / (share * total)
+        slope = own / share
+    elif KIND == _TODI:
+        gap = log_q - log_p
+        value = _summands(q - p, gap)
+        slope = q - p + _summands(q, gap / (1.0 + tl.exp(-gap)))
     return value, slope, q
 
 
@@ -265,6 +288,7 @@ def _accumulate_mixture(
     t,
     inverse,
     share,
+    beta,
     KIND: tl.constexpr,
     SOURCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -280,7 +304,7 @@ def _accumulate_mixture(
         inside = cols < columns
         s = tl.load(student_row + cols, mask=inside, other=-float("inf"))
         log_p, log_q = _log_probs(s, teacher_row, cols, inside, slots, t, inverse, SOURCE)
-        l, u, _ = _parts(log_p, log_q, share, KIND)
+        l, u, _ = _parts(log_p, log_q, share, beta, KIND)
         loss += tl.sum(l, axis=0)
         slope += tl.sum(u, axis=0)
     tl.store(slots + 4, loss)
@@ -301,6 +325,7 @@ def _gradient(
     t,
     inverse,
     share,
+    beta,
     scale,
     inverse_cap,
     KIND: tl.constexpr,
@@ -318,7 +343,7 @@ def _gradient(
     if KIND == _CROSS_ENTROPY:
         gradient = tl.exp(log_q) - tl.where(cols == tl.load(targets + row), 1.0, 0.0)
     else:
-        _, u, q = _parts(log_p, log_q, share, KIND)
+        _, u, q = _parts(log_p, log_q, share, beta, KIND)
         gradient = u - q * tl.load(slots + 5)
     gradient = scale * gradient
     if CAPPED:
