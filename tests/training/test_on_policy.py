@@ -55,6 +55,21 @@ def test_draws_follow_the_distribution():
     assert choice.columns[0] == pytest.approx(logits.log_softmax(-1)[drawn], abs=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_drawn_token_is_the_first_whose_cumulative_probability_exceeds_the_number(temperature):
+    torch.manual_seed(0)
+    logits = 8 * torch.randn(50, 300)
+    allowed = logits.double()
+    allowed[:, [2, 5]] = -torch.inf
+    totals = (allowed / temperature).softmax(-1).cumsum(-1)
+    numbers = [random.Random(str(i)).random() for i in range(50)]
+    generators = [random.Random(str(i)) for i in range(50)]
+    choice = TokenChoice(Sampling(temperature, generators), None, {2, 5, 400})
+    drawn = choice(torch.empty(0), logits).argmax(-1)
+    expected = [int((total > number * total[-1]).nonzero()[0]) for total, number in zip(totals, numbers, strict=True)]
+    assert drawn.tolist() == expected
+
+
 def test_at_temperature_0_the_likeliest_that_may_be(folder):
     logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
     choice = TokenChoice(Sampling(0.0, []), None, {2})

@@ -59,6 +59,7 @@ class TokenChoice(LogitsProcessor):
     def __init__(self, sampling: Sampling | None, vocabulary: int | None, barred: set[int]) -> None:
         self.sampling, self.vocabulary, self.barred = sampling, vocabulary, barred
         self.columns: list[Tensor] = []
+        self._ids: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
@@ -75,11 +76,20 @@ class TokenChoice(LogitsProcessor):
         logits = scores.double()
         if self.vocabulary is not None:
             logits[:, self.vocabulary :] = -torch.inf
-        logits[:, [token for token in self.barred if token < logits.shape[-1]]] = -torch.inf
+        logits.index_fill_(-1, self._barred_ids(logits), -torch.inf)
         if not sampling.temperature:
             return logits.argmax(-1, keepdim=True)
         numbers = [generator.random() for generator in sampling.generators]
         numbers += [0.5] * (len(scores) - len(numbers))  # a dummy row
-        total = (logits / sampling.temperature).softmax(-1).cumsum(-1)
+        if sampling.temperature != 1.0:
+            logits /= sampling.temperature
+        total = logits.softmax(-1).cumsum(-1)
         mark = torch.tensor(numbers, dtype=total.dtype, device=total.device).unsqueeze(-1) * total[:, -1:]
-        return (total <= mark).sum(-1, keepdim=True).clamp_(max=total.shape[-1] - 1)
+        return torch.searchsorted(total, mark, right=True).clamp_(max=total.shape[-1] - 1)
+
+    def _barred_ids(self, logits: Tensor) -> Tensor:
+        """Return the barred ids within the logits as a tensor, made once: a list would be copied for every token."""
+        if self._ids is None:
+            within = [token for token in sorted(self.barred) if token < logits.shape[-1]]
+            self._ids = torch.tensor(within, dtype=torch.int64, device=logits.device)
+        return self._ids
