@@ -22,7 +22,7 @@ from .topk import TopKTargets, topk_loss_and_grad
 # Bytes of all [rows, V] buffers of a chunk, and of one such buffer of a block. On a CPU a block should stay in the
 # cache, and some hundred rows already give the matrix products their full speed (docs/losses.md has the measurement);
 # on other devices a block has to be large enough to fill the device and hide the launches.
-CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 2**27, 2**21
+CHUNK_BYTES_CPU, BLOCK_BYTES_CPU = 2**27, 2**19
 CHUNK_BYTES, BLOCK_BYTES = 2**30, 2**26
 
 
@@ -155,6 +155,6 @@ class Chunks:
             d_bias += grad.sum(0)
         operand = grad.to(side.operand)
         if d_hidden is not None:
-            d_hidden[index] = torch.mm(operand, side.weight, **side.output)
+            d_hidden.index_copy_(0, index, torch.mm(operand, side.weight, **side.output))
         if d_weight is not None:
             torch.addmm(d_weight, operand.t(), operands, **side.output, out=d_weight)

@@ -57,6 +57,10 @@ class Divergence(DistillationLoss):
         """
         raise NotImplementedError
 
+    def of_logits_(self, x: Tensor, y: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute ``value_and_grad`` of softmax(x) and softmax(y), ``[N, V]``; may overwrite both."""
+        return self.value_and_grad(softmax_(x), softmax_(y), grad=grad)
+
     def kernel_form(self) -> Form | None:
         return None if self.kind is None else Form(self.kind, self.share, self.temperature, self.factor)
 
@@ -76,7 +80,7 @@ class Divergence(DistillationLoss):
             loss, gradient, _ = kernels.loss_and_grad(form, upcast(student_logits), upcast(teacher_logits), grad=grad)
             return RowResult(loss, gradient)
         student, teacher = soften_(student_logits, teacher_logits, self.temperature)
-        loss, gradient = self.value_and_grad(softmax_(teacher), softmax_(student), grad=grad)
+        loss, gradient = self.of_logits_(teacher, student, grad=grad)
         if self.factor != 1.0:
             loss = loss * self.factor
         if gradient is not None and self.factor != self.temperature:

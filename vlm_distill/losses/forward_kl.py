@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .divergence import Divergence
 from .kernels import Kind
-from .softmax import Softmax, kl_divergence, relative_entropy_
+from .softmax import Softmax, kl_divergence, kl_of_logits_, relative_entropy_
 
 
 class ForwardKL(Divergence):
@@ -26,6 +26,10 @@ class ForwardKL(Divergence):
     def value_and_grad(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         loss, _ = relative_entropy_(p, q)
         return loss, q.probs.sub_(p.probs) if grad else None
+
+    def of_logits_(self, x: Tensor, y: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        found = kl_of_logits_(x, y, grad=grad)
+        return found.value, found.gradient
 
 
 class KD(ForwardKL):

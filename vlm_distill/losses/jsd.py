@@ -43,6 +43,11 @@ class JSD(Divergence):
         log_m = log_mixture(log_p, log_q, self.beta)
         return self.beta * kl_divergence(log_p, log_m) + (1.0 - self.beta) * kl_divergence(log_q, log_m)
 
+    def of_logits_(self, x: Tensor, y: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
+        if self._limit is not None:
+            return self._limit.of_logits_(x, y, grad=grad)
+        return super().of_logits_(x, y, grad=grad)
+
     def value_and_grad(self, p: Softmax, q: Softmax, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         if self._limit is not None:
             return self._limit.value_and_grad(p, q, grad=grad)

@@ -84,6 +84,44 @@ def relative_entropy_(a: Softmax, b: Softmax) -> tuple[Tensor, Tensor]:
     return summands.sum(-1) + 0.0 * b.log_total.squeeze(-1), summands
 
 
+class LogitsKL(NamedTuple):
+    """KL(p‖q) and what follows from the same sums, ``[N]`` in nats.
+
+    Attributes:
+        value: KL(p‖q).
+        gradient: ``[N, V]``, its derivative by the logits of q, q − p; ``None`` unless requested.
+        entropy: of p; ``None`` unless requested.
+    """
+
+    value: Tensor
+    gradient: Tensor | None
+    entropy: Tensor | None
+
+
+def kl_of_logits_(x: Tensor, y: Tensor, *, grad: bool, with_entropy: bool = False) -> LogitsKL:
+    """Compute KL(p‖q) of p = softmax(x) and q = softmax(y), overwriting both; the gradient takes the place of ``y``.
+
+    The sums are taken before normalising, which saves passes over the logits. With x and y relative to their largest
+    entries, KL = Σe^x(x−y)/Σe^x − log Σe^x + log Σe^y, and p's entropy is log Σe^x − Σe^x·x/Σe^x. Summands at −∞ count
+    as in ``relative_entropy_``; a NaN reaches its row through Σe^x or Σe^y.
+    """
+    weights = x.sub_(x.amax(-1, keepdim=True)).exp()
+    y.sub_(y.amax(-1, keepdim=True))
+    sum_x = weights.sum(-1, keepdim=True)
+    log_x = sum_x.log()
+    spread = None
+    if with_entropy:
+        spread = x.clamp(min=torch.finfo(x.dtype).min).mul_(weights).sum(-1, keepdim=True)
+    gap = x.sub_(y).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0).mul_(weights).sum(-1, keepdim=True)
+    y.exp_()
+    sum_y = y.sum(-1, keepdim=True)
+    value = (gap / sum_x - log_x + sum_y.log()).squeeze(-1)
+    entropy_of_p = None if spread is None else (log_x - spread / sum_x).squeeze(-1)
+    # Divided one by one, so that equal distributions have a gradient of exactly 0.
+    gradient = y.div_(sum_y).sub_(weights.div_(sum_x)) if grad else None
+    return LogitsKL(value, gradient, entropy_of_p)
+
+
 def entropy(log_probs: Tensor, probs: Tensor) -> Tensor:
     """Compute the entropy ``[N]`` in nats of a distribution ``[N, V]``; 0·log 0 is 0."""
     return -log_probs.clamp(min=torch.finfo(log_probs.dtype).min).mul_(probs).sum(-1)

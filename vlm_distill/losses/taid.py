@@ -18,7 +18,7 @@ from .forward_kl import ForwardKL
 from .kernels import Form
 from .parameters import check_choice, check_flag, check_number
 from .registry import make
-from .softmax import entropy, kl_divergence, relative_entropy_, softmax_, upcast
+from .softmax import entropy, kl_divergence, kl_of_logits_, relative_entropy_, softmax_, upcast
 from .taid_pace import Pace, sigmoid
 
 # In the schedule `adaptive`, t never lags behind (n/N)³ of its way: far below the line for most of the run, and t_end
@@ -171,22 +171,35 @@ class TAID(DistillationLoss):
             return RowResult(loss, gradient, {name: measured[name] for name in self.signals})
         student = upcast(student_logits)
         mixed = self._mixed(student, upcast(teacher_logits))
+        wants_entropy = bool({"cross_entropy", "target_entropy"} & set(self.signals))
+        if isinstance(self.divergence, ForwardKL) and "slope" not in self.signals:
+            found = kl_of_logits_(mixed, student, grad=grad, with_entropy=wants_entropy)
+            loss, gradient = found.value, found.gradient
+            signals = {"kl": loss}
+            if found.entropy is not None:
+                signals["target_entropy"] = found.entropy
+        else:
+            loss, gradient, signals = self._compared(mixed, student, grad=grad, with_entropy=wants_entropy)
+        if "cross_entropy" in self.signals:
+            signals["cross_entropy"] = signals["target_entropy"] + signals["kl"]
+        return RowResult(loss, gradient, {name: signals[name] for name in self.signals})
+
+    def _compared(
+        self, mixed: Tensor, student: Tensor, *, grad: bool, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Compute loss, gradient and signals for any divergence, from both normalised distributions."""
         size = self._size(mixed)
         p, q = softmax_(mixed), softmax_(student)
         signals: dict[str, Tensor] = {}
         if "slope" in self.signals:
             signals["slope"] = self._slope(size, p.probs, p.log_probs, q.log_probs)
-        if {"cross_entropy", "target_entropy"} & set(self.signals):
+        if with_entropy:
             signals["target_entropy"] = entropy(p.log_probs, p.probs)
         if isinstance(self.divergence, ForwardKL):
             loss, gradient = self.divergence.value_and_grad(p, q, grad=grad)
-            signals["kl"] = loss
-        else:
-            signals["kl"] = relative_entropy_(p._replace(log_probs=p.log_probs.clone()), q)[0]
-            loss, gradient = self.divergence.value_and_grad(p, q, grad=grad)
-        if "cross_entropy" in self.signals:
-            signals["cross_entropy"] = signals["target_entropy"] + signals["kl"]
-        return RowResult(loss, gradient, {name: signals[name] for name in self.signals})
+            return loss, gradient, signals | {"kl": loss}
+        signals["kl"] = relative_entropy_(p._replace(log_probs=p.log_probs.clone()), q)[0]
+        return *self.divergence.value_and_grad(p, q, grad=grad), signals
 
     def loss_over_categories(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         own = log_q.detach()
