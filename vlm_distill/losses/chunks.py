@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import RowResult, Term
+from .base import Term
 from .fused_sums import FusedSums
 from .groups import TokenGroups, group_chunks
 from .heads import ModelSide
 from .softmax import need_targets
+from .sums import separate
 from .topk import SCRATCH as TOPK_SCRATCH
 from .topk import TopKTargets, topk_loss_and_grad
 
@@ -87,14 +88,16 @@ class Chunks:
         top = None
         if isinstance(self.teacher, TopKTargets):
             top = self.teacher.ids[index], self.teacher.log_probs(index, student.dtype)
-
-        def evaluate(term: Term, own: Tensor, other: Tensor | None, grad: bool) -> RowResult:
-            if term.has_teacher and top is not None:
-                return topk_loss_and_grad(term.loss, own, *top, grad=grad)
-            return term.loss.loss_and_grad(own, other, targets, grad=grad)
-
         slope = self.student.softcap_slope(student) if self.work.grad else None
-        self.work.add_block(self.terms, student, teacher, evaluate)
+        results = []
+        for term, own, other in separate(self.terms, student, teacher):
+            grad = self.work.trains(term)
+            if term.has_teacher and top is not None:
+                results.append(topk_loss_and_grad(term.loss, own, *top, grad=grad))
+            else:
+                results.append(term.loss.loss_and_grad(own, other, targets, grad=grad))
+            del own, other  # before the next term's copies are made
+        self.work.add(self.terms, results, student)
         if slope is not None:
             student.mul_(slope)
 
@@ -128,14 +131,16 @@ class Chunks:
     def _add_groups(self, index: Tensor, groups: TokenGroups, student: Tensor, teacher: Tensor) -> None:
         """Add the sums of a block of groups, as ``_add_block`` does; ``index`` holds the student's positions."""
         targets = self.work.targets_at(index)
-
-        def evaluate(term: Term, own: Tensor, other: Tensor | None, grad: bool) -> RowResult:
-            if other is None:
-                return term.loss.loss_and_grad(own, None, targets, grad=grad)
-            return term.loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad)
-
         slope = self.student.softcap_slope(student) if self.work.grad else None
-        self.work.add_block(self.terms, student, teacher, evaluate)
+        results = []
+        for term, own, other in separate(self.terms, student, teacher):
+            grad = self.work.trains(term)
+            if other is None:
+                results.append(term.loss.loss_and_grad(own, None, targets, grad=grad))
+            else:
+                results.append(term.loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
+            del own, other  # before the next term's copies are made
+        self.work.add(self.terms, results, student)
         if slope is not None:
             student.mul_(slope)
 

@@ -133,30 +133,32 @@ def _compute(
 
 
 def _run(work: FusedSums, settings: _Settings) -> None:
-    """Add every term on the positions that it sees."""
+    """Add every term on the positions that it sees, in tiles or in chunks of whole rows."""
     everywhere = torch.arange(len(work.student), device=work.student.hidden.device)
-    if work.teacher is None or settings.distilled is None:
-        _run_positions(work, work.terms, everywhere, settings.recompute)
-        return
-    if isinstance(settings.distilled, TokenGroups):
-        seen = Chunks(work, work.terms).run_groups(settings.distilled)
+    distilled = settings.distilled
+    parts: list[tuple[Sequence[Term], Tensor]] = []
+    if work.teacher is None or distilled is None:
+        parts.append((work.terms, everywhere))
     else:
-        seen = settings.distilled
-        _run_positions(work, work.terms, everywhere[seen], settings.recompute)
-    rest = [term for term in work.terms if not term.has_teacher]
-    _run_positions(work, rest, everywhere[~seen], settings.recompute)
+        if isinstance(distilled, TokenGroups):
+            seen = Chunks(work, work.terms).run_groups(distilled)
+        else:
+            seen = distilled
+            parts.append((work.terms, everywhere[seen]))
+        parts.append(([term for term in work.terms if not term.has_teacher], everywhere[~seen]))
+    for terms, positions in parts:
+        if not terms or not len(positions):
+            continue
+        if settings.recompute or _tiles_are_faster(work, terms):
+            Tiles(work, terms, len(positions), recompute=settings.recompute).run(positions)
+        else:
+            Chunks(work, terms).run(positions)
 
 
-def _run_positions(work: FusedSums, terms: Sequence[Term], positions: Tensor, recompute: bool) -> None:
-    """Add some terms on some positions, in tiles or in chunks of whole rows."""
-    if not len(positions) or not terms:
-        return
-    # A GPU uses the kernels whenever they know every loss; a CPU is faster in small blocks of whole rows.
-    known = all(term.loss.kernel_form() is not None for term in terms) and not isinstance(work.teacher, TopKTargets)
-    if recompute or (known and not work.on_cpu):
-        Tiles(work, terms, len(positions), recompute=recompute).run(positions)
-    else:
-        Chunks(work, terms).run(positions)
+def _tiles_are_faster(work: FusedSums, terms: Sequence[Term]) -> bool:
+    """Return whether to use the kernels: on a GPU if they know every loss. A CPU is faster in blocks of whole rows."""
+    known = all(term.loss.kernel_form() is not None for term in terms)
+    return known and not work.on_cpu and not isinstance(work.teacher, TopKTargets)
 
 
 def _check(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .base import DistillationLoss, RowResult, Term
-from .sums import LossSums, Sums, check_same, check_terms, with_gradients
+from .base import DistillationLoss, Term
+from .sums import LossSums, Sums, check_same, check_terms, separate, with_gradients
 
 
 # The terms compute in place and without autograd: nothing for torch.compile.
@@ -63,12 +63,12 @@ def on_logits(
             teacher = None if teacher_logits is None else teacher_logits.detach().to(dtype, copy=True)
             work = Sums(terms, scales or {}, student.new_zeros(()), grad=wanted)
             work.expect_learned(learned, dtype)
-
-            def evaluate(term: Term, own: Tensor, other: Tensor | None, grad: bool) -> RowResult:
-                return term.loss.loss_and_grad(own, other, targets, grad=grad)
-
             if len(student):
-                work.add_block(work.terms, student, teacher, evaluate)
+                results = [
+                    term.loss.loss_and_grad(own, other, targets, grad=work.trains(term))
+                    for term, own, other in separate(work.terms, student, teacher)
+                ]
+                work.add(work.terms, results, student)
             total = work.total()
         if wanted:
             total = with_gradients(total, [student, *work.learned_gradients()], inputs)

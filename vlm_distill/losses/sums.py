@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,18 @@ def check_terms(terms: Sequence[Term], **given: Any) -> None:
                 raise ValueError(f"term {term.name!r} of the loss needs {need}, and None was given")
 
 
+def separate(
+    terms: Sequence[Term], student: Tensor, teacher: Tensor | None
+) -> Iterator[tuple[Term, Tensor, Tensor | None]]:
+    """Yield each term with logits that it may overwrite: copies, and for the last term the originals."""
+    for position, term in enumerate(terms, 1):
+        other = teacher if term.has_teacher else None
+        if position == len(terms):
+            yield term, student, other
+        else:
+            yield term, student.clone(), None if other is None else other.clone()
+
+
 def check_same(what: str, student: int, teacher: int) -> None:
     """Raise ``ValueError`` if the models' numbers differ."""
     if student != teacher:
@@ -96,32 +108,23 @@ class Sums:
         """Return the weighted sum of all terms, 0-d."""
         return torch.stack([self.factors[name] * sums.loss for name, sums in self.sums.items()]).sum()
 
-    def add_block(
-        self,
-        terms: Sequence[Term],
-        student: Tensor,
-        teacher: Tensor | None,
-        evaluate: Callable[[Term, Tensor, Tensor | None, bool], RowResult],
-    ) -> None:
-        """Add a block's sums; leave the gradient of their weighted sum where the student's logits were.
+    def trains(self, term: Term) -> bool:
+        """Return whether the gradient of a term is needed."""
+        return self.grad and self.factors[term.name] != 0.0
+
+    def add(self, terms: Sequence[Term], results: Sequence[RowResult], student: Tensor) -> None:
+        """Add what the terms gave for a block; write the gradient of their weighted sum over the student's logits.
 
         Args:
             terms: the terms that see the block.
-            student: ``[n, V]``, overwritten.
-            teacher: ``[m, V']`` or ``None``; overwritten.
-            evaluate: computes a term on logits that it may overwrite, with or without the gradient.
+            results: of each of them; the last gradient may occupy the student's memory.
+            student: ``[n, V]``.
         """
         gradients: list[tuple[Tensor, float]] = []
-        for position, term in enumerate(terms, 1):
-            # Losses may overwrite the logits, so only the last term gets the originals.
-            own, other = student, teacher if term.has_teacher else None
-            if position < len(terms):
-                own, other = own.clone(), None if other is None else other.clone()
-            factor = self.factors[term.name]
-            result = evaluate(term, own, other, self.grad and factor != 0.0)
+        for term, result in zip(terms, results, strict=True):
             self._add_result(term, result)
             if result.grad is not None:
-                gradients.append((result.grad, factor))
+                gradients.append((result.grad, self.factors[term.name]))
         if not self.grad:
             return
         # The last gradient may occupy the student's buffer, so that one is written first.
