@@ -12,15 +12,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import pandas as pd
 
 from .conversation import ImageSource
 from .errors import BadSample, UserError
 from .paths import MAX_LINE, bounded_lines, check_regular
 from .tables import Row, Table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: An ``image`` cell of at most this length is the index of another row, whose image is used.
 POINTER = 64
@@ -204,6 +206,8 @@ def table_records(
 
 def _typed(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[Row]:
     """Return the rows with the types that pandas infers from such a file; empty cells are ``None``."""
+    import pandas as pd  # takes half a second, and few runs read such a table
+
     text = io.StringIO(newline="")
     csv.writer(text, delimiter="\t").writerows([header, *cells])
     text.seek(0)
