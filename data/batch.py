@@ -147,7 +147,9 @@ class ModelBatch:
             that is, of the hidden state that predicts it.
         images: int64 ``[images]``, indices of the samples' images, in the samples' order, among those of the inputs.
             Images of dummy rows are left out.
-        image_tokens: int64, the same for the images' tokens.
+        image_tokens: int64 ``[T]``, the same for the images' tokens.
+        image_positions: int64 ``[T]``, indices of the same tokens into the flattened ``[B·L]``.
+        image_counts: int64 ``[pairs]``, how many of them belong to each pair.
         tokens: number of tokens of samples and dummy rows, without padding.
     """
 
@@ -155,12 +157,28 @@ class ModelBatch:
     positions: Tensor
     images: Tensor
     image_tokens: Tensor
+    image_positions: Tensor
+    image_counts: Tensor
     tokens: int
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
         """Return the same side with every tensor changed."""
         inputs = ModelInputs({name: change(tensor) for name, tensor in self.inputs.items()})
-        return ModelBatch(inputs, change(self.positions), change(self.images), change(self.image_tokens), self.tokens)
+        return replace(
+            self,
+            inputs=inputs,
+            positions=change(self.positions),
+            images=change(self.images),
+            image_tokens=change(self.image_tokens),
+            image_positions=change(self.image_positions),
+            image_counts=change(self.image_counts),
+        )
+
+    @property
+    def image_samples(self) -> Tensor:
+        """int64 ``[T]``, ascending: the number of the pair that each image token belongs to."""
+        numbers = torch.arange(len(self.image_counts), device=self.image_counts.device)
+        return numbers.repeat_interleave(self.image_counts)
 
 
 @dataclass
@@ -252,10 +270,15 @@ class Step:
     conversations: list[list[Any]] = field(default_factory=list)
 
     def counts(self) -> Mapping[str, int]:
-        """Count the images, supervised tokens and distilled tokens (or groups) of this rank's image-text batches."""
-        counts = {"supervised": 0, "distilled": 0, "images": 0}
+        """Count what this rank's image-text batches are compared on.
+
+        Supervised tokens, distilled tokens (or groups), images, the student's image tokens, and samples with images.
+        """
+        counts = {"supervised": 0, "distilled": 0, "images": 0, "image_tokens": 0, "image_samples": 0}
         for batch in self.batches:
             counts["supervised"] += len(batch.targets)
             counts["distilled"] += int(batch.distilled.sum()) if batch.groups is None else len(batch.groups)
             counts["images"] += batch.images
+            counts["image_tokens"] += len(batch.student.image_positions)
+            counts["image_samples"] += int(batch.student.image_counts.count_nonzero())
         return counts

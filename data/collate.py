@@ -25,6 +25,7 @@ from .batch import (
 )
 from .conversation import Conversation, Document
 from .encoding import EVERY_ANSWER, Pair, Turns, encode_document, encode_pair
+from .errors import BadSample
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Collator:
         turns: which answers of conversations are trained on.
         grouped: whether the models have different tokenizers.
         packed: whether conversations share rows, for the student and for the teacher.
+        pairs_image_tokens: whether a loss compares the models image token by image token.
     """
 
     student: Processor
@@ -45,6 +47,7 @@ class Collator:
     turns: Turns = EVERY_ANSWER
     grouped: bool = False
     packed: tuple[bool, bool] = (False, False)
+    pairs_image_tokens: bool = False
 
     def encode(
         self,
@@ -77,8 +80,20 @@ class Collator:
             pair = encode_pair(
                 part, shown, self.student, other, self.max_length, turns=self.turns, grouped=self.grouped
             )
+            if pair.teacher is not None:
+                self.check_image_tokens(pair.student, pair.teacher)
             pairs.append(replace(pair, samples=int(not pairs)))
         return pairs
+
+    def check_image_tokens(self, student: Encoded, teacher: Encoded) -> None:
+        """Raise ``BadSample`` if image tokens are compared and the models have different numbers of them."""
+        if not self.pairs_image_tokens:
+            return
+        assert self.teacher is not None
+        ours = int(self.student.image_tokens(student).sum())
+        theirs = int(self.teacher.image_tokens(teacher).sum())
+        if ours != theirs:
+            raise BadSample("image tokens differ", f"{ours} for the student, {theirs} for the teacher")
 
     def parts(
         self, sample: Conversation | Document, images: Sequence[Image.Image]
@@ -223,12 +238,16 @@ def _model_batch(
             position += lengths[i]
 
     images = [sample.images for sample in samples]
-    image_tokens = [int(processor.image_tokens(sample).sum()) if sample.images else 0 for sample in samples]
+    nothing = torch.empty(0, dtype=torch.int64)
+    at_images = [processor.image_tokens(s).nonzero().flatten() if s.images else nothing for s in samples]
+    image_tokens = [len(indices) for indices in at_images]
     return ModelBatch(
         inputs,
         _concatenate([starts[i] + indices - 1 for i, indices in enumerate(tokens)]),
         _in_pair_order(rows, images, len(tokens)),
         _in_pair_order(rows, image_tokens, len(tokens)),
+        _concatenate([starts[i] + at_images[i] for i in range(len(tokens))]),
+        torch.tensor(image_tokens[: len(tokens)], dtype=torch.int64),
         sum(lengths),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +21,7 @@ from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
 from vlm_distill.run import Run
 from vlm_distill.training.open_data import turns
+from vlm_distill.training.terms import pairs_image_tokens
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Inspection:
             self.processors["teacher"] = teacher.processor
         both = self.processors["student"], self.processors.get("teacher")
         self.collator = Collator(*both, config.data.max_length, turns(config.data), grouped)
+        self.collator = replace(self.collator, pairs_image_tokens=pairs_image_tokens(self.run.terms))
 
     def shown(self, count: int) -> list[InspectedSample]:
         """Return the first ``count`` samples in the order of training, for people to look at."""

@@ -44,7 +44,7 @@ from vlm_distill.training.loading import load_student, load_teacher
 from vlm_distill.training.on_policy import check_on_policy
 from vlm_distill.training.open_data import image_loader, open_sources, turns
 from vlm_distill.training.packing_plan import Packing, plan_packing
-from vlm_distill.training.terms import AnyTerm, build_terms, prepare_losses
+from vlm_distill.training.terms import AnyTerm, build_terms, pairs_image_tokens, prepare_losses
 
 AnySource = Source | TextSource
 
@@ -231,7 +231,14 @@ class Run:
     def collator(self) -> Collator:
         """Turns samples into micro-batches."""
         data = self.config.data
-        return Collator(*self.processors, data.max_length, turns(data), self.grouped, self.packing.packed)
+        return Collator(
+            *self.processors,
+            data.max_length,
+            turns(data),
+            self.grouped,
+            self.packing.packed,
+            pairs_image_tokens(self.terms),
+        )
 
     @cached_property
     def dataset(self) -> StepDataset:

@@ -40,6 +40,7 @@ from vlm_distill.training.on_policy import OnPolicy, learns_from_drawn
 from vlm_distill.training.optimizers import build_optimizer
 from vlm_distill.training.schedule import learning_rate_factor, lr_scales
 from vlm_distill.training.task import DistillationTask
+from vlm_distill.training.terms import pairs_image_tokens
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
 _SUSPECT_TEACHER = 0.5
@@ -102,6 +103,7 @@ class Trainer(Loop):
             bf16=self.config.training.dtype == "bf16",
             shared_vision=self.shared_vision,
             head=teacher.head if teacher is not None and running is None else None,
+            at_images=any(isinstance(term, Term) and term.on == "images" for term in self.terms),
         )
 
     def _start_engine(self) -> Engine:
@@ -183,6 +185,10 @@ class Trainer(Loop):
             return 0.0
         if isinstance(term, FeatureTerm) and term.loss.unit == "image":
             return totals["images"]
+        if isinstance(term, FeatureTerm) and term.loss.unit == "sample":
+            return totals["image_samples"]
+        if isinstance(term, Term) and term.on == "images":
+            return totals["image_tokens"]
         return totals["distilled"] if "teacher" in term.loss.needs else totals["supervised"]
 
     def forward_batch(
@@ -213,6 +219,11 @@ class Trainer(Loop):
         }
 
     def mistake_in(self, found: FirstSamples) -> str | None:
+        if not found.images and all(pairs_image_tokens([term]) for term in self.terms):
+            return (
+                f"loss: every term compares image tokens, and none of the first {found.tried} samples has an image, so "
+                "that nothing would be learned; add a term on the text, or use data with images"
+            )
         section = self.config.student
         trained = {*section.trained_whole, *([] if section.lora is None else section.lora.parts)}
         if found.images or "decoder" in trained or not self.student.processor.has_vision:

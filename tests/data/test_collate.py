@@ -211,6 +211,10 @@ def test_whatever_rows_they_stand_in_the_samples_keep_their_order(processor, pac
         a = len(rows.image_tokens) // 4
         colours = rows.inputs["pixel_values"].flatten().repeat_interleave(a)
         assert colours[rows.image_tokens].tolist() == [1] * a + [2] * a + [3] * a + [4] * a
+        # The k-th image token in the order of the rows is at the k-th position that holds one.
+        places = (ids.flatten() == ids.flatten()[rows.image_positions[0]]).nonzero().flatten()
+        assert rows.image_positions.equal(places[rows.image_tokens])
+        assert rows.image_counts.tolist() == [2 * a, a, 0, a]
         assert ids.shape[1] == max(len(side.input_ids) for side in sides)
         assert (len(ids) < 4) == packs
         assert rows.tokens == int((ids != 0).sum())

@@ -35,6 +35,12 @@ FEATURES = [
     {"name": "minilm", "relation_heads": 2},
 ]
 IMAGES, RELATIONS = FEATURES[2:3], FEATURES[4:]
+#: Losses at image tokens, beside one on the answers.
+AT_IMAGES = [
+    {"name": "forward_kl"},
+    {"name": "taid", "on": "images", "t_start": 0.4},
+    {"name": "vision_relation", "weight": 0.5},
+]
 
 
 def features(stage, loss=FEATURES, **changes):
@@ -78,6 +84,8 @@ SHARED = {
     # No loss on logits: the head gets no gradient, nor do layers above those compared, nor the decoder at all.
     **{f"layer_zero{s}": features(s, [{"name": "hidden_states", "layers": {1: 2}}]) for s in range(4)},
     **{f"images_zero{s}": features(s, IMAGES, data="mixed") for s in range(4)},
+    **{f"at_images_zero{s}": features(s, AT_IMAGES, data="mixed") for s in (0, 3)},
+    "packed_at_images_zero0": features(0, AT_IMAGES, data="mixed", **PACKED),
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
     # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
     **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 3)},
@@ -187,6 +195,7 @@ TWO_RANKS = {
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
     "features_shard_zero2": features(2, teacher="shard", data="mixed"),
+    "at_images_shard_zero3": features(3, AT_IMAGES, teacher="shard", data="mixed"),
     "features_llava_shard_zero3": features(3, teacher="shard", family="llava"),
     **{f"bf16_features_zero{s}": features(s, training__dtype="bf16", data="mixed") for s in (0, 2, 3)},
     "eval_zero3": {"deepspeed__stage": 3, "data": "eval"},
@@ -215,6 +224,7 @@ RESUMED += [
     "ctkd_instance_zero3",
     "replay_zero3",
 ]
+RESUMED += ["at_images_zero3"]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 

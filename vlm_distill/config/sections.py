@@ -35,6 +35,14 @@ class LossSection(Section):
     weight: AtLeastZero = Field(1.0, description="Factor on the loss in the sum of all terms.")
 
 
+class TermSection(LossSection):
+    """One term of the loss of vision-language models."""
+
+    on: Literal["text", "images"] = Field(
+        "text", description="Where the models are compared: `text`, the answers' tokens, or `images`, the image tokens."
+    )
+
+
 class SourceSection(Section):
     """One source of samples."""
 
@@ -261,7 +269,7 @@ class RunConfig(Section):
     teacher: TeacherSection | None = Field(
         None, description="The model to learn from; without one, only losses that need none (plain fine-tuning)."
     )
-    loss: list[LossSection] = Field(min_length=1, description="Terms of the loss.")
+    loss: list[TermSection] = Field(min_length=1, description="Terms of the loss.")
     data: DataSection = Field(description="Training and evaluation data.")
     optimizer: OptimizerSection = Field(OptimizerSection(), description="Optimizer and learning-rate schedule.")
     training: LanguageTrainingSection = Field(description="Length, batch, precision and bookkeeping.")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .diagnostics import Diagnostics
     from .dkd import DKD
     from .feature_distances import HiddenStates, ProjectorFeatures, VisionFeatures
-    from .feature_loss import FeatureLoss, FeatureTerm, wanted_features
+    from .feature_loss import IMAGE_HIDDEN, FeatureLoss, FeatureTerm, wanted_features
     from .forward_kl import KD, ForwardKL
     from .from_hidden import fused_linear
     from .from_logits import on_logits
@@ -41,10 +41,12 @@ if TYPE_CHECKING:
     from .topk import TopKTargets
     from .tvd import TVD
     from .uld import ULD
+    from .vision_relation import VisionRelation
 
 __all__ = [
     "CTKD",
     "DKD",
+    "IMAGE_HIDDEN",
     "JSD",
     "KD",
     "REGISTRY",
@@ -82,6 +84,7 @@ __all__ = [
     "TokenGroups",
     "TopKTargets",
     "VisionFeatures",
+    "VisionRelation",
     "available",
     "build",
     "fused_linear",
@@ -99,7 +102,7 @@ _HOMES = {
     "diagnostics": "Diagnostics",
     "dkd": "DKD",
     "feature_distances": "HiddenStates ProjectorFeatures VisionFeatures",
-    "feature_loss": "FeatureLoss FeatureTerm wanted_features",
+    "feature_loss": "IMAGE_HIDDEN FeatureLoss FeatureTerm wanted_features",
     "forward_kl": "KD ForwardKL",
     "from_hidden": "fused_linear",
     "groups": "TokenGroups",
@@ -117,6 +120,7 @@ _HOMES = {
     "topk": "TopKTargets",
     "tvd": "TVD",
     "uld": "ULD",
+    "vision_relation": "VisionRelation",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -184,11 +184,16 @@ class BatchLoss(Loss):
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the training loss: a loss between logits and its weight."""
+    """One summand of the training loss: a loss between logits, its weight, and where both models are compared.
+
+    Attributes:
+        on: ``text``: at the positions that predict supervised tokens; ``images``: at the image tokens.
+    """
 
     name: str
     loss: DistillationLoss
     weight: float = 1.0
+    on: Literal["text", "images"] = "text"
 
     @property
     def has_teacher(self) -> bool:

@@ -48,6 +48,7 @@ REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
             "vlm_distill.losses.feature_distances:ProjectorFeatures", ("distance",), classes=False
         ),
         "minilm": Entry("vlm_distill.losses.minilm:MiniLM", ("relation_heads",), classes=False),
+        "vision_relation": Entry("vlm_distill.losses.vision_relation:VisionRelation", classes=False),
         "diagnostics": Entry("vlm_distill.losses.diagnostics:Diagnostics"),
     }
 )

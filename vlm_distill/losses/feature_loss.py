@@ -14,6 +14,9 @@ from .base import Loss, Term
 #: and width. Classifiers: channels, height and width of a map; the width alone of the pooled output.
 Shape = tuple[Any, ...]
 
+#: The feature that losses at image tokens read: the decoder's last hidden states there.
+IMAGE_HIDDEN = "image_hidden"
+
 
 class FeatureLoss(Loss):
     """A loss between features of the student and features of the teacher.
@@ -21,13 +24,14 @@ class FeatureLoss(Loss):
     A feature's name is that of ``VisionLanguageModel.forward``.
 
     Attributes:
-        unit: what has one value each, and is averaged over: a distilled ``token`` or a real ``image``.
+        unit: what has one value each, and is averaged over: a distilled ``token``, a real ``image``, or a ``sample``
+            with images.
         whole_batch: whether it compares the images of a batch with one another and so has one value (0-d) for them.
         student_features, teacher_features: names of the features it reads.
     """
 
     needs = frozenset({"teacher"})
-    unit: ClassVar[Literal["token", "image"]] = "token"
+    unit: ClassVar[Literal["token", "image", "sample"]] = "token"
     whole_batch: ClassVar[bool] = False
     student_features: tuple[str, ...] = ()
     teacher_features: tuple[str, ...] = ()
@@ -48,12 +52,12 @@ class FeatureLoss(Loss):
 
         Args:
             student: ``student_features`` by name: ``[n, width]`` for n tokens, ``[n, tokens, width]`` for n images; any
-                dtype.
+                dtype. If ``unit`` is ``sample``, the n tokens are the image tokens of all samples.
             teacher: ``teacher_features`` of the same tokens or images, detached.
             samples: int64 ``[n]``, ascending: which sample each token belongs to; not read for images.
 
         Returns:
-            ``[n]``, float32 at least.
+            ``[n]``, float32 at least; one value per sample with images if ``unit`` is ``sample``.
         """
         raise NotImplementedError
 
@@ -68,11 +72,16 @@ class FeatureTerm:
 
 
 def wanted_features(terms: Sequence[Term | FeatureTerm]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of all features that the terms read, without repetition: the student's and the teacher's."""
+    """Return the names of all features that the terms read, without repetition: the student's and the teacher's.
+
+    Terms on logits at image tokens read both models' hidden states there.
+    """
     student: dict[str, None] = {}
     teacher: dict[str, None] = {}
     for term in terms:
         if isinstance(term, FeatureTerm):
             student.update(dict.fromkeys(term.loss.student_features))
             teacher.update(dict.fromkeys(term.loss.teacher_features))
+        elif term.on == "images":
+            student[IMAGE_HIDDEN] = teacher[IMAGE_HIDDEN] = None
     return tuple(student), tuple(teacher)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data.errors import UserError
+from vlm_distill.losses import IMAGE_HIDDEN
 
 from .families import family
 
@@ -38,7 +39,7 @@ def hidden_index(name: str, layers: int) -> int | None:
         UserError: no feature has this name, or the decoder has no such layer.
     """
     kind, _, text = name.partition(".")
-    if name in (*ATTENTION, *IMAGES, VISION_FEATURES):
+    if name in (*ATTENTION, *IMAGES, VISION_FEATURES, IMAGE_HIDDEN):
         return None
     if kind != "hidden" or not text.removeprefix("-").isdecimal():
         raise UserError(f"no feature is called {name!r}; there are hidden.K, {', '.join(IMAGES + ATTENTION)}")
@@ -90,7 +91,7 @@ def decoder_features(
 
 def decoder_width(name: str, body: Any) -> int:
     """Return the width of a decoder's feature. Raise ``UserError`` if it has no such feature."""
-    if hidden_index(name, body.config.num_hidden_layers) is None:
+    if hidden_index(name, body.config.num_hidden_layers) is None and name != IMAGE_HIDDEN:
         return attention_widths(body)[name]
     return body.config.hidden_size
 

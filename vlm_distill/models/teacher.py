@@ -16,8 +16,9 @@ from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.token_records import TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
+from .image_hidden import run_at_positions
 from .initialise import count_parameters
-from .interface import Outputs, VisionLanguageModel
+from .interface import VisionLanguageModel
 from .lm_head import LMHead
 from .processor import Processor
 from .vocabulary import align_heads, separate_heads
@@ -91,7 +92,7 @@ class Teacher(ABC):
 
         Args:
             batch: on this rank's device.
-            features: names of further features, as in ``VisionLanguageModel.forward``.
+            features: names of further features, as in :func:`~.image_hidden.run_at_positions`.
         """
 
 
@@ -134,5 +135,5 @@ class ModelTeacher(Teacher):
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         assert batch.teacher is not None
         inputs = batch.teacher.inputs.to(batch.targets.device, self.model.dtype)
-        outputs: Outputs = self._run(inputs, batch.teacher.positions, features)
+        outputs = run_at_positions(self._run, inputs, batch.teacher, features)
         return TeacherOutputs(HiddenTargets(outputs.hidden, self.model.head), outputs.features)

@@ -205,7 +205,7 @@ class Models:
         """
         batch = self.run.collator.batch(list(pairs))
         teacher, cached = self.teacher if self.learns else None, 0
-        head = self._losses(meter, batch)
+        head, at_images = self._losses(meter, batch), self._losses_at_images(meter, batch)
         if self.learns and self.likeliest is not None:
             cached = len(batch.teacher_targets) * (12 * self.likeliest + 4)
             teacher, batch = None, replace(batch, teacher=None)
@@ -224,13 +224,14 @@ class Models:
                     autocast=self.autocast,
                     cached=cached,
                     shared_vision=self.run.shared_vision,
+                    at_images=at_images,
                 )
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(f"plan: these models cannot run without weights: {first_line(error)}") from error
 
     def _losses(self, meter: Meter, batch: DistillationBatch) -> HeadCost:
-        """Return what the losses of a micro-batch cost this rank."""
-        terms = [term for term in self.run.terms if isinstance(term, Term)]
+        """Return what the losses at the answers of a micro-batch cost this rank."""
+        terms = [term for term in self.run.terms if isinstance(term, Term) and term.on == "text"]
         ranks = 1 if self.run.sequence is None else self.run.sequence.size
         heads = [(self.student.head, -(-len(batch.targets) // ranks))]
         if self.likeliest is None and any("teacher" in term.loss.needs for term in terms):
@@ -242,6 +243,24 @@ class Models:
             heads,
             likeliest=self.likeliest if self.learns else None,
             grouped=self.run.grouped,
+            recompute=self.config.training.recompute_logits,
+            on_cpu=self.on_cpu,
+        )
+
+    def _losses_at_images(self, meter: Meter, batch: DistillationBatch) -> HeadCost | None:
+        """Return what the losses on logits at image tokens cost this rank; ``None`` without such losses."""
+        terms = [term for term in self.run.terms if isinstance(term, Term) and term.on == "images"]
+        if not terms:
+            return None
+        assert self.teacher is not None
+        ranks = 1 if self.run.sequence is None else self.run.sequence.size
+        rows = -(-len(batch.student.image_positions) // ranks)
+        return losses_cost(
+            meter,
+            terms,
+            [(self.student.head, rows), (self.teacher.head, rows)],
+            likeliest=None,
+            grouped=False,
             recompute=self.config.training.recompute_logits,
             on_cpu=self.on_cpu,
         )

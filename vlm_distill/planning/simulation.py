@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from data.batch import DistillationBatch, ModelInputs
-from vlm_distill.losses import HiddenTargets, Term, TopKTargets, fused_linear
+from data.batch import DistillationBatch, ModelBatch, ModelInputs
+from vlm_distill.losses import IMAGE_HIDDEN, HiddenTargets, Term, TopKTargets, fused_linear
 from vlm_distill.losses.chunks import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
 from vlm_distill.models.decoder_features import VISION_FEATURES
+from vlm_distill.models.image_hidden import run_at_positions
 from vlm_distill.models.interface import Outputs, VisionLanguageModel
 from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.shared_vision import with_vision_features
@@ -225,6 +226,7 @@ def simulate(
     autocast: bool,
     cached: int = 0,
     shared_vision: bool = False,
+    at_images: HeadCost | None = None,
 ) -> Micro:
     """Run a micro-batch without weights.
 
@@ -237,23 +239,27 @@ def simulate(
         autocast: whether the student computes in bf16 from float32 parameters.
         cached: bytes of teacher outputs that are read from disk.
         shared_vision: whether the student reuses what the teacher's vision encoder gives.
+        at_images: cost of heads and losses at image tokens, if losses compare these.
     """
     inputs = _bytes(batch)
+    images = [] if at_images is None else [IMAGE_HIDDEN]
     kept, teacher_peak, teacher_flops = cached, 0, 0
     given = batch.student.inputs
     if teacher is not None and batch.teacher is not None:
         with meter.counting(), torch.no_grad():
-            wanted = [VISION_FEATURES] if shared_vision else []
-            taught = _forward(teacher, batch.teacher.inputs, batch.teacher.positions, wanted, autocast=False)
+            wanted = images + ([VISION_FEATURES] if shared_vision else [])
+            taught = _forward(teacher, batch.teacher.inputs, batch.teacher, wanted, autocast=False)
         teacher_peak, teacher_flops = meter.peak, meter.flops
         kept = taught.hidden.nbytes + sum(t.nbytes for t in taught.features.values())
     with meter.counting(), _gradients(meter, student):
         if shared_vision:
             given = with_vision_features(batch, taught.features[VISION_FEATURES])
-        states = _forward(student, given, batch.student.positions, autocast=autocast).hidden
+        outputs = _forward(student, given, batch.student, images, autocast=autocast)
         with student.head.weight() as weight:
-            loss = _Losses.apply(states, weight, head.transient)
-        del states, weight, given
+            loss = _Losses.apply(outputs.hidden, weight, head.transient)
+            if at_images is not None:
+                loss = loss + _Losses.apply(outputs.features[IMAGE_HIDDEN], weight, at_images.transient)
+        del outputs, weight, given
         loss.backward()
         del loss
     student.zero_grad(set_to_none=True)
@@ -261,16 +267,16 @@ def simulate(
         teacher=teacher_peak + inputs,
         student=meter.passing + kept + inputs,
         keeping=meter.peak + kept + inputs,
-        student_flops=meter.flops + head.flops,
+        student_flops=meter.flops + head.flops + (0 if at_images is None else at_images.flops),
         teacher_flops=teacher_flops,
     )
 
 
 def _forward(
-    model: VisionLanguageModel, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = (), *, autocast: bool
+    model: VisionLanguageModel, inputs: ModelInputs, side: ModelBatch, features: Sequence[str] = (), *, autocast: bool
 ) -> Outputs:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return model(inputs.to("cpu", model.dtype), positions, features)
+        return run_at_positions(model, inputs.to("cpu", model.dtype), side, features)
 
 
 @contextmanager

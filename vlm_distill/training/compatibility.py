@@ -52,7 +52,9 @@ def pair_vocabularies(
 
 def _spans_tokenizers(term: AnyTerm) -> bool:
     """Return whether a loss can learn from a teacher with another tokenizer."""
-    return term.loss.takes_groups if isinstance(term, Term) else term.loss.unit == "image"
+    if isinstance(term, Term):
+        return term.loss.takes_groups and term.on == "text"
+    return term.loss.unit != "token"
 
 
 def check_packing(

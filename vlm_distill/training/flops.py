@@ -32,6 +32,7 @@ class StepFlops:
         bf16: whether matrix products are in bfloat16.
         shared_vision: whether the student reuses what the teacher's vision encoder gives.
         head: of a teacher whose head alone runs, on cached hidden states.
+        at_images: whether losses on logits also compare the image tokens.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class StepFlops:
         bf16: bool,
         shared_vision: bool = False,
         head: LMHead | None = None,
+        at_images: bool = False,
     ) -> None:
+        self._at_images = at_images
         self._student = ModelFlops(student, trains=True)
         if shared_vision:
             self._student.per_position |= dict.fromkeys(student.image_parts, 0.0)
@@ -57,6 +60,9 @@ class StepFlops:
         if batch.teacher is not None:
             total += len(batch.teacher.positions) * self._head
             total += 0 if self._teacher is None else sum(self._teacher.count(batch.teacher).values())
+        if self._at_images and batch.teacher is not None and self._teacher is not None:
+            total += len(batch.student.image_positions) * self._student.head
+            total += len(batch.teacher.image_positions) * self._teacher.head
         return total
 
     def metrics(self, flops: float, seconds: float, world: int) -> dict[str, float]:

@@ -28,6 +28,7 @@ _REMEDIES = {
     "no supervised token": "check the model's chat template, and set chat_template of that model if it is wrong",
     "chat template": "check the model's chat template, and set chat_template of that model if it is wrong",
     "misaligned": "give student and teacher the same chat_template and tokenizer",
+    "image tokens differ": "choose an image size and projector that give both models as many tokens an image",
     "class the student does not have": "give the student the classes of the data (student.classes)",
 }
 

@@ -302,6 +302,7 @@ class OnPolicy:
         for role, row in (("student", student), ("teacher", teacher)):
             if len(row.input_ids) >= limit:
                 raise BadSample("too long", f"a prompt of {len(row.input_ids)} tokens for the {role}")
+        self.dataset.collator.check_image_tokens(student, teacher)
         return _Prompt(place, conversation, images, student, teacher)
 
     def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:

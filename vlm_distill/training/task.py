@@ -9,8 +9,18 @@ from torch import Tensor, nn
 
 from data.batch import DistillationBatch
 from data.errors import UserError
-from vlm_distill.losses import FeatureTerm, Term, TermSums, fused_linear, wanted_features
+from vlm_distill.losses import (
+    IMAGE_HIDDEN,
+    FeatureTerm,
+    HiddenTargets,
+    LossSums,
+    Term,
+    TermSums,
+    fused_linear,
+    wanted_features,
+)
 from vlm_distill.models.decoder_features import VISION_FEATURES
+from vlm_distill.models.image_hidden import run_at_positions
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_vision import with_vision_features
@@ -72,27 +82,24 @@ class DistillationTask(nn.Module):
         if self.shared_vision and teacher is not None:
             inputs = with_vision_features(batch, teacher.features[VISION_FEATURES])
         inputs = inputs.to(batch.targets.device, self.student.dtype)
-        outputs = self.student(inputs, batch.student.positions, self.features)
+        outputs = run_at_positions(self.student, inputs, batch.student, self.features)
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}
 
         # Losses on logits. Answers that the student has drawn are no targets.
         terms = [term for term in self.terms if not (batch.drawn and "targets" in term.loss.needs)]
         sums |= {term.name: TermSums(outputs.hidden.new_zeros(())) for term in self.terms if term not in terms}
-        if terms:
-            own = slice(None) if self.sequence is None else self.sequence.share(len(batch.targets))
-            found = fused_linear(
-                terms,
-                outputs.hidden[own],
-                self.student.head,
-                None if teacher is None else teacher.targets[own],
-                batch.targets[own],
-                distilled=batch.distilled[own] if batch.groups is None else batch.groups,
-                scales=scales,
-                recompute=self.recompute_logits,
-            )
-            losses.append(found.loss)
-            sums |= found.terms
+        at_text = [term for term in terms if term.on == "text"]
+        at_images = [term for term in terms if term.on == "images"]
+        found: list[LossSums] = []
+        if at_text:
+            found.append(self._compare_text(at_text, batch, outputs.hidden, teacher, scales))
+        if at_images:
+            assert teacher is not None
+            found.append(self._compare_images(at_images, outputs.features[IMAGE_HIDDEN], teacher, scales))
+        for part in found:
+            losses.append(part.loss)
+            sums |= part.terms
 
         # Losses on features.
         for term in self.feature_terms:
@@ -103,6 +110,38 @@ class DistillationTask(nn.Module):
         # The tensor must be in a plain tuple: ZeRO-3 attaches its backward hooks to the tensors that it finds there.
         return torch.stack(losses).sum(), sums
 
+    def _compare_text(
+        self,
+        terms: Sequence[Term],
+        batch: DistillationBatch,
+        hidden: Tensor,
+        teacher: TeacherOutputs | None,
+        scales: Mapping[str, float],
+    ) -> LossSums:
+        """Return the losses on logits at the supervised tokens; ``hidden`` is the student's ``[N, H]``."""
+        own = slice(None) if self.sequence is None else self.sequence.share(len(batch.targets))
+        return fused_linear(
+            terms,
+            hidden[own],
+            self.student.head,
+            None if teacher is None else teacher.targets[own],
+            batch.targets[own],
+            distilled=batch.distilled[own] if batch.groups is None else batch.groups,
+            scales=scales,
+            recompute=self.recompute_logits,
+        )
+
+    def _compare_images(
+        self, terms: Sequence[Term], hidden: Tensor, teacher: TeacherOutputs, scales: Mapping[str, float]
+    ) -> LossSums:
+        """Return the losses on logits at the image tokens; ``hidden`` is the student's ``[T, H]``."""
+        assert isinstance(teacher.targets, HiddenTargets)
+        targets = HiddenTargets(teacher.features[IMAGE_HIDDEN], teacher.targets.head)
+        own = slice(None) if self.sequence is None else self.sequence.share(len(hidden))
+        return fused_linear(
+            terms, hidden[own], self.student.head, targets[own], scales=scales, recompute=self.recompute_logits
+        )
+
     def _compare(
         self,
         term: FeatureTerm,
@@ -110,13 +149,17 @@ class DistillationTask(nn.Module):
         student: Mapping[str, Tensor],
         teacher: Mapping[str, Tensor],
     ) -> Tensor:
-        """Return a loss's value for each of its tokens or images, ``[n]``, attached to the graph even if n is 0."""
+        """Return a loss's value for each of its units, ``[n]``, attached to the graph even if n is 0."""
         loss, samples = term.loss, batch.sample_of
         if loss.unit == "image":
             assert batch.teacher is not None
             images = batch.student.images, batch.teacher.images
             mine = {n: _images(term.name, "student", student[n], images[0]) for n in loss.student_features}
             theirs = {n: _images(term.name, "teacher", teacher[n], images[1]) for n in loss.teacher_features}
+        elif loss.unit == "sample":
+            samples = batch.student.image_samples
+            mine = {name: student[name] for name in loss.student_features}
+            theirs = {name: teacher[name] for name in loss.teacher_features}
         else:
             samples = samples[batch.distilled]
             mine = {name: student[name][batch.distilled] for name in loss.student_features}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from data.errors import UserError
 from vlm_distill import losses
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term
+from vlm_distill.losses import IMAGE_HIDDEN, DistillationLoss, FeatureLoss, FeatureTerm, Term, wanted_features
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 
@@ -29,15 +29,45 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
         _check_loss(config, section.name, loss)
+        if section.on == "images":
+            _check_on_images(section.name, loss)
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
         if isinstance(loss, FeatureLoss):
             terms.append(FeatureTerm(name, loss, section.weight))
         else:
-            terms.append(Term(name, loss, section.weight))
+            terms.append(Term(name, loss, section.weight, section.on))
+    if pairs_image_tokens(terms):
+        _check_teacher_sees(config, terms)
     if config.teacher is not None and config.teacher.cache is not None:
         _check_cached(terms, config.teacher.cache.form, config.training.recompute_logits)
     return terms
+
+
+def pairs_image_tokens(terms: Sequence[AnyTerm]) -> bool:
+    """Return whether a loss compares the models image token by image token."""
+    return IMAGE_HIDDEN in wanted_features(terms)[0]
+
+
+def _check_on_images(name: str, loss: DistillationLoss | FeatureLoss) -> None:
+    """Raise ``UserError`` if a loss cannot compare two models' logits at image tokens."""
+    if isinstance(loss, FeatureLoss):
+        raise UserError(f"loss {name}: on is for losses on logits; leave it out")
+    if "targets" in loss.needs:
+        raise UserError(f"loss {name} reads the right tokens, and images have none; leave on: images out")
+    if "teacher" not in loss.needs:
+        raise UserError(f"loss {name} learns from no teacher, and images have nothing else; leave on: images out")
+
+
+def _check_teacher_sees(config: RunConfig, terms: Sequence[AnyTerm]) -> None:
+    """Raise ``UserError`` if the teacher's outputs at image tokens are neither computed nor stored."""
+    name = next(term.name for term in terms if pairs_image_tokens([term]))
+    section = config.teacher
+    assert section is not None
+    if section.cache is not None:
+        raise UserError(f"loss {name}: a cache holds nothing at image tokens; leave teacher.cache out")
+    if section.server is not None:
+        raise UserError(f"loss {name}: a server returns nothing at image tokens; load the teacher by path")
 
 
 def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLoss) -> None:
@@ -87,6 +117,9 @@ def prepare_losses(terms: Sequence[AnyTerm], student: VisionLanguageModel, teach
     with student.head.weight() as weight:
         vocabulary = len(weight)
     for term in terms:
+        if pairs_image_tokens([term]):
+            assert teacher is not None
+            _check_sees(term.name, student, teacher)
         if isinstance(term, Term):
             term.loss.prepare(vocabulary)
             continue
@@ -96,6 +129,13 @@ def prepare_losses(terms: Sequence[AnyTerm], student: VisionLanguageModel, teach
         teacher_shapes = _shapes(term, "teacher", teacher.model, term.loss.teacher_features)
         _check_trains(term, student)
         term.loss.prepare(student_shapes, teacher_shapes)
+
+
+def _check_sees(name: str, student: VisionLanguageModel, teacher: Teacher) -> None:
+    """Raise ``UserError`` if one of the models sees no images."""
+    for role, processor in (("student", student.processor), ("teacher", teacher.processor)):
+        if not processor.has_vision:
+            raise UserError(f"loss {name}: the {role} sees no images; choose a model with a vision encoder")
 
 
 def _shapes(
