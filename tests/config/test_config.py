@@ -33,7 +33,7 @@ from vlm_distill.training.terms import build_terms
         ({"loss": "taid"}, [], ["loss: give a list (found 'taid')"]),
         ({"loss": []}, [], ["loss: is an empty list; give at least one entry"]),
         ({}, ["output=${nope}"], ["output: Interpolation key 'nope' not found"]),
-        ({"loss": ["taid"]}, [], ["loss.0: give a mapping with keys such as name, weight (found 'taid')"]),
+        ({"loss": ["taid"]}, [], ["loss.0: give a mapping with keys such as name, weight, on (found 'taid')"]),
         ({"training": {"steps": "many"}}, [], ["training.steps", "'many'"]),
         ({"training": {"steps": 10, "epochs": 1}}, [], ["epochs or steps"]),
         ({"training": {"batch_size": 4}}, [], ["epochs or steps"]),

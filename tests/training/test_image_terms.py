@@ -3,12 +3,14 @@
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 from test_features import TALKS, Setting, gradients
 
 from data.collate import Collator
 from data.errors import BadSample, UserError
 from vlm_distill import losses, models
+from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models.teacher import ModelTeacher
@@ -140,3 +142,13 @@ def test_unlike_tokenizers_are_refused_for_logits_at_images(setting, tmp_path):
     teacher = ModelTeacher(models.load_vlm(tiny.write_pieces_teacher(tmp_path / "pieces")))
     with pytest.raises(UserError, match=r"without forward_kl, reverse_kl, hidden_states$"):
         pair_vocabularies(setting.config, setting.student, teacher, setting.terms)
+
+
+@pytest.mark.parametrize("written", ["on: images", '"on": images'])
+def test_on_needs_no_quotes_in_yaml(tmp_path, written):
+    plain = tiny.config(tmp_path, tmp_path / "data.jsonl", tmp_path / "teacher")
+    del plain["loss"]
+    text = yaml.safe_dump(plain) + f"loss: [{{name: forward_kl, {written}}}]\n"
+    (tmp_path / "run.yaml").write_text(text)
+    assert [term.on for term in load_config(tmp_path / "run.yaml").loss] == ["images"]
+    assert load_config(tmp_path / "run.yaml", ["loss.0.on=text"]).loss[0].on == "text"

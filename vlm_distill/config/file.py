@@ -321,13 +321,22 @@ def read_yaml(path: Path) -> Any:
                 f"with its aliases written out it has more than {_MOST_NODES:,} values, or they are circular"
             )
         loaded = OmegaConf.load(path)
-        return OmegaConf.to_container(loaded) if OmegaConf.is_config(loaded) else loaded
+        return _name_on(OmegaConf.to_container(loaded) if OmegaConf.is_config(loaded) else loaded)
     except yaml.MarkedYAMLError as error:
         # Without the text around it, which the library quotes: a base may be any file, and must not be shown.
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         raise UserError(f"{path}{place}: not readable as YAML: {_without_quotes(error)}") from None
     except Exception as error:  # invalid dates, tags, bytes that are not text, and more
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from None
+
+
+def _name_on(plain: Any) -> Any:
+    """Return a file's values with the key ``on`` of its loss terms, which YAML 1.1 reads as true."""
+    terms = plain.get("loss") if isinstance(plain, dict) else None
+    for term in terms if isinstance(terms, list) else []:
+        if isinstance(term, dict) and True in term:
+            term["on"] = term.pop(True)
+    return plain
 
 
 def _text_of(path: Path) -> str:

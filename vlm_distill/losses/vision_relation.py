@@ -35,5 +35,5 @@ class VisionRelation(FeatureLoss):
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Return 1 − cos (0-d) of the similarity matrices of ``[tokens, width]`` each."""
-    similarities = [(hidden @ hidden.T).flatten() for hidden in (student, teacher)]
-    return 1 - F.cosine_similarity(*similarities, dim=0)
+    mine, theirs = student @ student.T, teacher @ teacher.T
+    return 1 - F.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0)
