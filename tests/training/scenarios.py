@@ -48,6 +48,13 @@ def features(stage, loss=FEATURES, **changes):
     return {"deepspeed__stage": stage, "loss": loss, **changes}
 
 
+UNLIKE_TOKENIZERS = [
+    {"name": "uld"},
+    {"name": "alm", "tau": 5.0},
+    {"name": "overlap_kl", "divergence": "jsd"},
+    {"name": "uld", "tokens": "unshared", "weight": 0.25},
+    {"name": "cross_entropy", "weight": 0.5},
+]
 #: Four samples a micro-batch: of two, the shorter never fits beside the longer.
 PACKED = {"data__packing": True, "training__micro_batch_size": 4}
 SHARED = {
@@ -98,7 +105,7 @@ SHARED = {
         "family": "pieces",
         "data": "mixed",
         **PACKED,
-        "loss": [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}],
+        "loss": UNLIKE_TOKENIZERS,
     },
     # As DeepSpeed does by itself, parameters as small as these stay whole between the first forward and a gathering.
     "persistent_zero3": {"deepspeed__stage": 3, "persistent": True},
@@ -108,7 +115,7 @@ SHARED = {
             "deepspeed__stage": stage,
             "family": "pieces",
             "data": "mixed",
-            "loss": [{"name": "uld"}, {"name": "cross_entropy", "weight": 0.5}],
+            "loss": UNLIKE_TOKENIZERS,
         }
         for stage in (0, 2, 3)
     },

@@ -42,7 +42,8 @@ def paired(config, student_tokenizer=None):
 
 
 def test_uld_and_images_are_compared_with_heads_of_their_own(material):
-    student, teacher, grouped = paired(configure(material, "uld", "cross_entropy", "uld", "vision_features"))
+    names = ("uld", "cross_entropy", "uld", "vision_features", "alm", "overlap_kl")
+    student, teacher, grouped = paired(configure(material, *names))
     assert grouped
     for model in (student, teacher):
         with model.head.weight() as weight:
@@ -52,7 +53,7 @@ def test_uld_and_images_are_compared_with_heads_of_their_own(material):
 
 @pytest.mark.parametrize("others", [("taid",), ("forward_kl", "diagnostics"), ("hidden_states", "minilm")])
 def test_what_compares_token_by_token_is_refused_by_name(material, others):
-    wanted = f"need the same tokenizer: .*by uld alone, without {', '.join(others)}$"
+    wanted = f"need the same tokenizer: .*by uld, alm or overlap_kl alone, without {', '.join(others)}$"
     with pytest.raises(UserError, match=wanted) as told:
         paired(configure(material, "uld", *others))
     assert "\n" not in str(told.value)

@@ -16,6 +16,7 @@ from .registry import Entry, Registry
 
 if TYPE_CHECKING:
     from .adaptive_kl import AdaptiveKL
+    from .alm import ALM
     from .alpha_beta import AlphaBeta
     from .amid import AMiD
     from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .heads import HiddenTargets
     from .jsd import JSD
     from .minilm import MiniLM
+    from .overlap_kl import OverlapKL
     from .reverse_kl import ReverseKL
     from .skew_kl import SkewForwardKL, SkewReverseKL
     from .standardise import Standardised
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
     from .taid import TAID
     from .todi import ToDi
     from .token_cross_entropy import CrossEntropy
+    from .token_targets import TokenTargets
     from .topk import TopKTargets
     from .tvd import TVD
     from .uld import ULD
     from .vision_relation import VisionRelation
 
 __all__ = [
+    "ALM",
     "CTKD",
     "DKD",
     "IMAGE_HIDDEN",
@@ -70,6 +74,7 @@ __all__ = [
     "LossError",
     "LossSums",
     "MiniLM",
+    "OverlapKL",
     "Progress",
     "ProjectorFeatures",
     "Registry",
@@ -82,6 +87,7 @@ __all__ = [
     "TermSums",
     "ToDi",
     "TokenGroups",
+    "TokenTargets",
     "TopKTargets",
     "VisionFeatures",
     "VisionRelation",

@@ -85,11 +85,17 @@ class DistillationLoss(Loss):
     Attributes:
         takes_topk: whether ``loss_over_categories`` exists, for teachers that give their likeliest tokens only.
         takes_groups: whether ``grouped_loss_and_grad`` exists, for teachers with another tokenizer.
+        takes_tokens: whether ``token_loss_and_grad`` exists, for teachers that give the log-probabilities of the
+            answer's own tokens only. Such a loss reads the answers without calling them correct: it also learns from
+            answers that the student drew.
+        needs_shared_tokens: whether ``share_tokens`` must be called before training.
         scratch: most ``[N, V]`` buffers that ``loss_and_grad`` holds at once besides its arguments; sizes the blocks.
     """
 
     takes_topk: bool = False
     takes_groups: bool = False
+    takes_tokens: bool = False
+    needs_shared_tokens: bool = False
     scratch: int = 8
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
@@ -125,6 +131,13 @@ class DistillationLoss(Loss):
     def prepare(self, categories: int) -> None:
         """Create the loss's own parameters for this many tokens or classes. Called once, before training."""
 
+    def share_tokens(self, student: Tensor, teacher: Tensor) -> None:
+        """Receive the ids ``[K]`` of the tokens that both vocabularies have, in both. If ``needs_shared_tokens``.
+
+        Raises:
+            LossError: there are none.
+        """
+
     def learned_tensors(self) -> tuple[Tensor, ...]:
         """Return what ``loss_and_grad`` reads of the loss's own parameters, differentiable in them.
 
@@ -154,6 +167,26 @@ class DistillationLoss(Loss):
             teacher_logits: ``[M, V']``; every row belongs to a group.
             targets: int64 ``[N]``, the student's right tokens.
             groups: G groups, with the teacher's right tokens.
+            grad: whether to compute the gradient.
+        """
+        raise NotImplementedError
+
+    def token_loss_and_grad(
+        self,
+        student_logits: Tensor,
+        teacher_log_probs: Tensor,
+        targets: Tensor,
+        groups: TokenGroups | None,
+        *,
+        grad: bool,
+    ) -> RowResult:
+        """Compute the loss of each row or group from the teacher's log-probabilities alone. If ``takes_tokens``.
+
+        Args:
+            student_logits: ``[N, V]``; may be overwritten.
+            teacher_log_probs: ``[M]`` nats, of the teacher's right tokens; M = N without groups.
+            targets: int64 ``[N]``, the student's right tokens.
+            groups: of the N and M rows; ``None``: the k-th row of both is the same token.
             grad: whether to compute the gradient.
         """
         raise NotImplementedError

@@ -38,7 +38,9 @@ REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
             "vlm_distill.losses.ctkd:CTKD",
             ("t_start", "t_range", "g", "loops", "decay", "grl_coefficient", "instance", "width"),
         ),
-        "uld": Entry("vlm_distill.losses.uld:ULD", ("temperature",), classes=False),
+        "uld": Entry("vlm_distill.losses.uld:ULD", ("temperature", "tokens"), classes=False),
+        "alm": Entry("vlm_distill.losses.alm:ALM", ("tau", "distance"), classes=False),
+        "overlap_kl": Entry("vlm_distill.losses.overlap_kl:OverlapKL", ("divergence", "temperature"), classes=False),
         "cross_entropy": Entry("vlm_distill.losses.token_cross_entropy:CrossEntropy", needs=TARGETS),
         "hidden_states": Entry(
             "vlm_distill.losses.feature_distances:HiddenStates", ("layers", "distance"), classes=False

@@ -17,6 +17,7 @@ from .groups import TokenGroups, group_chunks
 from .heads import ModelSide
 from .softmax import need_targets
 from .sums import separate
+from .token_targets import TokenTargets
 from .topk import SCRATCH as TOPK_SCRATCH
 from .topk import TopKTargets, topk_loss_and_grad
 
@@ -68,6 +69,8 @@ class Chunks:
             if isinstance(self.teacher, ModelSide) and teacher_buffer is not None:
                 teacher_logits = teacher_buffer[: len(index)]
                 self.teacher.write_logits(self.teacher.operands(index), teacher_logits)
+            elif isinstance(self.teacher, TokenTargets):
+                teacher_logits = self.teacher.logprobs[index]
             for start in range(0, len(index), block):
                 part = slice(start, min(start + block, len(index)))
                 self._add_block(
@@ -82,7 +85,8 @@ class Chunks:
         Args:
             index: the block's positions.
             student: ``[n, V]``.
-            teacher: ``[n, V]``, or ``None`` if the teacher gives its likeliest tokens or nothing.
+            teacher: ``[n, V]``; ``[n]``, log-probabilities of the tokens, if the teacher gives no more; or ``None`` if
+                it gives its likeliest tokens or nothing.
         """
         targets = self.work.targets_at(index)
         top = None
@@ -94,6 +98,8 @@ class Chunks:
             grad = self.work.trains(term)
             if term.has_teacher and top is not None:
                 results.append(topk_loss_and_grad(term.loss, own, *top, grad=grad))
+            elif other is not None and isinstance(self.teacher, TokenTargets):
+                results.append(term.loss.token_loss_and_grad(own, other, need_targets(targets), None, grad=grad))
             else:
                 results.append(term.loss.loss_and_grad(own, other, targets, grad=grad))
             del own, other  # before the next term's copies are made
@@ -103,9 +109,10 @@ class Chunks:
 
     def run_groups(self, groups: TokenGroups) -> Tensor:
         """Add the terms on the groups' positions, chunk by chunk; return a mask of these positions, bool ``[N]``."""
-        assert isinstance(self.teacher, ModelSide)
+        assert isinstance(self.teacher, ModelSide | TokenTargets)
         itemsize = self.student.dtype.itemsize
-        row_bytes = self.student.vocabulary * itemsize, self.teacher.vocabulary * itemsize
+        width = self.teacher.vocabulary if isinstance(self.teacher, ModelSide) else 1
+        row_bytes = self.student.vocabulary * itemsize, width * itemsize
         block = min(self.block_bytes, self.chunk_bytes // (2 * self.buffers))
         limits = 2 * block, self.chunk_bytes - block * self.buffers
         seen = torch.zeros(len(self.student), dtype=torch.bool, device=self.student.hidden.device)
@@ -117,8 +124,11 @@ class Chunks:
             operands = self.student.operands(index)
             student_logits = operands.new_empty(len(index), self.student.vocabulary, dtype=self.student.dtype)
             self.student.write_logits(operands, student_logits)
-            teacher_logits = student_logits.new_empty(len(teacher_index), self.teacher.vocabulary)
-            self.teacher.write_logits(self.teacher.operands(teacher_index), teacher_logits)
+            if isinstance(self.teacher, TokenTargets):
+                teacher_logits = self.teacher.logprobs[teacher_index]
+            else:
+                teacher_logits = student_logits.new_empty(len(teacher_index), width)
+                self.teacher.write_logits(self.teacher.operands(teacher_index), teacher_logits)
             # Compare them block by block.
             student_parts = student_logits.split([len(block.student) for block in blocks])
             teacher_parts = teacher_logits.split([len(block.teacher) for block in blocks])
@@ -137,6 +147,8 @@ class Chunks:
             grad = self.work.trains(term)
             if other is None:
                 results.append(term.loss.loss_and_grad(own, None, targets, grad=grad))
+            elif isinstance(self.teacher, TokenTargets):
+                results.append(term.loss.token_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
             else:
                 results.append(term.loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
             del own, other  # before the next term's copies are made

@@ -22,6 +22,7 @@ from .heads import Head, HiddenTargets, ModelSide
 from .softmax import need_targets
 from .sums import LossSums, check_same, check_terms, with_gradients
 from .tiles import Tiles
+from .token_targets import TokenTargets
 from .topk import TopKTargets
 
 
@@ -46,7 +47,7 @@ def fused_linear(
     terms: Sequence[Term] | DistillationLoss,
     student_hidden: Tensor,
     student_head: Head,
-    teacher: HiddenTargets | TopKTargets | None = None,
+    teacher: HiddenTargets | TopKTargets | TokenTargets | None = None,
     targets: Tensor | None = None,
     *,
     distilled: Tensor | TokenGroups | None = None,
@@ -64,8 +65,8 @@ def fused_linear(
         terms: the summands; a single loss becomes a term called "loss".
         student_hidden: ``[N, H]``, at the positions that predict supervised tokens; N may be 0.
         student_head: its weight's context stays open during the call.
-        teacher: hidden states at the same N positions and their head, or the likeliest tokens there; optional if no
-            term needs a teacher.
+        teacher: hidden states at the same N positions and their head, or the likeliest tokens there, or the
+            log-probabilities of the tokens to predict; optional if no term needs a teacher.
         targets: int64 ``[N]``, the tokens to predict; optional if no term needs them.
         distilled: which positions the terms with a teacher see: bool ``[N]`` (default: all), or, where tokenizers
             differ, groups of the student's N and the teacher's M positions. Other terms see every position.
@@ -74,7 +75,7 @@ def fused_linear(
             128 MiB on a CPU, 1 GiB elsewhere; with ``recompute`` 4 MiB and 1 GiB.
         recompute: form the logits in tiles of positions × vocabulary, once for the losses and once for the gradient, so
             that memory besides the gradients depends on neither. Costs two more products, four for losses that compare
-            with a mixture; only for losses with a ``kernel_form``, and not for top-k teachers or groups.
+            with a mixture; only for losses with a ``kernel_form``, and only for teachers that give hidden states.
 
     Returns:
         ``loss`` = Σ over terms of weight · scale · sum over positions. It belongs to the graph even if N is 0, so that
@@ -97,7 +98,7 @@ def _compute(
     terms: Sequence[Term],
     student_hidden: Tensor,
     student_head: Head,
-    teacher: HiddenTargets | TopKTargets | None,
+    teacher: HiddenTargets | TopKTargets | TokenTargets | None,
     targets: Tensor | None,
     settings: _Settings,
 ) -> LossSums:
@@ -115,7 +116,7 @@ def _compute(
         wanted = [recording and x is not None and x.requires_grad for x in inputs]
         with torch.no_grad():
             student = ModelSide(student_head, student_hidden, weight, student_hidden.dtype)
-            other: ModelSide | TopKTargets | None
+            other: ModelSide | TopKTargets | TokenTargets | None
             if isinstance(teacher, HiddenTargets):
                 assert teacher_weight is not None
                 other = ModelSide(teacher.head, teacher.hidden, teacher_weight, student.dtype)
@@ -163,7 +164,7 @@ def _tiles_are_faster(work: FusedSums, terms: Sequence[Term]) -> bool:
 
 def _check(
     terms: Sequence[Term],
-    teacher: HiddenTargets | TopKTargets | None,
+    teacher: HiddenTargets | TopKTargets | TokenTargets | None,
     targets: Tensor | None,
     groups: TokenGroups | None,
     recompute: bool,
@@ -175,6 +176,12 @@ def _check(
             raise ValueError(
                 f"term {term.name!r} of the loss needs the teacher's whole distribution, not its top tokens"
             )
+        if isinstance(teacher, TokenTargets) and term.has_teacher:
+            if not term.loss.takes_tokens:
+                raise ValueError(
+                    f"term {term.name!r} of the loss needs more of the teacher than a token's log-probability"
+                )
+            need_targets(targets)
         if groups is not None and term.has_teacher:
             if not term.loss.takes_groups:
                 raise ValueError(f"term {term.name!r} of the loss compares token by token, and groups were given")
@@ -186,11 +193,14 @@ def _check(
 
 
 def _check_sizes(
-    terms: Sequence[Term], student: ModelSide, teacher: ModelSide | TopKTargets | None, *, grouped: bool
+    terms: Sequence[Term], student: ModelSide, teacher: ModelSide | TopKTargets | TokenTargets | None, *, grouped: bool
 ) -> None:
     """Raise ``ValueError`` if the models cannot be compared row by row."""
     if isinstance(teacher, TopKTargets):
         check_same("rows", len(student), len(teacher.ids))
+    elif isinstance(teacher, TokenTargets):
+        if not grouped:
+            check_same("rows", len(student), len(teacher))
     elif teacher is not None:
         if not grouped:
             check_same("rows", len(student), len(teacher))

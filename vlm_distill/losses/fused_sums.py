@@ -10,6 +10,7 @@ from torch import Tensor
 from .base import Term
 from .heads import ModelSide
 from .sums import Sums
+from .token_targets import TokenTargets
 from .topk import TopKTargets
 
 
@@ -20,7 +21,7 @@ class FusedSums(Sums):
         terms: the summands.
         scales: a factor for each term's sum, by name; 1 for the others.
         student: its hidden states and head.
-        teacher: the same of the teacher, its likeliest tokens, or ``None``.
+        teacher: the same of the teacher, its likeliest tokens, its log-probabilities of the answers, or ``None``.
         targets: int64 ``[N]``, or ``None`` if no term reads them.
         wanted: which inputs need a gradient: hidden states, weight, bias, then whatever the losses learn.
         chunk_bytes: limit of the buffers as the caller gave it; chunks and tiles have defaults of their own.
@@ -31,7 +32,7 @@ class FusedSums(Sums):
         terms: Sequence[Term],
         scales: Mapping[str, float],
         student: ModelSide,
-        teacher: ModelSide | TopKTargets | None,
+        teacher: ModelSide | TopKTargets | TokenTargets | None,
         targets: Tensor | None,
         wanted: Sequence[bool],
         chunk_bytes: int | None,

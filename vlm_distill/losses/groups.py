@@ -50,6 +50,15 @@ class GroupBlock:
     groups: TokenGroups
 
 
+def sum_groups(values: Tensor, spans: Tensor) -> Tensor:
+    """Return the sums ``[G]`` of ``values [N]`` over the groups' spans ``[G, 2]``; differentiable."""
+    first, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
+    group = torch.arange(len(spans), device=spans.device).repeat_interleave(lengths)
+    before = lengths.cumsum(0) - lengths
+    rows = first[group] + torch.arange(len(group), device=spans.device) - before[group]
+    return values.new_zeros(len(spans)).index_add(0, group, values[rows])
+
+
 def group_chunks(
     groups: TokenGroups, row_bytes: tuple[int, int], block_bytes: int, chunk_bytes: int
 ) -> Iterator[list[GroupBlock]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import DistillationLoss, RowResult
 from .groups import TokenGroups
-from .parameters import check_number
+from .parameters import check_choice, check_number
 from .softmax import need_targets, soften_, softmax_, through_softmax_, upcast
 
 
@@ -27,14 +27,24 @@ class ULD(DistillationLoss):
 
     Args:
         temperature: divides both models' logits.
+        tokens: ``all``; or ``unshared``, to compare only the tokens that the other vocabulary lacks, as GOLD does
+            beside a divergence over the shared ones (``overlap_kl``). The part P(t₁)·(1 − C) counts as t₁ does.
     """
 
     takes_groups = True
     scratch = 7
+    shared: Tensor | None
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, tokens: str = "all") -> None:
         super().__init__()
+        self.needs_shared_tokens = check_choice("loss uld: tokens", tokens, ("all", "unshared")) == "unshared"
+        if self.needs_shared_tokens:
+            self.scratch = 9
+        self.register_buffer("shared", None, persistent=False)
         self.temperature = check_number("loss uld: temperature", temperature, 0.0, above=True)
+
+    def share_tokens(self, student: Tensor, teacher: Tensor) -> None:
+        self.shared = torch.stack([student, teacher])
 
     def forward(
         self,
@@ -57,9 +67,12 @@ class ULD(DistillationLoss):
         log_q = (upcast(student_logits) / self.temperature).log_softmax(-1)
         log_p = (upcast(teacher_logits) / self.temperature).log_softmax(-1)
         if groups is None:
-            return _distance(log_q.exp(), log_p.exp())
-        q = _merged(log_q, need_targets(targets), groups.student)
-        return _distance(q, _merged(log_p, groups.teacher_targets, groups.teacher))
+            return _distance(self._kept(0, log_q.exp()), self._kept(1, log_p.exp()))
+        targets = need_targets(targets)
+        q = _merged(log_q, targets, groups.student)
+        p = _merged(log_p, groups.teacher_targets, groups.teacher)
+        begun = targets[groups.student[:, 0]], groups.teacher_targets[groups.teacher[:, 0]]
+        return _distance(self._kept(0, q, begun[0]), self._kept(1, p, begun[1]))
 
     @torch.no_grad()
     def loss_and_grad(
@@ -67,9 +80,10 @@ class ULD(DistillationLoss):
     ) -> RowResult:
         student, teacher = soften_(student_logits, teacher_logits, self.temperature)
         q, p = softmax_(student).probs, softmax_(teacher).probs
-        loss, slopes = _distance_and_slopes(q, p, grad=grad)
+        loss, slopes = _distance_and_slopes(self._kept(0, q), self._kept(1, p), grad=grad)
         if slopes is None:
             return RowResult(loss)
+        slopes = self._kept(0, slopes)
         return RowResult(loss, through_softmax_(slopes.mul_(q), q).div_(self.temperature))
 
     @torch.no_grad()
@@ -79,10 +93,14 @@ class ULD(DistillationLoss):
         student, teacher = soften_(student_logits, teacher_logits, self.temperature)
         log_p = softmax_(teacher).log_probs
         p = _merged(log_p, groups.teacher_targets, groups.teacher)
+        p = self._kept(1, p, groups.teacher_targets[groups.teacher[:, 0]])
         log_q, q, _ = softmax_(student)
-        loss, slopes = _distance_and_slopes(_merged(log_q, targets, groups.student), p, grad=grad)
+        begun_with = targets[groups.student[:, 0]]
+        merged = self._kept(0, _merged(log_q, targets, groups.student), begun_with)
+        loss, slopes = _distance_and_slopes(merged, p, grad=grad)
         if slopes is None:
             return RowResult(loss)
+        slopes = self._kept(0, slopes, begun_with)
         members = _members(groups.student)
         first, index = q[members.first], targets[members.first].unsqueeze(-1)
         log_chain = _log_chain(log_q, targets, members)
@@ -99,6 +117,24 @@ class ULD(DistillationLoss):
         gradient.mul_(-weight).scatter_add_(-1, targets.unsqueeze(-1), weight)
         gradient.index_copy_(0, members.first, through_softmax_(slopes.mul_(first), first))
         return RowResult(loss, gradient.div_(self.temperature))
+
+    def _kept(self, side: int, values: Tensor, begun: Tensor | None = None) -> Tensor:
+        """Return probabilities or slopes with those of tokens that are not compared set to 0.
+
+        Args:
+            side: 0 for the student, 1 for the teacher.
+            values: ``[N, V]``; ``[G, V + 1]`` if ``begun`` is given.
+            begun: int64 ``[G]``, the first token of each group.
+        """
+        if not self.needs_shared_tokens:
+            return values
+        if self.shared is None:
+            raise ValueError("uld leaves shared tokens out, and share_tokens was not called")
+        shared = self.shared[side]
+        if begun is None:
+            return values.index_fill(-1, shared, 0.0)
+        tokens, split = values[:, :-1].index_fill(-1, shared, 0.0), values[:, -1:]
+        return torch.cat([tokens, split.masked_fill(torch.isin(begun, shared).unsqueeze(-1), 0.0)], dim=-1)
 
 
 class _Members(NamedTuple):

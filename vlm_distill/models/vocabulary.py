@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from data.errors import UserError
 
@@ -50,6 +55,70 @@ def same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
     except UserError:
         return False
     return True
+
+
+def shared_tokens(student: HasTokens, teacher: HasTokens) -> tuple[Tensor, Tensor]:
+    """Return the ids of the tokens that spell the same bytes in both vocabularies, ascending for the student.
+
+    Special tokens are shared if they have the same name; the two end-of-sequence tokens always are. Of several tokens
+    that spell the same, the first counts. Heads that are cut bound the ids.
+
+    Returns:
+        int64 ``[K]`` for the student and for the teacher.
+    """
+    ours, theirs = _ids_by_spelling(student), _ids_by_spelling(teacher)
+    pairs = sorted((number, theirs[spelling]) for spelling, number in ours.items() if spelling in theirs)
+    ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return ids[:, 0].contiguous(), ids[:, 1].contiguous()
+
+
+def _ids_by_spelling(model: HasTokens) -> dict[bytes | str, int]:
+    """Return a model's token ids by the bytes that they spell, special tokens by their names."""
+    tokenizer = model.processor.tokenizer
+    limit = len(tokenizer) if model.head.vocabulary is None else min(model.head.vocabulary, len(tokenizer))
+    byte_level = _is_byte_level(tokenizer)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    found: dict[bytes | str, int] = {}
+    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(limit)))):
+        if token is None:
+            continue
+        if number == tokenizer.eos_token_id:
+            found.setdefault("end of sequence", number)
+        elif number in special:
+            found.setdefault(token, number)
+        else:
+            found.setdefault(_spelling(token, byte_level), number)
+    return found
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Return whether a tokenizer writes its tokens in the alphabet of GPT-2, a character for each byte."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    described = json.loads(backend.to_str())
+    return "ByteLevel" in json.dumps([described["pre_tokenizer"], described["decoder"]])
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of GPT-2's alphabet means."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _spelling(token: str, byte_level: bool) -> bytes:
+    """Return the bytes that a token spells."""
+    if byte_level and all(character in _BYTES for character in token):
+        return bytes(_BYTES[character] for character in token)
+    single = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    if single:
+        return bytes([int(single[1], 16)])
+    return token.replace("▁", " ").encode()
 
 
 def separate_heads(*models: HasTokens) -> None:

@@ -37,7 +37,9 @@ def pair_vocabularies(
         learning = [term for term in terms if "teacher" in term.loss.needs]
         others = [term.name for term in learning if not _spans_tokenizers(term)]
         if others:
-            raise UserError(f"{error}, or learn from this teacher by uld alone, without {', '.join(others)}") from None
+            raise UserError(
+                f"{error}, or learn from this teacher by uld, alm or overlap_kl alone, without {', '.join(others)}"
+            ) from None
         unlabelled = [source.path for source in config.data.train if not source.labelled]
         reading = [term.name for term in learning if isinstance(term, Term)]
         if reading and unlabelled:

@@ -10,6 +10,7 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import IMAGE_HIDDEN, DistillationLoss, FeatureLoss, FeatureTerm, Term, wanted_features
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
+from vlm_distill.models.vocabulary import shared_tokens
 
 from .loss_mistakes import loss_mistakes
 
@@ -76,7 +77,8 @@ def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLo
     if config.training.recompute_logits and whole_rows:
         raise UserError(f"loss {name} needs whole rows of logits; leave it or training.recompute_logits out")
     for source in config.data.train:
-        if "targets" in loss.needs and not source.labelled:
+        reads_targets = "targets" in loss.needs or (isinstance(loss, DistillationLoss) and loss.takes_tokens)
+        if reads_targets and not source.labelled:
             raise UserError(f"loss {name} reads the answers, and {source.path} is not labelled; leave one out")
     served = config.teacher is not None and config.teacher.server is not None
     if served and "teacher" in loss.needs and not (isinstance(loss, DistillationLoss) and loss.takes_topk):
@@ -122,6 +124,10 @@ def prepare_losses(terms: Sequence[AnyTerm], student: VisionLanguageModel, teach
             _check_sees(term.name, student, teacher)
         if isinstance(term, Term):
             term.loss.prepare(vocabulary)
+            if isinstance(term.loss, DistillationLoss) and term.loss.needs_shared_tokens:
+                assert teacher is not None
+                assert teacher.head is not None
+                term.loss.share_tokens(*shared_tokens(student, teacher))
             continue
         assert teacher is not None
         assert teacher.model is not None
