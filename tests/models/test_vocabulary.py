@@ -7,7 +7,7 @@ import torch
 
 from data.errors import UserError
 from vlm_distill.models import build_vlm
-from vlm_distill.models.vocabulary import align_heads, shared_vocabulary
+from vlm_distill.models.vocabulary import _spelling, align_heads, shared_tokens, shared_vocabulary
 
 
 def test_the_same_tokenizer(tokenizer):
@@ -22,6 +22,26 @@ def test_added_tokens_at_the_end_are_not_shared(tokenizer):
     student = copy.deepcopy(tokenizer)
     student.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     assert shared_vocabulary(student, teacher) == 330
+
+
+def test_shared_tokens_spell_the_same_bytes(make_tokenizer):
+    ours, theirs = make_tokenizer(eos="</s>"), make_tokenizer(eos="</end>", extra=("<image>",))
+    student, teacher = shared_tokens(ours, theirs, (330, 330))
+    pairs = list(zip(student.tolist(), teacher.tolist(), strict=True))
+    assert (ours.eos_token_id, theirs.eos_token_id) in pairs
+    spelled = [(ours.decode([a]), theirs.decode([b])) for a, b in pairs if a != ours.eos_token_id]
+    assert len(pairs) > 300
+    assert all(a == b for a, b in spelled)
+    assert theirs.convert_tokens_to_ids("<image>") not in teacher.tolist()
+    assert shared_tokens(ours, theirs, (330, 100))[1].max() < 100
+
+
+@pytest.mark.parametrize(
+    ("token", "byte_level", "spelled"),
+    [("Ġred", True, b" red"), ("▁red", False, b" red"), ("<0xC3>", False, b"\xc3"), ("Ã¼", True, "ü".encode())],
+)
+def test_tokens_of_different_alphabets_spell_the_same(token, byte_level, spelled):
+    assert _spelling(token, byte_level) == spelled
 
 
 def test_other_tokens_under_the_same_ids(tokenizer, make_tokenizer):

@@ -57,30 +57,33 @@ def same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
     return True
 
 
-def shared_tokens(student: HasTokens, teacher: HasTokens) -> tuple[Tensor, Tensor]:
+def shared_tokens(student_tokenizer: Any, teacher_tokenizer: Any, most: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return the ids of the tokens that spell the same bytes in both vocabularies, ascending for the student.
 
     Special tokens are shared if they have the same name; the two end-of-sequence tokens always are. Of several tokens
-    that spell the same, the first counts. Heads that are cut bound the ids.
+    that spell the same, the first counts.
+
+    Args:
+        student_tokenizer: the student's.
+        teacher_tokenizer: the teacher's.
+        most: numbers of ids that the two heads score.
 
     Returns:
         int64 ``[K]`` for the student and for the teacher.
     """
-    ours, theirs = _ids_by_spelling(student), _ids_by_spelling(teacher)
+    ours, theirs = _ids_by_spelling(student_tokenizer, most[0]), _ids_by_spelling(teacher_tokenizer, most[1])
     pairs = sorted((number, theirs[spelling]) for spelling, number in ours.items() if spelling in theirs)
     ids = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return ids[:, 0].contiguous(), ids[:, 1].contiguous()
 
 
-def _ids_by_spelling(model: HasTokens) -> dict[bytes | str, int]:
-    """Return a model's token ids by the bytes that they spell, special tokens by their names."""
-    tokenizer = model.processor.tokenizer
-    limit = len(tokenizer) if model.head.vocabulary is None else min(model.head.vocabulary, len(tokenizer))
+def _ids_by_spelling(tokenizer: Any, most: int) -> dict[bytes | str, int]:
+    """Return token ids below ``most`` by the bytes that they spell, special tokens by their names."""
     byte_level = _is_byte_level(tokenizer)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     found: dict[bytes | str, int] = {}
-    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(limit)))):
+    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(most, len(tokenizer)))))):
         if token is None:
             continue
         if number == tokenizer.eos_token_id:

@@ -127,7 +127,9 @@ def prepare_losses(terms: Sequence[AnyTerm], student: VisionLanguageModel, teach
             if isinstance(term.loss, DistillationLoss) and term.loss.needs_shared_tokens:
                 assert teacher is not None
                 assert teacher.head is not None
-                term.loss.share_tokens(*shared_tokens(student, teacher))
+                most = vocabulary, teacher.head.vocabulary or vocabulary
+                tokenizers = student.processor.tokenizer, teacher.processor.tokenizer
+                term.loss.share_tokens(*shared_tokens(*tokenizers, most))
             continue
         assert teacher is not None
         assert teacher.model is not None
