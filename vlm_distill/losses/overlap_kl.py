@@ -42,7 +42,7 @@ class OverlapKL(DistillationLoss):
     takes_groups = True
     needs_shared_tokens = True
     signals = ("compared",)
-    scratch = 3
+    scratch = 7
     shared: Tensor | None
 
     def __init__(self, divergence: str = "forward_kl", temperature: float = 1.0) -> None:
@@ -118,12 +118,12 @@ class OverlapKL(DistillationLoss):
 
     def _compare(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Compute the divergence ``[N]`` of log-probabilities over whole vocabularies; differentiable in ``log_q``."""
-        student, teacher, tail = self._ids(log_q.shape[-1], log_p.shape[-1])
+        student, teacher, tail = self._ids(log_q.shape[-1], log_p.shape[-1], log_q.device)
         return self.divergence.value(_categories(log_p, teacher, tail=tail), _categories(log_q, student, tail=tail))
 
     def _closed(self, student: Tensor, teacher: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         """Compute the divergence ``[N]`` of logits, and its gradient ``[N, V]``. Overwrites both."""
-        ids, other_ids, tail = self._ids(student.shape[-1], teacher.shape[-1])
+        ids, other_ids, tail = self._ids(student.shape[-1], teacher.shape[-1], student.device)
         log_p = softmax_(teacher.div_(self.temperature)).log_probs
         log_q, q, _ = softmax_(student.div_(self.temperature))
         # Few numbers depend on the student's categories, and their logarithms' derivatives suffice.
@@ -146,10 +146,16 @@ class OverlapKL(DistillationLoss):
         gradient.index_copy_(-1, ids, by_category.contiguous())
         return loss.detach(), gradient.div_(self.temperature)
 
-    def _ids(self, vocabulary: int, teacher_vocabulary: int) -> tuple[Tensor, Tensor, bool]:
-        """Return the shared tokens' ids in both models, and whether both models have other tokens."""
+    def _ids(self, vocabulary: int, teacher_vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+        """Return the shared tokens' ids in both models, and whether both models have other tokens.
+
+        Without ``share_tokens``, vocabularies of one size are the same.
+        """
         if self.shared is None:
-            raise ValueError("overlap_kl compares shared tokens, and share_tokens was not called")
+            if vocabulary != teacher_vocabulary:
+                raise ValueError("overlap_kl compares shared tokens, and share_tokens was not called")
+            every = torch.arange(vocabulary, device=device)
+            return every, every, False
         count = self.shared.shape[1]
         return self.shared[0], self.shared[1], count < min(vocabulary, teacher_vocabulary)
 
