@@ -101,6 +101,7 @@ __all__ = [
 #: Where the names are that need torch.
 _HOMES = {
     "adaptive_kl": "AdaptiveKL",
+    "alm": "ALM",
     "alpha_beta": "AlphaBeta",
     "amid": "AMiD",
     "base": "BatchLoss DistillationLoss Loss Progress RowResult Term",
@@ -115,6 +116,7 @@ _HOMES = {
     "heads": "HiddenTargets",
     "jsd": "JSD",
     "minilm": "MiniLM",
+    "overlap_kl": "OverlapKL",
     "from_logits": "on_logits",
     "reverse_kl": "ReverseKL",
     "skew_kl": "SkewForwardKL SkewReverseKL",
@@ -123,6 +125,7 @@ _HOMES = {
     "taid": "TAID",
     "todi": "ToDi",
     "token_cross_entropy": "CrossEntropy",
+    "token_targets": "TokenTargets",
     "topk": "TopKTargets",
     "tvd": "TVD",
     "uld": "ULD",
