@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adaptive_kl import AdaptiveKL
 from .base import DistillationLoss, Progress, RowResult
 from .divergence import Divergence
 from .errors import LossError
@@ -16,6 +17,7 @@ from .groups import TokenGroups
 from .jsd import JSD
 from .parameters import check_choice, check_number
 from .reverse_kl import ReverseKL
+from .skew_kl import SkewForwardKL, SkewReverseKL
 from .softmax import softmax_, upcast
 from .tvd import TVD
 
@@ -23,7 +25,10 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     "forward_kl": ForwardKL,
     "reverse_kl": ReverseKL,
     "jsd": JSD,
+    "skew_forward_kl": SkewForwardKL,
+    "skew_reverse_kl": SkewReverseKL,
     "tvd": TVD,
+    "adaptive_kl": AdaptiveKL,
 }
 
 
@@ -35,7 +40,8 @@ class OverlapKL(DistillationLoss):
     Logged as ``compared``: the share of groups that were compared in the last step.
 
     Args:
-        divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` or ``tvd``.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_forward_kl``, ``skew_reverse_kl``, ``tvd`` or
+            ``adaptive_kl``, with its default parameters.
         temperature: divides both models' logits.
     """
 
