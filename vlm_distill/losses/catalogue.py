@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
-from .registry import TARGETS, TEACHER, Entry, Registry
+from .errors import LossError
+from .registry import TARGETS, TEACHER, Entry, Registry, make
 
 if TYPE_CHECKING:
     from .base import DistillationLoss, Loss
+    from .divergence import Divergence
     from .feature_loss import FeatureLoss
 
 REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
@@ -77,3 +80,20 @@ def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
         LossError: there is no such loss or parameter, or a value is out of range.
     """
     return REGISTRY.build(name, params)
+
+
+def build_divergence(where: str, given: str | Mapping[str, Any]) -> Divergence:
+    """Build a divergence from its name, or from a mapping with its name and parameters.
+
+    Args:
+        where: the loss and the parameter, for messages.
+        given: as in the configuration.
+
+    Raises:
+        LossError: there is no such divergence or parameter, or a value is out of range.
+    """
+    name, params = REGISTRY.divergence(where, given)
+    try:
+        return cast("Divergence", make(REGISTRY.entries[name].load(), f"{where} {name}", params))
+    except LossError as error:
+        raise LossError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None

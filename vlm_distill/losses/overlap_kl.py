@@ -8,28 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adaptive_kl import AdaptiveKL
 from .base import DistillationLoss, Progress, RowResult
-from .divergence import Divergence
+from .catalogue import build_divergence
 from .errors import LossError
-from .forward_kl import ForwardKL
 from .groups import TokenGroups
-from .jsd import JSD
-from .parameters import check_choice, check_number
-from .reverse_kl import ReverseKL
-from .skew_kl import SkewForwardKL, SkewReverseKL
+from .parameters import check_number
 from .softmax import softmax_, upcast
-from .tvd import TVD
-
-DIVERGENCES: dict[str, type[Divergence]] = {
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "jsd": JSD,
-    "skew_forward_kl": SkewForwardKL,
-    "skew_reverse_kl": SkewReverseKL,
-    "tvd": TVD,
-    "adaptive_kl": AdaptiveKL,
-}
 
 
 class OverlapKL(DistillationLoss):
@@ -40,8 +24,7 @@ class OverlapKL(DistillationLoss):
     Logged as ``compared``: the share of groups that were compared in the last step.
 
     Args:
-        divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_forward_kl``, ``skew_reverse_kl``, ``tvd`` or
-            ``adaptive_kl``, with its default parameters.
+        divergence: any that TAID takes: a name, or ``{name: jsd, beta: 0.1}``.
         temperature: divides both models' logits.
     """
 
@@ -51,10 +34,9 @@ class OverlapKL(DistillationLoss):
     scratch = 7
     shared: Tensor | None
 
-    def __init__(self, divergence: str = "forward_kl", temperature: float = 1.0) -> None:
+    def __init__(self, divergence: str | Mapping[str, Any] = "forward_kl", temperature: float = 1.0) -> None:
         super().__init__()
-        name = check_choice("loss overlap_kl: divergence", divergence, tuple(DIVERGENCES))
-        self.divergence = DIVERGENCES[name]()
+        self.divergence = build_divergence("loss overlap_kl: divergence", divergence)
         self.temperature = check_number("loss overlap_kl: temperature", temperature, 0.0, above=True)
         self._compared = 0.0
         self.register_buffer("shared", None, persistent=False)

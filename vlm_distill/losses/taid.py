@@ -11,13 +11,11 @@ from torch import Tensor
 
 from . import kernels
 from .base import DistillationLoss, Progress, RowResult
-from .catalogue import REGISTRY
-from .divergence import Divergence
+from .catalogue import build_divergence
 from .errors import LossError
 from .forward_kl import ForwardKL
 from .kernels import Form
 from .parameters import check_choice, check_flag, check_number
-from .registry import make
 from .softmax import entropy, kl_divergence, kl_of_logits_, relative_entropy_, softmax_, upcast
 from .taid_pace import Pace, sigmoid
 
@@ -80,7 +78,7 @@ class TAID(DistillationLoss):
         self.schedule = check_choice("loss taid: schedule", schedule, SCHEDULES)
         self.rate = check_number("loss taid: rate", rate, 0.0, above=True)
         self.power = check_number("loss taid: power", power, 0.0)
-        self.divergence = _divergence(divergence)
+        self.divergence = build_divergence("loss taid: divergence", divergence)
         self.takes_topk = True
         self._declare_signals(target_entropy)
         # Plain floats and not buffers: casting the module to bfloat16 would round a buffer.
@@ -264,13 +262,3 @@ class TAID(DistillationLoss):
     def set_extra_state(self, state: Any) -> None:
         self._t, self._momentum, self._previous = (float(state[k]) for k in ("t", "momentum", "previous"))
         self._pace = Pace(*state["pace"])
-
-
-def _divergence(given: str | Mapping[str, Any]) -> Divergence:
-    """Build the divergence from its name, or from a mapping with its name and parameters."""
-    where = "loss taid: divergence"
-    name, params = REGISTRY.divergence(where, given)
-    try:
-        return make(REGISTRY.entries[name].load(), f"{where} {name}", params)
-    except LossError as error:
-        raise LossError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None
