@@ -413,7 +413,7 @@ def test_missing_inputs_are_named():
             "loss taid: schedule is 'sine' (did you mean 'cosine'?)",
         ),
         ("taid", {"divergence": "kl"}, "loss taid: divergence is 'kl'; it must be one of forward_kl"),
-        ("taid", {"divergence": {"name": "tvd", "temperature": 2}}, "divergence tvd: TAID compares at temperature 1"),
+        ("taid", {"divergence": {"name": "tvd", "temperature": 2}}, "divergence tvd takes no temperature of its own"),
         ("alpha_beta", {"alpha": 3}, "loss alpha_beta: alpha is 3; give a number from -2 to 2"),
         ("alpha_beta", {"beta": "x"}, "loss alpha_beta: beta is 'x'; give a number from -2 to 2"),
         (

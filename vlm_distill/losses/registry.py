@@ -114,7 +114,7 @@ class Registry(Generic[L]):
         known = [name for name, entry in self.entries.items() if entry.compares]
         name = check_choice(where, params.pop("name"), known)
         if "temperature" in params:
-            raise LossError(f"{where} {name}: TAID compares at temperature 1; leave temperature out")
+            raise LossError(f"{where} {name} takes no temperature of its own; leave temperature out")
         check_parameters(f"{where} {name}", self.entries[name].parameters, params)
         return name, params
 
