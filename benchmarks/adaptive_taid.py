@@ -2,8 +2,8 @@
 
     python benchmarks/adaptive_taid.py [--steps 400] [--seeds 2] [--jobs 2]
 
-Trains the demo's student (configs/demo/taid.yaml, one rank of one thread a run): as it is; with nothing but its
-projector trained; and at a learning rate that leaves it as it was. Writes t at every twentieth of each run, and the
+Trains the demo's student (configs/demo/taid.yaml, one rank of one thread a run): in full; the
+projector alone; and at a learning rate that changes nothing. Writes t at every twentieth of each run, and the
 gap KL(p_t‖q)/t² that it follows, to benchmarks/results/adaptive_taid.csv. Complete runs in --out are not run again.
 """
 
@@ -28,7 +28,7 @@ SHARES = [0.1, 0.25, 0.5, 0.75, 0.9, 1.0]
 
 
 def train(student: str, seed: int, out: Path, data: Path, steps: int) -> list[dict[str, object]]:
-    """One training, unless ``out`` holds it already; t and the gap over it."""
+    """Train, unless ``out`` has the run already; return t and the gap over the run."""
     folder = out / f"{student}_{steps}_{seed}"
     if not (folder / "summary.json").exists():
         overrides = [
@@ -49,7 +49,7 @@ def train(student: str, seed: int, out: Path, data: Path, steps: int) -> list[di
             sys.exit(f"{folder}: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
-    # What a step logs is its KL, at the t of the step before, and the t after it.
+    # A step logs its KL, at the t of the step before, and the t after it.
     before = [T_START, *(line["taid/t"] for line in lines)]
     return [
         {

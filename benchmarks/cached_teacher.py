@@ -46,7 +46,7 @@ TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
-# What is cached of the teacher, and more of the configuration; CACHE stands for a folder.
+# The teacher's cache and further settings of each run; CACHE is replaced by a folder.
 FROZEN = "student.train=[projector, decoder]"
 WAYS: dict[str, tuple[list[str], list[str]]] = {
     "live": ([], []),
@@ -79,7 +79,7 @@ def write_family(folder: Path, tokenizer: Path, layers: int) -> Path:
 
 
 def times(folder: Path, steps: int, batch: int) -> dict[str, list[tuple[float, float]]]:
-    """CPU seconds of making a step's batches, and of learning from them, by way."""
+    """Return the CPU seconds of making a step's batches and of learning from them, for each run."""
     data = prepare(folder / "data")
     student, teacher = (write_family(folder / f"llava{n}", data / "tokenizer", n) for n in (4, 8))
     processes = Processes("cpu")
@@ -120,7 +120,7 @@ def times(folder: Path, steps: int, batch: int) -> dict[str, list[tuple[float, f
 
 
 def precision(sharpness: float, rows: int = 128, vocabulary: int = 32_768, k: int = 64) -> dict[str, float]:
-    """Means of KL(p‖q) in nats: whole, from top-k in 32 bits, and the error that 16 bits add to that."""
+    """Return means of KL(p‖q) in nats: whole, from top-k in 32 bits, and the error that 16 bits add to that."""
     generator = torch.Generator().manual_seed(0)
     p = sharpness * torch.randn(rows, vocabulary, generator=generator)
     q = p + torch.randn(rows, vocabulary, generator=generator)
@@ -150,7 +150,7 @@ def main() -> None:
     live = [statistics.median(column) for column in zip(*found["live"][2:], strict=True)]
     for way, measured in found.items():
         data, learn = (statistics.median(column) for column in zip(*measured[2:], strict=True))
-        # A family's ratios are to its own live features: it is another model than the demo's.
+        # A family's ratios are to its own live features, not to the demo's.
         if way == "family, live features":
             live = [data, learn]
         rows += [

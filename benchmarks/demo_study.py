@@ -38,7 +38,7 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 
 
 class Arm(NamedTuple):
-    """A setting: the loss, the file of the training split, and how many of its rows (None: all)."""
+    """A setting: the loss, the file of training data, and the number of its rows (None: all)."""
 
     loss: str
     data: str
@@ -60,7 +60,7 @@ ARMS = [
 
 
 def train(arm: Arm, seed: int, out: Path, data: Path, steps: int) -> list[dict[str, object]]:
-    """One training, unless ``out`` holds it already; its evaluations."""
+    """Train, unless ``out`` has the run already; return its evaluations."""
     folder = out / f"{arm.name}_{steps}_{seed}"
     if not (folder / "summary.json").exists():
         source = f"{{path: {data / arm.data}.jsonl, labelled: {str(arm.data == 'train').lower()}"
@@ -105,7 +105,7 @@ def train(arm: Arm, seed: int, out: Path, data: Path, steps: int) -> list[dict[s
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean and half the 95 % t-interval."""
+    """Return the mean and half the 95 % t-interval."""
     n = len(differences)
     return statistics.mean(differences), T_975[n - 1] * statistics.stdev(differences) / math.sqrt(n)
 

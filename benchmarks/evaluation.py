@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation.py [--model configs/demo/teacher] [--questions 512] [--batch-size 64] [--repeats 3]
 
-The loop is what an evaluation without batches does: decode the images of a question, ask, go on. Both sides use the
+The loop is an evaluation without batches: decode a question's images, ask, go on. Both sides use the
 KV cache, are greedy, run in one process and take turns on easy-VQA's test questions; their answers must agree. Times
 are medians, and on a busy machine only the ratio means anything. Writes benchmarks/results/evaluation_cpu.csv.
 """

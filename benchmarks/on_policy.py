@@ -1,4 +1,4 @@
-"""How much of a run's time a student takes to answer: new models of random weights, questions of random words.
+"""The share of a run's time that drawing answers takes: models with random weights, questions of random words.
 
     python benchmarks/on_policy.py [--width 128] [--layers 2] [--length 24] [--steps 6]
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def run(folder: Path, options: argparse.Namespace, batch: int, processes: Processes) -> list[dict[str, Any]]:
-    """The metrics of a run's training steps."""
+    """Return the metrics of a run's training steps."""
     out = folder / f"run{batch}"
     plain = {
         "student": {"decoder": decoder(options.width, options.layers), "tokenizer": str(folder / "teacher")},

@@ -1,10 +1,10 @@
-"""`vlm-distill plan` against fact: the peak of live tensor bytes of real training steps, for three configurations.
+"""`vlm-distill plan` against measurement: the peak of live tensor bytes of real training steps, in three runs.
 
     python benchmarks/planning.py [--only NAME] [--output FILE.csv]
     torchrun --nproc-per-node 2 benchmarks/planning.py --only sharded
 
-Each configuration is planned, then built and trained for two optimizer steps. The storages of all tensors that are made
-on the way are counted for as long as they live, and their most during the second step is compared with the plan.
+Each configuration is planned, then built and trained for two optimizer steps. The storages of all tensors made
+on the way are counted while they live, and their peak during the second step is compared with the plan.
 PyTorch's profiler counts the same on one rank; of several it misses what gloo's threads free. All rows are of one
 length, so that every micro-batch is the one that was planned.
 On a machine with a GPU, `max_memory_allocated` of the same steps is what is compared (--device cuda).
@@ -111,7 +111,7 @@ def _run(folder: Path, student: dict[str, Any], teacher: str, data: Path, **chan
 
 
 def _data(folder: Path, *, images: bool, words: int = 96) -> Path:
-    """Rows that differ in their words and pictures, and in no length."""
+    """Write rows of one length with different words and pictures."""
     lines = []
     for i in range(SAMPLES):
         text = [WORDS[(31 * i + k) % len(WORDS)] for k in range(words)]
@@ -159,7 +159,7 @@ CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of live tensors that were made since it was opened, and the most of them since ``peak`` was set."""
+    """Counts the bytes of live tensors made since it was opened, and their peak since ``peak`` was set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _Live(TorchDispatchMode):
 
 
 def measure(config: RunConfig) -> int:
-    """The peak of this rank's live tensor bytes in the second optimizer step."""
+    """Return the peak of this rank's live tensor bytes in the second optimizer step."""
     from vlm_distill.runtime.processes import Processes
     from vlm_distill.trainer import Trainer
 
@@ -206,7 +206,7 @@ def measure(config: RunConfig) -> int:
 
 
 def compare(name: str, folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """One row of the table: the plan and what was measured, in bytes."""
+    """Return a row of the table: plan and measurement, in bytes."""
     torch.manual_seed(0)
     config = CONFIGURATIONS[name](folder)
     if device == "cuda":

@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tests/support python benchmarks/served_teacher.py [--delay 0.2] [--steps 8]
 
-Prints the mean seconds of a step of 4 micro-batches of 4 samples: with every request after the other, with those of a
-micro-batch at once, and with those of the next step on their way too, as `vlm-distill train` does.
+Prints the mean seconds of a step of 4 micro-batches of 4 samples: one request at a time, all of a
+micro-batch at once, and those of the next step under way too, as `vlm-distill train` does.
 """
 
 from __future__ import annotations

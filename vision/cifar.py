@@ -193,6 +193,7 @@ class CifarVGG(CifarNet):
     """Five groups of 3×3 convolutions with BatchNorm, with max-pooling before groups two to four."""
 
     head_name, stem_name = "classifier", "block0.0"
+    head_std = 0.01
     WIDTHS = (64, 128, 256, 512, 512)
 
     def __init__(
@@ -216,13 +217,6 @@ class CifarVGG(CifarNet):
         if 1 <= index <= 3 or (index == 4 and x.shape[-1] >= 8):
             x = F.max_pool2d(x, 2)
         return getattr(self, f"block{index}")(x)
-
-    def make_head(self, num_classes: int) -> nn.Module:
-        head = super().make_head(num_classes)
-        if isinstance(head, nn.Linear):
-            nn.init.normal_(head.weight, 0.0, 0.01)
-            nn.init.zeros_(head.bias)
-        return head
 
 
 WIDE = (32, 64, 128, 256)

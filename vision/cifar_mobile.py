@@ -184,6 +184,7 @@ class CifarMobileNetV2(CifarNet):
     """MobileNet-V2 (arXiv:1801.04381) of width 0.5."""
 
     head_name, stem_name = "classifier", "conv1.0"
+    head_std = 0.01
     #: Width, depth, first stride and expansion of each group of blocks.
     GROUPS = ((8, 1, 1, 1), (12, 2, 1, 6), (16, 3, 2, 6), (32, 4, 2, 6), (48, 3, 1, 6), (80, 3, 2, 6), (160, 1, 1, 6))
     #: The groups of each level: those between two halvings of the size, the first two apart as in the papers' code.
@@ -219,10 +220,3 @@ class CifarMobileNetV2(CifarNet):
 
     def finish(self, x: Tensor) -> Tensor:
         return self.conv2(x)
-
-    def make_head(self, num_classes: int) -> nn.Module:
-        head = super().make_head(num_classes)
-        if isinstance(head, nn.Linear):
-            nn.init.normal_(head.weight, 0.0, 0.01)
-            nn.init.zeros_(head.bias)
-        return head

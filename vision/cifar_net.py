@@ -20,6 +20,8 @@ class CifarNet(nn.Module):
     """
 
     head_name, stem_name = "fc", "conv1"
+    #: Standard deviation of the classification layer's first weights, with biases of 0; ``None``: PyTorch's.
+    head_std: float | None = None
     feature_info: list[dict[str, Any]]
 
     def __init__(self, num_classes: int, num_features: int, global_pool: str) -> None:
@@ -49,7 +51,13 @@ class CifarNet(nn.Module):
 
     def make_head(self, num_classes: int) -> nn.Module:
         """Return a classification layer, or the identity for no classes."""
-        return nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        if num_classes <= 0:
+            return nn.Identity()
+        head = nn.Linear(self.num_features, num_classes)
+        if self.head_std is not None:
+            nn.init.normal_(head.weight, 0.0, self.head_std)
+            nn.init.zeros_(head.bias)
+        return head
 
     def forward_intermediates(
         self,

@@ -80,7 +80,7 @@ def finished_student(run: Path) -> Path | None:
         try:
             manifest.check(folder, manifest.read(folder))
         except manifest.Damaged as error:
-            again = "delete that folder and start the run again, which writes it anew from its last checkpoint"
+            again = "delete that folder and start the run again, which writes it from its last checkpoint"
             raise UserError(f"{error}; {again}") from None
     return folder
 

@@ -285,5 +285,5 @@ def test_a_killed_rank_ends_the_run_with_the_cause(tmp_path, teacher):
     assert len(said) == 1, errors
     assert re.search(r"rank 1 \(process \d+\) was killed by SIGKILL, .*; start the command again", said[0])
     assert "Traceback" not in errors
-    assert "told to stop" not in errors
+    assert "stopping: " not in errors
     assert not (tmp_path / "out" / "student").exists()

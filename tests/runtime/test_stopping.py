@@ -30,7 +30,7 @@ def test_noted_and_told_once(capsys):
         send(signal.SIGTERM)
         send(signal.SIGTERM)
         assert stop.asked
-    assert capsys.readouterr().err.count("told to stop") == 1
+    assert capsys.readouterr().err.count("stopping: finishing") == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -18,8 +18,8 @@ WAYS = {
     "killed": (4, r"rank 1 \(.+\) has not been heard of for \d+ s, last in step \d, .*: it was killed or crashed"),
     "failed": (3, r"vlm-distill \[rank 1\]: no memory"),
     # In an evaluation, to one of them alone.
-    "told 0": (143, r"^vlm-distill: told to stop: the checkpoint is written"),
-    "told 1": (143, r"^vlm-distill \[rank 1\]: told to stop: the checkpoint is written"),
+    "told 0": (143, r"^vlm-distill: stopping: the checkpoint is written"),
+    "told 1": (143, r"^vlm-distill \[rank 1\]: stopping: the checkpoint is written"),
 }
 
 

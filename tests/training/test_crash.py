@@ -212,7 +212,7 @@ def test_told_to_stop_one_rank_stops_all(runs, forks):
     ):
         codes, told = forks(RUN, config, 2, **asked)
         assert codes == [143, 143], told
-        assert "told to stop" in told
+        assert "stopping: " in told
         assert "start the run again to continue" in told
         assert not (runs.folder / "stopped" / "summary.json").exists()
     codes, told = forks(RUN, config, 2)

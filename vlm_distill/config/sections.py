@@ -148,7 +148,7 @@ class TrainingSection(Section):
         description="`halve` restarts with half the micro-batch when memory runs out, under this suite's own commands.",
     )
     stopped_exit_code: Annotated[int, Field(ge=0, le=255)] | None = Field(
-        None, description="Exit code of a run that was told to stop; by default 130 after SIGINT, 143 after SIGTERM."
+        None, description="Exit code of a run that a signal stopped; by default 130 after SIGINT, 143 after SIGTERM."
     )
     wandb: bool | WandbSection = Field(False, description="Show the run in Weights & Biases: `true`, or its settings.")
 

@@ -206,7 +206,7 @@ def _unusable(results: _Results) -> list[int]:
 
 
 def _recall(store: AnswerStore, asker: _Asker, rows: Sequence[int], feedback: Feedback) -> _Results:
-    """Return what is known of rows without asking: kept answers, scored anew, and rows that still cannot be asked."""
+    """Return what is known of rows without asking: kept answers, scored again, and rows that still cannot be asked."""
     kept = store.answers()
     unusable = store.unusable()
     if not kept and not unusable:

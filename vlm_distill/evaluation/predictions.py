@@ -118,7 +118,7 @@ def read_predictions(path: Path) -> list[Prediction]:
                 predictions.append(_prediction(json.loads(line.decode())))
             except (ValueError, TypeError, RecursionError):
                 raise UserError(
-                    f"{path}, line {number}: damaged, not a prediction; evaluate again, which asks this question anew"
+                    f"{path}, line {number}: damaged, not a prediction; evaluate again to repeat this question"
                 ) from None
     return predictions
 

@@ -1,4 +1,4 @@
-"""Losses from whole rows of logits, of which few exist at a time.
+"""Losses from whole rows of logits, a few rows at a time.
 
 A chunk of positions goes through both heads, large enough for efficient matrix products; its logits go through the
 losses in blocks, small enough to stay in a processor's cache.

@@ -35,7 +35,7 @@ def benchmark_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def not_scored(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Return which benchmark answers of which run's models could not be scored, and why."""
+    """List the benchmark answers that could not be scored, by run and model, with the reason."""
     found = []
     for run in runs:
         for (data, who), scores in run.scores.items():

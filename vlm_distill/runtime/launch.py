@@ -55,7 +55,7 @@ class Failure(Exception):
 
 
 class Stopped(SystemExit):
-    """Ends a command that was told to stop, with this exit code, after everything was saved."""
+    """Ends a command after a signal to stop, with this exit code, once everything is saved."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -108,7 +108,7 @@ def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> i
         for process in ranks:
             process.send_signal(number)
 
-    # DeepSpeed's launcher ends with an error when it is told to stop, and kills ranks one after the other.
+    # DeepSpeed's launcher ends with an error on SIGTERM, and kills ranks one after the other.
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for environment in environments:
@@ -131,7 +131,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
                 _tell_signal(rank, process.pid, -code)
         running = {rank: process for rank, process in running.items() if process.returncode is None}
         waited = time.monotonic() - since
-        # Ranks that were told to stop end together; the first may still be sending its metrics.
+        # Ranks that received a signal end together; the first may still be sending its metrics.
         waited -= _PATIENCE if code in _STOPPED else 0.0
         for process in running.values() if code else ():
             if code < 0 or waited > _PATIENCE:

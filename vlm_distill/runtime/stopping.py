@@ -50,7 +50,7 @@ class Stopping:
             signal.signal(number, handler)
 
     def counts(self) -> dict[str, float]:
-        """Return counts that ranks add up to learn whether one of them was told to stop, and by which signal."""
+        """Return counts that ranks add up to learn whether one of them received a signal to stop, and which."""
         return {number.name: float(self.asked == number) for number in _SIGNALS}
 
     def signal_of(self, totals: Mapping[str, float]) -> int:
@@ -82,10 +82,10 @@ class Stopping:
                 self._leave()
             if self.watch.rank == 0:
                 again = "; once more ends it at once" if number == signal.SIGINT else ""
-                told = f"told to stop: finishing this step and writing a checkpoint{again}"
+                told = f"stopping: finishing this step and writing a checkpoint{again}"
                 print(told, file=sys.stderr, flush=True)
 
     def _leave(self) -> NoReturn:
         # Other ranks may not have got the signal, and would wait for this one.
-        said = "told to stop: the checkpoint is written; start the run again to continue"
+        said = "stopping: the checkpoint is written; start the run again to continue"
         self.watch.end(Failure(said, self.exit_code(self.asked)))

@@ -431,7 +431,7 @@ class ShardedModel:
 def load_sharded(
     load: Callable[[], VisionLanguageModel], dtype: torch.dtype, processes: Processes, *, offload: bool = False
 ) -> tuple[VisionLanguageModel, ShardedModel]:
-    """Load a frozen model, of which each rank holds a share. Collective.
+    """Load a frozen model, sharded over the ranks. Collective.
 
     Args:
         load: loads the model; Transformers then loads only each rank's share.

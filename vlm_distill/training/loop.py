@@ -81,7 +81,7 @@ class Loop(Hooks):
             until: stop with a checkpoint after this many optimizer steps of the whole schedule.
 
         Raises:
-            Stopped: the run was told to stop, and has written a checkpoint.
+            Stopped: a signal stopped the run, which has written a checkpoint.
             UserError: no sample can be used, or more are left out than ``data.max_bad`` allows.
         """
         if self.past.finished(self.steps, self.dataset.mixture.sources):
