@@ -374,7 +374,7 @@ def classified(tmp_path_factory, processes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loss": [{"name": "label_smoothing"}]}, "loss.0.name: cross_entropy → label_smoothing"),
+        ({"loss": [{"name": "cross_entropy", "label_smoothing": 0.1}]}, "loss.0.label_smoothing: none → 0.1"),
         ({"student": pictures.vit(width=32)}, "student.config.embed_dim: 16 → 32"),
         ({"optimizer": {"name": "sgd", "lr": 0.05}}, "optimizer.name: momentum → sgd"),
         ({"training": {"steps": 5, "batch_size": 8, "device": "cpu"}}, "training.batch_size: 16 → 8"),
