@@ -103,8 +103,7 @@ def measure(
     losses: list[DistillationLoss] = [CrossEntropy()] if teacher is None else [CrossEntropy(), ForwardKL()]
     terms = [Term(str(number), loss) for number, loss in enumerate(losses)]
     device = next(model.parameters()).device
-    totals = _Totals()
-    problems: list[Problem] = []
+    totals, problems = _Totals(), list[Problem]()
     training = model.training
     model.eval()
     try:
