@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -71,8 +71,13 @@ class Inspection:
             assert isinstance(teacher.processor, Processor)  # no cache is opened here
             self.processors["teacher"] = teacher.processor
         both = self.processors["student"], self.processors.get("teacher")
-        self.collator = Collator(*both, config.data.max_length, turns(config.data), grouped)
-        self.collator = replace(self.collator, pairs_image_tokens=pairs_image_tokens(self.run.terms))
+        self.collator = Collator(
+            *both,
+            config.data.max_length,
+            turns(config.data),
+            grouped,
+            pairs_image_tokens=pairs_image_tokens(self.run.terms),
+        )
 
     def shown(self, count: int) -> list[InspectedSample]:
         """Return the first ``count`` samples in the order of training, for people to look at."""

@@ -110,7 +110,7 @@ def test_a_shared_or_sharded_teacher_takes_its_share():
 @pytest.mark.parametrize(
     ("key", "value", "parameters", "peak"),
     [
-        # Weights of 400 bytes on two ranks, of which parameters of 40 bytes stay whole: 240 kept, and up to 360 live.
+        # 400 bytes of weights on two ranks; parameters of 40 bytes stay whole: 240 kept, and up to 360 live.
         ("max_live_parameters", 50, 240 + 160, -200),
         ("max_live_parameters", 5, 240, -360),
         ("prefetch_bucket_size", 10, 600, -360),

@@ -79,14 +79,17 @@ class Chunks:
             if self.work.grad:
                 self._accumulate(index, operands, student_logits)
 
-    def _add_block(self, index: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+    def _add_block(
+        self, index: Tensor, student: Tensor, teacher: Tensor | None, groups: TokenGroups | None = None
+    ) -> None:
         """Add a block's sums; leave the gradient of their weighted sum where the student's logits were.
 
         Args:
-            index: the block's positions.
+            index: the block's positions of the student.
             student: ``[n, V]``.
             teacher: ``[n, V]``; ``[n]``, log-probabilities of the tokens, if the teacher gives no more; or ``None`` if
-                it gives its likeliest tokens or nothing.
+                it gives its likeliest tokens or nothing. With groups, its m rows.
+            groups: over the n and m rows, if groups of tokens are compared.
         """
         targets = self.work.targets_at(index)
         top = None
@@ -99,7 +102,9 @@ class Chunks:
             if term.has_teacher and top is not None:
                 results.append(topk_loss_and_grad(term.loss, own, *top, grad=grad))
             elif other is not None and isinstance(self.teacher, TokenTargets):
-                results.append(term.loss.token_loss_and_grad(own, other, need_targets(targets), None, grad=grad))
+                results.append(term.loss.token_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
+            elif other is not None and groups is not None:
+                results.append(term.loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
             else:
                 results.append(term.loss.loss_and_grad(own, other, targets, grad=grad))
             del own, other  # before the next term's copies are made
@@ -133,28 +138,10 @@ class Chunks:
             student_parts = student_logits.split([len(block.student) for block in blocks])
             teacher_parts = teacher_logits.split([len(block.teacher) for block in blocks])
             for part, student, teacher in zip(blocks, student_parts, teacher_parts, strict=True):
-                self._add_groups(part.student, part.groups, student, teacher)
+                self._add_block(part.student, student, teacher, part.groups)
             if self.work.grad:
                 self._accumulate(index, operands, student_logits)
         return seen
-
-    def _add_groups(self, index: Tensor, groups: TokenGroups, student: Tensor, teacher: Tensor) -> None:
-        """Add the sums of a block of groups, as ``_add_block`` does; ``index`` holds the student's positions."""
-        targets = self.work.targets_at(index)
-        slope = self.student.softcap_slope(student) if self.work.grad else None
-        results = []
-        for term, own, other in separate(self.terms, student, teacher):
-            grad = self.work.trains(term)
-            if other is None:
-                results.append(term.loss.loss_and_grad(own, None, targets, grad=grad))
-            elif isinstance(self.teacher, TokenTargets):
-                results.append(term.loss.token_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
-            else:
-                results.append(term.loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
-            del own, other  # before the next term's copies are made
-        self.work.add(self.terms, results, student)
-        if slope is not None:
-            student.mul_(slope)
 
     def _accumulate(self, index: Tensor, operands: Tensor, grad: Tensor) -> None:
         """Add a chunk's share of the gradients.

@@ -124,7 +124,7 @@ def prepare_losses(terms: Sequence[AnyTerm], student: VisionLanguageModel, teach
             _check_sees(term.name, student, teacher)
         if isinstance(term, Term):
             term.loss.prepare(vocabulary)
-            if isinstance(term.loss, DistillationLoss) and term.loss.needs_shared_tokens:
+            if term.loss.needs_shared_tokens:
                 assert teacher is not None
                 assert teacher.head is not None
                 most = vocabulary, teacher.head.vocabulary or vocabulary
