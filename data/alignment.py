@@ -158,11 +158,11 @@ Group = tuple[tuple[int, int], tuple[int, int]]
 
 def _check_both_have_tokens(piece: int, student: list[_Token], teacher: list[_Token]) -> None:
     """Raise ``BadSample`` if exactly one of the models has no token of an answer but end tokens."""
-    without = [
-        role for role, tokens in (("student", student), ("teacher", teacher)) if all(token.end for token in tokens)
-    ]
-    if len(without) == 1:
-        raise BadSample("misaligned", f"answer {piece // 2 + 1}: no token for the {without[0]}")
+    student_has_none = all(token.end for token in student)
+    teacher_has_none = all(token.end for token in teacher)
+    if student_has_none != teacher_has_none:
+        role = "student" if student_has_none else "teacher"
+        raise BadSample("misaligned", f"answer {piece // 2 + 1}: no token for the {role}")
 
 
 def _groups(text: str, student: list[_Token], teacher: list[_Token]) -> Iterator[Group]:

@@ -101,7 +101,10 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 def count_images(messages: tuple[dict[str, Any], ...]) -> int:
     """Return the number of image parts."""
-    return sum([part["type"] for part in message["content"]].count("image") for message in messages)
+    count = 0
+    for message in messages:
+        count += sum(part["type"] == "image" for part in message["content"])
+    return count
 
 
 #: An answer's content with its thought: the opening mark, the thought, the closing mark, the text.

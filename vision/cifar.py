@@ -223,11 +223,10 @@ WIDE = (32, 64, 128, 256)
 ARCHITECTURES: dict[str, tuple[type[CifarNet], dict[str, Any]]] = {
     **{f"cifar_resnet{depth}": (CifarResNet, {"depth": depth}) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"cifar_resnet{depth}x4": (CifarResNet, {"depth": depth, "widths": WIDE}) for depth in (8, 32)},
-    **{
-        f"cifar_wrn_{depth}_{factor}": (CifarWideResNet, {"depth": depth, "factor": factor})
-        for depth in (16, 40)
-        for factor in (1, 2)
-    },
+    "cifar_wrn_16_1": (CifarWideResNet, {"depth": 16, "factor": 1}),
+    "cifar_wrn_16_2": (CifarWideResNet, {"depth": 16, "factor": 2}),
+    "cifar_wrn_40_1": (CifarWideResNet, {"depth": 40, "factor": 1}),
+    "cifar_wrn_40_2": (CifarWideResNet, {"depth": 40, "factor": 2}),
     "cifar_resnet50": (CifarBottleneckResNet, {"depths": (3, 4, 6, 3)}),
     "cifar_shufflenet_v1": (CifarShuffleNetV1, {}),
     "cifar_shufflenet_v2": (CifarShuffleNetV2, {}),

@@ -105,7 +105,8 @@ def _index(wanted: Sequence[str], among: Sequence[str], whose: str, where: str) 
     synsets: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(among):
         synsets[synset(name) or ""].append(place)
-    twice = {name for name, times in Counter(plain(n) for n in wanted).items() if times > 1}
+    occurrences = Counter(plain(name) for name in wanted)
+    twice = {name for name, times in occurrences.items() if times > 1}
     if twice:
         raise UserError(f"classes: {whose} have '{min(twice)}' more than once, so names cannot tell them apart")
     found, missing = [], []

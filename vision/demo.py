@@ -69,31 +69,29 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
         return Job(f"{name}.yaml", (*given, *more, f"output={folder}"), folder)
 
     teacher = job("teacher", out / "teacher", f"training.seed={seeds[0]}")
-    students = {
-        name: [
-            job(
-                name,
-                out / name / f"seed{seed}",
-                f"training.seed={seed}",
-                *([] if name == "alone" else [f"teacher.name={teacher.folder / 'student'}"]),
-            )
-            for seed in seeds
-        ]
-        for name in METHODS
-    }
+    students: dict[str, list[Job]] = {}
+    for name in METHODS:
+        taught_by = [] if name == "alone" else [f"teacher.name={teacher.folder / 'student'}"]
+        students[name] = []
+        for seed in seeds:
+            students[name].append(job(name, out / name / f"seed{seed}", f"training.seed={seed}", *taught_by))
     with processes(nproc, out / "log") as pool, _bar(console, 1 + len(METHODS) * len(seeds)) as bar:
         # Students without a teacher keep the other processes busy while the teacher trains.
         first = pool.submit(train, teacher)
         waiting = [pool.submit(train, one) for one in students["alone"]]
         first.result()
-        waiting += [pool.submit(train, one) for name in METHODS if name != "alone" for one in students[name]]
+        for name in METHODS:
+            if name != "alone":
+                waiting += [pool.submit(train, one) for one in students[name]]
         for done in as_completed([first, *waiting]):
             folder = done.result()
             _, exact, seconds = _read(folder)
             console.print(f"{folder.relative_to(out)}: top-1 {exact:.2%}, {seconds:.0f} s")
             bar()
     # The report compares the first run with the others.
-    runs = {f"{name}/{one.folder.name}": one.folder for name in reversed(METHODS) for one in students[name]}
+    runs: dict[str, Path] = {}
+    for name in reversed(METHODS):
+        runs |= {f"{name}/{one.folder.name}": one.folder for one in students[name]}
     page = write_report(
         runs | {"teacher": teacher.folder},
         out / "report.html",

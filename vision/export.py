@@ -204,7 +204,8 @@ def _card(classifier: Classifier, folder: Path, about: About, difference: float 
 def _description(classifier: Classifier, about: About, architecture: str | None) -> list[str]:
     inputs = classifier.inputs
     size = sum(p.numel() for p in classifier.parameters())
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (inputs.mean, inputs.std))
+    mean = ", ".join(f"{value:.4g}" for value in inputs.mean)
+    std = ", ".join(f"{value:.4g}" for value in inputs.std)
     rows = [
         ("architecture", architecture or "an image tower of open_clip under a linear layer"),
         ("parameters", f"{size / 1e6:.2f} million"),

@@ -248,7 +248,8 @@ def corruption_folders(folder: Path) -> list[tuple[str, int, Path]]:
     Raises:
         UserError: no such folder was found.
     """
-    found = sorted(path for pattern in ("*/[1-5]", "*/*/[1-5]") for path in folder.glob(pattern) if path.is_dir())
+    candidates = [*folder.glob("*/[1-5]"), *folder.glob("*/*/[1-5]")]
+    found = sorted(path for path in candidates if path.is_dir())
     if not found:
         raise UserError(f"{folder}: no folders <corruption>/<severity 1 to 5>/<synset> there, as ImageNet-C has them")
     return [(path.parent.name, int(path.name), path) for path in found]
@@ -276,18 +277,19 @@ def corruption_scores(scores: Mapping[tuple[str, int], Mapping[str, Any]]) -> di
 
     everything = list(scored.values())
     complete = all(set(by_corruption.get(name, {})) == set(_SEVERITIES) for name in _ALEXNET)
-    errors = [
-        (1 - math.fsum(f["exact"] for f in by_corruption[name].values()) / len(_SEVERITIES)) / usual
-        for name, usual in (_ALEXNET.items() if complete else ())
-    ]
+    errors = []
+    if complete:
+        for name, usual in _ALEXNET.items():
+            right = math.fsum(f["exact"] for f in by_corruption[name].values()) / len(_SEVERITIES)
+            errors.append((1 - right) / usual)
+    corruptions = {}
+    for name, by_severity in by_corruption.items():
+        corruptions[name] = {str(severity): f["exact"] for severity, f in sorted(by_severity.items())}
     return {
         "kind": "classification",
         **together(everything),
         **{key: mean(everything, key) for key in ("top5", "nll", "ece")},
         "by_type": {name: together(list(found.values())) for name, found in by_corruption.items()},
-        "corruptions": {
-            name: {str(severity): f["exact"] for severity, f in sorted(found.items())}
-            for name, found in by_corruption.items()
-        },
+        "corruptions": corruptions,
         "mce": 100 * math.fsum(errors) / len(errors) if errors else None,
     }

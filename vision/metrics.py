@@ -93,7 +93,9 @@ def together(parts: Sequence[Answers]) -> Answers:
     """Join the answers of all batches of all ranks, in the order of the source."""
     if not parts:
         parts = [measure([], [], torch.empty(0, 1), torch.empty(0, 1, dtype=torch.bool))]
-    whole = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Answers)}
+    whole = {}
+    for field in fields(Answers):
+        whole[field.name] = np.concatenate([getattr(part, field.name) for part in parts])
     order = np.argsort(whole["rows"], kind="stable")
     return Answers(**{name: values[order] if len(values) else values for name, values in whole.items()})
 

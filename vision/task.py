@@ -134,13 +134,15 @@ class ClassificationTask(nn.Module):
         count = each * len(labels)
         together = None if self.gather is None else self.gather(labels[: len(labels) * real])
         if self.gather is not None and together is not None and len(together):
-            # View by view: a batch of all ranks also has the first views of all images first.
-            mine, other = (
-                torch.cat([self.gather(part[: len(labels) * real]) for part in side.chunk(self.views)])
-                for side in (mine, other)
-            )
+            mine = self._gather_views(mine, len(labels) * real)
+            other = self._gather_views(other, len(labels) * real)
             labels = together
         return self._times_rows(loss(mine, other, labels.repeat(each)), each * len(labels), count)
+
+    def _gather_views(self, logits: Tensor, images: int) -> Tensor:
+        """Join all ranks' logits view by view: the first views of all images come first, as on one rank."""
+        assert self.gather is not None
+        return torch.cat([self.gather(view[:images]) for view in logits.chunk(self.views)])
 
     def _compare(
         self, loss: FeatureLoss, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], real: bool
@@ -149,9 +151,10 @@ class ClassificationTask(nn.Module):
         other = {name: teacher[name] for name in loss.teacher_features}
         rows = count = len(next(iter(mine.values())))
         if loss.whole_batch and self.gather is not None:
-            joined = [{k: self.gather(v[: rows * real]) for k, v in side.items()} for side in (mine, other)]
-            if found := len(next(iter(joined[0].values()))):
-                (mine, other), rows = joined, found
+            of_student = {name: self.gather(values[: rows * real]) for name, values in mine.items()}
+            of_teacher = {name: self.gather(values[: rows * real]) for name, values in other.items()}
+            if found := len(next(iter(of_student.values()))):
+                mine, other, rows = of_student, of_teacher, found
         value = loss(mine, other, torch.arange(rows, device=next(iter(mine.values())).device))
         return self._times_rows(value if loss.whole_batch else value.mean(), rows, count)
 

@@ -211,7 +211,9 @@ class TokenFilling(Filling[Step]):
                 continue
             assert sample.encoded is not None
             pieces = [part for _, part in sorted(parts[sample.sample_id], key=lambda piece: piece[0])]
-            whole = {name: torch.cat([piece[name] for piece in pieces]) for name in self.cache.fields}
+            whole = {}
+            for name in self.cache.fields:
+                whole[name] = torch.cat([piece[name] for piece in pieces])
             self.writer.write(sample.sample_id, sample.digest, sample.encoded, whole)
 
     def close(self) -> None:

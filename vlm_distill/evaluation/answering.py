@@ -134,8 +134,12 @@ def evaluate(
 
     # Cut batches from all rows, so that the open ones fall into the same batches whatever is kept.
     batches = [rows[i : i + asking.batch_size] for i in range(0, len(rows), asking.batch_size)]
-    still_open = [[row for row in batch if row not in results] for batch in batches]
-    mine = ranks.deal([batch for batch in still_open if batch])
+    still_open = []
+    for batch in batches:
+        left = [row for row in batch if row not in results]
+        if left:
+            still_open.append(left)
+    mine = ranks.deal(still_open)
     made = _ask_batches(asker, mine, rows, store, len(results), ranks.world, feedback)
 
     # Every rank gets everything.

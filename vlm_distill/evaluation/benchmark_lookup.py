@@ -32,7 +32,10 @@ def get_benchmark(name: str) -> Benchmark:
         return load_benchmark(path)
     if (own := FOLDER / f"{name}.yaml").is_file():
         return load_benchmark(own)
-    names = {_plain(known): entry for entry in BENCHMARKS for known in (entry.name, *entry.aliases, entry.dataset)}
+    names = {}
+    for entry in BENCHMARKS:
+        for known in (entry.name, *entry.aliases, entry.dataset):
+            names[_plain(known)] = entry
     if _plain(name) in names:
         return names[_plain(name)]
     near = difflib.get_close_matches(_plain(name), names, n=1)

@@ -271,8 +271,12 @@ def write_result(out: Path, result: Result, entry: Benchmark, rows: list[dict[st
     (out / "scores.json").write_text(json.dumps(summary(result), indent=2, ensure_ascii=False) + "\n", "utf-8")
     _write_csv(out / "scores.csv", [result])
     path = prediction_file(out, name, entry.dataset, default_format())
-    answers = [row["prediction"] for row in rows]
-    write_prediction_file(path, [{k: v for k, v in row.items() if k != "prediction"} for row in rows], answers)
+    questions, answers = [], []
+    for row in rows:
+        question = dict(row)
+        answers.append(question.pop("prediction"))
+        questions.append(question)
+    write_prediction_file(path, questions, answers)
 
 
 def _write_csv(path: Path, results: Sequence[Result]) -> None:

@@ -106,8 +106,7 @@ def compare_all(paths: Sequence[Path], metric: str | None = None) -> list[tuple[
         raise UserError("compare: name two or more sets of predictions")
     found = [find_predictions(path) for path in paths]
     if metric is None:
-        scored = all(any(p.score is not None for p in predictions) for predictions in found)
-        metric = "score" if scored else "exact"
+        metric = "score" if all(_has_scores(predictions) for predictions in found) else "exact"
     if metric not in ("exact", "soft", "score"):
         raise UserError(f"compare: no metric {metric!r}; there are exact, soft and score")
     rows: list[tuple[str, Comparison | float]] = []
@@ -117,6 +116,10 @@ def compare_all(paths: Sequence[Path], metric: str | None = None) -> list[tuple[
             rows.append((str(paths[0]), result.mean_b))
         rows.append((str(path), result))
     return rows
+
+
+def _has_scores(predictions: Sequence[Prediction]) -> bool:
+    return any(prediction.score is not None for prediction in predictions)
 
 
 def find_predictions(path: Path) -> list[Prediction]:

@@ -29,11 +29,14 @@ def summarise(
         ``by_type`` with the same four keys for each question type; ``skipped`` (reason to count); ``cut`` (answers
         without an end); and ``limited_from``, the number of questions, if a limit left some out.
     """
-    kinds = sorted({p.question_type for p in predictions if p.question_type is not None})
+    by_kind: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        if prediction.question_type is not None:
+            by_kind.setdefault(prediction.question_type, []).append(prediction)
     asked = len(predictions) + len(skipped)
     return {
         **_means(predictions),
-        "by_type": {kind: _means([p for p in predictions if p.question_type == kind]) for kind in kinds},
+        "by_type": {kind: _means(of_kind) for kind, of_kind in sorted(by_kind.items())},
         "skipped": dict(Counter(problem.reason for problem in skipped)),
         "cut": sum(not p.complete for p in predictions),
         **({} if questions is None or questions <= asked else {"limited_from": questions}),

@@ -329,7 +329,10 @@ def _targets(root: nn.Module, parts: Sequence[nn.Module], transformer: Any, targ
     """Return the paths of the layers that get an adapter."""
     inside = {id(module) for part in parts for module in part.modules()}
     # MultiheadAttention reads its layers' weights without calling the layers.
-    unseen = {id(m) for a in root.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    unseen: set[int] = set()
+    for module in root.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            unseen.update(id(layer) for layer in module.modules())
     linear = {
         name: module
         for name, module in root.named_modules()

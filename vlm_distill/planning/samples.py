@@ -97,7 +97,9 @@ def _size(sample: Conversation | Document, images: Sequence[Image.Image]) -> flo
     """Return about how many bytes a sample takes on disk: its text and its images' files."""
     if isinstance(sample, Document):
         return len(sample.text.encode())
-    text = sum(len(p["text"].encode()) for m in sample.messages for p in m["content"] if p["type"] == "text")
+    text = 0
+    for message in sample.messages:
+        text += sum(len(part["text"].encode()) for part in message["content"] if part["type"] == "text")
     stored = 0
     for source, image in zip(sample.images, images, strict=True):
         if isinstance(source, str | Path) and Path(source).is_file():

@@ -44,20 +44,18 @@ class Rule(Enum):
     UNSAID = auto()
 
 
+def _of_both_models(rule: Rule, *keys: str) -> dict[str, Rule]:
+    return dict.fromkeys([*(f"student.{key}" for key in keys), *(f"teacher.{key}" for key in keys)], rule)
+
+
 #: The rule of each key, without list numbers; a key without a rule has that of its section.
 RULES: dict[str, Rule] = {
     # Models: what they compute is fixed; where they are placed and how fast they compute is free.
     **dict.fromkeys(("student", "teacher"), Rule.FIXED),
-    **{
-        f"{role}.{key}": Rule.FILES
-        for role in ("student", "teacher")
-        for key in ("path", "name", "weights", "tokenizer", "chat_template", "decoder.name", "vision_encoder.name")
-    },
-    **{
-        f"{role}.{key}": Rule.FREE
-        for role in ("student", "teacher")
-        for key in ("attn_implementation", "trust_remote_code")
-    },
+    **_of_both_models(
+        Rule.FILES, "path", "name", "weights", "tokenizer", "chat_template", "decoder.name", "vision_encoder.name"
+    ),
+    **_of_both_models(Rule.FREE, "attn_implementation", "trust_remote_code"),
     "student.vision_cache": Rule.FREE,
     "student.lora.merge": Rule.FREE,
     "teacher.placement": Rule.FREE,

@@ -86,8 +86,10 @@ def _judged(table: Table) -> Scores:
     for name in _PARTS:
         column(table, name)
     positions = [i for i, row in enumerate(table) if row["category"] in ("VD", "VS")]
-    names = [tuple(str(table[i][part]) for part in _PARTS) for i in positions]
-    if len(set(names)) < len(names):
+    names = set()
+    for i in positions:
+        names.add(tuple(str(table[i][part]) for part in _PARTS))
+    if len(names) < len(positions):
         raise UserError("a question of HallusionBench is there twice")
     scores: list[float | None] = [None] * len(table)
     for i in positions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
+from itertools import chain, product
 
 from data.errors import UserError
 
@@ -73,8 +74,15 @@ def open_answers(answer: str) -> Parsed:
         if tail and tail not in set(":,.!?;'"):
             tails.append(tail)
     texts = tails or [answer]
-    texts = texts + [number for text in texts for pattern in _NUMBERS for number in re.findall(pattern, text)]
-    return list(dict.fromkeys(value for text in texts for value in normalised(text)))
+    numbers = []
+    for text in texts:
+        for pattern in _NUMBERS:
+            numbers += re.findall(pattern, text)
+    return list(dict.fromkeys(_all_normalised([*texts, *numbers])))
+
+
+def _all_normalised(texts: Sequence[str]) -> Parsed:
+    return list(chain.from_iterable(normalised(text) for text in texts))
 
 
 def normalised(text: str) -> Parsed:
@@ -96,13 +104,13 @@ def open_match(parsed: Parsed, gold: str | Sequence[str], *, rules: Rules = "off
 
     lmms-eval compares the letters of the first parsed answer one by one, so it only ever finds an empty right answer.
     """
-    right = [value for answer in ([gold] if isinstance(gold, str) else gold) for value in normalised(answer)]
+    right = _all_normalised([gold] if isinstance(gold, str) else gold)
     if rules == "lmms-eval":
         return "" in right and parsed[:1] != [""]
     numbers = [value for value in parsed if not isinstance(value, str)]
     texts = [value for value in parsed if isinstance(value, str)]
-    contained = (value in text for value in right if isinstance(value, str) for text in texts)
-    return any(number in right for number in numbers) or any(contained)
+    contained = any(value in text for value, text in product(right, texts) if isinstance(value, str))
+    return contained or any(number in right for number in numbers)
 
 
 def choice_match(letter: str | None, gold: str | Sequence[str]) -> bool:

@@ -18,9 +18,11 @@ def contains_answer(answer: str, reference: str) -> bool:
     In the right answers, ``<OR>`` separates alternatives and ``<AND>`` the parts of one.
     """
     text = _plain(answer)
-    return any(
-        all(_plain(part) in text for part in alternative.split("<AND>")) for alternative in reference.split("<OR>")
-    )
+    for alternative in reference.split("<OR>"):
+        parts = alternative.split("<AND>")
+        if all(_plain(part) in text for part in parts):
+            return True
+    return False
 
 
 def _plain(text: str) -> str:

@@ -180,12 +180,17 @@ def mmbench_letter(answer: str, choices: dict[str, object]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def _with_lower_case_columns(row: Row) -> Row:
+    """Return the row with its columns in lower case, except for the options' letters."""
+    return {name if name in "ABCD" else name.lower(): cell for name, cell in row.items()}
+
+
 def score_mmbench(table: Table) -> Scores:
     """Score circular MMBench by lmms-eval's static rules: a question is right if all its copies are.
 
     If no copy is wrong, copies whose answer names no option are read once more by ``extract_letter``.
     """
-    table = [{name if name in "ABCD" else name.lower(): cell for name, cell in row.items()} for row in table]
+    table = [_with_lower_case_columns(row) for row in table]
     indices = column(table, "index")
     by_question: dict[int, list[Row]] = {}
     for index, row in zip(indices, table, strict=True):

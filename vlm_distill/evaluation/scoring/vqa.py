@@ -22,13 +22,8 @@ from .text_match import average
 #: Ways to normalise an answer: those of the three rules, and lmms-eval's own for TextVQA.
 Normaliser = Literal["official", "vlmevalkit", "lmms-eval", "lmms-eval-textvqa"]
 
-_NUMBERS = {
-    word: str(number)
-    for number, words in enumerate(
-        ["none zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-    for word in words.split()
-}
+_NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -47,9 +42,10 @@ _CONTRACTIONS = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-_CONTRACTED = {
-    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, sign in enumerate(word) if sign == "'"
-} | {"somebody'd": "somebodyd"}
+_CONTRACTED = {"somebody'd": "somebodyd"}
+for _word in _CONTRACTIONS.split():
+    for _apostrophe in re.finditer("'", _word):
+        _CONTRACTED[_word[: _apostrophe.start()] + _word[_apostrophe.end() :]] = _word
 
 
 def _flatten(text: str) -> str:
