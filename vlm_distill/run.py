@@ -36,6 +36,7 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.compatibility import (
     check_evaluations,
     check_packing,
+    check_precision,
     divide_sequences,
     pair_vocabularies,
     template_remarks,
@@ -198,6 +199,7 @@ class Run:
             UserError: they do not fit.
         """
         config, student, teacher = self.config, self.student, self.running_teacher
+        check_precision(config, student, teacher)
 
         # Cut the heads before anything reads their vocabulary.
         grouped = self.grouped

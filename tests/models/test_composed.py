@@ -217,6 +217,24 @@ def test_saved_and_loaded_bit_for_bit(settings, tokenizer, batch, tmp_path, dtyp
     assert again.decoder.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_batch_norm_keeps_float32_in_a_bfloat16_model(settings, tokenizer, batch, tmp_path):
+    settings["vision_encoder"] = {
+        "source": "timm",
+        "name": "resnet10t",
+        "config": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_width": 8},
+        "image_size": 32,
+    }
+    whole = build_vlm(settings, tokenizer).eval()
+    whole.save_pretrained(tmp_path)
+    half = load_vlm(tmp_path, dtype="bfloat16").eval()
+    assert {p.dtype for p in half.vision_encoder.parameters()} == {torch.bfloat16, torch.float32}
+    inputs = whole.processor.collate([whole.processor.encode(*batch[1])])
+    positions = torch.arange(9)
+    expected, found = (model(inputs, positions).hidden for model in (whole, half))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
 def test_given_weights_are_saved_instead_of_the_models_own(model, tmp_path):
     state = {k: torch.zeros_like(v, dtype=torch.bfloat16) for k, v in model.state_dict().items()}
     model.save_pretrained(tmp_path, state)

@@ -10,6 +10,7 @@ from data.errors import UserError
 from vision.config import ClassifierConfig
 from vision.trainer import Trainer as ClassifierTrainer
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.run import Run
 from vlm_distill.trainer import Trainer
 from vlm_distill.training.effects import idle_settings, late_warmup
 
@@ -126,3 +127,21 @@ def test_a_frozen_student_is_refused(material, processes):
         Trainer(
             language(material, student={**tiny.settings(), "train": []}, output=str(material[0] / "frozen")), processes
         )
+
+
+BATCH_NORM = {
+    "source": "timm",
+    "name": "resnet10t",
+    "config": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "stem_width": 8},
+    "image_size": 32,
+}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_student_with_batch_norm_trains_in_bf16_at_stage_0_alone(material, stage):
+    run = language(material, student__vision_encoder=BATCH_NORM, training__dtype="bf16", deepspeed__stage=stage)
+    if stage == 0:
+        Run(run).prepare()
+    else:
+        with pytest.raises(UserError, match="batch norm does not run in bf16 at deepspeed"):
+            Run(run).prepare()

@@ -132,14 +132,7 @@ def evaluate(
     results = _recall(store, asker, rows, feedback) if store is not None and ranks.first else {}
     results = ranks.gather(results)[0]
 
-    # Cut batches from all rows, so that the open ones fall into the same batches whatever is kept.
-    batches = [rows[i : i + asking.batch_size] for i in range(0, len(rows), asking.batch_size)]
-    still_open = []
-    for batch in batches:
-        left = [row for row in batch if row not in results]
-        if left:
-            still_open.append(left)
-    mine = ranks.deal(still_open)
+    mine = ranks.deal(_open_batches(rows, asking.batch_size, results))
     made = _ask_batches(asker, mine, rows, store, len(results), ranks.world, feedback)
 
     # Every rank gets everything.
@@ -153,6 +146,16 @@ def evaluate(
     if ranks.first:
         _write(folder, store, rows, predictions, problems, _unusable(results), len(source), finish)
     return predictions
+
+
+def _open_batches(rows: Sequence[int], size: int, results: _Results) -> list[list[int]]:
+    """Return the rows without a result, in the batches that they would be in if there were none."""
+    batches = []
+    for start in range(0, len(rows), size):
+        still_open = [row for row in rows[start : start + size] if row not in results]
+        if still_open:
+            batches.append(still_open)
+    return batches
 
 
 def _ask_batches(

@@ -136,8 +136,16 @@ def tied_names(module: nn.Module) -> set[str]:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Cast floating-point parameters to ``dtype``; buffers stay (rotary frequencies, running means need float32)."""
-    if dtype is not None:
-        for parameter in module.parameters():
+    """Cast floating-point parameters to ``dtype``.
+
+    Buffers stay (rotary frequencies need float32), and so does batch norm as a whole: torch takes its weights and
+    running statistics in one dtype only, and these would stop moving in 16 bits.
+    """
+    if dtype is None:
+        return
+    for part in module.modules():
+        is_norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        kept = torch.float32 if is_norm and dtype.itemsize < 4 else dtype
+        for parameter in part.parameters(recurse=False):
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(kept)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from data.conversation import Conversation
 from data.encoding import encode_pair
 from data.errors import BadSample, UserError
@@ -77,6 +79,28 @@ def check_packing(
                 f"{text}: the {role} cannot keep documents in one row apart; plain text needs language models whose "
                 "layers are attention alone and that make their masks by position, such as Llama, Qwen2 or GPT-NeoX"
             )
+
+
+def check_precision(config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> None:
+    """Raise ``UserError`` if DeepSpeed would cast batch norm's weights to bf16: torch cannot run it with them."""
+    stage = config.deepspeed.stage
+    if config.training.dtype == "bf16" and stage > 0 and _has_batch_norm(student):
+        raise UserError(
+            f"training.dtype: the student's batch norm does not run in bf16 at deepspeed.stage {stage}; "
+            "set stage: 0, or dtype: fp32"
+        )
+    section = config.teacher
+    if teacher is None or section is None or section.placement == "replicate":
+        return
+    if (section.dtype or config.training.dtype) == "bf16" and _has_batch_norm(teacher):
+        raise UserError(
+            f"teacher.placement: batch norm does not run in bf16 with placement {section.placement}; "
+            "set placement: replicate, or teacher.dtype: fp32"
+        )
+
+
+def _has_batch_norm(model: VisionLanguageModel) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def check_evaluations(config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> None:

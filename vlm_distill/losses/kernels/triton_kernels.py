@@ -144,6 +144,14 @@ def _carried(shrink, value):
 
 
 @triton.jit
+def _shift(values, top):
+    """Return the values less the maximum so far, that maximum, its rise, and the factor that earlier sums shrink by."""
+    new = tl.maximum(top, tl.max(values, axis=0))
+    step = tl.where(top == -float("inf"), 0.0, new - top)
+    return values - tl.where(new == -float("inf"), 0.0, new), new, step, tl.exp(-step)
+
+
+@triton.jit
 def _accumulate(
     student,
     teacher,
@@ -179,19 +187,11 @@ def _accumulate(
         x, y = _pair(s, teacher_row, cols, inside, t, inverse, SOURCE)
         if KIND == _CROSS_ENTROPY:
             right += tl.sum(tl.where(inside & (cols == tl.load(targets + row)), y, 0.0), axis=0)
-        new_y = tl.maximum(top_y, tl.max(y, axis=0))
-        step_y = tl.where(top_y == -float("inf"), 0.0, new_y - top_y)
-        y = y - tl.where(new_y == -float("inf"), 0.0, new_y)
+        y, top_y, step_y, shrink_y = _shift(y, top_y)
         q = tl.exp(y)
-        shrink_y = tl.exp(-step_y)
-        top_y = new_y
         if KIND != _CROSS_ENTROPY:
-            new_x = tl.maximum(top_x, tl.max(x, axis=0))
-            step_x = tl.where(top_x == -float("inf"), 0.0, new_x - top_x)
-            x = x - tl.where(new_x == -float("inf"), 0.0, new_x)
+            x, top_x, step_x, shrink_x = _shift(x, top_x)
             p = tl.exp(x)
-            shrink_x = tl.exp(-step_x)
-            top_x = new_x
             gap = x - y
             shift = step_y - step_x
             spread = _carried(shrink_x, spread - sum_x * step_x) + _weighted(p, x)
