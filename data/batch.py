@@ -269,13 +269,18 @@ class Step:
     tokens: int = 0
     conversations: list[list[Any]] = field(default_factory=list)
 
-    def counts(self) -> Mapping[str, int]:
+    def counts(self, *, drawn: bool | None = None) -> Mapping[str, int]:
         """Count what this rank's image-text batches are compared on.
 
         Supervised tokens, distilled tokens (or groups), images, the student's image tokens, and samples with images.
+
+        Args:
+            drawn: count only batches whose answers the student has drawn, or only those with the data's answers.
         """
         counts = {"supervised": 0, "distilled": 0, "images": 0, "image_tokens": 0, "image_samples": 0}
         for batch in self.batches:
+            if drawn is not None and batch.drawn != drawn:
+                continue
             counts["supervised"] += len(batch.targets)
             counts["distilled"] += int(batch.distilled.sum()) if batch.groups is None else len(batch.groups)
             counts["images"] += batch.images

@@ -189,7 +189,7 @@ class Trainer(Loop):
         one = isinstance(term, BatchTerm) and term.loss.views > 1
         return totals["samples"] * (1 if one else len(self.config.data.views))
 
-    def warm_up(self, term: AnyTerm, step: int) -> float:
+    def weight_factor(self, term: AnyTerm, step: int) -> float:
         warmup = self.warmups[term.name]
         return min(1.0, (step // self.epoch_steps + 1) / warmup) if warmup else 1.0
 

@@ -36,11 +36,11 @@ from vlm_distill.training.flops import StepFlops
 from vlm_distill.training.intake import FirstSamples
 from vlm_distill.training.loading import trained_parameters, write_student
 from vlm_distill.training.loop import Loop
-from vlm_distill.training.on_policy import OnPolicy, learns_from_drawn
+from vlm_distill.training.on_policy import OnPolicy
 from vlm_distill.training.optimizers import build_optimizer
 from vlm_distill.training.schedule import learning_rate_factor, lr_scales
 from vlm_distill.training.task import DistillationTask
-from vlm_distill.training.terms import pairs_image_tokens
+from vlm_distill.training.terms import acts_on, pairs_image_tokens, unit_of
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
 _SUSPECT_TEACHER = 0.5
@@ -148,7 +148,8 @@ class Trainer(Loop):
         return self.loss_teacher.prefetch(steps)
 
     def locate_samples(self, step: Step, number: int) -> str:
-        return self.dataset.locate_samples(step.index, number)
+        answers = len(step.batches) // self.accumulation  # 2 where data's and own answers take turns
+        return self.dataset.locate_samples(step.index, number // answers)
 
     def describe_batch(self, micro: DistillationBatch) -> str:
         rows, tokens = micro.student.inputs["input_ids"].shape
@@ -167,7 +168,8 @@ class Trainer(Loop):
         sides = [batch.student for batch in step.batches]
         sides += [batch.teacher for batch in step.batches if batch.teacher is not None]
         counts = {
-            **step.counts(),
+            **{f"data_{unit}": count for unit, count in step.counts(drawn=False).items()},
+            **{f"own_{unit}": count for unit, count in step.counts(drawn=True).items()},
             "tokens": step.tokens,
             "samples": sum(batch.samples for batch in step.batches),
             "filled": sum(side.tokens for side in sides),
@@ -181,15 +183,15 @@ class Trainer(Loop):
         return counts
 
     def term_rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
-        if totals.get("on_policy") and not learns_from_drawn(term):
-            return 0.0
-        if isinstance(term, FeatureTerm) and term.loss.unit == "image":
-            return totals["images"]
-        if isinstance(term, FeatureTerm) and term.loss.unit == "sample":
-            return totals["image_samples"]
-        if isinstance(term, Term) and term.on == "images":
-            return totals["image_tokens"]
-        return totals["distilled"] if "teacher" in term.loss.needs else totals["supervised"]
+        unit, rows = unit_of(term), 0.0
+        if acts_on(term, drawn=False):
+            rows += totals[f"data_{unit}"]
+        if acts_on(term, drawn=True):
+            rows += totals[f"own_{unit}"]
+        return rows
+
+    def weight_factor(self, term: Term | FeatureTerm, step: int) -> float:
+        return 1.0 if self.on_policy is None else self.on_policy.weight_factor(term, step)
 
     def forward_batch(
         self, step: Step, micro: DistillationBatch, scales: Mapping[str, float]
@@ -211,7 +213,7 @@ class Trainer(Loop):
 
     def step_metrics(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
         return {
-            "supervised_tokens": int(totals["supervised"]),
+            "supervised_tokens": int(totals["data_supervised"] + totals["own_supervised"]),
             "padding": 1 - totals["filled"] / totals["places"],
             **self.flops.metrics(totals["flops"], seconds, self.processes.world),
             **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),

@@ -130,6 +130,20 @@ SHARED = {
         for stage in (0, 3)
         for name, more in (("on_policy", {"batch_size": 3}), ("replay", {"replay": 8}))
     },
+    # The data's answers and the student's own in one step, with losses of their own.
+    **{
+        f"pairs_zero{stage}": {
+            "deepspeed__stage": stage,
+            "data": "mixed",
+            "loss": [
+                {"name": "skew_forward_kl", "answers": "data"},
+                {"name": "skew_reverse_kl", "answers": "own", "hold": True},
+                {"name": "cross_entropy", "weight": 0.5},
+            ],
+            "on_policy": {"fraction": 0.7, "max_new_tokens": 4, "pairs": True, "balance": "gradual"},
+        }
+        for stage in (0, 2, 3)
+    },
     # LoRA on the decoder and the vision encoder, the projector trained whole; and adapters alone, on the output layer
     # too, whose base is their teacher: once a second copy of it, and else the student's own.
     **{f"lora_zero{s}": {"deepspeed__stage": s, "family": "lora"} for s in (0, 2, 3)},
@@ -231,7 +245,7 @@ RESUMED += [
     "ctkd_instance_zero3",
     "replay_zero3",
 ]
-RESUMED += ["at_images_zero3"]
+RESUMED += ["at_images_zero3", "pairs_zero2"]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
@@ -244,7 +258,7 @@ SLOW = {
     *("sequence_checkpointing_zero2", "bf16_features_zero0", "bf16_features_zero2", "features_shard_zero2"),
     *("features_llava_shard_zero3", "lora_checkpointing_zero3"),
     *("features_llava_zero0", "features_llava_zero3", "relations_zero0", "relations_zero3", "seeing_packed_zero0"),
-    *("packed_features_zero0", "packed_uld_zero0", "sequence_mixed_zero2"),
+    *("packed_features_zero0", "packed_uld_zero0", "sequence_mixed_zero2", "pairs_zero2", "resumed_pairs_zero2"),
     *(f"resumed_{name}" for name in ("zero0", "ctkd_instance_zero3")),
     *(f"resumed_{name}" for name in ("zero1", "bf16_zero0", "bf16_zero3", "own_base_zero3", "lora_bf16_zero2")),
     *(f"resumed_{name}" for name in ("persistent_zero3", "dropout_zero2", "batchnorm_zero2", "bf16_features_zero2")),

@@ -167,7 +167,7 @@ def test_own_answers_are_never_right_ones(folder):
     assert [run.on_policy._kind(step) for step in range(6)] == ["draw" if kind else "data" for kind in kinds]
 
 
-@pytest.mark.parametrize("name", ["gkd", "distillm"])
+@pytest.mark.parametrize("name", ["gkd", "distillm", "distillm2"])
 def test_resumed_equals_uninterrupted(folder, name):
     section = {"fraction": 0.7, "max_new_tokens": 4}
     changes = {"training__steps": 8, "training__checkpoint_every": 3}
@@ -180,6 +180,9 @@ def test_resumed_equals_uninterrupted(folder, name):
             "evaluation__best": "held_out/perplexity",
             "optimizer__lr": 0.3,  # so that some evaluation is worse than the one before
         }
+    if name == "distillm2":
+        section |= {"pairs": True, "balance": "gradual"}
+        changes["loss"] = [*SKEWS, {"name": "cross_entropy", "weight": 0.5}]
     straight = trainer(folder, f"{name}_straight", on_policy=section, **changes)
     straight.run()
     trainer(folder, f"{name}_resumed", on_policy=section, **changes).run(until=5)
@@ -212,6 +215,58 @@ def test_replay_brings_back_what_was_drawn(folder):
     assert {(5, 6), (7,)} <= {tuple(ids) for batch in again.batches for ids in supervised(batch)}
     # No share of the steps is taken from the buffer at the run's beginning, all of them at its end.
     assert [own._kind(step) for step in (0, 6)] == ["draw", "replay"]
+
+
+SKEWS = [
+    {"name": "skew_forward_kl", "answers": "data"},
+    {"name": "skew_reverse_kl", "answers": "own", "hold": True},
+]
+
+
+def test_a_pair_is_the_datas_answer_and_the_students_own(folder):
+    """One step of both gives each term what a step of that kind alone gives it."""
+    changes = {"training__steps": 1}
+    policy = {"fraction": 1.0, "max_new_tokens": 4}
+    both = trainer(folder, "pairs", loss=SKEWS, on_policy=policy | {"pairs": True}, **changes)
+    data, taken = both.dataset[0], both.prepare_step(both.dataset[0])
+    assert [batch.drawn for batch in taken.batches] == [False, True] * len(data.batches)
+    for asked, answered in zip(data.batches, taken.batches[::2], strict=True):
+        assert torch.equal(asked.targets, answered.targets)
+    assert both.locate_samples(taken, 3) == both.locate_samples(data, 1)
+    both.run()
+    from_data = trainer(folder, "pairs_data", loss=SKEWS[:1], **changes)
+    from_data.run()
+    from_own = trainer(folder, "pairs_own", loss=SKEWS[1:], on_policy=policy, **changes)
+    from_own.run()
+    (line,) = [line for line in story(both) if line["kind"] == "train"]
+    for run, name in ((from_data, "skew_forward_kl/loss"), (from_own, "skew_reverse_kl/loss")):
+        assert line[name] == pytest.approx(story(run)[0][name], rel=1e-6)
+    assert line["supervised_tokens"] == sum(story(run)[0]["supervised_tokens"] for run in (from_data, from_own))
+    assert line["loss"] == pytest.approx(line["skew_forward_kl/loss"] + line["skew_reverse_kl/loss"])
+
+
+def test_a_term_keeps_to_its_answers(folder):
+    loss = [*SKEWS, {"name": "hidden_states", "layers": {-1: -1}, "answers": "own"}]
+    run = trainer(folder, "kept", loss=loss, on_policy={"fraction": 0.5, "max_new_tokens": 4})
+    run.run()
+    for line in story(run):
+        if line["kind"] == "train":
+            own = bool(line["on_policy/step"])
+            acted = [f"{term['name']}/loss" in line for term in loss]
+            assert acted == [not own, own, own]
+
+
+def test_weight_moves_to_the_students_answers(folder):
+    policy = {"fraction": 1.0, "max_new_tokens": 4, "pairs": True, "balance": "gradual"}
+    run = trainer(folder, "gradual", loss=[*SKEWS, {"name": "jsd"}], on_policy=policy, training__steps=8)
+    factors = [[run.weight_factor(term, step) for term in run.terms] for step in (0, 2, 4, 7)]
+    assert factors == [[1.0, 1.0, 1.0], [0.75, 1.25, 1.0], [0.5, 1.5, 1.0], [0.5, 1.5, 1.0]]
+    run.run()
+    for line in story(run):
+        if line["kind"] == "train":
+            weighted = zip(run.terms, ("skew_forward_kl", "skew_reverse_kl", "jsd"), strict=True)
+            parts = [run.weight_factor(term, line["step"] - 1) * line[f"{name}/loss"] for term, name in weighted]
+            assert line["loss"] == pytest.approx(sum(parts))
 
 
 def test_cut_and_different_tokenizers(folder):
@@ -276,6 +331,13 @@ def test_other_precisions_and_adapters(folder, changes, tmp_path):
         ({"on_policy": {"fraction": 0.5, "replay": 4}}, "on_policy.replay"),
         ({"on_policy": {"fraction": 0.5, "adaptive": 0.1}}, "evaluation.best"),
         ({"on_policy": {"fraction": 1.5}}, "on_policy.fraction"),
+        ({"on_policy": None, "loss": [{"name": "jsd", "answers": "own"}]}, "add that section"),
+        ({"loss": [{"name": "jsd"}, {"name": "cross_entropy", "answers": "own"}]}, "leave answers: own out"),
+        ({"loss": [{"name": "jsd", "answers": "own"}]}, "every term has answers: own"),
+        ({"loss": [{"name": "jsd", "answers": "data"}]}, "every term has answers: data"),
+        ({"on_policy": {"fraction": 1.0}, "loss": SKEWS}, "set on_policy"),
+        ({"on_policy": {"fraction": 1.0, "replay": 8, "pairs": True}}, "on_policy.replay"),
+        ({"on_policy": {"fraction": 1.0, "pairs": True, "balance": "gradual"}}, "on_policy.balance"),
     ],
 )
 def test_mistakes_are_told(folder, changes, words):

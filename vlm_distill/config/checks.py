@@ -41,6 +41,7 @@ def check_run(run: Run) -> None:
         if rule.broken(run):
             raise ValueError(rule.message)
     check_losses(run.loss, REGISTRY, has_teacher=run.teacher is not None)
+    _check_answers(run)
 
 
 def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: bool) -> None:
@@ -57,6 +58,33 @@ def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: 
             raise ValueError(f"loss {term.name} needs a teacher; add a teacher section or use cross_entropy alone")
     if all(term.weight == 0 for term in losses):
         raise ValueError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
+
+
+def _check_answers(run: Run) -> None:
+    """Raise ``ValueError`` if a term, or a kind of step, would never learn anything because of ``answers``."""
+    policy = run.on_policy
+    always_own = policy is not None and policy.fraction == 1 and not policy.pairs
+    for term in run.loss:
+        if term.answers == "own" and policy is None:
+            raise ValueError(
+                f"loss {term.name}: answers: own are the student's, which on_policy draws; add that section, or leave "
+                "answers out"
+            )
+        if term.answers == "own" and "targets" in REGISTRY.entries[term.name].needs:
+            raise ValueError(
+                f"loss {term.name} learns from right answers, which the student's own are not known to be; "
+                "leave answers: own out"
+            )
+        if term.answers == "data" and always_own:
+            raise ValueError(
+                f"loss {term.name}: with on_policy.fraction 1 no step has the data's answers; set on_policy.pairs, or "
+                "leave answers: data out"
+            )
+    if policy is not None and not always_own and all(term.answers == "own" for term in run.loss):
+        raise ValueError(
+            "loss: every term has answers: own, so that nothing would be learnt from the data's answers; set "
+            "on_policy.fraction to 1 and pairs to false, or give a term answers: data or both"
+        )
 
 
 def check_caches(run: Run) -> None:
@@ -123,6 +151,18 @@ RULES = (
             and run.on_policy.replay < run.training.batch_size
         ),
         "on_policy.replay: holds fewer answers than a step has samples; make it at least training.batch_size",
+    ),
+    Rule(
+        lambda run: run.on_policy is not None and run.on_policy.pairs and run.on_policy.replay is not None,
+        "on_policy.replay: kept answers are to other questions than a step's own, which pairs compares; leave one out",
+    ),
+    Rule(
+        lambda run: (
+            run.on_policy is not None
+            and run.on_policy.balance != "even"
+            and {term.answers for term in run.loss} == {"both"}
+        ),
+        "on_policy.balance: weighs terms with answers: data against those with answers: own; give the terms answers",
     ),
     # A teacher behind a server: it scores conversations token by token, and its weights are elsewhere.
     Rule(

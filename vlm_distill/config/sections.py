@@ -41,6 +41,10 @@ class TermSection(LossSection):
     on: Literal["text", "images"] = Field(
         "text", description="Where the models are compared: `text`, the answers' tokens, or `images`, the image tokens."
     )
+    answers: Literal["data", "own", "both"] = Field(
+        "both",
+        description="On which answers it acts: the `data`'s, the student's `own` (`on_policy`), or `both`.",
+    )
 
 
 class SourceSection(Section):
@@ -236,6 +240,13 @@ class OnPolicySection(Section):
     replay: Positive | None = Field(None, description="Number of latest answers that are kept and learnt from again.")
     adaptive: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Let the share grow by this much whenever the evaluation shows no progress."
+    )
+    pairs: bool = Field(
+        False, description="Learn from the data's answer and the student's own to the same question in one step."
+    )
+    balance: Literal["even", "gradual"] = Field(
+        "even",
+        description="`gradual` moves weight from terms with `answers: data` to those with `answers: own` (DistiLLM-2).",
     )
 
 

@@ -221,12 +221,14 @@ class Term:
 
     Attributes:
         on: ``text``: at the positions that predict supervised tokens; ``images``: at the image tokens.
+        answers: the answers that the loss acts on: the ``data``'s, the student's ``own``, or ``both``.
     """
 
     name: str
     loss: DistillationLoss
     weight: float = 1.0
     on: Literal["text", "images"] = "text"
+    answers: Literal["data", "own", "both"] = "both"
 
     @property
     def has_teacher(self) -> bool:

@@ -64,11 +64,12 @@ class FeatureLoss(Loss):
 
 @dataclass(frozen=True)
 class FeatureTerm:
-    """One summand of the training loss: a loss between features and its weight."""
+    """One summand of the training loss: a loss between features, its weight, and on which answers it acts."""
 
     name: str
     loss: FeatureLoss
     weight: float = 1.0
+    answers: Literal["data", "own", "both"] = "both"
 
 
 def wanted_features(terms: Sequence[Term | FeatureTerm]) -> tuple[tuple[str, ...], tuple[str, ...]]:

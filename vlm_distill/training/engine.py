@@ -65,6 +65,8 @@ def _adopt_group(processes: Processes) -> None:
 class Engine:
     """A task under DeepSpeed ZeRO.
 
+    A step has any number of micro-batches: ``begin_micro_batch``, forward, ``backward`` and ``step`` for each of them.
+
     Args:
         task: what is trained; a step calls its ``forward``.
         optimizer: of its parameters. A group's ``lr_scale``, if given, is a factor on its learning rate.
@@ -90,6 +92,9 @@ class Engine:
         self.processes = processes
         self.stage = config.deepspeed.stage
         micro, accumulation = split_batch(config, processes.world)
+        on_policy = getattr(config, "on_policy", None)
+        if on_policy is not None and on_policy.pairs:
+            accumulation *= 2  # DeepSpeed only has to know that gradients accumulate
         settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
         name = getattr(config.optimizer, "name", None)
         self._bound_to_ranks = name if name in _BOUND_TO_RANKS else None
@@ -111,6 +116,10 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Say before a micro-batch's forward whether it is the step's last one, after which the weights are updated."""
+        self._engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate one micro-batch's share of the step's loss; DeepSpeed only averages over ranks."""

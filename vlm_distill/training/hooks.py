@@ -24,9 +24,9 @@ class Hooks(ABC):
     1. Once, before the first step: ``mistake_in``, ``evaluation_mistake`` and ``remarks_on`` judge the first samples;
        ``introduce`` says more about the run.
     2. In every step: ``batches`` yields it, ``step_context`` surrounds the rest, ``prepare_step`` may replace its
-       samples, ``local_counts`` and ``term_rows`` count it, ``lr`` and ``warm_up`` set its learning rate and weights,
-       ``forward_batch`` runs each micro-batch, ``after_update`` follows the update (``skip_step`` if there was nothing
-       to learn from), and ``step_metrics`` adds to its metrics. If the step fails, ``describe_batch`` and
+       samples, ``local_counts`` and ``term_rows`` count it, ``lr`` and ``weight_factor`` set its learning rate and
+       weights, ``forward_batch`` runs each micro-batch, ``after_update`` follows the update (``skip_step`` if there was
+       nothing to learn from), and ``step_metrics`` adds to its metrics. If the step fails, ``describe_batch`` and
        ``locate_samples`` say where.
     3. At a checkpoint: ``share_statistics``, then ``save_more``; on resume ``load_more``.
     4. At an evaluation: ``share_statistics``, then ``evaluate``; for a new best student ``student_state`` and
@@ -92,7 +92,7 @@ class Hooks(ABC):
     def term_rows(self, term: Term | FeatureTerm, totals: Mapping[str, float]) -> float:
         """Return how many rows a term has in a step with these totals."""
 
-    def warm_up(self, term: Term | FeatureTerm, step: int) -> float:
+    def weight_factor(self, term: Term | FeatureTerm, step: int) -> float:
         """Return the factor on a term's weight in an optimizer step."""
         return 1.0
 

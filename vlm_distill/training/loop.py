@@ -214,7 +214,9 @@ class Loop(Hooks):
         """Return the loss of a step, and by term its means and the loss's own state."""
         values: dict[str, Any] = {}
         if means:
-            values["loss"] = sum(t.weight * self.warm_up(t, step.index) * means[t.name]["loss"] for t in self.terms)
+            values["loss"] = sum(
+                t.weight * self.weight_factor(t, step.index) * means[t.name]["loss"] for t in self.terms
+            )
         for term in self.terms:
             if rows[term.name]:
                 both = {**means[term.name], **term.loss.metrics()}
@@ -239,7 +241,7 @@ class Loop(Hooks):
         scales = {}
         for term in self.terms:
             count = rows[term.name]
-            scales[term.name] = self.warm_up(term, step.index) * self.processes.world / count if count else 0.0
+            scales[term.name] = self.weight_factor(term, step.index) * self.processes.world / count if count else 0.0
 
         sums: list[dict[str, TermSums]] = []
         norm: float | None = None
@@ -247,6 +249,7 @@ class Loop(Hooks):
             where = f"micro-batch {number} of {len(step.batches)}"
             with self._out_of_memory_explained(micro):
                 self._enter(f"the forward of {where}", step.index)
+                self.engine.begin_micro_batch(last=number == len(step.batches))
                 loss, terms = self.forward_batch(step, micro, scales)
                 self._enter(f"the backward of {where}", step.index)
                 self.engine.backward(loss)

@@ -30,23 +30,25 @@ from vlm_distill.models.processor import Processor
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.processes import Processes
 
+from .terms import acts_on
+
 _FILE = "on_policy.json"
 _DECODE_THREADS = 4
 #: A sample: (source, index).
 Place = tuple[int, int]
 
 
-def learns_from_drawn(term: Term | FeatureTerm) -> bool:
-    """Return whether a loss can learn from the student's own answers, which are not known to be right."""
-    return "targets" not in term.loss.needs
-
-
 def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> None:
     """Raise ``UserError`` if no loss can learn from on-policy steps, or there are no questions to answer."""
     if config.on_policy is None:
         return
-    if not any(learns_from_drawn(term) for term in terms):
-        names = ", ".join(term.name for term in terms)
+    if all(term.answers == "data" for term in terms):
+        raise UserError(
+            "on_policy: every term has answers: data, so that none learns from the student's own; give a term "
+            "answers: own or both"
+        )
+    if not any(acts_on(term, drawn=True) for term in terms):
+        names = ", ".join(term.name for term in terms if term.answers != "data")
         raise UserError(
             f"on_policy: the student's own answers have no right tokens, which {names} reads; "
             "add a loss that needs the teacher alone, such as jsd"
@@ -79,7 +81,8 @@ class OnPolicy:
     with its teacher on that answer (Agarwal et al. 2024, arXiv 2306.13649). With ``replay``, the latest answers of all
     ranks are kept; once the buffer is full, a growing share of the on-policy steps takes its answers from there. With
     ``adaptive``, the fraction rises whenever an evaluation is no better than the one before (Ko et al. 2024,
-    arXiv 2402.03898).
+    arXiv 2402.03898). With ``pairs``, an on-policy step also has the data's answers to the same questions: each
+    micro-batch is followed by its twin with drawn answers (Ko et al. 2025, arXiv 2503.07067).
 
     An answer's random numbers depend on (seed, step, source, line). Up to rounding, neither the number of ranks nor
     the batch in which it is drawn changes it.
@@ -133,6 +136,8 @@ class OnPolicy:
             drawn = self._draw(step)
             prepared, answers = self._step(step, drawn), [ids for part in drawn for _, ids in part]
             self._keep(drawn)
+            if self.settings.pairs:
+                prepared = _paired(step, prepared)
         elif kind == "replay":
             stream = self._random(step.index, "replay")
             entries = stream.sample(self.kept, len(self.dataset.mixture.samples_of(step.index)))
@@ -147,6 +152,17 @@ class OnPolicy:
             "answering": time.monotonic() - began if kind != "data" else 0.0,
         }
         return prepared
+
+    def weight_factor(self, term: Term | FeatureTerm, step: int) -> float:
+        """Return the factor on a term's weight in an optimizer step: 1, or with ``balance: gradual`` DistiLLM-2's.
+
+        It is b = 1 + min(1, 2 · step / steps) / 2 for terms on own answers, and 2 − b for terms on the data's
+        (Ko et al. 2025, arXiv 2503.07067).
+        """
+        if self.settings.balance == "even" or term.answers == "both":
+            return 1.0
+        own = 1.0 + 0.5 * min(1.0, 2.0 * step / self.steps)
+        return own if term.answers == "own" else 2.0 - own
 
     def metrics(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
         """Return a step's metrics from the sums of :attr:`counts` over ranks."""
@@ -349,3 +365,9 @@ class OnPolicy:
         """Note that a sample is left out of the step."""
         source, row = place
         step.problems.append(problem_of(self.dataset.mixture.sources[source], row, bad, on_bad or self.on_bad))
+
+
+def _paired(data: Step, own: Step) -> Step:
+    """Return the step with the data's answers and the student's own, micro-batch by micro-batch."""
+    batches = chain.from_iterable(zip(data.batches, own.batches, strict=True))
+    return replace(own, batches=list(batches), tokens=data.tokens + own.tokens)

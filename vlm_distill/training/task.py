@@ -26,6 +26,8 @@ from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_vision import with_vision_features
 from vlm_distill.models.teacher import TeacherOutputs
 
+from .terms import acts_on
+
 
 class DistillationTask(nn.Module):
     """A student and a weighted sum of losses.
@@ -86,9 +88,9 @@ class DistillationTask(nn.Module):
         losses: list[Tensor] = []
         sums: dict[str, TermSums] = {}
 
-        # Losses on logits. Answers that the student has drawn are no targets.
-        terms = [term for term in self.terms if not (batch.drawn and "targets" in term.loss.needs)]
-        sums |= {term.name: TermSums(outputs.hidden.new_zeros(())) for term in self.terms if term not in terms}
+        # Losses on logits that act on these answers.
+        terms = [term for term in self.terms if acts_on(term, drawn=batch.drawn)]
+        sums |= {name: TermSums(outputs.hidden.new_zeros(())) for name in self.losses}
         at_text = [term for term in terms if term.on == "text"]
         at_images = [term for term in terms if term.on == "images"]
         found: list[LossSums] = []
@@ -103,6 +105,8 @@ class DistillationTask(nn.Module):
 
         # Losses on features.
         for term in self.feature_terms:
+            if not acts_on(term, drawn=batch.drawn):
+                continue
             assert teacher is not None
             values = self._compare(term, batch, outputs.features, teacher.features)
             losses.append(term.weight * scales.get(term.name, 1.0) * values.sum())

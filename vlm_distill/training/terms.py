@@ -35,14 +35,33 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
         if isinstance(loss, FeatureLoss):
-            terms.append(FeatureTerm(name, loss, section.weight))
+            terms.append(FeatureTerm(name, loss, section.weight, section.answers))
         else:
-            terms.append(Term(name, loss, section.weight, section.on))
+            terms.append(Term(name, loss, section.weight, section.on, section.answers))
     if pairs_image_tokens(terms):
         _check_teacher_sees(config, terms)
     if config.teacher is not None and config.teacher.cache is not None:
         _check_cached(terms, config.teacher.cache.form, config.training.recompute_logits)
     return terms
+
+
+def acts_on(term: AnyTerm, *, drawn: bool) -> bool:
+    """Return whether a term acts on answers that the student has drawn, or on the data's.
+
+    Drawn answers are not known to be right, so that losses that read right answers leave them out.
+    """
+    if drawn:
+        return term.answers != "data" and "targets" not in term.loss.needs
+    return term.answers != "own"
+
+
+def unit_of(term: AnyTerm) -> str:
+    """Return what a term has one row for, as :meth:`~data.batch.Step.counts` names it."""
+    if isinstance(term, FeatureTerm) and term.loss.unit != "token":
+        return "images" if term.loss.unit == "image" else "image_samples"
+    if isinstance(term, Term) and term.on == "images":
+        return "image_tokens"
+    return "distilled" if "teacher" in term.loss.needs else "supervised"
 
 
 def pairs_image_tokens(terms: Sequence[AnyTerm]) -> bool:
