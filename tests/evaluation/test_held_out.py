@@ -60,7 +60,7 @@ class Bigrams(nn.Module):
     def forward(self, inputs, positions, features=()):
         assert not self.training
         self.forwards += 1
-        return Outputs(nn.functional.one_hot(inputs["input_ids"].flatten()[positions], 3).float())
+        return Outputs(nn.functional.one_hot(inputs["input_ids"].flatten()[positions], 3).float(), {})
 
 
 class Texts:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -25,9 +25,8 @@ from .processor import Processor, Prompt
 from .thinking import decode_with_marks, mark_tokens, opening_mark
 
 
-@dataclass
-class Outputs:
-    """The result of a forward.
+class Outputs(NamedTuple):
+    """The result of a forward; a tuple, so that DeepSpeed sees the tensors in it.
 
     Attributes:
         hidden: ``[N, H]``, the decoder's last hidden states (after its final norm) at the requested positions.
@@ -35,7 +34,7 @@ class Outputs:
     """
 
     hidden: Tensor
-    features: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor]
 
 
 def _last_answer(row: Encoded) -> Tensor:
