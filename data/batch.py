@@ -199,7 +199,7 @@ class DistillationBatch:
         groups: the groups to compare if the tokenizers differ, otherwise ``None``.
         origins: the samples behind the teacher's positions, in the same order.
         drawn: whether the student drew the answers, so that no loss may treat them as correct.
-        conversations: the conversations behind the pairs, with decoded images, if these were requested.
+        conversations: the conversations behind the pairs as the teacher sees them, with decoded images, if requested.
     """
 
     student: ModelBatch

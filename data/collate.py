@@ -26,6 +26,7 @@ from .batch import (
 from .conversation import Conversation, Document
 from .encoding import EVERY_ANSWER, Pair, Turns, encode_document, encode_pair
 from .errors import BadSample
+from .teacher_view import View
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Collator:
         grouped: whether the models have different tokenizers.
         packed: whether conversations share rows, for the student and for the teacher.
         pairs_image_tokens: whether a loss compares the models image token by image token.
+        view: what the teacher sees of a sample, if not the same; ``None`` also if its outputs are cached, since then
+            samples are only looked up.
     """
 
     student: Processor
@@ -48,6 +51,7 @@ class Collator:
     grouped: bool = False
     packed: tuple[bool, bool] = (False, False)
     pairs_image_tokens: bool = False
+    view: View | None = None
 
     def encode(
         self,
@@ -77,8 +81,9 @@ class Collator:
             other = teacher
             if self.turns.split and isinstance(teacher, RecordedSample):
                 other = teacher.answer(number, sample, images)
+            seen = None if self.view is None else self.view.of(part, shown)
             pair = encode_pair(
-                part, shown, self.student, other, self.max_length, turns=self.turns, grouped=self.grouped
+                part, shown, self.student, other, self.max_length, turns=self.turns, grouped=self.grouped, seen=seen
             )
             if pair.teacher is not None:
                 self.check_image_tokens(pair.student, pair.teacher)
@@ -98,8 +103,11 @@ class Collator:
     def parts(
         self, sample: Conversation | Document, images: Sequence[Image.Image]
     ) -> list[tuple[Conversation | Document, Sequence[Image.Image]]]:
-        """Return the conversation, or part of one, and the images behind each of a sample's pairs."""
-        return [(sample, images)] if isinstance(sample, Document) else [*self.turns.parts(sample, images)]
+        """Return the conversation, or part of one, and the images that the teacher sees behind each of its pairs."""
+        if isinstance(sample, Document):
+            return [(sample, images)]
+        parts = self.turns.parts(sample, images)
+        return [*parts] if self.view is None else [self.view.of(*part) for part in parts]
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """Return a micro-batch of these pairs, packed where that is configured."""

@@ -13,6 +13,7 @@ from .alignment import difference_of, group_tokens, match_tokens
 from .batch import Encoded, Origin, Processor
 from .conversation import Conversation, Document, answer_pieces, count_images, is_answer
 from .errors import BadSample
+from .teacher_view import Seen, View
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def encode_pair(
     turns: Turns = EVERY_ANSWER,
     grouped: bool = False,
     role: str = "student",
+    seen: Seen | None = None,
 ) -> Pair:
     """Encode a conversation for both models and align its supervised tokens.
 
@@ -114,6 +116,7 @@ def encode_pair(
         turns: which answers are trained on, and further limits.
         grouped: whether the models have different tokenizers.
         role: the first model's role, for errors.
+        seen: what the teacher sees, if not the same; its answers are the same.
 
     Raises:
         BadSample: it is too long for one of the models (nothing is ever truncated), has no supervised token or begins
@@ -122,10 +125,10 @@ def encode_pair(
     ours = _encode(role, student, conversation, images, max_length, turns)
     if teacher is None:
         return replace(_equal_pair(ours), teacher=None)
-    if teacher is student and not grouped:
+    if teacher is student and not grouped and seen is None:
         # Equal encodings align token by token.
         return _equal_pair(ours)
-    theirs = _encode("teacher", teacher, conversation, images, max_length, turns)
+    theirs = _encode("teacher", teacher, *(seen or (conversation, images)), max_length, turns)
     pieces = answer_pieces(conversation.messages)
     if grouped:
         return _grouped_pair(ours, theirs, pieces)
@@ -254,8 +257,11 @@ def encode_teacher(
     teacher: Processor,
     max_length: int,
     turns: Turns = EVERY_ANSWER,
+    view: View | None = None,
 ) -> tuple[list[Pair], Encoded]:
     """Encode a sample for a teacher alone. Return its pairs, and its tokens in the form that a cache keeps.
+
+    With ``view``, that is what the teacher sees of it.
 
     Raises:
         BadSample: as in :func:`encode_pair` and :func:`encode_document`.
@@ -266,7 +272,8 @@ def encode_teacher(
     pairs: list[Pair] = []
     answers: list[Encoded] = []
     for part, shown in turns.parts(sample, images):
-        pair = encode_pair(part, shown, teacher, None, max_length, turns=turns, role="teacher")
+        seen = (part, shown) if view is None else view.of(part, shown)
+        pair = encode_pair(*seen, teacher, None, max_length, turns=turns, role="teacher")
         pairs.append(replace(pair, samples=int(not pairs)))
         answers.append(compact(pair.student))
     return pairs, answers[0] if len(answers) == 1 else _joined(answers)

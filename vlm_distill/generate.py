@@ -170,7 +170,7 @@ def _local(run: Run, options: GenerateOptions) -> _Answers:
 
 def _teacher_identity(config: RunConfig, section: TeacherSection) -> str:
     """Return what a teacher's answers depend on. Where it runs is no part of that."""
-    settings = section.model_dump(exclude={"placement", "server"})
+    settings = section.model_dump(exclude={"placement", "server", "view"})
     return f"{identity(section.path) if section.path else ''} {settings} {config.training.dtype}"
 
 

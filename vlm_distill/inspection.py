@@ -77,6 +77,7 @@ class Inspection:
             turns(config.data),
             grouped,
             pairs_image_tokens=pairs_image_tokens(self.run.terms),
+            view=self.run.view,
         )
 
     def shown(self, count: int) -> list[InspectedSample]:
@@ -161,7 +162,9 @@ class Inspection:
                 if isinstance(read.sample, Document):
                     models[name] = _by_token(processor, processor.encode_document(read.sample))
                 elif read.sample is not None:
-                    models[name] = _by_token(processor, processor.encode(read.sample, read.images))
+                    view = self.collator.view if name == "teacher" else None
+                    seen = (read.sample, read.images) if view is None else view.of(read.sample, read.images)
+                    models[name] = _by_token(processor, processor.encode(*seen))
         except BadSample:
             pass  # shown as the sample's problem
         return models

@@ -17,6 +17,7 @@ from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
 from data.plain_text import TextSource
 from data.sources import Source
+from data.teacher_view import View
 from vlm_distill.caching.check_features import open_features
 from vlm_distill.caching.check_tokens import check_tokens
 from vlm_distill.caching.image_features import FeatureCache
@@ -43,7 +44,7 @@ from vlm_distill.training.compatibility import (
 )
 from vlm_distill.training.loading import load_student, load_teacher
 from vlm_distill.training.on_policy import check_on_policy
-from vlm_distill.training.open_data import image_loader, open_sources, turns
+from vlm_distill.training.open_data import image_loader, open_sources, teacher_view, turns
 from vlm_distill.training.packing_plan import Packing, plan_packing
 from vlm_distill.training.terms import AnyTerm, build_terms, pairs_image_tokens, prepare_losses
 
@@ -150,6 +151,7 @@ class Run:
             teacher is not None
             and (section is None or section.placement == "replicate")
             and teacher.dtype == DTYPES[self.config.training.dtype]
+            and (section is None or section.view is None or section.view.images == "same")
             and has_same_vision(self.student, teacher)
         )
 
@@ -229,6 +231,12 @@ class Run:
         templates = template_remarks(self.student.processor, compared, self.config.data.max_length)
         return [*self._cache_remarks, *templates, *self.packing.remarks]
 
+    @property
+    def view(self) -> View | None:
+        """What the teacher sees of a sample; ``None`` if that is the same, or its outputs are only looked up."""
+        cached = self.teacher is not None and self.teacher.cache is not None
+        return None if cached else teacher_view(self.config.teacher)
+
     @cached_property
     def collator(self) -> Collator:
         """Turns samples into micro-batches."""
@@ -240,6 +248,7 @@ class Run:
             self.grouped,
             self.packing.packed,
             pairs_image_tokens(self.terms),
+            self.view,
         )
 
     @cached_property

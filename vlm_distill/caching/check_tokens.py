@@ -46,6 +46,8 @@ def token_identity(config: RunConfig, sources: Sequence[Source | TextSource]) ->
         found["template arguments"] = json.dumps(teacher.template_arguments, sort_keys=True, default=str)
     if teacher.image:
         found["image sizes"] = json.dumps(teacher.image, sort_keys=True, default=str)
+    if teacher.view is not None:
+        found["view"] = json.dumps(teacher.view.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return {
         "form": cache.form if cache.form == "hidden" else f"{cache.form} {cache.k}",
         **found,

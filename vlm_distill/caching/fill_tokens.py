@@ -26,7 +26,7 @@ from vlm_distill.models.teacher import Teacher
 from vlm_distill.run import Run
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.training.compatibility import check_packing
-from vlm_distill.training.open_data import turns
+from vlm_distill.training.open_data import teacher_view, turns
 
 from .check_tokens import cache_sections, check_top_k, compare_tokens, token_identity
 from .fill_loop import Filling, SampleBatches, say
@@ -70,6 +70,7 @@ class _TeacherSteps(SampleBatches[Step]):
         data = run.config.data
         self.sources, self.load, self.processor = run.sources, run.load_image, processor
         self.max_length, self.turns, self.on_bad = data.max_length, turns(data), data.bad_samples
+        self.view = teacher_view(run.config.teacher)
         self.collator = Collator(processor, None, data.max_length)
 
     def __getitem__(self, number: int) -> Step:
@@ -93,7 +94,8 @@ class _TeacherSteps(SampleBatches[Step]):
         content = self.sources[source][index]
         images = [] if isinstance(content, Document) else [self.load(image) for image in content.images]
         sample.digest = sample_digest(content, images)
-        pairs, sample.encoded = encode_teacher(content, images, self.processor, self.max_length, self.turns)
+        rest = self.processor, self.max_length, self.turns, self.view
+        pairs, sample.encoded = encode_teacher(content, images, *rest)
         return add_origins(pairs, sample.sample_id)
 
 

@@ -114,6 +114,11 @@ def _own_base(run: Run) -> bool:
     return run.teacher is not None and run.teacher.from_student
 
 
+def _viewed(run: Run) -> bool:
+    """Return whether the teacher sees something else than the student."""
+    return run.teacher is not None and run.teacher.view is not None
+
+
 def _measures_kl(run: Run) -> bool:
     return "kl" in run.evaluation.measures
 
@@ -184,6 +189,10 @@ RULES = (
     Rule(
         lambda run: _served(run) and run.data.packing,
         "data.packing: a server scores samples one by one; leave it out",
+    ),
+    Rule(
+        lambda run: _viewed(run) and any(source.format == "text" for source in run.data.train),
+        "teacher.view changes questions, and plain text has none; leave it out, or plain text out of data.train",
     ),
     # A student cut from its teacher: the teacher must have whole weights in full precision.
     Rule(

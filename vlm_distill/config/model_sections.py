@@ -155,6 +155,42 @@ class ServerSection(Section):
     timeout: Positive = Field(300, description="Seconds that one request may take.")
 
 
+class BlurSection(Section):
+    """Images that the teacher sees blurred."""
+
+    blur: AboveZero = Field(description="Radius of a Gaussian blur, in pixels.")
+
+
+class DownsampleSection(Section):
+    """Images that the teacher sees coarsely."""
+
+    downsample: Annotated[float, Field(gt=1)] = Field(
+        description="Factor by which images are made smaller and then larger again, so that tokens stay as many."
+    )
+
+
+class ViewSection(Section):
+    """What the teacher sees of a sample in training, where the student sees something else."""
+
+    system: str | None = Field(None, description="System message, in place of the sample's own.")
+    question: str | None = Field(
+        None,
+        description="Template of questions: `{question}` is the sample's own, `{answer}` (optional) the right answer.",
+    )
+    images: Literal["same", "none"] | BlurSection | DownsampleSection = Field(
+        "same",
+        description="Images: the `same` in the teacher's own size, `none`, or worse: `{blur: 8}`, `{downsample: 4}`.",
+    )
+
+    @model_validator(mode="after")
+    def _template(self) -> ViewSection:
+        if self.question is not None and self.question.count("{question}") != 1:
+            raise ValueError("question: must hold {question} exactly once, where the sample's own question goes")
+        if (self.system, self.question, self.images) == (None, None, "same"):
+            raise ValueError("changes nothing; set system, question or images, or leave view out")
+        return self
+
+
 class TeacherSection(ModelSection):
     """The teacher."""
 
@@ -184,6 +220,9 @@ class TeacherSection(ModelSection):
     )
     cache: CacheSection | None = Field(
         None, description="Train from outputs that `vlm-distill cache` wrote; the teacher is not loaded."
+    )
+    view: ViewSection | None = Field(
+        None, description="What the teacher sees of a sample in training, where the student sees something else."
     )
 
     @model_validator(mode="after")

@@ -271,7 +271,7 @@ class Evaluations:
         identity |= {"roots": list(data.roots), "max_pixels": data.max_pixels}
         if who == "teacher" and section is not None:
             prints = fingerprint(section.path) if section.path else {}
-            return {**identity, "teacher": section.model_dump(), "files": prints}
+            return {**identity, "teacher": section.model_dump(exclude={"view"}), "files": prints}
         # The weights are those of the checkpoint that precedes every evaluation. Only the first rank may see it.
         found = completed(self.folder / "checkpoints") if self.processes.first else []
         latest = found[-1][1] if found else self.folder

@@ -21,6 +21,7 @@ from data.conversation import Conversation, Document, ImageSource
 from data.encoding import Pair, Turns, encode_pair
 from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
+from data.teacher_view import Seen
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, Term
 from vlm_distill.models.answers import Answer, Sampling
@@ -60,13 +61,14 @@ def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> N
 
 @dataclass
 class _Prompt:
-    """A question, encoded for both models."""
+    """A question, encoded for both models; ``seen`` is what the teacher sees of it."""
 
     place: Place
     conversation: Conversation
     images: list[Image.Image]
     student: Encoded
     teacher: Encoded
+    seen: Seen
 
 
 #: Questions of a micro-batch, each with the token ids of its answer.
@@ -225,10 +227,11 @@ class OnPolicy:
         for part in drawn:
             pairs, conversations = [], []
             for prompt, ids in part:
-                answered = self._answered(prompt.conversation, ids)
+                seen, shown = prompt.seen
+                taught = self._answered(seen, ids), shown
                 try:
-                    pairs.append(self._pair(prompt, ids, answered))
-                    conversations.append((answered, prompt.images))
+                    pairs.append(self._pair(prompt, ids, taught))
+                    conversations.append(taught)
                 except BadSample as bad:
                     self._leave_out(step, prompt.place, bad, "skip")  # the data is not at fault
             batch = self.dataset.collator.batch(pairs)
@@ -295,11 +298,11 @@ class OnPolicy:
     def _read(
         self, source: int, row: int, pool: ThreadPoolExecutor
     ) -> Callable[[], tuple[Conversation, list[Image.Image]]]:
-        """Start to read a sample's question. Return a function that returns it, or raises ``BadSample``."""
+        """Start to read a sample. Return a function that gives it and its question's images or raises ``BadSample``."""
         try:
             sample = self.dataset.mixture.sources[source][row]
             assert not isinstance(sample, Document)
-            conversation = sample.before_last_answer()
+            question = sample.before_last_answer()
         except BadSample as error:
             bad = error  # Python deletes `error` at the end of the clause
 
@@ -307,19 +310,21 @@ class OnPolicy:
                 raise bad
 
             return fail
-        images = pool.map(self.load, conversation.images)
-        return lambda: (conversation, list(images))
+        images = pool.map(self.load, question.images)
+        return lambda: (sample, list(images))
 
-    def _encode(self, place: Place, conversation: Conversation, images: list[Image.Image]) -> _Prompt:
-        """Encode a question for both models. Raise ``BadSample`` if it leaves no room for an answer."""
-        limit = self.dataset.collator.max_length
+    def _encode(self, place: Place, sample: Conversation, images: list[Image.Image]) -> _Prompt:
+        """Encode a sample's question for both models. Raise ``BadSample`` if it leaves no room for an answer."""
+        limit, view = self.dataset.collator.max_length, self.dataset.collator.view
+        conversation = sample.before_last_answer()
+        seen: Seen = (conversation, images) if view is None else view.before_last_answer(sample, images)
         student = self.student.encode_prompt(conversation, images)
-        teacher = self._asks.encode(conversation, images, generation=True)
+        teacher = self._asks.encode(*seen, generation=True)
         for role, row in (("student", student), ("teacher", teacher)):
             if len(row.input_ids) >= limit:
                 raise BadSample("too long", f"a prompt of {len(row.input_ids)} tokens for the {role}")
         self.dataset.collator.check_image_tokens(student, teacher)
-        return _Prompt(place, conversation, images, student, teacher)
+        return _Prompt(place, conversation, images, student, teacher, seen)
 
     def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:
         """Return the conversation with the student's answer."""
@@ -327,18 +332,19 @@ class OnPolicy:
         message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
         return replace(conversation, messages=(*conversation.messages, message))
 
-    def _pair(self, prompt: _Prompt, ids: list[int], answered: Conversation) -> Pair:
-        """Encode a question and its answer for both models.
+    def _pair(self, prompt: _Prompt, ids: list[int], taught: Seen) -> Pair:
+        """Encode a question and its answer for both models; ``taught`` is what the teacher sees of both.
 
         If the models share a tokenizer, both get exactly the tokens that were drawn, as many as fit: even the beginning
         of an answer that is cut is learned. If they do not, or if the teacher is sent text, both encode the answer's
         text.
         """
         collator = self.dataset.collator
-        if collator.grouped or (self.teacher.needs_images and prompt.images):
+        if collator.grouped or (self.teacher.needs_images and taught[1]):
             turns = Turns(last_only=True, ends=ids[-1] in self.student.end_tokens)
             models = collator.student, collator.teacher, collator.max_length
-            return encode_pair(answered, prompt.images, *models, turns=turns, grouped=collator.grouped)
+            answered, seen = self._answered(prompt.conversation, ids), None if collator.view is None else taught
+            return encode_pair(answered, prompt.images, *models, turns=turns, grouped=collator.grouped, seen=seen)
         room = collator.max_length - max(len(prompt.student.input_ids), len(prompt.teacher.input_ids))
         ids = ids[:room]
         student = self.student.processor.answered(prompt.student, ids)

@@ -1,4 +1,4 @@
-"""What the ``data`` section names: sources, how images are decoded, and which answers of a conversation are learned."""
+"""What is read of the data: sources, how images are decoded, which answers are learned, and what the teacher sees."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from data.images import load_image
 from data.opening import open_source, open_text
 from data.plain_text import CHARACTERS_PER_TOKEN, TextSource
 from data.sources import Source
+from data.teacher_view import View
+from vlm_distill.config.model_sections import BlurSection, DownsampleSection, TeacherSection
 from vlm_distill.config.sections import AnyData, DataSection, SourceSection
 
 
@@ -52,3 +54,18 @@ def image_loader(data: AnyData) -> Callable[[ImageSource], Image.Image]:
 def turns(data: DataSection) -> Turns:
     """Return which answers of a conversation are learned, and how long prompt and answer may be."""
     return Turns(data.answers == "last", data.turns == "split", data.max_prompt, data.max_response)
+
+
+def teacher_view(teacher: TeacherSection | None) -> View | None:
+    """Return what the teacher sees of a sample; ``None`` if it sees what the student sees."""
+    section = None if teacher is None else teacher.view
+    if section is None:
+        return None
+    images = section.images
+    return View(
+        section.system,
+        section.question,
+        images="drop" if images == "none" else "keep",
+        blur=images.blur if isinstance(images, BlurSection) else 0.0,
+        downsample=images.downsample if isinstance(images, DownsampleSection) else 1.0,
+    )

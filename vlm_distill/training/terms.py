@@ -40,6 +40,8 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
             terms.append(Term(name, loss, section.weight, section.on, section.answers))
     if pairs_image_tokens(terms):
         _check_teacher_sees(config, terms)
+    if config.teacher is not None and config.teacher.view is not None and config.teacher.view.images == "none":
+        _check_sees_images(terms)
     if config.teacher is not None and config.teacher.cache is not None:
         _check_cached(terms, config.teacher.cache.form, config.training.recompute_logits)
     return terms
@@ -88,6 +90,13 @@ def _check_teacher_sees(config: RunConfig, terms: Sequence[AnyTerm]) -> None:
         raise UserError(f"loss {name}: a cache holds nothing at image tokens; leave teacher.cache out")
     if section.server is not None:
         raise UserError(f"loss {name}: a server returns nothing at image tokens; load the teacher by path")
+
+
+def _check_sees_images(terms: Sequence[AnyTerm]) -> None:
+    """Raise ``UserError`` if a loss compares what two models make of images."""
+    for term in terms:
+        if pairs_image_tokens([term]) or (isinstance(term, FeatureTerm) and term.loss.unit != "token"):
+            raise UserError(f"loss {term.name} compares images, and teacher.view.images is none; leave one of them out")
 
 
 def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLoss) -> None:
