@@ -29,6 +29,7 @@ from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.models.processor import Processor
+from vlm_distill.models.self_teacher import SelfTeacher
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_processing import share_processing
 from vlm_distill.models.shared_vision import has_same_vision
@@ -95,9 +96,17 @@ class Run:
     def teacher(self) -> Teacher | None:
         """The teacher, even if no loss learns from it and it is only evaluated with the student."""
         section = self.config.teacher
-        if section is not None and section.from_student:
-            return ModelTeacher(WithoutAdapters(self.student))
-        return load_teacher(self.config, self.processes)
+        if section is None or not section.from_student:
+            return load_teacher(self.config, self.processes)
+        student = self.student
+        if self.config.taught_by_base:
+            teacher = ModelTeacher(WithoutAdapters(student))
+        else:
+            device = torch.device("cpu") if self.processes is None else self.processes.device
+            teacher = SelfTeacher(student, DTYPES[self.config.training.dtype], device, section.ema)
+        if section.view is not None and section.view.images == "full":
+            teacher.processor = student.processor.as_loaded()
+        return teacher
 
     @cached_property
     def uncached(self) -> Run:

@@ -205,6 +205,10 @@ class Trainer(Loop):
             for batch in step.batches:
                 self.loss_teacher.forget(batch)
 
+    def after_update(self, step: int) -> None:
+        if self.loss_teacher is not None and self.loss_teacher.ema is not None:
+            self.loss_teacher.follow(self.engine.whole_weights(self.student))
+
     def lr(self, step: int) -> float:
         section = self.config.optimizer
         return section.lr * learning_rate_factor(
@@ -332,10 +336,14 @@ class Trainer(Loop):
     def save_more(self, folder: Path) -> None:
         if self.on_policy is not None:
             self.on_policy.save(folder)
+        if self.loss_teacher is not None and self.processes.first:
+            self.loss_teacher.save_state(folder)
 
     def load_more(self, folder: Path) -> None:
         if self.on_policy is not None:
             self.on_policy.restore(folder)
+        if self.loss_teacher is not None:
+            self.loss_teacher.load_state(folder)
 
     def write_student(self, folder: Path, state: dict[str, Tensor]) -> None:
         write_student(self.config, self.student, folder, state)

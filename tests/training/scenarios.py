@@ -55,6 +55,11 @@ UNLIKE_TOKENIZERS = [
     {"name": "uld", "tokens": "unshared", "weight": 0.25},
     {"name": "cross_entropy", "weight": 0.5},
 ]
+SELF = {
+    "family": "self",
+    "teacher": {"from_student": True, "ema": 0.9, "view": {"question": "{question} say {answer}"}},
+    "training__steps": 20,
+}
 #: Four samples a micro-batch: of two, the shorter never fits beside the longer.
 PACKED = {"data__packing": True, "training__micro_batch_size": 4}
 SHARED = {
@@ -149,6 +154,8 @@ SHARED = {
     **{f"lora_zero{s}": {"deepspeed__stage": s, "family": "lora"} for s in (0, 2, 3)},
     **{f"own_base_zero{s}": {"deepspeed__stage": s, "family": "adapters", "teacher": "student"} for s in (0, 3)},
     "copied_base_zero0": {"deepspeed__stage": 0, "family": "adapters"},
+    # The student's own moving average teaches it, and is told the answers.
+    **{f"ema_zero{s}": {"deepspeed__stage": s, **SELF} for s in (0, 2, 3)},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     # A frozen vision encoder that is the teacher's runs in the teacher alone, in rows of their own and in shared ones.
     **{
@@ -215,6 +222,7 @@ TWO_RANKS = {
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
+    "bf16_ema_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16", **SELF},
     "features_shard_zero2": features(2, teacher="shard", data="mixed"),
     "at_images_shard_zero3": features(3, AT_IMAGES, teacher="shard", data="mixed"),
     "features_llava_shard_zero3": features(3, teacher="shard", family="llava"),
@@ -245,7 +253,7 @@ RESUMED += [
     "ctkd_instance_zero3",
     "replay_zero3",
 ]
-RESUMED += ["at_images_zero3", "pairs_zero2"]
+RESUMED += ["at_images_zero3", "pairs_zero2", "ema_zero3"]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
@@ -321,6 +329,8 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     elif family == "lora":
         lora = {"rank": 2, "parts": ["vision_encoder", "decoder"]}
         changes["student"] = {"path": str(folder / "teacher"), "lora": lora, "train": ["projector"]}
+    elif family == "self":
+        changes["student"] = {"path": str(folder / "teacher")}
     elif family == "adapters":
         lora = {"rank": 2, "target": ["q_proj", "down_proj", "lm_head"]}
         changes["student"] = {"path": str(folder / "teacher"), "lora": lora}
@@ -330,10 +340,13 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     placement = changes.pop("teacher", "replicate")
     teacher = folder / (f"{family}_teacher" if family in ("llava", "language", "pieces") else "teacher")
     plain = tiny.config(out, data, teacher, **changes)
-    plain["teacher"]["placement"] = placement
-    if placement == "student":
+    if isinstance(placement, dict):
+        plain["teacher"] = placement
+    elif placement == "student":
         plain["teacher"] = {"from_student": True}
         kind = "eval"
+    else:
+        plain["teacher"]["placement"] = placement
     if kind.endswith("eval"):
         plain["data"]["eval"] = [{"path": str(data), "name": "questions", "limit": 13}]
     if kind == "text":
@@ -346,6 +359,7 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         Trainer(config, processes).run(stop)
     trainer = Trainer(config, processes)
     before = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
+    averages = plain_averages(trainer) if trainer.teacher is not None and trainer.teacher.ema else {}
     trainer.run()
     state = {name: tensor.clone() for name, tensor in trainer.engine.whole_state(trainer.student).items()}
     learned = torch.nn.ModuleList(m for m in trainer.engine.task.losses.modules() if isinstance(m, torch.nn.Linear))
@@ -359,8 +373,25 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         "exported": sorted(load_file(out / "student" / "model.safetensors")) if processes.first else [],
         "t": processes.gather([t.loss.metrics()["t"] for t in trainer.terms if "t" in t.loss.metrics()]),
         "moved": {name: not torch.equal(tensor, before[name]) for name, tensor in state.items()},
+        "averages": {
+            n: [(trainer.teacher.averages[n] - a).abs().max().item(), a.std().item()] for n, a in averages.items()
+        },
         "teacher_keys": [k for k in trainer.engine.task.state_dict() if "teacher" in k],
     }
+
+
+def plain_averages(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Averages of the weights after every step, on the first rank, in float64, beside those of the teacher."""
+    decay, follow = trainer.teacher.ema, trainer.after_update
+    averages = {n: tensor.double() for n, tensor in trainer.engine.whole_state(trainer.student).items()}
+
+    def after_update(step: int) -> None:
+        follow(step)
+        for name, tensor in trainer.engine.whole_state(trainer.student).items():
+            averages[name] = decay * averages[name] + (1 - decay) * tensor.double()
+
+    trainer.after_update = after_update
+    return averages
 
 
 @torch.no_grad()

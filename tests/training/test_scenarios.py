@@ -251,6 +251,18 @@ def test_a_base_teaches_as_its_copy_does(results, stage):
     same_weights(copied, own, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("world", "name", "tolerance"),
+    [*((world, f"ema_zero{s}", 1e-6) for world in (1, 2) for s in (0, 2, 3)), (2, "bf16_ema_zero2", 1e-2)],
+)
+def test_a_teacher_that_follows_is_the_average_of_the_weights_after_every_step(results, world, name, tolerance):
+    result = results(world, name)
+    assert len(losses(result)) == 20
+    assert all(difference < tolerance * max(1, spread) for difference, spread in result["averages"].values())
+    # Without the average, the weights have moved much further.
+    assert all(result["moved"].values())
+
+
 @pytest.mark.slow
 def test_lora_with_activation_checkpointing(results):
     same_weights(results(2, "lora_zero3"), results(2, "lora_checkpointing_zero3"), 1e-6)

@@ -109,14 +109,18 @@ def _cut(run: Run) -> bool:
     return run.student.from_teacher is not None and run.teacher is not None
 
 
-def _own_base(run: Run) -> bool:
-    """Return whether the student's base is the teacher."""
+def _from_student(run: Run) -> bool:
+    """Return whether the student, or its base, is the teacher."""
     return run.teacher is not None and run.teacher.from_student
 
 
 def _viewed(run: Run) -> bool:
     """Return whether the teacher sees something else than the student."""
     return run.teacher is not None and run.teacher.view is not None
+
+
+def _sees_full_images(run: Run) -> bool:
+    return _viewed(run) and run.teacher.view.images == "full"
 
 
 def _measures_kl(run: Run) -> bool:
@@ -224,14 +228,19 @@ RULES = (
         lambda run: _cached(run) and _measures_kl(run),
         "evaluation.measures: 'kl' runs the teacher, which teacher.cache never loads; leave one of them out",
     ),
-    # The student's own base as the teacher: it must stay as it is.
+    # The student itself as the teacher.
     Rule(
-        lambda run: _own_base(run) and (run.student.lora is None or bool(run.student.trained_whole)),
-        "teacher.from_student needs a student trained by student.lora alone, whose base never changes",
+        lambda run: _from_student(run) and run.student.from_teacher is not None,
+        "teacher.from_student and student.from_teacher: one of the two models must be on disk",
     ),
     Rule(
-        lambda run: _own_base(run) and run.student.from_teacher is not None,
-        "teacher.from_student and student.from_teacher: one of the two models must be on disk",
+        lambda run: _from_student(run) and run.student.quantize is not None and run.teacher.ema is not None,
+        "teacher.ema: 4-bit weights are not copied; leave student.quantize or ema out",
+    ),
+    Rule(
+        lambda run: _sees_full_images(run) and not (_from_student(run) and run.student.image),
+        "teacher.view.images: 'full' is for teacher.from_student where student.image makes images smaller; other "
+        "teachers have a teacher.image of their own; leave it out",
     ),
     # Optimizers: ZeRO hands them flat slices of all parameters, and may keep their states in main memory.
     Rule(

@@ -177,9 +177,10 @@ class ViewSection(Section):
         None,
         description="Template of questions: `{question}` is the sample's own, `{answer}` (optional) the right answer.",
     )
-    images: Literal["same", "none"] | BlurSection | DownsampleSection = Field(
+    images: Literal["same", "full", "none"] | BlurSection | DownsampleSection = Field(
         "same",
-        description="Images: the `same` in the teacher's own size, `none`, or worse: `{blur: 8}`, `{downsample: 4}`.",
+        description="Images: the `same`, `full` (without `student.image`; with `from_student`), `none`, or worse: "
+        "`{blur: 8}`, `{downsample: 4}`.",
     )
 
     @model_validator(mode="after")
@@ -196,12 +197,12 @@ class TeacherSection(ModelSection):
 
     ways: ClassVar[tuple[str, ...]] = ("path", "decoder", "from_student")
     replaces: ClassVar[Replaces] = {
-        "path": ("decoder", "vision_encoder", "projector", "from_student"),
-        "decoder": ("path", "from_student", "server"),
+        "path": ("decoder", "vision_encoder", "projector", "from_student", "ema"),
+        "decoder": ("path", "from_student", "ema", "server"),
         "decoder.name": ("decoder.config",),
         "decoder.config": ("decoder.name",),
         "from_student": (*ModelSection.model_fields, "server", "placement", "quantize", "cache"),
-        "server": ("dtype", "attn_implementation", "placement", "quantize", "cache", "from_student"),
+        "server": ("dtype", "attn_implementation", "placement", "quantize", "cache", "from_student", "ema"),
         "cache": ("server",),
         "placement": ("server", "quantize"),
         "quantize": ("server", "placement"),
@@ -209,7 +210,12 @@ class TeacherSection(ModelSection):
     server: ServerSection | None = Field(
         None, description="Server that runs the teacher; of `path` only tokenizer and image processing are read here."
     )
-    from_student: bool = Field(False, description="Use a LoRA student's own base, its adapters off, as the teacher.")
+    from_student: bool = Field(
+        False, description="Learn from the student as it starts: a LoRA student's base, or else a copy of the student."
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="With `from_student`: a copy that follows the student as the moving average of its weights."
+    )
     placement: Literal["replicate", "shard", "offload"] = Field(
         "replicate",
         description="Where the weights live: whole on every rank, a share on each rank's device, or a share in main "
@@ -235,9 +241,13 @@ class TeacherSection(ModelSection):
     def _own_weights(self) -> TeacherSection:
         if self.from_teacher is not None:
             raise ValueError("from_teacher is for the student; a teacher has a path, or parts")
-        more = sorted(self.model_fields_set - {"from_student"})
+        more = sorted(self.model_fields_set - {"from_student", "ema", "view"})
         if self.from_student and any(getattr(self, name) != type(self).model_fields[name].default for name in more):
-            raise ValueError(f"from_student is the student's base as it is; leave {', '.join(more)} out")
+            raise ValueError(f"from_student is the student itself; leave {', '.join(more)} out")
+        if self.ema is not None and not self.from_student:
+            raise ValueError(
+                "ema: averages the student's weights, so that it needs from_student; leave one of them out"
+            )
         if self.quantize is not None and self.placement != "replicate":
             raise ValueError(f"quantize: ZeRO-3 cannot {self.placement} quantized weights; use placement: replicate")
         return self

@@ -299,6 +299,12 @@ class RunConfig(Section):
             )
         return plain
 
+    @property
+    def taught_by_base(self) -> bool:
+        """Whether the teacher is the student's own base with the adapters off, which is in memory anyway."""
+        alone = self.student.lora is not None and not self.student.trained_whole
+        return alone and self.teacher is not None and self.teacher.from_student and self.teacher.ema is None
+
     @model_validator(mode="after")
     def _between_sections(self) -> RunConfig:
         deepspeed_keys.check_equal(

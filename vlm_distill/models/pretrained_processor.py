@@ -76,6 +76,7 @@ class PretrainedProcessor(Processor):
         self._reserved = [self.placeholder, self.tokenizer.convert_ids_to_tokens(image_token_id), *names]
         self._special = special_ids(self.tokenizer)
         self._dummy: Encoded | None = None
+        self._loaded: Any = None  # the processor before its image sizes were set, if they were
         self._rope = _rope_index(model)
 
     @property
@@ -97,6 +98,7 @@ class PretrainedProcessor(Processor):
     def set_image_sizes(self, settings: Mapping[str, Any], where: str) -> None:
         if not settings:
             return
+        self._loaded = self.processor
         self.processor = with_image_settings(self.processor, settings, where, self.largest_image)
         self._dummy = None
         for size in ((64, 64), (1024, 768)):
@@ -104,6 +106,13 @@ class PretrainedProcessor(Processor):
                 self.image_row([Image.new("RGB", size)])
             except BadSample as bad:
                 raise UserError(f"{where}: the image processor fails on {size} pixels: {bad.detail}") from bad
+
+    def as_loaded(self) -> Self:
+        if self._loaded is None:
+            return self
+        other = copy.copy(self)
+        other.processor, other._dummy = self._loaded, None
+        return other
 
     def _render(
         self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()

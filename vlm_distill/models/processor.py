@@ -72,6 +72,10 @@ class Processor(ABC):
             what = "set vision_encoder.image_size" if self.has_vision else "this model sees no images"
             raise UserError(f"{where}: is for vision-language models of Transformers; {what}, and leave it out")
 
+    def as_loaded(self) -> Self:
+        """Return this processor without the sizes that :meth:`set_image_sizes` has set."""
+        return self
+
     @property
     def frame(self) -> Frame:
         """What the chat template writes around messages, probed once for each template."""

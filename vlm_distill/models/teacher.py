@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,10 +34,11 @@ class TeacherOutputs:
 
 
 class Teacher(ABC):
-    """Gives targets for a micro-batch. A teacher is never trained and never part of a checkpoint.
+    """Gives targets for a micro-batch. A teacher is never trained; a checkpoint holds one that changes, and no other.
 
     In a run, :meth:`align` is called once, before training; then, for every micro-batch, :meth:`request` as early as
     possible and either :meth:`outputs` or :meth:`forget`. :meth:`prefetch` calls :meth:`request` one step ahead.
+    :meth:`follow` is called after every update of the student.
 
     Attributes:
         processor: turns conversations into the teacher's own inputs.
@@ -46,6 +48,8 @@ class Teacher(ABC):
         likeliest: how many of the likeliest tokens are known at each position; ``None``: the whole distribution is.
         parameters: number of parameters; ``None`` if unknown (on a server).
         needs_images: whether it reads conversations with images from ``batch.conversations`` instead of tokens.
+        ema: decay with which its weights follow the student's; ``None``: they never change.
+        bytes_beside: memory that it holds on each rank beside its model's weights.
     """
 
     processor: Processor | CachedProcessor
@@ -55,6 +59,8 @@ class Teacher(ABC):
     likeliest: int | None = None
     parameters: int | None = None
     needs_images: bool = False
+    ema: float | None = None
+    bytes_beside: int = 0
 
     @abstractmethod
     def align(self, student: VisionLanguageModel) -> int:
@@ -77,6 +83,15 @@ class Teacher(ABC):
 
     def forget(self, batch: DistillationBatch) -> None:
         """Drop what was requested for a micro-batch that :meth:`outputs` will not be called for."""
+
+    def follow(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Follow the student's trained weights after an update, given whole and by name; nothing without ``ema``."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write into a checkpoint what changes; called on the first rank."""
+
+    def load_state(self, folder: Path) -> None:
+        """Read what :meth:`save_state` wrote; called on every rank."""
 
     @property
     def end_tokens(self) -> set[int]:

@@ -96,7 +96,8 @@ class Models:
         teacher = run.teacher
         self.student, self.teacher = run.student, None if teacher is None else teacher.model
         self.learns, self.same_encoder = run.loss_teacher is not None, run.same_encoder
-        self.shared = section is not None and section.from_student
+        self.shared = config.taught_by_base
+        self.beside = 0 if teacher is None else teacher.bytes_beside
         self.likeliest = None if teacher is None else teacher.likeliest
         if self.cache is not None and self.cache.form == "topk":
             self.likeliest = self.cache.k
@@ -159,6 +160,8 @@ class Models:
             return "served", ["served"]
         if section is None or self.shared:
             return "none", ["none"]
+        if section.from_student:
+            return "replicate", ["replicate"]
         if section.quantize is not None:
             return section.quantize, ["replicate", section.quantize]
         return section.placement, list(dict.fromkeys(["replicate", "shard", section.placement]))
@@ -189,7 +192,7 @@ class Models:
             return 0.0
         if placement == "cached":
             return 0.0 if self.likeliest is not None else sum(p.nbytes for p in self.teacher.head.parameters)
-        whole = sum(p.nbytes for p in self.teacher.parameters())
+        whole = sum(p.nbytes for p in self.teacher.parameters()) + self.beside
         if placement == "replicate" and self.same_encoder and stage < 3:
             size = 2 if self.bf16 and stage > 0 else 4
             sight = nn.ModuleDict(self.teacher.image_parts).parameters()

@@ -284,6 +284,17 @@ class Engine:
         share.zero_()
         share[: len(piece)].copy_(piece)
 
+    def whole_weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield a module's trained weights by name, whole on every rank, in float32 where ZeRO keeps masters.
+
+        Collective from stage 1 on: every rank must take them all.
+        """
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            whole = parameter.dtype == torch.float32 and self.stage < 3
+            yield name, parameter.detach() if whole else deepspeed.utils.safe_get_full_fp32_param(parameter)
+
     def whole_state(self, module: nn.Module) -> dict[str, Tensor]:
         """Return a module's whole state dict on the CPU, gathered from all shards; empty on ranks other than the first.
 
