@@ -307,8 +307,8 @@ OWN = {"teacher": {"from_student": True}}
             {"student": {"path": "b", "quantize": "nf4", "lora": {"merge": False}}, "deepspeed": {"stage": 3}},
             "ZeRO-3 cannot shard 4-bit weights",
         ),
-        ({**OWN, "student": {"path": "base"}}, "from_student needs a student trained by student.lora alone"),
-        ({**OWN, "student": {**LORA, "train": ["projector"]}}, "needs a student trained by student.lora alone"),
+        ({"teacher": {"path": "x", "ema": 0.9}}, "ema: averages the student's weights"),
+        ({"teacher": {"path": "x", "view": {"images": "full"}}}, "'full' is for teacher.from_student"),
         ({**OWN, "student": {"from_teacher": {"layers": 2}, "lora": {}}}, "one of the two models must be on disk"),
         ({"student": LORA, "teacher": {"from_student": True, "dtype": "bf16"}}, "leave dtype out"),
         (
