@@ -102,11 +102,13 @@ def cut(teacher: Path, folder: Path) -> None:
 
     from vlm_distill.config.file import load_config
     from vlm_distill.models import load_vlm
-    from vlm_distill.models.initialise import keep_layers
+    from vlm_distill.models.pruning import Kept, pruned
 
     settings = load_config(CONFIG).student.from_teacher
     assert settings is not None
-    keep_layers(load_vlm(str(teacher), dtype=torch.float32), settings["layers"]).save_pretrained(folder)
+    assert isinstance(settings.layers, list)
+    whole = load_vlm(str(teacher), dtype=torch.float32)
+    pruned(whole, {"decoder": Kept(settings.layers)}).save_pretrained(folder)
 
 
 def measured(model: Path, teacher: Path | None, data: Path, out: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ print([name for name in heavy if name in sys.modules])
             ["deepspeed.fp16={enabled: true}"],
             "deepspeed.fp16.enabled: is true, but this run has false by training.dtype",
         ),
-        (["student.decoder=null", "student.from_teacher={layer: 2}"], "student.from_teacher: takes layers"),
+        (["student.decoder=null", "student.from_teacher={layers: 9}"], "student.from_teacher.layers: 9 layers asked"),
     ],
 )
 def test_mistakes_found_by_a_rank(material, capsys, monkeypatch, overrides, says):

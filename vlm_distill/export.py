@@ -108,7 +108,8 @@ def _student(run: Path) -> tuple[Any, Record | None]:
     record = Record.read(found.path)
     config = RunConfig.model_validate(record.configuration)
     processes = Processes("cpu")
-    model = Run(config, processes).student
+    # What a pruned student keeps is written in the run's folder, which may have been moved.
+    model = Run(config.model_copy(update={"output": str(run)}), processes).student
     weights = checkpoint_weights(found.path, config.deepspeed.stage)
     prefix = "student."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from data.batch import SampleId
+from data.batch import Encoded, SampleId
 from data.collate import Collator
-from data.conversation import ImageSource
+from data.conversation import Document, ImageSource
+from data.encoding import encode_teacher
+from data.errors import BadSample
 from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
 from data.plain_text import TextSource
@@ -30,6 +33,7 @@ from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.self_teacher import SelfTeacher
+from vlm_distill.models.pruning import Kept
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_processing import share_processing
 from vlm_distill.models.shared_vision import has_same_vision
@@ -47,6 +51,7 @@ from vlm_distill.training.loading import load_student, load_teacher
 from vlm_distill.training.on_policy import check_on_policy
 from vlm_distill.training.open_data import image_loader, open_sources, teacher_view, turns
 from vlm_distill.training.packing_plan import Packing, plan_packing
+from vlm_distill.training.student_cut import choose_kept
 from vlm_distill.training.terms import AnyTerm, build_terms, pairs_image_tokens, prepare_losses
 
 AnySource = Source | TextSource
@@ -124,7 +129,30 @@ class Run:
         teacher = None if section is not None and section.from_student else self.teacher
         # The seed is set once the teacher is loaded: a student starts from the same weights with and without one.
         torch.manual_seed(self.config.training.seed)
-        return load_student(self.config, teacher)
+        return load_student(self.config, teacher, self.kept)
+
+    @cached_property
+    def kept(self) -> dict[str, Kept] | None:
+        """What the student keeps of the teacher that it is pruned from, by part; ``None`` for a student of its own."""
+        section, teacher = self.config.student.from_teacher, self.teacher
+        if section is None:
+            return None
+        assert isinstance(teacher, ModelTeacher)
+        rows = self._teacher_rows(teacher.processor, section.calibrate)
+        return choose_kept(section, teacher, rows, Path(self.config.output), self.processes)
+
+    def _teacher_rows(self, processor: Processor, count: int) -> Iterator[Encoded]:
+        """Encode the first samples of the training data for the teacher alone; of each, what is first a row."""
+        data = self.config.data
+        for source, row in dict.fromkeys(self.first_samples(count)):
+            try:
+                sample = self.sources[source][row]
+                wanted = () if isinstance(sample, Document) else sample.images
+                images = [self.load_image(image) for image in wanted]
+                pairs, _ = encode_teacher(sample, images, processor, data.max_length, turns(data))
+            except BadSample:
+                continue
+            yield pairs[0].student
 
     @cached_property
     def loss_teacher(self) -> Teacher | None:

@@ -21,7 +21,7 @@ from data.workers import make_loader
 from vlm_distill import losses
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
-from vlm_distill.models.initialise import count_parameters
+from vlm_distill.models.common import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.shared_vision import share_vision_weights
 from vlm_distill.models.teacher import Teacher
@@ -39,6 +39,7 @@ from vlm_distill.training.loop import Loop
 from vlm_distill.training.on_policy import OnPolicy
 from vlm_distill.training.optimizers import build_optimizer
 from vlm_distill.training.schedule import learning_rate_factor, lr_scales
+from vlm_distill.training.student_cut import describe_kept
 from vlm_distill.training.task import DistillationTask
 from vlm_distill.training.terms import acts_on, pairs_image_tokens, unit_of
 
@@ -88,7 +89,8 @@ class Trainer(Loop):
 
     def _count_parameters(self) -> dict[str, int]:
         """Return the numbers of parameters."""
-        counts = {"student": sum(count_parameters(self.student).values()), "trained": trained_parameters(self.student)}
+        whole = sum(count_parameters(self.student.parts).values())
+        counts = {"student": whole, "trained": trained_parameters(self.student)}
         if self.teacher is not None and self.teacher.parameters is not None:
             counts["teacher"] = self.teacher.parameters
         return counts
@@ -270,6 +272,10 @@ class Trainer(Loop):
         return False
 
     def introduce(self, tracker: Tracker, done: int) -> None:
+        if self.parts.kept is not None:
+            assert self.teacher is not None
+            assert self.teacher.model is not None
+            tracker.say(f"the student keeps of its teacher: {describe_kept(self.parts.kept, self.teacher.model)}")
         if self.shared_vision:
             tracker.say("the vision encoder is frozen and the teacher's: it runs once, for both")
         cache = self.parts.feature_cache

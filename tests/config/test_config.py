@@ -40,11 +40,9 @@ from vlm_distill.training.terms import build_terms
         ({"training": {"steps": 10, "dtype": "fp16"}}, [], ["training.dtype", "'fp32' or 'bf16'"]),
         ({"student": {"path": "a", "decoder": {}}}, [], ["exactly one of path, decoder, from_teacher"]),
         ({"student": {"from_teacher": {"layers": 2}}, "teacher": None}, [], ["student.from_teacher needs a teacher"]),
-        (
-            {"student": {"from_teacher": {"layers": 2}}, "teacher": {"path": "a", "placement": "shard"}},
-            [],
-            ["a student cannot be cut from a sharded teacher"],
-        ),
+        ({"student": {"from_teacher": {"layer": 2}}}, [], ["student.from_teacher.layer", "layers"]),
+        ({"student": {"from_teacher": {"layers": [2, 1]}}}, [], ["student.from_teacher", "ascending order"]),
+        ({"student": {"from_teacher": {"by": "influence"}}}, [], ["student.from_teacher", "set layers to a number"]),
         (
             {"student": {"name": "resnet20"}},
             [],

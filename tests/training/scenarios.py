@@ -60,6 +60,8 @@ SELF = {
     "teacher": {"from_student": True, "ema": 0.9, "view": {"question": "{question} say {answer}"}},
     "training__steps": 20,
 }
+#: What a student keeps of its teacher, chosen by its data.
+CUT = {"layers": 2, "by": "influence", "neurons": 20, "width": 16, "calibrate": 4}
 #: Four samples a micro-batch: of two, the shorter never fits beside the longer.
 PACKED = {"data__packing": True, "training__micro_batch_size": 4}
 SHARED = {
@@ -67,10 +69,10 @@ SHARED = {
     **{f"tied_zero{stage}": {"deepspeed__stage": stage, "student": tiny.settings(tied=True)} for stage in (0, 2, 3)},
     # One rank's micro-batch has no picture, another's holds nothing at all, and the tower trains.
     **{f"mixed_zero{stage}": {"deepspeed__stage": stage, "data": "mixed"} for stage in (0, 2, 3)},
-    # Transformers' own LLaVA, a model of text alone, and a student cut from its teacher.
+    # Transformers' own LLaVA, a model of text alone, and a student pruned from its teacher.
     **{f"llava_zero{stage}": {"deepspeed__stage": stage, "family": "llava"} for stage in (0, 2, 3)},
     **{f"language_zero{stage}": {"deepspeed__stage": stage, "family": "language"} for stage in (0, 3)},
-    **{f"cut_zero{stage}": {"deepspeed__stage": stage, "student": {"from_teacher": {"layers": 2}}} for stage in (0, 3)},
+    **{f"cut_zero{stage}": {"deepspeed__stage": stage, "student": {"from_teacher": CUT}} for stage in (0, 3)},
     # A loss with a parameter of its own.
     **{
         f"ctkd_zero{stage}": {
@@ -200,6 +202,7 @@ TWO_RANKS = {
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
     "shard_zero2": {"deepspeed__stage": 2, "teacher": "shard"},
     "shard_zero3": {"deepspeed__stage": 3, "teacher": "shard"},
+    "cut_shard_zero3": {"deepspeed__stage": 3, "teacher": "shard", "student": {"from_teacher": CUT}},
     "text_shard_zero3": {"deepspeed__stage": 3, "family": "language", "data": "text", "teacher": "shard"},
     # Shares in main memory: the teacher's, and the student's optimizer and parameters; and what ZeRO++ does.
     "offload_teacher_zero2": {"deepspeed__stage": 2, "teacher": "offload"},

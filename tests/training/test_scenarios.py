@@ -91,6 +91,7 @@ def test_every_zero_stage_equals_none(results, world, name):
         [
             ("shard_zero2", "zero2"),
             ("shard_zero3", "zero2"),
+            ("cut_shard_zero3", "cut_zero3"),
             ("llava_shard_zero3", "llava_zero3"),
             ("language_shard_zero2", "language_zero0"),
             ("features_shard_zero2", "features_zero2"),

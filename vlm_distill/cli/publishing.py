@@ -120,7 +120,9 @@ _MODELS = {
         "config": "a new one, by its model_type",
     },
     "Students cut from the teacher: student.from_teacher": {
-        "layers": "decoder layers to keep: how many, or which",
+        "layers, by": "layers to keep: how many by which rule, or which",
+        "neurons, heads, width": "sizes inside the layers, by activation on the run's data",
+        "vision_encoder": "the same for the vision encoder",
     },
 }
 

@@ -198,7 +198,7 @@ RULES = (
         lambda run: _viewed(run) and any(source.format == "text" for source in run.data.train),
         "teacher.view changes questions, and plain text has none; leave it out, or plain text out of data.train",
     ),
-    # A student cut from its teacher: the teacher must have whole weights in full precision.
+    # A student pruned from its teacher: the teacher's weights must be here, in full precision.
     Rule(
         lambda run: run.student.from_teacher is not None and run.teacher is None,
         "student.from_teacher needs a teacher section to cut from",
@@ -206,10 +206,6 @@ RULES = (
     Rule(
         lambda run: _cut(run) and run.teacher.quantize is not None,
         "student.from_teacher: a student cannot be cut from quantized weights; leave teacher.quantize out",
-    ),
-    Rule(
-        lambda run: _cut(run) and run.teacher.placement != "replicate",
-        "student.from_teacher: a student cannot be cut from a sharded teacher; use teacher.placement: replicate",
     ),
     Rule(
         lambda run: _measures_kl(run) and run.teacher is None,

@@ -6,10 +6,56 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from .fields import AboveZero, Beta, DType, Part, Positive, Replaces, Section
+from .fields import AboveZero, Beta, DType, NotNegative, Part, Positive, Replaces, Section
 
 #: In place of a tokenizer's name: the student uses its teacher's.
 TEACHERS = "teacher"
+
+
+class CutSection(Section):
+    """What is kept of the teacher's decoder or vision encoder; a size that is not given stays the teacher's."""
+
+    layers: Positive | Annotated[list[NotNegative], Field(min_length=1)] | None = Field(
+        None, description="Layers that are kept: how many, or a list of which, counted from 0."
+    )
+    by: Literal["spaced", "first", "influence"] = Field(
+        "spaced",
+        description="Which layers are kept if `layers` is a number: evenly spaced ones, the first ones, or those that "
+        "change their input most.",
+    )
+    neurons: Positive | None = Field(None, description="Neurons of each MLP (`intermediate_size`).")
+    heads: Positive | None = Field(
+        None, description="Attention heads of each layer; key-value heads stay together with their query heads."
+    )
+    width: Positive | None = Field(None, description="Hidden size.")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a size inside the layers is given."""
+        return any(size is not None for size in (self.neurons, self.heads, self.width))
+
+    @model_validator(mode="after")
+    def _listed(self) -> CutSection:
+        if isinstance(self.layers, list) and sorted(set(self.layers)) != self.layers:
+            raise ValueError("layers: list them in ascending order, each once")
+        if self.by != "spaced" and not isinstance(self.layers, int):
+            raise ValueError("by: chooses a number of layers; set layers to a number, or leave by out")
+        return self
+
+
+class FromTeacherSection(CutSection):
+    """What the student keeps of its teacher: of the decoder here, and of the vision encoder in a section of its own."""
+
+    vision_encoder: CutSection | None = Field(None, description="What is kept of the vision encoder: the same keys.")
+    calibrate: Positive = Field(
+        32, description="Samples of the training data by which layers, neurons, heads and channels are chosen."
+    )
+
+    @property
+    def parts(self) -> dict[str, CutSection]:
+        """What is kept, by the part's name."""
+        vision = {} if self.vision_encoder is None else {"vision_encoder": self.vision_encoder}
+        return {"decoder": self, **vision}
 
 
 class ModelSection(Section):
@@ -36,8 +82,8 @@ class ModelSection(Section):
         {},
         description="Sizes of the image processor, such as `{longest_edge: 512}`; its family decides which can be set.",
     )
-    from_teacher: dict[str, Any] | None = Field(
-        None, description="Cut the student from the teacher: which layers it keeps, and its sizes."
+    from_teacher: FromTeacherSection | None = Field(
+        None, description="Prune the student from the teacher: which layers it keeps, and its sizes."
     )
     dtype: DType | None = Field(None, description="Precision of the weights; by default the run's.")
     attn_implementation: str | None = Field(

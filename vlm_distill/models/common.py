@@ -149,3 +149,20 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype | None) -> None:
         for parameter in part.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(kept)
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Return a parameter's size before ZeRO-3 sharded it or bitsandbytes packed two values into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
+
+
+def count_parameters(parts: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the number of parameters of each part; a shared one counts once, where it first appears."""
+    seen: set[int] = set()
+    counts = {}
+    for name, part in parts.items():
+        new = {id(p): p for p in part.parameters() if id(p) not in seen}
+        seen |= set(new)
+        counts[name] = sum(map(size_of, new.values()))
+    return counts

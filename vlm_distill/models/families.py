@@ -103,3 +103,48 @@ def family(model_type: str) -> Family:
 def tower_normalisation(model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return mean and standard deviation of a tower with a position for each patch; ``None`` for any other tower."""
     return next((known for start, known in TOWERS.items() if model_type.startswith(start)), None)
+
+
+@dataclass(frozen=True)
+class SizeKeys:
+    """Names of a part's sizes in its configuration.
+
+    Attributes:
+        layers, heads, width: numbers of layers and attention heads, and hidden size.
+        groups: number of key-value heads; ``None``: each head has its own.
+        neurons: of an MLP.
+        ratio: whether ``neurons`` counts them in multiples of the width.
+    """
+
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    width: str = "hidden_size"
+    groups: str | None = "num_key_value_heads"
+    neurons: str = "intermediate_size"
+    ratio: bool = False
+
+
+_TOWER = SizeKeys(groups=None)
+_QWEN_TOWER = SizeKeys(layers="depth", heads="num_heads", groups=None)
+
+#: Model types of decoders and vision encoders with plain layers, which can be pruned: separate linear layers, one MLP,
+#: equal layers. tests/models/test_pruning.py tries each.
+PLAIN = {
+    **dict.fromkeys(("cohere2", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"), SizeKeys()),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "smollm3"), SizeKeys()),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model", "internvl_vision", "pixtral"), _TOWER),
+    **dict.fromkeys(("idefics3_vision", "smolvlm_vision"), _TOWER),
+    **dict.fromkeys(("qwen2_5_vl_vision", "qwen3_vl_vision"), _QWEN_TOWER),
+    "qwen2_vl_vision": SizeKeys("depth", "num_heads", "embed_dim", None, "mlp_ratio", ratio=True),
+}
+
+#: Where else a vision-language model's configuration has the decoder's width, by model type.
+DECODER_WIDTHS = {
+    "paligemma": ("projection_dim", "hidden_size", "vision_config.projection_dim"),
+    "qwen2_5_vl": ("vision_config.out_hidden_size",),
+    "qwen2_vl": ("vision_config.hidden_size",),
+    "qwen3_vl": ("vision_config.out_hidden_size",),
+}
+
+#: Names of weights that read several patches at once with each channel's values side by side; others have each patch's.
+CHANNELS_FIRST = ("patch_merger.merging_layer.weight",)

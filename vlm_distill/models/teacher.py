@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batch import DistillationBatch, Step
+from data.batch import DistillationBatch, Encoded, Step
 from data.errors import UserError
 from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.token_records import TokenCache
 from vlm_distill.losses import HiddenTargets, TopKTargets
 
+from .common import count_parameters
 from .image_hidden import run_at_positions
-from .initialise import count_parameters
 from .interface import VisionLanguageModel
 from .lm_head import LMHead
 from .processor import Processor
@@ -133,7 +133,7 @@ class ModelTeacher(Teacher):
 
     @property
     def parameters(self) -> int:  # type: ignore[override]
-        return sum(count_parameters(self.model).values())
+        return sum(count_parameters(self.model.parts).values())
 
     def align(self, student: VisionLanguageModel) -> int:
         return align_heads(student, self.model)
@@ -144,6 +144,12 @@ class ModelTeacher(Teacher):
     @property
     def end_tokens(self) -> set[int]:
         return self.model.end_tokens
+
+    @torch.no_grad()
+    def run_row(self, row: Encoded, device: torch.device) -> None:
+        """Run the model on one encoded sample, for what is measured meanwhile. All ranks call this if it is sharded."""
+        inputs = self.processor.collate([row]).to(device, self.model.dtype)
+        self._run(inputs, torch.zeros(1, dtype=torch.long, device=device))
 
     # Not inference_mode: its tensors cannot be saved for the student's backward.
     @torch.no_grad()

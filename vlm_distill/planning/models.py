@@ -24,6 +24,7 @@ from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.run import Run
 from vlm_distill.training.optimizers import state_bytes
 from vlm_distill.training.schedule import lr_scales, parameter_groups
+from vlm_distill.training.student_cut import describe_kept
 
 from .memory import BUCKET, PERSISTENT, Sizes, zero3_elements
 from .simulation import HeadCost, Meter, Micro, losses_cost, simulate
@@ -115,6 +116,9 @@ class Models:
         """Return what is taken for granted, or left out of the plan."""
         config, run = self.config, self.run
         found = list(run.packing.remarks)
+        if run.kept is not None:
+            assert self.teacher is not None
+            found.append(f"the student keeps of its teacher: {describe_kept(run.kept, self.teacher, which=False)}")
         if any(run.packing.packed):
             found.append("assumed: the models keep packed samples apart (the run tries it)")
         if config.teacher is not None and config.teacher.server is not None:

@@ -161,7 +161,7 @@ def _whole(model: Mapping[str, Any]) -> str:
     if model.get("path"):
         return hub_name(model["path"]) or Path(model["path"]).name
     if cut := model.get("from_teacher"):
-        return f"cut from the teacher: {_pairs(cut, *cut)}"
+        return f"pruned from the teacher: {_pairs(cut, *cut)}"
     parts = []
     for part in ("vision_encoder", "projector", "decoder"):
         if section := model.get(part):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data.batch import DistillationBatch, ModelBatch
-from vlm_distill.models.initialise import size_of
+from vlm_distill.models.common import size_of
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.projectors import Projector

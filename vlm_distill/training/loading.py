@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from vlm_distill.endpoint import Endpoint
 from vlm_distill.models.cached_teacher import CachedTeacher
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM
-from vlm_distill.models.initialise import keep_layers
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import add_lora, save_adapter
 from vlm_distill.models.processor import Processor
+from vlm_distill.models.pruning import Kept, pruned
 from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
 from vlm_distill.models.teacher import ModelTeacher, Teacher
@@ -128,18 +128,21 @@ def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
     return ServedModel(processor, endpoint, server.model or section.path, section.template_arguments)
 
 
-def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel:
+def load_student(
+    config: RunConfig, teacher: Teacher | None, kept: Mapping[str, Kept] | None = None
+) -> VisionLanguageModel:
     """Load the student with its trained parts marked, in training mode.
 
     Args:
         config: the run.
-        teacher: what the student may be cut from or take its tokenizer from.
+        teacher: what the student may be pruned from or take its tokenizer from.
+        kept: what a student that is pruned from the teacher keeps of it.
     """
     section = config.student
-    if section.from_teacher is not None:
+    if kept is not None:
         assert teacher is not None
         assert teacher.model is not None
-        student = _cut_from(teacher.model, section.from_teacher)
+        student = pruned(teacher.model, kept)
     else:
         student = _load_own(config, teacher)
     set_processor(student.processor, section, "student")
@@ -153,17 +156,6 @@ def load_student(config: RunConfig, teacher: Teacher | None) -> VisionLanguageMo
     if not trained_parameters(student):
         raise UserError("student.train: nothing is left to train")
     return student.train()
-
-
-def _cut_from(teacher: VisionLanguageModel, from_teacher: dict[str, Any]) -> VisionLanguageModel:
-    """Return a student of some of the teacher's decoder layers."""
-    settings = dict(from_teacher)
-    layers = settings.pop("layers", None)
-    if layers is None or settings:
-        raise UserError("student.from_teacher: takes layers, a number of decoder layers to keep or a list of them")
-    student = keep_layers(teacher, layers).float()
-    student.processor = copy.copy(student.processor)  # the teacher's, which keeps its own chat template
-    return student
 
 
 def _load_own(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel:

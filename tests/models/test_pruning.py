@@ -1,12 +1,15 @@
 """Students cut from teachers: the right layers, an unchanged teacher, a working key-value cache."""
 
+import families
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from data.errors import UserError
 from vlm_distill.models import PretrainedVLM, build_vlm, load_vlm
-from vlm_distill.models.initialise import count_parameters, keep_layers, spaced_layers
+from vlm_distill.models.common import count_parameters
+from vlm_distill.models.family_classes import adapted
+from vlm_distill.models.plain_layers import find_stack
+from vlm_distill.models.pruning import Kept, pruned, spaced_layers
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,7 @@ def teacher(settings, tokenizer):
 
 def test_the_student_has_the_teachers_layers_and_the_teacher_keeps_them(teacher):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    student = keep_layers(teacher, [0, 2])
+    student = pruned(teacher, {"decoder": Kept([0, 2])})
     assert len(teacher.decoder.model.layers) == teacher.decoder.config.num_hidden_layers == 4
     assert len(student.decoder.model.layers) == student.decoder.config.num_hidden_layers == 2
     old, new = teacher.decoder.model.layers, student.decoder.model.layers
@@ -40,7 +43,7 @@ def test_the_student_has_the_teachers_layers_and_the_teacher_keeps_them(teacher)
 
 
 def test_the_student_equals_the_teacher_with_its_layers_skipped(teacher, talk, picture):
-    student = keep_layers(teacher, [0, 3])
+    student = pruned(teacher, {"decoder": Kept([0, 3])})
     inputs = teacher.processor.collate([teacher.processor.encode(talk([None, "What?"], "red"), [picture()])])
     positions = torch.arange(inputs["input_ids"].shape[1])
     hidden = student(inputs, positions).hidden
@@ -50,7 +53,7 @@ def test_the_student_equals_the_teacher_with_its_layers_skipped(teacher, talk, p
 
 
 def test_the_students_cache_head_and_ties_work(teacher, talk, picture, tmp_path):
-    student = keep_layers(teacher, 3)
+    student = pruned(teacher, {"decoder": Kept([0, 2, 3])})
     assert student.head._linear is student.decoder.lm_head
     assert student.decoder.lm_head.weight is student.decoder.get_input_embeddings().weight
     prompt = (talk([None, "What?"]), [picture()])
@@ -73,7 +76,7 @@ def test_lists_with_an_entry_a_layer_are_cut_too(tokenizer, talk, tmp_path):
     teacher = load_vlm(tmp_path)
     kinds = teacher.decoder.config.layer_types
     assert kinds[0] != kinds[1]
-    student = keep_layers(teacher, [0, 1, 3])
+    student = pruned(teacher, {"decoder": Kept([0, 1, 3])})
     assert student.decoder.config.layer_types == [kinds[0], kinds[1], kinds[3]]
     assert teacher.decoder.config.layer_types == kinds
     prompt = (talk("What colour is the circle?"), [])
@@ -117,7 +120,7 @@ def test_a_student_of_llava(tmp_path, make_tokenizer, talk, picture):
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     teacher = load_vlm(tmp_path)
-    student = keep_layers(teacher, 2)
+    student = pruned(teacher, {"decoder": Kept([0, 3])})
     assert isinstance(student, PretrainedVLM)
     assert len(student.model.get_decoder().layers) == student.model.config.text_config.num_hidden_layers == 2
     assert student.model.config.vision_config.num_hidden_layers == 4
@@ -128,16 +131,91 @@ def test_a_student_of_llava(tmp_path, make_tokenizer, talk, picture):
     assert load_vlm(tmp_path / "student").generate([prompt], max_new_tokens=4)[0].token_ids == answer.token_ids
 
 
-@pytest.mark.parametrize("layers", [0, 5, [], [0, 4], [2, 1], [1, 1], [-1]])
-def test_layers_that_are_not_there(teacher, layers):
-    with pytest.raises(UserError, match=r"from_teacher\.layers"):
-        keep_layers(teacher, layers)
-
-
 def test_tied_parameters_count_once(settings, tokenizer):
-    tied = count_parameters(build_vlm(settings, tokenizer))
+    tied = count_parameters(build_vlm(settings, tokenizer).parts)
     settings["decoder"]["config"]["tie_word_embeddings"] = False
-    untied = count_parameters(build_vlm(settings, tokenizer))
+    untied = count_parameters(build_vlm(settings, tokenizer).parts)
     assert untied["decoder"] - tied["decoder"] == 330 * 32
     assert list(tied) == ["vision_encoder", "projector", "decoder"]
     assert tied["projector"] == (16 * 32 + 32) + (32 * 32 + 32)
+
+
+# Every family: sizes, the same logits whatever the order of what is kept, a plain model afterwards.
+
+#: Families whose decoder or vision encoder is of another kind.
+OTHER_DECODERS = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "phi4_multimodal")
+OTHER_TOWERS = OTHER_DECODERS
+#: Attention takes its head width from the width, so that both are narrowed together.
+BOUND = ("qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def family(make_tokenizer):
+    maker, made = families.Maker(make_tokenizer), {}
+
+    def get(name):
+        if name not in made:
+            made[name] = adapted(*maker.build(name))
+        return made[name]
+
+    return get
+
+
+def shuffled(kept):
+    """The same indices in another order."""
+    turned = {
+        name: None if found is None else [row[::-1] for row in found]
+        for name, found in (("neurons", kept.neurons), ("groups", kept.groups))
+    }
+    return Kept(kept.layers, channels=None if kept.channels is None else kept.channels[::-1], **turned)
+
+
+def decoder_cut(name):
+    """Half of the neurons, one of two key-value heads, three quarters or half of the width."""
+    layers = 2
+    width = 16 if name in BOUND else 24
+    return Kept(None, [sorted({*range(1, 48, 2)})] * layers, [[1], [0]], [*range(3, 3 + width)])
+
+
+def tower_cut(name):
+    neurons = range(48) if name == "qwen2_vl" else range(0, 48, 3)  # a multiple of the width
+    return Kept(None, [[*neurons]] * 2, [[1], [0]], [*range(1, 32, 2)])
+
+
+def logits(model, sample):
+    inputs = model.processor.collate([model.processor.encode(*sample)])
+    hidden = model(inputs, torch.arange(inputs["input_ids"].shape[1])).hidden
+    with model.head.weight() as weight:
+        return hidden @ weight.T
+
+
+@pytest.fixture
+def sample(talk, picture):
+    return talk([None, "What colour is it?"], "It is red."), [picture(1, (60, 30))]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+@torch.no_grad()
+def test_a_student_pruned_by_nothing_has_the_teachers_logits(family, name, sample):
+    teacher = family(name)
+    student = pruned(teacher, {})
+    assert torch.equal(logits(student, sample), logits(teacher, sample))
+    assert student.model.config.to_dict().keys() == teacher.model.config.to_dict().keys()
+
+
+@pytest.mark.parametrize("part", ["decoder", "vision_encoder"])
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if name not in OTHER_DECODERS])
+@torch.no_grad()
+def test_every_plain_family_is_narrowed(family, name, part, sample, tmp_path):
+    teacher = family(name)
+    cut = decoder_cut(name) if part == "decoder" else tower_cut(name)
+    student = pruned(teacher, {part: cut})
+    stack = find_stack(student, part)
+    assert (stack.width, stack.groups, stack.neurons) == (len(cut.channels), 1, len(cut.neurons[0]))
+    assert stack.head_width == find_stack(teacher, part).head_width
+    # The order in which anything is kept does not matter: every weight is cut along the right dimension.
+    found = logits(student, sample)
+    torch.testing.assert_close(logits(pruned(teacher, {part: shuffled(cut)}), sample), found, rtol=1e-4, atol=1e-4)
+    student.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(adapted(again, student.processor.processor), sample), found)
