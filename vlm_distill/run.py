@@ -32,8 +32,8 @@ from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import WithoutAdapters
 from vlm_distill.models.processor import Processor
-from vlm_distill.models.self_teacher import SelfTeacher
 from vlm_distill.models.pruning import Kept
+from vlm_distill.models.self_teacher import SelfTeacher
 from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_processing import share_processing
 from vlm_distill.models.shared_vision import has_same_vision
