@@ -219,3 +219,44 @@ def test_every_plain_family_is_narrowed(family, name, part, sample, tmp_path):
     student.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits(adapted(again, student.processor.processor), sample), found)
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 340, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen3", "smollm3"])
+@torch.no_grad()
+def test_language_models_are_narrowed(kind, tokenizer, talk, tmp_path):
+    torch.manual_seed(0)
+    teacher = build_vlm({"decoder": {"config": {"model_type": kind, **TINY}}}, tokenizer).eval()
+    cut = Kept([0, 2], [[*range(1, 48, 2)], [*range(24)]], [[1], [0]], [*range(3, 27)])
+    student = pruned(teacher, {"decoder": cut}).eval()
+    sample = talk("What colour is it?", "It is red."), []
+    found = logits(student, sample)
+    torch.testing.assert_close(logits(pruned(teacher, {"decoder": shuffled(cut)}).eval(), sample), found)
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert again.config.num_hidden_layers == 2
+    assert torch.equal(logits(load_vlm(tmp_path).eval(), sample), found)
+
+
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("layer", [-2, None, 3])
+@torch.no_grad()
+def test_an_assembled_models_vision_encoder_is_narrowed(kind, layer, settings, tokenizer, sample, tmp_path):
+    torch.manual_seed(0)
+    tower = {"model_type": kind, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    tower |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 7}
+    settings["vision_encoder"] = {"source": "transformers", "config": tower, "layer": layer, "select": "patch"}
+    settings["projector"] = {"type": "pixel_shuffle_mlp"}
+    teacher = build_vlm(settings, tokenizer).eval()
+    assert torch.equal(logits(pruned(teacher, {}).eval(), sample), logits(teacher, sample))
+    cut = Kept([0, 2], [[*range(1, 48, 2)], [*range(24)]], [[1, 3], [0, 2]], [*range(5, 21)])
+    student = pruned(teacher, {"vision_encoder": cut}).eval()
+    found = logits(student, sample)
+    torch.testing.assert_close(logits(pruned(teacher, {"vision_encoder": shuffled(cut)}).eval(), sample), found)
+    assert student.vision_encoder.width == 16
+    assert len(find_stack(student, "vision_encoder")) == 2
+    student.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_vlm(tmp_path).eval(), sample), found)
