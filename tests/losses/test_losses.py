@@ -188,7 +188,7 @@ def test_zero_at_equality_with_zero_gradient(name):
 def test_never_negative_and_gradient_sums_to_zero(name):
     result = rows(make(name), *logits(31, 123))
     assert result.loss.min() >= -1e-14
-    torch.testing.assert_close(result.grad.sum(-1), torch.zeros(31, dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close(result.grad.sum(-1), torch.zeros(31, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)

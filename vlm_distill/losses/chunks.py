@@ -62,13 +62,14 @@ class Chunks:
         if isinstance(self.teacher, ModelSide):
             teacher_buffer = student_buffer.new_empty(chunk, self.teacher.vocabulary)
         for index in positions.split(chunk):
-            operands = self.student.operands(index)
+            where = _as_slice(index) if self.work.on_cpu else index
+            operands = self.student.operands(where)
             student_logits = student_buffer[: len(index)]
             self.student.write_logits(operands, student_logits)
             teacher_logits = None
             if isinstance(self.teacher, ModelSide) and teacher_buffer is not None:
                 teacher_logits = teacher_buffer[: len(index)]
-                self.teacher.write_logits(self.teacher.operands(index), teacher_logits)
+                self.teacher.write_logits(self.teacher.operands(where), teacher_logits)
             elif isinstance(self.teacher, TokenTargets):
                 teacher_logits = self.teacher.logprobs[index]
             for start in range(0, len(index), block):
@@ -77,7 +78,7 @@ class Chunks:
                     index[part], student_logits[part], None if teacher_logits is None else teacher_logits[part]
                 )
             if self.work.grad:
-                self._accumulate(index, operands, student_logits)
+                self._accumulate(where, operands, student_logits)
 
     def _add_block(
         self, index: Tensor, student: Tensor, teacher: Tensor | None, groups: TokenGroups | None = None
@@ -143,22 +144,30 @@ class Chunks:
                 self._accumulate(index, operands, student_logits)
         return seen
 
-    def _accumulate(self, index: Tensor, operands: Tensor, grad: Tensor) -> None:
+    def _accumulate(self, where: Tensor | slice, operands: Tensor, grad: Tensor) -> None:
         """Add a chunk's share of the gradients.
 
         Args:
-            index: the chunk's positions.
+            where: the chunk's positions.
             operands: ``[n, H]``, its hidden states.
             grad: ``[n, V]``, the gradient by its logits; overwritten.
         """
         side = self.student
-        d_hidden, d_weight, d_bias = self.work.gradients
+        d_hidden, d_bias = self.work.d_hidden, self.work.d_bias
         if side.scale != 1.0:
             grad.mul_(side.scale)
         if d_bias is not None:
             d_bias += grad.sum(0)
         operand = grad.to(side.operand)
         if d_hidden is not None:
-            d_hidden.index_copy_(0, index, torch.mm(operand, side.weight, **side.output))
-        if d_weight is not None:
-            torch.addmm(d_weight, operand.t(), operands, **side.output, out=d_weight)
+            if isinstance(where, slice):
+                torch.mm(operand, side.weight, **side.output, out=d_hidden[where])
+            else:
+                d_hidden.index_copy_(0, where, torch.mm(operand, side.weight, **side.output))
+        self.work.add_weight_gradient(operand, operands)
+
+
+def _as_slice(positions: Tensor) -> Tensor | slice:
+    """Return ascending positions as a slice if none is left out, so that rows need not be copied."""
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions

@@ -127,7 +127,7 @@ def _compute(
             work.expect_learned(learned, student.dtype)
             _run(work, settings)
             total = work.total()
-            made = [*work.gradients, *work.learned_gradients()]
+            made = [work.d_hidden, work.d_weight, work.d_bias, *work.learned_gradients()]
         if any(wanted):
             total = with_gradients(total, made, inputs)
     return LossSums(total, work.sums)

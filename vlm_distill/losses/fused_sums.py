@@ -42,10 +42,35 @@ class FusedSums(Sums):
         self.student, self.teacher, self.targets = student, teacher, targets
         self.chunk_bytes = chunk_bytes
         self.on_cpu = zero.device.type == "cpu"
-        shapes = (student.hidden.shape, student.weight.shape, student.weight.shape[:1])
-        self.gradients = [
-            zero.new_zeros(shape) if want else None for shape, want in zip(shapes, wanted[:3], strict=True)
-        ]
+        self.d_hidden = zero.new_zeros(student.hidden.shape) if wanted[0] else None
+        self._d_weight = zero.new_empty(student.weight.shape) if wanted[1] else None
+        self._weight_is_empty = True
+        self.d_bias = zero.new_zeros(student.weight.shape[:1]) if wanted[2] else None
+
+    @property
+    def d_weight(self) -> Tensor | None:
+        """The gradient by the head's weight so far, ``[V, H]``, at first 0; ``None`` if it is not wanted."""
+        if self._d_weight is not None and self._weight_is_empty:
+            self._d_weight.zero_()
+            self._weight_is_empty = False
+        return self._d_weight
+
+    def add_weight_gradient(self, by_logits: Tensor, operands: Tensor) -> None:
+        """Add a chunk's share of the gradient by the head's weight, if it is wanted.
+
+        Args:
+            by_logits: ``[n, V]``, the gradient by the chunk's logits.
+            operands: ``[n, H]``, its hidden states.
+        """
+        if self._d_weight is None:
+            return
+        output = self.student.output
+        if self._weight_is_empty:
+            # The first product is written, which saves filling a matrix as large as the head and reading it.
+            torch.mm(by_logits.t(), operands, **output, out=self._d_weight)
+            self._weight_is_empty = False
+        else:
+            torch.addmm(self._d_weight, by_logits.t(), operands, **output, out=self._d_weight)
 
     def targets_at(self, positions: Tensor) -> Tensor | None:
         """Return the targets at some positions, if there are targets."""

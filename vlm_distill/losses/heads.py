@@ -66,8 +66,10 @@ class ModelSide:
         """Number of tokens that the head scores."""
         return len(self.weight)
 
-    def operands(self, positions: Tensor) -> Tensor:
+    def operands(self, positions: Tensor | slice) -> Tensor:
         """Return the hidden states at some positions, as the matrix products read them."""
+        if isinstance(positions, slice):
+            return self.hidden[positions].to(self.operand)
         # On a CPU index_select copies rows whole; self.hidden[positions] takes three times as long.
         return self.hidden.index_select(0, positions).to(self.operand)
 

@@ -170,4 +170,7 @@ class _WithGradients(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        # The loss is often the whole objective: then nothing is scaled. On a GPU, asking would wait for the device.
+        if outer.device.type == "cpu" and outer.item() == 1.0:
+            return (None, None, *(None if d is None else d.to(dtype) for d, dtype in pairs))
         return (None, None, *(None if d is None else (d * outer).to(dtype) for d, dtype in pairs))

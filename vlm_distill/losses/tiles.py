@@ -90,7 +90,7 @@ class Tiles:
 
     def run(self, positions: Tensor) -> None:
         """Add the terms on these positions, chunk by chunk."""
-        gradient = self.work.gradients[0] if self.trained else None
+        gradient = self.work.d_hidden if self.trained else None
         for index_N in positions.split(self.chunk):
             hidden_NH = self.student.operands(index_N)
             d_hidden_NH = None if gradient is None else gradient.new_zeros(hidden_NH.shape)
@@ -215,7 +215,7 @@ class _Block:
         """Add a tile's share of the gradients of head and hidden states, for all blocks of the chunk at once."""
         side = self.engine.student
         gradient_Nv = self.engine.gradient_Nw[: self.part.stop, : tile.stop - tile.start]
-        _, d_weight, d_bias = self.engine.work.gradients
+        d_weight, d_bias = self.engine.work.d_weight, self.engine.work.d_bias
         if d_bias is not None:
             d_bias[tile] += gradient_Nv.sum(0, dtype=d_bias.dtype)
         if self.d_hidden_NH is not None:
