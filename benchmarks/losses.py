@@ -35,7 +35,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -48,6 +48,8 @@ LOSSES = {
     "taid": losses.build("taid", t_start=T),
     "jsd": losses.build("jsd"),
     "forward_kl": losses.build("forward_kl"),
+    "alpha_beta": losses.build("alpha_beta"),
+    "todi": losses.build("todi"),
 }
 BETAS = {"jsd": 0.5, "forward_kl": 0.0}  # in TRL's and Liger Kernel's convention
 
@@ -57,14 +59,16 @@ class Shape(NamedTuple):
     vocabulary: int
     student_width: int
     teacher_width: int
-    peers: bool = True
+    compared: Literal["peers", "whole logits", "nothing"] = "peers"
 
 
-# At 152k the full-logit side would need 4 GB for 1024 tokens, so it gets half of them.
+# At 152k the full-logit side would need 4 GB for 1024 tokens, so it gets half of them. The last shape is a term with
+# `on: images` at four images of 1024 tokens, for its memory.
 CPU_SHAPES = [
     Shape(1024, 32_768, 256, 512),
-    Shape(1024, 1_000, 256, 512, False),
-    Shape(512, 151_936, 256, 512, False),
+    Shape(1024, 1_000, 256, 512, "whole logits"),
+    Shape(512, 151_936, 256, 512, "whole logits"),
+    Shape(4096, 32_768, 256, 512, "nothing"),
 ]
 GPU_SHAPES = [Shape(tokens, vocabulary, 2048, 4096) for tokens in (4096, 16_384) for vocabulary in (92_553, 151_936)]
 
@@ -165,13 +169,13 @@ class Side(NamedTuple):
 
 def sides(case: Case, shape: Shape) -> list[Side]:
     """The floor, ours, and the peers that are installed and run here."""
-    found = [
-        Side("products", "", case.products),
-        Side("ours", "taid", lambda: case.ours("taid")),
-        Side("ours_recompute", "taid", lambda: case.ours("taid", recompute=True)),
-        Side("full", "taid", case.full),
-    ]
-    for name in BETAS if shape.peers else ():
+    found = [Side("products", "", case.products), Side("ours", "taid", lambda: case.ours("taid"))]
+    if shape.compared != "nothing":
+        found.append(Side("ours_recompute", "taid", lambda: case.ours("taid", recompute=True)))
+        found.append(Side("full", "taid", case.full))
+    for name in ("alpha_beta", "todi") if shape.compared == "peers" else ():
+        found.append(Side("ours", name, lambda name=name: case.ours(name)))
+    for name in BETAS if shape.compared == "peers" else ():
         found.append(Side("ours", name, lambda name=name: case.ours(name)))
         found.append(Side("ours_recompute", name, lambda name=name: case.ours(name, recompute=True)))
         found.append(Side("trl_chunked", name, lambda name=name: case.trl_chunked(name)))
@@ -299,7 +303,7 @@ def measure(shape: Shape, repeats: int, device: str = "cpu") -> list[dict[str, o
                 "peer": _version(side.name),
             }
         )
-        del rows[-1]["peers"]
+        del rows[-1]["compared"]
     return rows
 
 
