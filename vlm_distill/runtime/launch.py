@@ -125,10 +125,12 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all ranks, and end the others after one has failed. Return the first failure's exit code."""
     running, code, since = dict(enumerate(ranks)), 0, 0.0
     while running:
-        for rank, process in running.items():
-            if process.poll() and not code:
-                code, since = process.returncode, time.monotonic()
-                _tell_signal(rank, process.pid, -code)
+        failed = [rank for rank, process in running.items() if process.poll()]
+        if failed and not code:
+            # Of several, name one that a signal ended: its connections broke, which ended the others.
+            rank = min(failed, key=lambda rank: ranks[rank].returncode)
+            code, since = ranks[rank].returncode, time.monotonic()
+            _tell_signal(rank, ranks[rank].pid, -code)
         running = {rank: process for rank, process in running.items() if process.returncode is None}
         waited = time.monotonic() - since
         # Ranks that received a signal end together; the first may still be sending its metrics.
