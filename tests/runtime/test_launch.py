@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -12,6 +13,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from vlm_distill import demo
+from vlm_distill.runtime import launch
 from vlm_distill.runtime.launch import guarded, reserved_port
 
 
@@ -53,3 +55,12 @@ def test_the_demo_stops_in_the_stage_that_it_is_in(tmp_path, monkeypatch):
         demo.run(tmp_path, 1)
     assert left.value.code == 130
     assert len(started) == 1
+
+
+def test_of_ranks_that_end_together_the_killed_one_is_named(capfd):
+    broken = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+    killed = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    for process in (broken, killed):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert launch._wait([broken, killed]) == 128 + signal.SIGKILL
+    assert "rank 1" in capfd.readouterr().err
