@@ -243,6 +243,13 @@ def test_given_weights_are_saved_instead_of_the_models_own(model, tmp_path):
     assert not any(p.any() for p in again.parameters())
 
 
+def test_a_saved_model_without_its_chat_template_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"chat_template\.jinja is missing"):
+        load_vlm(tmp_path)
+
+
 def test_weights_of_another_model_are_refused(model, tmp_path, settings, tokenizer):
     model.save_pretrained(tmp_path)
     settings["projector"] = {"type": "mlp", "depth": 3}

@@ -98,6 +98,11 @@ def load_vlm(
             raise UserError(f"quantize: '{name}' is assembled; only models of Transformers load in fewer bits")
         tokenizer = tokenizer or load_tokenizer(name)
         tokenizer.chat_template = template or tokenizer.chat_template
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"model: '{name}' was saved with a chat template, and chat_template.jinja is missing; put it back, or "
+                "give one as 'chat_template'"
+            )
         return load_composed(name, dtype=dtype, attn_implementation=attn_implementation, tokenizer=tokenizer)
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"quantization_config": quantize} if quantize is not None else {}
