@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -117,15 +117,15 @@ class _Choice:
         if not self.cut.narrows:
             return Kept(None if layers == list(range(len(self.stack))) else layers)
         self._check_sizes()
-        cut, stack = self.cut, self.stack
+        cut, stack, measured = self.cut, self.stack, self.importance
         neurons = groups = channels = None
         if cut.neurons is not None and cut.neurons < stack.neurons:
-            neurons = [self._largest(cut.neurons, lambda found, i=i: found.neurons(i)) for i in layers]
+            neurons = [_largest(cut.neurons, None if measured is None else measured.neurons(i)) for i in layers]
         if cut.heads is not None and cut.heads < stack.heads:
             count = cut.heads * stack.groups // stack.heads
-            groups = [self._largest(count, lambda found, i=i: found.groups(i)) for i in layers]
+            groups = [_largest(count, None if measured is None else measured.groups(i)) for i in layers]
         if cut.width is not None and cut.width < stack.width:
-            channels = self._largest(cut.width, lambda found: found.channels)
+            channels = _largest(cut.width, None if measured is None else measured.channels)
         return Kept(None if layers == list(range(len(stack))) else layers, neurons, groups, channels)
 
     def _layers(self) -> list[int]:
@@ -141,7 +141,7 @@ class _Choice:
                 f"{self.where}.layers: {asked} layers asked of a {self.stack.part} with {total}; give 1 to {total}"
             )
         if self.cut.by == "influence" and self.importance is not None:
-            return self._largest(asked, lambda found: torch.tensor(found.layers))
+            return _largest(asked, torch.tensor(self.importance.layers))
         return spaced_layers(asked, total) if self.cut.by == "spaced" else list(range(asked))
 
     def _check_sizes(self) -> None:
@@ -157,11 +157,12 @@ class _Choice:
                 f"multiple of {shared}"
             )
 
-    def _largest(self, count: int, values: Callable[[Importance], Tensor]) -> list[int]:
-        """Return the indices of the ``count`` largest of the measured values, ascending; the first ones without any."""
-        if self.importance is None:
-            return list(range(count))
-        return sorted(torch.argsort(values(self.importance), descending=True, stable=True)[:count].tolist())
+
+def _largest(count: int, values: Tensor | None) -> list[int]:
+    """Return the indices of the ``count`` largest values, ascending; the first ones if nothing was measured."""
+    if values is None:
+        return list(range(count))
+    return sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist())
 
 
 def _write(path: Path, kept: dict[str, Kept], importance: Mapping[str, Importance]) -> dict[str, Kept]:
