@@ -102,7 +102,7 @@ class Loop(Hooks):
             self.introduce(tracker, done)
             if self._evaluates_after(done):
                 self._evaluate(done, tracker)
-            done, stopped = self._train(tracker, done, min(self.steps, until or self.steps))
+            done, stopped = self._take_steps(tracker, done, min(self.steps, until or self.steps))
             if done == self.steps:
                 self._finish(done, tracker)
         self._release()
@@ -115,7 +115,7 @@ class Loop(Hooks):
         wandb = self.settings.training.wandb
         return Tracker(self.folder, self.steps, done, first=self.processes.first, wandb=wandb, settings=settings)
 
-    def _train(self, tracker: Tracker, done: int, last: int) -> tuple[int, int]:
+    def _take_steps(self, tracker: Tracker, done: int, last: int) -> tuple[int, int]:
         """Take the steps after ``done`` up to ``last``. Return the steps done, and the signal to stop (0: none)."""
         self.engine.train()
         self._enter("reading data", done)
