@@ -272,12 +272,14 @@ class Step:
     def counts(self, *, drawn: bool | None = None) -> Mapping[str, int]:
         """Count what this rank's image-text batches are compared on.
 
-        Supervised tokens, distilled tokens (or groups), images, the student's image tokens, and samples with images.
+        Supervised tokens, distilled tokens (or groups), images, the student's image tokens, and samples that have any
+        of these (with ``data.turns: split``, answers).
 
         Args:
             drawn: count only batches whose answers the student has drawn, or only those with the data's answers.
         """
-        counts = {"supervised": 0, "distilled": 0, "images": 0, "image_tokens": 0, "image_samples": 0}
+        counts = {"supervised": 0, "distilled": 0, "images": 0, "image_tokens": 0}
+        counts |= {"supervised_samples": 0, "distilled_samples": 0, "image_samples": 0}
         for batch in self.batches:
             if drawn is not None and batch.drawn != drawn:
                 continue
@@ -285,5 +287,8 @@ class Step:
             counts["distilled"] += int(batch.distilled.sum()) if batch.groups is None else len(batch.groups)
             counts["images"] += batch.images
             counts["image_tokens"] += len(batch.student.image_positions)
+            counts["supervised_samples"] += len(batch.sample_of.unique())
+            compared = batch.distilled if batch.groups is None else batch.groups.student[:, 0]
+            counts["distilled_samples"] += len(batch.sample_of[compared].unique())
             counts["image_samples"] += int(batch.student.image_counts.count_nonzero())
         return counts

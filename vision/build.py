@@ -39,6 +39,8 @@ def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
         elif isinstance(loss, FeatureLoss):
             terms.append(FeatureTerm(name, loss, section.weight))
         else:
+            if loss.adapts:
+                raise UserError(f"loss {section.name}: adaptive is for answers of many tokens; leave it out")
             terms.append(Term(name, loss, section.weight))
     return terms
 

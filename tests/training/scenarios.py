@@ -143,8 +143,8 @@ SHARED = {
             "deepspeed__stage": stage,
             "data": "mixed",
             "loss": [
-                {"name": "skew_forward_kl", "answers": "data"},
-                {"name": "skew_reverse_kl", "answers": "own", "hold": True},
+                {"name": "skew_forward_kl", "answers": "data", "mean": "sequences", "adaptive": True},
+                {"name": "skew_reverse_kl", "answers": "own", "mean": "sequences", "adaptive": True, "hold": True},
                 {"name": "cross_entropy", "weight": 0.5},
             ],
             "on_policy": {"fraction": 0.7, "max_new_tokens": 4, "pairs": True, "balance": "gradual"},

@@ -182,7 +182,8 @@ def test_resumed_equals_uninterrupted(folder, name):
         }
     if name == "distillm2":
         section |= {"pairs": True, "balance": "gradual"}
-        changes["loss"] = [*SKEWS, {"name": "cross_entropy", "weight": 0.5}]
+        whole = {"mean": "sequences", "adaptive": True}
+        changes["loss"] = [*(term | whole for term in SKEWS), {"name": "cross_entropy", "weight": 0.5}]
     straight = trainer(folder, f"{name}_straight", on_policy=section, **changes)
     straight.run()
     trainer(folder, f"{name}_resumed", on_policy=section, **changes).run(until=5)

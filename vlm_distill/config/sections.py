@@ -45,6 +45,10 @@ class TermSection(LossSection):
         "both",
         description="On which answers it acts: the `data`'s, the student's `own` (`on_policy`), or `both`.",
     )
+    mean: Literal["tokens", "sequences"] = Field(
+        "tokens",
+        description="What the loss averages: all `tokens` of a step, or each answer's tokens, then the `sequences`.",
+    )
 
 
 class SourceSection(Section):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .minilm import MiniLM
     from .overlap_kl import OverlapKL
     from .reverse_kl import ReverseKL
+    from .sequences import adapt_terms, sequence_weights
     from .skew_kl import SkewForwardKL, SkewReverseKL
     from .standardise import Standardised
     from .sums import LossSums, TermSums
@@ -91,10 +92,12 @@ __all__ = [
     "TopKTargets",
     "VisionFeatures",
     "VisionRelation",
+    "adapt_terms",
     "available",
     "build",
     "fused_linear",
     "on_logits",
+    "sequence_weights",
     "wanted_features",
 ]
 
@@ -119,6 +122,7 @@ _HOMES = {
     "overlap_kl": "OverlapKL",
     "from_logits": "on_logits",
     "reverse_kl": "ReverseKL",
+    "sequences": "adapt_terms sequence_weights",
     "skew_kl": "SkewForwardKL SkewReverseKL",
     "standardise": "Standardised",
     "sums": "LossSums TermSums",

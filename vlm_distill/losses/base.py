@@ -89,6 +89,8 @@ class DistillationLoss(Loss):
             answer's own tokens only. Such a loss reads the answers without calling them correct: it also learns from
             answers that the student drew.
         needs_shared_tokens: whether ``share_tokens`` must be called before training.
+        adapts: whether the loss adapts to each answer as a whole (``adapted``). It reads the answers without calling
+            them correct.
         scratch: most ``[N, V]`` buffers that ``loss_and_grad`` holds at once besides its arguments; sizes the blocks.
     """
 
@@ -96,6 +98,7 @@ class DistillationLoss(Loss):
     takes_groups: bool = False
     takes_tokens: bool = False
     needs_shared_tokens: bool = False
+    adapts: bool = False
     scratch: int = 8
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
@@ -137,6 +140,20 @@ class DistillationLoss(Loss):
         Raises:
             LossError: there are none.
         """
+
+    def adapted(self, log_p: Tensor, log_q: Tensor, sequence_of: Tensor) -> DistillationLoss:
+        """Return the loss adapted to some answers. If ``adapts``.
+
+        Args:
+            log_p: ``[S]``, the mean log-probability that the teacher gives to the tokens of each answer.
+            log_q: ``[S]``, the student's.
+            sequence_of: int64 ``[N]``, the number of the answer that each position belongs to.
+        """
+        raise NotImplementedError
+
+    def at(self, positions: Tensor) -> DistillationLoss:
+        """Return the loss at some positions ``[n]``: another one only if it was adapted to these answers."""
+        return self
 
     def learned_tensors(self) -> tuple[Tensor, ...]:
         """Return what ``loss_and_grad`` reads of the loss's own parameters, differentiable in them.
@@ -222,6 +239,10 @@ class Term:
     Attributes:
         on: ``text``: at the positions that predict supervised tokens; ``images``: at the image tokens.
         answers: the answers that the loss acts on: the ``data``'s, the student's ``own``, or ``both``.
+        mean: over what the loss is averaged: all ``tokens`` of a step, or the tokens of each answer and then the
+            answers (``sequences``).
+        row_weights: float64 ``[N]``, for one call: factors on the positions' losses (of a group, its first position's).
+            The term's count is then their sum.
     """
 
     name: str
@@ -229,6 +250,8 @@ class Term:
     weight: float = 1.0
     on: Literal["text", "images"] = "text"
     answers: Literal["data", "own", "both"] = "both"
+    mean: Literal["tokens", "sequences"] = "tokens"
+    row_weights: Tensor | None = field(default=None, compare=False)
 
     @property
     def has_teacher(self) -> bool:

@@ -22,9 +22,11 @@ REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
         "forward_kl": Entry("vlm_distill.losses.forward_kl:ForwardKL", ("temperature",), compares=True),
         "reverse_kl": Entry("vlm_distill.losses.reverse_kl:ReverseKL", ("temperature",), compares=True),
         "jsd": Entry("vlm_distill.losses.jsd:JSD", ("beta", "temperature", "convention"), compares=True),
-        "skew_forward_kl": Entry("vlm_distill.losses.skew_kl:SkewForwardKL", ("alpha", "temperature"), compares=True),
+        "skew_forward_kl": Entry(
+            "vlm_distill.losses.skew_kl:SkewForwardKL", ("alpha", "temperature", "adaptive"), compares=True
+        ),
         "skew_reverse_kl": Entry(
-            "vlm_distill.losses.skew_kl:SkewReverseKL", ("alpha", "temperature", "hold"), compares=True
+            "vlm_distill.losses.skew_kl:SkewReverseKL", ("alpha", "temperature", "hold", "adaptive"), compares=True
         ),
         "tvd": Entry("vlm_distill.losses.tvd:TVD", ("temperature",), compares=True),
         "adaptive_kl": Entry(
@@ -94,6 +96,9 @@ def build_divergence(where: str, given: str | Mapping[str, Any]) -> Divergence:
     """
     name, params = REGISTRY.divergence(where, given)
     try:
-        return cast("Divergence", make(REGISTRY.entries[name].load(), f"{where} {name}", params))
+        divergence = cast("Divergence", make(REGISTRY.entries[name].load(), f"{where} {name}", params))
     except LossError as error:
         raise LossError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None
+    if divergence.adapts:
+        raise LossError(f"{where} {name}: adaptive is for a term of its own; leave it out")
+    return divergence

@@ -33,11 +33,12 @@ class Chunks:
 
     Args:
         work: the models, and the sums and gradients that are added to.
-        terms: the terms to compute.
+        terms: the terms to compute, with the same weights of rows.
     """
 
     def __init__(self, work: FusedSums, terms: Sequence[Term]) -> None:
         self.work, self.terms = work, terms
+        self.row_weights = terms[0].row_weights if terms else None
         self.student = work.student
         self.teacher = work.teacher if any(term.has_teacher for term in terms) else None
         self.chunk_bytes = work.chunk_bytes or (CHUNK_BYTES_CPU if work.on_cpu else CHUNK_BYTES)
@@ -99,17 +100,20 @@ class Chunks:
         slope = self.student.softcap_slope(student) if self.work.grad else None
         results = []
         for term, own, other in separate(self.terms, student, teacher):
-            grad = self.work.trains(term)
+            grad, loss = self.work.trains(term), term.loss.at(index)
             if term.has_teacher and top is not None:
-                results.append(topk_loss_and_grad(term.loss, own, *top, grad=grad))
+                results.append(topk_loss_and_grad(loss, own, *top, grad=grad))
             elif other is not None and isinstance(self.teacher, TokenTargets):
-                results.append(term.loss.token_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
+                results.append(loss.token_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
             elif other is not None and groups is not None:
-                results.append(term.loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
+                results.append(loss.grouped_loss_and_grad(own, other, need_targets(targets), groups, grad=grad))
             else:
-                results.append(term.loss.loss_and_grad(own, other, targets, grad=grad))
+                results.append(loss.loss_and_grad(own, other, targets, grad=grad))
             del own, other  # before the next term's copies are made
-        self.work.add(self.terms, results, student)
+        weights = self.row_weights
+        if weights is not None:
+            weights = weights[index if groups is None else index[groups.student[:, 0]]]
+        self.work.add(self.terms, results, student, weights)
         if slope is not None:
             student.mul_(slope)
 
@@ -145,7 +149,7 @@ class Chunks:
         return seen
 
     def _accumulate(self, where: Tensor | slice, operands: Tensor, grad: Tensor) -> None:
-        """Add a chunk's share of the gradients.
+        """Add a chunk's share of the gradients; terms with other weights may have added theirs at the same positions.
 
         Args:
             where: the chunk's positions.
@@ -154,6 +158,8 @@ class Chunks:
         """
         side = self.student
         d_hidden, d_bias = self.work.d_hidden, self.work.d_bias
+        if self.row_weights is not None:
+            grad.mul_(self.row_weights[where].to(grad.dtype).unsqueeze(1))
         if side.scale != 1.0:
             grad.mul_(side.scale)
         if d_bias is not None:
@@ -161,9 +167,10 @@ class Chunks:
         operand = grad.to(side.operand)
         if d_hidden is not None:
             if isinstance(where, slice):
-                torch.mm(operand, side.weight, **side.output, out=d_hidden[where])
+                rows = d_hidden[where]
+                torch.addmm(rows, operand, side.weight, **side.output, out=rows)
             else:
-                d_hidden.index_copy_(0, where, torch.mm(operand, side.weight, **side.output))
+                d_hidden.index_add_(0, where, torch.mm(operand, side.weight, **side.output))
         self.work.add_weight_gradient(operand, operands)
 
 

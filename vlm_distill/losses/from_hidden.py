@@ -138,15 +138,16 @@ def _run(work: FusedSums, settings: _Settings) -> None:
     everywhere = torch.arange(len(work.student), device=work.student.hidden.device)
     distilled = settings.distilled
     parts: list[tuple[Sequence[Term], Tensor]] = []
-    if work.teacher is None or distilled is None:
-        parts.append((work.terms, everywhere))
-    else:
+    for alike in _with_the_same_weights(work.terms):
+        if distilled is None or not any(term.has_teacher for term in alike):
+            parts.append((alike, everywhere))
+            continue
         if isinstance(distilled, TokenGroups):
-            seen = Chunks(work, work.terms).run_groups(distilled)
+            seen = Chunks(work, alike).run_groups(distilled)
         else:
             seen = distilled
-            parts.append((work.terms, everywhere[seen]))
-        parts.append(([term for term in work.terms if not term.has_teacher], everywhere[~seen]))
+            parts.append((alike, everywhere[seen]))
+        parts.append(([term for term in alike if not term.has_teacher], everywhere[~seen]))
     for terms, positions in parts:
         if not terms or not len(positions):
             continue
@@ -154,6 +155,14 @@ def _run(work: FusedSums, settings: _Settings) -> None:
             Tiles(work, terms, len(positions), recompute=settings.recompute).run(positions)
         else:
             Chunks(work, terms).run(positions)
+
+
+def _with_the_same_weights(terms: Sequence[Term]) -> list[list[Term]]:
+    """Put terms together that share the weights of their rows; the logits are formed once for each such list."""
+    alike: dict[int, list[Term]] = {}
+    for term in terms:
+        alike.setdefault(id(term.row_weights), []).append(term)
+    return list(alike.values())
 
 
 def _tiles_are_faster(work: FusedSums, terms: Sequence[Term]) -> bool:

@@ -132,15 +132,21 @@ def through_softmax_(slope: Tensor, q: Tensor) -> Tensor:
     return slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1.0)
 
 
-def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+def log_mixture(log_p: Tensor, log_q: Tensor, share: float | Tensor) -> Tensor:
     """Compute log(share·p + (1−share)·q), differentiable; 0 where the mixture underflows, as both summands then do."""
     mixed = share * log_p.exp() + (1.0 - share) * log_q.exp()
     return torch.where(mixed > 0, mixed, 1.0).log()
 
 
-def mixture(p: Softmax, q: Softmax, share: float) -> Tensor:
-    """Compute share·p + (1−share)·q in a new tensor, above 0 so that its logarithm is finite; a NaN passes through."""
-    mixed = (share * p.probs).add_(q.probs, alpha=1.0 - share)
+def mixture(p: Softmax, q: Softmax, share: float | Tensor) -> Tensor:
+    """Compute share·p + (1−share)·q in a new tensor, above 0 so that its logarithm is finite; a NaN passes through.
+
+    The share may be a row's own, ``[N, 1]``.
+    """
+    if isinstance(share, Tensor):
+        mixed = (share * p.probs).addcmul_(q.probs, 1.0 - share)
+    else:
+        mixed = (share * p.probs).add_(q.probs, alpha=1.0 - share)
     return mixed.clamp_(min=torch.finfo(mixed.dtype).tiny)
 
 

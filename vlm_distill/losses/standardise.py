@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from .base import DistillationLoss, Progress, RowResult
+from .errors import LossError
 from .softmax import upcast
 
 # Added to the deviation in the authors' code.
@@ -37,6 +38,8 @@ class Standardised(DistillationLoss):
 
     def __init__(self, inner: DistillationLoss) -> None:
         super().__init__()
+        if inner.adapts:
+            raise LossError("standardise: a loss with adaptive compares the models' own probabilities; leave one out")
         self.inner = inner
         self.needs = inner.needs
         self.signals = inner.signals

@@ -18,12 +18,12 @@ class TermSums:
 
     Attributes:
         loss: 0-d, the sum of the rows' losses, without weight or scale.
-        count: number of rows.
+        count: number of rows; of weighted rows the sum of the weights, 0-d float64.
         signals: 0-d sums of the loss's ``signals``; complete even without rows.
     """
 
     loss: Tensor
-    count: int = 0
+    count: int | Tensor = 0
     signals: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -112,17 +112,23 @@ class Sums:
         """Return whether the gradient of a term is needed."""
         return self.grad and self.factors[term.name] != 0.0
 
-    def add(self, terms: Sequence[Term], results: Sequence[RowResult], student: Tensor) -> None:
+    def add(
+        self, terms: Sequence[Term], results: Sequence[RowResult], student: Tensor, weights: Tensor | None = None
+    ) -> None:
         """Add what the terms gave for a block; write the gradient of their weighted sum over the student's logits.
 
         Args:
             terms: the terms that see the block.
             results: of each of them; the last gradient may occupy the student's memory.
             student: ``[n, V]``.
+            weights: factors on the results' rows; the gradient is left without them.
         """
         gradients: list[tuple[Tensor, float]] = []
         for term, result in zip(terms, results, strict=True):
-            self._add_result(term, result)
+            self.add_rows(term, result.loss, result.signals, weights)
+            # Empty without a gradient.
+            for total, gradient in zip(self.learned[term.name], result.learned, strict=False):
+                total.add_(gradient, alpha=self.factors[term.name])
             if result.grad is not None:
                 gradients.append((result.grad, self.factors[term.name]))
         if not self.grad:
@@ -132,15 +138,16 @@ class Sums:
         for gradient, factor in gradients:
             student.add_(gradient, alpha=factor)
 
-    def _add_result(self, term: Term, result: RowResult) -> None:
-        """Add what a term gave for a block, except for the gradient by the logits."""
+    def add_rows(self, term: Term, loss: Tensor, signals: Mapping[str, Tensor], weights: Tensor | None) -> None:
+        """Add the losses ``[n]`` of a block, and its signals, times the rows' weights."""
         sums = self.sums[term.name]
-        sums.loss += result.loss.sum()
-        sums.count += len(result.loss)
-        for name, values in result.signals.items():
+        if weights is not None:
+            loss = loss * weights
+            signals = {name: values * weights for name, values in signals.items()}
+        sums.loss += loss.sum()
+        sums.count += len(loss) if weights is None else weights.sum()
+        for name, values in signals.items():
             sums.signals[name] += values.sum()
-        for total, gradient in zip(self.learned[term.name], result.learned, strict=False):  # empty without a gradient
-            total.add_(gradient, alpha=self.factors[term.name])
 
 
 def with_gradients(total: Tensor, made: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:

@@ -39,7 +39,7 @@ class Tiles:
 
     Args:
         work: the models, and the sums and gradients that are added to.
-        terms: the terms to compute; all have a ``kernel_form``.
+        terms: the terms to compute, with the same weights of rows; all have a ``kernel_form``.
         count: number of positions.
         recompute: whether the vocabulary may be cut into tiles; if not, the gradients of several blocks (a chunk) wait
             for products of their own.
@@ -47,6 +47,7 @@ class Tiles:
 
     def __init__(self, work: FusedSums, terms: Sequence[Term], count: int, *, recompute: bool) -> None:
         self.work, self.terms = work, terms
+        self.row_weights = terms[0].row_weights
         self.student = work.student
         self.teacher: ModelSide | None = None
         if isinstance(work.teacher, ModelSide) and any(term.has_teacher for term in terms):
@@ -98,7 +99,7 @@ class Tiles:
                 stop = min(start + self.tokens, len(index_N))
                 _Block(self, index_N, slice(start, stop), hidden_NH, d_hidden_NH).run()
             if gradient is not None and d_hidden_NH is not None:
-                gradient[index_N] = d_hidden_NH
+                gradient.index_add_(0, index_N, d_hidden_NH)
 
     def tiles(self) -> list[slice]:
         """Return the vocabulary's tiles in order."""
@@ -106,13 +107,11 @@ class Tiles:
         starts = range(0, vocabulary, self.columns)
         return [slice(start, min(start + self.columns, vocabulary)) for start in starts]
 
-    def add_sums(self, term: Term, statistics: RowStatistics) -> None:
+    def add_sums(self, term: Term, statistics: RowStatistics, weights: Tensor | None) -> None:
         """Add a block's loss and signals to a term's sums."""
-        sums, signals, loss = self.work.sums[term.name], statistics.signals(), statistics.loss()
-        sums.loss += loss.sum()
-        sums.count += len(loss)
-        for name in term.loss.signals:
-            sums.signals[name] += signals[name].sum()
+        known = statistics.signals()
+        signals = {name: known[name] for name in term.loss.signals}
+        self.work.add_rows(term, statistics.loss(), signals, weights)
 
 
 class _Block:
@@ -137,6 +136,7 @@ class _Block:
         self.student_nH = hidden_NH[part]
         self.teacher_nH = None if engine.teacher is None else engine.teacher.operands(index_n)
         self.targets_n = engine.work.targets_at(index_n)
+        self.weights_n = None if engine.row_weights is None else engine.row_weights[index_n]
         self.tiles = engine.tiles()
         self.statistics: dict[str, RowStatistics] = {}
         engine.formed = None
@@ -162,7 +162,7 @@ class _Block:
                 for statistics in mixed:
                     statistics.accumulate_mixture(student_nw, teacher_nw)
         for term in self.engine.terms:
-            self.engine.add_sums(term, self.statistics[term.name])
+            self.engine.add_sums(term, self.statistics[term.name], self.weights_n)
 
         # Last pass, in the other direction again: gradients.
         if self.engine.trained:
@@ -208,6 +208,8 @@ class _Block:
                 softcap=engine.student.softcap,
                 add=number > 0,
             )
+        if self.weights_n is not None:
+            out_nw.mul_(self.weights_n.unsqueeze(1))
         if out_nw is not own_nw:
             own_nw.copy_(out_nw)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from vlm_distill.losses import (
     LossSums,
     Term,
     TermSums,
+    TokenGroups,
+    adapt_terms,
     fused_linear,
+    sequence_weights,
     wanted_features,
 )
 from vlm_distill.models.decoder_features import VISION_FEATURES
@@ -98,7 +102,8 @@ class DistillationTask(nn.Module):
             found.append(self._compare_text(at_text, batch, outputs.hidden, teacher, scales))
         if at_images:
             assert teacher is not None
-            found.append(self._compare_images(at_images, outputs.features[IMAGE_HIDDEN], teacher, scales))
+            samples, hidden = batch.student.image_samples, outputs.features[IMAGE_HIDDEN]
+            found.append(self._compare_images(at_images, samples, hidden, teacher, scales))
         for part in found:
             losses.append(part.loss)
             sums |= part.terms
@@ -123,7 +128,16 @@ class DistillationTask(nn.Module):
         scales: Mapping[str, float],
     ) -> LossSums:
         """Return the losses on logits at the supervised tokens; ``hidden`` is the student's ``[N, H]``."""
+        # Treat each answer as a whole where a term asks for that.
+        if any(term.loss.adapts for term in terms):
+            assert teacher is not None
+            assert isinstance(teacher.targets, HiddenTargets)
+            rows = batch.targets, batch.sample_of, batch.distilled
+            terms = adapt_terms(terms, hidden, self.student.head, teacher.targets, *rows)
         own = slice(None) if self.sequence is None else self.sequence.share(len(batch.targets))
+        compared = batch.distilled if batch.groups is None else batch.groups
+        terms = _weighted(terms, batch.sample_of, compared, own)
+
         return fused_linear(
             terms,
             hidden[own],
@@ -136,12 +150,21 @@ class DistillationTask(nn.Module):
         )
 
     def _compare_images(
-        self, terms: Sequence[Term], hidden: Tensor, teacher: TeacherOutputs, scales: Mapping[str, float]
+        self,
+        terms: Sequence[Term],
+        samples: Tensor,
+        hidden: Tensor,
+        teacher: TeacherOutputs,
+        scales: Mapping[str, float],
     ) -> LossSums:
-        """Return the losses on logits at the image tokens; ``hidden`` is the student's ``[T, H]``."""
+        """Return the losses on logits at the image tokens.
+
+        ``hidden`` is the student's ``[T, H]``, and ``samples [T]`` the number of the sample of each image token.
+        """
         assert isinstance(teacher.targets, HiddenTargets)
         targets = HiddenTargets(teacher.features[IMAGE_HIDDEN], teacher.targets.head)
         own = slice(None) if self.sequence is None else self.sequence.share(len(hidden))
+        terms = _weighted(terms, samples, None, own)
         return fused_linear(
             terms, hidden[own], self.student.head, targets[own], scales=scales, recompute=self.recompute_logits
         )
@@ -170,6 +193,25 @@ class DistillationTask(nn.Module):
             theirs = {name: teacher[name][batch.distilled] for name in loss.teacher_features}
         with torch.autocast(batch.targets.device.type, enabled=False):
             return loss(mine, theirs, samples)
+
+
+def _weighted(terms: Sequence[Term], samples: Tensor, compared: Tensor | TokenGroups | None, own: slice) -> list[Term]:
+    """Return the terms, with weights of positions for those that average over sequences.
+
+    Args:
+        terms: of the loss.
+        samples: int64 ``[N]``, the number of the sample of each position.
+        compared: the positions that terms with a teacher see.
+        own: this rank's share of the positions.
+    """
+    found = []
+    for compares in (False, True):
+        chosen = [term for term in terms if term.has_teacher == compares]
+        if any(term.mean == "sequences" for term in chosen):
+            weights = sequence_weights(samples, compared if compares else None)[own]
+            chosen = [replace(term, row_weights=weights) if term.mean == "sequences" else term for term in chosen]
+        found += chosen
+    return found
 
 
 def _images(name: str, role: str, features: Tensor, images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from data.errors import UserError
 from vlm_distill import losses
-from vlm_distill.config.sections import RunConfig
+from vlm_distill.config.sections import RunConfig, TermSection
 from vlm_distill.losses import IMAGE_HIDDEN, DistillationLoss, FeatureLoss, FeatureTerm, Term, wanted_features
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
@@ -30,6 +30,7 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
         _check_loss(config, section.name, loss)
+        _check_sequences(config, section, loss)
         if section.on == "images":
             _check_on_images(section.name, loss)
         taken = [term.name for term in terms]
@@ -37,7 +38,7 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
         if isinstance(loss, FeatureLoss):
             terms.append(FeatureTerm(name, loss, section.weight, section.answers))
         else:
-            terms.append(Term(name, loss, section.weight, section.on, section.answers))
+            terms.append(Term(name, loss, section.weight, section.on, section.answers, section.mean))
     if pairs_image_tokens(terms):
         _check_teacher_sees(config, terms)
     if config.teacher is not None and config.teacher.view is not None and config.teacher.view.images == "none":
@@ -58,12 +59,14 @@ def acts_on(term: AnyTerm, *, drawn: bool) -> bool:
 
 
 def unit_of(term: AnyTerm) -> str:
-    """Return what a term has one row for, as :meth:`~data.batch.Step.counts` names it."""
+    """Return what a term's mean is over, as :meth:`~data.batch.Step.counts` names it."""
     if isinstance(term, FeatureTerm) and term.loss.unit != "token":
         return "images" if term.loss.unit == "image" else "image_samples"
+    by_sample = isinstance(term, Term) and term.mean == "sequences"
     if isinstance(term, Term) and term.on == "images":
-        return "image_tokens"
-    return "distilled" if "teacher" in term.loss.needs else "supervised"
+        return "image_samples" if by_sample else "image_tokens"
+    unit = "distilled" if "teacher" in term.loss.needs else "supervised"
+    return f"{unit}_samples" if by_sample else unit
 
 
 def pairs_image_tokens(terms: Sequence[AnyTerm]) -> bool:
@@ -79,6 +82,23 @@ def _check_on_images(name: str, loss: DistillationLoss | FeatureLoss) -> None:
         raise UserError(f"loss {name} reads the right tokens, and images have none; leave on: images out")
     if "teacher" not in loss.needs:
         raise UserError(f"loss {name} learns from no teacher, and images have nothing else; leave on: images out")
+
+
+def _check_sequences(config: RunConfig, section: TermSection, loss: DistillationLoss | FeatureLoss) -> None:
+    """Raise ``UserError`` if a term shall treat each answer as a whole, and cannot."""
+    if isinstance(loss, FeatureLoss):
+        if section.mean != "tokens":
+            raise UserError(f"loss {section.name}: mean is for losses on logits; leave it out")
+        return
+    if not loss.adapts:
+        return
+    if section.on == "images":
+        raise UserError(f"loss {section.name}: adaptive compares answers; leave it or on: images out")
+    if config.training.sequence_parallel > 1:
+        raise UserError(
+            f"loss {section.name}: adaptive needs an answer whole on one rank; leave it or "
+            "training.sequence_parallel out"
+        )
 
 
 def _check_teacher_sees(config: RunConfig, terms: Sequence[AnyTerm]) -> None:
@@ -105,7 +125,9 @@ def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLo
     if config.training.recompute_logits and whole_rows:
         raise UserError(f"loss {name} needs whole rows of logits; leave it or training.recompute_logits out")
     for source in config.data.train:
-        reads_targets = "targets" in loss.needs or (isinstance(loss, DistillationLoss) and loss.takes_tokens)
+        reads_targets = "targets" in loss.needs
+        if isinstance(loss, DistillationLoss):
+            reads_targets = reads_targets or loss.takes_tokens or loss.adapts
         if reads_targets and not source.labelled:
             raise UserError(f"loss {name} reads the answers, and {source.path} is not labelled; leave one out")
     served = config.teacher is not None and config.teacher.server is not None
@@ -152,6 +174,8 @@ def prepare_losses(terms: Sequence[AnyTerm], student: VisionLanguageModel, teach
             _check_sees(term.name, student, teacher)
         if isinstance(term, Term):
             term.loss.prepare(vocabulary)
+            if term.mean == "sequences" and term.loss.learned_tensors():
+                raise UserError(f"loss {term.name}: learns from all tokens alike; leave mean: sequences out")
             if term.loss.needs_shared_tokens:
                 assert teacher is not None
                 assert teacher.head is not None
