@@ -3,11 +3,11 @@
     python benchmarks/tokenizers_study.py [--steps 200] [--seeds 5] [--jobs 2]
 
 The demo's teacher (configs/demo) writes whole words; its student here writes pieces of words, in a byte-level tokenizer
-that is trained on the training questions. Runs of one seed have the same first weights and the same samples, ROWS
-questions with their answers, which every loss reads. Writes each run's accuracy on QUESTIONS test questions
-to benchmarks/results/tokenizers_study.csv. Complete runs in --out are not run again. Prints, for each loss, means and
-standard deviations over seeds, and by how much it exceeds cross-entropy alone, paired by seed, with the 95 %
-t-interval.
+that is trained on the training questions. The teacher runs once, into a cache of hidden states. Runs of one seed have
+the same first weights and the same samples, ROWS questions with their answers, which every loss reads. Writes each
+run's accuracy on QUESTIONS test questions to benchmarks/results/tokenizers_study.csv. Complete runs in --out are not
+run again. Prints, for each loss, means and standard deviations over seeds, and by how much it exceeds cross-entropy
+alone, paired by seed, with the 95 % t-interval.
 """
 
 from __future__ import annotations
@@ -85,31 +85,32 @@ def texts(data: Path) -> list[str]:
     return found
 
 
+def run(module: str, name: str, data: Path, overrides: Sequence[str]) -> None:
+    """Run a module with the settings that all runs share and those given; end with its error."""
+    shared = [
+        f"student.tokenizer={data / 'pieces'}",
+        f"loss=[{LOSSES[name]}]",
+        "teacher=null" if name == "cross_entropy" else f"teacher.cache={{folder: {data / 'teacher'}}}",
+        f"data.train=[{{path: {data / 'train.jsonl'}, limit: {ROWS}}}]",
+        f"data.eval=[{{path: {data / 'test.jsonl'}, limit: {QUESTIONS}}}]",
+        "data.workers=1",
+        "training.batch_size=32",
+        "training.keep_checkpoints=1",
+        "evaluation.every=null",
+        "evaluation.max_new_tokens=12",
+        "evaluation.teacher=false",
+    ]
+    command = [sys.executable, "-m", f"vlm_distill.{module}", str(CONFIG), *shared, *overrides]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{module} {name}: {done.stderr[-2000:]}")
+
+
 def train(name: str, seed: int, out: Path, data: Path, steps: int) -> dict[str, object]:
     """Train, unless ``out`` has the run already; return its row of the table."""
     folder = out / f"{name.replace(' + ', '_and_')}_{steps}_{seed}"
     if not (folder / "summary.json").exists():
-        overrides = [
-            f"student.tokenizer={data / 'pieces'}",
-            f"loss=[{LOSSES[name]}]",
-            f"data.train=[{{path: {data / 'train.jsonl'}, limit: {ROWS}}}]",
-            f"data.eval=[{{path: {data / 'test.jsonl'}, limit: {QUESTIONS}}}]",
-            "data.workers=1",
-            f"training.steps={steps}",
-            f"training.seed={seed}",
-            "training.batch_size=32",
-            "training.keep_checkpoints=1",
-            "evaluation.every=null",
-            "evaluation.max_new_tokens=12",
-            "evaluation.teacher=false",
-            f"output={folder}",
-        ]
-        if name == "cross_entropy":
-            overrides.append("teacher=null")
-        command = [sys.executable, "-m", "vlm_distill.train", str(CONFIG), *overrides]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{folder}: {done.stderr[-2000:]}")
+        run("train", name, data, [f"training.steps={steps}", f"training.seed={seed}", f"output={folder}"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if line["kind"] == "train")
     accuracy = next(line["exact"] for line in reversed(lines) if line["kind"] != "train")
@@ -149,10 +150,12 @@ def main() -> None:
     options = parser.parse_args()
     data = prepare(options.out / "data")
     write_tokenizer(data)
+    run("cache", "alm", data, [])
     # Seed by seed, so that a study that is broken off has whole seeds.
     runs = list(product(range(options.seeds), LOSSES))
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda run: train(run[1], run[0], options.out, data, options.steps), runs))
+        waiting = [pool.submit(train, name, seed, options.out, data, options.steps) for seed, name in runs]
+        rows = [future.result() for future in waiting]
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -291,7 +291,7 @@ def test_what_it_will_take_is_told_before_and_needs_room(own, processes, monkeyp
     assert "20 bytes a token, 60 with ids" in capfd.readouterr().err
     shutil.rmtree(folder / "cache")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
-    with pytest.raises(UserError, match="make room, choose another folder, or choose form topk"):
+    with pytest.raises(UserError, match="make room, choose another folder, or choose form topk, or form token for alm"):
         fill(make(), processes)
 
 
@@ -308,8 +308,9 @@ def test_a_bad_sample_that_must_not_be_ends_the_filling(own, processes):
             {"loss": [{"name": "hidden_states", "layers": {1: 2}}]},
             "hidden_states: no cache holds a teacher's features",
         ),
-        ({"form": "topk"}, {"loss": [{"name": "dkd"}]}, "dkd needs the teacher's whole distribution"),
-        ({"form": "topk"}, {"loss": [{"name": "uld"}]}, "uld needs the teacher's whole distribution"),
+        ({"form": "topk"}, {"loss": [{"name": "dkd"}]}, "dkd: the likeliest tokens are not enough; .*to hidden"),
+        ({"form": "topk"}, {"loss": [{"name": "alm"}]}, "alm: the likeliest tokens are not enough; .*to token"),
+        ({"form": "token"}, {"loss": [{"name": "alm"}, {"name": "taid"}]}, "taid needs more .*to hidden"),
         ({"form": "topk"}, {"loss": [{"name": "forward_kl"}], "training__recompute_logits": True}, "recompute_logits"),
     ],
 )
@@ -345,6 +346,27 @@ def test_a_folder_that_holds_no_cache(own, processes):
         check_caches(own[1]().model_copy(update={"teacher": None}))
 
 
+def test_a_tokens_own_probability_takes_four_bytes(own, processes, capfd):
+    """With the same tokenizer, too; the run equals the teacher's own, with a step left out and resumed."""
+    folder, make = own
+    changes = {"loss": [{"name": "alm", "tau": 5.0}]}
+    form = {"form": "token"}
+    fill(make(form, **changes), processes)
+    assert "4 bytes a token" in " ".join(capfd.readouterr().err.split())
+    assert not (folder / "cache/head.safetensors").exists()
+    losses = []
+    for teacher in (form, None):
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        config = make(form, **changes)
+        if teacher is None:
+            plain = config.teacher.model_copy(update={"cache": None})
+            config = config.model_copy(update={"teacher": plain})
+        Trainer(config, processes).run()
+        lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_likeliest_tokens_among_others_are_refused(own, processes):
     folder, make = own
     topk, kl = {"form": "topk", "k": 4}, [{"name": "forward_kl"}]
@@ -353,7 +375,7 @@ def test_likeliest_tokens_among_others_are_refused(own, processes):
     del about["checksum"]
     about["teacher"]["vocabulary"] += 1
     (folder / "cache/cache.json").write_text(json.dumps(about | {"checksum": _checksum(about)}))
-    with pytest.raises(UserError, match="holds the likeliest of"):
+    with pytest.raises(UserError, match="holds probabilities over"):
         Trainer(make(topk, loss=kl), processes)
     with pytest.raises(UserError, match=r"of .* tokens; choose fewer, or form hidden"):
         fill(make({"form": "topk", "k": 64, "folder": str(folder / "other")}, loss=kl), processes)

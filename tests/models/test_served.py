@@ -14,7 +14,7 @@ from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.losses import TopKTargets
-from vlm_distill.models import load_vlm
+from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.answers import Answer
 from vlm_distill.models.composed_processor import ComposedProcessor
 from vlm_distill.models.served import ServedModel, ServedTeacher, _read_answer
@@ -121,6 +121,34 @@ def test_a_student_learns_what_it_learns_from_the_teacher_here(folder, server, o
     assert losses(there) == pytest.approx(losses(here), rel=1e-3)
     for name, tensor in there.student.state_dict().items():
         assert tensor.numpy() == pytest.approx(here.student.state_dict()[name].numpy(), abs=2e-3), name
+
+
+@pytest.mark.parametrize(("repeats", "on_policy"), [(False, False), (True, False), (False, True)])
+def test_one_log_probability_a_token_is_enough_for_alm(tmp_path, repeats, on_policy):
+    """From a teacher with another tokenizer; from a server like vLLM, and from one that only repeats its prompt."""
+    data = tiny.write_data(tmp_path / "data", rows=8, text_only=tuple(range(8)))
+    parts = {"decoder": tiny.settings(width=24)["decoder"]}
+    teacher = build_vlm(parts, tokenizer=tiny.pieces_tokenizer("teacher"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny.pieces_tokenizer("student").save_pretrained(tmp_path / "student")
+    changes = {"loss": [{"name": "alm", "tau": 5.0}], "training__steps": 3, "evaluation__teacher": False}
+    changes["student"] = {"decoder": tiny.settings()["decoder"], "tokenizer": str(tmp_path / "student")}
+    if on_policy:
+        changes["on_policy"] = {"fraction": 1.0, "max_new_tokens": 4}
+
+    def run(name, server=None):
+        plain = tiny.config(tmp_path / name, data, tmp_path / "teacher", **changes)
+        if server is not None:
+            plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "form": "token"}
+        trainer = Trainer(RunConfig.model_validate(plain), opened())
+        trainer.run()
+        return losses(trainer)
+
+    with serving(load_vlm(tmp_path / "teacher", dtype="float32").eval()) as server:
+        server.told = not repeats
+        there = run("there", server)
+    assert there == pytest.approx(run("here"), rel=1e-4)
+    assert all(body.get("echo") for body in server.bodies[1:]) == repeats
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -302,6 +330,10 @@ def test_a_step_without_a_sample_leaves_no_reply_behind(folder, server, tmp_path
     ("changes", "says"),
     [
         ({"loss": [{"name": "kd"}]}, "loss kd needs more than the likeliest tokens"),
+        (
+            {"loss": [{"name": "alm"}]},
+            "alm needs the answers' own .*; set teacher.server.form to token",
+        ),
         ({"evaluation__measures": ["kl"]}, "evaluation.measures: 'kl'"),
         ({"training__recompute_logits": True}, "recompute_logits"),
     ],

@@ -175,6 +175,7 @@ def plans(tmp_path_factory):
         "live": {},
         "hidden": {"teacher__cache": {"folder": "nowhere"}},
         "topk": {"teacher__cache": {"folder": "nowhere", "form": "topk", "k": 8}},
+        "token": {"teacher__cache": {"folder": "nowhere", "form": "token"}, "loss": [{"name": "alm"}]},
         "packed": {"data__packing": True},
         "frozen": {"student__train": ["projector", "decoder"], "teacher__dtype": "bf16"},
         "once": {"student__train": ["projector", "decoder"]},
@@ -350,6 +351,8 @@ def test_a_cached_teacher_leaves_its_head_or_nothing(plans):
     assert {row.placement for row in hidden.memory} == {"cached"}
     assert [p.name for p in hidden.parts if p.model == "teacher"] == ["lm_head"]
     assert topk.flops < hidden.flops < live.flops
+    assert _configured(plans["token"]).teacher == 0
+    assert plans["token"].flops == topk.flops
 
 
 def test_packed_rows_take_less_time(plans):

@@ -28,7 +28,7 @@ class ScoringServer(ThreadingHTTPServer):
     Attributes:
         troubles: statuses to answer with first.
         refused: a status to answer requests with in which a text stands, by that text.
-        told, tells_ids: whether it knows ``prompt_logprobs`` and ``return_token_ids``.
+        told, tells_ids, repeats: whether it knows ``prompt_logprobs``, ``return_token_ids`` and ``echo``.
         shift: of its log-probabilities, which are none then.
         context: the most tokens of a prompt and its answer.
         delay: seconds that an answer takes at least.
@@ -41,6 +41,7 @@ class ScoringServer(ThreadingHTTPServer):
     def __init__(self, model: VisionLanguageModel) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.troubles, self.told, self.tells_ids = model, list[int](), True, True
+        self.repeats = True
         self.refused: dict[str, int] = {}
         self.shift = 0.0
         self.context, self.delay, self.waiting, self.most = 4096, 0.0, 0, 0
@@ -143,6 +144,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self, body: dict[str, Any]) -> dict[str, Any]:
         server, chat = self.server, self.path == "/v1/chat/completions"
         assert chat or self.path == "/v1/completions"
+        if body.get("echo") and server.repeats:
+            assert server.told is False, "asked only for what it does not know otherwise"
+            scores = server.score_text(server.ids(body), 0)[1:]
+            own = [entry[str(token)]["logprob"] for entry, token in zip(scores, body["prompt"][1:], strict=True)]
+            return {"choices": [{"index": 0, "text": "x", "logprobs": {"token_logprobs": [None, *own, -1.0]}}]}
         if "prompt_logprobs" not in body:
             text, reason = server.answer(body)
             told = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}

@@ -33,7 +33,8 @@ LIVE = {
     "mixed": {"data": "mixed"},
     "alone": {"data": "mixed", "training__micro_batch_size": 1},
     "text": {"data": "text", "family": "language", "deepspeed__stage": 3},
-    "pieces": {"data": "mixed", "family": "pieces", "loss": [{"name": "uld"}]},
+    "pieces": {"data": "mixed", "family": "pieces", "loss": [{"name": "uld"}, {"name": "alm", "tau": 5.0}]},
+    "token": {"data": "mixed", "family": "pieces", "loss": [{"name": "alm", "tau": 5.0, "mean": "sequences"}]},
     "bf16": {"data": "mixed", "training__dtype": "bf16", "deepspeed__stage": 2},
     "topk": {"data": "mixed", "loss": [{"name": "forward_kl"}]},
     # Of the student's frozen vision encoder, too.
@@ -64,6 +65,8 @@ def main(folder: Path) -> None:
             cache = {"folder": str(out / f"{name}_cache")}
             if name == "topk":
                 cache |= {"form": "topk", "k": K}
+            elif name == "token":
+                cache["form"] = "token"
             results[name] = run(config(folder, out / name, dict(changes)), processes)
             cached = config(folder, out / f"{name}_cached", dict(changes), cache)
             fill(cached, processes)

@@ -49,7 +49,7 @@ def token_identity(config: RunConfig, sources: Sequence[Source | TextSource]) ->
     if teacher.view is not None:
         found["view"] = json.dumps(teacher.view.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return {
-        "form": cache.form if cache.form == "hidden" else f"{cache.form} {cache.k}",
+        "form": f"topk {cache.k}" if cache.form == "topk" else cache.form,
         **found,
         "dtype": str(DTYPES[teacher.dtype or config.training.dtype]).removeprefix("torch."),
         "quantize": teacher.quantize or "none",
@@ -79,7 +79,7 @@ def check_tokens(config: RunConfig, sources: Sequence[Source | TextSource], teac
     """Check the cache that a run is to learn from. Return remarks to show.
 
     Raises:
-        UserError: it has another identity, is incomplete, or its likeliest tokens are of another vocabulary.
+        UserError: it has another identity, is incomplete, or its probabilities are over another vocabulary.
     """
     cache, remarks = teacher.cache, list[str]()
     assert cache is not None
@@ -98,8 +98,8 @@ def check_tokens(config: RunConfig, sources: Sequence[Source | TextSource], teac
     stored, compared = cache.about["teacher"]["vocabulary"], teacher.head.vocabulary
     if "hidden" not in cache.fields and compared != stored:
         raise UserError(
-            f"teacher.cache: {cache.folder} holds the likeliest of {stored:,} tokens, and this student shares "
-            f"{compared:,} with the teacher; use form hidden, or name another folder"
+            f"teacher.cache: {cache.folder} holds probabilities over {stored:,} tokens, and this student is compared "
+            f"on {compared:,}; use form hidden, or name another folder"
         )
     if config.evaluation.teacher and (config.data.eval or config.evaluation.benchmarks):
         remarks.append("the teacher is not evaluated: with teacher.cache it is never loaded")

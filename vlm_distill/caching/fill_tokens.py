@@ -148,18 +148,20 @@ class TokenFilling(Filling[Step]):
         return batches
 
     def _open(self, identity: Mapping[str, str]) -> None:
-        """Create the folder if there is none, and check the vocabulary from which likeliest tokens are chosen."""
+        """Create the folder if there is none, and check the vocabulary over which probabilities are kept."""
         model, head = self.teacher.model, None
         assert model is not None
-        if self.section.form == "topk":
-            # The distribution is over the tokens that the student shares.
-            vocabulary = self.teacher.align(self.run.uncached.student)
-            check_top_k(self.section, vocabulary)
-        else:
+        if self.section.form == "hidden":
             head = whole_head(model.head)
             vocabulary = len(head["weight"])
+        else:
+            # The distribution is over the tokens that the student shares, or over the teacher's own.
+            _ = self.run.uncached.grouped
+            assert model.head.vocabulary is not None
+            vocabulary = model.head.vocabulary
+            check_top_k(self.section, vocabulary)
         if self.processes.first and not (self.folder / ABOUT).exists():
-            fields = cached_fields(head, self.section.k, vocabulary)
+            fields = cached_fields(head, self.section.likeliest or 0, vocabulary)
             counts = {source.name: len(source) for source in self.run.sources}
             about = {
                 "identity": dict(identity),
@@ -171,8 +173,8 @@ class TokenFilling(Filling[Step]):
         stored = read_about(self.folder)["teacher"]["vocabulary"]
         if stored != vocabulary:
             raise UserError(
-                f"{self.folder}: holds the likeliest of {stored:,} tokens, and this student shares {vocabulary:,} "
-                "with the teacher; name another folder"
+                f"{self.folder}: holds probabilities over {stored:,} tokens, and this student is compared on "
+                f"{vocabulary:,}; name another folder"
             )
 
     def _missing(self, sources: Sequence[Source | TextSource]) -> list[list[SampleId]]:
@@ -197,7 +199,8 @@ class TokenFilling(Filling[Step]):
         targets = self.teacher.outputs(batch).targets
         assert isinstance(targets, HiddenTargets)
         with torch.no_grad():
-            values = {name: value.cpu() for name, value in cached_values(targets, self.cache.fields).items()}
+            stored = cached_values(targets, batch.targets, self.cache.fields)
+        values = {name: value.cpu() for name, value in stored.items()}
 
         # Collect each sample's parts: a micro-batch may hold several pieces or answers of one, in any order.
         parts: dict[SampleId, list[tuple[int, dict[str, Tensor]]]] = {}
@@ -259,4 +262,4 @@ def _estimate(cache: TokenCache, batches: _TeacherSteps, count: int) -> None:
         f"{cache.folder}: {stored:,} bytes a token, {all_stored:,.0f} with ids and spans; "
         f"{count:,} samples of about {total_tokens / count:.0f} tokens: {in_words(total_bytes)}"
     )
-    check_room(cache.folder, WHAT, total_bytes, "choose form topk")
+    check_room(cache.folder, WHAT, total_bytes, "choose form topk, or form token for alm")

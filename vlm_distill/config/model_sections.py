@@ -185,10 +185,17 @@ class CacheSection(Section):
     """A folder of teacher outputs at supervised tokens."""
 
     folder: str = Field(description="Folder that `vlm-distill cache` fills.")
-    form: Literal["hidden", "topk"] = Field(
-        "hidden", description="What is kept of each token: the last hidden state, or the `k` likeliest tokens."
+    form: Literal["hidden", "topk", "token"] = Field(
+        "hidden",
+        description="What is kept of each token: the last hidden state, the `k` likeliest tokens, or with `token` its "
+        "own log-probability alone.",
     )
     k: Positive = Field(64, description="Number of tokens kept with `form: topk`.")
+
+    @property
+    def likeliest(self) -> int | None:
+        """Number of likeliest tokens kept, 0 if only a token's own probability is; ``None`` if nothing is lost."""
+        return {"hidden": None, "topk": self.k, "token": 0}[self.form]
 
 
 class ServerSection(Section):
@@ -196,7 +203,12 @@ class ServerSection(Section):
 
     url: str = Field(description="Base URL of the server's API, such as `http://host:8000/v1`.")
     model: str | None = Field(None, description="The model's name on the server; by default the teacher's path.")
-    top_logprobs: Positive = Field(20, description="Number of likeliest tokens asked for at each position.")
+    form: Literal["topk", "token"] = Field(
+        "topk",
+        description="What is asked for at each position: the `top_logprobs` likeliest tokens, or with `token` the "
+        "answer's own alone.",
+    )
+    top_logprobs: Positive = Field(20, description="Number of likeliest tokens asked for with `form: topk`.")
     workers: Positive = Field(16, description="Requests that a rank has under way at once.")
     timeout: Positive = Field(300, description="Seconds that one request may take.")
 

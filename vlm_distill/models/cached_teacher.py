@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data.batch import DistillationBatch
 from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.token_records import Fields, TokenCache
-from vlm_distill.losses import HiddenTargets, TopKTargets
+from vlm_distill.losses import HiddenTargets, TokenTargets, TopKTargets
 
 from .interface import VisionLanguageModel
 from .lm_head import LMHead
@@ -22,7 +22,7 @@ from .tokenizer import load_tokenizer
 from .vocabulary import align_heads, separate_heads
 
 _HEAD, _TOKENIZER = "head.safetensors", "tokenizer"
-# Tokens whose logits are computed at a time to choose the likeliest.
+# Tokens whose logits are computed at a time.
 _ROWS = 512
 
 
@@ -35,7 +35,7 @@ class CachedTeacher(Teacher):
         trust_remote_code: run code that comes with the tokenizer.
 
     Attributes:
-        head: for a cache of likeliest tokens it has width 0 and only says how large the vocabulary is.
+        head: without hidden states it has width 0 and only says how large the vocabulary is.
     """
 
     processor: CachedProcessor
@@ -49,7 +49,8 @@ class CachedTeacher(Teacher):
         self.parameters = about["parameters"]
         self._ends = set(about["end_tokens"])
         hidden = "hidden" in self.cache.fields
-        self.likeliest = None if hidden else self.cache.fields["ids"][1]
+        if not hidden:
+            self.likeliest = self.cache.fields["ids"][1] if "ids" in self.cache.fields else 0
         state = load_file(folder / _HEAD, str(device)) if hidden else {"weight": torch.empty(about["vocabulary"], 0)}
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.weight = nn.Parameter(state["weight"], requires_grad=False)
@@ -77,6 +78,8 @@ class CachedTeacher(Teacher):
         values = {name: value.to(device, non_blocking=True)[rows] for name, value in stored.items()}
         if "hidden" in values:
             return TeacherOutputs(HiddenTargets(values["hidden"], self.head))
+        if "logprob" in values:
+            return TeacherOutputs(TokenTargets(values["logprob"].squeeze(-1)))
         ids = values["ids"].long()
         if values["ids"].dtype == torch.int16:
             ids &= 0xFFFF
@@ -86,24 +89,40 @@ class CachedTeacher(Teacher):
 
 
 def cached_fields(head: dict[str, Tensor] | None, k: int, vocabulary: int) -> Fields:
-    """Return a cache record's fields for one token: its hidden state, or without a head the k likeliest tokens.
+    """Return a cache record's fields for one token.
 
-    Log-probabilities take 16 bits (docs/teachers.md has the measured error), ids 16 if the vocabulary allows.
+    With a head its hidden state, otherwise the k likeliest tokens, or with k = 0 its own log-probability. Those of
+    likeliest tokens take 16 bits (docs/teachers.md has the measured error), ids 16 if the vocabulary allows.
     """
     if head is not None:
         return {"hidden": (head["weight"].dtype, head["weight"].shape[1])}
+    if k == 0:
+        return {"logprob": (torch.float32, 1)}
     ids = torch.int16 if vocabulary <= 2**16 else torch.int32
     return {"ids": (ids, k), "logprobs": (torch.float16, k), "tail": (torch.float32, 1)}
 
 
-def cached_values(targets: HiddenTargets, fields: Fields) -> dict[str, Tensor]:
-    """Return these fields of a teacher's outputs, ``[N, width]`` by name; collective if the teacher is sharded."""
+def cached_values(targets: HiddenTargets, tokens: Tensor, fields: Fields) -> dict[str, Tensor]:
+    """Return these fields of a teacher's outputs, ``[N, width]`` by name; collective if the teacher is sharded.
+
+    Args:
+        targets: the teacher's outputs.
+        tokens: int64 ``[N]``, the answers' own tokens.
+        fields: as :func:`cached_fields` returns them.
+    """
     if "hidden" in fields:
         return {"hidden": targets.hidden}
-    head, k = targets.head, fields["ids"][1]
+    head = targets.head
     assert isinstance(head, LMHead)
     with head.weight() as weight:
         whole = weight.float()
+        if "logprob" in fields:
+            own = [
+                head.logits_with(part, whole).log_softmax(-1).gather(-1, ids.unsqueeze(-1))
+                for part, ids in zip(targets.hidden.split(_ROWS), tokens.split(_ROWS), strict=True)
+            ]
+            return {"logprob": torch.cat(own)}
+        k = fields["ids"][1]
         parts = [TopKTargets.of(head.logits_with(part, whole), k) for part in targets.hidden.split(_ROWS)]
     return {
         "ids": torch.cat([part.ids for part in parts]),

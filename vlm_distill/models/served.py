@@ -19,7 +19,7 @@ from data.batch import DistillationBatch, Step
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.endpoint import Endpoint, Refused
-from vlm_distill.losses import TopKTargets
+from vlm_distill.losses import TokenTargets, TopKTargets
 
 from .answers import Answer
 from .chat import plain_messages
@@ -27,7 +27,7 @@ from .interface import VisionLanguageModel
 from .pretrained_processor import PretrainedProcessor
 from .processor import Processor, Prompt, template_ends
 from .teacher import Teacher, TeacherOutputs
-from .vocabulary import cut_head
+from .vocabulary import cut_head, separate_heads
 from .weightless import needs_weights
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -157,8 +157,12 @@ class ServedTeacher(Teacher):
 
     Args:
         served: the teacher.
-        top: how many of the likeliest tokens to request. vLLM gives at most 20 unless started with ``--max-logprobs``.
+        top: how many of the likeliest tokens to request; 0: only the answers' own log-probabilities. vLLM gives at
+            most 20 unless started with ``--max-logprobs``.
         workers: this rank's concurrent requests.
+
+    For the answers' own log-probabilities alone, a server that does not know ``prompt_logprobs`` is asked to repeat
+    the prompt (``echo``), as OpenAI's API for texts does.
 
     Raises:
         UserError: the server does not return that many log-probabilities of the prompt.
@@ -186,6 +190,10 @@ class ServedTeacher(Teacher):
         self._vocabulary = cut_head(student, self.processor.tokenizer)
         return self._vocabulary
 
+    def separate(self, student: VisionLanguageModel) -> None:
+        assert self.likeliest == 0
+        separate_heads(student)
+
     def request(self, batch: DistillationBatch) -> None:
         self._ahead.append((batch.origins, self._requests(batch)))
 
@@ -210,6 +218,9 @@ class ServedTeacher(Teacher):
         ahead = bool(self._ahead) and self._ahead[0][0] == batch.origins
         waiting = self._ahead.popleft()[1] if ahead else self._requests(batch)
         found = [likeliest for future in waiting for likeliest in future.result()]
+        if self.likeliest == 0:
+            own = [told[token] for told, token in zip(found, batch.teacher_targets.tolist(), strict=True)]
+            return TeacherOutputs(TokenTargets(torch.tensor(own, device=batch.targets.device)))
         return TeacherOutputs(self._targets(found, batch.targets.device))
 
     def _requests(self, batch: DistillationBatch) -> list[Future[list[Likeliest]]]:
@@ -240,7 +251,22 @@ class ServedTeacher(Teacher):
                 raise ValueError(f"{len(told)} positions for a prompt of {len(ids)} tokens")
             return [self._likeliest(told[position], ids[position]) for position in positions]
 
+        if not self.served.tells:
+            return self._score_repeated(ids, positions)
         path, body = self.served.text(ids, **self._asked)
+        return self.served.endpoint.ask(path, body, read, _ADVICE)
+
+    def _score_repeated(self, ids: list[int], positions: Sequence[int]) -> list[Likeliest]:
+        """Return the log-probabilities of the own tokens at some positions of a text that the server repeats."""
+
+        def read(reply: Any) -> list[Likeliest]:
+            told = reply["choices"][0]["logprobs"]["token_logprobs"]
+            if len(told) not in (len(ids), len(ids) + 1):  # some servers generate a token all the same
+                raise ValueError(f"{len(told)} positions for a prompt of {len(ids)} tokens")
+            own = {position: float(told[position]) for position in positions}
+            return [self._checked({ids[position]: value}) for position, value in own.items()]
+
+        path, body = self.served.text(ids, max_tokens=1, echo=True, logprobs=1, temperature=1.0)
         return self.served.endpoint.ask(path, body, read, _ADVICE)
 
     def _score_seen(
@@ -277,7 +303,7 @@ class ServedTeacher(Teacher):
     def _asked(self) -> dict[str, Any]:
         # Servers refuse to generate no token, so one is generated and ignored. Before its version 1 engine, vLLM
         # divided the prompt's log-probabilities by the temperature, too.
-        return {"max_tokens": 1, "prompt_logprobs": self.likeliest, "temperature": 1.0}
+        return {"max_tokens": 1, "prompt_logprobs": max(1, self.likeliest), "temperature": 1.0}
 
     def _likeliest(self, told: Mapping[str, Any] | None, own: int) -> Likeliest:
         """Read one position: vLLM's ``{"token id": {"logprob": number, "rank": …}}``, the prompt's token included.
@@ -290,6 +316,10 @@ class ServedTeacher(Teacher):
         found = {int(token): float(entry["logprob"]) for token, entry in told.items()}
         if own not in found:
             raise self.served.differs([own])
+        return self._checked(found)
+
+    def _checked(self, found: Likeliest) -> Likeliest:
+        """Return log-probabilities at a position. Raise ``UserError`` if they are none."""
         if not sum(math.exp(min(p, 1.0)) for p in found.values()) < _MOST_MASS:
             raise UserError(
                 f"teacher.server: {self.served.endpoint.url} returns numbers that are not log-probabilities; start "
@@ -300,13 +330,21 @@ class ServedTeacher(Teacher):
     @needs_weights
     def _try(self) -> None:
         """Find out before training whether the server returns enough log-probabilities."""
-        token = next(iter(self.end_tokens), 0)
-        if not self.served.tells:
+        token, url = next(iter(self.end_tokens), 0), self.served.endpoint.url
+        if not self.served.tells and (self.likeliest or self.needs_images):
             raise UserError(
-                f"teacher.server: {self.served.endpoint.url} returns no prompt_logprobs, which distillation needs; "
+                f"teacher.server: {url} returns no prompt_logprobs, which distillation needs; "
                 "serve the teacher with vLLM"
             )
-        self._score([token, token], [1])
+        try:
+            self._score([token, token], [1])
+        except UserError as error:
+            if self.served.tells:
+                raise
+            raise UserError(
+                f"teacher.server: {url} returns neither prompt_logprobs nor the log-probabilities of a text that it "
+                f"repeats (echo); serve the teacher with vLLM ({error})"
+            ) from None
 
     def _targets(self, found: Sequence[Likeliest], device: torch.device) -> TopKTargets:
         """Make targets with the same number of tokens a row; rows differ by the tokens that the student lacks."""

@@ -15,7 +15,7 @@ from data.batch import DistillationBatch, Encoded, Step
 from data.errors import UserError
 from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.token_records import TokenCache
-from vlm_distill.losses import HiddenTargets, TopKTargets
+from vlm_distill.losses import HiddenTargets, TokenTargets, TopKTargets
 
 from .common import count_parameters
 from .image_hidden import run_at_positions
@@ -29,7 +29,7 @@ from .vocabulary import align_heads, separate_heads
 class TeacherOutputs:
     """A teacher's side of a micro-batch: targets for the losses on logits, and features by name."""
 
-    targets: HiddenTargets | TopKTargets
+    targets: HiddenTargets | TopKTargets | TokenTargets
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -45,7 +45,8 @@ class Teacher(ABC):
         model: the model that runs here; ``None`` if the outputs come from a cache or a server.
         head: turns the teacher's hidden states into logits; ``None`` if a server keeps it to itself.
         cache: the cache that the outputs are read from, if any.
-        likeliest: how many of the likeliest tokens are known at each position; ``None``: the whole distribution is.
+        likeliest: how many of the likeliest tokens are known at each position; 0: only the probability of the answer's
+            own token is; ``None``: the whole distribution is.
         parameters: number of parameters; ``None`` if unknown (on a server).
         needs_images: whether it reads conversations with images from ``batch.conversations`` instead of tokens.
         ema: decay with which its weights follow the student's; ``None``: they never change.
@@ -103,7 +104,8 @@ class Teacher(ABC):
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         """Return the losses' targets at the positions of ``batch.teacher``.
 
-        These are hidden states ``[N, H]`` with the head that turns them into logits, or the likeliest tokens alone.
+        These are hidden states ``[N, H]`` with the head that turns them into logits, the likeliest tokens alone, or
+        the log-probabilities of the answers' own tokens alone.
 
         Args:
             batch: on this rank's device.

@@ -80,7 +80,7 @@ class Models:
     Attributes:
         student, teacher: the models; the teacher's also if its outputs are cached, but not if it is on a server.
         learns: whether a loss learns from the teacher.
-        likeliest: how many of the teacher's likeliest tokens are all that is known, if they are.
+        likeliest: how many of the teacher's likeliest tokens are known, 0: only the answers' own are; ``None``: all.
         shared: whether the teacher is the student's own base.
         remarks: what the plan assumes.
     """
@@ -100,8 +100,8 @@ class Models:
         self.shared = config.taught_by_base
         self.beside = 0 if teacher is None else teacher.bytes_beside
         self.likeliest = None if teacher is None else teacher.likeliest
-        if self.cache is not None and self.cache.form == "topk":
-            self.likeliest = self.cache.k
+        if self.cache is not None:
+            self.likeliest = self.cache.likeliest
         self.bf16 = config.training.dtype == "bf16"
         self.autocast = self.bf16 and config.deepspeed.stage == 0
         self.sizes = self._sizes()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from data.batch import DistillationBatch, ModelBatch, ModelInputs
-from vlm_distill.losses import IMAGE_HIDDEN, HiddenTargets, Term, TopKTargets, fused_linear
+from vlm_distill.losses import IMAGE_HIDDEN, HiddenTargets, Term, TokenTargets, TopKTargets, fused_linear
 from vlm_distill.losses.chunks import BLOCK_BYTES_CPU, CHUNK_BYTES, CHUNK_BYTES_CPU
 from vlm_distill.losses.tiles import TILE_BYTES, TILE_BYTES_CPU
 from vlm_distill.models.decoder_features import VISION_FEATURES
@@ -128,7 +128,7 @@ def losses_cost(
         meter: the open meter that the models were built under.
         terms: the run's losses on logits.
         heads: the student's head, and the teacher's if losses read its hidden states, with their numbers of positions.
-        likeliest: how many of the teacher's likeliest tokens are known, if no more is.
+        likeliest: how many of the teacher's likeliest tokens are known, if no more is; 0: only the answers' own.
         grouped: whether groups of tokens are compared across tokenizers.
         recompute: whether logits are recomputed in tiles of tokens × vocabulary.
         on_cpu: whether the limits of a CPU apply.
@@ -164,9 +164,11 @@ def _block(
     hidden = [w.new_empty(rows, w.shape[1]) for w in weights]
     hidden[0].requires_grad_()
     targets = torch.zeros(rows, dtype=torch.int64)
-    teacher: HiddenTargets | TopKTargets | None = None
+    teacher: HiddenTargets | TopKTargets | TokenTargets | None = None
     if len(heads) > 1:
         teacher = HiddenTargets(hidden[1], heads[1][0])
+    elif likeliest == 0:
+        teacher = TokenTargets(hidden[0].new_empty(rows))
     elif likeliest is not None:
         ids = torch.arange(likeliest).expand(rows, -1)
         teacher = TopKTargets(ids, hidden[0].new_empty(ids.shape), hidden[0].new_empty(rows))

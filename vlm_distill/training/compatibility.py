@@ -34,7 +34,7 @@ def pair_vocabularies(
     try:
         teacher.align(student)
     except UserError as error:
-        if teacher.head is None:
+        if teacher.likeliest:
             raise
         learning = [term for term in terms if "teacher" in term.loss.needs]
         others = [term.name for term in learning if not _spans_tokenizers(term)]

@@ -108,7 +108,7 @@ def _served_teacher(section: TeacherSection, server: ServerSection, max_length: 
             f"data.max_length: {max_length}, but {server.url} takes {served.context} tokens, one of which it "
             f"must generate; set it to at most {served.context - 1}, or start the server with --max-model-len"
         )
-    return ServedTeacher(served, server.top_logprobs, server.workers)
+    return ServedTeacher(served, server.top_logprobs if server.form == "topk" else 0, server.workers)
 
 
 def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:

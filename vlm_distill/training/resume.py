@@ -244,8 +244,8 @@ def _completed(plain: dict[str, Any], config: AnyRun) -> dict[str, Any]:
 def _leaves(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return every value by its dotted key, without empty ones."""
     found = dict(_walk(plain, ""))
-    # Cached hidden states give the teacher's own outputs; only its likeliest tokens are an approximation.
-    if found.get("teacher.cache.form") in (None, "hidden"):
+    # Only the likeliest tokens are an approximation of the teacher's own outputs.
+    if found.get("teacher.cache.form") in (None, "hidden", "token"):
         found = {key: value for key, value in found.items() if key not in ("teacher.cache.form", "teacher.cache.k")}
     return found
 

@@ -130,11 +130,25 @@ def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLo
             reads_targets = reads_targets or loss.takes_tokens or loss.adapts
         if reads_targets and not source.labelled:
             raise UserError(f"loss {name} reads the answers, and {source.path} is not labelled; leave one out")
-    served = config.teacher is not None and config.teacher.server is not None
-    if served and "teacher" in loss.needs and not (isinstance(loss, DistillationLoss) and loss.takes_topk):
+    if config.teacher is not None and config.teacher.server is not None and "teacher" in loss.needs:
+        _check_served(name, loss, config.teacher.server.form)
+
+
+def _check_served(name: str, loss: DistillationLoss | FeatureLoss, form: str) -> None:
+    """Raise ``UserError`` if a loss needs more of the teacher than a server is asked for."""
+    takes_topk = isinstance(loss, DistillationLoss) and loss.takes_topk
+    takes_tokens = isinstance(loss, DistillationLoss) and loss.takes_tokens
+    if form == "topk" and takes_tokens:
+        raise UserError(f"loss {name} needs the answers' own log-probabilities; set teacher.server.form to token")
+    if form == "topk" and not takes_topk:
         raise UserError(
             f"loss {name} needs more than the likeliest tokens, which are all that a teacher on a server "
             "returns; choose a divergence at temperature 1, such as forward_kl"
+        )
+    if form == "token" and not takes_tokens:
+        raise UserError(
+            f"loss {name} needs more of the teacher than the answers' own log-probabilities; "
+            + ("set teacher.server.form to topk" if takes_topk else "choose alm")
         )
 
 
@@ -143,11 +157,17 @@ def _check_cached(terms: Sequence[AnyTerm], form: str, recompute: bool) -> None:
     for term in terms:
         if isinstance(term, FeatureTerm):
             raise UserError(f"loss {term.name}: no cache holds a teacher's features; leave it or teacher.cache out")
-        if form != "topk" or "teacher" not in term.loss.needs:
+        if form == "hidden" or "teacher" not in term.loss.needs:
             continue
-        if not term.loss.takes_topk:
+        if form == "token" and not term.loss.takes_tokens:
             raise UserError(
-                f"loss {term.name} needs the teacher's whole distribution; set teacher.cache.form to hidden"
+                f"loss {term.name} needs more of the teacher than the answers' own log-probabilities; set "
+                "teacher.cache.form to hidden"
+            )
+        if form == "topk" and not term.loss.takes_topk:
+            enough = "token" if term.loss.takes_tokens else "hidden"
+            raise UserError(
+                f"loss {term.name}: the likeliest tokens are not enough; set teacher.cache.form to {enough}"
             )
         if recompute:
             raise UserError("training.recompute_logits needs hidden states; set teacher.cache.form to hidden")
