@@ -186,7 +186,7 @@ def plans(tmp_path_factory):
         own = json.loads(json.dumps(plain))
         for path, value in changes.items():
             section, _, key = path.partition("__")
-            own[section][key] = value
+            (own[section] if key else own)[key or section] = value
         found[name] = plan(RunConfig.model_validate(own), gpus=2)
     return found
 
