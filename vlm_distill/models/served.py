@@ -153,16 +153,14 @@ class ServedTeacher(Teacher):
     """Scores prompts that contain the answers, by ``prompt_logprobs``, which vLLM serves since version 0.6.
 
     In conversations with images, positions are counted from the end, since the server may expand images differently.
-    The tokens before the first image and after the last must be the same as here.
+    The tokens before the first image and after the last must be the same as here. Where only the log-probabilities of
+    the answers' own tokens are needed, a server without ``prompt_logprobs`` is asked to repeat the prompt (``echo``).
 
     Args:
         served: the teacher.
         top: how many of the likeliest tokens to request; 0: only the answers' own log-probabilities. vLLM gives at
             most 20 unless started with ``--max-logprobs``.
         workers: this rank's concurrent requests.
-
-    For the answers' own log-probabilities alone, a server that does not know ``prompt_logprobs`` is asked to repeat
-    the prompt (``echo``), as OpenAI's API for texts does.
 
     Raises:
         UserError: the server does not return that many log-probabilities of the prompt.
