@@ -209,7 +209,7 @@ class _Block:
                 add=number > 0,
             )
         if self.weights_n is not None:
-            out_nw.mul_(self.weights_n.unsqueeze(1))
+            out_nw.mul_(self.weights_n.to(out_nw.dtype).unsqueeze(1))
         if out_nw is not own_nw:
             own_nw.copy_(out_nw)
 
