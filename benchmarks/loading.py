@@ -5,9 +5,10 @@
 Micro-batches of conversations with one decoded image of the given side, patches of 14 pixels, on one thread. The sides:
 
 - baseline: for one model, the chat template of each conversation and one ``processor(text=…, images=…)`` for all.
-- one model: ours for a student alone, with its answers marked.
-- same processor: ours for a student and a teacher with the same processor.
-- unlike processors: ours for two models with the same tokenizer and other normalisation.
+- one model: a step of ours for a student alone, with its answers marked.
+- same processor: a step for a student and a teacher with the same processor.
+- other normalisation: a step for two models with the same tokenizer and template, and image processors that differ.
+- other template: a step for two models with the same image processor, and chat templates that differ.
 
 The sides take turns; a ratio is the median over rounds of a side's time over the baseline's in the same round.
 """
@@ -19,7 +20,7 @@ import csv
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 from data.collate import Collator
 from data.conversation import Conversation
+from data.loader import StepDataset, StepSplit
+from data.mixture import Mixture
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models.pretrained_processor import PretrainedProcessor
 from vlm_distill.models.shared_processing import share_processing
@@ -42,62 +45,75 @@ TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-Sample = tuple[Conversation, list[Image.Image]]
 
 
-def build(side: int, mean: float = 0.5) -> LlavaProcessor:
+class Samples(list[Conversation]):
+    """A source in memory."""
+
+    name = "samples"
+
+    def size(self, index: int) -> int:
+        return 1
+
+
+def build(side: int, mean: float = 0.5, template: str = TEMPLATE) -> LlavaProcessor:
     tokenizer = make_tokenizer(["what", "colour", "is", "it", "red"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     images = CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=[mean] * 3
     )
-    return LlavaProcessor(images, tokenizer, PATCH, "full", TEMPLATE)
+    return LlavaProcessor(images, tokenizer, PATCH, "full", template)
 
 
 def adapt(processor: LlavaProcessor) -> PretrainedProcessor:
     return PretrainedProcessor(processor, processor.tokenizer.convert_tokens_to_ids("<image>"))
 
 
-def conversations(side: int, count: int) -> list[Sample]:
+def conversations(side: int, count: int) -> Samples:
     generator = torch.Generator().manual_seed(0)
-    samples = []
+    samples = Samples()
     for _ in range(count):
         pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
         question = [{"type": "image"}, {"type": "text", "text": "what colour is it " * 4}]
         answer = [{"type": "text", "text": "it is red " * 8}]
-        talk = Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
-        samples.append((talk, [Image.fromarray(pixels.numpy())]))
+        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        samples.append(Conversation(messages, (Image.fromarray(pixels.numpy()),)))
     return samples
 
 
-def encode_baseline(processor: Any, samples: Sequence[Sample]) -> None:
-    texts = [processor.apply_chat_template(list(talk.messages), tokenize=False) for talk, _ in samples]
-    processor(text=texts, images=[images for _, images in samples], padding=True, return_tensors="pt")
+def encode_baseline(processor: Any, samples: Samples) -> None:
+    texts = [processor.apply_chat_template(list(talk.messages), tokenize=False) for talk in samples]
+    processor(text=texts, images=[list(talk.images) for talk in samples], padding=True, return_tensors="pt")
 
 
-def encode_ours(collator: Collator, samples: Sequence[Sample]) -> None:
-    pairs = []
-    for talk, images in samples:
-        pairs += collator.encode(talk, images)
-    collator.batch(pairs)
+def step_of(collator: Collator, samples: Samples) -> Callable[[], None]:
+    """Return what makes a training's step of all samples."""
+    mixture, split = Mixture([samples], batch_size=len(samples)), StepSplit(len(samples))
+    dataset = StepDataset(mixture, collator, split, load=lambda image: image, on_bad="fail")
+    return lambda: dataset[0]
 
 
 def measure(side: int, count: int, rounds: int) -> list[dict[str, str | int]]:
     """Return a row for each side of a case."""
     samples, plain = conversations(side, count), build(side)
     limit = 2 * (side // PATCH) ** 2 + 1000
-    student, same, other = adapt(plain), adapt(build(side)), adapt(build(side, mean=0.4))
+    student = adapt(plain)
+    teachers = {
+        "one model": None,
+        "same processor": adapt(build(side)),
+        "other normalisation": adapt(build(side, mean=0.4)),
+        "other template": adapt(build(side, template=TEMPLATE.replace("<assistant>", "<answer>"))),
+    }
     sides: dict[str, Callable[[], None]] = {"baseline": lambda: encode_baseline(plain, samples)}
-    for name, teacher in (("one model", None), ("same processor", same), ("unlike processors", other)):
-        collator = Collator(*share_processing(student, teacher), limit)
-        sides[name] = lambda collator=collator: encode_ours(collator, samples)
+    for name, teacher in teachers.items():
+        sides[name] = step_of(Collator(*share_processing(student, teacher), limit), samples)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, encode in sides.items():
-            began = time.perf_counter()
+            began = time.process_time()
             encode()
             if number:  # the first round warms up
-                times[name].append(time.perf_counter() - began)
+                times[name].append(time.process_time() - began)
     rows: list[dict[str, str | int]] = []
     for name, seconds in times.items():
         ratios = [own / base for own, base in zip(seconds, times["baseline"], strict=True)]

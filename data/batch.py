@@ -13,7 +13,9 @@ from torch import Tensor
 
 from vlm_distill.losses.groups import TokenGroups
 
+from .attempts import attempt
 from .conversation import Conversation, Document
+from .errors import BadSample
 
 #: A sample of a mixture: the number of its source, and its index in that source.
 SampleId = tuple[int, int]
@@ -76,6 +78,13 @@ class Processor(Protocol):
         Piece 1 is the text of the first answer (piece 0 is its thought), and its six characters are ``A cat.``
         """
         ...
+
+    def encode_all(self, samples: Sequence[tuple[Conversation, Sequence[Image.Image]]]) -> list[Encoded | BadSample]:
+        """Return what :meth:`encode` returns for each conversation with its images, or the ``BadSample`` it raises.
+
+        Processors override this to share work among samples.
+        """
+        return [attempt(self.encode, *sample) for sample in samples]
 
     def encode_document(self, document: Document) -> Encoded:
         """Return the token ids of plain text, all supervised but the first."""

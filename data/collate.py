@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vlm_distill.losses.groups import TokenGroups
 
+from .attempts import attempt, checked
 from .batch import (
     DistillationBatch,
     Encoded,
@@ -24,9 +26,17 @@ from .batch import (
     SampleId,
 )
 from .conversation import Conversation, Document
-from .encoding import EVERY_ANSWER, Pair, Turns, encode_document, encode_pair
+from .encoding import EVERY_ANSWER, Pair, Part, Turns, encode_document, encode_pairs
 from .errors import BadSample
 from .teacher_view import View
+
+
+class LoadedSample(NamedTuple):
+    """A sample as it was read, its images decoded, and which one of the mixture it is."""
+
+    sample: Conversation | Document
+    images: Sequence[Image.Image]
+    sample_id: SampleId | None = None
 
 
 @dataclass(frozen=True)
@@ -64,31 +74,58 @@ class Collator:
 
         With ``sample_id``, which a cached teacher needs, the pairs get origins.
         """
-        teacher = self.teacher
-        if isinstance(teacher, RecordedProcessor) and sample_id is not None:
-            teacher = teacher.at(sample_id)
-        if isinstance(sample, Document):
-            pairs = encode_document(sample, self.student, teacher, self.max_length)
-        else:
-            pairs = self._encode_turns(sample, images, teacher)
-        return pairs if sample_id is None else add_origins(pairs, sample_id)
+        return checked(self.encode_all([LoadedSample(sample, images, sample_id)])[0])
 
-    def _encode_turns(
-        self, sample: Conversation, images: Sequence[Image.Image], teacher: Processor | None
-    ) -> list[Pair]:
-        pairs: list[Pair] = []
+    def encode_all(self, samples: Sequence[LoadedSample]) -> list[list[Pair] | BadSample]:
+        """Return for each sample what :meth:`encode` returns, or the ``BadSample`` that it raises.
+
+        The models' processors are asked once for all samples, which is faster with small images and short texts.
+        """
+        cut = [attempt(self._cut, sample) for sample in samples]
+        parts = list(chain.from_iterable(found for found in cut if not isinstance(found, BadSample)))
+        pairs = iter(encode_pairs(parts, self.student, self.max_length, turns=self.turns, grouped=self.grouped))
+        found: list[list[Pair] | BadSample] = []
+        for sample, own in zip(samples, cut, strict=True):
+            if isinstance(own, BadSample):
+                found.append(own)
+            else:
+                found.append(attempt(self._sample_pairs, sample, list(islice(pairs, len(own)))))
+        return found
+
+    def _cut(self, loaded: LoadedSample) -> list[Part]:
+        """Return the parts of a conversation that become a pair each; none for a document."""
+        sample, images, _ = loaded
+        if isinstance(sample, Document):
+            return []
+        teacher = self._teacher_of(loaded)
+        parts = []
         for number, (part, shown) in enumerate(self.turns.parts(sample, images)):
             other = teacher
             if self.turns.split and isinstance(teacher, RecordedSample):
                 other = teacher.answer(number, sample, images)
             seen = None if self.view is None else self.view.of(part, shown)
-            pair = encode_pair(
-                part, shown, self.student, other, self.max_length, turns=self.turns, grouped=self.grouped, seen=seen
-            )
-            if pair.teacher is not None:
-                self.check_image_tokens(pair.student, pair.teacher)
-            pairs.append(replace(pair, samples=int(not pairs)))
-        return pairs
+            parts.append(Part(part, shown, other, seen))
+        return parts
+
+    def _teacher_of(self, loaded: LoadedSample) -> Processor | None:
+        """Return what encodes a sample for the teacher."""
+        if isinstance(self.teacher, RecordedProcessor) and loaded.sample_id is not None:
+            return self.teacher.at(loaded.sample_id)
+        return self.teacher
+
+    def _sample_pairs(self, loaded: LoadedSample, encoded: Sequence[Pair | BadSample]) -> list[Pair]:
+        """Return a sample's pairs, given those of its parts. Raise ``BadSample`` if one of them is bad."""
+        sample, _, sample_id = loaded
+        if isinstance(sample, Document):
+            pairs = encode_document(sample, self.student, self._teacher_of(loaded), self.max_length)
+        else:
+            pairs = []
+            for result in encoded:
+                pair = checked(result)
+                if pair.teacher is not None:
+                    self.check_image_tokens(pair.student, pair.teacher)
+                pairs.append(replace(pair, samples=0) if pairs else pair)
+        return pairs if sample_id is None else add_origins(pairs, sample_id)
 
     def check_image_tokens(self, student: Encoded, teacher: Encoded) -> None:
         """Raise ``BadSample`` if image tokens are compared and the models have different numbers of them."""
@@ -251,10 +288,10 @@ def _model_batch(
     image_tokens = [len(indices) for indices in at_images]
     return ModelBatch(
         inputs,
-        _concatenate([starts[i] + indices - 1 for i, indices in enumerate(tokens)]),
+        _shifted(tokens, starts) - 1,
         _in_pair_order(rows, images, len(tokens)),
         _in_pair_order(rows, image_tokens, len(tokens)),
-        _concatenate([starts[i] + at_images[i] for i in range(len(tokens))]),
+        _shifted(at_images[: len(tokens)], starts),
         torch.tensor(image_tokens[: len(tokens)], dtype=torch.int64),
         sum(lengths),
     )
@@ -278,7 +315,14 @@ def _in_pair_order(rows: list[list[int]], counts: list[int], pairs: int) -> Tens
     for i in chain.from_iterable(rows):
         starts[i] = seen
         seen += counts[i]
-    return _concatenate([starts[i] + torch.arange(counts[i]) for i in range(pairs)])
+    return _shifted([torch.arange(count) for count in counts[:pairs]], starts)
+
+
+def _shifted(indices: Sequence[Tensor], shifts: Sequence[int]) -> Tensor:
+    """Concatenate indices, each tensor's moved by a number of its own; further numbers are ignored."""
+    lengths = torch.tensor([len(own) for own in indices], dtype=torch.int64)
+    own_shifts = torch.tensor(shifts[: len(indices)], dtype=torch.int64)
+    return _concatenate(indices) + own_shifts.repeat_interleave(lengths)
 
 
 def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .alignment import difference_of, group_tokens, match_tokens
+from .attempts import attempt, checked
 from .batch import Encoded, Origin, Processor
 from .conversation import Conversation, Document, answer_pieces, count_images, is_answer
 from .errors import BadSample
@@ -89,6 +90,23 @@ class Pair:
     origins: tuple[Origin, ...] = ()
 
 
+@dataclass(frozen=True)
+class Part:
+    """What becomes one pair: a conversation, or the beginning of one up to an answer.
+
+    Attributes:
+        conversation: its messages.
+        images: its images, decoded.
+        teacher: what encodes it for the teacher, if there is one; a cached teacher has one for each part.
+        seen: what the teacher sees, if not the same; its answers are the same.
+    """
+
+    conversation: Conversation
+    images: Sequence[Image.Image]
+    teacher: Processor | None
+    seen: Seen | None = None
+
+
 def encode_pair(
     conversation: Conversation,
     images: Sequence[Image.Image],
@@ -101,63 +119,99 @@ def encode_pair(
     role: str = "student",
     seen: Seen | None = None,
 ) -> Pair:
-    """Encode a conversation for both models and align its supervised tokens.
+    """Encode a conversation for both models, as :func:`encode_pairs` does. Raise ``BadSample`` if that fails."""
+    part = Part(conversation, images, teacher, seen)
+    return checked(encode_pairs([part], student, max_length, turns=turns, grouped=grouped, role=role)[0])
+
+
+def encode_pairs(
+    parts: Sequence[Part],
+    student: Processor,
+    max_length: int,
+    *,
+    turns: Turns = EVERY_ANSWER,
+    grouped: bool = False,
+    role: str = "student",
+) -> list[Pair | BadSample]:
+    """Encode conversations for both models and align their supervised tokens.
 
     The answers' own tokens must have the same ids in both models (:func:`~data.alignment.match_tokens`). Where the end
     tokens or the template's text differ, the student's token stays supervised but is not distilled; tokens that only
     the teacher has are left out. With different tokenizers, tokens that spell the same text are grouped.
 
     Args:
-        conversation: the sample.
-        images: its images, decoded.
+        parts: the conversations. One whose teacher is the student's processor, and sees the same, is encoded once.
         student: the student's processor.
-        teacher: the teacher's processor, if there is a teacher. If it is the student's, the sample is encoded once.
         max_length: the most tokens for either model, image tokens included.
         turns: which answers are trained on, and further limits.
         grouped: whether the models have different tokenizers.
         role: the first model's role, for errors.
-        seen: what the teacher sees, if not the same; its answers are the same.
 
-    Raises:
-        BadSample: it is too long for one of the models (nothing is ever truncated), has no supervised token or begins
-            with one, or its answers differ between the models.
+    Returns:
+        A pair for each part, or why it is a bad sample: it is too long for one of the models (nothing is ever
+        truncated), has no supervised token or begins with one, or its answers differ between the models.
     """
-    ours = _encode(role, student, conversation, images, max_length, turns)
+    encoded = student.encode_all([(part.conversation, part.images) for part in parts])
+    ours = [attempt(_supervised, role, row, max_length, turns) for row in encoded]
+
+    # Ask each teacher once for all of its parts that the student can take.
+    by_teacher: dict[int, list[int]] = {}
+    for number, (part, mine) in enumerate(zip(parts, ours, strict=True)):
+        once = part.teacher is student and part.seen is None and not grouped
+        if part.teacher is not None and not once and isinstance(mine, Encoded):
+            by_teacher.setdefault(id(part.teacher), []).append(number)
+    theirs: dict[int, Encoded | BadSample] = {}
+    for numbers in by_teacher.values():
+        teacher = parts[numbers[0]].teacher
+        assert teacher is not None
+        seen = [parts[number].seen or (parts[number].conversation, parts[number].images) for number in numbers]
+        encoded = teacher.encode_all(seen)
+        for number, row in zip(numbers, encoded, strict=True):
+            theirs[number] = attempt(_supervised, "teacher", row, max_length, turns)
+
+    return [
+        attempt(_pair, part, mine, theirs.get(number), grouped)
+        for number, (part, mine) in enumerate(zip(parts, ours, strict=True))
+    ]
+
+
+def _pair(part: Part, student: Encoded | BadSample, teacher: Encoded | BadSample | None, grouped: bool) -> Pair:
+    """Align a part's encodings. Raise ``BadSample`` if one of them is bad, or if they differ.
+
+    Without the teacher's, the student's serves both models if there is a teacher.
+    """
+    ours = checked(student)
     if teacher is None:
-        return replace(_equal_pair(ours), teacher=None)
-    if teacher is student and not grouped and seen is None:
-        # Equal encodings align token by token.
-        return _equal_pair(ours)
-    theirs = _encode("teacher", teacher, *(seen or (conversation, images)), max_length, turns)
-    pieces = answer_pieces(conversation.messages)
+        tokens = ours.supervised.nonzero().flatten()
+        shared = None if part.teacher is None else ours
+        return Pair(ours, shared, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
+    theirs = checked(teacher)
+    pieces = answer_pieces(part.conversation.messages)
     if grouped:
         return _grouped_pair(ours, theirs, pieces)
     return Pair(ours, theirs, *match_tokens(ours, theirs, pieces))
 
 
-def _equal_pair(encoded: Encoded) -> Pair:
-    """Return the pair of two models that receive the same encoding, which is shared and never modified."""
-    tokens = encoded.supervised.nonzero().flatten()
-    return Pair(encoded, encoded, tokens, tokens, torch.ones(len(tokens), dtype=torch.bool))
+def _supervised(role: str, result: Encoded | BadSample, max_length: int, turns: Turns) -> Encoded:
+    """Return a model's encoding with the tokens supervised that are trained on.
 
-
-def _encode(
-    role: str,
-    processor: Processor,
-    conversation: Conversation,
-    images: Sequence[Image.Image],
-    max_length: int,
-    turns: Turns,
-) -> Encoded:
-    """Encode a conversation for one model and check its length. Raise ``BadSample`` if it does not fit."""
-    encoded = processor.encode(conversation, images)
+    Raises:
+        BadSample: the encoding is bad, is longer than a limit, or has nothing to learn.
+    """
+    encoded = checked(result)
     if len(encoded.input_ids) > max_length:
         raise BadSample("too long", f"{len(encoded.input_ids)} tokens for the {role}, limit {max_length}")
     if not encoded.supervised.any():
         raise BadSample("no supervised token", f"the {role}'s template marks none")
     if encoded.supervised[0]:
         raise BadSample("first token is supervised", f"nothing predicts the {role}'s first token")
+    if turns != EVERY_ANSWER:
+        encoded = _chosen_turns(role, encoded, turns)
+    return encoded
 
+
+def _chosen_turns(role: str, encoded: Encoded, turns: Turns) -> Encoded:
+    """Return the encoding with the answers supervised that ``turns`` chooses. Raise ``BadSample`` beyond its limits."""
     last = _last_answer(encoded)
     for part, length, limit in (
         ("before the last answer", last[0], turns.max_prompt),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -13,9 +13,10 @@ from typing import Literal, Protocol, TypeVar
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .attempts import attempt, with_good
 from .batch import Problem, SampleId, Step
-from .collate import Collator
-from .conversation import Conversation, Document, ImageSource
+from .collate import Collator, LoadedSample
+from .conversation import Document, ImageSource
 from .encoding import Pair
 from .errors import BadSample, UserError
 from .images import load_image
@@ -27,6 +28,9 @@ from .sources import Source
 T = TypeVar("T")
 
 MANY_SAMPLES = 16
+#: Decoded pixels of the samples that are encoded together. Beyond them the time goes into the pixels themselves, and
+#: decoded photographs of a whole micro-batch would take much memory.
+_PIXELS_TOGETHER = 2**20
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,15 @@ class StepDataset(Dataset[Step]):
             step.consumed += len(sample_ids)
             pairs: list[Pair] = []
             samples, parts = [], []
-            for source, number in sample_ids:
-                try:
-                    sample, images, found = self._read((source, number))
-                except BadSample as bad:
-                    step.problems.append(problem_of(self.mixture.sources[source], number, bad, self.on_bad))
+            for (source, number), result in zip(sample_ids, self._encoded(sample_ids), strict=True):
+                if isinstance(result, BadSample):
+                    step.problems.append(problem_of(self.mixture.sources[source], number, result, self.on_bad))
                     continue
+                (sample, images, _), found = result
                 pairs += found
-                samples.append((sample, images))
-                parts += self.collator.parts(sample, images)
+                if self.keep_conversations:
+                    samples.append((sample, images))
+                    parts += self.collator.parts(sample, images)
                 step.tokens += sum(len(pair.student.input_ids) for pair in found)
             batch = self.collator.batch(pairs)
             if self.keep_conversations:
@@ -127,6 +131,24 @@ class StepDataset(Dataset[Step]):
                 batch.conversations = parts
             step.batches.append(batch)
         return step
+
+    def _encoded(self, sample_ids: Sequence[SampleId]) -> Iterator[tuple[LoadedSample, list[Pair]] | BadSample]:
+        """Yield each sample and its pairs, or why it is bad. Small samples are encoded together."""
+        waiting: list[LoadedSample | BadSample] = []
+        pixels = 0
+        for sample_id in sample_ids:
+            loaded = attempt(self._load, sample_id)
+            waiting.append(loaded)
+            if not isinstance(loaded, BadSample):
+                pixels += sum(image.width * image.height for image in loaded.images)
+            if pixels > _PIXELS_TOGETHER:
+                yield from with_good(self._encode, waiting)
+                waiting, pixels = [], 0
+        yield from with_good(self._encode, waiting)
+
+    def _encode(self, samples: Sequence[LoadedSample]) -> list[tuple[LoadedSample, list[Pair]] | BadSample]:
+        results = zip(samples, self.collator.encode_all(samples), strict=True)
+        return [pairs if isinstance(pairs, BadSample) else (sample, pairs) for sample, pairs in results]
 
     def try_sample(self, sample_id: SampleId) -> tuple[int, int]:
         """Encode a sample for both models, as training does.
@@ -138,19 +160,18 @@ class StepDataset(Dataset[Step]):
         Raises:
             BadSample: training would leave the sample out.
         """
-        _, images, pairs = self._read(sample_id)
+        loaded = self._load(sample_id)
         apart = 0
-        for pair in pairs:
+        for pair in self.collator.encode(*loaded):
             if pair.groups is None:
                 apart += int((~pair.distilled & ~pair.student.ends[pair.student_tokens]).sum())
-        return len(images), apart
+        return len(loaded.images), apart
 
-    def _read(self, sample_id: SampleId) -> tuple[Conversation | Document, list[Image.Image], list[Pair]]:
+    def _load(self, sample_id: SampleId) -> LoadedSample:
         source, number = sample_id
         sample = self.mixture.sources[source][number]
         sources = () if isinstance(sample, Document) else sample.images
-        images = [self.load(image) for image in sources]
-        return sample, images, self.collator.encode(sample, images, sample_id)
+        return LoadedSample(sample, [self.load(image) for image in sources], sample_id)
 
 
 def problem_of(source: Located, index: int, bad: BadSample, on_bad: Literal["skip", "fail"]) -> Problem:

@@ -9,6 +9,7 @@ import tarfile
 import pytest
 from PIL import Image
 
+from data.batch import Processor
 from data.collate import Collator
 from data.errors import BadSample, UserError
 from data.images import load_image
@@ -173,7 +174,7 @@ def test_shards_are_named_by_folder_pattern_and_split(tmp_path):
         open_source(tmp_path / "only.tar", images=tmp_path)
 
 
-class Reader:
+class Reader(Processor):
     """A processor that encodes an image's red and nothing else."""
 
     has_vision = one_row = False

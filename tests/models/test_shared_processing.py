@@ -6,7 +6,8 @@ import families
 import pytest
 import torch
 
-from data.collate import Collator
+from data.attempts import checked
+from data.collate import Collator, LoadedSample
 from data.conversation import Document
 from data.workers import make_loader
 from vlm_distill.models.family_classes import adapted
@@ -31,6 +32,9 @@ def samples(talk, picture):
         (talk([None, "What colour is it?"], "It is red."), [wide]),
         (talk(["Is", None, "red?"], "yes"), [tall]),
         (talk([None, "Yes?"], "no"), [wide]),
+        (talk("Is it red?", "yes"), []),
+        (talk([None, "What colour?", None], "It is red and blue."), [wide, tall]),
+        (talk([None, None, "Yes?"], "no"), [wide, tall]),
     ]
 
 
@@ -54,7 +58,14 @@ def is_shared(batch):
 
 
 def batch_of(collator, samples):
+    """The batch of samples that are encoded one by one."""
     return collator.batch([pair for sample in samples for pair in collator.encode(*sample)])
+
+
+def batch_of_all(collator, samples):
+    """The batch of samples that are encoded together."""
+    results = collator.encode_all([LoadedSample(*sample) for sample in samples])
+    return collator.batch([pair for result in results for pair in checked(result)])
 
 
 @pytest.mark.parametrize("packed", [(False, False), (True, True), (True, False)], ids=str)
@@ -63,13 +74,50 @@ def test_a_shared_encoding_equals_two(name, packed, make, samples):
     student, teacher = make(name), make(name, seed=1)
     one, two = share_processing(student, teacher)
     assert one is two
+    if name.startswith("paligemma"):
+        samples = [sample for sample in samples if sample[1]]
     # All samples, and none, whose row has a blank image.
     for chosen in (samples, samples[:1], []):
-        shared = batch_of(Collator(one, two, 4096, packed=packed), chosen)
+        shared = batch_of_all(Collator(one, two, 4096, packed=packed), chosen)
         apart = batch_of(Collator(student, teacher, 4096, packed=packed), chosen)
         same(shared, apart)
         assert is_shared(shared) == (packed[0] == packed[1])
         assert not is_shared(apart)
+
+
+@pytest.mark.parametrize("name", ["llava", "pixtral", "paligemma"])
+def test_a_bad_sample_leaves_the_others_of_its_call_alone(name, make, samples, monkeypatch):
+    processor = make(name)
+    collator = Collator(processor, processor, 4096)
+    samples = [samples[0], samples[2], samples[0]]
+    expected = batch_of(collator, [samples[0], samples[2]])
+    image = samples[1][1][0].copy()
+    calls = type(processor.processor).__call__
+
+    def refuse(self, *args, images, **options):
+        if any(one is image for own in images for one in own):
+            raise ValueError("a broken image")
+        return calls(self, *args, images=images, **options)
+
+    monkeypatch.setattr(type(processor.processor), "__call__", refuse)
+    talk, _ = samples[1]
+    first, bad, last = collator.encode_all([LoadedSample(*s) for s in (samples[0], (talk, [image]), samples[2])])
+    assert (bad.reason, bad.detail) == ("processor refuses the sample", "a broken image")
+    same(collator.batch([*first, *last]), expected)
+
+
+def test_small_samples_share_a_call(make, samples, monkeypatch):
+    processor = make("llava")
+    counts = []
+    calls = type(processor.processor).__call__
+
+    def count(self, *args, text, **options):
+        counts.append(len(text))
+        return calls(self, *args, text=text, **options)
+
+    monkeypatch.setattr(type(processor.processor), "__call__", count)
+    batch_of_all(Collator(processor, None, 4096), samples)
+    assert sorted(counts) == [1, 1, 2, 2]
 
 
 def change_template(processor):

@@ -2,13 +2,13 @@
 
 import torch
 
-from data.batch import Encoded, ModelInputs
+from data.batch import Encoded, ModelInputs, Processor
 from data.errors import BadSample
 
 USER, ASSISTANT, IMAGE, END = 1, 2, 3, 4
 
 
-class CharacterProcessor:
+class CharacterProcessor(Processor):
     """One token a character, a mark before each message, end tokens after each answer, some tokens an image."""
 
     def __init__(self, *, ends=(END,), image_tokens=2, has_vision=True, system=0, spell=ord):

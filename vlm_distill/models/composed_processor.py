@@ -21,11 +21,13 @@ from data.errors import BadSample, UserError
 
 from .answer_spans import Span, find_answers
 from .chat import DEFAULT_TEMPLATE, held, plain_messages, rendered, special_ids, written_texts
+from .common import booleans, integers
 from .image_transform import ImageTransform
 from .packed_rows import row_positions
 from .processor import Processor
 from .supervision import mark_tokens, token_spans
 from .template_marks import BREAK, IMAGE, PRIVATE
+from .templates import apply_template
 
 _MARKS = re.compile(f"([{IMAGE}{BREAK}])")
 
@@ -72,9 +74,7 @@ class ComposedProcessor(Processor):
         self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
         flat = [{**m, "content": self._flat_content(m)} for m in messages]
-        return self.tokenizer.apply_chat_template(
-            flat, tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
-        )
+        return apply_template(self.tokenizer, flat, tools, generation)
 
     def _flat_content(self, message: Mapping[str, Any]) -> str:
         parts = message["content"]
@@ -132,7 +132,7 @@ class ComposedProcessor(Processor):
     def _encoded(
         self, ids: list[int], supervised: list[bool], ends: list[bool], images: Sequence[Image.Image]
     ) -> Encoded:
-        input_ids = torch.tensor(ids, dtype=torch.long)
+        input_ids = integers(ids)
         tensors = {}
         if self.has_vision:
             tensors["image_mask"] = input_ids < 0
@@ -142,8 +142,8 @@ class ComposedProcessor(Processor):
             tensors["pixel_values"] = torch.stack([self.transform(image) for image in images])
         return Encoded(
             input_ids.masked_fill(input_ids < 0, self._pad),
-            torch.tensor(supervised, dtype=torch.bool),
-            torch.tensor(ends, dtype=torch.bool),
+            booleans(supervised),
+            booleans(ends),
             len(images),
             tensors,
         )

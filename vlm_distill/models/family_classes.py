@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from data.errors import BadSample, UserError
 
 from .pretrained import PretrainedVLM
 from .pretrained_processor import PretrainedProcessor
+from .processor_calls import ProcessedSample, RenderedSample
 
 
 class PaliGemmaProcessor(PretrainedProcessor):
@@ -23,7 +25,9 @@ class PaliGemmaProcessor(PretrainedProcessor):
     There is no chat. The answer is the processor's ``suffix``; as plain text it would be seen in both directions, too.
     """
 
-    def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
+    def _drafted(
+        self, conversation: Conversation, images: Sequence[Image.Image], generation: bool = False
+    ) -> RenderedSample:
         messages = conversation.messages
         self._check(conversation, images)
         prompt = messages if generation else messages[:-1]
@@ -37,36 +41,38 @@ class PaliGemmaProcessor(PretrainedProcessor):
         if not generation and not is_answer(messages[-1]):
             raise BadSample("no supervised token", "the only answer is masked")
         text = self.placeholder * len(images) + "\n".join(message_text(message) for message in prompt)
-        return self._suffixed(text, None if generation else message_text(messages[-1]), images)
+        # Without an answer there is no such option: an empty one would be learned.
+        options = {} if generation else {"suffix": [message_text(messages[-1])]}
+        return RenderedSample(text, [], images, options)
 
     def answered(self, prompt: Encoded, ids: Sequence[int]) -> Encoded:
         row = super().answered(prompt, ids)
         row.tensors["token_type_ids"][:, len(prompt.input_ids) :] = 1
         return row
 
-    def image_row(self, images: Sequence[Image.Image]) -> Encoded:
-        return self._suffixed(self.placeholder * len(images), None, images)
-
-    def _suffixed(self, text: str, answer: str | None, images: Sequence[Image.Image]) -> Encoded:
-        tensors, ids, places, _ = self._process(text, images, **({} if answer is None else {"suffix": [answer]}))
-        tensors.pop("labels")
-        input_ids, offsets = torch.tensor(ids), torch.tensor(places)
+    def _with_answers(self, draft: RenderedSample, processed: ProcessedSample) -> Encoded:
+        tensors = {name: tensor for name, tensor in processed.tensors.items() if name != "labels"}
+        input_ids, offsets = torch.tensor(processed.ids), torch.tensor(processed.offsets)
         supervised = tensors["token_type_ids"][0] == 1
         # The last token is the end token that the processor appends to an answer.
         ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)
         # Piece 1 is the first answer's text; see `data.conversation.answer_pieces`.
         spans = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
-        return Encoded(input_ids, supervised, ends, len(images), tensors, spans)
+        return Encoded(input_ids, supervised, ends, len(draft.images), tensors, spans)
 
 
 class InternVLImages(PretrainedProcessor):
     """Any InternVL, converted or not: several images share the tiles of a single one, as in its training."""
 
-    def _process(self, text: str, images: Sequence[Image.Image], **options: Any) -> Any:
-        if len(images) > 1:
-            cut = self.processor.image_processor
-            options["max_patches"] = max(cut.min_patches, cut.max_patches // len(images))
-        return super()._process(text, images, **options)
+    def _all_encoded(self, drafts: Sequence[RenderedSample]) -> list[Encoded | BadSample]:
+        return super()._all_encoded([self._with_tiles(draft) for draft in drafts])
+
+    def _with_tiles(self, draft: RenderedSample) -> RenderedSample:
+        if len(draft.images) < 2:
+            return draft
+        cut = self.processor.image_processor
+        tiles = max(cut.min_patches, cut.max_patches // len(draft.images))
+        return replace(draft, options={**draft.options, "max_patches": tiles})
 
 
 class Phi4MultimodalVLM(PretrainedVLM):

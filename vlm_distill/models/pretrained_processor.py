@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -14,20 +15,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature
 
+from data.attempts import attempt, checked, with_good
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, count_images
 from data.errors import BadSample, UserError
 
 from .answer_spans import Span, find_answers
 from .chat import held, plain_messages, rendered, special_ids, written_texts
-from .common import first_line
+from .common import booleans, integers
 from .image_settings import with_image_settings
 from .packed_rows import is_by_token, joined, row_positions
 from .processor import Processor
+from .processor_calls import ProcessedSample, RenderedSample, process_all
 from .supervision import mark_tokens, token_spans
 from .template_marks import PRIVATE
+from .templates import apply_template
 
 
 class Expanded:
@@ -117,11 +120,18 @@ class PretrainedProcessor(Processor):
     def _render(
         self, messages: Sequence[dict[str, Any]], generation: bool, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
-        return self.processor.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
-        )
+        return apply_template(self.processor, messages, tools, generation)
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
+        return self._encoded(self._drafted(conversation, images, generation))
+
+    def encode_all(self, samples: Sequence[tuple[Conversation, Sequence[Image.Image]]]) -> list[Encoded | BadSample]:
+        return with_good(self._all_encoded, [attempt(self._drafted, *sample) for sample in samples])
+
+    def _drafted(
+        self, conversation: Conversation, images: Sequence[Image.Image], generation: bool = False
+    ) -> RenderedSample:
+        """Check and render a sample, and find its answers."""
         messages = conversation.messages
         self._check(conversation, images)
         render = partial(self._render, tools=conversation.tools)
@@ -132,7 +142,7 @@ class PretrainedProcessor(Processor):
             text, spans = find_answers(render, messages, self.frame, self.learn_answer_prefix)
         if text.count(self.placeholder) != len(images):
             raise BadSample("images and placeholders differ in number", f"{text.count(self.placeholder)} placeholders")
-        return self._encoded(text, spans, images, add_special_tokens=self._lacks_start(text))
+        return RenderedSample(text, spans, images, {"add_special_tokens": self._lacks_start(text)})
 
     def adds_special_tokens(self, conversation: Conversation) -> bool:
         """Return whether the tokenizer adds its own tokens around this conversation, besides the template's."""
@@ -146,7 +156,8 @@ class PretrainedProcessor(Processor):
 
     def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:
         texts = [text for message in conversation.messages for text in written_texts(message)]
-        texts.append(json.dumps(conversation.tools, ensure_ascii=False))
+        if conversation.tools:
+            texts.append(json.dumps(conversation.tools, ensure_ascii=False))
         if held(PRIVATE, texts):
             raise BadSample("text holds a private-use character that marks images", "U+10FFF0 to U+10FFFD")
         if token := held(self._reserved, texts):
@@ -157,52 +168,41 @@ class PretrainedProcessor(Processor):
         if count_images(conversation.messages) != len(images):
             raise BadSample("images and image parts differ in number", f"{len(images)} images")
 
-    def _encoded(self, text: str, spans: Sequence[Span], images: Sequence[Image.Image], **options: Any) -> Encoded:
-        """Encode a rendered text and mark the answers at ``spans``, which are moved past the images' expansion."""
-        tensors, ids, offsets, replaced = self._process(text, images, **options)
-        expanded = Expanded(text, replaced)
-        moved = [expanded.span(span) for span in spans]
-        supervised, ends = mark_tokens(expanded.text, offsets, ids, moved, self._special)
-        token_positions = token_spans(expanded.text, offsets, supervised, ends, moved)
-        return Encoded(
-            torch.tensor(ids), torch.tensor(supervised), torch.tensor(ends), len(images), tensors, token_positions
-        )
+    def _encoded(self, draft: RenderedSample) -> Encoded:
+        return checked(self._all_encoded([draft])[0])
 
-    def _process(
-        self, text: str, images: Sequence[Image.Image], **options: Any
-    ) -> tuple[dict[str, Tensor], list[int], list[tuple[int, int]], list[dict[str, Any]]]:
-        """Return the model's inputs, the token ids, each token's span, and how each image's placeholder was replaced.
+    def _all_encoded(self, drafts: Sequence[RenderedSample]) -> list[Encoded | BadSample]:
+        processed = process_all(self.processor, drafts)
+        return [attempt(self._marked, *sample) for sample in zip(drafts, processed, strict=True)]
+
+    def _marked(self, draft: RenderedSample, result: ProcessedSample | BadSample) -> Encoded:
+        """Mark the answers in what the processor made of a sample.
 
         If features are given, ``vision_features`` takes the place of pixels; grids and sizes stay.
         """
-        try:
-            inputs = self.processor(
-                text=[text],
-                # One list for one sample: some families take a flat list of images for several samples.
-                images=[list(images)] if images else None,
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-                **options,
-            )
-            # Not converted by the processor: InternVL's would turn the replacements into a tensor, too.
-            (replaced,) = inputs.pop("text_replacement_offsets", None) or [[]]
-            # Ids and offsets stay lists: they are read one by one, and may be as long as the images are large.
-            ids, offsets = _listed(inputs.pop("input_ids")), _listed(inputs.pop("offset_mapping"))
-            tensors = _as_tensors(inputs)
-        except Exception as error:  # processors raise almost anything for images of odd shapes
-            raise BadSample("processor refuses the sample", first_line(error)[:120]) from error
-        if len(replaced) != len(images):
+        processed, images = checked(result), draft.images
+        if len(processed.replaced) != len(images):
             raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not report it")
         if images and self.features is not None:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pixel_")}
-            tensors["vision_features"] = self.features(images)
-        return tensors, ids, offsets, replaced
+            kept = {name: tensor for name, tensor in processed.tensors.items() if not name.startswith("pixel_")}
+            processed = replace(processed, tensors={**kept, "vision_features": self.features(images)})
+        return self._with_answers(draft, processed)
+
+    def _with_answers(self, draft: RenderedSample, processed: ProcessedSample) -> Encoded:
+        """Return the sample with its answers marked, whose spans are moved past the images' expansion."""
+        ids, offsets = processed.ids, processed.offsets
+        expanded = Expanded(draft.text, processed.replaced)
+        moved = [expanded.span(span) for span in draft.spans]
+        supervised, ends = mark_tokens(expanded.text, offsets, ids, moved, self._special)
+        spans = token_spans(expanded.text, offsets, supervised, ends, moved)
+        tensors = integers(ids), booleans(supervised), booleans(ends)
+        return Encoded(*tensors, len(draft.images), processed.tensors, spans)
 
     def blank(self) -> Image.Image:
         return Image.new("RGB", (64, 64))
 
     def image_row(self, images: Sequence[Image.Image]) -> Encoded:
-        return self._encoded(self.placeholder * len(images), [], images)
+        return self._encoded(RenderedSample(self.placeholder * len(images), [], images))
 
     def dummy(self) -> Encoded:
         if self._dummy is None:
@@ -254,21 +254,6 @@ class PretrainedProcessor(Processor):
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.processor.save_pretrained(folder)
-
-
-def _listed(batch: Any) -> list[Any]:
-    """Return the only row of a batch as a list; Pixtral's processor makes tensors by itself."""
-    row = batch[0]
-    return row.tolist() if isinstance(row, Tensor) else row
-
-
-def _as_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Convert a processor's lists to tensors, as it would itself, but without copying the pixels of a single image."""
-    alone = {}
-    for name, value in inputs.items():
-        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Tensor):
-            alone[name] = value[0].unsqueeze(0)
-    return dict(BatchFeature({**inputs, **alone}, tensor_type="pt"))
 
 
 #: What positions of images depend on, in a configuration and in its ``vision_config``.

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.attempts import attempt
 from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, Document
 from data.errors import BadSample, UserError
@@ -108,6 +109,10 @@ class Processor(ABC):
         Raises:
             BadSample: the chat template or the model cannot take this conversation.
         """
+
+    def encode_all(self, samples: Sequence[tuple[Conversation, Sequence[Image.Image]]]) -> list[Encoded | BadSample]:
+        """Return what :meth:`encode` returns for each conversation with its images, or the ``BadSample`` it raises."""
+        return [attempt(self.encode, *sample) for sample in samples]
 
     def encode_document(self, document: Document) -> Encoded:
         """Return a document's tokens: the tokenizer's start token, the text, and the end token where it ends.

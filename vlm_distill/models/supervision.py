@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 
-import torch
 from torch import Tensor
 
 from .answer_spans import Span
+from .common import integers
 
 
 def mark_tokens(
@@ -72,21 +73,20 @@ def token_spans(
     Returns:
         ``Encoded.spans``, int64 ``[n, 3]``.
     """
-    found = []
+    found: list[int] = []
     answer = 0
-    for (a, b), marked, end in zip(offsets, supervised, ends, strict=True):
-        if not marked:
-            continue
+    for token in compress(range(len(offsets)), supervised):
+        a, b = offsets[token]
         while answer + 1 < len(spans) and spans[answer + 1].start < b:
             answer += 1
         number, start, own = _piece_of(text, a, b, spans[answer].pieces)
         # An end token belongs to the text that it ends, whatever the template writes between the two.
-        if end:
+        if ends[token]:
             number = spans[answer].pieces[-1][0]
         elif not own:
             number = -1 - number
-        found.append((number, a - start, b - start))
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 3)
+        found += (number, a - start, b - start)
+    return integers(found).reshape(-1, 3)
 
 
 def _piece_of(text: str, a: int, b: int, pieces: Sequence[tuple[int, int, int]]) -> tuple[int, int, bool]:

@@ -8,8 +8,7 @@ operation whose result can be much larger than its inputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any
@@ -18,6 +17,8 @@ from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import ProcessorMixin
 from transformers.utils import chat_template_utils
 
 #: The most characters of a rendered conversation, and of any intermediate text: some two million tokens.
@@ -29,7 +30,29 @@ MOST_SECONDS = 5.0
 # The longest integer in bits, and the largest number as an argument of a filter or string method.
 _MOST_BITS, _MOST_WIDTH = 256, 100_000
 
-_deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
+#: Blocks and calls between two looks at the clock, which is a system call.
+_BLOCKS = 32
+
+
+class _Clock:
+    """Counts what a rendering runs, and looks at the time now and then."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.deadline: float | None = None
+
+    def tick(self) -> None:
+        self.blocks += 1
+        if self.blocks % _BLOCKS:
+            return
+        now = time.thread_time()
+        if self.deadline is None:
+            self.deadline = now + MOST_SECONDS
+        elif now > self.deadline:
+            raise _TooSlowError(f"it takes more than {MOST_SECONDS:g} seconds")
+
+
+_clock: ContextVar[_Clock | None] = ContextVar("clock", default=None)
 _compile = chat_template_utils._compile_jinja_template
 
 
@@ -55,6 +78,39 @@ def compile_limited(template: str) -> Template:
     return limited.from_string(template)
 
 
+def apply_template(owner: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], generation: bool) -> str:
+    """Render a conversation as ``owner.apply_chat_template`` does.
+
+    Transformers copies all messages twice, to keep objects with dangerous methods from templates. That takes longer
+    than rendering, and is left out for messages of roles and texts alone: the sandbox lets no template change them.
+
+    Args:
+        owner: a tokenizer, or a processor that has one.
+        messages: in the form that the template takes.
+        tools: JSON schemas; may be empty.
+        generation: end with the opening of the assistant's turn.
+    """
+    template = owner.chat_template
+    own = type(owner).apply_chat_template in (Tokenizer.apply_chat_template, ProcessorMixin.apply_chat_template)
+    if own and isinstance(template, str) and not tools and messages and all(map(_is_plain, messages)):
+        names = getattr(owner, "tokenizer", owner).special_tokens_map
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation}
+        return compile_limited(template).render(**names, **given)
+    return owner.apply_chat_template(
+        list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+    )
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    """Return whether a message is a role and a text, or a role and parts that are images or texts."""
+    content = message.get("content")
+    if type(message) is not dict or len(message) != 2 or type(message.get("role")) is not str:
+        return False
+    if type(content) is str:
+        return True
+    return type(content) is list and all(type(p) is dict and all(type(v) is str for v in p.values()) for p in content)
+
+
 class _TooSlowError(SecurityError):
     pass
 
@@ -74,15 +130,17 @@ class LimitedTemplate(Template):
         if self.slow is not None:
             raise SecurityError(self.slow)
         length = 0
+        token = _clock.set(_Clock())
         try:
-            with _clock():
-                for piece in super().generate(*args, **kwargs):
-                    length += len(piece)
-                    _check_length(length)
-                    yield piece
+            for piece in super().generate(*args, **kwargs):
+                length += len(piece)
+                _check_length(length)
+                yield piece
         except _TooSlowError as error:
             self.slow = str(error)
             raise
+        finally:
+            _clock.reset(token)
 
 
 class _Code(CodeGenerator):
@@ -108,8 +166,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def check_time(self) -> None:
-        if time.thread_time() > _deadline.get():
-            raise _TooSlowError(f"it takes more than {MOST_SECONDS:g} seconds")
+        if clock := _clock.get():
+            clock.tick()
 
     def concat_limited(self, parts: tuple[Any, ...]) -> str:
         texts = [str(part) for part in parts]
@@ -144,15 +202,6 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             return function(*args, **kwargs)
 
         return limited
-
-
-@contextmanager
-def _clock() -> Iterator[None]:
-    token = _deadline.set(time.thread_time() + MOST_SECONDS)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
 
 
 def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
