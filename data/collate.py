@@ -184,7 +184,7 @@ def collate(
     Returns:
         The batch. Per-token tensors follow the order of ``pairs``, even where samples share a packed row: ``positions``
         are ``[N]`` indices of the tokens before the supervised ones, over all rows. If one processor serves both
-        models, both models' inputs are the same tensors.
+        models, both models' inputs are the same tensors; so are pixels that both processors made once.
     """
     ours = [pair.student for pair in pairs]
     theirs = [pair.teacher for pair in pairs if pair.teacher is not None]
@@ -202,6 +202,8 @@ def collate(
             teacher_batch = replace(student_batch, inputs=ModelInputs(student_batch.inputs))
         else:
             teacher_batch = _model_batch(teacher, theirs, tokens, documents, packed[1])
+            if packed == (False, False):
+                _share_tensors(student_batch.inputs, teacher_batch.inputs, ours, theirs)
 
     lengths = torch.tensor([len(pair.student_tokens) for pair in pairs], dtype=torch.int64)
     return DistillationBatch(
@@ -220,6 +222,20 @@ def collate(
 def _concatenate(parts: Sequence[Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
     """Concatenate one-dimensional tensors, or return an empty one if there are none."""
     return torch.cat([torch.empty(0, dtype=dtype), *parts])
+
+
+def _share_tensors(
+    student: ModelInputs, teacher: ModelInputs, ours: Sequence[Encoded], theirs: Sequence[Encoded]
+) -> None:
+    """Let the teacher have the student's tensors that were made of the same ones, such as pixels."""
+    for name in student.keys() & teacher.keys():
+        mine, other = ([row.tensors[name] for row in rows if name in row.tensors] for rows in (ours, theirs))
+        if mine and len(mine) == len(other) and all(map(_in_same_memory, mine, other)):
+            teacher[name] = student[name]
+
+
+def _in_same_memory(one: Tensor, other: Tensor) -> bool:
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
 def _are_one(pairs: Sequence[Pair]) -> bool:

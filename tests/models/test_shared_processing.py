@@ -85,6 +85,45 @@ def test_a_shared_encoding_equals_two(name, packed, make, samples):
         assert not is_shared(apart)
 
 
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_models_that_share_text_or_images_alone_get_what_they_would_get_apart(name, make, samples):
+    student = make(name)
+    if student.chat_template is None:
+        samples = [sample for sample in samples if sample[1]]
+    for change in (change_template, change_size):
+        teacher = make(name)
+        if change is change_size or teacher.chat_template is not None:
+            change(teacher)
+        one, two = share_processing(student, teacher)
+        apart = batch_of(Collator(student, teacher, 4096), samples)
+        for packed in ((False, False), (True, False)):
+            expected = batch_of(Collator(student, teacher, 4096, packed=packed), samples)
+            same(batch_of_all(Collator(one, two, 4096, packed=packed), samples), expected)
+        # The second time, nothing is left of the first.
+        same(batch_of(Collator(one, two, 4096), samples), apart)
+
+
+@pytest.mark.parametrize("change", ["template", "images", "both"])
+def test_unlike_processors_do_once_what_is_the_same(change, make, samples, monkeypatch):
+    student, teacher = make("llava"), make("llava")
+    if change != "images":
+        change_template(teacher)
+    if change != "template":
+        change_size(teacher)
+    images, texts = [], []
+    resize = type(student.processor.image_processor).preprocess
+    check = type(student)._check
+    monkeypatch.setattr(
+        type(student.processor.image_processor), "preprocess", lambda *a, **o: images.append(1) or resize(*a, **o)
+    )
+    monkeypatch.setattr(type(student), "_check", lambda *a: texts.append(1) or check(*a))
+    # Two calls: for samples 0 and 2, and for sample 1.
+    batch = batch_of_all(Collator(*share_processing(student, teacher), 4096), samples[:3])
+    assert (len(images), len(texts)) == {"template": (2, 6), "images": (4, 3), "both": (4, 6)}[change]
+    # Pixels that both models take are one tensor.
+    assert (batch.student.inputs["pixel_values"] is batch.teacher.inputs["pixel_values"]) == (change == "template")
+
+
 @pytest.mark.parametrize("name", ["llava", "pixtral", "paligemma"])
 def test_a_bad_sample_leaves_the_others_of_its_call_alone(name, make, samples, monkeypatch):
     processor = make(name)
@@ -153,7 +192,8 @@ def test_processors_that_differ_are_not_shared(change, make):
     student, teacher = make("llava"), make("llava")
     assert student.recipe() == teacher.recipe()
     change(teacher)
-    assert share_processing(student, teacher) == (student, teacher)
+    one, two = share_processing(student, teacher)
+    assert one is not two
 
 
 def test_features_in_place_of_pixels_are_shared_only_with_the_same_ones(make):
@@ -163,7 +203,7 @@ def test_features_in_place_of_pixels_are_shared_only_with_the_same_ones(make):
         raise AssertionError
 
     own = student.with_features(features)
-    assert share_processing(own, teacher)[1] is teacher
+    assert share_processing(own, teacher)[1].features is None
     assert share_processing(own, teacher.with_features(features))[1] is own
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ class ComposedProcessor(Processor):
         tokens: number of positions of an image.
     """
 
+    #: Replaces :meth:`rendered_sample` where another model asks for the same texts.
+    shared_rendering: Callable[..., tuple[str, list[Span]]] | None = None
+
     def __init__(self, tokenizer: Any, transform: ImageTransform | None = None, tokens: int = 0) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -64,7 +67,21 @@ class ComposedProcessor(Processor):
         return self.tokenizer.chat_template
 
     def recipe(self) -> tuple[Any, ...]:
-        return *super().recipe(), self.transform, self.tokens
+        return *super().recipe(), self.tokens
+
+    def text_recipe(self) -> tuple[Any, ...]:
+        return *super().text_recipe(), self.has_vision
+
+    def image_recipe(self) -> ImageTransform | None:
+        return self.transform
+
+    @property
+    def image_function(self) -> ImageTransform | None:
+        """What turns an image into pixels."""
+        return self.transform
+
+    def set_image_function(self, function: Any) -> None:
+        self.transform = function
 
     def set_chat_template(self, template: Any) -> None:
         self.tokenizer = copy.deepcopy(self.tokenizer)  # it may be the teacher's
@@ -84,6 +101,18 @@ class ComposedProcessor(Processor):
         return text
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
+        render = self.shared_rendering or self.rendered_sample
+        text, spans = render(conversation, images, generation)
+        ids, offsets = self._tokenized(text)
+        supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
+        encoded = self._encoded(ids, supervised, ends, images)
+        encoded.spans = token_spans(text, offsets, supervised, ends, spans)
+        return encoded
+
+    def rendered_sample(
+        self, conversation: Conversation, images: Sequence[Image.Image], generation: bool
+    ) -> tuple[str, list[Span]]:
+        """Check and render a sample. Return the text, with marks in place of images, and the spans of its answers."""
         messages, frame = conversation.messages, self.frame
         self._check(conversation, images)
         render = partial(self._render, tools=conversation.tools)
@@ -94,7 +123,10 @@ class ComposedProcessor(Processor):
             text, spans = find_answers(render, messages, frame, self.learn_answer_prefix)
         if text.count(IMAGE) != len(images):
             raise BadSample("chat template drops or repeats images", f"{text.count(IMAGE)} of {len(images)}")
+        return text, spans
 
+    def _tokenized(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a rendered text, -1 for an image's positions, and each one's span in the text."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
@@ -109,10 +141,7 @@ class ComposedProcessor(Processor):
             ids += coded["input_ids"]
             offsets += [(at + a, at + b) for a, b in coded["offset_mapping"]]
             at += len(piece)
-        supervised, ends = mark_tokens(text, offsets, ids, spans, self._special)
-        encoded = self._encoded(ids, supervised, ends, images)
-        encoded.spans = token_spans(text, offsets, supervised, ends, spans)
-        return encoded
+        return ids, offsets
 
     def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:
         texts = [text for message in conversation.messages for text in written_texts(message)]

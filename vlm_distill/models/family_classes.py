@@ -25,8 +25,8 @@ class PaliGemmaProcessor(PretrainedProcessor):
     There is no chat. The answer is the processor's ``suffix``; as plain text it would be seen in both directions, too.
     """
 
-    def _drafted(
-        self, conversation: Conversation, images: Sequence[Image.Image], generation: bool = False
+    def rendered_sample(
+        self, conversation: Conversation, images: Sequence[Image.Image], generation: bool
     ) -> RenderedSample:
         messages = conversation.messages
         self._check(conversation, images)

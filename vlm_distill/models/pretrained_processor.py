@@ -68,6 +68,8 @@ class PretrainedProcessor(Processor):
     has_vision = True
     #: The longest side in pixels that the vision encoder has positions for; ``None``: unknown.
     largest_image: int | None = None
+    #: Replaces :meth:`rendered_sample` where another model asks for the same texts.
+    shared_rendering: Callable[..., RenderedSample] | None = None
 
     def __init__(self, processor: Any, image_token_id: int, model: Any = None) -> None:
         self.processor = processor
@@ -94,9 +96,23 @@ class PretrainedProcessor(Processor):
         own = {
             name: value for name, value in vars(self.processor).items() if name not in self.processor.get_attributes()
         }
+        return *super().recipe(), own, self.image_token_id, _rope_recipe(self._rope)
+
+    def text_recipe(self) -> tuple[Any, ...]:
+        return *super().text_recipe(), type(self.processor), self._reserved
+
+    def image_recipe(self) -> tuple[Any, ...]:
         images = self.processor.image_processor
-        made = type(self.processor), own, type(images), vars(images)
-        return *super().recipe(), *made, self.image_token_id, _rope_recipe(self._rope)
+        return type(images), vars(images)
+
+    @property
+    def image_function(self) -> Any:
+        """What turns images into pixels."""
+        return self.processor.image_processor
+
+    def set_image_function(self, function: Any) -> None:
+        self.processor = copy.copy(self.processor)
+        self.processor.image_processor = function
 
     def set_image_sizes(self, settings: Mapping[str, Any], where: str) -> None:
         if not settings:
@@ -123,13 +139,19 @@ class PretrainedProcessor(Processor):
         return apply_template(self.processor, messages, tools, generation)
 
     def encode(self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool = False) -> Encoded:
-        return self._encoded(self._drafted(conversation, images, generation))
+        return self._encoded(self._rendered(conversation, images, generation))
 
     def encode_all(self, samples: Sequence[tuple[Conversation, Sequence[Image.Image]]]) -> list[Encoded | BadSample]:
-        return with_good(self._all_encoded, [attempt(self._drafted, *sample) for sample in samples])
+        return with_good(self._all_encoded, [attempt(self._rendered, *sample) for sample in samples])
 
-    def _drafted(
+    def _rendered(
         self, conversation: Conversation, images: Sequence[Image.Image], generation: bool = False
+    ) -> RenderedSample:
+        render = self.shared_rendering or self.rendered_sample
+        return render(conversation, images, generation)
+
+    def rendered_sample(
+        self, conversation: Conversation, images: Sequence[Image.Image], generation: bool
     ) -> RenderedSample:
         """Check and render a sample, and find its answers."""
         messages = conversation.messages

@@ -144,14 +144,15 @@ class Processor(ABC):
 
     def recipe(self) -> tuple[Any, ...]:
         """Return everything that decides what this processor makes of a sample; equal recipes give equal tensors."""
-        return (
-            type(self),
-            tokenizer_recipe(self.tokenizer),
-            self.chat_template,
-            self.learn_answer_prefix,
-            self.one_row,
-            self.features,
-        )
+        return *self.text_recipe(), self.image_recipe(), self.one_row, self.features
+
+    def text_recipe(self) -> tuple[Any, ...]:
+        """Return everything that decides how a sample is rendered, and which tokens its text becomes."""
+        return type(self), tokenizer_recipe(self.tokenizer), self.chat_template, self.learn_answer_prefix
+
+    @abstractmethod
+    def image_recipe(self) -> Any:
+        """Return everything that decides what pixels an image becomes; ``None`` for a model without vision."""
 
     @abstractmethod
     def image_row(self, images: Sequence[Image.Image]) -> Encoded:
