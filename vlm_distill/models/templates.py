@@ -17,8 +17,6 @@ from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import ProcessorMixin
 from transformers.utils import chat_template_utils
 
 #: The most characters of a rendered conversation, and of any intermediate text: some two million tokens.
@@ -26,6 +24,9 @@ MOST_CHARACTERS = 8_000_000
 
 #: The most seconds of CPU time for a conversation. Templates of published models take milliseconds.
 MOST_SECONDS = 5.0
+
+#: Where Transformers has the ``apply_chat_template`` of all tokenizers and of processors without one of their own.
+_COMMON = ("transformers.tokenization_utils_base", "transformers.processing_utils")
 
 # The longest integer in bits, and the largest number as an argument of a filter or string method.
 _MOST_BITS, _MOST_WIDTH = 256, 100_000
@@ -91,8 +92,8 @@ def apply_template(owner: Any, messages: Sequence[Mapping[str, Any]], tools: Seq
         generation: end with the opening of the assistant's turn.
     """
     template = owner.chat_template
-    own = type(owner).apply_chat_template in (Tokenizer.apply_chat_template, ProcessorMixin.apply_chat_template)
-    if own and isinstance(template, str) and not tools and messages and all(map(_is_plain, messages)):
+    common = type(owner).apply_chat_template.__module__ in _COMMON
+    if common and isinstance(template, str) and not tools and messages and all(map(_is_plain, messages)):
         names = getattr(owner, "tokenizer", owner).special_tokens_map
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation}
         return compile_limited(template).render(**names, **given)

@@ -27,8 +27,6 @@ from vlm_distill.models.teacher import ModelTeacher, Teacher
 from vlm_distill.models.tokenizer import load_tokenizer, read_template
 from vlm_distill.runtime.processes import Processes
 
-from .engine import load_sharded
-
 
 def load_model(
     section: ModelSection, dtype: torch.dtype, tokenizer: Any = None, quantize: Any = None
@@ -84,6 +82,8 @@ def _load_here(config: RunConfig, processes: Processes | None) -> Teacher:
         model = load_model(section, dtype, quantize=bits)
         teacher = ModelTeacher(model if processes is None else model.to(processes.device))
     else:
+        from .engine import load_sharded  # imports DeepSpeed, which commands that only look do without
+
         offload = section.placement == "offload"
         teacher = ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
     set_processor(teacher.processor, section, "teacher")
