@@ -4,8 +4,9 @@
 
 Each command runs once a round, in turn, on one thread: light commands to their end, a run with a misspelt loss to its
 message, and a run of tiny models to the line of its first step in metrics.jsonl, started by `vlm-distill` (which starts
-the ranks itself) and as the ranks' own module. While `vlm-distill train` waits for its rank, its private memory is read
-from /proc (Linux). Prints medians and writes them to benchmarks/results/startup_cpu.csv.
+the ranks itself) and as the ranks' own module. "Transformers alone" is a script that builds a language model: what a
+command with a model takes at least. While `vlm-distill train` waits for its rank, its private memory is read from /proc
+(Linux). Prints medians and writes them to benchmarks/results/startup_cpu.csv.
 """
 
 from __future__ import annotations
@@ -38,11 +39,19 @@ TINY = (
     "evaluation.every=null",
     "evaluation.limit=4",
 )
-#: A run by the command, and by the module that it starts.
+#: A run by the command, and by the module that it starts; what looks at a run, and the run itself.
 COMPARED = {
     "vlm-distill train": "python -m vlm_distill.train",
     "vlm-distill classify": "python -m vision.train",
+    "inspect": "python -m vlm_distill.train",
+    "plan": "python -m vlm_distill.train",
+    "Transformers alone": "python -m vlm_distill.train",
 }
+ALONE = """
+from transformers import AutoConfig, AutoModelForCausalLM
+sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=99, **sizes))
+"""
 TINY_CLASSIFIER = ("training.epochs=1", "training.batch_size=16", "training.device=cpu", "data.workers=0")
 
 
@@ -71,7 +80,8 @@ class Commands:
             "vlm-distill losses": [*LAUNCHER, "losses"],
             "train, misspelt loss": [*LAUNCHER, "train", *misspelt],
             "inspect": [*LAUNCHER, "inspect", *self.run],
-            "plan": [*LAUNCHER, "plan", *self.run, "--device", "cpu", "--json", str(self.folder / "plan.json")],
+            "plan": [*LAUNCHER, "plan", *self.run, "--device", "cpu", "--memory", "8"],
+            "Transformers alone": ["-c", ALONE],
         }
 
     def runs(self) -> dict[str, list[str]]:
@@ -96,8 +106,12 @@ def _write_images(folder: Path) -> None:
 def to_the_end(words: Sequence[str]) -> float:
     """Return the seconds that a command takes."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, *words], capture_output=True)
-    return time.perf_counter() - began
+    process = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    mistaken = "loss.0.name=cros_entropy" in words
+    if (process.returncode != 0) != mistaken:
+        raise SystemExit(f"{' '.join(words)}: ended with {process.returncode}: {process.stderr[-300:]}")
+    return seconds
 
 
 def to_the_first_step(words: Sequence[str], output: Path) -> tuple[float, float]:
