@@ -5,6 +5,7 @@ import copy
 import families
 import pytest
 import torch
+from batches import same
 
 from data.attempts import checked
 from data.collate import Collator, LoadedSample
@@ -36,21 +37,6 @@ def samples(talk, picture):
         (talk([None, "What colour?", None], "It is red and blue."), [wide, tall]),
         (talk([None, None, "Yes?"], "no"), [wide, tall]),
     ]
-
-
-def same(one, other):
-    """Assert that two batches have the same tensors, to the bit."""
-    for side in ("student", "teacher"):
-        mine, theirs = getattr(one, side), getattr(other, side)
-        assert mine.inputs.keys() == theirs.inputs.keys()
-        for name, tensor in mine.inputs.items():
-            assert tensor.dtype == theirs.inputs[name].dtype
-            assert tensor.equal(theirs.inputs[name]), name
-        for name in ("positions", "images", "image_tokens"):
-            assert getattr(mine, name).equal(getattr(theirs, name)), name
-        assert mine.tokens == theirs.tokens
-    for name in ("targets", "distilled", "sample_of"):
-        assert getattr(one, name).equal(getattr(other, name)), name
 
 
 def is_shared(batch):
