@@ -151,6 +151,8 @@ def encode_pairs(
         A pair for each part, or why it is a bad sample: it is too long for one of the models (nothing is ever
         truncated), has no supervised token or begins with one, or its answers differ between the models.
     """
+    if not parts:
+        return []
     encoded = student.encode_all([(part.conversation, part.images) for part in parts])
     ours = [attempt(_supervised, role, row, max_length, turns) for row in encoded]
 

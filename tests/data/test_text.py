@@ -114,6 +114,7 @@ class Letters:
         self.join = processor.join
         self.dummy = processor.dummy
         self.encode = processor.encode
+        self.encode_all = processor.encode_all
 
     def encode_document(self, document):
         from data.batch import Encoded

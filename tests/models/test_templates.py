@@ -2,6 +2,7 @@
 
 import time
 
+import chat_templates
 import pytest
 from jinja2.exceptions import SecurityError
 
@@ -49,6 +50,48 @@ def test_a_sample_of_such_a_template_is_a_bad_one(tokenizer, talk, monkeypatch):
     monkeypatch.setattr(templates, "MOST_SECONDS", 1000)  # it is not tried again
     with pytest.raises(BadSample, match=r"takes more than 0\.2 seconds"):
         ComposedProcessor(tokenizer).encode(talk("c", "d"), [])
+
+
+TALKS = {
+    "texts": [("system", "Be brief."), ("user", " Why? "), ("assistant", "<think>\nSo.\n</think>\n\nBecause. ")],
+    "an answer first": [("assistant", "Hello."), ("user", "Hi."), ("assistant", "Yes?"), ("user", "No.")],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", chat_templates.JINJA)
+def test_simple_messages_are_rendered_as_transformers_renders_them(name, talk, monkeypatch):
+    tokenizer = chat_templates.processor(name).tokenizer
+    messages = [{"role": role, "content": text} for role, text in TALKS[talk]]
+    for generation in (False, True):
+
+        def render(messages=messages, generation=generation):
+            try:
+                return templates.apply_template(tokenizer, messages, (), generation)
+            except Exception as error:  # templates refuse some messages
+                return str(error)
+
+        own = render()
+        with monkeypatch.context() as patch:
+            patch.setattr(templates, "_is_plain", lambda message: False)
+            assert own == render()
+
+
+def test_messages_with_more_than_texts_are_left_to_transformers(tokenizer):
+    class Text(str):
+        """Text with methods that templates must not reach."""
+
+    called = [{"function": {"name": "look", "arguments": {}}}]
+    for message in (
+        {"role": "user", "content": Text("a")},
+        {"role": "user", "content": [{"type": "text", "text": Text("a")}]},
+        {"role": "user", "content": [{"type": "image", "image": object()}]},
+        {"role": "assistant", "content": "a", "tool_calls": called},
+        {"role": "assistant", "content": "a", "reasoning_content": "b"},
+        {"role": "assistant", "content": None},
+    ):
+        assert not templates._is_plain(message)
 
 
 USUAL = (

@@ -95,7 +95,7 @@ def apply_template(owner: Any, messages: Sequence[Mapping[str, Any]], tools: Seq
     common = type(owner).apply_chat_template.__module__ in _COMMON
     if common and isinstance(template, str) and not tools and messages and all(map(_is_plain, messages)):
         names = getattr(owner, "tokenizer", owner).special_tokens_map
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation}
+        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generation}
         return compile_limited(template).render(**names, **given)
     return owner.apply_chat_template(
         list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
