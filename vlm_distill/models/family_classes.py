@@ -50,7 +50,7 @@ class PaliGemmaProcessor(PretrainedProcessor):
         row.tensors["token_type_ids"][:, len(prompt.input_ids) :] = 1
         return row
 
-    def _with_answers(self, draft: RenderedSample, processed: ProcessedSample) -> Encoded:
+    def _with_answers(self, sample: RenderedSample, processed: ProcessedSample) -> Encoded:
         tensors = {name: tensor for name, tensor in processed.tensors.items() if name != "labels"}
         input_ids, offsets = torch.tensor(processed.ids), torch.tensor(processed.offsets)
         supervised = tensors["token_type_ids"][0] == 1
@@ -58,21 +58,21 @@ class PaliGemmaProcessor(PretrainedProcessor):
         ends = supervised & (torch.arange(len(input_ids)) == len(input_ids) - 1)
         # Piece 1 is the first answer's text; see `data.conversation.answer_pieces`.
         spans = torch.nn.functional.pad(offsets[supervised], (1, 0), value=1)
-        return Encoded(input_ids, supervised, ends, len(draft.images), tensors, spans)
+        return Encoded(input_ids, supervised, ends, len(sample.images), tensors, spans)
 
 
 class InternVLImages(PretrainedProcessor):
     """Any InternVL, converted or not: several images share the tiles of a single one, as in its training."""
 
-    def _all_encoded(self, drafts: Sequence[RenderedSample]) -> list[Encoded | BadSample]:
-        return super()._all_encoded([self._with_tiles(draft) for draft in drafts])
+    def _all_encoded(self, samples: Sequence[RenderedSample]) -> list[Encoded | BadSample]:
+        return super()._all_encoded([self._with_tiles(sample) for sample in samples])
 
-    def _with_tiles(self, draft: RenderedSample) -> RenderedSample:
-        if len(draft.images) < 2:
-            return draft
+    def _with_tiles(self, sample: RenderedSample) -> RenderedSample:
+        if len(sample.images) < 2:
+            return sample
         cut = self.processor.image_processor
-        tiles = max(cut.min_patches, cut.max_patches // len(draft.images))
-        return replace(draft, options={**draft.options, "max_patches": tiles})
+        tiles = max(cut.min_patches, cut.max_patches // len(sample.images))
+        return replace(sample, options={**sample.options, "max_patches": tiles})
 
 
 class Phi4MultimodalVLM(PretrainedVLM):

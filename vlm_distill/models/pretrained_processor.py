@@ -190,35 +190,35 @@ class PretrainedProcessor(Processor):
         if count_images(conversation.messages) != len(images):
             raise BadSample("images and image parts differ in number", f"{len(images)} images")
 
-    def _encoded(self, draft: RenderedSample) -> Encoded:
-        return checked(self._all_encoded([draft])[0])
+    def _encoded(self, sample: RenderedSample) -> Encoded:
+        return checked(self._all_encoded([sample])[0])
 
-    def _all_encoded(self, drafts: Sequence[RenderedSample]) -> list[Encoded | BadSample]:
-        processed = process_all(self.processor, drafts)
-        return [attempt(self._marked, *sample) for sample in zip(drafts, processed, strict=True)]
+    def _all_encoded(self, samples: Sequence[RenderedSample]) -> list[Encoded | BadSample]:
+        results = process_all(self.processor, samples)
+        return [attempt(self._marked, *both) for both in zip(samples, results, strict=True)]
 
-    def _marked(self, draft: RenderedSample, result: ProcessedSample | BadSample) -> Encoded:
+    def _marked(self, sample: RenderedSample, result: ProcessedSample | BadSample) -> Encoded:
         """Mark the answers in what the processor made of a sample.
 
         If features are given, ``vision_features`` takes the place of pixels; grids and sizes stay.
         """
-        processed, images = checked(result), draft.images
+        processed, images = checked(result), sample.images
         if len(processed.replaced) != len(images):
             raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not report it")
         if images and self.features is not None:
             kept = {name: tensor for name, tensor in processed.tensors.items() if not name.startswith("pixel_")}
             processed = replace(processed, tensors={**kept, "vision_features": self.features(images)})
-        return self._with_answers(draft, processed)
+        return self._with_answers(sample, processed)
 
-    def _with_answers(self, draft: RenderedSample, processed: ProcessedSample) -> Encoded:
+    def _with_answers(self, sample: RenderedSample, processed: ProcessedSample) -> Encoded:
         """Return the sample with its answers marked, whose spans are moved past the images' expansion."""
         ids, offsets = processed.ids, processed.offsets
-        expanded = Expanded(draft.text, processed.replaced)
-        moved = [expanded.span(span) for span in draft.spans]
+        expanded = Expanded(sample.text, processed.replaced)
+        moved = [expanded.span(span) for span in sample.spans]
         supervised, ends = mark_tokens(expanded.text, offsets, ids, moved, self._special)
         spans = token_spans(expanded.text, offsets, supervised, ends, moved)
         tensors = integers(ids), booleans(supervised), booleans(ends)
-        return Encoded(*tensors, len(draft.images), processed.tensors, spans)
+        return Encoded(*tensors, len(sample.images), processed.tensors, spans)
 
     def blank(self) -> Image.Image:
         return Image.new("RGB", (64, 64))

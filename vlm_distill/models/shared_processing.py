@@ -58,7 +58,7 @@ class _Once:
             self._handed_over = False
         result = self._function(*args, **options)
         # The arguments are kept, too: another object must not get the identity of one that is gone.
-        self._kept[_identity((args, options))] = args, copy.copy(result)
+        self._kept[_identity((args, options))] = (args, options), copy.copy(result)
         return result
 
     def second(self, *args: Any, **options: Any) -> Any:
