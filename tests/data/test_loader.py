@@ -60,6 +60,24 @@ def test_an_epoch_sees_each_row_once(steps):
     assert sorted(map(int, answers)) == list(range(21))
 
 
+def test_small_samples_are_encoded_together_and_photographs_alone(steps, write_jsonl, monkeypatch):
+    sizes = {"icon.png": (30, 30), "photo.png": (1200, 900)}
+    rows = [{"question": "?", "answer": "a", "image": name} for name in sizes for _ in range(4)]
+    dataset = steps(
+        source=write_jsonl(rows, "train"),
+        micro=8,
+        accumulation=1,
+        load=lambda source: Image.new("RGB", sizes[source.rpartition("/")[2]]),
+    )
+    together, encode = [], Collator.encode_all
+    monkeypatch.setattr(Collator, "encode_all", lambda self, samples: together.append(samples) or encode(self, samples))
+    assert dataset[0].batches[0].samples == 8
+    assert sum(map(len, together)) == 8
+    # A photograph ends a group, so that two are never in one.
+    photographs = [[sample.images[0].width for sample in group].count(1200) for group in together]
+    assert photographs == [1, 1, 1, 1, 0][: len(photographs)]
+
+
 def test_the_smaller_last_step_keeps_its_number_of_micro_batches(steps):
     last = steps()[2]
     assert [batch.samples for batch in last.batches] == [2, 2, 1, 0]
