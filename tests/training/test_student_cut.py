@@ -139,6 +139,7 @@ def test_a_plan_counts_the_pruned_student(folder, tmp_path):
         ({"layers": [0, 4]}, "layers: [0, 4] must be ascending indices from 0 to 3"),
         ({"neurons": 25}, "neurons: 25 asked of a decoder with 24"),
         ({"heads": 1}, "heads: 1 heads cut a group of 2"),
+        ({"width": 15}, "no llama has these sizes"),
         ({"vision_encoder": {"width": 8}}, "the vision_encoder's width is its heads × 8"),
         ({"vision_encoder": {"heads": 3}}, "from_teacher.vision_encoder.heads: 3 asked"),
     ],

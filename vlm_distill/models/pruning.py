@@ -233,18 +233,25 @@ def _narrowed_shapes(module: Any, cut: _Cut) -> dict[str, tuple[int, ...]]:
     config = copy.deepcopy(module.config)
     cut.narrow(config)
     stack = cut.stack
-    hint = f"the {stack.part}'s width is its heads × {stack.head_width}; give width and heads that agree"
     try:
         with torch.device("meta"):
             shell = _build(type(module), config)
+        # Transformers itself does this only when it reads or writes a configuration.
+        for one in (config, stack.of(config)):
+            getattr(one, "validate", lambda: None)()
     except Exception as error:  # the configuration's and the layers' own checks, of many kinds
-        raise UserError(f"student.from_teacher: {stack.kind}: {hint} ({first_line(error)})") from error
+        raise UserError(
+            f"student.from_teacher: no {stack.kind} has these sizes: {first_line(error)}; change width or heads"
+        ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
     groups = stack.groups if cut.kept.groups is None else len(cut.kept.groups[0])
     heads = groups * (stack.heads // stack.groups)
     out = shapes[f"{stack.prefix}0.{stack.plain.attention_out}.weight"]
     if out[1] != heads * stack.head_width:
-        raise UserError(f"student.from_teacher: {stack.kind}: {hint}")
+        raise UserError(
+            f"student.from_teacher: {stack.kind}: the {stack.part}'s width is its heads × {stack.head_width}; give "
+            "width and heads that agree"
+        )
     return shapes
 
 
