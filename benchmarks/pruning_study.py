@@ -1,6 +1,6 @@
 """SmolLM2-135M pruned to half of its size by several rules, before and after a short distillation, for docs/pruning.md.
 
-    PYTHONPATH=runs/smollm2/packages:. python benchmarks/pruning_study.py [--steps 24] [--seeds 3]
+    OMP_NUM_THREADS=1 PYTHONPATH=runs/smollm2/packages:. python benchmarks/pruning_study.py [--steps 16] [--seeds 3]
 
 Teacher, text and what must be installed: benchmarks/smollm2_study.py. Students keep 11 of 30 layers, chosen by RULES,
 or all layers with two thirds of the width, the heads and the neurons. `influence` and `activation` are measured on
@@ -20,33 +20,39 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from smollm2_study import CONFIG, MEASURES, measured, run, write_data, write_teacher
+from smollm2_study import CONFIG, MEASURES, measured, write_data, write_teacher
 
 from vlm_distill.reporting.seeds import t_interval
 
 LAYERS = 11
 WIDTHS = {"width": 384, "heads": 6, "neurons": 1024}
+#: What is kept, as in `student.from_teacher`; a rule that begins with "random" draws as much of it by chance.
 RULES: dict[str, dict[str, Any]] = {
     "influence": {"layers": LAYERS, "by": "influence"},
     "spaced": {"layers": LAYERS, "by": "spaced"},
     "first": {"layers": LAYERS, "by": "first"},
-    "random layers": {},
+    "random layers": {"layers": LAYERS},
     "activation": WIDTHS,
-    "random width": {},
+    "random sizes": WIDTHS,
 }
+#: One size at a time, measured before training alone, with one draw.
+SINGLE: dict[str, dict[str, Any]] = {}
+for size, kept in WIDTHS.items():
+    # With all nine heads, Llama's width is a multiple of nine.
+    SINGLE[f"activation, {size}"] = SINGLE[f"random {size}"] = {size: 387 if size == "width" else kept}
 #: Rules that are compared with others: the measured ones with those that look at nothing.
-PAIRS = {"influence": ("spaced", "first", "random layers"), "activation": ("random width",)}
+PAIRS = {"influence": ("spaced", "first", "random layers"), "activation": ("random sizes",)}
 
 
-def random_choice(rule: str, stack: Any, seed: int) -> Any:
-    """Return what a student keeps by chance."""
+def random_choice(section: dict[str, Any], stack: Any, seed: int) -> Any:
+    """Return what a student keeps if it is drawn by chance."""
     from vlm_distill.models.pruning import Kept
 
     drawn = random.Random(seed)
@@ -54,15 +60,22 @@ def random_choice(rule: str, stack: Any, seed: int) -> Any:
     def some(count: int, total: int) -> list[int]:
         return sorted(drawn.sample(range(total), count))
 
-    if rule == "random layers":
-        return Kept(some(LAYERS, len(stack)))
+    kept: dict[str, Any] = {}
     layers = range(len(stack))
-    groups = WIDTHS["heads"] * stack.groups // stack.heads
-    return Kept(
-        neurons=[some(WIDTHS["neurons"], stack.neurons) for _ in layers],
-        groups=[some(groups, stack.groups) for _ in layers],
-        channels=some(WIDTHS["width"], stack.width),
-    )
+    if "layers" in section:
+        kept["layers"] = some(section["layers"], len(stack))
+    if "neurons" in section:
+        kept["neurons"] = [some(section["neurons"], stack.neurons) for _ in layers]
+    if "heads" in section:
+        kept["groups"] = [some(section["heads"] * stack.groups // stack.heads, stack.groups) for _ in layers]
+    if "width" in section:
+        kept["channels"] = some(section["width"], stack.width)
+    return Kept(**kept)
+
+
+def name_of(rule: str) -> str:
+    """Return a rule's name in files."""
+    return rule.replace(",", "").replace(" ", "_")
 
 
 def write_students(teacher: Path, data: Path, out: Path, seeds: int) -> Iterator[tuple[str, int, Path]]:
@@ -74,22 +87,22 @@ def write_students(teacher: Path, data: Path, out: Path, seeds: int) -> Iterator
     from vlm_distill.runtime.processes import Processes
 
     processes = Processes("cpu")
-    for rule, section in RULES.items():
-        for seed in range(seeds if rule.startswith("random") else 1):
-            folder = out / f"{rule.replace(' ', '_')}_{seed}"
+    for rule, section in (RULES | SINGLE).items():
+        for seed in range(seeds if rule.startswith("random") and rule in RULES else 1):
+            folder = out / f"{name_of(rule)}_{seed}"
             yield rule, seed, folder / "student"
             if (folder / "student" / "config.json").exists():
                 continue
             overrides = [f"teacher.path={teacher}", f"data.train.0.path={data / 'train.jsonl'}", f"output={folder}"]
             overrides.append(f"student.from_teacher={json.dumps(section)}")
             parts = Run(load_config(CONFIG, overrides), processes)
-            if section:
+            if not rule.startswith("random"):
                 student = parts.student
             else:
                 assert parts.teacher is not None
                 assert parts.teacher.model is not None
                 whole = parts.teacher.model
-                student = pruned(whole, {"decoder": random_choice(rule, find_stack(whole, "decoder"), seed)})
+                student = pruned(whole, {"decoder": random_choice(section, find_stack(whole, "decoder"), seed)})
             student.save_pretrained(folder / "student")
     processes.close()
 
@@ -97,8 +110,9 @@ def write_students(teacher: Path, data: Path, out: Path, seeds: int) -> Iterator
 def train(student: Path, seed: int, folder: Path, teacher: Path, data: Path, steps: int) -> dict[str, Any]:
     """Train, unless ``folder`` has the run already; return its final scores."""
     if not (folder / "summary.json").exists():
-        run(
-            "vlm_distill.train",
+        from vlm_distill.train import main as train_here
+
+        arguments = [
             CONFIG,
             f"student.path={student}",
             "loss=[{name: forward_kl}]",
@@ -108,7 +122,9 @@ def train(student: Path, seed: int, folder: Path, teacher: Path, data: Path, ste
             f"training.steps={steps}",
             f"training.seed={seed}",
             f"output={folder}",
-        )
+        ]
+        if train_here(arguments):
+            sys.exit(f"{folder}: the run failed")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = [line for line in lines if line["kind"] != "train"][-1]
     return {name: scores[name] for name in (*MEASURES, "tokens")}
@@ -140,7 +156,7 @@ def report(found: dict[tuple[str, int], dict[str, Any]], seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--text", type=Path, default=Path("/usr/share/doc/jargon-text/jargon.txt.gz"))
     parser.add_argument("--out", type=Path, default=Path("runs/pruning"))
@@ -154,15 +170,18 @@ def main() -> None:
     students = {}
     for rule, seed, folder in write_students(teacher, data, out, seeds):
         students[rule, seed] = folder
-    before = {}
-    for key, folder in students.items():
-        before[key] = measured(folder, teacher, data, folder.parent / "before")
-        print(key, before[key], flush=True)
+    before, found = {}, {}
 
-    found = {}
+    def measure(rules: Container[str]) -> None:
+        for key, folder in students.items():
+            if key[0] in rules:
+                before[key] = measured(folder, teacher, data, folder.parent / "before")
+                print(key, before[key], flush=True)
+
+    measure(RULES)
     for seed, rule in product(range(seeds), RULES):
         own = (rule, seed) if (rule, seed) in students else (rule, 0)
-        folder = out / f"{rule.replace(' ', '_')}_trained_{options.steps}_{seed}"
+        folder = out / f"{name_of(rule)}_trained_{options.steps}_{seed}"
         scores = train(students[own], seed, folder, teacher, data, options.steps)
         earlier = {f"{name}_before": before[own][name] for name in MEASURES}
         size = parameters(students[own])
@@ -175,10 +194,14 @@ def main() -> None:
             **scores,
         }
         print(found[rule, seed], flush=True)
+    measure(SINGLE)
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found["first", 0]))
         writer.writeheader()
         writer.writerows(found[rule, seed] for rule, seed in product(RULES, range(seeds)))
+        for rule in SINGLE:
+            known = {"rule": rule, "seed": 0, "parameters": parameters(students[rule, 0]), "steps": 0}
+            writer.writerow(known | {f"{name}_before": before[rule, 0][name] for name in MEASURES})
     report(found, seeds)
 
 
