@@ -31,6 +31,7 @@ class Encoded:
         ends: bool ``[L]``; true at the end tokens among the supervised ones.
         images: number of images in the sample (a processor may expand one into several tiles).
         tensors: everything else the model's collation needs, such as ``pixel_values``.
+        videos: number of videos that go in as such; the frames of others are images.
         spans: int64 ``[n, 3]``, where each of the n supervised tokens is in the answers' text: the number of a piece
             of text (:func:`~data.conversation.answer_pieces`), and the token's first and last + 1 character in it.
             White space and end tokens that the template adds are below 0 or beyond the piece's end. Other text of the
@@ -43,6 +44,7 @@ class Encoded:
     images: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
     spans: Tensor | None = None
+    videos: int = 0
 
 
 class ModelInputs(dict[str, Tensor]):
@@ -61,6 +63,8 @@ class Processor(Protocol):
     """What collation needs from a model's processor (``vlm_distill.models.processor.Processor`` is one)."""
 
     has_vision: bool
+    #: Whether videos go in as videos, not as images.
+    takes_videos: bool
     #: Whether the model wants all packed samples in a single row.
     one_row: bool
 
@@ -105,6 +109,14 @@ class Processor(Protocol):
     def collate(self, samples: Sequence[Encoded]) -> ModelInputs:
         """Pad samples on the right into one batch; ``input_ids`` is ``[B, L]``."""
         ...
+
+
+def lacks_images(processor: Processor, samples: Sequence[Encoded]) -> bool:
+    """Return whether the model's vision encoder, or its way for videos, would not run for these samples."""
+    if not processor.has_vision:
+        return False
+    images, videos = (any(getattr(sample, kind) for sample in samples) for kind in ("images", "videos"))
+    return not images or (processor.takes_videos and not videos)
 
 
 class RecordedProcessor(Processor):

@@ -24,6 +24,7 @@ from .batch import (
     RecordedProcessor,
     RecordedSample,
     SampleId,
+    lacks_images,
 )
 from .conversation import Conversation, Document
 from .encoding import EVERY_ANSWER, Pair, Part, Turns, encode_document, encode_pairs
@@ -171,8 +172,9 @@ def collate(
 ) -> DistillationBatch:
     """Return a micro-batch of any number of samples, zero included.
 
-    If a model has a vision encoder and no sample an image, or if there is no sample at all, both models get a dummy row
-    with a blank image and no supervised token: every rank then runs the same modules, and no rank waits for another.
+    If a model has a vision encoder and no sample an image (or, where videos go in as videos, no sample a video), or if
+    there is no sample at all, both models get a dummy row with a blank one and no supervised token: every rank then
+    runs the same modules, and no rank waits for another.
 
     Args:
         pairs: the encoded samples.
@@ -244,7 +246,7 @@ def _are_one(pairs: Sequence[Pair]) -> bool:
 
 
 def _needs_dummy(processor: Processor, samples: list[Encoded]) -> bool:
-    return not samples or (processor.has_vision and not any(sample.images for sample in samples))
+    return not samples or lacks_images(processor, samples)
 
 
 def _collate_groups(pairs: Sequence[Pair]) -> TokenGroups:

@@ -11,8 +11,20 @@ from PIL import Image
 
 from .errors import BadSample
 
-#: An image not yet decoded: a path, the bytes of an image file, or a decoded image.
-ImageSource = str | bytes | Image.Image
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video not yet read.
+
+    Attributes:
+        source: its path, or the bytes of its file.
+    """
+
+    source: str | bytes
+
+
+#: An image not yet decoded: a path, the bytes of an image file, or a decoded image. In the place of a video, its file.
+ImageSource = str | bytes | Image.Image | VideoFile
 
 
 @dataclass(frozen=True)
@@ -21,10 +33,11 @@ class Conversation:
 
     Attributes:
         messages: ``{"role": "system" | "user" | "assistant" | "tool", "content": [part, …]}`` with parts
-            ``{"type": "text", "text": str}`` and ``{"type": "image"}``. Content is always a list. Optional keys are
+            ``{"type": "text", "text": str}``, ``{"type": "image"}`` and ``{"type": "video"}``. An image that is a frame
+            of a video has its :class:`~data.video.Frame` under ``frame``. Content is always a list. Optional keys are
             ``reasoning_content`` (str), ``tool_calls`` (list), ``tool_call_id`` and ``name`` (str), which the chat
             template renders, and ``supervised: False`` on an assistant message that is context only.
-        images: the k-th belongs to the k-th image part, counted through all messages.
+        images: the k-th belongs to the k-th image or video part, counted through all messages.
         tools: JSON schemas of the tools, passed to the template as ``tools``.
         source: the name of the data source, for reports.
         line: 1-based line (JSONL) or record (other formats) in that source, for reports.
@@ -100,10 +113,10 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 def count_images(messages: tuple[dict[str, Any], ...]) -> int:
-    """Return the number of image parts."""
+    """Return the number of image and video parts."""
     count = 0
     for message in messages:
-        count += sum(part["type"] == "image" for part in message["content"])
+        count += sum(part["type"] in ("image", "video") for part in message["content"])
     return count
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from .conversation import Conversation, Document, ImageSource
+from .conversation import Conversation, Document, ImageSource, VideoFile
 from .errors import BadSample
 from .labelled import LabelledImage
 
@@ -81,6 +81,7 @@ def _missing(sample: Conversation | Document | LabelledImage) -> list[str]:
     if isinstance(sample, Document):
         return []
     images = [sample.image] if isinstance(sample, LabelledImage) else sample.images
+    images = [image.source if isinstance(image, VideoFile) else image for image in images]
     return [str(image) for image in images if isinstance(image, str | Path) and _image(image) == _NO_FILE]
 
 
@@ -95,6 +96,8 @@ def _parts(sample: Conversation | Document | LabelledImage) -> Iterable[bytes]:
 
 def _image(image: ImageSource) -> bytes:
     """Return the size and the first bytes of an image's file, or the image itself if it is in memory."""
+    if isinstance(image, VideoFile):
+        image = image.source
     if isinstance(image, bytes):
         return image
     if isinstance(image, Image.Image):

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .conversation import ImageSource
+from .conversation import ImageSource, VideoFile
 from .errors import BadSample
 
 MAX_PIXELS = 89_478_485
@@ -122,6 +122,8 @@ def load_image(
         BadSample: the file is missing, empty, outside the roots, not an image, broken, too large, has values of unknown
             range (floating point, 32-bit integers), or one side is over 200 times the other.
     """
+    if isinstance(source, VideoFile):
+        raise BadSample("video file", "only an image is read here")
     if isinstance(source, Image.Image):
         return _decoded(source, max_pixels, f"a {source.mode} image", alpha)
     if isinstance(source, bytes):
@@ -130,7 +132,7 @@ def load_image(
         file: io.BytesIO | Path = io.BytesIO(source)
         name = f"{len(source)} bytes"
     else:
-        file = _local_file(source, roots)
+        file = local_file(source, roots)
         name = source
     try:
         image = Image.open(file, formats=FORMATS)
@@ -142,20 +144,21 @@ def load_image(
         return _decoded(image, max_pixels, name, alpha)
 
 
-def _local_file(source: str, roots: Sequence[Path]) -> Path:
+def local_file(source: str, roots: Sequence[Path], what: str = "image") -> Path:
+    """Return the path of a local file inside the roots. Raise ``BadSample`` if it is another, missing or empty."""
     if is_url(source):
-        raise BadSample("image is a URL, only local files are read", source[:200])
+        raise BadSample(f"{what} is a URL, only local files are read", source[:200])
     try:
         path = Path(source).resolve()
         if roots and not any(path.is_relative_to(Path(root).resolve()) for root in roots):
-            raise BadSample("image outside the roots", source)
+            raise BadSample(f"{what} outside the roots", source)
         # A pipe or a device would block or never end.
         if not path.is_file():
-            raise BadSample("image not found", source)
+            raise BadSample(f"{what} not found", source)
         if path.stat().st_size == 0:
-            raise BadSample("image file is empty", source)
+            raise BadSample(f"{what} file is empty", source)
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a zero byte in the name, a loop of links
-        raise BadSample("image not found", f"{source[:200]!r}: {error}") from None
+        raise BadSample(f"{what} not found", f"{source[:200]!r}: {error}") from None
     return path
 
 

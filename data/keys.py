@@ -24,7 +24,11 @@ MEANINGLESS = frozenset((*_NAMES, *_ORIGIN, *_PICTURES, *_LICENCE, *_REST, "para
 _PREFERENCE = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "kto_tag")
 # Keys that would change a record's meaning and are not supported: the keys, a reason, a remedy.
 _REFUSALS = (
-    (("video", "videos", "audio", "audios"), "video and audio are not supported", "a video goes in as its frames"),
+    (
+        ("video", "videos", "audio", "audios"),
+        "video and audio are not supported",
+        "write a part for a video: {type: video, video: FILE}",
+    ),
     (_PREFERENCE, "preference data is not supported", "name the answer to learn, as in columns: {messages: chosen}"),
     (("documents",), "documents are not supported", "write them into a message"),
     (("thought", "thoughts", "cot", "chain_of_thought"), "thought under an unknown key", "name it reasoning_content"),

@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 from .attempts import attempt, with_good
 from .batch import Problem, SampleId, Step
 from .collate import Collator, LoadedSample
-from .conversation import Document, ImageSource
+from .conversation import ImageSource
 from .encoding import Pair
 from .errors import BadSample, UserError
 from .images import load_image
 from .mixture import Mixture
 from .plain_text import TextSource
+from .sample_images import load_images
 from .saved_json import read_lines
 from .sources import Source
 
@@ -170,8 +171,7 @@ class StepDataset(Dataset[Step]):
     def _load(self, sample_id: SampleId) -> LoadedSample:
         source, number = sample_id
         sample = self.mixture.sources[source][number]
-        sources = () if isinstance(sample, Document) else sample.images
-        return LoadedSample(sample, [self.load(image) for image in sources], sample_id)
+        return LoadedSample(*load_images(sample, self.load), sample_id)
 
 
 def problem_of(source: Located, index: int, bad: BadSample, on_bad: Literal["skip", "fail"]) -> Problem:

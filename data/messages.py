@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .conversation import ImageSource, message_text
+from .conversation import ImageSource, VideoFile, message_text
 from .errors import BadSample
-from .image_values import images_of
+from .image_values import IMAGE_KEYS, images_of
+from .images import named_image
 from .keys import MASKS, check_keys, is_empty, one_of, trained_on
 
 #: A message before its content is split into parts: ``role``, raw ``content`` and a conversation's optional keys.
@@ -33,6 +34,9 @@ _MESSAGE_KEYS = {"role", "from", *_CONTENT, *_REASONING, *MASKS, *_TOOL_KEYS}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 #: Types of parts that are images.
 IMAGE_PARTS = ("image", "image_url", "input_image")
+#: Types of parts that are videos.
+VIDEO_PARTS = ("video", "video_url")
+_PART_VIDEOS = ("video", "path", "url", "video_url", "file_name", "bytes")
 _PART_IMAGES = ("image", "bytes", "path", "url", "image_url", "file_name", "base64")
 
 # Placeholders of images in a text. The last group are other models' placeholders.
@@ -150,7 +154,7 @@ def _json(text: Any, what: str) -> Any:
 def has_image_parts(messages: Sequence[RawMessage]) -> bool:
     """Return whether any part of any message is an image or a video, so that ``<image>`` in a text is just text."""
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return any(_kind(part) in (*IMAGE_PARTS, "video") for part in chain.from_iterable(contents))
+    return any(_kind(part) in (*IMAGE_PARTS, *VIDEO_PARTS) for part in chain.from_iterable(contents))
 
 
 def cut_into_parts(
@@ -158,8 +162,8 @@ def cut_into_parts(
 ) -> list[dict[str, Any]]:
     """Return content as a list of parts.
 
-    Until :func:`place_images`, an image part may hold its own image under ``image``, or the number of the image it
-    shows under ``number``.
+    Until :func:`place_images`, an image or video part may hold its own file under ``image``, and an image part the
+    number of the image it shows under ``number``.
 
     Args:
         content: a text, or a list of parts.
@@ -177,8 +181,8 @@ def cut_into_parts(
         kind = _kind(part)
         if kind in IMAGE_PARTS:
             parts.append(_image_part(part, folder, unread))
-        elif kind == "video":
-            parts += _frames(part, folder, unread)
+        elif kind in VIDEO_PARTS:
+            parts += _video(part, folder, unread)
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             check_keys(part, ("type", "text"), unread, "content[].")
             parts += cut_into_parts(part["text"], folder, unread, marks=marks, has_images=has_images)
@@ -193,7 +197,9 @@ def _kind(part: Any) -> str | None:
         return None
     kind = part.get("type")
     if kind is None:
-        kind = next((key for key in ("text", "image", "image_url", "video") if not is_empty(part.get(key))), None)
+        kind = next(
+            (key for key in ("text", "image", "image_url", "video", "video_url") if not is_empty(part.get(key))), None
+        )
     return kind if isinstance(kind, str) else None
 
 
@@ -214,13 +220,21 @@ def _image_part(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> 
     return {"type": "image", "number": index + 1}
 
 
-def _frames(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> list[dict[str, Any]]:
-    check_keys(part, ("type", "frames", "video"), unread, "content[].", has_image=True)
+def _video(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> list[dict[str, Any]]:
+    """Return a video's part, or a part for each frame if the record lists images."""
+    check_keys(part, ("type", "frames", *_PART_VIDEOS), unread, "content[].", has_image=True)
     given = part["video"] if isinstance(part.get("video"), list) else part.get("frames")
     frames = images_of(given, folder, unread)
-    if not frames:
-        raise BadSample("video without frames", "files of videos are not read; list images under 'frames'")
-    return [{"type": "image", "image": frame} for frame in frames]
+    if frames:
+        return [{"type": "image", "image": frame} for frame in frames]
+    file = one_of(part, _PART_VIDEOS)
+    if isinstance(file, Mapping):
+        file = one_of(file, ("bytes", *IMAGE_KEYS))
+    if isinstance(file, str) and file:
+        file = named_image(file, folder)
+    if not isinstance(file, str | bytes):
+        raise BadSample("video without a file", "name a file under 'video', or list images under 'frames'")
+    return [{"type": "video", "image": VideoFile(file)}]
 
 
 def _cut_text(text: str, has_images: bool) -> list[dict[str, Any]]:
@@ -252,7 +266,7 @@ def place_images(messages: list[dict[str, Any]], images: list[ImageSource], lead
         BadSample: image parts and images differ in number, or numbers do not name each image.
     """
     contents = chain.from_iterable(message["content"] for message in messages)
-    parts = [part for part in contents if part["type"] == "image"]
+    parts = [part for part in contents if part["type"] in ("image", "video")]
     open_parts = [part for part in parts if "image" not in part]
     numbered = [part for part in open_parts if "number" in part]
     if numbered:

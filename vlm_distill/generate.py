@@ -25,7 +25,7 @@ from vlm_distill.neighbours import check_neighbours
 check_neighbours()  # before anything of `data` is imported
 
 from data.batch import Problem
-from data.conversation import Conversation, ImageSource
+from data.conversation import Conversation, ImageSource, VideoFile
 from data.errors import UserError
 from data.loader import ProblemLog
 from data.saved_json import read_object
@@ -315,15 +315,31 @@ class _Writer:
         kept = {key: value for key, value in conversation.metadata.items() if key != "answers"}
         origin = {"source": conversation.source, "line": conversation.line}
         message = {"role": "assistant", "content": [{"type": "text", "text": whole_thought(answer)}]}
+        images, messages = self._with_files(prompt)
         return {
-            "images": [self._image(image) for image in prompt.images],
-            "messages": [*map(_with_weight, prompt.messages), message],
+            "images": images,
+            "messages": [*map(_with_weight, messages), message],
             **({"tools": [*prompt.tools]} if prompt.tools else {}),
             "metadata": {**{key: value for key, value in kept.items() if _plain(value)}, "origin": origin},
         }
 
+    def _with_files(self, prompt: Conversation) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the paths of a question's images, and its messages, whose videos name their files themselves."""
+        sources, images = iter(prompt.images), list[str]()
+        messages = []
+        for message in prompt.messages:
+            parts = []
+            for part in message["content"]:
+                if part["type"] == "image":
+                    images.append(self._image(next(sources)))
+                parts.append({**part, "video": self._image(next(sources))} if part["type"] == "video" else part)
+            messages.append({**message, "content": parts})
+        return images, messages
+
     def _image(self, image: ImageSource) -> str:
-        """Return an image's path from the file's folder. Write images that are not files yet."""
+        """Return the path of an image or video from the file's folder. Write those that are not files yet."""
+        if isinstance(image, VideoFile):
+            image = image.source
         if isinstance(image, str):
             return os.path.relpath(image, self.out.parent)
         if isinstance(image, Image.Image):

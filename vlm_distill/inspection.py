@@ -15,6 +15,7 @@ from data.conversation import Conversation, Document
 from data.encoding import Pair
 from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
+from data.sample_images import load_images
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.weightless import Weightless
@@ -126,8 +127,7 @@ class Inspection:
         try:
             read.sample = source[row]
             read.line = read.sample.line or read.line
-            if isinstance(read.sample, Conversation):
-                read.images = [self.run.load_image(image) for image in read.sample.images]
+            read.sample, read.images = load_images(read.sample, self.run.load_image)
             read.pairs = self.collator.encode(read.sample, read.images)
         except BadSample as bad:
             read.problem = problem_of(source, row, bad, "skip")

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from data.batch import Encoded, SampleId
 from data.collate import Collator
-from data.conversation import Document, ImageSource
+from data.conversation import ImageSource
 from data.encoding import encode_teacher
 from data.errors import BadSample
 from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
 from data.plain_text import TextSource
+from data.sample_images import load_images
 from data.sources import Source
 from data.teacher_view import View
 from vlm_distill.caching.check_features import open_features
@@ -146,9 +147,7 @@ class Run:
         data = self.config.data
         for source, row in dict.fromkeys(self.first_samples(count)):
             try:
-                sample = self.sources[source][row]
-                wanted = () if isinstance(sample, Document) else sample.images
-                images = [self.load_image(image) for image in wanted]
+                sample, images = load_images(self.sources[source][row], self.load_image)
                 pairs, _ = encode_teacher(sample, images, processor, data.max_length, turns(data))
             except BadSample:
                 continue

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from data.batch import DistillationBatch, Problem, Step
-from data.conversation import Conversation, Document, is_answer
+from data.conversation import Conversation, is_answer
 from data.encoding import Pair
 from data.errors import BadSample
 from data.loader import StepDataset
+from data.sample_images import load_images
 from data.workers import make_loader
 from vlm_distill import losses
 from vlm_distill.config.sections import RunConfig
@@ -314,9 +315,7 @@ class Trainer(Loop):
             if not data.train[source].labelled:
                 continue
             try:
-                sample = self.sources[source][row]
-                wanted = () if isinstance(sample, Document) else sample.images
-                images = [self.parts.load_image(image) for image in wanted]
+                sample, images = load_images(self.sources[source][row], self.parts.load_image)
                 pairs += self.dataset.collator.encode(sample, images, (source, row))
             except BadSample:
                 continue

@@ -195,7 +195,7 @@ def test_answers_are_required_unless_said_otherwise():
         ({"messages": turns("A", None)}, "message without text"),
         ({"messages": turns("A", 5)}, "message without text"),
         ({"messages": turns([{"type": "sound"}], "B")}, "unknown message part"),
-        ({"messages": turns([{"type": "video", "video": "a.mp4"}], "B")}, "video without frames"),
+        ({"messages": turns([{"type": "video"}], "B")}, "video without a file"),
         ({"messages": turns([{"type": "text"}], "B")}, "unknown message part"),
         ({"messages": turns("A", "B"), "video": "a.mp4"}, "video and audio are not supported"),
         ({"messages": turns("A", "B", names=("assistant", "user"))}, "assistant speaks before the user"),

@@ -106,8 +106,7 @@ def test_what_is_no_text(tmp_path):
 class Letters:
     """One token a character, an end token; no images."""
 
-    has_vision = False
-    one_row = False
+    has_vision = takes_videos = one_row = False
 
     def __init__(self, processor):
         self.collate = processor.collate

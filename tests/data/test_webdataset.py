@@ -177,7 +177,7 @@ def test_shards_are_named_by_folder_pattern_and_split(tmp_path):
 class Reader(Processor):
     """A processor that encodes an image's red and nothing else."""
 
-    has_vision = one_row = False
+    has_vision = takes_videos = one_row = False
 
     def encode(self, conversation, images):
         import torch

@@ -26,8 +26,7 @@ TEACHER = [[1 / 4, 1 / 2, 1 / 4], [1 / 4, 1 / 4, 1 / 2], [5 / 8, 1 / 4, 1 / 8]]
 class Letters:
     """The processor of these models: a letter is a token, and all but the first are supervised."""
 
-    has_vision = False
-    one_row = False
+    has_vision = takes_videos = one_row = False
 
     def encode_document(self, document):
         ids = torch.tensor(["abc".index(letter) for letter in document.text])

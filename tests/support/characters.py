@@ -17,7 +17,7 @@ class CharacterProcessor(Processor):
         self.has_vision = has_vision
         self.system = system
         self.spell = spell
-        self.one_row = False
+        self.takes_videos = self.one_row = False
 
     def encode(self, conversation, images):
         if images and not self.has_vision:

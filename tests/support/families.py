@@ -39,8 +39,8 @@ EXTRA = [
 ]
 
 
-def template(image: str, style: str = "chatml") -> str:
-    """A chat template in which an image stands as ``image``; three styles of turns."""
+def template(image: str, style: str = "chatml", video: str = "<video>") -> str:
+    """A chat template in which an image stands as ``image``, a video as ``video``; three styles of turns."""
     role = "message['role']"
     opening, closing, start = {
         "chatml": (f"<|im_start|>{{{{ {role} }}}}\n", "</s>\n", "<|im_start|>assistant\n"),
@@ -49,7 +49,8 @@ def template(image: str, style: str = "chatml") -> str:
     }[style]
     return (
         f"{{% for message in messages %}}{opening}{{% for part in message['content'] %}}"
-        f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if part['type'] == 'image' %}}{image}{{% elif part['type'] == 'video' %}}{video}"
+        f"{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
         f"{closing}{{% endfor %}}{{% if add_generation_prompt %}}{start}{{% endif %}}"
     )
 
@@ -82,7 +83,8 @@ class Maker:
         torch.manual_seed(seed)
         tokenizer = self.tokenizer(image)
         with num2words():
-            model, processor = globals()[f"_{name}"](tokenizer, template(_written(name, image), style))
+            chat = template(_written(name, image), style, _written(name, tokenizer.video_token))
+            model, processor = globals()[f"_{name}"](tokenizer, chat)
         with torch.no_grad():
             for parameter in model.get_decoder().parameters() if sharp != 1 else ():
                 if parameter.ndim == 2:
@@ -91,9 +93,11 @@ class Maker:
 
 
 def _written(name: str, image: str) -> str:
-    """What stands for an image in a family's chat template."""
+    """What stands for an image, or a video, in a family's chat template."""
     if name.startswith("qwen"):
         return f"<|vision_start|>{image}<|vision_end|>"
+    if image == "<video>":
+        return image
     around = {"internvl": "{}\n", "gemma3": "<start_of_image>", "aya_vision": "<image>"}
     return around.get(name, "{}").format(image)
 

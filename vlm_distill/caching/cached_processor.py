@@ -24,7 +24,7 @@ class CachedProcessor(RecordedProcessor):
         tokenizer: the teacher's.
     """
 
-    has_vision = False
+    has_vision = takes_videos = False
     one_row = False
 
     def __init__(self, cache: TokenCache, tokenizer: Any) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data.batch import Encoded, SampleId
-from data.conversation import Document
 from data.errors import BadSample, UserError
+from data.sample_images import load_images
 from vlm_distill.config.model_sections import TEACHERS
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.common import DTYPES, cast_parameters, first_line
@@ -50,7 +50,7 @@ class _NewImages(SampleBatches[dict[int, Encoded]]):
         for source, index in self.sample_ids[number]:
             try:
                 sample = self.sources[source][index]
-                images = [] if isinstance(sample, Document) else [self.load(image) for image in sample.images]
+                _, images = load_images(sample, self.load)
                 for group in self.processor.image_groups(images):
                     digest = image_digest(group)
                     if digest not in found and digest not in self.cache:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data.batch import DistillationBatch, Encoded, Problem, SampleId, Step
 from data.collate import Collator, add_origins
-from data.conversation import Document
 from data.encoding import Pair, encode_teacher
 from data.errors import BadSample, UserError
 from data.loader import ProblemLog, problem_of
 from data.plain_text import TextSource
+from data.sample_images import load_images
 from data.sources import Source
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import HiddenTargets
@@ -91,8 +91,7 @@ class _TeacherSteps(SampleBatches[Step]):
     def read(self, sample: _Sample) -> list[Pair]:
         """Return a sample's pairs, and note its digest and encoding."""
         source, index = sample.sample_id
-        content = self.sources[source][index]
-        images = [] if isinstance(content, Document) else [self.load(image) for image in content.images]
+        content, images = load_images(self.sources[source][index], self.load)
         sample.digest = sample_digest(content, images)
         rest = self.processor, self.max_length, self.turns, self.view
         pairs, sample.encoded = encode_teacher(content, images, *rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from PIL import Image
@@ -18,7 +19,7 @@ def sample_digest(sample: Conversation | Document, images: Sequence[Image.Image]
     if isinstance(sample, Document):
         digest.update(json.dumps([sample.text, sample.last]).encode())
     else:
-        digest.update(json.dumps([sample.messages, sample.tools], sort_keys=True).encode())
+        digest.update(json.dumps([sample.messages, sample.tools], sort_keys=True, default=asdict).encode())
     return _with_images(digest, images)
 
 

@@ -70,6 +70,15 @@ class SourceSection(Section):
     )
 
 
+class VideoSection(Section):
+    """How the files of videos are read."""
+
+    fps: AboveZero = Field(1.0, description="Frames a second.")
+    max_frames: Positive = Field(16, description="Most frames; a longer video gives as many, further apart.")
+    max_seconds: AboveZero = Field(3600.0, description="Longest video; longer ones are bad samples.")
+    timeout: AboveZero = Field(60.0, description="Seconds that reading one video may take.")
+
+
 class DataSection(Section):
     """Training and evaluation data, and how samples become batches."""
 
@@ -89,7 +98,10 @@ class DataSection(Section):
         "prompt",
         description="Whether text that a chat template writes before an answer, such as an empty thought, is learnt.",
     )
-    max_pixels: Positive = Field(89_478_485, description="Largest image, in pixels; larger ones are bad samples.")
+    max_pixels: Positive = Field(
+        89_478_485, description="Largest image, or a video's frames together, in pixels; larger ones are bad samples."
+    )
+    video: VideoSection | None = Field(None, description="Read the files of videos; left out, they are bad samples.")
     bad_samples: Literal["skip", "fail"] = Field("skip", description="What to do with a sample that cannot be used.")
     max_bad: Fraction = Field(0.5, description="The run ends when it leaves out a larger share of its samples.")
     length_window: NotNegative = Field(

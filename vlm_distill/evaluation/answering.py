@@ -18,6 +18,7 @@ from data.batch import Problem
 from data.conversation import Conversation, ImageSource
 from data.errors import BadSample
 from data.images import load_image
+from data.sample_images import load_images
 from vlm_distill.models.answers import Answer
 from vlm_distill.models.processor import Processor, Prompt
 from vlm_distill.runtime.rank_share import RankShare
@@ -287,8 +288,12 @@ class _Asker:
             yield from _concurrently(self._reply, loaded, at_once)
 
     def _load(self, index: int, conversation: Conversation, *, digest: bool = False) -> _Loaded:
-        images = [self.asking.load(image) for image in conversation.prompt().images]
-        return _Loaded(index, conversation, images, question_digest(conversation) if digest else "")
+        known = question_digest(conversation) if digest else ""
+        prompt, images = load_images(conversation.prompt(), self.asking.load)
+        # What is asked shows a video's frames; the answer that it is compared with stays.
+        answer = conversation.messages[len(prompt.messages) :]
+        shown = replace(conversation, messages=(*prompt.messages, *answer), images=prompt.images)
+        return _Loaded(index, shown, images, known)
 
     def _encode(self, item: _Loaded) -> None:
         """Raise ``BadSample`` for a question that does not fit the model, exactly as ``generate`` would."""

@@ -19,6 +19,7 @@ from data.conversation import Conversation, Document, ImageSource
 from data.encoding import Pair
 from data.errors import BadSample
 from data.images import load_image
+from data.sample_images import load_images
 from vlm_distill.losses import CrossEntropy, DistillationLoss, ForwardKL, Term, fused_linear
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
@@ -167,8 +168,7 @@ def _read_pairs(
     pairs: list[Pair] = []
     for row in rows:
         try:
-            sample = source[row]
-            images = [] if isinstance(sample, Document) else [load(image) for image in sample.images]
+            sample, images = load_images(source[row], load)
             pairs += collator.encode(sample, images)
         except BadSample as bad:
             problems.append(Problem(source.name, source.line(row), bad.reason, bad.detail))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.conversation import Conversation, ImageSource
+from data.conversation import Conversation, ImageSource, VideoFile
 from data.saved_json import append_line, readable_lines
 
 from .prompts import options
@@ -199,6 +199,8 @@ def question_digest(conversation: Conversation) -> str:
 
 
 def _image_digest(image: ImageSource) -> bytes:
+    if isinstance(image, VideoFile):
+        image = image.source
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
     if not isinstance(image, str):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.conversation import Conversation, ImageSource
+from data.conversation import Conversation, ImageSource, VideoFile
 from data.errors import UserError
 from vlm_distill.models.thinking import split_thought
 
@@ -92,6 +92,8 @@ def score_kept(index: int, conversation: Conversation, answer: Kept) -> Predicti
 
 def image_key(image: ImageSource) -> str:
     """Return what identifies an image in :class:`Prediction`: its path, or ``sha256:…`` of its bytes."""
+    if isinstance(image, VideoFile):
+        image = image.source
     if isinstance(image, str):
         return image
     content = image if isinstance(image, bytes) else image.tobytes()

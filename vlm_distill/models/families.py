@@ -138,6 +138,29 @@ PLAIN = {
     "qwen2_vl_vision": SizeKeys("depth", "num_heads", "embed_dim", None, "mlp_ratio", ratio=True),
 }
 
+
+@dataclass(frozen=True)
+class VideoInput:
+    """How a family takes videos.
+
+    Attributes:
+        separate: videos have tensors and tokens of their own; else the model receives frames among its images.
+        stacked: the videos of a batch must have equally many frames.
+    """
+
+    separate: bool = True
+    stacked: bool = False
+
+
+#: Families that take videos, by their video processor, each tried in tests/models/test_videos.py; others see images.
+VIDEO_INPUTS = {
+    "InternVLVideoProcessor": VideoInput(separate=False),
+    "LlavaOnevisionVideoProcessor": VideoInput(stacked=True),
+    "Qwen2VLVideoProcessor": VideoInput(),
+    "Qwen3VLVideoProcessor": VideoInput(),
+    "SmolVLMVideoProcessor": VideoInput(separate=False),
+}
+
 #: Where else a vision-language model's configuration has the decoder's width, by model type.
 DECODER_WIDTHS = {
     "paligemma": ("projection_dim", "hidden_size", "vision_config.projection_dim"),

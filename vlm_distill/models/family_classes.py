@@ -29,7 +29,7 @@ class PaliGemmaProcessor(PretrainedProcessor):
         self, conversation: Conversation, images: Sequence[Image.Image], generation: bool
     ) -> RenderedSample:
         messages = conversation.messages
-        self._check(conversation, images)
+        self._check(conversation, len(images))
         prompt = messages if generation else messages[:-1]
         if any(message["role"] == "assistant" for message in prompt):
             raise BadSample("PaliGemma takes one question and its answer", f"{len(messages)} messages")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from data.batch import Encoded, ModelInputs
+from data.batch import Encoded, ModelInputs, lacks_images
 from data.conversation import Conversation, count_images
 from data.errors import BadSample
 
@@ -172,7 +172,7 @@ class VisionLanguageModel(nn.Module, ABC):
             sampling: how to draw; ``None``: greedy.
         """
         encoded = list(rows)
-        if self.synced and (not encoded or (self.processor.has_vision and not any(row.images for row in encoded))):
+        if self.synced and (not encoded or lacks_images(self.processor, encoded)):
             # Sharded parameters are gathered by all ranks together: every part must run here as it does there.
             encoded.append(self.processor.dummy())
         if not encoded:
@@ -225,7 +225,7 @@ class VisionLanguageModel(nn.Module, ABC):
                 row = self.processor.encode(answered, images[: count_images(prompt.messages)])
                 rows.append(row)
                 answers.append(_last_answer(row))
-        if self.processor.has_vision and not any(row.images for row in rows) and self.synced:
+        if lacks_images(self.processor, rows) and self.synced:
             rows.append(self.processor.dummy())
         inputs = self.processor.collate(rows)
         length = inputs["input_ids"].shape[1]

@@ -51,6 +51,7 @@ def join(samples: Sequence[Encoded], positions: Sequence[Tensor]) -> Encoded:
         torch.cat([sample.ends for sample in samples]),
         sum(sample.images for sample in samples),
         tensors | {"position_ids": torch.cat(list(positions), -1)},
+        videos=sum(sample.videos for sample in samples),
     )
 
 

@@ -95,6 +95,12 @@ class PretrainedVLM(VisionLanguageModel):
             seen = base.get_image_features(**self._image_inputs(inputs), return_dict=True)
             given = {k: v for k, v in given.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": seen}}
             found = self._image_features(seen, features)
+        if "mm_encoder_outputs" in given and "pixel_values_videos" in given:
+            # Beside outputs of the encoder, the model takes no pixels.
+            asked = signature(base.get_video_features).parameters
+            videos = {name: tensor for name, tensor in inputs.items() if name in asked}
+            given["mm_encoder_outputs"]["video"] = base.get_video_features(**videos, return_dict=True)
+            del given["pixel_values_videos"]
         states = wanted_states(features, body)
         if states:
             given["output_hidden_states"] = states
@@ -137,6 +143,8 @@ class PretrainedVLM(VisionLanguageModel):
             run = int(tiles[:, :, 0].flatten(1).any(-1).sum())
             return dict.fromkeys(("vision_encoder", "projector"), run * self._patches(tiles[:1]))
         tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        if self.processor.takes_videos:
+            tokens += int((inputs["input_ids"] == self.processor.processor.video_token_id).sum())
         return {"vision_encoder": tokens * self._joined, "projector": tokens}
 
     @cached_property

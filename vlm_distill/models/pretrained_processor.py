@@ -31,6 +31,7 @@ from .processor_calls import ProcessedSample, RenderedSample, process_all
 from .supervision import mark_tokens, token_spans
 from .template_marks import PRIVATE
 from .templates import apply_template
+from .video_inputs import Video, blank_video, video_input, video_options, with_videos
 
 
 class Expanded:
@@ -79,10 +80,20 @@ class PretrainedProcessor(Processor):
         self.placeholder = processor.image_token
         names = [processor.video_token] if getattr(processor, "video_token", None) else []
         self._reserved = [self.placeholder, self.tokenizer.convert_ids_to_tokens(image_token_id), *names]
+        self._video_input = video_input(processor) if names else None
         self._special = special_ids(self.tokenizer)
         self._dummy: Encoded | None = None
         self._loaded: Any = None  # the processor before its image sizes were set, if they were
         self._rope = _rope_index(model)
+
+    @property
+    def _reads_videos(self) -> bool:
+        return self.video_frames is not None and self._video_input is not None
+
+    @property
+    def takes_videos(self) -> bool:  # type: ignore[override]
+        separate = self._video_input is not None and self._video_input.separate
+        return self._reads_videos and separate and self.features is None
 
     @property
     def chat_template(self) -> Any:
@@ -99,11 +110,12 @@ class PretrainedProcessor(Processor):
         return *super().recipe(), own, self.image_token_id, _rope_recipe(self._rope)
 
     def text_recipe(self) -> tuple[Any, ...]:
-        return *super().text_recipe(), type(self.processor), self._reserved
+        return *super().text_recipe(), type(self.processor), self._reserved, self._video_input
 
     def image_recipe(self) -> tuple[Any, ...]:
         images = self.processor.image_processor
-        return type(images), vars(images)
+        videos = getattr(self.processor, "video_processor", None) if self._reads_videos else None
+        return type(images), vars(images), type(videos), vars(videos) if videos else {}
 
     @property
     def image_function(self) -> Any:
@@ -154,8 +166,11 @@ class PretrainedProcessor(Processor):
         self, conversation: Conversation, images: Sequence[Image.Image], generation: bool
     ) -> RenderedSample:
         """Check and render a sample, and find its answers."""
+        videos: list[Video] = []
+        if self._reads_videos:
+            conversation, images, videos = with_videos(conversation, images)
         messages = conversation.messages
-        self._check(conversation, images)
+        self._check(conversation, len(images) + len(videos))
         render = partial(self._render, tools=conversation.tools)
         spans: list[Span] = []
         if generation:
@@ -164,7 +179,16 @@ class PretrainedProcessor(Processor):
             text, spans = find_answers(render, messages, self.frame, self.learn_answer_prefix)
         if text.count(self.placeholder) != len(images):
             raise BadSample("images and placeholders differ in number", f"{text.count(self.placeholder)} placeholders")
-        return RenderedSample(text, spans, images, {"add_special_tokens": self._lacks_start(text)})
+        if videos and text.count(self.processor.video_token) != len(videos):
+            raise BadSample("videos and placeholders differ in number", "the chat template shows no videos")
+        options = {"add_special_tokens": self._lacks_start(text), **self._video_options(videos)}
+        return RenderedSample(text, spans, images, options, videos)
+
+    def _video_options(self, videos: Sequence[Video]) -> dict[str, Any]:
+        if not videos:
+            return {}
+        assert self._video_input is not None
+        return video_options(videos, self.video_frames if self._video_input.stacked else None)
 
     def adds_special_tokens(self, conversation: Conversation) -> bool:
         """Return whether the tokenizer adds its own tokens around this conversation, besides the template's."""
@@ -176,7 +200,8 @@ class PretrainedProcessor(Processor):
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
-    def _check(self, conversation: Conversation, images: Sequence[Image.Image]) -> None:
+    def _check(self, conversation: Conversation, images: int) -> None:
+        """Refuse texts that the processor would misunderstand, and another number of images and videos than parts."""
         texts = [text for message in conversation.messages for text in written_texts(message)]
         if conversation.tools:
             texts.append(json.dumps(conversation.tools, ensure_ascii=False))
@@ -187,8 +212,8 @@ class PretrainedProcessor(Processor):
         # The processor tokenizes the rendered text as a whole and cannot tell this from the template's own.
         if token := held(self.frame.control, texts):
             raise BadSample("text holds a control token", token)
-        if count_images(conversation.messages) != len(images):
-            raise BadSample("images and image parts differ in number", f"{len(images)} images")
+        if count_images(conversation.messages) != images:
+            raise BadSample("images and image parts differ in number", f"{images} images")
 
     def _encoded(self, sample: RenderedSample) -> Encoded:
         return checked(self._all_encoded([sample])[0])
@@ -203,8 +228,10 @@ class PretrainedProcessor(Processor):
         If features are given, ``vision_features`` takes the place of pixels; grids and sizes stay.
         """
         processed, images = checked(result), sample.images
-        if len(processed.replaced) != len(images):
+        if len(processed.replaced) != len(images) + len(sample.videos):
             raise BadSample("image expansion not understood", f"{type(self.processor).__name__} does not report it")
+        if sample.videos and self.features is not None:
+            raise BadSample("video with cached features", "a cache holds images alone; leave student.vision_cache out")
         if images and self.features is not None:
             kept = {name: tensor for name, tensor in processed.tensors.items() if not name.startswith("pixel_")}
             processed = replace(processed, tensors={**kept, "vision_features": self.features(images)})
@@ -218,7 +245,10 @@ class PretrainedProcessor(Processor):
         supervised, ends = mark_tokens(expanded.text, offsets, ids, moved, self._special)
         spans = token_spans(expanded.text, offsets, supervised, ends, moved)
         tensors = integers(ids), booleans(supervised), booleans(ends)
-        return Encoded(*tensors, len(sample.images), processed.tensors, spans)
+        separate = self._video_input is not None and self._video_input.separate
+        videos = len(sample.videos) if separate else 0
+        frames = 0 if separate else sum(len(video.frames) for video in sample.videos)
+        return Encoded(*tensors, len(sample.images) + frames, processed.tensors, spans, videos)
 
     def blank(self) -> Image.Image:
         return Image.new("RGB", (64, 64))
@@ -227,8 +257,14 @@ class PretrainedProcessor(Processor):
         return self._encoded(RenderedSample(self.placeholder * len(images), [], images))
 
     def dummy(self) -> Encoded:
-        if self._dummy is None:
+        if self._dummy is None or bool(self._dummy.videos) != self.takes_videos:
             self._dummy = self.image_row([self.blank()])
+            if self.takes_videos:
+                text = f"{self.placeholder}\n{self.processor.video_token}"
+                videos = [blank_video(self.blank())]
+                self._dummy = self._encoded(
+                    RenderedSample(text, [], [self.blank()], self._video_options(videos), videos)
+                )
         return self._dummy
 
     def with_features(self, features: Callable[[Sequence[Image.Image]], Tensor]) -> Self:

@@ -38,6 +38,10 @@ class Processor(ABC):
     features: Callable[[Sequence[Image.Image]], Tensor] | None = None
     #: Whether the model can pack samples into a single row only, not into a batch of rows; the model sets it.
     one_row: bool = False
+    #: The most frames of a video, if videos go in as such where the family takes them (``data.video``).
+    video_frames: int | None = None
+    #: Whether the model has an input of its own for videos, and receives it.
+    takes_videos: bool = False
     #: Whether what the chat template writes before a plain answer is supervised (``data.template_text: learn``).
     learn_answer_prefix: bool = False
     _frame: Frame | None = None
@@ -148,7 +152,8 @@ class Processor(ABC):
 
     def text_recipe(self) -> tuple[Any, ...]:
         """Return everything that decides how a sample is rendered, and which tokens its text becomes."""
-        return type(self), tokenizer_recipe(self.tokenizer), self.chat_template, self.learn_answer_prefix
+        settings = self.learn_answer_prefix, self.video_frames
+        return type(self), tokenizer_recipe(self.tokenizer), self.chat_template, *settings
 
     @abstractmethod
     def image_recipe(self) -> Any:

@@ -15,6 +15,7 @@ from data.errors import BadSample
 
 from .answer_spans import Span
 from .common import first_line, integers
+from .video_inputs import Video
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class RenderedSample:
         spans: of the answers in it.
         images: RGB, one for each placeholder.
         options: of the call. A list has one entry for each sample.
+        videos: one for each placeholder of a video; ``options`` hold them as the processor takes them.
     """
 
     text: str
     spans: Sequence[Span]
     images: Sequence[Image.Image]
     options: Mapping[str, Any] = field(default_factory=dict)
+    videos: Sequence[Video] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def _attempted(processor: Any, samples: Sequence[RenderedSample]) -> Sequence[Pr
 
 
 def _likeness(sample: RenderedSample) -> tuple[Any, ...]:
-    """Return what samples must have in common to share a call."""
+    """Return what samples must have in common to share a call. A sample with a video has one of its own."""
+    if sample.videos:
+        return (id(sample),)
     options = tuple((name, None if isinstance(value, list) else value) for name, value in sample.options.items())
     return options, *(image.size for image in sample.images)
 

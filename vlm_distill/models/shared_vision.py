@@ -58,5 +58,7 @@ def with_vision_features(batch: DistillationBatch, seen: Tensor) -> ModelInputs:
         images = seen.dim() == 3
         mine, other = (ours.images, theirs.images) if images else (ours.image_tokens, theirs.image_tokens)
         seen = seen[other][mine.argsort()]
-    kept = {name: t for name, t in batch.student.inputs.items() if not name.startswith("pixel_")}
+    # A video's own input stays: the teacher's features are of images alone.
+    inputs = batch.student.inputs.items()
+    kept = {name: t for name, t in inputs if not name.startswith("pixel_") or name == "pixel_values_videos"}
     return ModelInputs(kept, vision_features=seen)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from data.batch import Encoded
-from data.conversation import Conversation, Document
+from data.conversation import Conversation, Document, VideoFile
 from data.encoding import Pair
 from data.errors import BadSample, UserError
+from data.sample_images import load_images
 from vlm_distill.models.processor import Processor
 
 from .models import PlannedRun
@@ -72,10 +71,10 @@ def sample(run: PlannedRun) -> tuple[list[Pair], Sequences]:
     pairs, sizes, samples, reason = list[Pair](), 0.0, 0, ""
     for source, row in run.first_samples(SAMPLES):
         try:
-            sample = run.sources[source][row]
-            images = [] if isinstance(sample, Document) else [run.load_image(image) for image in sample.images]
-            pairs += run.collator.encode(sample, images)
-            sizes, samples = sizes + _size(sample, images), samples + 1
+            read = run.sources[source][row]
+            shown, images = load_images(read, run.load_image)
+            pairs += run.collator.encode(shown, images)
+            sizes, samples = sizes + _size(read), samples + 1
             sizes += run.feature_bytes(images)
         except BadSample as bad:
             reason = reason or str(bad)
@@ -93,21 +92,22 @@ def sample(run: PlannedRun) -> tuple[list[Pair], Sequences]:
     )
 
 
-def _size(sample: Conversation | Document, images: Sequence[Image.Image]) -> float:
-    """Return about how many bytes a sample takes on disk: its text and its images' files."""
+def _size(sample: Conversation | Document) -> float:
+    """Return about how many bytes a sample takes on disk: its text, and the files of its images and videos."""
     if isinstance(sample, Document):
         return len(sample.text.encode())
     text = 0
     for message in sample.messages:
         text += sum(len(part["text"].encode()) for part in message["content"] if part["type"] == "text")
     stored = 0
-    for source, image in zip(sample.images, images, strict=True):
-        if isinstance(source, str | Path) and Path(source).is_file():
-            stored += Path(source).stat().st_size
-        elif isinstance(source, bytes):
+    for image in sample.images:
+        source = image.source if isinstance(image, VideoFile) else image
+        if isinstance(source, bytes):
             stored += len(source)
+        elif isinstance(source, str):
+            stored += Path(source).stat().st_size
         else:
-            stored += image.width * image.height * 3
+            stored += source.width * source.height * 3
     return text + stored
 
 

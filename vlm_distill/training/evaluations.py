@@ -19,6 +19,7 @@ from data.errors import BadSample, UserError
 from data.images import load_image
 from data.loader import problem_of
 from data.plain_text import TextSource
+from data.sample_images import load_images
 from data.sources import Source
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.fields import Measure
@@ -157,8 +158,7 @@ class Evaluations:
                 if isinstance(sample, Document):
                     self.collators["student"].encode(sample)
                 else:
-                    prompt = sample.prompt()
-                    images = [load(image) for image in prompt.images]
+                    prompt, images = load_images(sample.prompt(), load)
                     self.student.processor.encode(prompt, images, generation=True)
                 return []
             except BadSample as bad:

@@ -87,7 +87,7 @@ def _load_here(config: RunConfig, processes: Processes | None) -> Teacher:
         offload = section.placement == "offload"
         teacher = ModelTeacher(*load_sharded(lambda: load_model(section, dtype), dtype, processes, offload=offload))
     set_processor(teacher.processor, section, "teacher")
-    teacher.processor.learn_answer_prefix = config.data.template_text == "learn"
+    read_as_data(teacher.processor, config)
     return teacher
 
 
@@ -146,7 +146,7 @@ def load_student(
     else:
         student = _load_own(config, teacher)
     set_processor(student.processor, section, "student")
-    student.processor.learn_answer_prefix = config.data.template_text == "learn"
+    read_as_data(student.processor, config)
     missing = [part for part in section.trained_whole if part not in student.parts]
     if missing and section.train is not None:
         raise UserError(f"student.train: this student has no {missing[0]}; it has {', '.join(student.parts)}")
@@ -193,6 +193,12 @@ def set_processor(processor: Processor, section: ModelSection, role: str) -> Non
     """
     processor.set_template_arguments(section.template_arguments, f"{role}.template_arguments")
     processor.set_image_sizes(section.image, f"{role}.image")
+
+
+def read_as_data(processor: Processor, config: RunConfig) -> None:
+    """Let a processor read samples as the data section says."""
+    processor.learn_answer_prefix = config.data.template_text == "learn"
+    processor.video_frames = None if config.data.video is None else config.data.video.max_frames
 
 
 def trained_parameters(model: VisionLanguageModel) -> int:

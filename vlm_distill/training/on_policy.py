@@ -21,6 +21,7 @@ from data.conversation import Conversation, Document, ImageSource
 from data.encoding import Pair, Turns, encode_pair
 from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
+from data.sample_images import load_images
 from data.teacher_view import Seen
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, Term
@@ -310,8 +311,14 @@ class OnPolicy:
                 raise bad
 
             return fail
-        images = pool.map(self.load, question.images)
-        return lambda: (sample, list(images))
+        return pool.submit(self._load, sample, question).result
+
+    def _load(self, sample: Conversation, question: Conversation) -> tuple[Conversation, list[Image.Image]]:
+        """Return a sample whose question shows its videos as frames, and the question's images."""
+        shown, images = load_images(question, self.load)
+        rest = sample.messages[len(question.messages) :]
+        sources = (*shown.images, *sample.images[len(question.images) :])
+        return replace(sample, messages=(*shown.messages, *rest), images=sources), images
 
     def _encode(self, place: Place, sample: Conversation, images: list[Image.Image]) -> _Prompt:
         """Encode a sample's question for both models. Raise ``BadSample`` if it leaves no room for an answer."""

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from data.conversation import ImageSource
 from data.encoding import Turns
 from data.errors import UserError
-from data.images import load_image
 from data.opening import open_source, open_text
 from data.plain_text import CHARACTERS_PER_TOKEN, TextSource
+from data.sample_images import ImageLoader
 from data.sources import Source
 from data.teacher_view import View
+from data.video import VideoLimits, check_installed
 from vlm_distill.config.model_sections import BlurSection, DownsampleSection, TeacherSection
 from vlm_distill.config.sections import AnyData, DataSection, SourceSection
 
@@ -46,9 +43,13 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
     return sources
 
 
-def image_loader(data: AnyData) -> Callable[[ImageSource], Image.Image]:
-    """Return a function that decodes an image within the limits of the data section."""
-    return partial(load_image, roots=[Path(root) for root in data.roots], max_pixels=data.max_pixels)
+def image_loader(data: AnyData) -> ImageLoader:
+    """Return what decodes images and videos within the limits of the data section."""
+    section, limits = getattr(data, "video", None), None
+    if section is not None:
+        check_installed()
+        limits = VideoLimits(**section.model_dump())
+    return ImageLoader([Path(root) for root in data.roots], data.max_pixels, video=limits)
 
 
 def turns(data: DataSection) -> Turns:

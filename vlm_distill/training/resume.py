@@ -78,6 +78,7 @@ RULES: dict[str, Rule] = {
                 "turns",
                 "template_text",
                 "max_pixels",
+                "video",
                 "length_window",
                 "packing",
                 "repeats",
@@ -89,6 +90,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (f"data.{key}" for key in ("eval", "roots", "bad_samples", "max_bad", "workers", "prefetch")), Rule.FREE
     ),
+    "data.video.timeout": Rule.FREE,
     # The optimizer's state holds weight decay, betas and the parts' factors; the schedule spans the whole run.
     "optimizer": Rule.FIXED,
     **dict.fromkeys(("optimizer.lr", "optimizer.max_grad_norm"), Rule.STEERS),

@@ -1,0 +1,101 @@
+"""Runs on videos: student and teacher of different families see the same moments, and broken files are counted."""
+
+import json
+
+import families
+import pytest
+import tiny
+import torch
+from byte_tokenizer import make_tokenizer
+from clips import write_clip
+from PIL import Image
+
+from data.sample_images import load_images
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.inspection import Inspection
+from vlm_distill.run import Run
+from vlm_distill.trainer import Trainer
+
+pytest.importorskip("av")
+
+PARTS = [
+    {"type": "video", "video": "clip.mp4"},
+    {"type": "image", "image": "picture.png"},
+    {"type": "text", "text": "Only a text."},
+    {"type": "video", "video": "broken.mp4"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    write_clip(folder / "clip.mp4")
+    (folder / "broken.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:700])
+    Image.new("RGB", (60, 30), "red").save(folder / "picture.png")
+    rows = []
+    for part in PARTS * 3:
+        content = [part, {"type": "text", "text": "Which colour?"}]
+        answer = {"role": "assistant", "content": "It is red."}
+        rows.append(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    maker = families.Maker(make_tokenizer)
+    for name in ("qwen2_5_vl", "llava_onevision", "llava"):
+        maker.write(name, folder / name)
+    return folder
+
+
+def settings(folder, name, teacher="llava_onevision", **changes):
+    changes = {
+        "student": {"path": str(folder / "qwen2_5_vl")},
+        "training__steps": 2,
+        "data__max_length": 512,
+        **changes,
+    }
+    plain = tiny.config(folder / name, folder / "data.jsonl", folder / teacher, **changes)
+    plain["data"]["video"] = {"fps": 1, "max_frames": 4}
+    plain["loss"] = [{"name": "forward_kl"}]
+    return RunConfig.model_validate(plain)
+
+
+@pytest.mark.parametrize(
+    ("student", "changes"),
+    [
+        ("qwen2_5_vl", {"data__packing": True, "data__workers": 1}),
+        ("qwen2_5_vl", {"student": {"train": ["projector", "decoder"]}}),
+        ("llava", {}),
+    ],
+)
+def test_a_run_learns_from_videos_and_counts_broken_ones(folder, processes, student, changes):
+    changes = {**changes, "student": {"path": str(folder / student), **changes.get("student", {})}}
+    teacher = "qwen2_5_vl" if "train" in changes["student"] else "llava_onevision"
+    path = Trainer(settings(folder, f"{student}{len(changes)}{teacher}", teacher=teacher, **changes), processes).run()
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in metrics if line["kind"] == "train"]
+    # A student that is its teacher, with one vision encoder for both, has nothing to learn.
+    assert losses[0] < 1e-6 if teacher == student else all(0 < loss < 20 for loss in losses)
+    problems = [json.loads(line) for line in (path / "problems.jsonl").read_text().splitlines()]
+    assert {problem["line"]: problem["reason"] for problem in problems} == dict.fromkeys((4, 8, 12), "video is broken")
+
+
+def test_both_models_see_the_same_moments(folder, processes):
+    run = Run(settings(folder, "moments"), processes)
+    run.prepare()
+    conversation, frames = load_images(run.sources[0][0], run.load_image)
+    (pair,) = run.collator.encode(conversation, frames)
+    assert len(frames) == 3
+    assert (pair.student.videos, pair.teacher.videos) == (1, 1)
+    assert pair.student.tensors["video_grid_thw"].tolist() == [[2, 4, 4]]  # two pairs of frames, the last one twice
+    shown = pair.teacher.tensors["pixel_values_videos"][0]
+    assert len(shown) == 4  # of max_frames: LLaVA-OneVision stacks videos
+    assert torch.equal(shown[2], shown[3])
+    # A batch without a video or without an image gets a blank one of each: every rank runs the same modules.
+    both = {"pixel_values", "pixel_values_videos"}
+    for row in (0, 1, 2):
+        batch = run.collator.batch(run.collator.encode(*load_images(run.sources[0][row], run.load_image)))
+        assert both <= batch.student.inputs.keys()
+        assert both <= batch.teacher.inputs.keys()
+
+
+def test_an_inspection_shows_the_frames(folder):
+    shown = Inspection(settings(folder, "inspected")).shown(12)
+    assert sorted(len(sample.images) for sample in shown) == [0] * 6 + [1] * 3 + [3] * 3
