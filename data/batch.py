@@ -102,6 +102,14 @@ class Processor(Protocol):
         """Return a bool ``[L]``: which tokens of an encoded sample are image tokens."""
         ...
 
+    def image_blocks(self, sample: Encoded) -> list[int]:
+        """Return how many image tokens each of a sample's images has, or each tile of images that are cut into tiles.
+
+        Raises:
+            BadSample: the images' tokens cannot be told apart.
+        """
+        ...
+
     def join(self, samples: Sequence[Encoded]) -> Encoded:
         """Concatenate samples into one row, in which the model keeps them apart."""
         ...
@@ -171,6 +179,10 @@ class ModelBatch:
         image_tokens: int64 ``[T]``, the same for the images' tokens.
         image_positions: int64 ``[T]``, indices of the same tokens into the flattened ``[B·L]``.
         image_counts: int64 ``[pairs]``, how many of them belong to each pair.
+        extents: int64 ``[pairs, 2]``, the index of each pair's first token in the flattened ``[B·L]``, and how many
+            tokens it has.
+        image_blocks: int64 ``[blocks]``, how many image tokens each image or tile has, in the samples' order; empty
+            unless losses match image tokens.
         tokens: number of tokens of samples and dummy rows, without padding.
     """
 
@@ -180,6 +192,8 @@ class ModelBatch:
     image_tokens: Tensor
     image_positions: Tensor
     image_counts: Tensor
+    extents: Tensor
+    image_blocks: Tensor
     tokens: int
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModelBatch:
@@ -193,7 +207,16 @@ class ModelBatch:
             image_tokens=change(self.image_tokens),
             image_positions=change(self.image_positions),
             image_counts=change(self.image_counts),
+            extents=change(self.extents),
+            image_blocks=change(self.image_blocks),
         )
+
+    def tokens_of(self, pair: int, which: str) -> Tensor:
+        """Return positions of a pair's tokens, ascending: of ``all``, or of those that predict its ``answers``."""
+        start, tokens = self.extents[pair].tolist()
+        if which == "all":
+            return torch.arange(start, start + tokens, device=self.positions.device)
+        return self.positions[(self.positions >= start) & (self.positions < start + tokens)]
 
     @property
     def image_samples(self) -> Tensor:
@@ -234,6 +257,12 @@ class DistillationBatch:
     origins: tuple[Origin, ...] = ()
     drawn: bool = False
     conversations: Sequence[tuple[Conversation | Document, Sequence[Image.Image]]] = ()
+
+    @property
+    def image_pairs(self) -> Tensor:
+        """int64 ``[blocks]``: how many image tokens of each image or tile are matched with the other model's."""
+        assert self.teacher is not None
+        return torch.minimum(self.student.image_blocks, self.teacher.image_blocks)
 
     @property
     def teacher_targets(self) -> Tensor:
@@ -293,13 +322,13 @@ class Step:
     def counts(self, *, drawn: bool | None = None) -> Mapping[str, int]:
         """Count what this rank's image-text batches are compared on.
 
-        Supervised tokens, distilled tokens (or groups), images, the student's image tokens, and samples that have any
-        of these (with ``data.turns: split``, answers).
+        Supervised tokens, distilled tokens (or groups), images, the student's image tokens, pairs of matched image
+        tokens, and samples that have any of these (with ``data.turns: split``, answers).
 
         Args:
             drawn: count only batches whose answers the student has drawn, or only those with the data's answers.
         """
-        counts = {"supervised": 0, "distilled": 0, "images": 0, "image_tokens": 0}
+        counts = {"supervised": 0, "distilled": 0, "images": 0, "image_tokens": 0, "matched_tokens": 0}
         counts |= {"supervised_samples": 0, "distilled_samples": 0, "image_samples": 0}
         for batch in self.batches:
             if drawn is not None and batch.drawn != drawn:
@@ -308,6 +337,8 @@ class Step:
             counts["distilled"] += int(batch.distilled.sum()) if batch.groups is None else len(batch.groups)
             counts["images"] += batch.images
             counts["image_tokens"] += len(batch.student.image_positions)
+            if batch.teacher is not None:
+                counts["matched_tokens"] += int(batch.image_pairs.sum())
             counts["supervised_samples"] += len(batch.sample_of.unique())
             compared = batch.distilled if batch.groups is None else batch.groups.student[:, 0]
             counts["distilled_samples"] += len(batch.sample_of[compared].unique())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vlm_distill.losses.groups import TokenGroups
 
+from .alignment import difference_of
 from .attempts import attempt, checked
 from .batch import (
     DistillationBatch,
@@ -50,7 +52,9 @@ class Collator:
         turns: which answers of conversations are trained on.
         grouped: whether the models have different tokenizers.
         packed: whether conversations share rows, for the student and for the teacher.
-        pairs_image_tokens: whether a loss compares the models image token by image token.
+        alike: what both models must have alike in a sample: ``image tokens`` (their number), ``image tiles`` (the
+            number of images or tiles), ``image grids`` (square, if they differ), ``text tokens`` (the same ones in the
+            same places).
         view: what the teacher sees of a sample, if not the same; ``None`` also if its outputs are cached, since then
             samples are only looked up.
     """
@@ -61,7 +65,7 @@ class Collator:
     turns: Turns = EVERY_ANSWER
     grouped: bool = False
     packed: tuple[bool, bool] = (False, False)
-    pairs_image_tokens: bool = False
+    alike: frozenset[str] = frozenset()
     view: View | None = None
 
     def encode(
@@ -124,19 +128,24 @@ class Collator:
             for result in encoded:
                 pair = checked(result)
                 if pair.teacher is not None:
-                    self.check_image_tokens(pair.student, pair.teacher)
+                    self.check_alike(pair.student, pair.teacher)
                 pairs.append(replace(pair, samples=0) if pairs else pair)
         return pairs if sample_id is None else add_origins(pairs, sample_id)
 
-    def check_image_tokens(self, student: Encoded, teacher: Encoded) -> None:
-        """Raise ``BadSample`` if image tokens are compared and the models have different numbers of them."""
-        if not self.pairs_image_tokens:
+    def check_alike(self, student: Encoded, teacher: Encoded) -> None:
+        """Raise ``BadSample`` if the models differ in what must be alike. A sample without images is not compared."""
+        if not self.alike or student is teacher or not student.images:
             return
         assert self.teacher is not None
-        ours = int(self.student.image_tokens(student).sum())
-        theirs = int(self.teacher.image_tokens(teacher).sum())
-        if ours != theirs:
+        masks = self.student.image_tokens(student), self.teacher.image_tokens(teacher)
+        ours, theirs = (int(mask.sum()) for mask in masks)
+        if "image tokens" in self.alike and ours != theirs:
             raise BadSample("image tokens differ", f"{ours} for the student, {theirs} for the teacher")
+        if "image tiles" in self.alike:
+            blocks = self.student.image_blocks(student), self.teacher.image_blocks(teacher)
+            _check_blocks(*blocks, square="image grids" in self.alike)
+        if "text tokens" in self.alike:
+            _check_text(*map(_with_marks, (student, teacher), masks))
 
     def parts(
         self, sample: Conversation | Document, images: Sequence[Image.Image]
@@ -149,7 +158,41 @@ class Collator:
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """Return a micro-batch of these pairs, packed where that is configured."""
-        return collate(pairs, self.student, self.teacher, grouped=self.grouped, packed=self.packed)
+        return collate(
+            pairs,
+            self.student,
+            self.teacher,
+            grouped=self.grouped,
+            packed=self.packed,
+            tiled="image tiles" in self.alike,
+        )
+
+
+def _with_marks(row: Encoded, image: Tensor) -> list[int]:
+    """Return a sample's ids with −1 for each run of image tokens."""
+    again = image & torch.cat([image.new_zeros(1), image[:-1]])
+    return row.input_ids.masked_fill(image, -1)[~again].tolist()
+
+
+def _check_text(student: list[int], teacher: list[int]) -> None:
+    """Raise ``BadSample`` if the models' ids differ; an image is −1."""
+    if student == teacher:
+        return
+    ours, theirs = ([token for token in ids if token >= 0] for ids in (student, teacher))
+    what = "the images stand elsewhere" if ours == theirs else difference_of(ours, theirs)
+    raise BadSample("text tokens differ", f"{what}; compare at the answers alone (`queries` or `text`: answers)")
+
+
+def _check_blocks(student: list[int], teacher: list[int], *, square: bool) -> None:
+    """Raise ``BadSample`` if images or tiles of these numbers of tokens cannot be matched."""
+    if len(student) != len(teacher):
+        raise BadSample("image tiles differ", f"{len(student)} for the student, {len(teacher)} for the teacher")
+    for ours, theirs in zip(student, teacher, strict=True):
+        if square and ours != theirs and any(isqrt(tokens) ** 2 != tokens for tokens in (ours, theirs)):
+            raise BadSample(
+                "image grids are not square",
+                f"{ours} tokens for the student, {theirs} for the teacher; use match: hungarian",
+            )
 
 
 def add_origins(pairs: Sequence[Pair], sample_id: SampleId) -> list[Pair]:
@@ -169,6 +212,7 @@ def collate(
     *,
     grouped: bool = False,
     packed: tuple[bool, bool] = (False, False),
+    tiled: bool = False,
 ) -> DistillationBatch:
     """Return a micro-batch of any number of samples, zero included.
 
@@ -182,6 +226,7 @@ def collate(
         teacher: the teacher's processor, or ``None`` if the pairs have no teacher.
         grouped: whether the pairs have groups; a micro-batch without samples then has (empty) groups too.
         packed: as in :class:`Collator`.
+        tiled: whether to count the image tokens of each image or tile.
 
     Returns:
         The batch. Per-token tensors follow the order of ``pairs``, even where samples share a packed row: ``positions``
@@ -196,14 +241,14 @@ def collate(
             theirs.append(teacher.dummy())
 
     documents = [pair.document for pair in pairs]
-    student_batch = _model_batch(student, ours, [pair.student_tokens for pair in pairs], documents, packed[0])
+    student_batch = _model_batch(student, ours, [pair.student_tokens for pair in pairs], documents, packed[0], tiled)
     teacher_batch = None
     if teacher is not None:
         tokens = [pair.teacher_tokens for pair in pairs]
         if teacher is student and packed[0] == packed[1] and _are_one(pairs):
             teacher_batch = replace(student_batch, inputs=ModelInputs(student_batch.inputs))
         else:
-            teacher_batch = _model_batch(teacher, theirs, tokens, documents, packed[1])
+            teacher_batch = _model_batch(teacher, theirs, tokens, documents, packed[1], tiled)
             if packed == (False, False):
                 _share_tensors(student_batch.inputs, teacher_batch.inputs, ours, theirs)
 
@@ -266,7 +311,12 @@ def _collate_groups(pairs: Sequence[Pair]) -> TokenGroups:
 
 
 def _model_batch(
-    processor: Processor, samples: list[Encoded], tokens: list[Tensor], documents: list[bool], packed: bool
+    processor: Processor,
+    samples: list[Encoded],
+    tokens: list[Tensor],
+    documents: list[bool],
+    packed: bool,
+    tiled: bool,
 ) -> ModelBatch:
     """Put samples into rows, packed where they may share one.
 
@@ -279,6 +329,7 @@ def _model_batch(
         tokens: for each pair, the indices of its supervised tokens.
         documents: for each pair, whether it is plain text.
         packed: whether conversations and dummies are packed too.
+        tiled: whether to count the image tokens of each image or tile.
     """
     # Records of a cache are indexed by pair and never reach a model: they must not change places.
     may_pack = not isinstance(processor, RecordedProcessor)
@@ -304,6 +355,7 @@ def _model_batch(
     nothing = torch.empty(0, dtype=torch.int64)
     at_images = [processor.image_tokens(s).nonzero().flatten() if s.images else nothing for s in samples]
     image_tokens = [len(indices) for indices in at_images]
+    blocks = [processor.image_blocks(s) for s in samples[: len(tokens)] if s.images] if tiled else []
     return ModelBatch(
         inputs,
         _shifted(tokens, starts) - 1,
@@ -311,6 +363,8 @@ def _model_batch(
         _in_pair_order(rows, image_tokens, len(tokens)),
         _shifted(at_images[: len(tokens)], starts),
         torch.tensor(image_tokens[: len(tokens)], dtype=torch.int64),
+        torch.tensor([starts[: len(tokens)], lengths[: len(tokens)]], dtype=torch.int64).T,
+        torch.tensor([*chain.from_iterable(blocks)], dtype=torch.int64),
         sum(lengths),
     )
 

@@ -17,12 +17,12 @@ from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
 from data.sample_images import load_images
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.losses import must_be_alike
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
 from vlm_distill.run import Run
 from vlm_distill.training.open_data import turns
-from vlm_distill.training.terms import pairs_image_tokens
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Inspection:
             config.data.max_length,
             turns(config.data),
             grouped,
-            pairs_image_tokens=pairs_image_tokens(self.run.terms),
+            alike=must_be_alike(self.run.terms),
             view=self.run.view,
         )
 

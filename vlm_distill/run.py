@@ -27,7 +27,7 @@ from vlm_distill.caching.check_tokens import check_tokens
 from vlm_distill.caching.image_features import FeatureCache
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.losses import wanted_features
+from vlm_distill.losses import must_be_alike, wanted_features
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.interface import VisionLanguageModel
@@ -53,7 +53,7 @@ from vlm_distill.training.on_policy import check_on_policy
 from vlm_distill.training.open_data import image_loader, open_sources, teacher_view, turns
 from vlm_distill.training.packing_plan import Packing, plan_packing
 from vlm_distill.training.student_cut import choose_kept
-from vlm_distill.training.terms import AnyTerm, build_terms, pairs_image_tokens, prepare_losses
+from vlm_distill.training.terms import AnyTerm, build_terms, prepare_losses
 
 AnySource = Source | TextSource
 
@@ -283,7 +283,7 @@ class Run:
             turns(data),
             self.grouped,
             self.packing.packed,
-            pairs_image_tokens(self.terms),
+            must_be_alike(self.terms),
             self.view,
         )
 

@@ -21,7 +21,7 @@ from data.sample_images import load_images
 from data.workers import make_loader
 from vlm_distill import losses
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums
+from vlm_distill.losses import FeatureTerm, HiddenTargets, Term, TermSums, must_be_alike
 from vlm_distill.models.common import count_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.shared_vision import share_vision_weights
@@ -42,7 +42,7 @@ from vlm_distill.training.optimizers import build_optimizer
 from vlm_distill.training.schedule import learning_rate_factor, lr_scales
 from vlm_distill.training.student_cut import describe_kept
 from vlm_distill.training.task import DistillationTask
-from vlm_distill.training.terms import acts_on, pairs_image_tokens, unit_of
+from vlm_distill.training.terms import acts_on, unit_of
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
 _SUSPECT_TEACHER = 0.5
@@ -228,7 +228,7 @@ class Trainer(Loop):
         }
 
     def mistake_in(self, found: FirstSamples) -> str | None:
-        if not found.images and all(pairs_image_tokens([term]) for term in self.terms):
+        if not found.images and all(must_be_alike([term]) for term in self.terms):
             return (
                 f"loss: every term compares image tokens, and none of the first {found.tried} samples has an image, so "
                 "that nothing would be learned; add a term on the text, or use data with images"

@@ -149,13 +149,13 @@ def test_operations_are_those_that_pytorch_counts(kind, tower, settings, tokeniz
     inputs = model.processor.collate(rows)
     real = multiplied(model, inputs)
     costs = ModelFlops(model, trains=False)
-    counted = costs.count(ModelBatch(inputs, *[torch.arange(0)] * 5, 0))
+    counted = costs.count(ModelBatch(inputs, *[torch.arange(0)] * 7, 0))
     for part, operations in counted.items():
         if part in real and (tower, part) != ("convnet", "vision_encoder"):
             assert operations == pytest.approx(real[part], rel=0.08), part
     assert (counted["vision_encoder"] > 0) == (tower == "vit")  # unknown for a convolutional one
     features = torch.stack(model.encode_images(rows))
-    known = costs.count(ModelBatch({**inputs, "vision_features": features}, *[torch.arange(0)] * 5, 0))
+    known = costs.count(ModelBatch({**inputs, "vision_features": features}, *[torch.arange(0)] * 7, 0))
     assert known == {**counted, "vision_encoder": 0}
 
 

@@ -40,7 +40,18 @@ AT_IMAGES = [
     {"name": "forward_kl"},
     {"name": "taid", "on": "images", "t_start": 0.4},
     {"name": "vision_relation", "weight": 0.5},
+    {"name": "visual_attention"},
+    {"name": "vision_language_affinity", "text": "answers"},
 ]
+#: The same where the student's images are more tokens than the teacher's: EM-KD, and averages over the coarser grid.
+MATCHED = [
+    {"name": "reverse_kl"},
+    {"name": "reverse_kl", "on": "images", "match": "hungarian", "weight": 0.25},
+    {"name": "vision_language_affinity", "match": "hungarian", "weight": 25},
+    {"name": "vision_relation", "match": "pool"},
+]
+FINE = tiny.settings()
+FINE["vision_encoder"]["image_size"] = 32
 
 
 def features(stage, loss=FEATURES, **changes):
@@ -99,6 +110,7 @@ SHARED = {
     **{f"layer_zero{s}": features(s, [{"name": "hidden_states", "layers": {1: 2}}]) for s in range(4)},
     **{f"images_zero{s}": features(s, IMAGES, data="mixed") for s in range(4)},
     **{f"at_images_zero{s}": features(s, AT_IMAGES, data="mixed") for s in (0, 3)},
+    **{f"matched_zero{s}": features(s, MATCHED, data="mixed", student=FINE) for s in (0, 3)},
     "packed_at_images_zero0": features(0, AT_IMAGES, data="mixed", **PACKED),
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
     # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
@@ -256,7 +268,7 @@ RESUMED += [
     "ctkd_instance_zero3",
     "replay_zero3",
 ]
-RESUMED += ["at_images_zero3", "pairs_zero2", "ema_zero3"]
+RESUMED += ["at_images_zero3", "matched_zero3", "pairs_zero2", "ema_zero3"]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 

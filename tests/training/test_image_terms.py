@@ -23,8 +23,11 @@ TERMS = [
     {"name": "forward_kl"},
     {"name": "reverse_kl", "on": "images", "weight": 0.5},
     {"name": "vision_relation"},
+    {"name": "visual_attention"},
+    {"name": "vision_language_affinity"},
     {"name": "hidden_states"},
 ]
+IMAGES_ALIKE = frozenset({"image tokens"})
 
 
 @pytest.fixture
@@ -53,6 +56,7 @@ def test_a_term_on_images_compares_the_heads_at_the_image_tokens(setting):
 def test_micro_batches_add_up_and_dummy_images_add_nothing(setting):
     task = setting.prepare()
     scales = {"forward_kl": 0.1, "reverse_kl": 0.2, "vision_relation": 0.5, "hidden_states": 0.1}
+    scales |= {"visual_attention": 0.5, "vision_language_affinity": 0.5}
     loss, whole = setting.run(task, setting.batch(0, 1, 2, 3), scales)
     loss.backward()
     expected = gradients(task)
@@ -64,6 +68,8 @@ def test_micro_batches_add_up_and_dummy_images_add_nothing(setting):
         "forward_kl": 12,
         "reverse_kl": 12,
         "vision_relation": 2,
+        "visual_attention": 2,
+        "vision_language_affinity": 2,
         "hidden_states": 12,
     }
     for name, sums in whole.items():
@@ -75,11 +81,11 @@ def test_micro_batches_add_up_and_dummy_images_add_nothing(setting):
 
 def test_terms_on_the_text_do_not_notice_a_term_on_images(tmp_path):
     values = {}
-    for kept in (TERMS, [TERMS[0], TERMS[3]]):
+    for kept in (TERMS, [TERMS[0], TERMS[-1]]):
         setting = Setting(tmp_path, kept)
         values[len(kept)] = setting.run(setting.prepare(), setting.batch(0, 1, 2, 3))[1]
     for name in ("forward_kl", "hidden_states"):
-        assert values[4][name].loss.equal(values[2][name].loss)
+        assert values[len(TERMS)][name].loss.equal(values[2][name].loss)
 
 
 def test_the_heads_at_image_tokens_are_counted_and_planned(setting):
@@ -103,9 +109,28 @@ def test_a_sample_with_unlike_numbers_of_image_tokens_is_left_out_by_name(settin
     both = student.processor, setting.teacher.processor
     image = [Image.new("RGB", (16, 16))]
     with pytest.raises(BadSample, match="image tokens differ: 16 for the student, 4 for the teacher"):
-        Collator(*both, 64, pairs_image_tokens=True).encode(TALKS[0], image)
+        Collator(*both, 64, alike=IMAGES_ALIKE).encode(TALKS[0], image)
     assert Collator(*both, 64).encode(TALKS[0], image)
-    assert Collator(*both, 64, pairs_image_tokens=True).encode(TALKS[1])
+    assert Collator(*both, 64, alike=IMAGES_ALIKE).encode(TALKS[1])
+
+
+def test_a_sample_with_other_text_is_left_out_by_name(setting):
+    class Wordy(type(setting.teacher.processor)):
+        def encode(self, conversation, images, *, generation=False):
+            row = super().encode(conversation, images, generation=generation)
+            row.input_ids[0] += 1
+            return row
+
+    teacher = setting.teacher.processor
+    other = Wordy(teacher.tokenizer, teacher.transform, teacher.tokens)
+    image = [Image.new("RGB", (16, 16))]
+    alike = losses.must_be_alike(setting.terms)
+    assert alike == {"image tokens", "text tokens"}
+    with pytest.raises(BadSample, match=r"text tokens differ: token 1 is .* compare at the answers alone"):
+        Collator(setting.student.processor, other, 64, alike=alike).encode(TALKS[0], image)
+    answers = losses.FeatureTerm("a", losses.build("visual_attention", queries="answers"))
+    alike = losses.must_be_alike([answers])
+    assert Collator(setting.student.processor, other, 64, alike=alike).encode(TALKS[0], image)
 
 
 ON = {"on": "images"}
@@ -121,6 +146,7 @@ SERVER = {"server": {"url": "http://localhost:1/v1", "model": "m"}}
         ({"name": "minilm", **ON}, {}, "minilm: on is for losses on logits"),
         ({"name": "forward_kl", **ON}, CACHE, "forward_kl: a cache holds nothing at image tokens"),
         ({"name": "vision_relation"}, CACHE, "vision_relation: a cache holds nothing at image tokens"),
+        ({"name": "visual_attention"}, CACHE, "visual_attention: a cache holds nothing at image tokens"),
         ({"name": "forward_kl", **ON}, SERVER, "forward_kl: a server returns nothing at image tokens"),
     ],
 )
@@ -140,7 +166,7 @@ def test_a_model_without_eyes_is_refused(setting, tmp_path):
 
 def test_unlike_tokenizers_are_refused_for_logits_at_images(setting, tmp_path):
     teacher = ModelTeacher(models.load_vlm(tiny.write_pieces_teacher(tmp_path / "pieces")))
-    with pytest.raises(UserError, match=r"without forward_kl, reverse_kl, hidden_states$"):
+    with pytest.raises(UserError, match=r"without forward_kl, .* visual_attention, .*, hidden_states$"):
         pair_vocabularies(setting.config, setting.student, teacher, setting.terms)
 
 

@@ -46,6 +46,9 @@ class CachedProcessor(RecordedProcessor):
     def image_tokens(self, sample: Encoded) -> Tensor:
         return torch.zeros_like(sample.supervised)
 
+    def image_blocks(self, sample: Encoded) -> list[int]:
+        return []
+
     def join(self, samples: Sequence[Encoded]) -> Encoded:
         raise NotImplementedError("cached samples are not packed: they are short, and keep the pairs' order")
 

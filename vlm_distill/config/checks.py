@@ -42,6 +42,11 @@ def check_run(run: Run) -> None:
             raise ValueError(rule.message)
     check_losses(run.loss, REGISTRY, has_teacher=run.teacher is not None)
     _check_answers(run)
+    for term in run.loss:
+        if term.match != "none" and term.on != "images" and not REGISTRY.entries[term.name].matches:
+            raise ValueError(
+                f"loss {term.name} compares no image tokens; leave match: {term.match} out, or add on: images"
+            )
 
 
 def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: bool) -> None:

@@ -49,6 +49,11 @@ class TermSection(LossSection):
         "tokens",
         description="What the loss averages: all `tokens` of a step, or each answer's tokens, then the `sequences`.",
     )
+    match: Literal["none", "hungarian", "pool"] = Field(
+        "none",
+        description="How image tokens are paired: `none`, one by one; `hungarian`, by the distance of their logits; "
+        "`pool`, averaged over the coarser of both grids.",
+    )
 
 
 class SourceSection(Section):

@@ -19,12 +19,21 @@ if TYPE_CHECKING:
     from .alm import ALM
     from .alpha_beta import AlphaBeta
     from .amid import AMiD
-    from .base import BatchLoss, DistillationLoss, Loss, Progress, RowResult, Term
+    from .base import BatchLoss, DistillationLoss, Loss, Match, Progress, RowResult, Term
     from .ctkd import CTKD
     from .diagnostics import Diagnostics
     from .dkd import DKD
     from .feature_distances import HiddenStates, ProjectorFeatures, VisionFeatures
-    from .feature_loss import IMAGE_HIDDEN, FeatureLoss, FeatureTerm, wanted_features
+    from .feature_loss import (
+        IMAGE_HIDDEN,
+        TEXT_HIDDEN,
+        TEXT_SAMPLES,
+        FeatureLoss,
+        FeatureTerm,
+        matches_tokens,
+        must_be_alike,
+        wanted_features,
+    )
     from .forward_kl import KD, ForwardKL
     from .from_hidden import fused_linear
     from .from_logits import on_logits
@@ -45,7 +54,9 @@ if TYPE_CHECKING:
     from .topk import TopKTargets
     from .tvd import TVD
     from .uld import ULD
+    from .vision_language_affinity import VisionLanguageAffinity
     from .vision_relation import VisionRelation
+    from .visual_attention import AttentionFeature, VisualAttention
 
 __all__ = [
     "ALM",
@@ -56,11 +67,14 @@ __all__ = [
     "KD",
     "REGISTRY",
     "TAID",
+    "TEXT_HIDDEN",
+    "TEXT_SAMPLES",
     "TVD",
     "ULD",
     "AMiD",
     "AdaptiveKL",
     "AlphaBeta",
+    "AttentionFeature",
     "BatchLoss",
     "CrossEntropy",
     "Diagnostics",
@@ -74,6 +88,7 @@ __all__ = [
     "Loss",
     "LossError",
     "LossSums",
+    "Match",
     "MiniLM",
     "OverlapKL",
     "Progress",
@@ -91,11 +106,15 @@ __all__ = [
     "TokenTargets",
     "TopKTargets",
     "VisionFeatures",
+    "VisionLanguageAffinity",
     "VisionRelation",
+    "VisualAttention",
     "adapt_terms",
     "available",
     "build",
     "fused_linear",
+    "matches_tokens",
+    "must_be_alike",
     "on_logits",
     "sequence_weights",
     "wanted_features",
@@ -107,12 +126,13 @@ _HOMES = {
     "alm": "ALM",
     "alpha_beta": "AlphaBeta",
     "amid": "AMiD",
-    "base": "BatchLoss DistillationLoss Loss Progress RowResult Term",
+    "base": "BatchLoss DistillationLoss Loss Match Progress RowResult Term",
     "ctkd": "CTKD",
     "diagnostics": "Diagnostics",
     "dkd": "DKD",
     "feature_distances": "HiddenStates ProjectorFeatures VisionFeatures",
-    "feature_loss": "IMAGE_HIDDEN FeatureLoss FeatureTerm wanted_features",
+    "feature_loss": "IMAGE_HIDDEN TEXT_HIDDEN TEXT_SAMPLES FeatureLoss FeatureTerm matches_tokens must_be_alike "
+    "wanted_features",
     "forward_kl": "KD ForwardKL",
     "from_hidden": "fused_linear",
     "groups": "TokenGroups",
@@ -133,7 +153,9 @@ _HOMES = {
     "topk": "TopKTargets",
     "tvd": "TVD",
     "uld": "ULD",
+    "vision_language_affinity": "VisionLanguageAffinity",
     "vision_relation": "VisionRelation",
+    "visual_attention": "AttentionFeature VisualAttention",
 }
 
 

@@ -232,6 +232,11 @@ class BatchLoss(Loss):
         raise NotImplementedError
 
 
+#: How image tokens are paired: ``none``: the k-th with the k-th; ``hungarian``: those with the nearest logits;
+#: ``pool``: averages over the coarser grid.
+Match = Literal["none", "hungarian", "pool"]
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand of the training loss: a loss between logits, its weight, and where both models are compared.
@@ -243,6 +248,7 @@ class Term:
             answers (``sequences``).
         row_weights: float64 ``[N]``, for one call: factors on the positions' losses (of a group, its first position's).
             The term's count is then their sum.
+        match: how image tokens are paired.
     """
 
     name: str
@@ -252,6 +258,7 @@ class Term:
     answers: Literal["data", "own", "both"] = "both"
     mean: Literal["tokens", "sequences"] = "tokens"
     row_weights: Tensor | None = field(default=None, compare=False)
+    match: Match = "none"
 
     @property
     def has_teacher(self) -> bool:

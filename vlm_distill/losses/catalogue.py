@@ -50,12 +50,20 @@ REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
         "hidden_states": Entry(
             "vlm_distill.losses.feature_distances:HiddenStates", ("layers", "distance"), classes=False
         ),
-        "vision_features": Entry("vlm_distill.losses.feature_distances:VisionFeatures", ("distance",), classes=False),
+        "vision_features": Entry(
+            "vlm_distill.losses.feature_distances:VisionFeatures", ("distance",), classes=False, matches=True
+        ),
         "projector_features": Entry(
-            "vlm_distill.losses.feature_distances:ProjectorFeatures", ("distance",), classes=False
+            "vlm_distill.losses.feature_distances:ProjectorFeatures", ("distance",), classes=False, matches=True
         ),
         "minilm": Entry("vlm_distill.losses.minilm:MiniLM", ("relation_heads",), classes=False),
-        "vision_relation": Entry("vlm_distill.losses.vision_relation:VisionRelation", classes=False),
+        "vision_relation": Entry("vlm_distill.losses.vision_relation:VisionRelation", classes=False, matches=True),
+        "vision_language_affinity": Entry(
+            "vlm_distill.losses.vision_language_affinity:VisionLanguageAffinity", ("text",), classes=False, matches=True
+        ),
+        "visual_attention": Entry(
+            "vlm_distill.losses.visual_attention:VisualAttention", ("layers", "queries"), classes=False
+        ),
         "diagnostics": Entry("vlm_distill.losses.diagnostics:Diagnostics"),
     }
 )

@@ -42,7 +42,7 @@ class _Distances(FeatureLoss):
 
     def _compare(self, projection: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
         if student.ndim == 3 and (side := self._common_side(student.shape[1], teacher.shape[1])):
-            student, teacher = _average_down(upcast(student), side), _average_down(upcast(teacher), side)
+            student, teacher = average_down(upcast(student), side), average_down(upcast(teacher), side)
         if isinstance(projection, nn.Linear):
             student = projection(student.to(projection.weight.dtype))
         student = upcast(student)
@@ -71,7 +71,7 @@ class _Distances(FeatureLoss):
         return min(sides)
 
 
-def _average_down(features: Tensor, side: int) -> Tensor:
+def average_down(features: Tensor, side: int) -> Tensor:
     """Average features ``[n, tokens, width]``, a square in row-major order, down to ``side × side`` tokens."""
     square = features.transpose(1, 2).unflatten(2, (math.isqrt(features.shape[1]), -1))
     return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
@@ -112,6 +112,7 @@ class VisionFeatures(_Distances):
     """
 
     unit = "image"
+    spans_tokenizers = True
 
     def __init__(self, distance: str = "mse") -> None:
         super().__init__("vision_features", [("vision", "vision")], distance)
@@ -125,6 +126,7 @@ class ProjectorFeatures(_Distances):
     """
 
     unit = "image"
+    spans_tokenizers = True
 
     def __init__(self, distance: str = "mse") -> None:
         super().__init__("projector_features", [("projector", "projector")], distance)

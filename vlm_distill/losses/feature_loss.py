@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from .base import Loss, Term
+from .base import Loss, Match, Term
 
 #: A feature's shape. VLMs: tokens of an image (``None`` if unknown before a run, or if it is not a feature of images)
 #: and width. Classifiers: channels, height and width of a map; the width alone of the pooled output.
@@ -16,6 +16,8 @@ Shape = tuple[Any, ...]
 
 #: The feature that losses at image tokens read: the decoder's last hidden states there.
 IMAGE_HIDDEN = "image_hidden"
+#: The same states at text tokens of samples with images, and which sample each is of; ``:all`` or ``:answers`` follows.
+TEXT_HIDDEN, TEXT_SAMPLES = "text_hidden", "text_samples"
 
 
 class FeatureLoss(Loss):
@@ -28,6 +30,9 @@ class FeatureLoss(Loss):
             with images.
         whole_batch: whether it compares the images of a batch with one another and so has one value (0-d) for them.
         student_features, teacher_features: names of the features it reads.
+        alike: what both models must have alike in a sample: as many ``image tokens`` (unless these are matched), or the
+            same ``text tokens`` in the same places. Other samples are left out.
+        spans_tokenizers: whether it reads nothing at text tokens, so that the models' tokenizers may differ.
     """
 
     needs = frozenset({"teacher"})
@@ -35,6 +40,8 @@ class FeatureLoss(Loss):
     whole_batch: ClassVar[bool] = False
     student_features: tuple[str, ...] = ()
     teacher_features: tuple[str, ...] = ()
+    alike: frozenset[str] = frozenset()
+    spans_tokenizers: ClassVar[bool] = False
 
     def prepare(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape]) -> None:
         """Create the loss's own parameters. Called once, before the optimizer exists.
@@ -64,18 +71,47 @@ class FeatureLoss(Loss):
 
 @dataclass(frozen=True)
 class FeatureTerm:
-    """One summand of the training loss: a loss between features, its weight, and on which answers it acts."""
+    """One summand of the training loss: a loss between features and its weight.
+
+    Attributes:
+        answers, match: as in :class:`~.base.Term`.
+    """
 
     name: str
     loss: FeatureLoss
     weight: float = 1.0
     answers: Literal["data", "own", "both"] = "both"
+    match: Match = "none"
+
+
+def must_be_alike(terms: Sequence[Term | FeatureTerm]) -> frozenset[str]:
+    """Return what both models must have alike in a sample, as in ``FeatureLoss.alike``, for all of the terms.
+
+    Terms that match image tokens need as many ``image tiles``, and to pool them ``image grids`` that are square. The
+    result is empty if no term compares image tokens.
+    """
+    found: set[str] = set()
+    for term in terms:
+        needs = set(term.loss.alike) if isinstance(term, FeatureTerm) else set[str]()
+        if isinstance(term, Term) and term.on == "images":
+            needs.add("image tokens")
+        if matches_tokens(term):
+            needs.discard("image tokens")
+            needs |= {"image tiles", "image grids"} if term.match == "pool" else {"image tiles"}
+        found |= needs
+    return frozenset(found)
+
+
+def matches_tokens(term: Term | FeatureTerm) -> bool:
+    """Return whether a term matches the models' image tokens. Losses of whole images average grids by themselves."""
+    pooled = isinstance(term, FeatureTerm) and term.loss.unit == "image" and term.match == "pool"
+    return term.match != "none" and not pooled
 
 
 def wanted_features(terms: Sequence[Term | FeatureTerm]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of all features that the terms read, without repetition: the student's and the teacher's.
 
-    Terms on logits at image tokens read both models' hidden states there.
+    Terms on logits at image tokens, and terms that match these, read both models' hidden states there.
     """
     student: dict[str, None] = {}
     teacher: dict[str, None] = {}
@@ -83,6 +119,6 @@ def wanted_features(terms: Sequence[Term | FeatureTerm]) -> tuple[tuple[str, ...
         if isinstance(term, FeatureTerm):
             student.update(dict.fromkeys(term.loss.student_features))
             teacher.update(dict.fromkeys(term.loss.teacher_features))
-        elif term.on == "images":
+        if (isinstance(term, Term) and term.on == "images") or matches_tokens(term):
             student[IMAGE_HIDDEN] = teacher[IMAGE_HIDDEN] = None
     return tuple(student), tuple(teacher)

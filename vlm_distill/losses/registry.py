@@ -32,6 +32,7 @@ class Entry:
         needs: as in :class:`~.base.Loss`.
         compares: whether it can be TAID's divergence.
         classes: whether it also compares class logits, so that classifiers learn from it too.
+        matches: whether it compares image tokens or features of images, which a term may match.
     """
 
     home: str
@@ -39,6 +40,7 @@ class Entry:
     needs: frozenset[str] = TEACHER
     compares: bool = False
     classes: bool = True
+    matches: bool = False
 
     def summary(self) -> str:
         """Return the first line of the class's docstring, from its source: importing it would import torch."""

@@ -21,6 +21,8 @@ class VisionRelation(FeatureLoss):
 
     unit = "sample"
     student_features = teacher_features = (IMAGE_HIDDEN,)
+    alike = frozenset({"image tokens"})
+    spans_tokenizers = True
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], samples: Tensor) -> Tensor:
         mine = upcast(student[IMAGE_HIDDEN])

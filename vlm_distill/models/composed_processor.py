@@ -225,5 +225,8 @@ class ComposedProcessor(Processor):
         mask = sample.tensors.get("image_mask")
         return torch.zeros_like(sample.supervised) if mask is None else mask
 
+    def image_blocks(self, sample: Encoded) -> list[int]:
+        return [self.tokens] * sample.images
+
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)

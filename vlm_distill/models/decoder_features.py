@@ -1,4 +1,4 @@
-"""Decoder activations by name: hidden states, and the last layer's queries, keys and values.
+"""Decoder activations by name: hidden states, the last layer's queries, keys and values, and which layers attend.
 
 Hidden states come from Transformers' own ``output_hidden_states``, given the wanted indices; it is off again when the
 forward ends, so that a recomputed layer adds nothing. Queries, keys and values are computed again from the last layer's
@@ -7,13 +7,14 @@ input by its own norm and projections: these act position by position, so only t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from data.errors import UserError
-from vlm_distill.losses import IMAGE_HIDDEN
+from vlm_distill.losses import IMAGE_HIDDEN, TEXT_HIDDEN, TEXT_SAMPLES, AttentionFeature
 
 from .families import family
 
@@ -22,6 +23,8 @@ from .families import family
 ATTENTION = ("queries", "keys", "values")
 IMAGES = ("vision", "projector")
 VISION_FEATURES = "vision_features"
+#: Kinds of features that are the last hidden states at tokens other than the predicting ones.
+_AT_TOKENS = (IMAGE_HIDDEN, TEXT_HIDDEN, TEXT_SAMPLES)
 
 
 def decoder_layers(body: Any) -> tuple[nn.ModuleList, str] | None:
@@ -39,7 +42,7 @@ def hidden_index(name: str, layers: int) -> int | None:
         UserError: no feature has this name, or the decoder has no such layer.
     """
     kind, _, text = name.partition(".")
-    if name in (*ATTENTION, *IMAGES, VISION_FEATURES, IMAGE_HIDDEN):
+    if name in (*ATTENTION, *IMAGES, VISION_FEATURES) or _at_tokens(name) or AttentionFeature.parse(name) is not None:
         return None
     if kind != "hidden" or not text.removeprefix("-").isdecimal():
         raise UserError(f"no feature is called {name!r}; there are hidden.K, {', '.join(IMAGES + ATTENTION)}")
@@ -47,6 +50,10 @@ def hidden_index(name: str, layers: int) -> int | None:
     if not -layers - 1 <= index <= layers:
         raise UserError(f"feature {name}: the decoder has {layers} layers; give {-layers - 1} to {layers}")
     return index % (layers + 1)
+
+
+def _at_tokens(name: str) -> bool:
+    return name.partition(":")[0] in _AT_TOKENS
 
 
 def wanted_states(features: Iterable[str], body: Any) -> list[int]:
@@ -90,10 +97,35 @@ def decoder_features(
 
 
 def decoder_width(name: str, body: Any) -> int:
-    """Return the width of a decoder's feature. Raise ``UserError`` if it has no such feature."""
-    if hidden_index(name, body.config.num_hidden_layers) is None and name != IMAGE_HIDDEN:
+    """Return the width of a decoder's feature; of attention to images, the number of layers.
+
+    Raises:
+        UserError: it has no such feature.
+    """
+    if (attention := AttentionFeature.parse(name)) is not None:
+        return len(attention_layers(body, attention))
+    if hidden_index(name, body.config.num_hidden_layers) is None and not _at_tokens(name):
         return attention_widths(body)[name]
     return body.config.hidden_size
+
+
+def attention_layers(body: Any, feature: AttentionFeature) -> list[Any]:
+    """Return the attention modules of the layers that a feature names.
+
+    Layers without attention, such as those of linear attention, are left out.
+
+    Raises:
+        UserError: it is not known how this decoder attends.
+    """
+    found = decoder_layers(body)
+    layers = [] if found is None else list(found[0])
+    chosen = layers[math.floor(feature.start * len(layers)) : math.ceil(feature.stop * len(layers))]
+    modules = [layer.self_attn for layer in chosen if hasattr(layer, "self_attn")]
+    if not modules:
+        raise UserError(
+            f"attention to images: not known how {type(body).__name__} attends in these layers; leave that loss out"
+        )
+    return modules
 
 
 def attention_widths(body: Any) -> dict[str, int]:

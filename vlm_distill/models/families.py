@@ -25,6 +25,7 @@ class Family:
         causal: Transformers lists this vision-language model among the causal LMs.
         chat: the family has a chat template.
         llava: a decoder of this type can be exported inside a LLaVA.
+        equal_tiles: every image, or every tile of one that is cut, becomes the same number of tokens.
     """
 
     softcap: bool = False
@@ -35,11 +36,13 @@ class Family:
     causal: bool = False
     chat: bool = True
     llava: bool = False
+    equal_tiles: bool = False
 
 
 FAMILIES = {
+    "aya_vision": Family(equal_tiles=True),
     "exaone4": Family(norm_after=True),
-    "gemma3": Family(needs="token_type_ids"),
+    "gemma3": Family(needs="token_type_ids", equal_tiles=True),
     "gemma3n": Family(softcap=True),
     "gemma4": Family(softcap=True),
     "gemma4_unified": Family(softcap=True),
@@ -47,17 +50,21 @@ FAMILIES = {
     "granite_docling": Family(scale=True),
     "hyperclovax": Family(multiplies=True),
     "hyperclovax_vision_v2": Family(multiplies=True, scale=True),
+    "idefics3": Family(equal_tiles=True),
+    "internvl": Family(equal_tiles=True),
     "llama": Family(llava=True),
+    "llava": Family(equal_tiles=True),
     "mistral": Family(llava=True),
     "mistral_large4": Family(softcap=True),
     "muse_glimmer": Family(softcap=True, scale=True),
     "muse_spark": Family(softcap=True, scale=True),
     "olmo2": Family(norm_after=True),
     "olmo3": Family(norm_after=True),
-    "paligemma": Family(softcap=True, needs="token_type_ids", chat=False),
+    "paligemma": Family(softcap=True, needs="token_type_ids", chat=False, equal_tiles=True),
     "phi4_multimodal": Family(causal=True),
     "qwen2": Family(llava=True),
     "qwen2_5_vl": Family(needs="mm_token_type_ids"),
+    "smolvlm": Family(equal_tiles=True),
 }
 
 #: Normalisation (mean, standard deviation) of vision towers without an image processor, by the start of their model

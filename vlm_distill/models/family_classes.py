@@ -14,6 +14,7 @@ from data.batch import Encoded, ModelInputs
 from data.conversation import Conversation, is_answer, message_text
 from data.errors import BadSample, UserError
 
+from .families import family
 from .pretrained import PretrainedVLM
 from .pretrained_processor import PretrainedProcessor
 from .processor_calls import ProcessedSample, RenderedSample
@@ -135,7 +136,11 @@ def adapted_processor(config: Any, processor: Any, model: Any = None) -> Pretrai
     side = getattr(config.vision_config, "image_size", None)
     wrapped.largest_image = side if isinstance(side, int) else None
     try:
-        wrapped.dummy()
+        dummy = wrapped.dummy()
     except BadSample as bad:
         raise UserError(f"{refusal} ({bad.reason}: {bad.detail})") from bad
+    # A LLaVA with Pixtral's encoder, which keeps an image's shape, is told its size.
+    if family(config.model_type).equal_tiles and "image_sizes" not in dummy.tensors:
+        tiles = dummy.tensors["pixel_values"].shape[:-3].numel()
+        wrapped.tile_tokens = int(wrapped.image_tokens(dummy).sum()) // tiles
     return wrapped

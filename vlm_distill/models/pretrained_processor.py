@@ -71,6 +71,8 @@ class PretrainedProcessor(Processor):
     largest_image: int | None = None
     #: Replaces :meth:`rendered_sample` where another model asks for the same texts.
     shared_rendering: Callable[..., RenderedSample] | None = None
+    #: How many tokens every image or tile becomes; ``None``: images differ.
+    tile_tokens: int | None = None
 
     def __init__(self, processor: Any, image_token_id: int, model: Any = None) -> None:
         self.processor = processor
@@ -309,6 +311,20 @@ class PretrainedProcessor(Processor):
 
     def image_tokens(self, sample: Encoded) -> Tensor:
         return sample.input_ids == self.image_token_id
+
+    def image_blocks(self, sample: Encoded) -> list[int]:
+        if self.tile_tokens is not None:
+            return [self.tile_tokens] * (int(self.image_tokens(sample).sum()) // self.tile_tokens)
+        # Each image is a run of tokens, in Pixtral with breaks between its lines.
+        within = self.image_tokens(sample)
+        runs = within | (sample.input_ids == getattr(self.processor, "image_break_token_id", self.image_token_id))
+        starts = runs & ~torch.cat([runs.new_zeros(1), runs[:-1]])
+        blocks = (
+            within.long().new_zeros(int(starts.sum())).index_add(0, starts.cumsum(0)[within] - 1, within[within].long())
+        )
+        if len(blocks) != sample.images:
+            raise BadSample("images stand side by side", f"{len(blocks)} runs of tokens for {sample.images} images")
+        return [int(tokens) for tokens in blocks]
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.processor.save_pretrained(folder)

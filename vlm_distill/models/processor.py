@@ -209,6 +209,16 @@ class Processor(ABC):
     def image_tokens(self, sample: Encoded) -> Tensor:
         """Return which tokens of an encoded sample stand for images, bool ``[L]``."""
 
+    @abstractmethod
+    def image_blocks(self, sample: Encoded) -> list[int]:
+        """Return how many image tokens each of a sample's images has, or each tile of images that are cut into tiles.
+
+        Example: SmolVLM cuts an image into four tiles and adds the whole image, 64 tokens each: ``[64] * 5``.
+
+        Raises:
+            BadSample: the images' tokens cannot be told apart.
+        """
+
 
 #: Where a tokenizer was loaded from, which changes nothing that it does; its template is compared with the processor's.
 _ORIGIN = {"name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "is_local"}

@@ -158,5 +158,5 @@ class ModelTeacher(Teacher):
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         assert batch.teacher is not None
         inputs = batch.teacher.inputs.to(batch.targets.device, self.model.dtype)
-        outputs = run_at_positions(self._run, inputs, batch.teacher, features)
+        outputs = run_at_positions(self.model, inputs, batch.teacher, features, self._run)
         return TeacherOutputs(HiddenTargets(outputs.hidden, self.model.head), outputs.features)

@@ -261,7 +261,9 @@ class Models:
             return None
         assert self.teacher is not None
         ranks = 1 if self.run.sequence is None else self.run.sequence.size
-        rows = -(-len(batch.student.image_positions) // ranks)
+        unmatched = any(term.match == "none" for term in terms)
+        rows = len(batch.student.image_positions) if unmatched else int(batch.image_pairs.sum())
+        rows = -(-rows // ranks)
         return losses_cost(
             meter,
             terms,

@@ -58,7 +58,7 @@ def _spans_tokenizers(term: AnyTerm) -> bool:
     """Return whether a loss can learn from a teacher with another tokenizer."""
     if isinstance(term, Term):
         return term.loss.takes_groups and term.on == "text"
-    return term.loss.unit != "token"
+    return term.loss.spans_tokenizers and term.match != "hungarian"
 
 
 def check_packing(

@@ -330,7 +330,7 @@ class OnPolicy:
         for role, row in (("student", student), ("teacher", teacher)):
             if len(row.input_ids) >= limit:
                 raise BadSample("too long", f"a prompt of {len(row.input_ids)} tokens for the {role}")
-        self.dataset.collator.check_image_tokens(student, teacher)
+        self.dataset.collator.check_alike(student, teacher)
         return _Prompt(place, conversation, images, student, teacher, seen)
 
     def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:

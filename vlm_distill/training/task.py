@@ -15,11 +15,13 @@ from vlm_distill.losses import (
     FeatureTerm,
     HiddenTargets,
     LossSums,
+    Match,
     Term,
     TermSums,
     TokenGroups,
     adapt_terms,
     fused_linear,
+    matches_tokens,
     sequence_weights,
     wanted_features,
 )
@@ -30,6 +32,7 @@ from vlm_distill.models.sequence_parallel import SequenceParallel
 from vlm_distill.models.shared_vision import with_vision_features
 from vlm_distill.models.teacher import TeacherOutputs
 
+from .image_matching import ImageMatching
 from .terms import acts_on
 
 
@@ -100,10 +103,12 @@ class DistillationTask(nn.Module):
         found: list[LossSums] = []
         if at_text:
             found.append(self._compare_text(at_text, batch, outputs.hidden, teacher, scales))
-        if at_images:
-            assert teacher is not None
-            samples, hidden = batch.student.image_samples, outputs.features[IMAGE_HIDDEN]
-            found.append(self._compare_images(at_images, samples, hidden, teacher, scales))
+        matching = self._matching(batch, outputs.features, teacher)
+        # Terms that pair image tokens alike share their logits.
+        for match in dict.fromkeys(term.match for term in at_images):
+            assert matching is not None
+            together = [term for term in at_images if term.match == match]
+            found.append(self._compare_images(together, matching, match, scales))
         for part in found:
             losses.append(part.loss)
             sums |= part.terms
@@ -113,7 +118,7 @@ class DistillationTask(nn.Module):
             if not acts_on(term, drawn=batch.drawn):
                 continue
             assert teacher is not None
-            values = self._compare(term, batch, outputs.features, teacher.features)
+            values = self._compare(term, batch, outputs.features, teacher.features, matching)
             losses.append(term.weight * scales.get(term.name, 1.0) * values.sum())
             sums[term.name] = TermSums(values.detach().sum(), len(values))
         # The tensor must be in a plain tuple: ZeRO-3 attaches its backward hooks to the tensors that it finds there.
@@ -149,22 +154,24 @@ class DistillationTask(nn.Module):
             recompute=self.recompute_logits,
         )
 
-    def _compare_images(
-        self,
-        terms: Sequence[Term],
-        samples: Tensor,
-        hidden: Tensor,
-        teacher: TeacherOutputs,
-        scales: Mapping[str, float],
-    ) -> LossSums:
-        """Return the losses on logits at the image tokens.
-
-        ``hidden`` is the student's ``[T, H]``, and ``samples [T]`` the number of the sample of each image token.
-        """
+    def _matching(
+        self, batch: DistillationBatch, features: Mapping[str, Tensor], teacher: TeacherOutputs | None
+    ) -> ImageMatching | None:
+        """Return what pairs the models' image tokens; ``None`` if no loss reads logits or hidden states there."""
+        if IMAGE_HIDDEN not in features:
+            return None
+        assert teacher is not None
         assert isinstance(teacher.targets, HiddenTargets)
-        targets = HiddenTargets(teacher.features[IMAGE_HIDDEN], teacher.targets.head)
+        theirs = HiddenTargets(teacher.features[IMAGE_HIDDEN], teacher.targets.head)
+        return ImageMatching(batch, features[IMAGE_HIDDEN], self.student.head, theirs)
+
+    def _compare_images(
+        self, terms: Sequence[Term], matching: ImageMatching, match: Match, scales: Mapping[str, float]
+    ) -> LossSums:
+        """Return the losses on logits at the image tokens, paired in one way."""
+        hidden, targets = matching.hidden_states(match)
         own = slice(None) if self.sequence is None else self.sequence.share(len(hidden))
-        terms = _weighted(terms, samples, None, own)
+        terms = _weighted(terms, matching.samples(match), None, own)
         return fused_linear(
             terms, hidden[own], self.student.head, targets[own], scales=scales, recompute=self.recompute_logits
         )
@@ -175,22 +182,31 @@ class DistillationTask(nn.Module):
         batch: DistillationBatch,
         student: Mapping[str, Tensor],
         teacher: Mapping[str, Tensor],
+        matching: ImageMatching | None,
     ) -> Tensor:
         """Return a loss's value for each of its units, ``[n]``, attached to the graph even if n is 0."""
         loss, samples = term.loss, batch.sample_of
+        mine = {name: student[name] for name in loss.student_features}
+        theirs = {name: teacher[name] for name in loss.teacher_features}
         if loss.unit == "image":
             assert batch.teacher is not None
-            images = batch.student.images, batch.teacher.images
-            mine = {n: _images(term.name, "student", student[n], images[0]) for n in loss.student_features}
-            theirs = {n: _images(term.name, "teacher", teacher[n], images[1]) for n in loss.teacher_features}
+            mine = {n: _images(term.name, "student", x, batch.student.images) for n, x in mine.items()}
+            theirs = {n: _images(term.name, "teacher", x, batch.teacher.images) for n, x in theirs.items()}
+            if matches_tokens(term):
+                assert matching is not None
+                mine = {n: matching.by_image(term.name, "student", x) for n, x in mine.items()}
+                theirs = {n: matching.by_image(term.name, "teacher", x) for n, x in theirs.items()}
         elif loss.unit == "sample":
             samples = batch.student.image_samples
-            mine = {name: student[name] for name in loss.student_features}
-            theirs = {name: teacher[name] for name in loss.teacher_features}
+            if matches_tokens(term):
+                assert matching is not None
+                samples = matching.samples(term.match)
+                mine |= {IMAGE_HIDDEN: matching.student(term.match, mine[IMAGE_HIDDEN])}
+                theirs |= {IMAGE_HIDDEN: matching.teacher(term.match, theirs[IMAGE_HIDDEN])}
         else:
             samples = samples[batch.distilled]
-            mine = {name: student[name][batch.distilled] for name in loss.student_features}
-            theirs = {name: teacher[name][batch.distilled] for name in loss.teacher_features}
+            mine = {name: x[batch.distilled] for name, x in mine.items()}
+            theirs = {name: x[batch.distilled] for name, x in theirs.items()}
         with torch.autocast(batch.targets.device.type, enabled=False):
             return loss(mine, theirs, samples)
 

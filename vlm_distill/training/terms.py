@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from data.errors import UserError
 from vlm_distill import losses
 from vlm_distill.config.sections import RunConfig, TermSection
-from vlm_distill.losses import IMAGE_HIDDEN, DistillationLoss, FeatureLoss, FeatureTerm, Term, wanted_features
+from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term, must_be_alike
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.models.vocabulary import shared_tokens
@@ -36,10 +36,11 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
         taken = [term.name for term in terms]
         name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
         if isinstance(loss, FeatureLoss):
-            terms.append(FeatureTerm(name, loss, section.weight, section.answers))
+            terms.append(FeatureTerm(name, loss, section.weight, section.answers, section.match))
         else:
-            terms.append(Term(name, loss, section.weight, section.on, section.answers, section.mean))
-    if pairs_image_tokens(terms):
+            means = section.on, section.answers, section.mean
+            terms.append(Term(name, loss, section.weight, *means, match=section.match))
+    if must_be_alike(terms):
         _check_teacher_sees(config, terms)
     if config.teacher is not None and config.teacher.view is not None and config.teacher.view.images == "none":
         _check_sees_images(terms)
@@ -64,14 +65,11 @@ def unit_of(term: AnyTerm) -> str:
         return "images" if term.loss.unit == "image" else "image_samples"
     by_sample = isinstance(term, Term) and term.mean == "sequences"
     if isinstance(term, Term) and term.on == "images":
-        return "image_samples" if by_sample else "image_tokens"
+        if by_sample:
+            return "image_samples"
+        return "image_tokens" if term.match == "none" else "matched_tokens"
     unit = "distilled" if "teacher" in term.loss.needs else "supervised"
     return f"{unit}_samples" if by_sample else unit
-
-
-def pairs_image_tokens(terms: Sequence[AnyTerm]) -> bool:
-    """Return whether a loss compares the models image token by image token."""
-    return IMAGE_HIDDEN in wanted_features(terms)[0]
 
 
 def _check_on_images(name: str, loss: DistillationLoss | FeatureLoss) -> None:
@@ -103,7 +101,7 @@ def _check_sequences(config: RunConfig, section: TermSection, loss: Distillation
 
 def _check_teacher_sees(config: RunConfig, terms: Sequence[AnyTerm]) -> None:
     """Raise ``UserError`` if the teacher's outputs at image tokens are neither computed nor stored."""
-    name = next(term.name for term in terms if pairs_image_tokens([term]))
+    name = next(term.name for term in terms if must_be_alike([term]))
     section = config.teacher
     assert section is not None
     if section.cache is not None:
@@ -115,7 +113,7 @@ def _check_teacher_sees(config: RunConfig, terms: Sequence[AnyTerm]) -> None:
 def _check_sees_images(terms: Sequence[AnyTerm]) -> None:
     """Raise ``UserError`` if a loss compares what two models make of images."""
     for term in terms:
-        if pairs_image_tokens([term]) or (isinstance(term, FeatureTerm) and term.loss.unit != "token"):
+        if must_be_alike([term]) or (isinstance(term, FeatureTerm) and term.loss.unit != "token"):
             raise UserError(f"loss {term.name} compares images, and teacher.view.images is none; leave one of them out")
 
 
@@ -189,7 +187,7 @@ def prepare_losses(terms: Sequence[AnyTerm], student: VisionLanguageModel, teach
     with student.head.weight() as weight:
         vocabulary = len(weight)
     for term in terms:
-        if pairs_image_tokens([term]):
+        if must_be_alike([term]):
             assert teacher is not None
             _check_sees(term.name, student, teacher)
         if isinstance(term, Term):
