@@ -114,6 +114,7 @@ _MODELS = {
         "mlp": "linear layers with GELU between them (LLaVA-1.5's has two)",
         "pixel_shuffle_mlp": "squares of neighbouring patches merged into one token (InternVL)",
         "resampler": "learned queries that attend to the patches (Perceiver)",
+        "teacher": "the teacher's own, frozen, and an MLP to the student's width (CompoDistill)",
     },
     "Decoders: decoder.name or decoder.config": {
         "a name or folder": "any causal language model of Transformers",

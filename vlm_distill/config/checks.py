@@ -114,6 +114,11 @@ def _cut(run: Run) -> bool:
     return run.student.from_teacher is not None and run.teacher is not None
 
 
+def _takes_projector(run: Run) -> bool:
+    """Return whether the student takes its teacher's projector."""
+    return (run.student.projector or {}).get("type") == "teacher"
+
+
 def _from_student(run: Run) -> bool:
     """Return whether the student, or its base, is the teacher."""
     return run.teacher is not None and run.teacher.from_student
@@ -211,6 +216,25 @@ RULES = (
     Rule(
         lambda run: _cut(run) and run.teacher.quantize is not None,
         "student.from_teacher: a student cannot be cut from quantized weights; leave teacher.quantize out",
+    ),
+    # A student that takes its teacher's projector: the teacher must have whole weights here.
+    Rule(
+        lambda run: _takes_projector(run) and (run.teacher is None or _from_student(run)),
+        "student.projector: 'teacher' needs a teacher section with a model of its own",
+    ),
+    Rule(
+        lambda run: _takes_projector(run) and (_served(run) or _cached(run)),
+        "student.projector: 'teacher' copies weights that a served or cached teacher does not load; name a type",
+    ),
+    Rule(
+        lambda run: (
+            _takes_projector(run) and (run.teacher.placement != "replicate" or run.teacher.quantize is not None)
+        ),
+        "student.projector: 'teacher' copies whole weights; use teacher.placement: replicate without teacher.quantize",
+    ),
+    Rule(
+        lambda run: _takes_projector(run) and run.student.vision_encoder is None,
+        "student.projector: 'teacher' needs a student assembled from parts; name student.vision_encoder",
     ),
     Rule(
         lambda run: _measures_kl(run) and run.teacher is None,

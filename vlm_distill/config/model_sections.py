@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .fields import AboveZero, Beta, DType, NotNegative, Part, Positive, Replaces, Section
 
@@ -58,6 +58,11 @@ class FromTeacherSection(CutSection):
         return {"decoder": self, **vision}
 
 
+def _named_type(given: Any) -> Any:
+    """Return ``{type: teacher}`` for ``teacher``."""
+    return {"type": given} if given == TEACHERS else given
+
+
 class ModelSection(Section):
     """A model: loaded (``path``), assembled from parts (``decoder`` and others), or cut from the teacher."""
 
@@ -66,7 +71,7 @@ class ModelSection(Section):
         None, description="Vision encoder of a model assembled from parts: `name`, or `config` for random weights."
     )
     projector: dict[str, Any] | None = Field(
-        None, description="Projector between vision encoder and decoder: `kind` and its sizes."
+        None, description="Projector between vision encoder and decoder: `type` and its sizes."
     )
     decoder: dict[str, Any] | None = Field(
         None, description="Language model of a model assembled from parts: `name`, or `config` for random weights."
@@ -134,6 +139,11 @@ class StudentSection(ModelSection):
     )
     lora: LoraSection | None = Field(None, description="Low-rank adapters; leave out to train parts in full.")
     quantize: Literal["nf4"] | None = Field(None, description="Keep frozen weights in 4 bits under LoRA (QLoRA).")
+    projector: Annotated[dict[str, Any] | None, BeforeValidator(_named_type)] = Field(
+        None,
+        description="Projector of a student assembled from parts: `type` and its sizes. `teacher` takes the teacher's, "
+        "frozen, with an MLP behind it where widths differ.",
+    )
     vision_cache: str | None = Field(
         None, description="Folder of a frozen vision encoder's features, written by `vlm-distill cache`."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,35 @@ class _ResamplerLayer(nn.Module):
         return queries + self.mlp(queries)
 
 
+class AdaptedProjector(Projector):
+    """Another model's projector, and an MLP to this decoder's width if they differ (CompoDistill, 2025).
+
+    Attributes:
+        keep_inner: whether the other model's projector stays frozen when this one is trained.
+    """
+
+    def __init__(self, inner: Projector, width: int, out_width: int, depth: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.adapter = nn.Identity() if width == out_width else MLPProjector(width, out_width, depth)
+        self.keep_inner = False
+
+    def tokens(self, count: int) -> int:
+        return self.inner.tokens(count)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.adapter(self.inner(features))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        super().requires_grad_(requires_grad)
+        if self.keep_inner:
+            self.inner.requires_grad_(False)
+        return self
+
+    def uses(self) -> dict[int, float]:
+        return self.inner.uses()
+
+
 @dataclass(frozen=True)
 class MLPSettings:
     depth: int = 2
@@ -140,6 +169,13 @@ class ResamplerSettings:
     heads: int = 8
 
 
+@dataclass(frozen=True)
+class AdaptedSettings:
+    inner: Mapping[str, Any]
+    width: int
+    depth: int = 2
+
+
 PROJECTORS = ("linear", "mlp", "pixel_shuffle_mlp", "resampler")
 
 
@@ -149,7 +185,8 @@ def build_projector(
     """Build the projector described by ``settings``.
 
     Args:
-        settings: ``type`` (``linear``, ``mlp``, ``pixel_shuffle_mlp`` or ``resampler``) and that type's own keys.
+        settings: ``type`` (``linear``, ``mlp``, ``pixel_shuffle_mlp``, ``resampler``; of a student that took its
+            teacher's, ``adapted``) and that type's own keys.
         in_width: width of the image features.
         out_width: width of the decoder.
         count: number of features of an image.
@@ -161,6 +198,13 @@ def build_projector(
     where = "projector"
     options = {k: v for k, v in settings.items() if k != "type"}
     kind = settings.get("type", "mlp")
+    if kind == "adapted":
+        adapted = read_settings(AdaptedSettings, where, options)
+        for name in ("width", "depth"):
+            _positive(where, name, getattr(adapted, name))
+        choose(f"{where}.inner.type", adapted.inner.get("type"), PROJECTORS)
+        inner = build_projector(adapted.inner, in_width, adapted.width, count, grid)
+        return AdaptedProjector(inner, adapted.width, out_width, adapted.depth)
     choose(f"{where}.type", kind, PROJECTORS)
     if kind == "linear":
         check_keys(where, options, [])

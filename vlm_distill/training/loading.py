@@ -23,6 +23,7 @@ from vlm_distill.models.processor import Processor
 from vlm_distill.models.pruning import Kept, pruned
 from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
+from vlm_distill.models.taken_projector import adapted_settings, take_projector
 from vlm_distill.models.teacher import ModelTeacher, Teacher
 from vlm_distill.models.tokenizer import load_tokenizer, read_template
 from vlm_distill.runtime.processes import Processes
@@ -166,14 +167,28 @@ def _load_own(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel
     bits = None if section.quantize is None else quantization(section.quantize, dtype, "student")
     if section.tokenizer == TEACHERS and section.decoder is not None and section.decoder.get("name") is not None:
         tokenizer = None  # its embeddings have other rows before they take it
+    takes = section.projector is not None and section.projector.get("type") == TEACHERS
+    if takes:
+        assert section.projector is not None
+        settings = adapted_settings(_loaded(teacher), section.projector)
+        section = section.model_copy(update={"projector": settings})
     # Master weights are always float32; DeepSpeed casts the working copy.
     student = load_model(section, torch.float32, tokenizer, bits)
+    if takes:
+        take_projector(student, _loaded(teacher))
     if bits is not None:
         keep_gradients(student)
     if section.tokenizer == TEACHERS:
         assert teacher is not None
         _take_tokenizer(student, teacher, section.chat_template)
     return student
+
+
+def _loaded(teacher: Teacher | None) -> VisionLanguageModel:
+    """Return the teacher's model, which the configuration's checks have made sure of."""
+    assert teacher is not None
+    assert teacher.model is not None
+    return teacher.model
 
 
 def _take_tokenizer(student: VisionLanguageModel, teacher: Teacher, chat_template: str | None) -> None:
