@@ -82,7 +82,8 @@ def _text_tokens(side: ModelBatch, which: str) -> tuple[Tensor, Tensor]:
     for number, images in enumerate(side.image_counts.tolist()):
         if images:
             found = side.tokens_of(number, which)
-            found = found[~torch.isin(found, side.image_positions)]
+            if which == "all":
+                found = found[~torch.isin(found, side.image_positions)]
             positions.append(found)
             samples.append(torch.full_like(found, number))
     return torch.cat(positions), torch.cat(samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -89,7 +89,8 @@ class ImageMatching:
         mine, theirs = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
         starts = [0, 0]
         for costs in logit_distances(self._hidden, self._head, self._teacher, self._blocks):
-            rows, columns = linear_sum_assignment(costs.double().cpu().numpy())
+            # NaN would be refused here, and is the losses' to report.
+            rows, columns = linear_sum_assignment(costs.nan_to_num().double().cpu().numpy())
             mine.append(torch.from_numpy(rows) + starts[0])
             theirs.append(torch.from_numpy(columns) + starts[1])
             starts = [starts[0] + costs.shape[0], starts[1] + costs.shape[1]]
@@ -107,8 +108,8 @@ class ImageMatching:
 @torch.no_grad()
 def logit_distances(
     hidden: Tensor, head: Head, teacher: HiddenTargets, blocks: Sequence[tuple[int, int]]
-) -> list[Tensor]:
-    """Return the L1 distances between two models' logits, ``[n, m]`` for each block of n and m tokens.
+) -> Iterator[Tensor]:
+    """Yield the L1 distances between two models' logits, ``[n, m]`` for each block of n and m tokens.
 
     The heads' weights are made whole even without a token: ranks gather sharded ones together.
 
@@ -125,7 +126,6 @@ def logit_distances(
     ):
         mine = ModelSide(head, hidden, weight, hidden.dtype)
         theirs = ModelSide(teacher.head, teacher.hidden, teacher_weight, hidden.dtype)
-        found = []
         starts = [0, 0]
         for n, m in blocks:
             at = [
@@ -133,9 +133,8 @@ def logit_distances(
                 for start, count in zip(starts, (n, m), strict=True)
             ]
             logits = _logits_of(mine, at[0]), _logits_of(theirs, at[1])
-            found.append(_distances(*logits, (n, m), mine.vocabulary, hidden))
+            yield _distances(*logits, (n, m), mine.vocabulary, hidden)
             starts = [starts[0] + n, starts[1] + m]
-    return found
 
 
 def _logits_of(side: ModelSide, positions: Tensor) -> Callable[[slice], Tensor]:

@@ -69,7 +69,8 @@ class DistillationTask(nn.Module):
 
     def read_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that ``forward`` reads without calling their module."""
-        return self.student.head.parameters if self.terms else []
+        pairs_logits = any(term.match == "hungarian" for term in self.feature_terms)
+        return self.student.head.parameters if self.terms or pairs_logits else []
 
     def forward(
         self, batch: DistillationBatch, teacher: TeacherOutputs | None, scales: Mapping[str, float] | None = None
