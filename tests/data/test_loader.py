@@ -87,6 +87,7 @@ def test_the_smaller_last_step_keeps_its_number_of_micro_batches(steps):
         "distilled": last.counts()["supervised"],
         "images": sum(b.images for b in last.batches),
         "image_tokens": sum(len(b.student.image_tokens) for b in last.batches),
+        "matched_tokens": 0,
         "image_samples": sum(int((b.student.image_counts > 0).sum()) for b in last.batches),
         "supervised_samples": 5,
         "distilled_samples": 5,

@@ -103,7 +103,7 @@ def test_other_projectors_are_refused(tmp_path):
         ({"teacher": None}, "'teacher' needs a teacher section"),
         (
             {"teacher": {"path": "t", "placement": "shard"}},
-            "copies whole weights; use teacher.placement: replicate without",
+            "copies whole weights; use teacher.placement",
         ),
         ({"teacher": {"path": "t", "cache": {"folder": "c"}}}, "a served or cached teacher does not load"),
         ({"student": {"path": "s", "projector": None}, "teacher": {"path": "t", "projector": {}}}, ""),
