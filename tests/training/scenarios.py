@@ -44,7 +44,7 @@ AT_IMAGES = [
     {"name": "vision_language_affinity", "text": "answers"},
 ]
 #: The same where the student's images are more tokens than the teacher's. Which tokens of a plain square are paired is
-#: almost a tie, which rounding decides: such terms weigh little here.
+#: almost a tie, which rounding decides: such terms weigh little here. The student has its teacher's projector.
 MATCHED = [
     {"name": "reverse_kl"},
     {"name": "reverse_kl", "on": "images", "match": "pool", "weight": 0.25},
@@ -52,7 +52,7 @@ MATCHED = [
     {"name": "reverse_kl", "on": "images", "match": "hungarian", "weight": 0.003},
     {"name": "vision_relation", "match": "hungarian", "weight": 0.003},
 ]
-FINE = tiny.settings()
+FINE = {**tiny.settings(), "vision_encoder": tiny.settings(width=24)["vision_encoder"], "projector": "teacher"}
 FINE["vision_encoder"]["image_size"] = 32
 
 
