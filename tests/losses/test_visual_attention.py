@@ -62,7 +62,7 @@ def test_without_image_tokens_it_is_empty_and_in_the_graph():
 def test_a_features_name_says_all_of_it():
     loss = losses.build("visual_attention", layers=[0.25, 1], queries="answers")
     assert AttentionFeature.parse(*loss.student_features) == AttentionFeature(0.25, 1.0, "answers")
-    assert AttentionFeature.parse("hidden.3") is None
+    assert AttentionFeature.parse("hidden.3") is AttentionFeature.parse("attention") is None
 
 
 @pytest.mark.parametrize("layers", [0.5, [0.3], [0.7, 0.3], [0.3, 2], ["a", "b"], [True, 2]])

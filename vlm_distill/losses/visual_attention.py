@@ -40,7 +40,7 @@ class AttentionFeature:
     def parse(cls, name: str) -> AttentionFeature | None:
         """Return the feature of this name; ``None`` if the name is another kind's."""
         kind, *rest = name.split(":")
-        return cls(float(rest[0]), float(rest[1]), rest[2]) if kind == "attention" else None
+        return cls(float(rest[0]), float(rest[1]), rest[2]) if kind == "attention" and len(rest) == 3 else None
 
 
 class VisualAttention(FeatureLoss):
