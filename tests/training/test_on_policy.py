@@ -45,14 +45,14 @@ def test_draws_follow_the_distribution():
     logits, count = torch.randn(8), 20_000
     generators = [random.Random(str(i)) for i in range(count)]
     choice = TokenChoice(Sampling(0.7, generators), 7, {2})
-    drawn = choice(torch.empty(0), logits.expand(count, -1)).argmax(-1)
+    drawn, logprobs = choice.choose(logits.repeat(count, 1), range(count))
     shares = torch.bincount(drawn, minlength=8) / count
     expected = logits / 0.7
     expected[[2, 7]] = -torch.inf
     assert shares == pytest.approx(expected.softmax(-1), abs=0.015)
     assert not shares[[2, 7]].any()
     # What is told is the model's own log-probability.
-    assert choice.columns[0] == pytest.approx(logits.log_softmax(-1)[drawn], abs=1e-5)
+    assert logprobs == pytest.approx(logits.log_softmax(-1)[drawn], abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -65,7 +65,7 @@ def test_a_drawn_token_is_the_first_whose_cumulative_probability_exceeds_the_num
     numbers = [random.Random(str(i)).random() for i in range(50)]
     generators = [random.Random(str(i)) for i in range(50)]
     choice = TokenChoice(Sampling(temperature, generators), None, {2, 5, 400})
-    drawn = choice(torch.empty(0), logits).argmax(-1)
+    drawn, _ = choice.choose(logits, range(50))
     expected = [int((total > number * total[-1]).nonzero()[0]) for total, number in zip(totals, numbers, strict=True)]
     assert drawn.tolist() == expected
 
@@ -73,7 +73,7 @@ def test_a_drawn_token_is_the_first_whose_cumulative_probability_exceeds_the_num
 def test_at_temperature_0_the_likeliest_that_may_be(folder):
     logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
     choice = TokenChoice(Sampling(0.0, []), None, {2})
-    assert choice(torch.empty(0), logits).argmax() == 3
+    assert choice.choose(logits, [0])[0] == 3
 
 
 def test_an_answer_does_not_depend_on_those_beside_it():

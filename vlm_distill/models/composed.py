@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import Cache
 
 from data.batch import Encoded, ModelInputs
 from data.errors import UserError
@@ -82,13 +83,17 @@ class ComposedVLM(VisionLanguageModel):
     def body(self) -> nn.Module:
         return self.decoder.base_model
 
-    def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
+    def forward(
+        self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = (), *, cache: Cache | None = None
+    ) -> Outputs:
         # The base model, not the whole decoder, whose output layer must never run on every token.
         body = self.body
         embeddings, images = self._embed(inputs)
         states = wanted_states(features, body)
-        options = {"output_hidden_states": states} if states else {}
-        output = body(inputs_embeds=embeddings, use_cache=False, **self._sequence(inputs), **options)
+        options: dict[str, Any] = {"output_hidden_states": states} if states else {}
+        if cache is not None:
+            options["past_key_values"] = cache
+        output = body(inputs_embeds=embeddings, use_cache=cache is not None, **self._sequence(inputs), **options)
         hidden = at_positions(output.last_hidden_state, positions, inputs["input_ids"].shape[1])
         kept = getattr(output, "hidden_states", None)
         found = decoder_features(features, body, hidden, kept, positions)

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple, Self
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import LogitsProcessorList
+from transformers import Cache, LogitsProcessorList
 
 from data.batch import Encoded, ModelInputs, lacks_images
 from data.conversation import Conversation, count_images
 from data.errors import BadSample
 
-from .answers import Answer, Sampling, TokenChoice
+from .answers import Answer, ForcedChoice, Sampling, TokenChoice
 from .chat import special_ids
+from .decoding import decode, decodes_plainly
 from .lm_head import LMHead
 from .processor import Processor, Prompt
 from .thinking import decode_with_marks, mark_tokens, opening_mark
@@ -70,7 +71,9 @@ class VisionLanguageModel(nn.Module, ABC):
         """The decoder without its lm head: embeddings in, hidden states out."""
 
     @abstractmethod
-    def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
+    def forward(
+        self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = (), *, cache: Cache | None = None
+    ) -> Outputs:
         """Compute hidden states, never logits.
 
         Args:
@@ -88,6 +91,7 @@ class VisionLanguageModel(nn.Module, ABC):
                   grouped queries, keys and values have fewer heads.
 
                 Features of images are returned if the batch has an image, those of dummy samples included.
+            cache: gets the decoder's keys and values.
 
         Raises:
             UserError: there is no such feature, or this model cannot give it.
@@ -177,31 +181,50 @@ class VisionLanguageModel(nn.Module, ABC):
             encoded.append(self.processor.dummy())
         if not encoded:
             return []
-        parameter = next(self.parameters())
-        inputs = self.processor.collate(encoded, padding_side="left").to(parameter.device, self.dtype)
         choice = TokenChoice(sampling, self.head.vocabulary, special_ids(self.processor.tokenizer) - self.end_tokens)
         training = self.training
         self.eval()
         try:
-            new = self._generate(
-                inputs,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,  # some models' own generation settings would distort the choice
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(self.end_tokens),
-                pad_token_id=self.pad_token,
-                logits_processor=LogitsProcessorList([choice]),
-                synced_gpus=self.synced,
-            )
+            if self.decodes_plainly:
+                found = decode(self, encoded, choice, max_new_tokens)
+            else:
+                found = self._generated(encoded, choice, max_new_tokens)
         finally:
             self.train(training)
-        steps = min(new.shape[1], len(choice.columns))
-        logprobs = torch.stack(choice.columns[:steps], 1).tolist() if steps else [[] for _ in encoded]
         openings = [opening_mark(self.processor.tokenizer, row.input_ids.tolist()) for row in rows]
         marks = mark_tokens(self.processor.tokenizer)
-        found = zip(new.tolist(), logprobs, openings, strict=False)  # a dummy row at the end has no opening
-        return [self._answer(ids[:steps], row, opening, marks) for ids, row, opening in found]
+        answers = zip(found, openings, strict=False)  # a dummy row at the end has no opening
+        return [self._answer(ids, logprobs, opening, marks) for (ids, logprobs), opening in answers]
+
+    @property
+    def decodes_plainly(self) -> bool:
+        """Whether :func:`~.decoding.decode` answers as ``generate`` does."""
+        return decodes_plainly(self.body)
+
+    def _generated(
+        self, rows: Sequence[Encoded], choice: TokenChoice, max_new_tokens: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Answer by Transformers' ``generate``. Return each row's tokens, up to the first end, and log-probabilities."""
+        inputs = self.processor.collate(rows, padding_side="left").to(next(self.parameters()).device, self.dtype)
+        forced = ForcedChoice(choice)
+        new = self._generate(
+            inputs,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # some models' own generation settings would distort the choice
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(self.end_tokens),
+            pad_token_id=self.pad_token,
+            logits_processor=LogitsProcessorList([forced]),
+            synced_gpus=self.synced,
+        )
+        steps = min(new.shape[1], len(forced.columns))
+        logprobs = torch.stack(forced.columns[:steps], 1).tolist() if steps else [[] for _ in rows]
+        found = []
+        for ids, known in zip(new[:, :steps].tolist(), logprobs, strict=True):
+            length = next((i + 1 for i, token in enumerate(ids) if token in self.end_tokens), steps)
+            found.append((ids[:length], known[:length]))
+        return found
 
     @torch.no_grad()
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -253,14 +276,12 @@ class VisionLanguageModel(nn.Module, ABC):
 
     def _answer(self, ids: list[int], logprobs: list[float], opening: str, marks: Mapping[int, str]) -> Answer:
         tokenizer = self.processor.tokenizer
-        length = next((i + 1 for i, token in enumerate(ids) if token in self.end_tokens), len(ids))
-        ids = ids[:length]
         complete = bool(ids) and ids[-1] in self.end_tokens
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         marked = None
         if opening or not marks.keys().isdisjoint(ids):
             marked = opening + decode_with_marks(tokenizer, ids, marks).strip()
-        return Answer(text, ids, logprobs[:length], complete, marked)
+        return Answer(text, ids, logprobs, complete, marked)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from data.batch import Encoded, ModelInputs
@@ -250,9 +251,11 @@ class WithoutAdapters(VisionLanguageModel):
     def end_tokens(self) -> set[int]:
         return self.model.end_tokens
 
-    def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
+    def forward(
+        self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = (), *, cache: Cache | None = None
+    ) -> Outputs:
         with self._off():
-            return self.model(inputs, positions, features)
+            return self.model(inputs, positions, features, cache=cache)
 
     def feature_shape(self, name: str) -> tuple[int | None, int]:
         return self.model.feature_shape(name)

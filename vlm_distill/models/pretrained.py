@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data.batch import Encoded, ModelInputs
@@ -80,7 +81,13 @@ class PretrainedVLM(VisionLanguageModel):
     def body(self) -> nn.Module:
         return self.model.get_decoder()
 
-    def forward(self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = ()) -> Outputs:
+    @property
+    def decodes_plainly(self) -> bool:
+        return super().decodes_plainly and not family(self.model.config.model_type).needs
+
+    def forward(
+        self, inputs: ModelInputs, positions: Tensor, features: Sequence[str] = (), *, cache: Cache | None = None
+    ) -> Outputs:
         # The base model, not its decoder: some models also feed vision features into deeper layers.
         base, body = self.model.base_model, self.body
         given: dict[str, Any] = dict(inputs)
@@ -104,7 +111,9 @@ class PretrainedVLM(VisionLanguageModel):
         states = wanted_states(features, body)
         if states:
             given["output_hidden_states"] = states
-        output = base(**given, use_cache=False)
+        if cache is not None:
+            given["past_key_values"] = cache
+        output = base(**given, use_cache=cache is not None)
         hidden = at_positions(output.last_hidden_state, positions, inputs["input_ids"].shape[1])
         kept = getattr(output, "hidden_states", None)
         return Outputs(hidden, decoder_features(features, body, hidden, kept, positions) | found)
