@@ -1,21 +1,24 @@
 """Supervised tokens a second and peak memory of an epoch: ours padded, grouped, packed and cached, against TRL.
 
-    python benchmarks/training.py [--threads 1] [--rounds 3] [--samples 96] [--output FILE.csv]
+    python benchmarks/training.py [--widths 512-768] [--vocabulary 152000] [--micro 4] [--sides padded packed]
+                                  [--threads 1] [--rounds 3] [--samples 96] [--output FILE.csv]
     python benchmarks/training.py --device cuda      larger models in bfloat16; benchmarks/gpu.sh runs it
 
-The same small LLaVA learns from the same teacher by forward KL on the same samples, in micro-batches of eight, by AdamW
-without decay: on TRL's side in its off-policy trainer ``GOLDTrainer`` (``lmbda=0``, ``beta=0``, temperature 1), which
-forms whole logits at every position. The learning rate is so small that all must report the same loss: ours is the mean
-over an epoch's tokens, TRL's the mean of its steps' means, which differs by a few thousandths.
+The same small LLaVA learns from the same teacher by forward KL on the same samples, by AdamW without decay: on TRL's
+side in its off-policy trainer ``GOLDTrainer`` (``lmbda=0``, ``beta=0``, temperature 1), which forms whole logits at
+every position. The learning rate is so small that all must report the same loss: ours is the mean over an epoch's
+tokens, TRL's the mean of its steps' means, which differs by a few thousandths. TRL's trainer is built before our
+process group exists: inside one, accelerate would wrap its model in DDP.
 
-The teacher's forward is about four times the student's. The vocabulary has 32,000 tokens. An image is 16 tokens (of 56²
-pixels). Questions have a log-normal number of words of median 60, answers of median 30, at most 384 and 192; the table
-names the quartiles of what results. The sides take turns epoch by epoch in one process, which reads the data itself. A
-ratio is the median over rounds of one side's tokens a second over TRL's in the same round. With one thread on a CPU a
-side's time is the processor's, which others on the machine hardly change; otherwise it is the clock's.
+``--widths`` are the student's and the teacher's. An image is 16 tokens (of 56² pixels). Questions have a log-normal
+number of words of median 60, answers of median 30, at most 384 and 192; the table names the quartiles of what results.
+The sides take turns epoch by epoch in one process, which reads the data itself. A ratio is the median over rounds of
+one side's tokens a second over TRL's in the same round. With one thread on a CPU a side's time is the processor's,
+which others on the machine hardly change; otherwise it is the clock's.
 
 Peak memory is above weights, gradients and the optimizer's state: on a CPU what torch's allocator held in an epoch of
 its own under the profiler, on a GPU ``max_memory_allocated``. Caches are filled before, as ``vlm-distill cache`` does.
+``--output`` adds rows to a table that exists.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ from vlm_distill.trainer import Trainer
 sys.path.append(str(Path(__file__).parent))
 from losses import peak_bytes, processor  # benchmarks/losses.py
 
-VOCABULARY, MICRO, TINY_LR = 32_000, 8, 1e-12
+TINY_LR = 1e-12
+SPECIAL = ["<pad>", "</s>", "<unk>", "<image>", "<user>", "<assistant>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
     "{% for part in message['content'] %}"
@@ -74,14 +78,18 @@ class Size(NamedTuple):
     tower_layers: int
 
 
-STUDENT, TEACHER = Size(256, 4, 4, 128, 2), Size(512, 5, 8, 192, 3)
-LARGE_STUDENT, LARGE_TEACHER = Size(1024, 12, 16, 384, 6), Size(2048, 14, 16, 512, 8)
+#: Student and teacher, by their widths.
+SIZES = {
+    "256-512": (Size(256, 4, 4, 128, 2), Size(512, 5, 8, 192, 3)),
+    "512-768": (Size(512, 5, 8, 192, 3), Size(768, 8, 12, 192, 3)),
+    "768-1024": (Size(768, 8, 12, 192, 3), Size(1024, 12, 16, 192, 3)),
+    "1024-2048": (Size(1024, 12, 16, 384, 6), Size(2048, 14, 16, 512, 8)),
+}
 
 
-def write_model(folder: Path, size: Size, seed: int) -> Path:
+def write_model(folder: Path, size: Size, seed: int, vocabulary: int) -> Path:
     """A LLaVA of random weights, sharpened so that its distributions are not flat."""
-    special = ["<pad>", "</s>", "<unk>", "<image>", "<user>", "<assistant>"]
-    words = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(VOCABULARY - len(special)))])}
+    words = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(vocabulary - len(SPECIAL)))])}
     plain = Tokenizer(WordLevel(words, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -110,7 +118,7 @@ def write_model(folder: Path, size: Size, seed: int) -> Path:
                 num_hidden_layers=size.layers,
                 num_attention_heads=size.heads,
                 num_key_value_heads=size.heads // 2,
-                vocab_size=VOCABULARY,
+                vocab_size=vocabulary,
                 max_position_embeddings=2048,
                 pad_token_id=0,
                 bos_token_id=None,
@@ -135,14 +143,14 @@ def write_model(folder: Path, size: Size, seed: int) -> Path:
     return folder
 
 
-def write_data(folder: Path, samples: int) -> Path:
+def write_data(folder: Path, samples: int, vocabulary: int) -> Path:
     """Images of noise, with questions and answers of random words."""
     folder.mkdir()
     random = np.random.default_rng(0)
 
     def words(median: int, most: int) -> str:
         count = int(np.clip(random.lognormal(np.log(median), 0.8), 4, most))
-        return " ".join(f"w{i}" for i in random.integers(0, VOCABULARY - 6, count))
+        return " ".join(f"w{i}" for i in random.integers(0, vocabulary - len(SPECIAL), count))
 
     with (folder / "data.jsonl").open("w") as file:
         for i in range(samples):
@@ -171,14 +179,14 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(name: str, folder: Path, data: Path, processes: Processes, dtype: str) -> Side:
+def ours(name: str, folder: Path, data: Path, processes: Processes, micro: int, dtype: str) -> Side:
     plain: dict[str, Any] = {
         "student": {"path": str(folder / "student")},
         "teacher": {"path": str(folder / "teacher")},
         "loss": [{"name": "forward_kl"}],
         "data": {"train": [{"path": str(data)}], "workers": 0, "max_length": 1024},
         "optimizer": {"lr": TINY_LR, "weight_decay": 0.0, "schedule": "constant", "max_grad_norm": 1.0},
-        "training": {"epochs": 1000, "batch_size": MICRO, "dtype": dtype, "device": processes.device.type},
+        "training": {"epochs": 1000, "batch_size": micro, "dtype": dtype, "device": processes.device.type},
         "deepspeed": {"stage": 0},
         "output": str(folder / "runs" / name.replace(" ", "_")),
     }
@@ -213,7 +221,7 @@ def ours(name: str, folder: Path, data: Path, processes: Processes, dtype: str) 
     return Side(name, epoch, lambda: steps(1))
 
 
-def theirs(folder: Path, data: Path, device: str, dtype: str) -> Side:
+def theirs(folder: Path, data: Path, device: str, micro: int, dtype: str) -> Side:
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageColumn
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -247,7 +255,7 @@ def theirs(folder: Path, data: Path, device: str, dtype: str) -> Side:
             beta=0.0,
             temperature=1.0,
             max_length=1024,
-            per_device_train_batch_size=MICRO,
+            per_device_train_batch_size=micro,
             num_train_epochs=1,
             max_steps=steps,
             learning_rate=TINY_LR,
@@ -282,12 +290,16 @@ def theirs(folder: Path, data: Path, device: str, dtype: str) -> Side:
         whole.train()
         return statistics.mean(losses)
 
-    single = trainer(MICRO, 1)
+    single = trainer(micro, 1)
     return Side("TRL GOLDTrainer", epoch, single.train)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", choices=SIZES)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--micro", type=int, default=8, help="samples of a micro-batch")
+    parser.add_argument("--sides", nargs="+", default=list(OURS), choices=OURS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=96)
@@ -296,31 +308,41 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cuda = options.device == "cuda"
-    sizes, dtype = ((LARGE_STUDENT, LARGE_TEACHER), "bf16") if cuda else ((STUDENT, TEACHER), "fp32")
+    dtype = "bf16" if cuda else "fp32"
+    widths = options.widths or ("1024-2048" if cuda else "256-512")
     clock = time.process_time if options.threads == 1 and not cuda else time.perf_counter
-    processes = Processes(options.device)
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "student", sizes[0], 0)
-        write_model(folder / "teacher", sizes[1], 1)
-        data = write_data(folder / "data", options.samples)
-        everyone = [theirs(folder, data, options.device, dtype)]
-        everyone += [ours(side, folder, data, processes, dtype) for side in OURS]
+        for role, size in zip(("student", "teacher"), SIZES[widths], strict=True):
+            write_model(folder / role, size, role == "teacher", options.vocabulary)
+        data = write_data(folder / "data", options.samples, options.vocabulary)
+        everyone = [theirs(folder, data, options.device, options.micro, dtype)]
+        processes = Processes(options.device)
+        torch.set_num_threads(options.threads)
+        everyone += [ours(side, folder, data, processes, options.micro, dtype) for side in options.sides]
         rows = measure(everyone, data, options.rounds, clock, options.device)
+        processes.close()
     about = {
+        "widths": widths,
+        "vocabulary": options.vocabulary,
+        "micro_batch": options.micro,
         "device": torch.cuda.get_device_name() if cuda else f"{processor()}, {options.threads} thread(s)",
         "dtype": dtype,
         "samples": options.samples,
         "clock": clock.__name__,
     }
-    rows = [row | about for row in rows]
     if options.output:
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+        add_rows(options.output, [row | about for row in rows])
+
+
+def add_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Add rows to a CSV file, which is made if it does not exist."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
             writer.writeheader()
-            writer.writerows(rows)
-    processes.close()
+        writer.writerows(rows)
 
 
 def lengths(data: Path) -> tuple[list[int], int]:

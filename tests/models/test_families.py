@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import families
@@ -21,7 +23,9 @@ from data.encoding import encode_pair
 from data.errors import BadSample, UserError
 from vlm_distill.caching.sample_digests import image_digest
 from vlm_distill.models import load_vlm
+from vlm_distill.models.answers import Sampling, TokenChoice
 from vlm_distill.models.decoder_features import VISION_FEATURES
+from vlm_distill.models.decoding import decode
 from vlm_distill.models.packing_trial import keeps_samples_apart
 from vlm_distill.models.pretrained_processor import Expanded
 from vlm_distill.models.shared_vision import with_vision_features
@@ -29,6 +33,9 @@ from vlm_distill.training.flops import ModelFlops
 
 HERE = Path(__file__).parent
 PALIGEMMA = ("paligemma", "paligemma2")
+#: Families whose decoders keep keys and values of every token, at positions 0, 1, 2 …
+DECODED = {"llava", "pixtral", "llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3", "mistral3"}
+DECODED |= {"phi4_multimodal"}
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +281,15 @@ def test_answers_are_transformers_own(name, load, samples):
             **inputs, max_new_tokens=5, do_sample=False, eos_token_id=sorted(model.end_tokens), pad_token_id=0
         )
         assert answer.token_ids == own[0, length:].tolist()
+    # Drawn answers, too: by our own loop where the decoder allows it, by Transformers' generation elsewhere.
+    assert model.decodes_plainly == (name in DECODED)
+    if name in DECODED:
+        rows = [model.processor.encode(*prompt, generation=True) for prompt in prompts]
+        drawn = []
+        for draw in (partial(decode, model), model._generated):
+            sampling = Sampling(1.0, [random.Random(str(seed)) for seed in range(len(rows))])
+            drawn.append([ids for ids, _ in draw(rows, TokenChoice(sampling, None, set()), 5)])
+        assert drawn[0] == drawn[1]
     # State that generation leaves on a model (Qwen-VL's rope_deltas) changes nothing afterwards.
     row = model.processor.encode(*samples(name)[2])
     inputs = model.processor.collate([row])

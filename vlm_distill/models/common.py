@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 T = TypeVar("T")
 
@@ -91,6 +95,23 @@ def built_whole() -> Iterator[None]:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = reference
+
+
+def with_cache(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """Return the arguments by which a Transformers model fills a cache, or does without one."""
+    if cache is None:
+        return {"use_cache": False}
+    return {"use_cache": True, _cache_name(module): cache}
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Return whether a Transformers model takes a cache at all."""
+    return _cache_name(module) in inspect.signature(module.forward).parameters
+
+
+def _cache_name(module: nn.Module) -> str:
+    """Return what a Transformers model calls its cache; models before 5.24 had another name for it."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def checkpoint_layers(model: Any) -> None:

@@ -21,6 +21,7 @@ from .common import (
     checkpoint_layers,
     generation_ends,
     tied_names,
+    with_cache,
 )
 from .composed_processor import ComposedProcessor
 from .decoder_features import IMAGES, VISION_FEATURES, decoder_features, decoder_width, wanted_states
@@ -91,9 +92,8 @@ class ComposedVLM(VisionLanguageModel):
         embeddings, images = self._embed(inputs)
         states = wanted_states(features, body)
         options: dict[str, Any] = {"output_hidden_states": states} if states else {}
-        if cache is not None:
-            options["past_key_values"] = cache
-        output = body(inputs_embeds=embeddings, use_cache=cache is not None, **self._sequence(inputs), **options)
+        options |= with_cache(body, cache)
+        output = body(inputs_embeds=embeddings, **self._sequence(inputs), **options)
         hidden = at_positions(output.last_hidden_state, positions, inputs["input_ids"].shape[1])
         kept = getattr(output, "hidden_states", None)
         found = decoder_features(features, body, hidden, kept, positions)

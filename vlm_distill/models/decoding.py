@@ -6,21 +6,21 @@ whose cache is more than keys and values of every token, or whose positions are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from data.batch import Encoded
+from data.batch import Encoded, ModelInputs
 
 from .answers import TokenChoice
-
-if TYPE_CHECKING:
-    from .interface import VisionLanguageModel
+from .common import takes_cache, with_cache
+from .lm_head import LMHead
+from .processor import Processor
 
 # Columns by which a full cache grows.
 _ROOM = 64
@@ -28,10 +28,26 @@ _ROOM = 64
 _LIKE = 0.75
 
 
+class Answering(Protocol):
+    """What :func:`decode` needs of a model; :class:`~.interface.VisionLanguageModel` has it."""
+
+    processor: Processor
+    head: LMHead
+
+    @property
+    def body(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def end_tokens(self) -> set[int]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def __call__(self, inputs: ModelInputs, positions: Tensor, *, cache: Cache) -> Any: ...
+
+
 def decodes_plainly(body: Any) -> bool:
     """Return whether :func:`decode` answers as ``generate`` does, for a decoder without its lm head."""
     config = body.config
-    if not {"position_ids", "past_key_values", "input_ids"} <= set(signature(body.forward).parameters):
+    if not takes_cache(body) or not {"position_ids", "input_ids"} <= set(signature(body.forward).parameters):
         return False
     # M-RoPE counts positions in images its own way; layers that share keys have none in the cache.
     if "mrope" in str(getattr(config, "rope_parameters", None)) or getattr(config, "num_kv_shared_layers", None):
@@ -45,7 +61,7 @@ def decodes_plainly(body: Any) -> bool:
 
 @torch.no_grad()
 def decode(
-    model: VisionLanguageModel, rows: Sequence[Encoded], choice: TokenChoice, max_new_tokens: int
+    model: Answering, rows: Sequence[Encoded], choice: TokenChoice, max_new_tokens: int
 ) -> list[tuple[list[int], list[float]]]:
     """Return each prompt's new tokens, up to the first end token, and their log-probabilities.
 
@@ -60,6 +76,7 @@ def decode(
     cache, hidden = _run_prompts(model, rows)
     lengths = torch.tensor([len(row.input_ids) for row in rows], device=hidden.device)
     mask = torch.arange(cache.get_seq_length(), device=hidden.device) >= cache.get_seq_length() - lengths.unsqueeze(-1)
+    arguments = with_cache(model.body, cache)
     live, going = list(range(len(rows))), set(range(len(rows)))
     for number in range(max_new_tokens):
         chosen, logprobs = choice.choose(model.head.own_logits(hidden), live)
@@ -84,14 +101,13 @@ def decode(
             input_ids=chosen.unsqueeze(-1),
             attention_mask=mask.long(),
             position_ids=(lengths + number).unsqueeze(-1),
-            past_key_values=cache,
-            use_cache=True,
+            **arguments,
         )
         hidden = output.last_hidden_state[:, -1]
     return found
 
 
-def _run_prompts(model: VisionLanguageModel, rows: Sequence[Encoded]) -> tuple[DynamicCache, Tensor]:
+def _run_prompts(model: Answering, rows: Sequence[Encoded]) -> tuple[DynamicCache, Tensor]:
     """Run the prompts. Return their keys and values, aligned on the right, and the last hidden states ``[B, H]``."""
     device, longest = next(model.parameters()).device, max(len(row.input_ids) for row in rows)
     layers: list[_Layer] = []

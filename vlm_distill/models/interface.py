@@ -204,7 +204,7 @@ class VisionLanguageModel(nn.Module, ABC):
     def _generated(
         self, rows: Sequence[Encoded], choice: TokenChoice, max_new_tokens: int
     ) -> list[tuple[list[int], list[float]]]:
-        """Answer by Transformers' ``generate``. Return each row's tokens, up to the first end, and log-probabilities."""
+        """Answer by Transformers' ``generate``; returns what :func:`~.decoding.decode` does."""
         inputs = self.processor.collate(rows, padding_side="left").to(next(self.parameters()).device, self.dtype)
         forced = ForcedChoice(choice)
         new = self._generate(

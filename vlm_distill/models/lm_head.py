@@ -68,7 +68,7 @@ class LMHead:
             return self.logits_with(hidden, weight)
 
     def own_logits(self, hidden: Tensor) -> Tensor:
-        """Compute float32 logits ``[N, V]`` as the model itself does: in its dtype, ids beyond ``vocabulary`` included."""
+        """Compute float32 logits ``[N, V]`` as the model does: in its own dtype, and beyond ``vocabulary``."""
         weight = self._linear.weight
         if type(self._linear) is nn.Linear and weight.device.type == "cpu" and weight.dtype == hidden.dtype:
             # Of few rows, this order takes a CPU about two thirds of the time.

@@ -19,7 +19,7 @@ from data.batch import Encoded, ModelInputs
 from data.errors import UserError
 
 from .adapters import plain_state
-from .common import checkpoint_layers, generation_ends
+from .common import checkpoint_layers, generation_ends, with_cache
 from .decoder_features import IMAGES, VISION_FEATURES, decoder_features, decoder_width, wanted_states
 from .families import LINE_END, PROJECTORS_BESIDE, PROJECTORS_INSIDE, family
 from .interface import Outputs, VisionLanguageModel
@@ -111,9 +111,7 @@ class PretrainedVLM(VisionLanguageModel):
         states = wanted_states(features, body)
         if states:
             given["output_hidden_states"] = states
-        if cache is not None:
-            given["past_key_values"] = cache
-        output = base(**given, use_cache=cache is not None)
+        output = base(**given, **with_cache(base, cache))
         hidden = at_positions(output.last_hidden_state, positions, inputs["input_ids"].shape[1])
         kept = getattr(output, "hidden_states", None)
         return Outputs(hidden, decoder_features(features, body, hidden, kept, positions) | found)

@@ -326,7 +326,9 @@ class OnPolicy:
         conversation = sample.before_last_answer()
         seen: Seen = (conversation, images) if view is None else view.before_last_answer(sample, images)
         student = self.student.encode_prompt(conversation, images)
-        teacher = self._asks.encode(*seen, generation=True)
+        teacher, collator = student, self.dataset.collator
+        if view is not None or collator.teacher is not collator.student:
+            teacher = self._asks.encode(*seen, generation=True)
         for role, row in (("student", student), ("teacher", teacher)):
             if len(row.input_ids) >= limit:
                 raise BadSample("too long", f"a prompt of {len(row.input_ids)} tokens for the {role}")
@@ -355,8 +357,11 @@ class OnPolicy:
         room = collator.max_length - max(len(prompt.student.input_ids), len(prompt.teacher.input_ids))
         ids = ids[:room]
         student = self.student.processor.answered(prompt.student, ids)
-        teacher = self._asks.answered(prompt.teacher, ids)
-        ours, theirs = (row.supervised.nonzero().flatten() for row in (student, teacher))
+        teacher, ours = student, student.supervised.nonzero().flatten()
+        theirs = ours
+        if prompt.teacher is not prompt.student:
+            teacher = self._asks.answered(prompt.teacher, ids)
+            theirs = teacher.supervised.nonzero().flatten()
         ends = self.student.end_tokens - self.teacher.end_tokens
         return Pair(student, teacher, ours, theirs, torch.tensor([token not in ends for token in ids]))
 
