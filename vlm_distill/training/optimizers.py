@@ -51,9 +51,7 @@ def build_optimizer(
     groups = parameter_groups(task, section.weight_decay, scales)
     adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     if section.name == "adamw":
-        # On a CPU the fused update takes a third of the time; on a GPU torch chooses.
-        on_cpu = deepspeed.offloads_optimizer or next(task.parameters()).device.type == "cpu"
-        return torch.optim.AdamW(groups, **adam, fused=on_cpu or None)
+        return torch.optim.AdamW(groups, **adam, fused=deepspeed.offloads_optimizer or None)
     if section.name == "sgd":
         return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
     if section.name == "adamw8bit":
