@@ -119,10 +119,11 @@ def _run_prompts(model: Answering, rows: Sequence[Encoded]) -> tuple[DynamicCach
         last = torch.tensor([line * width + length - 1 for line, length in enumerate(lengths)], device=device)
         part = DynamicCache(config=model.body.config)
         hidden = model(inputs, last, cache=part).hidden
-        layers = layers or [_Layer(layer, len(rows), longest) for layer in part.layers]
+        filled: list[Any] = [*part.layers]
+        layers = layers or [_Layer(layer, len(rows), longest) for layer in filled]
         for line, (row, length) in enumerate(zip(group, lengths, strict=True)):
             states[row] = hidden[line]
-            for layer, own in zip(layers, part.layers, strict=True):
+            for layer, own in zip(layers, filled, strict=True):
                 layer.fill(row, own.keys[line, :, :length], own.values[line, :, :length])
     cache = DynamicCache(config=model.body.config)
     cache.layers = list(layers)
@@ -148,6 +149,9 @@ class _Layer(DynamicLayer):
         rows: B.
         columns: of the longest prompt.
     """
+
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
 
     def __init__(self, like: Any, rows: int, columns: int) -> None:
         super().__init__()
