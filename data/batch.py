@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -19,6 +19,8 @@ from .errors import BadSample
 
 #: A sample of a mixture: the number of its source, and its index in that source.
 SampleId = tuple[int, int]
+#: What several teachers' weighted mean is taken of.
+Combine = Literal["losses", "probabilities", "logits"]
 
 
 @dataclass
@@ -226,6 +228,46 @@ class ModelBatch:
 
 
 @dataclass
+class Comparison:
+    """Positions of a micro-batch that are compared with one teacher of several, or with a mixture of several.
+
+    Attributes:
+        teachers: their names.
+        weights: of each in the mixture, with the sum 1.
+        combine: how a mixture is made; ``losses``: there is one teacher.
+        weight: factor on the loss at these positions.
+        rows: int64 ``[n]``, indices of these positions among the micro-batch's.
+        spans: for each teacher, its first position and its last + 1 among those of its own micro-batch.
+        distilled: bool ``[n]``.
+        groups: the groups to compare if the teacher's tokenizer differs, otherwise ``None``.
+    """
+
+    teachers: tuple[str, ...]
+    weights: tuple[float, ...]
+    combine: Combine
+    weight: float
+    rows: Tensor
+    spans: tuple[tuple[int, int], ...]
+    distilled: Tensor
+    groups: TokenGroups | None = None
+
+    @property
+    def count(self) -> float:
+        """The number of distilled positions (or groups), times the weight."""
+        return self.weight * (int(self.distilled.sum()) if self.groups is None else len(self.groups))
+
+    def samples(self, sample_of: Tensor) -> int:
+        """Return the number of samples that are compared, given those of the micro-batch's positions."""
+        compared = self.distilled if self.groups is None else self.groups.student[:, 0]
+        return len(sample_of[self.rows][compared].unique())
+
+    def to(self, device: torch.device | str) -> Comparison:
+        """Return the comparison on a device."""
+        rows, distilled = (tensor.to(device, non_blocking=True) for tensor in (self.rows, self.distilled))
+        return replace(self, rows=rows, distilled=distilled, groups=self.groups and self.groups.to(device))
+
+
+@dataclass
 class DistillationBatch:
     """A micro-batch: the k-th position of the student and of the teacher predict the same answer token.
 
@@ -243,7 +285,11 @@ class DistillationBatch:
         groups: the groups to compare if the tokenizers differ, otherwise ``None``.
         origins: the samples behind the teacher's positions, in the same order.
         drawn: whether the student drew the answers, so that no loss may treat them as correct.
+        answer_weights: float64 ``[samples]``, factors on the losses at a sample's answers; ``None``: all count alike.
         conversations: the conversations behind the pairs as the teacher sees them, with decoded images, if requested.
+        taught: with several teachers, by name the micro-batch of each, which holds its own samples alone; the teacher's
+            side is the student's there, too.
+        comparisons: with several teachers, which of their outputs are compared with which of the student's positions.
     """
 
     student: ModelBatch
@@ -256,7 +302,32 @@ class DistillationBatch:
     groups: TokenGroups | None = None
     origins: tuple[Origin, ...] = ()
     drawn: bool = False
+    answer_weights: Tensor | None = None
     conversations: Sequence[tuple[Conversation | Document, Sequence[Image.Image]]] = ()
+    taught: Mapping[str, DistillationBatch] = field(default_factory=dict)
+    comparisons: Sequence[Comparison] = ()
+
+    @property
+    def distilled_count(self) -> float:
+        """The number of positions (or groups) that are compared with teachers, weighted where they are."""
+        if self.comparisons:
+            return sum(comparison.count for comparison in self.comparisons)
+        if self.answer_weights is not None:
+            return float(self.answer_weights[self.sample_of[self._compared]].sum())
+        return int(self.distilled.sum()) if self.groups is None else len(self.groups)
+
+    @property
+    def _compared(self) -> Tensor:
+        """Positions that are compared with the teacher, of a group its first one: a mask or indices."""
+        return self.distilled if self.groups is None else self.groups.student[:, 0]
+
+    @property
+    def distilled_samples(self) -> float:
+        """The number of samples (or answers) with such positions, weighted where they are."""
+        if self.comparisons:
+            return sum(one.weight * one.samples(self.sample_of) for one in self.comparisons)
+        found = self.sample_of[self._compared].unique()
+        return len(found) if self.answer_weights is None else float(self.answer_weights[found].sum())
 
     @property
     def image_pairs(self) -> Tensor:
@@ -286,6 +357,9 @@ class DistillationBatch:
             distilled=self.distilled.to(device, non_blocking=True),
             sample_of=self.sample_of.to(device, non_blocking=True),
             groups=None if self.groups is None else self.groups.to(device),
+            answer_weights=None if self.answer_weights is None else self.answer_weights.to(device),
+            taught={name: batch.to(device) for name, batch in self.taught.items()},
+            comparisons=[comparison.to(device) for comparison in self.comparisons],
         )
 
 
@@ -319,7 +393,7 @@ class Step:
     tokens: int = 0
     conversations: list[list[Any]] = field(default_factory=list)
 
-    def counts(self, *, drawn: bool | None = None) -> Mapping[str, int]:
+    def counts(self, *, drawn: bool | None = None) -> Mapping[str, float]:
         """Count what this rank's image-text batches are compared on.
 
         Supervised tokens, distilled tokens (or groups), images, the student's image tokens, pairs of matched image
@@ -328,19 +402,24 @@ class Step:
         Args:
             drawn: count only batches whose answers the student has drawn, or only those with the data's answers.
         """
-        counts = {"supervised": 0, "distilled": 0, "images": 0, "image_tokens": 0, "matched_tokens": 0}
+        counts: dict[str, float] = {
+            "supervised": 0,
+            "distilled": 0,
+            "images": 0,
+            "image_tokens": 0,
+            "matched_tokens": 0,
+        }
         counts |= {"supervised_samples": 0, "distilled_samples": 0, "image_samples": 0}
         for batch in self.batches:
             if drawn is not None and batch.drawn != drawn:
                 continue
             counts["supervised"] += len(batch.targets)
-            counts["distilled"] += int(batch.distilled.sum()) if batch.groups is None else len(batch.groups)
+            counts["distilled"] += batch.distilled_count
             counts["images"] += batch.images
             counts["image_tokens"] += len(batch.student.image_positions)
             if batch.teacher is not None:
                 counts["matched_tokens"] += int(batch.image_pairs.sum())
             counts["supervised_samples"] += len(batch.sample_of.unique())
-            compared = batch.distilled if batch.groups is None else batch.groups.student[:, 0]
-            counts["distilled_samples"] += len(batch.sample_of[compared].unique())
+            counts["distilled_samples"] += batch.distilled_samples
             counts["image_samples"] += int(batch.student.image_counts.count_nonzero())
         return counts

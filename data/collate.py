@@ -262,7 +262,7 @@ def collate(
         sample_of=torch.arange(len(pairs)).repeat_interleave(lengths),
         samples=sum(pair.samples for pair in pairs),
         images=sum(pair.student.images for pair in pairs),
-        groups=_collate_groups(pairs) if grouped else None,
+        groups=collate_groups(pairs) if grouped else None,
         origins=tuple(chain.from_iterable(pair.origins for pair in pairs)),
     )
 
@@ -295,7 +295,7 @@ def _needs_dummy(processor: Processor, samples: list[Encoded]) -> bool:
     return not samples or lacks_images(processor, samples)
 
 
-def _collate_groups(pairs: Sequence[Pair]) -> TokenGroups:
+def collate_groups(pairs: Sequence[Pair]) -> TokenGroups:
     """Return the pairs' groups, with token numbers counted through the micro-batch."""
     ours, theirs = [torch.empty(0, 2, dtype=torch.int64)], [torch.empty(0, 2, dtype=torch.int64)]
     targets = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -77,6 +77,9 @@ class Pair:
         samples: number of samples that begin here: 0 for further answers or pieces of one sample.
         document: whether it is plain text, which is always packed with other plain text.
         origins: the sample it comes from; empty if not needed.
+        taught: with several teachers, by name the pair with each of those that teach this sample; ``teacher`` is None.
+        source: with several teachers, the number of the sample's source.
+        seen: what the teacher sees, if it reads that instead of tokens and there are several teachers.
     """
 
     student: Encoded
@@ -88,6 +91,9 @@ class Pair:
     samples: int = 1
     document: bool = False
     origins: tuple[Origin, ...] = ()
+    taught: Mapping[str, Pair] = field(default_factory=dict)
+    source: int = 0
+    seen: tuple[Conversation | Document, Sequence[Image.Image]] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,16 @@ from typing import Any
 from PIL import Image
 
 from data.batch import Encoded, Problem
-from data.collate import Collator
 from data.conversation import Conversation, Document
 from data.encoding import Pair
 from data.errors import BadSample
 from data.loader import ProblemLog, problem_of
 from data.sample_images import load_images
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.losses import must_be_alike
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.weightless import Weightless
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample
 from vlm_distill.run import Run
-from vlm_distill.training.open_data import turns
 
 
 @dataclass
@@ -53,33 +50,27 @@ class Inspection:
         config: the run. What a teacher receives is shown even if its outputs are cached or come from a server.
 
     Attributes:
-        processors: the models' processors by ``student`` and, if a loss learns from it, ``teacher``.
+        processors: the models' processors by ``student`` and, if a loss learns from it, ``teacher``, or with several
+            teachers their names.
+        views: what the teachers see, by the same names.
         log: the samples that were left out in the last pass.
         samples: number of samples in the last pass.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.log, self.samples = ProblemLog(), 0
-        if config.teacher is not None:
-            plain = config.teacher.model_copy(update={"cache": None, "quantize": None})
-            config = config.model_copy(update={"teacher": plain})
-        self.run = Run(config)
+        self.run = Run(_without_caches(config))
         self.sources = self.run.sources
         with Weightless():
-            grouped, student, teacher = self.run.grouped, self.run.student, self.run.loss_teacher
-        self.processors: dict[str, Processor] = {"student": student.processor}
-        if teacher is not None:
-            assert isinstance(teacher.processor, Processor)  # no cache is opened here
-            self.processors["teacher"] = teacher.processor
-        both = self.processors["student"], self.processors.get("teacher")
-        self.collator = Collator(
-            *both,
-            config.data.max_length,
-            turns(config.data),
-            grouped,
-            alike=must_be_alike(self.run.terms),
-            view=self.run.view,
-        )
+            self.collator = self.run.collator
+            student, teacher = self.run.student, self.run.loss_teacher
+            self.processors: dict[str, Processor] = {"student": student.processor}
+            taught = {name: member.teacher for name, member in self.run.members.items()} or {"teacher": teacher}
+        self.views = {name: member.view for name, member in self.run.members.items()} or {"teacher": self.run.view}
+        for name, one in taught.items():
+            if teacher is not None and one is not None:
+                assert isinstance(one.processor, Processor)  # no cache is opened here
+                self.processors[name] = one.processor
 
     def shown(self, count: int) -> list[InspectedSample]:
         """Return the first ``count`` samples in the order of training, for people to look at."""
@@ -128,7 +119,7 @@ class Inspection:
             read.sample = source[row]
             read.line = read.sample.line or read.line
             read.sample, read.images = load_images(read.sample, self.run.load_image)
-            read.pairs = self.collator.encode(read.sample, read.images)
+            read.pairs = self.collator.encode(read.sample, read.images, (number, row))
         except BadSample as bad:
             read.problem = problem_of(source, row, bad, "skip")
             self.log.add([read.problem])
@@ -137,7 +128,8 @@ class Inspection:
     def _rows(self, pair: Pair) -> list[tuple[str, Processor, Encoded]]:
         """Return a pair's encodings with the models' names and processors."""
         rows = {"student": pair.student, "teacher": pair.teacher}
-        return [(name, p, row) for name, p in self.processors.items() if (row := rows[name]) is not None]
+        rows |= {name: own.teacher for name, own in pair.taught.items()}
+        return [(name, p, row) for name, p in self.processors.items() if (row := rows.get(name)) is not None]
 
     def _for_people(self, read: _Read) -> list[InspectedSample]:
         title = f"{read.source}, line {read.line}"
@@ -162,7 +154,7 @@ class Inspection:
                 if isinstance(read.sample, Document):
                     models[name] = _by_token(processor, processor.encode_document(read.sample))
                 elif read.sample is not None:
-                    view = self.collator.view if name == "teacher" else None
+                    view = self.views.get(name)
                     seen = (read.sample, read.images) if view is None else view.of(read.sample, read.images)
                     models[name] = _by_token(processor, processor.encode(*seen))
         except BadSample:
@@ -178,6 +170,20 @@ class Inspection:
             pieces = [processor.tokenizer.decode([token]) for token in row.input_ids[row.supervised].tolist()]
             texts.append(["·".join(pieces[first:stop]) for first, stop in spans.tolist()])
         return list(zip(*texts, strict=True))
+
+
+def _without_caches(config: RunConfig) -> RunConfig:
+    """Return the run with the models themselves in place of what is stored of them, and with samples in rows alone."""
+    plain = {"cache": None, "quantize": None}
+    teachers = {name: section.model_copy(update=plain) for name, section in config.teachers.items()}
+    return config.model_copy(
+        update={
+            "teacher": None if config.teacher is None else config.teacher.model_copy(update=plain),
+            "teachers": teachers,
+            "student": config.student.model_copy(update={"vision_cache": None}),
+            "data": config.data.model_copy(update={"packing": False}),
+        }
+    )
 
 
 def _by_token(processor: Processor, row: Encoded) -> InspectedModel:

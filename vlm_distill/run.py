@@ -16,6 +16,7 @@ from data.collate import Collator
 from data.conversation import ImageSource
 from data.encoding import encode_teacher
 from data.errors import BadSample
+from data.lessons import Lesson, SeveralCollator
 from data.loader import StepDataset, StepSplit
 from data.mixture import Mixture
 from data.plain_text import TextSource
@@ -36,6 +37,7 @@ from vlm_distill.models.processor import Processor
 from vlm_distill.models.pruning import Kept
 from vlm_distill.models.self_teacher import SelfTeacher
 from vlm_distill.models.sequence_parallel import SequenceParallel
+from vlm_distill.models.several_teachers import SeveralTeachers
 from vlm_distill.models.shared_processing import share_processing
 from vlm_distill.models.shared_vision import has_same_vision
 from vlm_distill.models.teacher import ModelTeacher, Teacher
@@ -45,6 +47,7 @@ from vlm_distill.training.compatibility import (
     check_packing,
     check_precision,
     divide_sequences,
+    pair_several,
     pair_vocabularies,
     template_remarks,
 )
@@ -56,6 +59,11 @@ from vlm_distill.training.student_cut import choose_kept
 from vlm_distill.training.terms import AnyTerm, build_terms, prepare_losses
 
 AnySource = Source | TextSource
+
+
+def _needed(teacher: Teacher | None) -> Teacher:
+    assert teacher is not None
+    return teacher
 
 
 class Run:
@@ -101,6 +109,8 @@ class Run:
     @cached_property
     def teacher(self) -> Teacher | None:
         """The teacher, even if no loss learns from it and it is only evaluated with the student."""
+        if self.members:
+            return SeveralTeachers({name: _needed(member.teacher) for name, member in self.members.items()})
         section = self.config.teacher
         if section is None or not section.from_student:
             return load_teacher(self.config, self.processes)
@@ -113,6 +123,11 @@ class Run:
         if section.view is not None and section.view.images == "full":
             teacher.processor = student.processor.as_loaded()
         return teacher
+
+    @cached_property
+    def members(self) -> dict[str, Run]:
+        """With several teachers, the run with each alone, for its teacher and sources; its student is never asked."""
+        return {name: Run(self.config.only(name), self.processes) for name in self.config.teachers}
 
     @cached_property
     def uncached(self) -> Run:
@@ -160,14 +175,32 @@ class Run:
 
     @cached_property
     def running_teacher(self) -> VisionLanguageModel | None:
-        """The teacher's model, if it runs in training; ``None`` if the outputs come from a cache or a server."""
+        """The teacher's model, if it runs in training; ``None`` if the outputs come from a cache or a server.
+
+        Also ``None`` with several teachers; each of :attr:`members` has its own.
+        """
         cached = self.config.teacher is not None and self.config.teacher.cache is not None
         return None if self.loss_teacher is None or cached else self.loss_teacher.model
 
+    @property
+    def running_members(self) -> dict[str, VisionLanguageModel]:
+        """The models of several teachers that run in training, by name."""
+        found = {name: member.running_teacher for name, member in self.members.items()}
+        return {name: model for name, model in found.items() if model is not None}
+
     @cached_property
     def grouped(self) -> bool:
-        """Whether groups of tokens are compared, since the tokenizers differ. Cuts both heads to what is compared."""
+        """Whether groups of tokens are compared, since the tokenizers differ. Cuts the heads to what is compared."""
+        if self.members:
+            return any(self.grouped_with.values())
         return self.teacher is not None and pair_vocabularies(self.config, self.student, self.teacher, self.terms)
+
+    @cached_property
+    def grouped_with(self) -> dict[str, bool]:
+        """The same for each of several teachers. Cuts the heads to the tokens that the student shares with all."""
+        teachers = {name: _needed(member.teacher) for name, member in self.members.items()}
+        configs = {name: member.config for name, member in self.members.items()}
+        return pair_several(configs, self.student, teachers, self.terms)
 
     @cached_property
     def sequence(self) -> SequenceParallel | None:
@@ -216,7 +249,7 @@ class Run:
     def processors(self) -> tuple[Any, Any]:
         """What encodes samples for the student and for the teacher that losses learn from."""
         student, teacher = self.student.processor, None
-        if self.loss_teacher is not None:
+        if self.loss_teacher is not None and not self.members:
             teacher = self.loss_teacher.processor
         if self.image_features is not None:
             student = student.with_features(self.image_features)
@@ -241,8 +274,10 @@ class Run:
 
         # Cut the heads before anything reads their vocabulary.
         grouped = self.grouped
-        if self.teacher is not None and self.teacher.cache is not None:
-            self._cache_remarks = check_tokens(config, self.sources, self.teacher)
+        for one in self.members.values() or [self]:
+            found = one.teacher
+            if found is not None and found.cache is not None:
+                self._cache_remarks += check_tokens(one.config, one.sources, found)
         prepare_losses(self.terms, student, self.loss_teacher)
 
         # Divide the decoders while they are whole, and compare the vision encoders while both are as they were loaded.
@@ -257,14 +292,21 @@ class Run:
         # Packing is tried by running the models, on the device where they will run.
         _ = self.packing
         check_packing(config.data.train, student, teacher, grouped)
+        for name, member in self.members.items():
+            check_packing(member.config.data.train, None, member.running_teacher, self.grouped_with[name])
+            check_precision(member.config, student, member.running_teacher)
         check_evaluations(config, student, self.teacher.model if self.teacher is not None else None)
 
     @cached_property
     def remarks(self) -> list[str]:
         """What a person should know about cache, chat templates and packing, after :meth:`prepare`."""
-        other = None if self.loss_teacher is None or self.grouped else self.loss_teacher.processor
+        single = None if self.members else self.loss_teacher
+        other = None if single is None or self.grouped else single.processor
         compared = other if isinstance(other, Processor) else None
         templates = template_remarks(self.student.processor, compared, self.config.data.max_length)
+        evaluation, data = self.config.evaluation, self.config.data
+        if self.members and evaluation.teacher and (data.eval or evaluation.benchmarks):
+            templates = [*templates, "several teachers are not evaluated; evaluate each with vlm-distill eval"]
         return [*self._cache_remarks, *templates, *self.packing.remarks]
 
     @property
@@ -276,16 +318,31 @@ class Run:
     @cached_property
     def collator(self) -> Collator:
         """Turns samples into micro-batches."""
-        data = self.config.data
-        return Collator(
-            *self.processors,
-            data.max_length,
-            turns(data),
-            self.grouped,
-            self.packing.packed,
-            must_be_alike(self.terms),
-            self.view,
-        )
+        if self.members and self.loss_teacher is not None:
+            return self._several_collator()
+        return self._collator_with(*self.processors, self.grouped, self.packing.packed, self.view)
+
+    def _collator_with(
+        self, student: Any, teacher: Any, grouped: bool, packed: tuple[bool, bool], view: View | None
+    ) -> Collator:
+        data, alike = self.config.data, must_be_alike(self.terms)
+        return Collator(student, teacher, data.max_length, turns(data), grouped, packed, alike, view)
+
+    def _several_collator(self) -> SeveralCollator:
+        """Return a collator that deals each source's samples to its teachers."""
+        student, train = self.processors[0], self.config.data.train
+        members, own, shown = {}, {}, []
+        for name, member in self.members.items():
+            teacher = _needed(member.teacher)
+            both = share_processing(student, teacher.processor)
+            packed = plan_packing(self.config.data, self.student, member.running_teacher).packed
+            members[name] = self._collator_with(*both, self.grouped_with[name], packed, member.view)
+            taught = [number for number, source in enumerate(train) if name in source.lesson]
+            own[name] = {number: place for place, number in enumerate(taught)}
+            shown += [name] if teacher.needs_images else []
+        alone = self._collator_with(student, None, self.grouped, (self.packing.packed[0], False), None)
+        lessons = [Lesson(source.lesson, source.combine) for source in train]
+        return SeveralCollator(**vars(alone), members=members, lessons=lessons, own=own, shown=shown)
 
     @cached_property
     def dataset(self) -> StepDataset:
@@ -300,7 +357,7 @@ class Run:
             StepSplit(micro, accumulation, rank=processes.rank // sharing, world=processes.world // sharing),
             load=self.load_image,
             on_bad=self.config.data.bad_samples,
-            keep_conversations=self.loss_teacher is not None and self.loss_teacher.needs_images,
+            keep_conversations=self.loss_teacher is not None and self.loss_teacher.needs_images and not self.members,
         )
 
     @property

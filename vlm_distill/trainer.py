@@ -42,6 +42,7 @@ from vlm_distill.training.optimizers import build_optimizer
 from vlm_distill.training.schedule import learning_rate_factor, lr_scales
 from vlm_distill.training.student_cut import describe_kept
 from vlm_distill.training.task import DistillationTask
+from vlm_distill.training.teacher_shares import TeacherShares
 from vlm_distill.training.terms import acts_on, unit_of
 
 # A teacher whose own loss on the answers is above this share of ln(vocabulary) is hardly better than a guess.
@@ -86,6 +87,7 @@ class Trainer(Loop):
         self.flops = self._step_flops()
         self.evaluations.prepare(self.student, self.teacher)
         self.engine = self._start_engine()
+        self.teacher_shares = TeacherShares(config, self.terms, processes)
         self.on_policy = self._open_on_policy()
 
     def _count_parameters(self) -> dict[str, int]:
@@ -107,6 +109,7 @@ class Trainer(Loop):
             shared_vision=self.shared_vision,
             head=teacher.head if teacher is not None and running is None else None,
             at_images=any(isinstance(term, Term) and term.on == "images" for term in self.terms),
+            several=self.parts.running_members,
         )
 
     def _start_engine(self) -> Engine:
@@ -170,6 +173,8 @@ class Trainer(Loop):
     def local_counts(self, step: Step) -> dict[str, float]:
         sides = [batch.student for batch in step.batches]
         sides += [batch.teacher for batch in step.batches if batch.teacher is not None]
+        for batch in step.batches:
+            sides += [own.student for own in batch.taught.values()]
         counts = {
             **{f"data_{unit}": count for unit, count in step.counts(drawn=False).items()},
             **{f"own_{unit}": count for unit, count in step.counts(drawn=True).items()},
@@ -201,7 +206,10 @@ class Trainer(Loop):
     ) -> tuple[Tensor, dict[str, TermSums]]:
         batch = micro.to(self.processes.device)
         targets = self.loss_teacher.outputs(batch, self.features) if self.loss_teacher is not None else None
-        return self.engine(batch, targets, scales)
+        loss, sums = self.engine(batch, targets, scales)
+        if batch.comparisons:
+            self.teacher_shares.add(sums)
+        return loss, sums
 
     def skip_step(self, step: Step) -> None:
         if self.loss_teacher is not None:
@@ -224,6 +232,7 @@ class Trainer(Loop):
             "padding": 1 - totals["filled"] / totals["places"],
             **self.flops.metrics(totals["flops"], seconds, self.processes.world),
             **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),
+            **(self.teacher_shares.metrics() if self.parts.members and self.loss_teacher is not None else {}),
             self.speed: totals["tokens"] / seconds,
         }
 
@@ -286,29 +295,29 @@ class Trainer(Loop):
                 f"the {whose} vision encoder does not run in training: {cache.folder} holds features of "
                 f"{len(cache):,} images"
             )
-        if self.loss_teacher is not None and self.loss_teacher.head is not None and done < self.steps:
-            self._check_teacher(self.loss_teacher, tracker)
+        teacher = self.loss_teacher
+        if teacher is not None and (teacher.head is not None or self.parts.members) and done < self.steps:
+            self._check_teachers(teacher, tracker)
 
-    def _check_teacher(self, teacher: Teacher, tracker: Tracker) -> None:
-        """Report the teacher's own loss on the first answers. Warn if it is hardly better than a guess."""
-        checked = self._teacher_loss(teacher)
-        if checked is None:
-            return
-        loss, limit = checked
-        if loss > limit:
-            tracker.warn(
-                f"the teacher's own loss on the answers is {loss:.2f} nats a token, hardly "
-                "better than a guess: its chat template, tokenizer or weights do not fit this data; see "
-                "`vlm-distill inspect`"
-            )
-        else:
-            tracker.say(f"the teacher's own loss on the answers: {loss:.3f} nats a token")
+    def _check_teachers(self, teacher: Teacher, tracker: Tracker) -> None:
+        """Report a teacher's own loss on the first answers. Warn if it is hardly better than a guess."""
+        for name, (loss, limit) in self._teacher_losses(teacher).items():
+            who = f"the teacher {name}" if name else "the teacher"
+            if loss > limit:
+                tracker.warn(
+                    f"{who}'s own loss on the answers is {loss:.2f} nats a token, hardly "
+                    "better than a guess: its chat template, tokenizer or weights do not fit this data; see "
+                    "`vlm-distill inspect`"
+                )
+            else:
+                tracker.say(f"{who}'s own loss on the answers: {loss:.3f} nats a token")
 
     @torch.no_grad()
-    def _teacher_loss(self, teacher: Teacher) -> tuple[float, float] | None:
+    def _teacher_losses(self, teacher: Teacher) -> dict[str, tuple[float, float]]:
         """Return the teacher's cross-entropy on the first samples' answers, and the value above which it is suspect.
 
-        ``None`` if none of them has an answer to measure it by, or only the likeliest tokens are known.
+        By name with several teachers. Left out: a teacher without an answer to measure it by, or of which only the
+        likeliest tokens are known.
         """
         data, pairs = self.config.data, list[Pair]()
         for source, row in self.dataset.mixture.samples_of(0)[:_CHECKED_SAMPLES]:
@@ -320,17 +329,15 @@ class Trainer(Loop):
             except BadSample:
                 continue
         if not pairs:
-            return None
+            return {}
         batch = self.dataset.collator.batch(pairs).to(self.processes.device)
-        outputs = teacher.outputs(batch).targets
-        if not isinstance(outputs, HiddenTargets):
-            return None
-        loss = losses.CrossEntropy()
-        sums = losses.fused_linear(loss, outputs.hidden, outputs.head, None, batch.teacher_targets)
-        with outputs.head.weight() as weight:
-            limit = _SUSPECT_TEACHER * math.log(len(weight))
-        term = sums.terms["loss"]
-        return float(term.loss) / max(1, term.count), limit
+        outputs = teacher.outputs(batch)
+        answered = {name: (outputs.taught.get(name), own.targets) for name, own in batch.taught.items()}
+        found = {}
+        for name, (targets, answers) in (answered or {"": (outputs.targets, batch.teacher_targets)}).items():
+            if isinstance(targets, HiddenTargets) and (len(answers) or not name):
+                found[name] = _mean_loss(targets, answers)
+        return found
 
     def evaluate(self, done: int, tracker: Tracker, *, final: bool) -> tuple[float | None, list[Problem]]:
         score, problems = self.evaluations.run(done, tracker, self.began, final=final)
@@ -355,6 +362,14 @@ class Trainer(Loop):
 
     def final_summary(self) -> dict[str, Any]:
         return {"benchmarks": self.evaluations.scores} if self.evaluations.scores else {}
+
+
+def _mean_loss(outputs: HiddenTargets, answers: Tensor) -> tuple[float, float]:
+    """Return the mean cross-entropy at some positions, and a value that is hardly better than a guess."""
+    term = losses.fused_linear(losses.CrossEntropy(), outputs.hidden, outputs.head, None, answers).terms["loss"]
+    with outputs.head.weight() as weight:
+        limit = _SUSPECT_TEACHER * math.log(len(weight))
+    return float(term.loss) / max(1, term.count), limit
 
 
 train = Trainer.train

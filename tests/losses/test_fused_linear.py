@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_distill import losses
-from vlm_distill.losses import DistillationLoss, HiddenTargets, Term, fused_linear
+from vlm_distill.losses import DistillationLoss, HiddenTargets, MixedTargets, Term, fused_linear
 from vlm_distill.models.lm_head import LMHead
 
 NAMES = list(losses.available(DistillationLoss))
@@ -459,3 +459,32 @@ def test_bfloat16_on_a_gpu(name, recompute):
     for a, b in zip(exact.inputs(), low.inputs(), strict=True):
         largest = a.grad.abs().max().item()
         torch.testing.assert_close(b.grad.double().cpu(), a.grad, rtol=2e-2, atol=1e-2 * largest)
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+@pytest.mark.parametrize("options", [{}, {"recompute": True, "chunk_bytes": 2000}, {"chunk_bytes": 3000}])
+def test_several_teachers_mixed_equal_their_mixture(combine, options):
+    one, other = Setting(), Setting(h_teacher=5)
+    weights = 0.7, 0.3
+    terms = [Term("kl", losses.build("reverse_kl")), Term("ce", losses.build("cross_entropy"), 0.5)]
+    mixed = MixedTargets([one.teacher, other.teacher], weights, combine)
+    if combine == "probabilities" and "recompute" in options:
+        with pytest.raises(ValueError, match="mean of probabilities"):
+            fused_linear(terms, one.hidden, one.head, mixed, one.targets, **options)
+        return
+    found = fused_linear(terms, one.hidden, one.head, mixed, one.targets, distilled=one.distilled, **options)
+    found.loss.backward()
+    gradient, one.hidden.grad = one.hidden.grad, None
+
+    logits = [side.head.logits(side.hidden.double()).double() for side in (one.teacher, other.teacher)]
+    if combine == "logits":
+        mixture = sum(weight * z for weight, z in zip(weights, logits, strict=True))
+    else:
+        mixture = sum(weight * z.softmax(-1) for weight, z in zip(weights, logits, strict=True)).log()
+    student = one.hidden @ one.linear.weight.t()
+    kept = one.distilled
+    kl = losses.build("reverse_kl")(student[kept], mixture[kept]).sum()
+    expected = kl + 0.5 * nn.functional.cross_entropy(student, one.targets, reduction="sum")
+    expected.backward()
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(gradient, one.hidden.grad, rtol=1e-5, atol=1e-7)

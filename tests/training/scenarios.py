@@ -75,6 +75,15 @@ SELF = {
 }
 #: What a student keeps of its teacher, chosen by its data.
 CUT = {"layers": 2, "by": "influence", "neurons": 20, "width": 16, "calibrate": 4}
+#: Two teachers of two families; the second teaches so little that many micro-batches and some steps have none of it.
+SEVERAL = {
+    "teachers": {"big": {"path": "teacher"}, "other": {"path": "llava_teacher"}},
+    "lessons": [("plain", "big", "losses", 24), ("mixed", "other", "losses", 4)],
+}
+#: Both teach the same samples.
+BOTH = {"big": 2.0, "other": 1.0}
+TOGETHER = {**SEVERAL, "lessons": [("plain", BOTH, "losses", 24), ("mixed", "other", "losses", 8)]}
+MIXTURES = {**SEVERAL, "lessons": [("plain", BOTH, "probabilities", 24), ("mixed", BOTH, "logits", 8)]}
 #: Four samples a micro-batch: of two, the shorter never fits beside the longer.
 PACKED = {"data__packing": True, "training__micro_batch_size": 4}
 SHARED = {
@@ -170,6 +179,9 @@ SHARED = {
     **{f"lora_zero{s}": {"deepspeed__stage": s, "family": "lora"} for s in (0, 2, 3)},
     **{f"own_base_zero{s}": {"deepspeed__stage": s, "family": "adapters", "teacher": "student"} for s in (0, 3)},
     "copied_base_zero0": {"deepspeed__stage": 0, "family": "adapters"},
+    **{f"several_zero{s}": {"deepspeed__stage": s, **SEVERAL} for s in (0, 2, 3)},
+    **{f"together_zero{s}": {"deepspeed__stage": s, **TOGETHER} for s in (0, 3)},
+    **{f"mixtures_zero{s}": {"deepspeed__stage": s, **MIXTURES} for s in (0, 3)},
     # The student's own moving average teaches it, and is told the answers.
     **{f"ema_zero{s}": {"deepspeed__stage": s, **SELF} for s in (0, 2, 3)},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
@@ -236,6 +248,14 @@ TWO_RANKS = {
         "training__sequence_parallel": 2,
         "training__activation_checkpointing": True,
     },
+    # The second teacher in shards: it runs on both ranks in every micro-batch.
+    **{
+        f"{name}_shard_zero{s}": {
+            **SHARED[f"{name}_zero{s}"],
+            "teachers": {"big": {"path": "teacher"}, "other": {"path": "llava_teacher", "placement": "shard"}},
+        }
+        for name, s in (("several", 2), ("several", 3), ("together", 3), ("mixtures", 3))
+    },
     "bf16_zero0": {"deepspeed__stage": 0, "training__dtype": "bf16"},
     "bf16_zero2": {"deepspeed__stage": 2, "training__dtype": "bf16"},
     "bf16_zero3": {"deepspeed__stage": 3, "training__dtype": "bf16"},
@@ -270,7 +290,7 @@ RESUMED += [
     "ctkd_instance_zero3",
     "replay_zero3",
 ]
-RESUMED += ["at_images_zero3", "matched_zero3", "pairs_zero2", "ema_zero3"]
+RESUMED += ["at_images_zero3", "matched_zero3", "pairs_zero2", "ema_zero3", "several_zero3"]
 RESUMED += [*(f"features_zero{stage}" for stage in range(4)), "bf16_features_zero2"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
@@ -288,6 +308,9 @@ SLOW = {
     *(f"resumed_{name}" for name in ("zero1", "bf16_zero0", "bf16_zero3", "own_base_zero3", "lora_bf16_zero2")),
     *(f"resumed_{name}" for name in ("persistent_zero3", "dropout_zero2", "batchnorm_zero2", "bf16_features_zero2")),
     *(f"resumed_features_zero{stage}" for stage in range(3)),
+    *("ema_zero0", "ema_zero3", "bf16_ema_zero2", "resumed_ema_zero3", "several_zero0", "several_zero2"),
+    *("several_shard_zero2", "together_zero0", "together_zero3", "together_shard_zero3", "mixtures_zero3"),
+    *("mixtures_shard_zero3", "resumed_several_zero3"),
     *("mixed_zero2", "packed_mixed_zero0", "tied_zero0", "llava_zero0", "language_zero0", "cut_zero0", "uld_zero0"),
     *("ctkd_instance_zero0", "seeing_once_zero0", "muon_zero0", "shard_zero2", "offload_zero3", "resumed_zero2"),
 }
@@ -336,6 +359,7 @@ def main(folder: Path) -> None:
 def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     family, stop = changes.pop("family", ""), changes.pop("stop", None)
     more = changes.pop("zero_optimization", {})
+    teachers, lessons = changes.pop("teachers", {}), changes.pop("lessons", [])
     if not changes.pop("persistent", False):
         changes["deepspeed__zero_optimization"] = WHOLLY_SHARDED | more
     kind = changes.pop("data", "language" if family == "language" else "plain")
@@ -364,6 +388,11 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         kind = "eval"
     else:
         plain["teacher"]["placement"] = placement
+    if teachers:
+        del plain["teacher"]
+        plain["teachers"] = {n: {**section, "path": str(folder / section["path"])} for n, section in teachers.items()}
+        named = [dict(zip(("name", "teacher", "combine", "limit"), lesson, strict=True)) for lesson in lessons]
+        plain["data"]["train"] = [{"path": str(folder / one["name"] / "data.jsonl"), **one} for one in named]
     if kind.endswith("eval"):
         plain["data"]["eval"] = [{"path": str(data), "name": "questions", "limit": 13}]
     if kind == "text":

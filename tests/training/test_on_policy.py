@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -349,3 +350,51 @@ def test_mistakes_are_told(folder, changes, words):
     with pytest.raises((UserError, ValueError)) as told:
         trainer(folder, "wrong", **changes)
     assert words.split(".")[-1] in str(told.value)
+
+
+def test_answers_are_weighed_by_what_their_images_tell_the_teacher(folder):
+    settings = {"fraction": 1.0, "max_new_tokens": 4, "visual_advantage": {"images": "none", "temperature": 0.5}}
+    changes = {"loss": [{"name": "reverse_kl"}], "on_policy": settings, "training__steps": 2}
+    run = trainer(folder, "weighed", **changes)
+    step = run.prepare_step(run.dataset[0])
+    weights = torch.cat([batch.answer_weights for batch in step.batches])
+    assert len(weights) == run.on_policy.counts["answers"]
+    assert weights.mean() == pytest.approx(1)
+
+    # The same by the teacher's plain log-probabilities, answer by answer.
+    advantages = []
+    for source, row in run.on_policy._usable(step, run.dataset.mixture.samples_of(0)):
+        conversation = run.sources[source][row].before_last_answer()
+        ids = answers_of(step)[len(advantages)]
+        seen = log_prob(run.teacher, conversation, [run.parts.load_image(i) for i in conversation.images], ids)
+        text = [[part for part in m["content"] if part["type"] != "image"] for m in conversation.messages]
+        messages = tuple({**m, "content": parts} for m, parts in zip(conversation.messages, text, strict=True))
+        advantages.append(seen - log_prob(run.teacher, replace(conversation, messages=messages, images=()), [], ids))
+    expected = (torch.tensor(advantages).double() / 0.5).softmax(0) * len(advantages)
+    assert weights.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    assert weights.std() > 0.01
+
+    # The loss is the weighted mean, and the weights reach the gradient.
+    run.run()
+    line = next(line for line in story(run) if line["kind"] == "train")
+    assert line["on_policy/visual_advantage"] == pytest.approx(sum(advantages) / len(advantages), rel=1e-4)
+    even = trainer(folder, "even", **changes | {"on_policy": {"fraction": 1.0, "max_new_tokens": 4}})
+    even.run()
+    assert story(even)[0]["loss"] != pytest.approx(line["loss"], rel=1e-4)
+
+
+def answers_of(step):
+    """The token ids of a step's answers, in order."""
+    found = []
+    for batch in step.batches:
+        found += [batch.targets[batch.sample_of == number].tolist() for number in range(batch.samples)]
+    return found
+
+
+@torch.no_grad()
+def log_prob(teacher, conversation, images, ids):
+    """The mean log-probability of an answer's tokens after a question."""
+    row = teacher.processor.answered(teacher.processor.encode(conversation, images, generation=True), ids)
+    positions = row.supervised.nonzero().flatten() - 1
+    hidden = teacher.model(teacher.processor.collate([row]), positions).hidden
+    return teacher.model.head.logprobs(hidden, torch.tensor(ids)).mean().item()

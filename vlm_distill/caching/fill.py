@@ -17,14 +17,15 @@ from .store import filling
 
 
 def fill(config: RunConfig, processes: Processes) -> None:
-    """Fill all caches of a configuration, the teacher's first. Collective.
+    """Fill all caches of a configuration, the teachers' first. Collective.
 
     Raises:
         UserError: none is named, another command is filling one of them, or it cannot be filled.
     """
     check_caches(config)
-    if config.teacher is not None and config.teacher.cache is not None:
-        fill_one(TokenFilling(config, processes))
+    for one in [config.only(name) for name in config.teachers] or [config]:
+        if one.teacher is not None and one.teacher.cache is not None:
+            fill_one(TokenFilling(one, processes))
     if config.student.vision_cache is not None:
         fill_one(FeatureFilling(config, processes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -37,16 +38,39 @@ class Named(Protocol):
 
 def check_run(run: Run) -> None:
     """Raise ``ValueError`` with the message of the first rule that a run breaks."""
+    check_lessons(run)
     for rule in RULES:
         if rule.broken(run):
             raise ValueError(rule.message)
-    check_losses(run.loss, REGISTRY, has_teacher=run.teacher is not None)
+    check_losses(run.loss, REGISTRY, has_teacher=bool(run.all_teachers))
     _check_answers(run)
     for term in run.loss:
         if term.match != "none" and term.on != "images" and not REGISTRY.entries[term.name].matches:
             raise ValueError(
                 f"loss {term.name} compares no image tokens; leave match: {term.match} out, or add on: images"
             )
+
+
+def check_lessons(run: Run) -> None:
+    """Raise ``ValueError`` unless every source names its teachers where there are several, and none does otherwise."""
+    if run.teacher is not None and run.teachers:
+        raise ValueError("teacher and teachers: a run has one teacher or several; leave one of the two out")
+    for name in run.teachers:
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"teachers.{name}: name teachers by letters, digits and _")
+    known = ", ".join(run.teachers)
+    for source in [*run.data.train, *run.data.eval]:
+        for name in source.lesson:
+            if name not in run.teachers:
+                raise ValueError(f"data: the teacher {name} of {source.path} is not among teachers ({known or 'none'})")
+    if not run.teachers:
+        return
+    for source in run.data.train:
+        if not source.lesson:
+            raise ValueError(f"data.train: {source.path} has no teacher; name one of teachers ({known})")
+    idle = [name for name in run.teachers if not any(name in source.lesson for source in run.data.train)]
+    if idle:
+        raise ValueError(f"teachers.{idle[0]}: teaches no source of data.train; name it there, or leave it out")
 
 
 def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: bool) -> None:
@@ -102,11 +126,11 @@ def check_caches(run: Run) -> None:
 
 
 def _served(run: Run) -> bool:
-    return run.teacher is not None and run.teacher.server is not None
+    return any(teacher.server is not None for teacher in run.all_teachers.values())
 
 
 def _cached(run: Run) -> bool:
-    return run.teacher is not None and run.teacher.cache is not None
+    return any(teacher.cache is not None for teacher in run.all_teachers.values())
 
 
 def _cut(run: Run) -> bool:
@@ -125,12 +149,21 @@ def _from_student(run: Run) -> bool:
 
 
 def _viewed(run: Run) -> bool:
-    """Return whether the teacher sees something else than the student."""
-    return run.teacher is not None and run.teacher.view is not None
+    """Return whether a teacher sees something else than the student."""
+    return any(teacher.view is not None for teacher in run.all_teachers.values())
+
+
+def _weighs(run: Run) -> bool:
+    return run.on_policy is not None and run.on_policy.visual_advantage is not None
 
 
 def _sees_full_images(run: Run) -> bool:
-    return _viewed(run) and run.teacher.view.images == "full"
+    views = [teacher.view for teacher in run.all_teachers.values() if teacher.view is not None]
+    return any(view.images == "full" for view in views)
+
+
+def _mixes(run: Run, combine: str) -> bool:
+    return any(source.combine == combine for source in run.data.train)
 
 
 def _measures_kl(run: Run) -> bool:
@@ -144,7 +177,7 @@ RULES = (
     ),
     # On-policy answers: drawn by the student while it trains, so that nothing about them can be known before.
     Rule(
-        lambda run: run.on_policy is not None and run.teacher is None,
+        lambda run: run.on_policy is not None and not run.all_teachers,
         "on_policy needs a teacher section to compare the student's answers with",
     ),
     Rule(
@@ -183,6 +216,14 @@ RULES = (
         ),
         "on_policy.balance: weighs terms with answers: data against those with answers: own; give the terms answers",
     ),
+    Rule(
+        lambda run: _weighs(run) and _served(run),
+        "on_policy.visual_advantage: a server is asked about the images alone; load the teacher here, or leave it out",
+    ),
+    Rule(
+        lambda run: _weighs(run) and _viewed(run) and run.teacher.view.images == "none",
+        "on_policy.visual_advantage: the teacher sees no images (teacher.view); leave one of the two out",
+    ),
     # A teacher behind a server: it scores conversations token by token, and its weights are elsewhere.
     Rule(
         lambda run: _served(run) and run.student.from_teacher is not None,
@@ -210,7 +251,7 @@ RULES = (
     ),
     # A student pruned from its teacher: the teacher's weights must be here, in full precision.
     Rule(
-        lambda run: run.student.from_teacher is not None and run.teacher is None,
+        lambda run: run.student.from_teacher is not None and not run.all_teachers,
         "student.from_teacher needs a teacher section to cut from",
     ),
     Rule(
@@ -237,11 +278,11 @@ RULES = (
         "student.projector: 'teacher' needs a student assembled from parts; name student.vision_encoder",
     ),
     Rule(
-        lambda run: _measures_kl(run) and run.teacher is None,
+        lambda run: _measures_kl(run) and not run.all_teachers,
         "evaluation.measures: 'kl' needs a teacher section",
     ),
     Rule(
-        lambda run: run.student.tokenizer == "teacher" and run.teacher is None,
+        lambda run: run.student.tokenizer == "teacher" and not run.all_teachers,
         "student.tokenizer: 'teacher' needs a teacher section",
     ),
     # A cached teacher is never loaded.
@@ -266,6 +307,36 @@ RULES = (
         lambda run: _sees_full_images(run) and not (_from_student(run) and run.student.image),
         "teacher.view.images: 'full' is for teacher.from_student where student.image makes images smaller; other "
         "teachers have a teacher.image of their own; leave it out",
+    ),
+    # Several teachers: nothing that is one teacher's alone.
+    Rule(
+        lambda run: run.teachers and run.student.from_teacher is not None,
+        "student.from_teacher: cuts the student from a single teacher; name a student, or leave teachers out",
+    ),
+    Rule(
+        lambda run: run.teachers and run.student.tokenizer == "teacher",
+        "student.tokenizer: 'teacher' means a single teacher; name the tokenizer",
+    ),
+    Rule(
+        lambda run: any(teacher.from_student for teacher in run.teachers.values()),
+        "teachers: the student itself is no teacher beside others; leave from_student out",
+    ),
+    Rule(
+        lambda run: run.teachers and _measures_kl(run),
+        "evaluation.measures: 'kl' is measured to a single teacher; leave 'kl' out",
+    ),
+    Rule(
+        lambda run: run.teachers and run.on_policy is not None,
+        "on_policy: the student's own answers are judged by a single teacher; name one (teacher)",
+    ),
+    Rule(
+        lambda run: run.teachers and run.training.sequence_parallel > 1,
+        "training.sequence_parallel: has a single teacher; leave it or teachers out",
+    ),
+    Rule(
+        lambda run: _mixes(run, "probabilities") and run.training.recompute_logits,
+        "data.train.combine: a mean of probabilities needs whole rows of logits, which training.recompute_logits never "
+        "forms; leave it out, or combine losses or logits",
     ),
     # Optimizers: ZeRO hands them flat slices of all parameters, and may keep their states in main memory.
     Rule(

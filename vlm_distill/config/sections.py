@@ -23,7 +23,7 @@ from .fields import (
     Rules,
     Section,
 )
-from .model_sections import StudentSection, TeacherSection
+from .model_sections import BlurSection, DownsampleSection, StudentSection, TeacherSection
 
 
 class LossSection(Section):
@@ -70,9 +70,22 @@ class SourceSection(Section):
     weight: AboveZero = Field(1.0, description="How often each row is seen in an epoch; 0.5 is every other epoch.")
     labelled: bool = Field(True, description="`false`: answers are placeholders, and losses that need labels refuse.")
     limit: Positive | None = Field(None, description="Use only this many rows, the first ones.")
+    teacher: str | Annotated[dict[str, AboveZero], Field(min_length=1)] | None = Field(
+        None,
+        description="Which of `teachers` teaches this source: a name, or several with weights, `{big: 2, small: 1}`.",
+    )
+    combine: Literal["losses", "probabilities", "logits"] = Field(
+        "losses", description="What several teachers' weighted mean is taken of; the last two need one vocabulary."
+    )
     columns: dict[str, str] = Field(
         {}, description="Which column holds what: our name, then the data's, as in `{image: image_path}`."
     )
+
+    @property
+    def lesson(self) -> dict[str, float]:
+        """Weights of the named teachers, which sum to 1."""
+        named = {self.teacher: 1.0} if isinstance(self.teacher, str) else self.teacher or {}
+        return {name: weight / sum(named.values()) for name, weight in named.items()}
 
 
 class VideoSection(Section):
@@ -251,6 +264,17 @@ class DeepSpeedSection(Section):
         return zero if isinstance(zero, dict) else {}
 
 
+class VisualAdvantageSection(Section):
+    """Weights of drawn answers by how much the teacher's probabilities of them rest on their images."""
+
+    images: Literal["none"] | BlurSection | DownsampleSection = Field(
+        "none", description="What the teacher sees instead: `none`, or worse images: `{blur: 8}`, `{downsample: 4}`."
+    )
+    temperature: AboveZero = Field(
+        1.0, description="Of the softmax over a step's answers; the larger, the more alike the weights."
+    )
+
+
 class OnPolicySection(Section):
     """Steps that learn from the student's own answers."""
 
@@ -268,6 +292,9 @@ class OnPolicySection(Section):
     balance: Literal["even", "gradual"] = Field(
         "even",
         description="`gradual` moves weight from terms with `answers: data` to those with `answers: own` (DistiLLM-2).",
+    )
+    visual_advantage: VisualAdvantageSection | None = Field(
+        None, description="Weigh own answers by how much the teacher needs their images (VA-OPD)."
     )
 
 
@@ -297,9 +324,14 @@ class EvaluationSection(Section):
 class RunConfig(Section):
     """A run that trains a vision-language or language model."""
 
+    replaces: ClassVar[Replaces] = {"teacher": ("teachers",), "teachers": ("teacher",)}
+
     student: StudentSection = Field(description="The model that is trained.")
     teacher: TeacherSection | None = Field(
         None, description="The model to learn from; without one, only losses that need none (plain fine-tuning)."
+    )
+    teachers: dict[str, TeacherSection] = Field(
+        {}, description="Several teachers by name, in place of `teacher`; each source of `data.train` says whose it is."
     )
     loss: list[TermSection] = Field(min_length=1, description="Terms of the loss.")
     data: DataSection = Field(description="Training and evaluation data.")
@@ -319,6 +351,17 @@ class RunConfig(Section):
                 "this file configures an image classifier (student.name); run it with vlm-distill classify"
             )
         return plain
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherSection]:
+        """The sections of all teachers by name; a single one is called ``teacher``."""
+        return self.teachers if self.teacher is None else {"teacher": self.teacher}
+
+    def only(self, name: str) -> RunConfig:
+        """Return the run with one of ``teachers`` as its teacher, and with the sources that it teaches."""
+        taught = [source for source in self.data.train if name in source.lesson]
+        data = self.data.model_copy(update={"train": taught})
+        return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}, "data": data})
 
     @property
     def taught_by_base(self) -> bool:

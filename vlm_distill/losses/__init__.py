@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .from_hidden import fused_linear
     from .from_logits import on_logits
     from .groups import TokenGroups
-    from .heads import HiddenTargets
+    from .heads import HiddenTargets, MixedTargets
     from .jsd import JSD
     from .minilm import MiniLM
     from .overlap_kl import OverlapKL
@@ -90,6 +90,7 @@ __all__ = [
     "LossSums",
     "Match",
     "MiniLM",
+    "MixedTargets",
     "OverlapKL",
     "Progress",
     "ProjectorFeatures",
@@ -136,7 +137,7 @@ _HOMES = {
     "forward_kl": "KD ForwardKL",
     "from_hidden": "fused_linear",
     "groups": "TokenGroups",
-    "heads": "HiddenTargets",
+    "heads": "HiddenTargets MixedTargets",
     "jsd": "JSD",
     "minilm": "MiniLM",
     "overlap_kl": "OverlapKL",

@@ -54,7 +54,7 @@ class Chunks:
         """Add the terms on these positions, chunk by chunk."""
         row_bytes = self.student.vocabulary * self.student.dtype.itemsize
         block = max(1, min(self.block_bytes, self.chunk_bytes // (2 * self.buffers)) // row_bytes)
-        kept = 2 if isinstance(self.teacher, ModelSide) else 1  # logits of both models, or of the student alone
+        kept = 1 + (self.teacher.buffers if isinstance(self.teacher, ModelSide) else 0)  # logits of both models
         chunk = max(1, (self.chunk_bytes // row_bytes - block * self.buffers) // kept)
         chunk = min(chunk, len(positions))
 

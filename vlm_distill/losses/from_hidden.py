@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +18,15 @@ from .base import DistillationLoss, Term
 from .chunks import Chunks
 from .fused_sums import FusedSums
 from .groups import TokenGroups
-from .heads import Head, HiddenTargets, ModelSide
+from .heads import Head, HiddenTargets, MixedSide, MixedTargets, ModelSide
 from .softmax import need_targets
 from .sums import LossSums, check_same, check_terms, with_gradients
 from .tiles import Tiles
 from .token_targets import TokenTargets
 from .topk import TopKTargets
+
+#: A teacher's outputs.
+Targets = HiddenTargets | MixedTargets | TopKTargets | TokenTargets
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def fused_linear(
     terms: Sequence[Term] | DistillationLoss,
     student_hidden: Tensor,
     student_head: Head,
-    teacher: HiddenTargets | TopKTargets | TokenTargets | None = None,
+    teacher: Targets | None = None,
     targets: Tensor | None = None,
     *,
     distilled: Tensor | TokenGroups | None = None,
@@ -65,8 +68,8 @@ def fused_linear(
         terms: the summands; a single loss becomes a term called "loss".
         student_hidden: ``[N, H]``, at the positions that predict supervised tokens; N may be 0.
         student_head: its weight's context stays open during the call.
-        teacher: hidden states at the same N positions and their head, or the likeliest tokens there, or the
-            log-probabilities of the tokens to predict; optional if no term needs a teacher.
+        teacher: hidden states at the same N positions and their head, those of several teachers to be mixed, or the
+            likeliest tokens there, or the log-probabilities of the tokens to predict; optional if no term needs it.
         targets: int64 ``[N]``, the tokens to predict; optional if no term needs them.
         distilled: which positions the terms with a teacher see: bool ``[N]`` (default: all), or, where tokenizers
             differ, groups of the student's N and the teacher's M positions. Other terms see every position.
@@ -98,16 +101,15 @@ def _compute(
     terms: Sequence[Term],
     student_hidden: Tensor,
     student_head: Head,
-    teacher: HiddenTargets | TopKTargets | TokenTargets | None,
+    teacher: Targets | None,
     targets: Tensor | None,
     settings: _Settings,
 ) -> LossSums:
     recording = torch.is_grad_enabled()
-    opened = teacher.head.weight() if isinstance(teacher, HiddenTargets) else nullcontext()
     with (
         torch.autocast(student_hidden.device.type, enabled=False),
         student_head.weight() as weight,
-        opened as teacher_weight,
+        ExitStack() as heads,
     ):
         learned = {term.name: term.loss.learned_tensors() for term in terms}
         inputs = [student_hidden, weight, student_head.bias]
@@ -116,12 +118,7 @@ def _compute(
         wanted = [recording and x is not None and x.requires_grad for x in inputs]
         with torch.no_grad():
             student = ModelSide(student_head, student_hidden, weight, student_hidden.dtype)
-            other: ModelSide | TopKTargets | TokenTargets | None
-            if isinstance(teacher, HiddenTargets):
-                assert teacher_weight is not None
-                other = ModelSide(teacher.head, teacher.hidden, teacher_weight, student.dtype)
-            else:
-                other = teacher
+            other = _open(teacher, student.dtype, heads)
             _check_sizes(terms, student, other, grouped=settings.groups is not None)
             work = FusedSums(terms, settings.scales, student, other, targets, wanted, settings.chunk_bytes)
             work.expect_learned(learned, student.dtype)
@@ -131,6 +128,19 @@ def _compute(
         if any(wanted):
             total = with_gradients(total, made, inputs)
     return LossSums(total, work.sums)
+
+
+def _open(
+    teacher: Targets | None, dtype: torch.dtype, heads: ExitStack
+) -> ModelSide | TopKTargets | TokenTargets | None:
+    """Return a teacher's side of the comparison, with the contexts of its heads open as long as ``heads``."""
+    if isinstance(teacher, MixedTargets):
+        return MixedSide([_side(part, dtype, heads) for part in teacher.parts], teacher.weights, teacher.combine)
+    return _side(teacher, dtype, heads) if isinstance(teacher, HiddenTargets) else teacher
+
+
+def _side(targets: HiddenTargets, dtype: torch.dtype, heads: ExitStack) -> ModelSide:
+    return ModelSide(targets.head, targets.hidden, heads.enter_context(targets.head.weight()), dtype)
 
 
 def _run(work: FusedSums, settings: _Settings) -> None:
@@ -173,7 +183,7 @@ def _tiles_are_faster(work: FusedSums, terms: Sequence[Term]) -> bool:
 
 def _check(
     terms: Sequence[Term],
-    teacher: HiddenTargets | TopKTargets | TokenTargets | None,
+    teacher: Targets | None,
     targets: Tensor | None,
     groups: TokenGroups | None,
     recompute: bool,
@@ -199,6 +209,8 @@ def _check(
             raise ValueError(f"term {term.name!r} of the loss needs whole rows of logits, which recompute never forms")
     if recompute and isinstance(teacher, TopKTargets):
         raise ValueError("recompute needs the teacher's hidden states, not its top tokens")
+    if recompute and isinstance(teacher, MixedTargets) and teacher.combine == "probabilities":
+        raise ValueError("recompute never forms whole rows of logits, which a mean of probabilities needs")
 
 
 def _check_sizes(

@@ -23,8 +23,19 @@ class TermSums:
     """
 
     loss: Tensor
-    count: int | Tensor = 0
+    count: float | Tensor = 0
     signals: dict[str, Tensor] = field(default_factory=dict)
+
+    def times(self, weight: float) -> TermSums:
+        """Return the sums of the same rows, each counted ``weight`` times."""
+        return TermSums(weight * self.loss, weight * self.count, {k: weight * v for k, v in self.signals.items()})
+
+    def plus(self, other: TermSums) -> TermSums:
+        """Return these sums and those of further rows together."""
+        signals = dict(self.signals)
+        for name, value in other.signals.items():
+            signals[name] = signals[name] + value if name in signals else value
+        return TermSums(self.loss + other.loss, self.count + other.count, signals)
 
 
 @dataclass

@@ -70,7 +70,7 @@ class Tiles:
         on_cpu, vocabulary = self.work.on_cpu, self.student.vocabulary
         limit = self.work.chunk_bytes or (TILE_BYTES_CPU if on_cpu else TILE_BYTES)
         # Bytes of a logit and everything of its size, and of its rounded gradient.
-        buffers = 1 + (self.teacher is not None) + adding + TORCH_SCRATCH * on_cpu
+        buffers = 1 + (0 if self.teacher is None else self.teacher.buffers) + adding + TORCH_SCRATCH * on_cpu
         formed = self.student.dtype.itemsize * buffers
         kept = self.student.operand.itemsize if self.trained else 0
         self.width = WIDTH_CPU if on_cpu else WIDTH

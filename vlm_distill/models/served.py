@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.batch import DistillationBatch, Step
+from data.batch import DistillationBatch
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.endpoint import Endpoint, Refused
@@ -168,6 +168,7 @@ class ServedTeacher(Teacher):
 
     processor: Processor
     likeliest: int
+    asks_ahead = True
 
     def __init__(self, served: ServedModel, top: int, workers: int) -> None:
         self.served, self.likeliest = served, top
@@ -199,16 +200,8 @@ class ServedTeacher(Teacher):
         if self._ahead and self._ahead[0][0] == batch.origins:
             self._ahead.popleft()
 
-    def prefetch(self, steps: Iterator[Step]) -> Iterator[Step]:
-        current: Step | None = None
-        for step in steps:
-            for batch in step.batches:
-                self.request(batch)
-            if current is not None:
-                yield current
-            current = step
-        if current is not None:
-            yield current
+    def limit(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
 
     @torch.no_grad()
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batch import DistillationBatch, Encoded, Step
+from data.batch import Comparison, DistillationBatch, Encoded, Step
 from data.errors import UserError
 from vlm_distill.caching.cached_processor import CachedProcessor
 from vlm_distill.caching.token_records import TokenCache
-from vlm_distill.losses import HiddenTargets, TokenTargets, TopKTargets
+from vlm_distill.losses import HiddenTargets, MixedTargets, TokenTargets, TopKTargets
 
 from .common import count_parameters
 from .image_hidden import run_at_positions
@@ -27,10 +27,31 @@ from .vocabulary import align_heads, separate_heads
 
 @dataclass
 class TeacherOutputs:
-    """A teacher's side of a micro-batch: targets for the losses on logits, and features by name."""
+    """A teacher's side of a micro-batch: targets for the losses on logits, and features by name.
 
-    targets: HiddenTargets | TopKTargets | TokenTargets
+    Attributes:
+        targets: at the positions of ``batch.teacher``; ``None`` with several teachers.
+        features: by name.
+        taught: with several teachers, the targets of each by name, at the positions of its own micro-batch.
+        sharded: with several teachers, the heads that all ranks must open together, once a micro-batch.
+    """
+
+    targets: HiddenTargets | TopKTargets | TokenTargets | None
     features: dict[str, Tensor] = field(default_factory=dict)
+    taught: dict[str, HiddenTargets | TopKTargets | TokenTargets] = field(default_factory=dict)
+    sharded: Sequence[LMHead] = ()
+
+    def compared_in(self, comparison: Comparison) -> HiddenTargets | MixedTargets | TopKTargets | TokenTargets:
+        """Return what a comparison's positions are compared with."""
+        found = []
+        for name, span in zip(comparison.teachers, comparison.spans, strict=True):
+            found.append(self.taught[name][slice(*span)])
+        if len(found) == 1:
+            return found[0]
+        assert comparison.combine != "losses"
+        return MixedTargets(
+            [part for part in found if isinstance(part, HiddenTargets)], comparison.weights, comparison.combine
+        )
 
 
 class Teacher(ABC):
@@ -49,6 +70,8 @@ class Teacher(ABC):
             own token is; ``None``: the whole distribution is.
         parameters: number of parameters; ``None`` if unknown (on a server).
         needs_images: whether it reads conversations with images from ``batch.conversations`` instead of tokens.
+        collective: whether all ranks must run it together, on as many micro-batches.
+        asks_ahead: whether outputs are requested one step before they are needed.
         ema: decay with which its weights follow the student's; ``None``: they never change.
         bytes_beside: memory that it holds on each rank beside its model's weights.
     """
@@ -60,6 +83,8 @@ class Teacher(ABC):
     likeliest: int | None = None
     parameters: int | None = None
     needs_images: bool = False
+    collective: bool = False
+    asks_ahead: bool = False
     ema: float | None = None
     bytes_beside: int = 0
 
@@ -75,9 +100,25 @@ class Teacher(ABC):
         """Cut each head to the tokens of its own tokenizer, for losses that compare groups of tokens."""
         raise UserError("this teacher has no head here, so that only a student with its tokenizer can learn from it")
 
+    def limit(self, vocabulary: int) -> None:
+        """Compare the first ids alone, fewer than :meth:`align` returned: the student shares no more with others."""
+        assert self.head is not None
+        self.head.vocabulary = vocabulary
+
     def prefetch(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """Return the same steps; a teacher on a server is asked about the next step while one is trained on."""
-        return steps
+        """Yield the same steps; one that ``asks_ahead`` is asked about the next step while one is trained on."""
+        if not self.asks_ahead:
+            yield from steps
+            return
+        current: Step | None = None
+        for step in steps:
+            for batch in step.batches:
+                self.request(batch)
+            if current is not None:
+                yield current
+            current = step
+        if current is not None:
+            yield current
 
     def request(self, batch: DistillationBatch) -> None:
         """Start to fetch a micro-batch's outputs, if fetching takes time. :meth:`outputs` collects them in order."""
@@ -128,6 +169,7 @@ class ModelTeacher(Teacher):
         self.model = model.eval().requires_grad_(False)
         self.processor = model.processor
         self._run = run or model
+        self.collective = run is not None
 
     @property
     def head(self) -> LMHead:  # type: ignore[override]

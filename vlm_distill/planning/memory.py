@@ -39,6 +39,7 @@ class Sizes:
         weights: bytes of the student's working copy, unsharded, by ZeRO stage.
         teacher: bytes of the teacher's weights, unsharded, by placement and ZeRO stage.
         states: bytes of the optimizer's states per trained parameter.
+        several: with several teachers, the placement of each and the bytes of its weights, unsharded.
     """
 
     total: int
@@ -54,6 +55,7 @@ class Sizes:
     weights: Callable[[int], float]
     teacher: Callable[[str, int], float]
     states: float = 8.0
+    several: Sequence[tuple[str, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def rank_memory(
         points: two simulated micro-batches, by their number of samples.
         micro: samples of the run's own micro-batch.
         stage: ZeRO stage.
-        placement: of the teacher: one of ``teacher.placement``, ``cached``, ``served``, ``none``, or its quantization.
+        placement: of the teacher: one of ``teacher.placement``, ``cached``, ``served``, ``none``, its quantization, or
+            ``several``: each of several teachers as it is configured.
         gpus: number of ranks.
         accumulation: micro-batches of a step.
         limit: bytes of a rank, for the largest micro-batch.
@@ -237,8 +240,14 @@ def _update(sizes: Sizes, stage: int, gpus: int, fp32: bool) -> float:
 
 
 def _teacher(sizes: Sizes, stage: int, placement: str, gpus: int) -> tuple[float, float]:
-    """Return the bytes of the teacher's weights on the device and in main memory."""
-    whole = sizes.teacher(placement, stage)
+    """Return the bytes of the teacher's weights, or of several teachers', on the device and in main memory."""
+    each = [_placed(whole, place, gpus) for place, whole in sizes.several]
+    each = each or [_placed(sizes.teacher(placement, stage), placement, gpus)]
+    return sum(device for device, _ in each), sum(host for _, host in each)
+
+
+def _placed(whole: float, placement: str, gpus: int) -> tuple[float, float]:
+    """Return the bytes of one teacher's weights on the device and in main memory."""
     if placement == "shard":
         return whole / gpus + (min(LIVE * 2, whole) if gpus > 1 else 0), 0.0
     if placement == "offload":

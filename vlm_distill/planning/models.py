@@ -121,8 +121,10 @@ class Models:
             found.append(f"the student keeps of its teacher: {describe_kept(run.kept, self.teacher, which=False)}")
         if any(run.packing.packed):
             found.append("assumed: the models keep packed samples apart (the run tries it)")
-        if config.teacher is not None and config.teacher.server is not None:
+        if any(section.server is not None for section in config.all_teachers.values()):
             found.append("not planned: the teacher's server, and the time that it takes to answer")
+        if run.members:
+            found.append("assumed: the longest sample's teachers teach all samples of a micro-batch")
         if config.on_policy is not None:
             found.append("not planned: the time that the student takes to draw its answers")
         if run.same_encoder:
@@ -153,11 +155,25 @@ class Models:
             weights=self.parameter_bytes,
             teacher=self.teacher_bytes,
             states=state_bytes(self.student, optimizer, self.student.head.parameters),
+            several=[self._member_bytes(name) for name in self.run.members],
         )
+
+    def _member_bytes(self, name: str) -> tuple[str, float]:
+        """Return where one of several teachers is, and the bytes of its weights, unsharded."""
+        section, model = self.config.teachers[name], _model_of(self.run.members[name])
+        if model is None:
+            return "replicate", 0.0  # on its server
+        if section.cache is not None:
+            exact = section.cache.form == "hidden"
+            return "replicate", sum(p.nbytes for p in model.head.parameters) if exact else 0.0
+        placement = section.quantize or section.placement
+        return placement, _weight_bytes(model, placement)
 
     def placements(self) -> tuple[str, list[str]]:
         """Return the teacher's placement as configured, and all that are worth comparing."""
         section = self.config.teacher
+        if self.run.members:
+            return "several", ["several"]
         if self.cache is not None:
             return "cached", ["cached"]
         if section is not None and section.server is not None:
@@ -173,6 +189,8 @@ class Models:
     def parts(self) -> tuple[Part, ...]:
         """Return the parts of both models that a rank holds."""
         found = _parts_of("student", self.student)
+        for name, model in self.run.running_members.items():
+            found += _parts_of(name, model)
         if self.teacher is None or self.shared:
             return tuple(found)
         if self.cache is None:
@@ -201,8 +219,7 @@ class Models:
             size = 2 if self.bf16 and stage > 0 else 4
             sight = nn.ModuleDict(self.teacher.image_parts).parameters()
             whole -= sum(p.nbytes for p in sight if p.itemsize == size) if not self.shared else 0
-        packed = quantised_weights(self.teacher) if placement in BITS else []
-        return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8
+        return whole - sum(p.nbytes for p in self.teacher.parameters()) + _weight_bytes(self.teacher, placement)
 
     def measure(self, meter: Meter, pairs: Sequence[Pair]) -> Micro:
         """Simulate a micro-batch of these pairs.
@@ -232,6 +249,7 @@ class Models:
                     cached=cached,
                     shared_vision=self.run.shared_vision,
                     at_images=at_images,
+                    several=self.run.running_members,
                 )
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(f"plan: these models cannot run without weights: {first_line(error)}") from error
@@ -241,9 +259,13 @@ class Models:
         terms = [term for term in self.run.terms if isinstance(term, Term) and term.on == "text"]
         ranks = 1 if self.run.sequence is None else self.run.sequence.size
         heads = [(self.student.head, -(-len(batch.targets) // ranks))]
-        if self.likeliest is None and any("teacher" in term.loss.needs for term in terms):
-            assert self.teacher is not None
+        learning = self.likeliest is None and any("teacher" in term.loss.needs for term in terms)
+        if learning and self.teacher is not None:
             heads.append((self.teacher.head, -(-len(batch.teacher_targets) // ranks)))
+        for name, own in batch.taught.items():
+            head = self.run.members[name].teacher
+            if head is not None and head.head is not None:
+                heads.append((head.head, len(own.student.positions)))
         return losses_cost(
             meter,
             terms,
@@ -292,6 +314,17 @@ def _parts_of(role: str, model: VisionLanguageModel) -> list[Part]:
                 trained = [p for p in parameters if p.requires_grad]
                 found.append(Part(role, title, _count(parameters), _count(trained)))
     return found
+
+
+def _weight_bytes(model: VisionLanguageModel, placement: str) -> float:
+    """Return the bytes of a model's weights, linear layers in fewer bits where the placement is a quantization."""
+    whole = sum(p.nbytes for p in model.parameters())
+    packed = quantised_weights(model) if placement in BITS else []
+    return whole - sum(w.nbytes for w in packed) + _count(packed) * BITS.get(placement, 0) / 8
+
+
+def _model_of(run: Run) -> VisionLanguageModel | None:
+    return None if run.teacher is None else run.teacher.model
 
 
 def _count(parameters: Sequence[Tensor]) -> int:

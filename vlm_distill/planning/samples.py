@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -12,6 +13,7 @@ from data.batch import Encoded
 from data.conversation import Conversation, Document, VideoFile
 from data.encoding import Pair
 from data.errors import BadSample, UserError
+from data.lessons import SeveralCollator
 from data.sample_images import load_images
 from vlm_distill.models.processor import Processor
 
@@ -73,7 +75,7 @@ def sample(run: PlannedRun) -> tuple[list[Pair], Sequences]:
         try:
             read = run.sources[source][row]
             shown, images = load_images(read, run.load_image)
-            pairs += run.collator.encode(shown, images)
+            pairs += run.collator.encode(shown, images, (source, row))
             sizes, samples = sizes + _size(read), samples + 1
             sizes += run.feature_bytes(images)
         except BadSample as bad:
@@ -124,9 +126,17 @@ def full_row(run: PlannedRun) -> tuple[list[Pair], Sequences]:
         return replace(full, supervised=torch.arange(length) >= length - missing // 2)
 
     own, other = run.processors
-    student, teacher = filled(own), None if other is None else filled(other)
-    tokens = student.supervised.nonzero().flatten()
-    others = tokens if teacher is None else teacher.supervised.nonzero().flatten()
-    count = min(len(tokens), len(others))
-    pair = Pair(student, teacher, tokens[-count:], others[-count:], torch.ones(count, dtype=torch.bool))
-    return [pair], Sequences(0, length, length, length, count, student.images, 0.0)
+    student = filled(own)
+
+    def paired(processor: Processor | None) -> Pair:
+        teacher = None if processor is None else filled(processor)
+        tokens = student.supervised.nonzero().flatten()
+        others = tokens if teacher is None else teacher.supervised.nonzero().flatten()
+        count = min(len(tokens), len(others))
+        return Pair(student, teacher, tokens[-count:], others[-count:], torch.ones(count, dtype=torch.bool))
+
+    pair = paired(other)
+    if isinstance(run.collator, SeveralCollator):
+        members = {name: run.collator.members[name] for name in run.collator.lessons[0].weights}
+        pair = replace(pair, taught={name: paired(cast(Processor, member.teacher)) for name, member in members.items()})
+    return [pair], Sequences(0, length, length, length, len(pair.student_tokens), student.images, 0.0)

@@ -229,6 +229,7 @@ def simulate(
     cached: int = 0,
     shared_vision: bool = False,
     at_images: HeadCost | None = None,
+    several: Mapping[str, VisionLanguageModel] | None = None,
 ) -> Micro:
     """Run a micro-batch without weights.
 
@@ -242,6 +243,7 @@ def simulate(
         cached: bytes of teacher outputs that are read from disk.
         shared_vision: whether the student reuses what the teacher's vision encoder gives.
         at_images: cost of heads and losses at image tokens, if losses compare these.
+        several: by name the models of several teachers that run, each on its own samples.
     """
     inputs = _bytes(batch)
     images = [] if at_images is None else [IMAGE_HIDDEN]
@@ -253,6 +255,13 @@ def simulate(
             taught = _forward(teacher, batch.teacher.inputs, batch.teacher, wanted, autocast=False)
         teacher_peak, teacher_flops = meter.peak, meter.flops
         kept = taught.hidden.nbytes + sum(t.nbytes for t in taught.features.values())
+    for name, model in (several or {}).items():
+        own = batch.taught[name].student
+        if len(own.positions):
+            with meter.counting(), torch.no_grad():
+                hidden = _forward(model, own.inputs, own, autocast=False).hidden
+            teacher_peak, teacher_flops = max(teacher_peak, kept + meter.peak), teacher_flops + meter.flops
+            kept += hidden.nbytes
     with meter.counting(), _gradients(meter, student):
         if shared_vision:
             given = with_vision_features(batch, taught.features[VISION_FEATURES])
@@ -299,5 +308,6 @@ def _gradients(meter: Meter, model: nn.Module) -> Iterator[None]:
 
 def _bytes(batch: DistillationBatch) -> int:
     rows = [batch.student] + ([batch.teacher] if batch.teacher is not None else [])
+    rows += [own.student for own in batch.taught.values()]
     tensors = [t for side in rows for t in (*side.inputs.values(), side.positions)]
     return sum(t.nbytes for t in [*tensors, batch.targets, batch.distilled])

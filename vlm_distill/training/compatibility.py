@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -52,6 +52,46 @@ def pair_vocabularies(
         teacher.separate(student)
         return bool(learning)
     return False
+
+
+def pair_several(
+    configs: Mapping[str, RunConfig],
+    student: VisionLanguageModel,
+    teachers: Mapping[str, Teacher],
+    terms: Sequence[AnyTerm],
+) -> dict[str, bool]:
+    """Cut the heads to the tokens that all models share. Return for each teacher whether groups are compared.
+
+    Args:
+        configs: the run with each teacher alone.
+        student, teachers, terms: of the run.
+
+    Raises:
+        UserError: as :func:`pair_vocabularies`; or a loss compares more than answers, with a single teacher; or
+            distributions over different vocabularies should be mixed.
+    """
+    for term in terms:
+        learns = "teacher" in term.loss.needs
+        special = isinstance(term, FeatureTerm) or term.on == "images" or term.loss.adapts
+        if special or (learns and term.loss.needs_shared_tokens):
+            raise UserError(f"loss {term.name} compares with a single teacher; leave it or teachers out")
+    grouped, shared = {}, {}
+    for name, teacher in teachers.items():
+        grouped[name] = pair_vocabularies(configs[name], student, teacher, terms)
+        shared[name] = student.head.vocabulary
+        sources = [source for source in configs[name].data.train if source.combine != "losses"]
+        if sources and (grouped[name] or teacher.likeliest is not None):
+            known = "another tokenizer" if grouped[name] else "its likeliest tokens alone"
+            raise UserError(
+                f"data.train: {sources[0].path} combines {sources[0].combine}, and the teacher {name} gives {known}; "
+                "combine losses"
+            )
+    least = min(number for number in shared.values() if number is not None)
+    student.head.vocabulary = least
+    for name, teacher in teachers.items():
+        if not grouped[name]:
+            teacher.limit(least)
+    return grouped
 
 
 def _spans_tokenizers(term: AnyTerm) -> bool:

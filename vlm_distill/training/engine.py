@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -32,12 +32,12 @@ from vlm_distill.runtime.failures import out_of_memory
 from vlm_distill.runtime.manifest import Entry, HashedWriter
 from vlm_distill.runtime.processes import Processes
 
+from .engine_settings import deepspeed_config
 from .shards import Whole, read_whole, written_by
 
 SAVED_BY = "engine"
 #: Optimizers whose state can only be restored on as many ranks, and at the ZeRO stage, that saved it.
 _BOUND_TO_RANKS = ("adamw8bit", "muon")
-DEFAULT_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
 # DeepSpeed's own all-reduce for CPUs needs a compiler on its first use, and 69 MB of shared memory a rank: more than a
@@ -95,7 +95,7 @@ class Engine:
         on_policy = getattr(config, "on_policy", None)
         if on_policy is not None and on_policy.pairs:
             accumulation *= 2  # DeepSpeed only has to know that gradients accumulate
-        settings = _deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
+        settings = deepspeed_config(config, micro, accumulation, sum(p.numel() for p in task.parameters()), autocast)
         name = getattr(config.optimizer, "name", None)
         self._bound_to_ranks = name if name in _BOUND_TO_RANKS else None
         names = {id(parameter): name for name, parameter in task.named_parameters()}
@@ -367,44 +367,6 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     """Return a tensor on the CPU; a copy if ZeRO-3 has gathered it, since it will be partitioned again."""
     plain = tensor.detach().cpu()
     return plain.clone() if hasattr(tensor, "ds_id") else plain
-
-
-def _deepspeed_config(config: AnyRun, micro: int, accumulation: int, parameters: int, autocast: bool) -> dict[str, Any]:
-    """Return the engine's settings: those of the ``deepspeed`` section, and over them what the run sets itself."""
-    # DeepSpeed allocates whole buckets, two gigabytes each by default; a small model needs less. The size must be even.
-    bucket = min(DEFAULT_BUCKET, parameters + parameters % 2)
-    settings: dict[str, Any] = {
-        "zero_optimization": {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
-        # Keep DeepSpeed's own progress lines out of the log.
-        "steps_per_print": 2**31,
-    }
-    not_passed_on = ("train_batch_size", "optimizer", "scheduler", "fp16")
-    settings = _merged(settings, {key: v for key, v in config.deepspeed.extra.items() if key not in not_passed_on})
-    bf16 = config.training.dtype == "bf16"
-    autocast = autocast or config.deepspeed.stage == 0
-    own: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
-        "zero_optimization": {"stage": config.deepspeed.stage},
-        "zero_allow_untested_optimizer": True,
-        # torch's fused AdamW is as good on the CPU as DeepSpeed's own, which needs a compiler on every machine.
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16 and not autocast},
-        "torch_autocast": {"enabled": bf16 and autocast, "dtype": "bfloat16"},
-    }
-    if bf16 and not autocast:
-        own["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(settings, own)
-
-
-def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two mappings key by key; where both have a value, take the upper one's."""
-    merged = dict(lower)
-    for key, value in upper.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
 
 
 def _initialize(task: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:

@@ -33,6 +33,7 @@ class StepFlops:
         shared_vision: whether the student reuses what the teacher's vision encoder gives.
         head: of a teacher whose head alone runs, on cached hidden states.
         at_images: whether losses on logits also compare the image tokens.
+        several: by name the models of several teachers that run.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class StepFlops:
         shared_vision: bool = False,
         head: LMHead | None = None,
         at_images: bool = False,
+        several: Mapping[str, VisionLanguageModel] | None = None,
     ) -> None:
         self._at_images = at_images
         self._student = ModelFlops(student, trains=True)
         if shared_vision:
             self._student.per_position |= dict.fromkeys(student.image_parts, 0.0)
         self._teacher = None if teacher is None else ModelFlops(teacher, trains=False)
+        self._several = {name: ModelFlops(model, trains=False) for name, model in (several or {}).items()}
         self._head = 0 if head is None else 2 * _size(head.parameters[:1])
         self._peak = _peak(device, bf16)
 
@@ -60,6 +63,8 @@ class StepFlops:
         if batch.teacher is not None:
             total += len(batch.teacher.positions) * self._head
             total += 0 if self._teacher is None else sum(self._teacher.count(batch.teacher).values())
+        for name, own in batch.taught.items():
+            total += sum(self._several[name].count(own.student).values()) if name in self._several else 0
         if self._at_images and batch.teacher is not None and self._teacher is not None:
             total += len(batch.student.image_positions) * self._student.head
             total += len(batch.teacher.image_positions) * self._teacher.head

@@ -33,6 +33,7 @@ from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.processes import Processes
 
 from .terms import acts_on
+from .visual_advantage import VisualAdvantage
 
 _FILE = "on_policy.json"
 _DECODE_THREADS = 4
@@ -124,6 +125,13 @@ class OnPolicy:
         self.teacher, self.lower_is_better = teacher, lower_is_better
         assert isinstance(teacher.processor, Processor)  # a cache cannot know answers yet to be drawn
         self._asks = teacher.processor
+        section, self.advantage = self.settings.visual_advantage, None
+        if section is not None:
+            if dataset.collator.grouped:
+                raise UserError(
+                    "on_policy.visual_advantage: needs a student with the teacher's tokenizer; leave it out"
+                )
+            self.advantage = VisualAdvantage(section, teacher, processes)
         # At stage 0 bf16 is autocast, which evaluation does without; drawing answers takes most of a step's time.
         self._mixed = config.training.dtype == "bf16" and config.deepspeed.stage == 0
         self.fraction = self.settings.fraction
@@ -153,6 +161,7 @@ class OnPolicy:
             "answers": len(answers),
             "answer_tokens": sum(map(len, answers)),
             "answering": time.monotonic() - began if kind != "data" else 0.0,
+            "advantage": self.advantage.total if self.advantage is not None and kind == "draw" else 0.0,
         }
         return prepared
 
@@ -177,6 +186,8 @@ class OnPolicy:
             "on_policy/length": totals["answer_tokens"] / answers if answers else 0.0,
             "on_policy/time": totals["answering"] / world / seconds,
         }
+        if self.advantage is not None and answers:
+            metrics["on_policy/visual_advantage"] = totals["advantage"] / answers
         if self.settings.replay:
             metrics["on_policy/replayed"] = totals["replayed"] / world
         return metrics
@@ -224,20 +235,28 @@ class OnPolicy:
 
     def _step(self, step: Step, drawn: Sequence[Drawn]) -> Step:
         """Return the step with these questions and answers, given by micro-batch."""
-        batches, tokens = [], 0
+        batches, degraded, tokens = [], [], 0
         for part in drawn:
-            pairs, conversations = [], []
+            pairs, conversations, worse = [], [], []
             for prompt, ids in part:
                 seen, shown = prompt.seen
                 taught = self._answered(seen, ids), shown
                 try:
-                    pairs.append(self._pair(prompt, ids, taught))
+                    pair = self._pair(prompt, ids, taught)
+                    if self.advantage is not None:
+                        worse.append(self.advantage.without_images(prompt.seen, pair))
+                    pairs.append(pair)
                     conversations.append(taught)
                 except BadSample as bad:
                     self._leave_out(step, prompt.place, bad, "skip")  # the data is not at fault
             batch = self.dataset.collator.batch(pairs)
             batches.append(replace(batch, drawn=True, conversations=conversations))
+            degraded.append(worse)
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
+        if self.advantage is not None:
+            self.processes.watch.phase(f"step {step.index + 1}, weighing answers")
+            weights = self.advantage.weights(batches, degraded)
+            batches = [replace(batch, answer_weights=own) for batch, own in zip(batches, weights, strict=True)]
         return replace(step, batches=batches, tokens=tokens, conversations=[])
 
     def _draw(self, step: Step) -> list[Drawn]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from data.encoding import Turns
 from data.errors import UserError
@@ -62,10 +63,18 @@ def teacher_view(teacher: TeacherSection | None) -> View | None:
     section = None if teacher is None else teacher.view
     if section is None:
         return None
-    images = section.images
+    return view_of(section.system, section.question, section.images)
+
+
+def view_of(
+    system: str | None = None,
+    question: str | None = None,
+    images: Literal["same", "full", "none"] | BlurSection | DownsampleSection = "same",
+) -> View:
+    """Return a view from the values of a section; for ``full``, the processor makes the difference."""
     return View(
-        section.system,
-        section.question,
+        system,
+        question,
         images="drop" if images == "none" else "keep",
         blur=images.blur if isinstance(images, BlurSection) else 0.0,
         downsample=images.downsample if isinstance(images, DownsampleSection) else 1.0,

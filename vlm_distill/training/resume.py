@@ -129,6 +129,8 @@ RULES: dict[str, Rule] = {
 def rule_of(key: str) -> Rule | None:
     """Return the rule of a dotted key such as ``loss.0.weight``: its own, or that of the nearest section."""
     parts = [part for part in key.split(".") if not re.fullmatch(r"\d+", part)]
+    if parts[0] == "teachers":  # each has a teacher's rules
+        parts = ["teacher", *parts[2:]]
     for length in range(len(parts), 0, -1):
         rule = RULES.get(".".join(parts[:length]))
         if rule is not None:
@@ -247,9 +249,11 @@ def _leaves(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return every value by its dotted key, without empty ones."""
     found = dict(_walk(plain, ""))
     # Only the likeliest tokens are an approximation of the teacher's own outputs.
-    if found.get("teacher.cache.form") in (None, "hidden", "token"):
-        found = {key: value for key, value in found.items() if key not in ("teacher.cache.form", "teacher.cache.k")}
-    return found
+    form = re.compile(r"(teacher|teachers\.\w+)\.cache\.(form|k)")
+    exact = {
+        match[1] for key, value in found.items() if (match := form.fullmatch(key)) and value in ("hidden", "token")
+    }
+    return {key: value for key, value in found.items() if not (match := form.fullmatch(key)) or match[1] not in exact}
 
 
 def _walk(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -34,6 +35,11 @@ from vlm_distill.models.teacher import TeacherOutputs
 
 from .image_matching import ImageMatching
 from .terms import acts_on
+
+
+def comparison_key(teachers: Sequence[str], term: str) -> str:
+    """Return the name under which the sums of a term's comparison with some of several teachers are kept."""
+    return f"teacher/{'+'.join(teachers)}/{term}"
 
 
 class DistillationTask(nn.Module):
@@ -102,7 +108,10 @@ class DistillationTask(nn.Module):
         at_text = [term for term in terms if term.on == "text"]
         at_images = [term for term in terms if term.on == "images"]
         found: list[LossSums] = []
-        if at_text:
+        if at_text and batch.comparisons:
+            assert teacher is not None
+            found += self._compare_several(at_text, batch, outputs.hidden, teacher, scales, sums)
+        elif at_text:
             found.append(self._compare_text(at_text, batch, outputs.hidden, teacher, scales))
         matching = self._matching(batch, outputs.features, teacher)
         # Terms that pair image tokens alike share their logits.
@@ -112,7 +121,8 @@ class DistillationTask(nn.Module):
             found.append(self._compare_images(together, matching, match, scales))
         for part in found:
             losses.append(part.loss)
-            sums |= part.terms
+            for name, more in part.terms.items():
+                sums[name] = sums[name].plus(more) if name in sums else more
 
         # Losses on features.
         for term in self.feature_terms:
@@ -142,18 +152,61 @@ class DistillationTask(nn.Module):
             terms = adapt_terms(terms, hidden, self.student.head, teacher.targets, *rows)
         own = slice(None) if self.sequence is None else self.sequence.share(len(batch.targets))
         compared = batch.distilled if batch.groups is None else batch.groups
-        terms = _weighted(terms, batch.sample_of, compared, own)
+        terms = _weighted(terms, batch.sample_of, compared, own, batch.answer_weights)
 
         return fused_linear(
             terms,
             hidden[own],
             self.student.head,
-            None if teacher is None else teacher.targets[own],
+            None if teacher is None or teacher.targets is None else teacher.targets[own],
             batch.targets[own],
             distilled=batch.distilled[own] if batch.groups is None else batch.groups,
             scales=scales,
             recompute=self.recompute_logits,
         )
+
+    def _compare_several(
+        self,
+        terms: Sequence[Term],
+        batch: DistillationBatch,
+        hidden: Tensor,
+        teacher: TeacherOutputs,
+        scales: Mapping[str, float],
+        sums: dict[str, TermSums],
+    ) -> list[LossSums]:
+        """Return the losses at the supervised tokens, compared with several teachers.
+
+        Adds the sums of each comparison to ``sums``, under ``teacher/NAME/TERM``.
+        """
+        # If every position has one teacher, losses without a teacher read the same logits.
+        once = all(comparison.weight == 1 for comparison in batch.comparisons)
+        found: list[LossSums] = []
+        with ExitStack() as opened:
+            for head in teacher.sharded:
+                opened.enter_context(head.weight())
+            for comparison in batch.comparisons:
+                own = [term for term in terms if once or term.has_teacher]
+                compared = comparison.distilled if comparison.groups is None else comparison.groups
+                part = fused_linear(
+                    _weighted(own, batch.sample_of[comparison.rows], compared),
+                    hidden[comparison.rows],
+                    self.student.head,
+                    teacher.compared_in(comparison),
+                    batch.targets[comparison.rows],
+                    distilled=compared,
+                    scales={term.name: comparison.weight * scales.get(term.name, 1.0) for term in own},
+                    recompute=self.recompute_logits,
+                )
+                weighted = {name: more.times(comparison.weight) for name, more in part.terms.items()}
+                found.append(LossSums(part.loss, weighted))
+                for term in own:
+                    if term.has_teacher:
+                        key = comparison_key(comparison.teachers, term.name)
+                        sums[key] = sums[key].plus(weighted[term.name]) if key in sums else weighted[term.name]
+        others = [term for term in terms if not (once or term.has_teacher)]
+        if others:
+            found.append(self._compare_text(others, batch, hidden, None, scales))
+        return found
 
     def _matching(
         self, batch: DistillationBatch, features: Mapping[str, Tensor], teacher: TeacherOutputs | None
@@ -212,22 +265,30 @@ class DistillationTask(nn.Module):
             return loss(mine, theirs, samples)
 
 
-def _weighted(terms: Sequence[Term], samples: Tensor, compared: Tensor | TokenGroups | None, own: slice) -> list[Term]:
-    """Return the terms, with weights of positions for those that average over sequences.
+def _weighted(
+    terms: Sequence[Term],
+    samples: Tensor,
+    compared: Tensor | TokenGroups | None,
+    own: slice = slice(None),
+    answers: Tensor | None = None,
+) -> list[Term]:
+    """Return the terms, with weights of positions for those that average over sequences, or if answers have weights.
 
     Args:
         terms: of the loss.
         samples: int64 ``[N]``, the number of the sample of each position.
         compared: the positions that terms with a teacher see.
         own: this rank's share of the positions.
+        answers: a weight for each sample.
     """
     found = []
     for compares in (False, True):
         chosen = [term for term in terms if term.has_teacher == compares]
+        weights: dict[str, Tensor | None] = {"tokens": None if answers is None else answers[samples][own]}
         if any(term.mean == "sequences" for term in chosen):
-            weights = sequence_weights(samples, compared if compares else None)[own]
-            chosen = [replace(term, row_weights=weights) if term.mean == "sequences" else term for term in chosen]
-        found += chosen
+            means = sequence_weights(samples, compared if compares else None)
+            weights["sequences"] = (means if answers is None else means * answers[samples])[own]
+        found += [replace(term, row_weights=weights[term.mean]) for term in chosen]
     return found
 
 

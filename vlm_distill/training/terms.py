@@ -42,10 +42,11 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
             terms.append(Term(name, loss, section.weight, *means, match=section.match))
     if must_be_alike(terms):
         _check_teacher_sees(config, terms)
-    if config.teacher is not None and config.teacher.view is not None and config.teacher.view.images == "none":
-        _check_sees_images(terms)
-    if config.teacher is not None and config.teacher.cache is not None:
-        _check_cached(terms, config.teacher.cache.form, config.training.recompute_logits)
+    for teacher in config.all_teachers.values():
+        if teacher.view is not None and teacher.view.images == "none":
+            _check_sees_images(terms)
+        if teacher.cache is not None:
+            _check_cached(terms, teacher.cache.form, config.training.recompute_logits)
     return terms
 
 
@@ -102,12 +103,11 @@ def _check_sequences(config: RunConfig, section: TermSection, loss: Distillation
 def _check_teacher_sees(config: RunConfig, terms: Sequence[AnyTerm]) -> None:
     """Raise ``UserError`` if the teacher's outputs at image tokens are neither computed nor stored."""
     name = next(term.name for term in terms if must_be_alike([term]))
-    section = config.teacher
-    assert section is not None
-    if section.cache is not None:
-        raise UserError(f"loss {name}: a cache holds nothing at image tokens; leave teacher.cache out")
-    if section.server is not None:
-        raise UserError(f"loss {name}: a server returns nothing at image tokens; load the teacher by path")
+    for section in config.all_teachers.values():
+        if section.cache is not None:
+            raise UserError(f"loss {name}: a cache holds nothing at image tokens; leave teacher.cache out")
+        if section.server is not None:
+            raise UserError(f"loss {name}: a server returns nothing at image tokens; load the teacher by path")
 
 
 def _check_sees_images(terms: Sequence[AnyTerm]) -> None:
@@ -128,8 +128,9 @@ def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLo
             reads_targets = reads_targets or loss.takes_tokens or loss.adapts
         if reads_targets and not source.labelled:
             raise UserError(f"loss {name} reads the answers, and {source.path} is not labelled; leave one out")
-    if config.teacher is not None and config.teacher.server is not None and "teacher" in loss.needs:
-        _check_served(name, loss, config.teacher.server.form)
+    for teacher in config.all_teachers.values():
+        if teacher.server is not None and "teacher" in loss.needs:
+            _check_served(name, loss, teacher.server.form)
 
 
 def _check_served(name: str, loss: DistillationLoss | FeatureLoss, form: str) -> None:
