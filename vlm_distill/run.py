@@ -150,9 +150,10 @@ class Run:
     @cached_property
     def kept(self) -> dict[str, Kept] | None:
         """What the student keeps of the teacher that it is pruned from, by part; ``None`` for a student of its own."""
-        section, teacher = self.config.student.from_teacher, self.teacher
+        section = self.config.student.from_teacher
         if section is None:
             return None
+        teacher = self.teacher  # not before: a teacher made from the student would ask for the student
         assert isinstance(teacher, ModelTeacher)
         rows = self._teacher_rows(teacher.processor, section.calibrate)
         return choose_kept(section, teacher, rows, Path(self.config.output), self.processes)
