@@ -150,8 +150,8 @@ class _Layer(DynamicLayer):
         columns: of the longest prompt.
     """
 
-    keys: Tensor  # type: ignore[assignment]
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, like: Any, rows: int, columns: int) -> None:
         super().__init__()
