@@ -107,8 +107,7 @@ def rank_memory(
         points: two simulated micro-batches, by their number of samples.
         micro: samples of the run's own micro-batch.
         stage: ZeRO stage.
-        placement: of the teacher: one of ``teacher.placement``, ``cached``, ``served``, ``none``, its quantization, or
-            ``several``: each of several teachers as it is configured.
+        placement: of the teacher, as configured, or ``cached``, ``served``, ``none``, ``several`` or its quantization.
         gpus: number of ranks.
         accumulation: micro-batches of a step.
         limit: bytes of a rank, for the largest micro-batch.

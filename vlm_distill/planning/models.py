@@ -242,14 +242,13 @@ class Models:
                 return simulate(
                     meter,
                     self.student,
-                    teacher,
+                    self.run.running_members or teacher,
                     batch,
                     head,
                     autocast=self.autocast,
                     cached=cached,
                     shared_vision=self.run.shared_vision,
                     at_images=at_images,
-                    several=self.run.running_members,
                 )
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(f"plan: these models cannot run without weights: {first_line(error)}") from error

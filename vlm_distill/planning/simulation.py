@@ -221,7 +221,7 @@ class Micro:
 def simulate(
     meter: Meter,
     student: VisionLanguageModel,
-    teacher: VisionLanguageModel | None,
+    teachers: VisionLanguageModel | Mapping[str, VisionLanguageModel] | None,
     batch: DistillationBatch,
     head: HeadCost,
     *,
@@ -229,42 +229,36 @@ def simulate(
     cached: int = 0,
     shared_vision: bool = False,
     at_images: HeadCost | None = None,
-    several: Mapping[str, VisionLanguageModel] | None = None,
 ) -> Micro:
     """Run a micro-batch without weights.
 
     Args:
         meter: the open meter that the models were built under.
         student: as in training.
-        teacher: as in training; ``None`` if it does not run.
+        teachers: as in training; ``None`` if none runs. Several run each on its own samples.
         batch: with real token ids, masks and positions.
         head: cost of heads and losses.
         autocast: whether the student computes in bf16 from float32 parameters.
         cached: bytes of teacher outputs that are read from disk.
         shared_vision: whether the student reuses what the teacher's vision encoder gives.
         at_images: cost of heads and losses at image tokens, if losses compare these.
-        several: by name the models of several teachers that run, each on its own samples.
     """
     inputs = _bytes(batch)
     images = [] if at_images is None else [IMAGE_HIDDEN]
+    # The teachers run first, and their outputs stay.
     kept, teacher_peak, teacher_flops = cached, 0, 0
-    given = batch.student.inputs
-    if teacher is not None and batch.teacher is not None:
+    taught: dict[str, Tensor] = {}
+    wanted = images + ([VISION_FEATURES] if shared_vision else [])
+    for model, side in _taught_sides(teachers, batch):
         with meter.counting(), torch.no_grad():
-            wanted = images + ([VISION_FEATURES] if shared_vision else [])
-            taught = _forward(teacher, batch.teacher.inputs, batch.teacher, wanted, autocast=False)
-        teacher_peak, teacher_flops = meter.peak, meter.flops
-        kept = taught.hidden.nbytes + sum(t.nbytes for t in taught.features.values())
-    for name, model in (several or {}).items():
-        own = batch.taught[name].student
-        if len(own.positions):
-            with meter.counting(), torch.no_grad():
-                hidden = _forward(model, own.inputs, own, autocast=False).hidden
-            teacher_peak, teacher_flops = max(teacher_peak, kept + meter.peak), teacher_flops + meter.flops
-            kept += hidden.nbytes
+            outputs = _forward(model, side.inputs, side, wanted, autocast=False)
+        teacher_peak, teacher_flops = max(teacher_peak, kept + meter.peak), teacher_flops + meter.flops
+        kept += outputs.hidden.nbytes + sum(feature.nbytes for feature in outputs.features.values())
+        taught = outputs.features
+    given = batch.student.inputs
     with meter.counting(), _gradients(meter, student):
         if shared_vision:
-            given = with_vision_features(batch, taught.features[VISION_FEATURES])
+            given = with_vision_features(batch, taught[VISION_FEATURES])
         outputs = _forward(student, given, batch.student, images, autocast=autocast)
         with student.head.weight() as weight:
             loss = _Losses.apply(outputs.hidden, weight, head.transient)
@@ -281,6 +275,19 @@ def simulate(
         student_flops=meter.flops + head.flops + (0 if at_images is None else at_images.flops),
         teacher_flops=teacher_flops,
     )
+
+
+def _taught_sides(
+    teachers: VisionLanguageModel | Mapping[str, VisionLanguageModel] | None, batch: DistillationBatch
+) -> Iterator[tuple[VisionLanguageModel, ModelBatch]]:
+    """Yield each teacher that runs, with its side of the micro-batch."""
+    if isinstance(teachers, Mapping):
+        for name, model in teachers.items():
+            side = batch.taught[name].student
+            if len(side.positions):
+                yield model, side
+    elif teachers is not None and batch.teacher is not None:
+        yield teachers, batch.teacher
 
 
 def _forward(
