@@ -125,7 +125,8 @@ def lacks_images(processor: Processor, samples: Sequence[Encoded]) -> bool:
     """Return whether the model's vision encoder, or its way for videos, would not run for these samples."""
     if not processor.has_vision:
         return False
-    images, videos = (any(getattr(sample, kind) for sample in samples) for kind in ("images", "videos"))
+    images = any(sample.images for sample in samples)
+    videos = any(sample.videos for sample in samples)
     return not images or (processor.takes_videos and not videos)
 
 

@@ -179,7 +179,8 @@ def _check_text(student: list[int], teacher: list[int]) -> None:
     """Raise ``BadSample`` if the models' ids differ; an image is −1."""
     if student == teacher:
         return
-    ours, theirs = ([token for token in ids if token >= 0] for ids in (student, teacher))
+    ours = [token for token in student if token >= 0]
+    theirs = [token for token in teacher if token >= 0]
     what = "the images stand elsewhere" if ours == theirs else difference_of(ours, theirs)
     raise BadSample("text tokens differ", f"{what}; compare at the answers alone (`queries` or `text`: answers)")
 
@@ -277,7 +278,8 @@ def _share_tensors(
 ) -> None:
     """Let the teacher have the student's tensors that were made of the same ones, such as pixels."""
     for name in student.keys() & teacher.keys():
-        mine, other = ([row.tensors[name] for row in rows if name in row.tensors] for rows in (ours, theirs))
+        mine = [row.tensors[name] for row in ours if name in row.tensors]
+        other = [row.tensors[name] for row in theirs if name in row.tensors]
         if mine and len(mine) == len(other) and all(map(_in_same_memory, mine, other)):
             teacher[name] = student[name]
 

@@ -65,10 +65,12 @@ def check_lessons(run: Run) -> None:
                 raise ValueError(f"data: the teacher {name} of {source.path} is not among teachers ({known or 'none'})")
     if not run.teachers:
         return
+    teaching: set[str] = set()
     for source in run.data.train:
         if not source.lesson:
             raise ValueError(f"data.train: {source.path} has no teacher; name one of teachers ({known})")
-    idle = [name for name in run.teachers if not any(name in source.lesson for source in run.data.train)]
+        teaching.update(source.lesson)
+    idle = [name for name in run.teachers if name not in teaching]
     if idle:
         raise ValueError(f"teachers.{idle[0]}: teaches no source of data.train; name it there, or leave it out")
 

@@ -109,7 +109,11 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
         return False
     if type(content) is str:
         return True
-    return type(content) is list and all(type(p) is dict and all(type(v) is str for v in p.values()) for p in content)
+    return type(content) is list and all(_is_plain_part(part) for part in content)
+
+
+def _is_plain_part(part: Any) -> bool:
+    return type(part) is dict and all(type(value) is str for value in part.values())
 
 
 class _TooSlowError(SecurityError):

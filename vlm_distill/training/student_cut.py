@@ -180,8 +180,13 @@ def _write(path: Path, kept: dict[str, Kept], importance: Mapping[str, Importanc
 def _read(path: Path) -> dict[str, Kept]:
     """Return the choice of an earlier start of the same run. Raise ``UserError`` if the file is damaged."""
     content = read_object(path)
+    found = {}
     try:
-        return {part: Kept(**{k: v for k, v in what.items() if k != "influence"}) for part, what in content.items()}
+        for part, what in content.items():
+            settings = dict(what.items())
+            settings.pop("influence", None)
+            found[part] = Kept(**settings)
+        return found
     except (AttributeError, TypeError):
         raise UserError(
             f"{path}: does not say what the student keeps; delete it to measure the teacher again"
