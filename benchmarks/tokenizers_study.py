@@ -52,7 +52,7 @@ def write_tokenizer(data: Path) -> Path:
     folder = data / "pieces"
     if folder.exists():
         return folder
-    teacher = AutoTokenizer.from_pretrained(TEACHER)
+    teacher = AutoTokenizer.from_pretrained(TEACHER, trust_remote_code=False)
     special = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

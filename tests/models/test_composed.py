@@ -12,6 +12,7 @@ from data.batch import ModelBatch
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
 from vlm_distill.models import build_vlm, load_vlm
+from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.template_marks import IMAGE
 from vlm_distill.training.flops import ModelFlops
 
@@ -310,12 +311,13 @@ def test_given_answers_are_as_likely_as_a_full_forward_says(model, batch, talk):
             assert score == pytest.approx(chain[places - 1].sum().item(), abs=1e-4)
 
 
-def test_generation_stops_at_the_end_token_that_the_template_writes(settings, make_tokenizer, talk):
+def test_generation_stops_at_the_end_token_that_the_template_writes(settings, make_tokenizer, talk, monkeypatch):
     template = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
     model = build_vlm(settings, make_tokenizer(template, extra=("<|end|>",)))
     end = model.processor.tokenizer.convert_tokens_to_ids("<|end|>")
     assert end in model.end_tokens
-    model.decoder.lm_head.register_forward_hook(lambda m, i, out: out.index_fill(-1, torch.tensor([end]), 50.0))
+    own_logits = LMHead.own_logits
+    monkeypatch.setattr(LMHead, "own_logits", lambda *call: own_logits(*call).index_fill(-1, torch.tensor([end]), 50.0))
     [answer] = model.generate([(talk("hm"), [])], max_new_tokens=5)
     assert answer.token_ids == [end]
     assert answer.text == ""

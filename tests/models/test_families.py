@@ -227,7 +227,8 @@ def test_no_token_sees_those_after_it(name, load, talk, picture):
     changed[0, positions[-1]] += 1
     with torch.no_grad():
         one, other = model(inputs, positions).hidden, model({**inputs, "input_ids": changed}, positions).hidden
-    assert torch.equal(one[:-1], other[:-1])
+    # Not to the bit: experts multiply other numbers of tokens if the last one is routed elsewhere.
+    torch.testing.assert_close(one[:-1], other[:-1], rtol=0, atol=1e-5)
     assert not torch.allclose(one[-1], other[-1], atol=1e-3)
 
 

@@ -314,6 +314,7 @@ SLOW = {
     *("mixed_zero2", "packed_mixed_zero0", "tied_zero0", "llava_zero0", "language_zero0", "cut_zero0", "uld_zero0"),
     *("ctkd_instance_zero0", "seeing_once_zero0", "muon_zero0", "shard_zero2", "offload_zero3", "resumed_zero2"),
     *("llava_shard_zero3", "uld_shard_zero3", "sequence_llava_zero3", "resumed_matched_zero3", "resumed_bf16_zero2"),
+    *("resumed_at_images_zero3", "resumed_replay_zero3", "mixtures_zero0", "pairs_zero3", "packed_at_images_zero0"),
 }
 
 

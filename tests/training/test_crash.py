@@ -244,7 +244,7 @@ def test_metrics_on_a_full_disk_end_the_run_in_one_line(runs, forks):
         "training__steps": 40,
     }
     config, out = runs.config("full_metrics", **plain), runs.folder / "full_metrics"
-    codes, told = forks(RUN, config, limit=4_000)
+    codes, told = forks(RUN, config, limit=8_000)
     assert codes == [2], told
     assert f"{out / 'metrics.jsonl'}: file too large" in told
     assert "Traceback" not in told
