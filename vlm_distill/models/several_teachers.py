@@ -38,30 +38,25 @@ class SeveralTeachers(Teacher):
         raise UserError("several teachers are aligned one by one")
 
     def request(self, batch: DistillationBatch) -> None:
-        for teacher, own in self._asked(batch):
-            teacher.request(own)
+        for name, teacher in self._asked(batch):
+            teacher.request(batch.taught[name])
 
     def forget(self, batch: DistillationBatch) -> None:
-        for teacher, own in self._asked(batch):
-            teacher.forget(own)
+        for name, teacher in self._asked(batch):
+            teacher.forget(batch.taught[name])
 
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         assert not features, "features are compared with a single teacher"
         found = {}
-        for name, teacher in self.members.items():
-            if self._is_asked(name, batch):
-                targets = teacher.outputs(batch.taught[name]).targets
-                assert targets is not None
-                found[name] = targets
+        for name, teacher in self._asked(batch):
+            targets = teacher.outputs(batch.taught[name]).targets
+            assert targets is not None
+            found[name] = targets
         heads = [teacher.head for teacher in self.members.values() if teacher.collective and teacher.head is not None]
         return TeacherOutputs(None, taught=found, sharded=heads)
 
-    def _asked(self, batch: DistillationBatch) -> Iterator[tuple[Teacher, DistillationBatch]]:
-        """Yield the teachers that run for a micro-batch, with their parts of it."""
+    def _asked(self, batch: DistillationBatch) -> Iterator[tuple[str, Teacher]]:
+        """Yield the teachers that run for a micro-batch, by name."""
         for name, teacher in self.members.items():
-            if self._is_asked(name, batch):
-                yield teacher, batch.taught[name]
-
-    def _is_asked(self, name: str, batch: DistillationBatch) -> bool:
-        named = any(name in comparison.teachers for comparison in batch.comparisons)
-        return named or self.members[name].collective
+            if teacher.collective or any(name in comparison.teachers for comparison in batch.comparisons):
+                yield name, teacher
