@@ -182,7 +182,7 @@ SHARED = {
     **{f"several_zero{s}": {"deepspeed__stage": s, **SEVERAL} for s in (0, 2, 3)},
     **{f"together_zero{s}": {"deepspeed__stage": s, **TOGETHER} for s in (0, 3)},
     **{f"mixtures_zero{s}": {"deepspeed__stage": s, **MIXTURES} for s in (0, 3)},
-    # The student's own moving average teaches it, and is told the answers.
+    # The student's own moving average teaches it, and sees the answers.
     **{f"ema_zero{s}": {"deepspeed__stage": s, **SELF} for s in (0, 2, 3)},
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     # A frozen vision encoder that is the teacher's runs in the teacher alone, in rows of their own and in shared ones.

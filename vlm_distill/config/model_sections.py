@@ -16,7 +16,7 @@ class CutSection(Section):
     """What is kept of the teacher's decoder or vision encoder; a size that is not given stays the teacher's."""
 
     layers: Positive | Annotated[list[NotNegative], Field(min_length=1)] | None = Field(
-        None, description="Layers that are kept: how many, or a list of which, counted from 0."
+        None, description="Layers that are kept: how many, or a list of their numbers, counted from 0."
     )
     by: Literal["spaced", "first", "influence"] = Field(
         "spaced",
