@@ -124,7 +124,7 @@ class Trainer(Loop):
         )
         section = config.optimizer
         scales = lr_scales(student.parts, section.part_lr, section.lr)
-        optimizer = build_optimizer(task, section, config.deepspeed, scales, student.head.parameters)
+        optimizer = build_optimizer(task, section, scales, student.head.parameters)
         engine = Engine(task, optimizer, config, self.processes, read_parameters=task.read_parameters())
         running = self.parts.running_teacher
         if self.parts.same_encoder and config.deepspeed.stage < 3:

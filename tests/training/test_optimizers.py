@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from data.errors import UserError
-from vlm_distill.config.sections import DeepSpeedSection, OptimizerSection, RunConfig
+from vlm_distill.config.sections import OptimizerSection, RunConfig
 from vlm_distill.trainer import Trainer
 from vlm_distill.training import optimizers
 from vlm_distill.training.effects import idle_settings
@@ -95,10 +95,10 @@ def test_muon_leaves_embeddings_norms_biases_and_the_head_to_adamw(files, proces
     assert not any("embed" in name or "norm" in name or "lm_head" in name for name in by_muon)
 
 
-def test_adamw_is_what_it_was_before_there_were_others():
+def test_adamw_is_torchs_fused_one():
     section, model = OptimizerSection(), torch.nn.Linear(2, 2)
-    made = optimizers.build_optimizer(model, section, DeepSpeedSection(stage=0), {})
-    plain = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+    made = optimizers.build_optimizer(model, section, {})
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, fused=True)
     assert type(made) is torch.optim.AdamW
     assert {k: v for k, v in made.defaults.items() if k != "weight_decay"} == {
         k: v for k, v in plain.defaults.items() if k != "weight_decay"
@@ -129,7 +129,7 @@ def test_8_bit_adamw_without_its_package_is_refused(monkeypatch):
     monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
     section = OptimizerSection(name="adamw8bit")
     with pytest.raises(UserError, match="needs the package bitsandbytes"):
-        optimizers.build_optimizer(torch.nn.Linear(2, 2), section, DeepSpeedSection(), {})
+        optimizers.build_optimizer(torch.nn.Linear(2, 2), section, {})
 
 
 def test_settings_of_another_optimizer_are_named(files, tmp_path):

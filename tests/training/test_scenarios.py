@@ -31,22 +31,32 @@ def results(launched, request):
     """What a scenario wrote, by the number of ranks and its name."""
 
     def read(world, name):
-        kind = "slow" if name in scenarios.SLOW else "fast"
+        slow = scenarios.slow(world, name)
         # One fast test that reads a slow scenario would have all of them run.
-        assert kind == "fast" or request.node.get_closest_marker("slow"), f"mark this test as slow, as {name} is"
-        return launched(kind)(world, name)
+        assert not slow or request.node.get_closest_marker("slow"), f"mark this test as slow, as {name} is"
+        return launched("slow" if slow else "fast")(world, name)
 
     return read
 
 
-def marked(names, *others):
-    """Parameters; slow where a scenario is that they name, or that one of ``others`` makes of the first."""
+def marked(tests, reads):
+    """Parameters of tests, each slow if it reads a slow scenario; ``reads`` gives (ranks, name) of those it reads."""
     found = []
-    for name in names:
-        values = name if isinstance(name, tuple) else (name,)
-        read = {*values, *(other(values[0]) for other in others)}
-        found.append(pytest.param(*values, marks=pytest.mark.slow if read & scenarios.SLOW else ()))
+    for test in tests:
+        values = test if isinstance(test, tuple) else (test,)
+        is_slow = any(scenarios.slow(world, name) for world, name in reads(*values))
+        found.append(pytest.param(*values, marks=pytest.mark.slow if is_slow else ()))
     return found
+
+
+def on_two(*names):
+    return [(2, name) for name in names]
+
+
+def without_zero(name):
+    """The same training without ZeRO, if there is one."""
+    plain = f"{name[:-1]}0"
+    return plain if plain in scenarios.SHARED else name
 
 
 def losses(result):
@@ -61,29 +71,29 @@ def same_weights(a, b, tolerance):
         assert b["weights"][name] == pytest.approx(values, abs=tolerance), name
 
 
-@pytest.mark.parametrize("name", marked(sorted(scenarios.SHARED)))
-def test_two_ranks_equal_one(results, name):
-    one, two = results(1, name), results(2, name)
+def same_training(one, other, name):
     # CTKD's loss is a small KL times T², and float32's rounding with it.
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4 if name.startswith("ctkd") else 1e-5)
+    assert losses(other) == pytest.approx(losses(one), rel=1e-4 if name.startswith("ctkd") else 1e-5)
     # Muon's orthogonalisation magnifies rounding where a gradient is small in some direction.
-    same_weights(one, two, 1e-3 if name.startswith("muon") else 1e-5)
-    assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3)
+    same_weights(one, other, 1e-3 if name.startswith("muon") else 1e-5)
+    # Evaluation reads a sharded head as training does.
+    assert other["held_out"] == pytest.approx(one["held_out"], rel=1e-3)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", marked(sorted(scenarios.SHARED), lambda name: [(2, name), (1, without_zero(name))]))
+def test_two_ranks_under_any_zero_stage_equal_one_without(results, name):
+    same_training(results(1, without_zero(name)), results(2, name), name)
+
+
 @pytest.mark.parametrize(
     "name",
     marked(
-        sorted(n for n in scenarios.SHARED if n[-1] != "0" and f"{n[:-1]}0" in scenarios.SHARED),
-        lambda name: f"{name[:-1]}0",
+        sorted(name for name in scenarios.SHARED if without_zero(name) != name),
+        lambda name: [(1, name), (1, without_zero(name))],
     ),
 )
-def test_every_zero_stage_equals_none(results, world, name):
-    none, some = results(world, f"{name[:-1]}0"), results(world, name)
-    same_weights(none, some, 1e-3 if name.startswith("muon") else 1e-5)
-    # Evaluation reads a sharded head as training does.
-    assert some["held_out"] == pytest.approx(none["held_out"], rel=1e-3)
+def test_one_rank_under_any_zero_stage_equals_one_without(results, name):
+    same_training(results(1, without_zero(name)), results(1, name), name)
 
 
 @pytest.mark.parametrize(
@@ -107,28 +117,33 @@ def test_every_zero_stage_equals_none(results, world, name):
             ("together_shard_zero3", "together_zero3"),
             ("mixtures_shard_zero3", "mixtures_zero3"),
         ],
+        on_two,
     ),
 )
 def test_sharded_teacher_equals_replicated(results, name, whole):
     same_weights(results(2, whole), results(2, name), 1e-5)
 
 
-@pytest.mark.parametrize("name", marked(["offload_zero2", "offload_zero3", "hpz_zero3"]))
+@pytest.mark.parametrize("name", marked(["offload_zero2", "offload_zero3", "hpz_zero3"], on_two))
 def test_where_shares_lie_changes_nothing(results, name):
     plain = results(2, f"zero{name[-1]}")
     assert losses(results(2, name)) == pytest.approx(losses(plain), rel=1e-5)
     same_weights(plain, results(2, name), 1e-5)
 
 
+def alone(name):
+    return name.removeprefix("sequence_").replace("checkpointing_", "")
+
+
 @pytest.mark.parametrize(
     "name",
     marked(
         sorted(n for n in scenarios.TWO_RANKS if n.startswith("sequence_")),
-        lambda name: name.removeprefix("sequence_").replace("checkpointing_", ""),
+        lambda name: [(1, alone(name)), (2, name)],
     ),
 )
 def test_ranks_that_share_sequences_equal_one(results, name):
-    one, two = results(1, name.removeprefix("sequence_").replace("checkpointing_", "")), results(2, name)
+    one, two = results(1, alone(name)), results(2, name)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     for key in ("samples", "supervised_tokens"):
         assert [line.get(key) for line in two["metrics"]] == [line.get(key) for line in one["metrics"]]
@@ -138,7 +153,8 @@ def test_ranks_that_share_sequences_equal_one(results, name):
 @pytest.mark.parametrize(
     "name",
     marked(
-        [name for name in scenarios.SHARED if name.startswith("packed_")], lambda name: name.removeprefix("packed_")
+        [name for name in scenarios.SHARED if name.startswith("packed_")],
+        lambda name: on_two(name, name.removeprefix("packed_")),
     ),
 )
 def test_packed_equals_padded(results, name):
@@ -148,7 +164,7 @@ def test_packed_equals_padded(results, name):
     assert packed["held_out"] == pytest.approx(padded["held_out"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", marked(scenarios.RESUMED, "resumed_{}".format))
+@pytest.mark.parametrize("name", marked(scenarios.RESUMED, lambda name: on_two(name, f"resumed_{name}")))
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
         return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in result["metrics"]]
@@ -177,18 +193,19 @@ def test_ranks_agree_on_running_statistics(results):
 
 def test_activation_checkpointing_changes_nothing(results):
     same_weights(results(1, "zero2"), results(1, "checkpointing_zero2"), 1e-6)
-    plain, again = results(1, "features_zero3"), results(1, "features_checkpointing_zero3")
+    plain, again = results(2, "features_zero3"), results(2, "features_checkpointing_zero3")
     assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
     same_weights(plain, again, 1e-6)
 
 
 def test_some_steps_are_of_the_students_own_answers(results):
-    for name in ("on_policy_zero0", "replay_zero3"):
-        lines = [line for line in results(2, name)["metrics"] if line["kind"] == "train"]
+    def tokens(world, name):
+        return [line["on_policy/tokens"] for line in results(world, name)["metrics"] if line["kind"] == "train"]
+
+    for name in ("on_policy_zero", "replay_zero"):
+        lines = [line for line in results(2, f"{name}3")["metrics"] if line["kind"] == "train"]
         assert {line["on_policy/step"] for line in lines} == {0.0, 1.0}
-        assert [line["on_policy/tokens"] for line in lines] == [
-            line["on_policy/tokens"] for line in results(1, name)["metrics"] if line["kind"] == "train"
-        ]
+        assert tokens(2, f"{name}3") == tokens(1, f"{name}0")
     assert any(line.get("on_policy/replayed") for line in results(2, "replay_zero3")["metrics"])
 
 
@@ -199,17 +216,17 @@ def test_t_is_the_same_on_every_rank(results, name):
     assert first[0] > 0.4
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_bfloat16_follows_float32(results, stage):
-    assert losses(results(2, f"bf16_zero{stage}")) == pytest.approx(losses(results(2, "zero0")), rel=5e-3)
+@pytest.mark.parametrize("name", marked([f"bf16_zero{stage}" for stage in (0, 2, 3)], on_two))
+def test_bfloat16_follows_float32(results, name):
+    assert losses(results(2, name)) == pytest.approx(losses(results(2, "zero0")), rel=5e-3)
 
 
-@pytest.mark.parametrize("name", marked([f"bf16_features_zero{stage}" for stage in (0, 2, 3)]))
+@pytest.mark.parametrize("name", marked([f"bf16_features_zero{stage}" for stage in (0, 2, 3)], on_two))
 def test_bfloat16_follows_float32_with_features(results, name):
-    assert losses(results(2, name)) == pytest.approx(losses(results(2, "features_zero0")), rel=2e-2)
+    assert losses(results(2, name)) == pytest.approx(losses(results(1, "features_zero0")), rel=2e-2)
 
 
-@pytest.mark.parametrize("name", marked([f"features_zero{stage}" for stage in range(4)]))
+@pytest.mark.parametrize("name", marked([f"features_zero{stage}" for stage in range(4)], on_two))
 def test_projections_of_features_are_learned_and_not_exported(results, name):
     result = results(2, name)
     projections = [name for name in result["weights"] if name.startswith("losses.")]
@@ -222,34 +239,36 @@ def test_projections_of_features_are_learned_and_not_exported(results, name):
 
 
 def test_what_a_loss_does_not_reach_stays(results):
-    for stage in (0, 3):
-        moved = results(2, f"layer_zero{stage}")["moved"]
+    for world, stage in ((1, 0), (2, 3)):
+        moved = results(world, f"layer_zero{stage}")["moved"]
         assert moved["decoder.model.layers.0.mlp.up_proj.weight"]
         assert moved["projector.layers.0.weight"]
-        moved = results(2, f"images_zero{stage}")["moved"]
+        moved = results(world, f"images_zero{stage}")["moved"]
         assert all(changed for name, changed in moved.items() if name.startswith("vision_encoder."))
 
 
-@pytest.mark.parametrize(
-    "name", marked(["ctkd_zero0", "ctkd_zero2", "ctkd_zero3", "ctkd_instance_zero0", "ctkd_instance_zero3"])
-)
+@pytest.mark.parametrize("name", marked(["ctkd_zero2", "ctkd_zero3", "ctkd_instance_zero3"], on_two))
 def test_a_losss_own_parameters_learn_alike(results, name):
-    def temperatures(world):
+    def temperatures(world, name):
         return [t["ctkd/temperature"] for t in results(world, name)["metrics"] if t["kind"] == "train"]
 
-    assert temperatures(2) == pytest.approx(temperatures(1), rel=1e-6)
-    assert abs(temperatures(2)[-1] - temperatures(2)[0]) > 1e-3
+    one, two = temperatures(1, without_zero(name)), temperatures(2, name)
+    assert two == pytest.approx(one, rel=1e-6)
+    assert abs(two[-1] - two[0]) > 1e-3
 
 
-def test_frozen_parts_stay_and_others_move(results):
-    moved = results(2, "frozen_zero2")["moved"]
+@pytest.mark.parametrize("name", marked(["frozen_zero2", "seeing_once_zero3"], on_two))
+def test_frozen_parts_stay_and_others_move(results, name):
+    moved = results(2, name)["moved"]
     assert not any(changed for name, changed in moved.items() if name.startswith("vision_encoder."))
     assert all(changed for name, changed in moved.items() if not name.startswith("vision_encoder."))
 
 
-@pytest.mark.parametrize("name", ["lora_zero0", "lora_zero3", "own_base_zero3"])
-def test_adapters_train_and_their_base_stays(results, name):
-    result = results(2, name)
+@pytest.mark.parametrize(
+    ("world", "name"), [(1, "lora_zero0"), (2, "lora_zero3"), (1, "own_base_zero0"), (2, "own_base_zero3")]
+)
+def test_adapters_train_and_their_base_stays(results, world, name):
+    result = results(world, name)
     moved = {key for key, changed in result["moved"].items() if changed}
     trained = ("lora_", "projector.") if name.startswith("lora") else ("lora_",)
     assert moved == {key for key in result["moved"] if any(word in key for word in trained)}
@@ -257,16 +276,19 @@ def test_adapters_train_and_their_base_stays(results, name):
     assert not [key for key in result["exported"] if "lora_" in key or "base_layer" in key]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_base_teaches_as_its_copy_does(results, stage):
-    copied, own = results(2, "copied_base_zero0"), results(2, f"own_base_zero{stage}")
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])
+def test_a_base_teaches_as_its_copy_does(results, world, stage):
+    copied, own = results(world, "copied_base_zero0"), results(world, f"own_base_zero{stage}")
     assert losses(own) == pytest.approx(losses(copied), rel=1e-5)
     same_weights(copied, own, 1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "tolerance"),
-    marked([*((f"ema_zero{s}", world, 1e-6) for world, s in product((1, 2), (0, 2, 3))), ("bf16_ema_zero2", 2, 1e-2)]),
+    ("world", "name", "tolerance"),
+    marked(
+        [*((world, f"ema_zero{s}", 1e-6) for world, s in product((1, 2), (0, 2, 3))), (2, "bf16_ema_zero2", 1e-2)],
+        lambda world, name, tolerance: [(world, name)],
+    ),
 )
 def test_a_teacher_that_follows_is_the_average_of_the_weights_after_every_step(results, world, name, tolerance):
     result = results(world, name)
@@ -281,7 +303,7 @@ def test_lora_with_activation_checkpointing(results):
 
 
 def test_lora_in_bfloat16(results):
-    assert losses(results(2, "lora_bf16_zero2")) == pytest.approx(losses(results(2, "lora_zero0")), rel=1e-2)
+    assert losses(results(2, "lora_bf16_zero2")) == pytest.approx(losses(results(1, "lora_zero0")), rel=1e-2)
 
 
 def test_every_part_trains_by_default(results):
@@ -301,7 +323,10 @@ def test_the_teacher_is_in_no_checkpoint(results):
 
 
 @pytest.mark.parametrize(
-    ("name", "questions"), [("eval_zero3", 13), ("eval_frozen_zero3", 13), ("shard_mixed_zero3", 9)]
+    ("name", "questions"),
+    marked(
+        [("eval_zero3", 13), ("eval_frozen_zero3", 13), ("shard_mixed_zero3", 9)], lambda name, questions: on_two(name)
+    ),
 )
 def test_answers_under_zero3(results, name, questions):
     lines = [line for line in results(2, name)["metrics"] if line["kind"] == "eval"]
@@ -311,7 +336,10 @@ def test_answers_under_zero3(results, name, questions):
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    marked([(1, "text_zero3"), (2, "text_zero0"), (2, "text_zero3"), (2, "text_shard_zero3")]),
+    marked(
+        [(1, "text_zero3"), (2, "text_zero0"), (2, "text_zero3"), (2, "text_shard_zero3")],
+        lambda world, name: [(world, name)],
+    ),
 )
 def test_held_out_measures_are_the_same_everywhere(results, world, name):
     def measured(result):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data.errors import UserError
-from vlm_distill.config.sections import DeepSpeedSection, OptimizerSection
+from vlm_distill.config.sections import OptimizerSection
 
 from .schedule import parameter_groups
 
@@ -32,7 +32,6 @@ Groups = list[dict[str, Any]]
 def build_optimizer(
     task: nn.Module,
     section: OptimizerSection,
-    deepspeed: DeepSpeedSection,
     scales: Mapping[nn.Parameter, float],
     head: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
@@ -41,7 +40,6 @@ def build_optimizer(
     Args:
         task: what is trained.
         section: the run's.
-        deepspeed: the run's, for what the optimizer must work with.
         scales: factors on the learning rate of single parameters.
         head: parameters of the output layer, which Muon leaves to AdamW, as it does embeddings, norms and biases.
 
@@ -51,7 +49,7 @@ def build_optimizer(
     groups = parameter_groups(task, section.weight_decay, scales)
     adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     if section.name == "adamw":
-        return torch.optim.AdamW(groups, **adam, fused=deepspeed.offloads_optimizer or None)
+        return torch.optim.AdamW(groups, **adam, fused=True)
     if section.name == "sgd":
         return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
     if section.name == "adamw8bit":
