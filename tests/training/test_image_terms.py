@@ -178,3 +178,5 @@ def test_on_needs_no_quotes_in_yaml(tmp_path, written):
     (tmp_path / "run.yaml").write_text(text)
     assert [term.on for term in load_config(tmp_path / "run.yaml").loss] == ["images"]
     assert load_config(tmp_path / "run.yaml", ["loss.0.on=text"]).loss[0].on == "text"
+    words = f"loss=[{{name: jsd}}, {{name: forward_kl, {written}}}]"
+    assert [term.on for term in load_config(tmp_path / "run.yaml", [words]).loss] == ["text", "images"]

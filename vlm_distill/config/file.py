@@ -207,7 +207,7 @@ def _parsed(text: str) -> tuple[str, Any]:
     _check(f"override {key}", text)
     try:
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
-        return key, plain["value"]  # type: ignore[index, call-overload]
+        return key, _name_on(plain["value"])  # type: ignore[index, call-overload]
     except Exception as error:  # the library raises many kinds of errors for odd values
         raise UserError(f"override {text[:200]!r}: {_first_line(error)}") from None
 
@@ -331,11 +331,11 @@ def read_yaml(path: Path) -> Any:
 
 
 def _name_on(plain: Any) -> Any:
-    """Return a file's values with the key ``on`` of its loss terms, which YAML 1.1 reads as true."""
-    terms = plain.get("loss") if isinstance(plain, dict) else None
-    for term in terms if isinstance(terms, list) else []:
-        if isinstance(term, dict) and True in term:
-            term["on"] = term.pop(True)
+    """Return values with the key ``on`` of loss terms, which YAML 1.1 reads as true, at any depth."""
+    if isinstance(plain, list):
+        return [_name_on(value) for value in plain]
+    if isinstance(plain, dict):
+        return {"on" if key is True else key: _name_on(value) for key, value in plain.items()}
     return plain
 
 
