@@ -6,6 +6,7 @@ import ast
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,18 +45,24 @@ class Entry:
 
     def summary(self) -> str:
         """Return the first line of the class's docstring, from its source: importing it would import torch."""
-        module, _, name = self.home.partition(":")
-        spec = find_spec(module)
-        assert spec is not None
-        assert spec.origin is not None
-        source = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        found = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == name)
-        return (ast.get_docstring(found) or "").partition("\n")[0]
+        return _first_line(self.home)
 
     def load(self) -> type[Any]:
         """Import the class and return it."""
         module, _, name = self.home.partition(":")
         return cast(type[Any], getattr(import_module(module), name))
+
+
+@cache
+def _first_line(home: str) -> str:
+    """Return the first line of the docstring of a class, given as ``package.module:Class``."""
+    module, _, name = home.partition(":")
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    source = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    found = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return (ast.get_docstring(found) or "").partition("\n")[0]
 
 
 class Registry(Generic[L]):
