@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from smollm2_study import CONFIG, MEASURES, measured, write_data, write_teacher
 
-from vlm_distill.reporting.seeds import t_interval
+from vlm_distill.evaluation.seed_statistics import t_interval
 
 LAYERS = 11
 WIDTHS = {"width": 384, "heads": 6, "neurons": 1024}

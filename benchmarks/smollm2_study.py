@@ -30,7 +30,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vlm_distill.reporting.seeds import t_interval
+from vlm_distill.evaluation.seed_statistics import t_interval
 
 CONFIG = "configs/language/smollm2_every_third.yaml"
 LOSSES = {"taid": [], "cross_entropy": ["loss=[{name: cross_entropy}]"], "forward_kl": ["loss=[{name: forward_kl}]"]}

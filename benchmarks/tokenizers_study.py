@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vlm_distill.demo import prepare
-from vlm_distill.reporting.seeds import t_interval
+from vlm_distill.evaluation.seed_statistics import t_interval
 
 CONFIG, TEACHER = Path("configs/demo/taid.yaml"), Path("configs/demo/teacher")
 ROWS, QUESTIONS = 4000, 2000

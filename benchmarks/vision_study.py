@@ -111,7 +111,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
     # Imported late: PyTorch must not be loaded before a process has its share of the cores.
-    from vlm_distill.reporting.seeds import t_interval
+    from vlm_distill.evaluation.seed_statistics import t_interval
 
     return t_interval(values)
 

@@ -1,7 +1,7 @@
 """What README.md and docs/ tell people to type and to write is what the commands and configurations take.
 
 A comment before a block says what it is where it is no part of a run's configuration (CONTRIBUTING.md):
-``<!-- test: in student -->``, ``<!-- test: benchmark -->``, ``<!-- test: skip, REASON -->``.
+``<!-- test: in student -->``, ``<!-- test: benchmark -->``, ``<!-- test: sweep -->``, ``<!-- test: skip, REASON -->``.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.benchmark_lookup import get_benchmark
+from vlm_distill.sweeping.sections import SweepSection
 from vlm_distill.training.terms import build_terms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,9 @@ def test_yaml_of_the_docs_is_a_configuration(here, block):
         if block.mark == "benchmark":
             path.write_text(text)
             assert get_benchmark(str(path)).name
+            continue
+        if block.mark == "sweep":
+            assert SweepSection.model_validate(yaml.safe_load(text)).axes
             continue
         if block.mark.startswith("in "):
             text = inside(block.mark.removeprefix("in "), text)

@@ -220,7 +220,7 @@ def _read(folder: Path) -> tuple[int, float, float]:
 
 
 def _table(title: str, rows: dict[str, list[Job]]) -> Table:
-    from vlm_distill.reporting.seeds import t_interval
+    from vlm_distill.evaluation.seed_statistics import t_interval
 
     table = Table("", title=f"{title}, test split", title_justify="left")
     for heading in ("parameters", "top-1, mean ± 95 % interval over seeds", "seconds a run"):

@@ -1,18 +1,17 @@
 """Reports of classifiers: what a section shows, means over seeds, and pictures of both kinds."""
 
 import json
-import math
 import re
 from pathlib import Path
 
-import pytest
 from classifier_runs import build_classifier
 from page import read
 
+from vlm_distill.evaluation.seed_statistics import t_interval
 from vlm_distill.reporting import class_plots
 from vlm_distill.reporting.report import write_report
 from vlm_distill.reporting.run_folder import load_run
-from vlm_distill.reporting.seeds import family, one_seed, seed_groups, t_interval, t_quantile
+from vlm_distill.reporting.seeds import family, one_seed, seed_groups
 
 
 def scores(run, who="student"):
@@ -105,20 +104,6 @@ def test_families():
     assert family(Path("runs/taid/seed12")) == "taid"
     assert family(Path("runs/taid/seed")) is None
     assert family(Path("runs/taid")) is None
-
-
-@pytest.mark.parametrize(
-    ("freedom", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
-)
-def test_quantiles_of_t_are_the_tables(freedom, t):
-    assert t_quantile(freedom) == pytest.approx(t, abs=6e-5)
-
-
-def test_an_interval_by_hand():
-    mean, half = t_interval([0.70, 0.72, 0.71])
-    assert mean == pytest.approx(0.71)
-    assert half == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
-    assert t_interval([0.5]) == (0.5, None)
 
 
 def test_corruptions_stand_by_severity(tmp_path):

@@ -1,4 +1,4 @@
-"""Commands around a run: train, classify, cache, generate, plan, inspect."""
+"""Commands around a run: train, classify, sweep, cache, generate, plan, inspect."""
 
 from __future__ import annotations
 
@@ -44,6 +44,50 @@ def classify(run: RunOptions, nproc: Processes = 1) -> None:
     check_neighbours("vision")
     import_module("vision.train").check(words, nproc)
     raise typer.Exit(launch_training("vision.train", words, nproc))
+
+
+@dataclass(kw_only=True)
+class SweepOptions:
+    """What to compare, and how much of it at once."""
+
+    sweep: Annotated[
+        Path,
+        typer.Argument(help="A sweep's file, or a run's configuration to compare settings of.", show_default=False),
+    ]
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="section.key=a,b,c compares values; section.key=value is for all runs; axis=names chooses settings.",
+            show_default=False,
+        ),
+    ] = None
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; each gets its share of the cores, or its GPUs.")] = 1
+    limit: Annotated[str | None, typer.Option(help="Name of a smaller sweep that the file describes.")] = None
+    print: Annotated[bool, typer.Option("--print", help="Print the commands, one a line, instead of running them.")] = (
+        False
+    )
+
+
+@expanded
+def sweep(options: SweepOptions, nproc: Processes = 1) -> None:
+    """Run a configuration in several settings with several seeds, and compare them.
+
+    Finished runs are not run again, and interrupted ones resume. A run that fails is reported and skipped; the exit
+    code is then 1. docs/sweeps.md describes the file.
+    """
+    from vlm_distill.sweeping.command import print_commands, run_sweep, show_table, tell_failures
+    from vlm_distill.sweeping.grid import read_sweep
+    from vlm_distill.sweeping.record import record_of
+
+    found = read_sweep(options.sweep, options.words or (), options.limit, nproc)
+    if options.print:
+        print_commands(found, nproc)
+        return
+    failures = run_sweep(found, options.jobs, nproc)
+    show_table(record_of(found))
+    if failures:
+        tell_failures(failures)
+        raise typer.Exit(1)
 
 
 @expanded

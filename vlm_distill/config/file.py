@@ -48,14 +48,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Base
     Raises:
         UserError: one line that says what is wrong, where, and what to do.
     """
-    layers = _Layers(kind)
-    merged = layers.read(Path(path))
-    layers.override(merged, overrides)
-    plain = _resolved(merged, str(path))
+    plain = _resolved(merged_config(path, overrides, kind), str(path))
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, kind)}") from None
+
+
+def merged_config(path: str | Path, overrides: Sequence[str] = (), kind: type[BaseModel] = RunConfig) -> dict[Any, Any]:
+    """Return a configuration's layers merged, neither validated nor with interpolations resolved."""
+    layers = _Layers(kind)
+    merged = layers.read(Path(path))
+    layers.override(merged, overrides)
+    return merged
 
 
 def save_config(config: AnyRun, path: Path, comments: Sequence[str] = ()) -> None:
@@ -119,7 +124,7 @@ class _Layers:
         """Merge the overrides into the files, in place, as one layer; a file of DeepSpeed's goes below them."""
         values = []
         for text in overrides:
-            key, value = _parsed(text)
+            key, value = parse_override(text)
             if key == "deepspeed" and isinstance(value, str):
                 merged[key] = _read_deepspeed(Path(value), f"override {text[:200]!r}")
             else:
@@ -196,8 +201,12 @@ def _merge(lower: dict[Any, Any], upper: Mapping[Any, Any]) -> None:
             lower[key] = value
 
 
-def _parsed(text: str) -> tuple[str, Any]:
-    """Return an override's dotted key, and its value read as YAML."""
+def parse_override(text: str) -> tuple[str, Any]:
+    """Return the dotted key of ``section.key=value``, and its value read as YAML.
+
+    Raises:
+        UserError: the text is no override.
+    """
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise UserError(f"override {text[:200]!r}: write it as section.key=value")

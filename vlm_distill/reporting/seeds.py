@@ -5,12 +5,13 @@ Such runs are in folders ``<name>/seed<k>``.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vlm_distill.evaluation.seed_statistics import t_interval
 
 from .entries import Run
 
@@ -57,37 +58,6 @@ def seed_groups(runs: Sequence[Run], data: str) -> list[Group]:
         values = [value for _, value in members]
         groups.append(Group(name, members[0][0].css, values, *t_interval(values)))
     return groups
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and half its 95 % interval ``t₀.₉₇₅(n − 1) · s / √n`` (Student 1908); ``None`` for one value."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, t_quantile(n - 1) * deviation / math.sqrt(n)
-
-
-def t_quantile(freedom: int, inside: float = 0.95) -> float:
-    """Find the ``t`` with ``P(|T| ≤ t) = inside`` by bisection, for a whole number of degrees of freedom."""
-    low, high = 0.0, 1e3
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < inside else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    """Return ``P(|T| ≤ t)`` by the finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def axis(groups: Sequence[Group], levels: Sequence[float]) -> dict[str, Any]:

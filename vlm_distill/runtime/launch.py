@@ -88,8 +88,7 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         arguments: its command line.
         nproc: processes on this machine, one per GPU.
     """
-    environment = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-    environment[_LAUNCHER] = str(os.getpid())
+    environment = ended_with_launcher({"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ})
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))
     command = [sys.executable, "-m", module, *arguments]
     if nproc == 1:
@@ -98,6 +97,11 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
         return _run(command, [environment | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(nproc)])
+
+
+def ended_with_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which a command of ours, or a rank, ends when this process does, however that ends."""
+    return {**environment, _LAUNCHER: str(os.getpid())}
 
 
 def _run(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:

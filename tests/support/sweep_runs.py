@@ -1,0 +1,89 @@
+"""Finished runs of a sweep without training: as folders, and as a program in the place of ``vlm-distill``.
+
+``python sweep_runs.py train CONFIG key=value …`` takes training.steps steps of 50 ms, keeps the number of steps it has
+done in ``steps``, and resumes there. A student of seed 13 is never finished. ``python sweep_runs.py sweep FILE JOBS``
+runs a whole sweep of such runs.
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from vlm_distill.config.file import load_config, save_config
+from vlm_distill.runtime.launch import guarded
+from vlm_distill.sweeping.command import run_sweep, show_table
+from vlm_distill.sweeping.grid import read_sweep
+from vlm_distill.sweeping.record import record_of
+
+BAD_SEED = 13
+
+
+def finish(run, exact, *, seconds=10.0, teacher=2000, data="test"):
+    """Write a sweep's run as if it had been trained."""
+    run.folder.mkdir(parents=True)
+    config = load_config(run.config, run.overrides)
+    return write_finished(config, run.folder, exact, seconds=seconds, teacher=teacher, data=data)
+
+
+def write_finished(config, folder, exact, *, seconds=10.0, teacher=2000, data="test"):
+    save_config(config, folder / "config.yaml")
+    scores = folder / "evaluation" / data / "student" / "scores.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text(json.dumps({"n": 100, "exact": exact, "soft": exact, "by_type": {}, "interval": None}))
+    summary = {"seconds": seconds, "steps": 10, "memory": {"peak_bytes": 2**20}}
+    summary["parameters"] = {"student": 1000, "trained": 1000, "teacher": teacher}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def stub(words):
+    """The words that start a stub in the place of ``vlm-distill``."""
+    return [sys.executable, __file__, *words]
+
+
+def train(path, overrides):
+    config = load_config(path, overrides)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "steps"
+    done = int(kept.read_text()) if kept.is_file() else 0
+    with (folder / "starts").open("a") as file:
+        file.write(f"{done}\n")
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    while done < config.training.steps:
+        if stopped:
+            return 143
+        time.sleep(0.05)
+        done += 1
+        kept.write_text(str(done))
+    if config.training.seed == BAD_SEED:
+        print("step 3 went well")
+        print("vlm-distill: data.train: nothing is there", file=sys.stderr)
+        return 2
+    exact = 0.5 + 0.01 * config.training.seed + 0.1 * (config.loss[0].name == "taid")
+    write_finished(config, folder, exact)
+    return 0
+
+
+def cache(path, overrides):
+    config = load_config(path, overrides)
+    folder = Path(config.teacher.cache.folder)
+    folder.mkdir(parents=True)
+    (folder / "filled").touch()
+    return 0
+
+
+def sweep(path, jobs):
+    found = read_sweep(Path(path))
+    run_sweep(found, int(jobs), 1, stub)
+    show_table(record_of(found))
+
+
+if __name__ == "__main__":
+    command, path, *words = sys.argv[1:]
+    if command == "sweep":
+        sys.exit(guarded(lambda: sweep(path, *words)))
+    sys.exit({"train": train, "cache": cache}[command](path, words))
