@@ -167,9 +167,18 @@ def compare(
     ],
     metric: Annotated[str | None, typer.Option(help="exact, soft or score; default: score where all have it.")] = None,
 ) -> None:
-    """Compare models with the first one on the same questions: paired bootstrap interval and McNemar's test."""
-    from vlm_distill.evaluation.compare import compare_all
+    """Compare models with the first one on the same questions: paired bootstrap interval and McNemar's test.
 
+    Runs that differ by their seed alone are one model: all pairs of models are then compared over their seeds.
+    """
+    from vlm_distill.evaluation.compare import compare_all
+    from vlm_distill.evaluation.seed_groups import compare_groups, group_by_seed
+    from vlm_distill.reporting.score_tables import print_groups
+
+    groups = group_by_seed(answers)
+    if any(len(group.members) > 1 for group in groups):
+        print_groups(*compare_groups(groups, metric))
+        return
     for name, result in compare_all(answers, metric):
         if isinstance(result, float):
             print(f"{name}: {result:.2%}")

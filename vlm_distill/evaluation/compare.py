@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 
 from data.errors import UserError
 
 from .predictions import Prediction, read_predictions
+
+Metric = Literal["exact", "soft", "score"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Comparison:
 def paired(
     a: Sequence[Prediction],
     b: Sequence[Prediction],
-    metric: Literal["exact", "soft", "score"] = "exact",
+    metric: Metric = "exact",
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
@@ -74,7 +76,7 @@ def paired(
     totals = np.bincount(cluster, weights=difference)
     counts = np.bincount(cluster)
 
-    means = _bootstrap(totals, counts, resamples, np.random.default_rng(seed))
+    means = bootstrap_means(totals, counts, resamples, np.random.default_rng(seed))
     low, high = np.percentile(means, [2.5, 97.5])
     only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
     mean_a, mean_b = scores.mean(0)
@@ -105,21 +107,27 @@ def compare_all(paths: Sequence[Path], metric: str | None = None) -> list[tuple[
     if len(paths) < 2:
         raise UserError("compare: name two or more sets of predictions")
     found = [find_predictions(path) for path in paths]
-    if metric is None:
-        metric = "score" if all(_has_scores(predictions) for predictions in found) else "exact"
-    if metric not in ("exact", "soft", "score"):
-        raise UserError(f"compare: no metric {metric!r}; there are exact, soft and score")
+    kind = choose_metric(metric, found)
     rows: list[tuple[str, Comparison | float]] = []
     for path, predictions in zip(paths[1:], found[1:], strict=True):
-        result = paired(predictions, found[0], metric)  # type: ignore[arg-type]
+        result = paired(predictions, found[0], kind)
         if not rows:
             rows.append((str(paths[0]), result.mean_b))
         rows.append((str(path), result))
     return rows
 
 
-def _has_scores(predictions: Sequence[Prediction]) -> bool:
-    return any(prediction.score is not None for prediction in predictions)
+def choose_metric(metric: str | None, found: Iterable[Sequence[Prediction]]) -> Metric:
+    """Return the metric that was asked for; by default ``score`` if all models have scores, else ``exact``.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    if metric is None:
+        return "score" if all(any(p.score is not None for p in answers) for answers in found) else "exact"
+    if metric not in get_args(Metric):
+        raise UserError(f"compare: no metric {metric!r}; there are exact, soft and score")
+    return cast(Metric, metric)
 
 
 def find_predictions(path: Path) -> list[Prediction]:
@@ -140,7 +148,7 @@ def find_predictions(path: Path) -> list[Prediction]:
     return predictions
 
 
-def _bootstrap(totals: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def bootstrap_means(totals: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Return means ``[resamples]`` over clusters drawn with replacement.
 
     Clusters with the same total and count are interchangeable, and there are few such kinds. So the number of clusters

@@ -7,6 +7,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+#: A difference whose adjusted p-value is below this is shown.
+LEVEL = 0.05
 #: Seeds beyond which a difference is not worth showing.
 MOST_SEEDS = 1000
 #: Probability with which as many seeds as :func:`seeds_needed` says show a true difference of that size.
@@ -97,6 +99,26 @@ def seeds_needed(difference: float, deviation: float) -> int | None:
     if difference == 0 or not enough(MOST_SEEDS):
         return None
     return bisect_left(range(MOST_SEEDS), True, lo=2, key=enough)
+
+
+def verdicts(comparisons: Sequence[SeedComparison], *, lower: bool = False) -> list[str]:
+    """Return what each comparison shows of its first setting, with Holm's correction over all of them.
+
+    Args:
+        comparisons: all that are shown together.
+        lower: whether lower scores are better.
+
+    Returns:
+        ``better``, ``worse``, ``no difference shown`` or ``too few seeds`` for each.
+    """
+    tested = [(k, found.p) for k, found in enumerate(comparisons) if found.p is not None]
+    adjusted = holm([p for _, p in tested])
+    said = ["too few seeds"] * len(comparisons)
+    for (k, _), p in zip(tested, adjusted, strict=True):
+        said[k] = "no difference shown"
+        if p < LEVEL:
+            said[k] = "better" if (comparisons[k].difference < 0) == lower else "worse"
+    return said
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
+from vlm_distill.evaluation.seed_statistics import SeedComparison
+
 _WIDTH, _HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 30
 _MOST_POINTS = 240
@@ -198,6 +200,27 @@ def percent(value: float | None) -> str:
 def points(value: float) -> str:
     """Format a difference of fractions in signed percentage points."""
     return f"{value * 100:+.1f}".replace("-", "−")
+
+
+def spread(mean: float, beside: float | None, sign: str = "") -> str:
+    """Format a mean and what is beside it, such as ``83.6 ± 2.0``, with as many decimals as the spread is known to."""
+    digits = decimals(beside if beside else mean)
+    text = f"{mean:{sign}.{digits}f}".replace("-", "−")
+    return text if beside is None else f"{text} ± {beside:.{digits}f}"
+
+
+def decimals(size: float) -> int:
+    """Return decimals that show two significant digits of ``size``, at least one and at most four."""
+    if not size:
+        return 1
+    return min(4, max(1, 1 - math.floor(math.log10(abs(size)))))
+
+
+def needed(found: SeedComparison, verdict: str) -> str:
+    """Format how many seeds would show a difference that these did not show."""
+    if verdict != "no difference shown":
+        return ""
+    return "over 1,000" if found.needed is None else f"{found.needed:,}"
 
 
 def duration(seconds: float) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.errors import UserError
+from vlm_distill.config.differences import PLACES, flattened
 from vlm_distill.config.file import read_saved
 from vlm_distill.runtime.console import print_whole
 
@@ -19,8 +19,6 @@ from .running import Failed, Job, Machine, run_jobs
 from .table import LEGEND, tables
 
 TABLE = "sweep.csv"
-#: Keys that a finished run may differ in from the sweep: where it is, and how it was placed on the machine.
-_FREE = ("output", "training.resume", "training.device", "data.workers", "data.prefetch")
 #: Makes the words to start from those of ``vlm-distill``.
 Starter = Callable[[Sequence[str]], Sequence[str]]
 
@@ -98,8 +96,8 @@ def check_finished(sweep: Sweep) -> None:
         saved = run.folder / "config.yaml"
         if not (run.done and saved.is_file()):
             continue
-        before, now = _flat(read_saved(saved)), _flat(run.settings)
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith(_FREE)]
+        before, now = flattened(read_saved(saved)), flattened(run.settings)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in PLACES]
         if changed:
             key = changed[0]
             raise UserError(
@@ -154,14 +152,3 @@ def _say(name: str, failure: Failed | None, run: Path | None = None) -> None:
         print(f"{name}: filled", flush=True)
     else:
         print(f"{name}: {in_words(run)}", flush=True)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a configuration by dotted key."""
-    if not isinstance(tree, Mapping | list) or not tree:
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-    for key, value in items:
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found

@@ -18,14 +18,13 @@ from pydantic import ValidationError
 
 from data.errors import UserError
 from vlm_distill.config.batch_split import split_batch
+from vlm_distill.config.differences import SEED
 from vlm_distill.config.file import explain, load_config, merged_config, read_yaml
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.neighbours import check_neighbours
 
 from .sections import Axis, SweepSection
 from .words import label, override, read_word, safe
-
-SEED = "training.seed"
 
 
 @dataclass(frozen=True)

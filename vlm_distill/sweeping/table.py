@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vlm_distill.evaluation.seed_statistics import SeedComparison, compare_seeds, deviation_of, holm
+from vlm_distill.evaluation.seed_statistics import SeedComparison, compare_seeds, deviation_of, verdicts
+from vlm_distill.reporting.plots import needed, spread
 
 from .record import SweepRecord
 from .results import MEASURES, Result, main_scores
 
 Setting = tuple[str, ...]
-SIGNIFICANT = 0.05
 LEGEND = (
     "sd: over seeds. Differences are paired by seed, with the 95 % t interval; the verdict is at 5 % after Holm's "
     "correction over the table. needed: seeds that would show such a difference in four of five studies."
@@ -64,8 +63,8 @@ def rows_of(sweep: SweepRecord, results: Sequence[Result], data: str, measure: s
         other = baseline_of(sweep, setting)
         if other is not None and other != setting and other in found:
             against[setting] = compare_seeds(values, found[other])
-    verdicts = _verdicts(against, lower=MEASURES[measure].lower)
-    return [Row(setting, values, against.get(setting), verdicts.get(setting, "")) for setting, values in found.items()]
+    told = dict(zip(against, verdicts(list(against.values()), lower=MEASURES[measure].lower), strict=True))
+    return [Row(setting, values, against.get(setting), told.get(setting, "")) for setting, values in found.items()]
 
 
 def baseline_of(sweep: SweepRecord, setting: Setting) -> Setting | None:
@@ -74,20 +73,6 @@ def baseline_of(sweep: SweepRecord, setting: Setting) -> Setting | None:
         return None
     axis, name = sweep.baseline
     return tuple(name if key == axis else own for key, own in zip(sweep.axes, setting, strict=True))
-
-
-def _verdicts(against: Mapping[Setting, SeedComparison], *, lower: bool) -> dict[Setting, str]:
-    tested = {setting: found.p for setting, found in against.items() if found.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    verdicts = {}
-    for setting, found in against.items():
-        if setting not in adjusted:
-            verdicts[setting] = "too few seeds"
-        elif adjusted[setting] >= SIGNIFICANT:
-            verdicts[setting] = "no difference shown"
-        else:
-            verdicts[setting] = "better" if (found.difference < 0) == lower else "worse"
-    return verdicts
 
 
 def tables(sweep: SweepRecord, results: Sequence[Result]) -> list[Table]:
@@ -119,21 +104,4 @@ def _compared(found: SeedComparison | None, verdict: str) -> list[str]:
     if found is None:
         return ["", "", ""]
     difference = spread(found.difference, found.half, sign="+")
-    if verdict != "no difference shown":
-        return [difference, verdict, ""]
-    needed = "over 1,000" if found.needed is None else f"{found.needed:,}"
-    return [difference, verdict, needed]
-
-
-def spread(mean: float, beside: float | None, sign: str = "") -> str:
-    """Format a mean and what is beside it, such as ``83.6 ± 2.0``, with as many decimals as the spread is known to."""
-    digits = decimals(beside if beside else mean)
-    text = f"{mean:{sign}.{digits}f}".replace("-", "−")
-    return text if beside is None else f"{text} ± {beside:.{digits}f}"
-
-
-def decimals(size: float) -> int:
-    """Return decimals that show two significant digits of ``size``, at least one and at most four."""
-    if not size:
-        return 1
-    return min(4, max(1, 1 - math.floor(math.log10(abs(size)))))
+    return [difference, verdict, needed(found, verdict)]
