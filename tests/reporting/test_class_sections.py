@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 from classifier_runs import build_classifier
 from page import read
@@ -11,7 +10,7 @@ from vlm_distill.evaluation.seed_statistics import t_interval
 from vlm_distill.reporting import class_plots
 from vlm_distill.reporting.report import write_report
 from vlm_distill.reporting.run_folder import load_run
-from vlm_distill.reporting.seeds import family, one_seed, seed_groups
+from vlm_distill.reporting.seeds import name_trainings, one_seed, seed_board
 
 
 def scores(run, who="student"):
@@ -95,15 +94,12 @@ def test_seeds_are_summed_up(tmp_path):
     # Single images are those of one seed; all runs against each other would be five comparisons.
     assert len(re.findall("McNemar", text)) == 1
     loaded = [load_run(run, f"{run.parent.name}/{run.name}", "c0") for run in runs]
+    assert name_trainings(loaded) == ["taid", "ce"]
     assert [run.label for run in one_seed(loaded)] == ["taid/seed0", "ce/seed0"]
-    assert [(g.name, len(g.values)) for g in seed_groups(loaded, "test")] == [("taid", 3), ("ce", 3)]
-    assert seed_groups(loaded[::3], "test") == []
-
-
-def test_families():
-    assert family(Path("runs/taid/seed12")) == "taid"
-    assert family(Path("runs/taid/seed")) is None
-    assert family(Path("runs/taid")) is None
+    board = seed_board(loaded, "test")
+    assert [(group.name, list(group.scores)) for group in board["groups"]] == [("taid", [0, 1, 2]), ("ce", [0, 1, 2])]
+    assert [pair.found.n for pair in board["pairs"]] == [3]
+    assert seed_board(loaded[::3], "test") is None
 
 
 def test_corruptions_stand_by_severity(tmp_path):

@@ -50,7 +50,7 @@ def test_a_failed_run_is_named_with_its_last_line_and_skipped(tmp_path, capfd):
     said = capfd.readouterr().out
     assert "kl/seed13: FAILED: data.train: nothing is there" in said
     assert "[4/4]" in said
-    assert "taid/seed1: test accuracy, % 61" in said
+    assert "taid/seed1: test: Accuracy, % 61" in said
 
 
 def test_finished_runs_are_not_run_again(tmp_path):
@@ -81,7 +81,7 @@ def test_a_sweep_killed_twice_ends_with_the_same_table(tmp_path):
         process = program(path)
         said, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        tables.append(said[said.index("test: accuracy") :].partition(str(path.parent))[0])
+        tables.append(said[said.rindex("test: Accuracy") :].partition(str(path.parent))[0])
     assert tables[0] == tables[1]
     assert "no difference shown" in tables[0] or "better" in tables[0]
     starts = sorted((tmp_path / "killed").glob("runs/sweep/*/*/starts"))

@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
-from vlm_distill.config.differences import without_seed
+from vlm_distill.config.differences import SEED, flattened, without_seed
 from vlm_distill.config.file import read_saved
 
 from .compare import choose_metric, find_predictions
@@ -52,31 +53,54 @@ def is_seed_folder(folder: Path) -> bool:
     return _SEED.fullmatch(folder.name) is not None
 
 
+def same_training(runs: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[dict[int, int]]:
+    """Group runs that differ by their seed alone.
+
+    Runs in folders ``<name>/seed<k>`` are one training only with others of that name. A run whose settings and seed
+    another has, perhaps trained by another version, is a training of its own.
+
+    Args:
+        runs: folder and settings of each, flat or nested; without settings it is a training of its own.
+
+    Returns:
+        For each training, positions in ``runs`` by seed, in the order of first members.
+    """
+    groups: list[dict[int, int]] = []
+    known: dict[tuple[str, str], dict[int, int]] = {}
+    for place, (folder, settings) in enumerate(runs):
+        seed = int(flattened(settings).get(SEED) or 0)
+        above = str(folder.parent) if is_seed_folder(folder) else ""
+        members = known.setdefault((above, without_seed(settings)), {}) if settings else {}
+        if seed in members:
+            members = {}
+        if not members:
+            groups.append(members)
+        members[seed] = place
+    return groups
+
+
 def group_by_seed(paths: Sequence[Path]) -> list[SeedGroup]:
-    """Group runs that differ by their seed alone, in the order of their first members.
+    """Group the folders of runs that differ by their seed alone; other paths are each a group.
 
     Raises:
-        UserError: a configuration is damaged, or two runs are equal, seed included.
+        UserError: a configuration is damaged.
     """
-    found: dict[str, tuple[str, dict[int, Path]]] = {}
+    runs = []
     for path in paths:
         config = path / "config.yaml"
         settings = read_saved(config) if config.is_file() else None
-        if not isinstance(settings, dict):
-            found[str(path)] = (str(path), {0: path})
-            continue
-        resolved = path.resolve()
-        name = resolved.parent.name if is_seed_folder(resolved) else str(path)
-        _, members = found.setdefault(without_seed(settings), (name, {}))
-        seed = (settings.get("training") or {}).get("seed", 0)
-        if seed in members:
-            raise UserError(f"{members[seed]} and {path} are the same run: seed and settings are equal; name one")
-        members[seed] = path
-    names = [name for name, _ in found.values()]
-    groups = []
-    for name, members in found.values():
+        runs.append((path.resolve(), settings if isinstance(settings, dict) else {}))
+    trainings = same_training(runs)
+
+    names = []
+    for members in trainings:
         first = next(iter(members.values()))
-        groups.append(SeedGroup(name if names.count(name) == 1 else str(first), members))
+        folder = runs[first][0]
+        names.append(folder.parent.name if is_seed_folder(folder) else str(paths[first]))
+    groups = []
+    for name, members in zip(names, trainings, strict=True):
+        found = {seed: paths[place] for seed, place in members.items()}
+        groups.append(SeedGroup(name if names.count(name) == 1 else str(next(iter(found.values()))), found))
     return groups
 
 

@@ -10,6 +10,7 @@ from .class_sections import is_classification
 from .entries import Duel, Entry, Run, duel, entries_on
 from .gallery import gallery
 from .language_sections import has_answers
+from .seeds import one_of_each, seed_board
 
 
 def answer_sections(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -24,12 +25,15 @@ def answer_sections(runs: Sequence[Run], baselines: Mapping[str, Mapping[str, An
 
 def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     entries = entries_on(runs, data, baselines)
+    shown = one_of_each(entries, runs, data)
     return {
         "data": data,
         "entries": entries,
+        "shown": shown,
+        "seeds": seed_board(runs, data),
         "kinds": list(dict.fromkeys(kind for entry in entries for kind in entry.scores.get("by_type", {}))),
-        "duels": _duels([entry for entry in entries if entry.role == "student"]),
-        "gallery": gallery([entry for entry in entries if entry.predictions]),
+        "duels": _duels([entry for entry in shown if entry.role == "student"]),
+        "gallery": gallery([entry for entry in shown if entry.predictions]),
     }
 
 

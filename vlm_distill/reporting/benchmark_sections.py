@@ -11,6 +11,7 @@ from vlm_distill.evaluation.pictures import find_picture
 
 from .entries import Duel, Entry, Run, duel, entries_on
 from .gallery import CARDS, by_index, evenly_spaced
+from .seeds import one_of_each, seed_board
 
 _GROUPS = ("Students differ", "Teacher scores higher", "Student scores higher")
 _STUDENTS_DIFFER, _TEACHER_HIGHER, _STUDENT_HIGHER = _GROUPS
@@ -47,7 +48,7 @@ def not_scored(runs: Sequence[Run]) -> list[dict[str, str]]:
 def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
     sharing = [run for run in runs if rules in _rules_used(run, data)]
     entries = [e for e in entries_on(sharing, data, {}) if e.scores.get("rules") == rules and "main" in e.scores]
-    answered = [entry for entry in entries if entry.predictions]
+    answered = [entry for entry in one_of_each(entries, sharing, data) if entry.predictions]
     folders = [run.folder / "evaluation" / data / "pictures" for run in sharing]
     return {
         "data": data,
@@ -55,6 +56,7 @@ def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
         "metric": entries[0].scores["metric"],
         "out_of": max(entry.scores.get("out_of", 100.0) for entry in entries),
         "entries": entries,
+        "seeds": seed_board(sharing, data, "main"),
         "unreadable": UNREADABLE,
         "tables": _tables(entries),
         "duels": _duels(answered),

@@ -38,12 +38,8 @@ def classification_sections(runs: Sequence[Run], baselines: Mapping[str, Mapping
 def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     entries = entries_on(runs, data, baselines)
     scored = [run for run in runs if (data, "student") in run.scores]
-    chosen = {run.label for run in seeds.one_seed(scored)}
-    several = len(runs) > 1
-    shown = [e for e in entries if e.role != "student" or not several or e.label in chosen]
+    shown = seeds.one_of_each(entries, runs, data)
     answered = [entry for entry in shown if entry.predictions]
-    groups = seeds.seed_groups(runs, data)
-    teacher = next((e.scores["exact"] for e in entries if e.role == "teacher" and e.scores.get("exact")), None)
     return {
         "data": data,
         "entries": entries,
@@ -51,9 +47,7 @@ def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str
         "compared": any("agreement" in e.scores for e in entries),
         "mce": any(e.scores.get("mce") is not None for e in entries),
         "skipped": _skipped(entries),
-        "seeds": groups,
-        "axis": seeds.axis(groups, [] if teacher is None else [teacher]) if groups else None,
-        "teacher": teacher,
+        "seeds": seeds.seed_board(runs, data),
         "duels": _duels([e for e in answered if e.role == "student"]),
         "classes": _classes([e for e in shown if e.scores.get("by_type")]),
         "corruptions": next((e for e in shown if e.role == "student" and e.scores.get("corruptions")), None),

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from . import plots
 from .entries import Run, is_number
-from .language_sections import MEASURES
+from .language_sections import OF_LANGUAGE, title_of
 
 Chart = tuple[str, Markup]
 
@@ -19,7 +19,7 @@ _CAPTIONS = {"loss": "Loss, weighted sum", "lr": "Learning rate", "grad_norm": "
 _SCORES = [
     ("exact", "exact", "Accuracy"),
     ("score", "main", "Score"),
-    *((key, key, title) for key, (title, _) in MEASURES.items()),
+    *((key, key, title_of(key)) for key in OF_LANGUAGE),
 ]
 #: The curves' names are collected from this many first lines of a run's metrics.
 _LINES_FOR_NAMES = 50

@@ -14,7 +14,11 @@ from vlm_distill.evaluation.predictions import Prediction
 
 @dataclass
 class Run:
-    """One training run, as read from its folder."""
+    """One training run, as read from its folder.
+
+    Attributes:
+        training: the name that it shares with runs of other seeds, once :func:`~.seeds.name_trainings` has set it.
+    """
 
     label: str
     css: str
@@ -26,6 +30,12 @@ class Run:
     summary: dict[str, Any]
     scores: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     predictions: dict[tuple[str, str], list[Prediction]] = field(default_factory=dict)
+    training: str = ""
+
+    @property
+    def seed(self) -> int:
+        """Return the run's seed."""
+        return int(self.settings.get("training.seed") or 0)
 
     @property
     def verb(self) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .entries import Run, entries_on
+from vlm_distill.evaluation.measures import MEASURES
 
-#: Title of each measure, and whether lower is better.
-MEASURES = {
-    "perplexity": ("Perplexity", True),
-    "kl": ("KL to the teacher, nats per token", True),
-    "rouge_l": ("ROUGE-L", False),
-}
+from .entries import Run, entries_on
+from .seeds import seed_board
+
+#: Shown in this order.
+OF_LANGUAGE = {name: MEASURES[name] for name in ("perplexity", "kl", "rouge_l")}
 
 
 def has_answers(scores: Mapping[str, Any]) -> bool:
@@ -34,7 +33,7 @@ def language_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for data in names:
         entries = entries_on(runs, data, {})
         rows = []
-        for name, (title, less) in MEASURES.items():
+        for name, measure in OF_LANGUAGE.items():
             values = [entry.scores.get(name) for entry in entries]
             if all(value is None for value in values):
                 continue
@@ -42,13 +41,22 @@ def language_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
             students = [value for value in of_students if value is not None]
             best = None
             if len(students) > 1:
-                best = min(students) if less else max(students)
-            rows.append((title, [_shown(name, value) for value in values], [value == best for value in values]))
+                best = min(students) if measure.lower else max(students)
+            rows.append(
+                (title_of(name), [_shown(name, value) for value in values], [value == best for value in values])
+            )
         if rows:
             first = entries[0].scores
             counts = {"n": first.get("n"), "tokens": first.get("tokens")}
-            sections.append({"data": data, "entries": entries, "rows": rows, **counts})
+            boards = [seed_board(runs, data, name) for name in OF_LANGUAGE]
+            seeds = [board for board in boards if board is not None]
+            sections.append({"data": data, "entries": entries, "rows": rows, "seeds": seeds, **counts})
     return sections
+
+
+def title_of(name: str) -> str:
+    """Return a measure's title, without a per cent sign, which its values have."""
+    return OF_LANGUAGE[name].heading.removesuffix(", %")
 
 
 def _shown(name: str, value: float | None) -> str:

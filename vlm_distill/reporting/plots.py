@@ -216,6 +216,12 @@ def decimals(size: float) -> int:
     return min(4, max(1, 1 - math.floor(math.log10(abs(size)))))
 
 
+def in_figures(value: float) -> str:
+    """Format a score of a table: one decimal, or three below one."""
+    text = f"{value:.{1 if abs(value) >= 1 else 3}f}"
+    return text.replace("-", "−")
+
+
 def needed(found: SeedComparison, verdict: str) -> str:
     """Format how many seeds would show a difference that these did not show."""
     if verdict != "no difference shown":

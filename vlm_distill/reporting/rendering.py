@@ -36,6 +36,8 @@ def environment() -> jinja2.Environment:
         duration=plots.duration,
         size=plots.size_in_bytes,
         swatch=lambda entry: plots.swatch(entry.css, entry.label),
+        swatch_of_group=lambda group: plots.swatch(group.css, group.name),
+        in_figures=plots.in_figures,
         thousands=lambda n: f"{n:,}",
         data_uri=thumbnail,
         number=lambda value: "–" if value is None else f"{value:,.1f}",

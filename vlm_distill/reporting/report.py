@@ -8,6 +8,7 @@ from typing import Any
 
 from data.errors import UserError
 from vlm_distill import __version__
+from vlm_distill.evaluation.seed_groups import is_seed_folder
 
 from . import seeds
 from .answer_sections import answer_sections, best_student
@@ -46,10 +47,11 @@ def write_report(
     named = dict(runs) if isinstance(runs, Mapping) else _named(runs)
     if not named:
         raise UserError("report: no run given; name at least one folder that `vlm-distill train` wrote")
-    # Runs that differ only by their seed share a colour.
-    families = {label: seeds.family(folder.resolve()) or label for label, folder in named.items()}
-    colours = {family: f"c{i % _COLOURS}" for i, family in enumerate(dict.fromkeys(families.values()))}
-    loaded = [load_run(folder, label, colours[families[label]]) for label, folder in named.items()]
+    loaded = [load_run(folder, label, "") for label, folder in named.items()]
+    # Runs that differ by their seed alone share a colour.
+    colours = {training: f"c{i % _COLOURS}" for i, training in enumerate(seeds.name_trainings(loaded))}
+    for run in loaded:
+        run.css = colours[run.training]
     try:
         page = _page(loaded, title, baselines or {})
     except UserError:
@@ -70,7 +72,7 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for folder in folders:
         label = folder.resolve().name
-        longer = label in named or seeds.family(folder.resolve()) is not None
+        longer = label in named or is_seed_folder(folder.resolve())
         named[f"{folder.resolve().parent.name}/{label}" if longer else label] = folder
     return named
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.saved_json import read_object
+from vlm_distill.evaluation.measures import MEASURES
 
 from .record import RecordedRun, SweepRecord
 
@@ -16,25 +17,6 @@ from .record import RecordedRun, SweepRecord
 Score = tuple[str, str]
 #: Scores of a classifier that stand beside its accuracy.
 _BESIDE = ("top5", "nll", "ece", "agreement")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A score of ``scores.json``: its title, its factor in tables, and whether lower is better."""
-
-    title: str
-    scale: float = 1.0
-    lower: bool = False
-
-
-#: In the order in which tables show them. The first that a data set has is its main score.
-MEASURES = {
-    "main": Measure("score"),
-    "exact": Measure("accuracy, %", 100),
-    "rouge_l": Measure("ROUGE-L, %", 100),
-    "perplexity": Measure("perplexity", lower=True),
-    "kl": Measure("KL to the teacher, nats", lower=True),
-}
 
 
 @dataclass(frozen=True)
@@ -110,5 +92,5 @@ def in_words(run: Path) -> str:
     parts = []
     for data, name in main_scores([scores]):
         measure = MEASURES[name]
-        parts.append(f"{data} {measure.title} {measure.scale * scores[data, name]:.4g}")
+        parts.append(f"{data}: {measure.heading} {measure.scale * scores[data, name]:.4g}")
     return ", ".join(parts) or "finished"

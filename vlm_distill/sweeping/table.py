@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from vlm_distill.evaluation.measures import MEASURES
 from vlm_distill.evaluation.seed_statistics import SeedComparison, compare_seeds, deviation_of, verdicts
 from vlm_distill.reporting.plots import needed, spread
 
 from .record import SweepRecord
-from .results import MEASURES, Result, main_scores
+from .results import Result, main_scores
 
 Setting = tuple[str, ...]
 LEGEND = (
@@ -81,7 +82,7 @@ def tables(sweep: SweepRecord, results: Sequence[Result]) -> list[Table]:
 
 
 def _table(sweep: SweepRecord, results: Sequence[Result], data: str, measure: str) -> Table:
-    table = Table(title=f"{data}: {MEASURES[measure].title}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"{data}: {MEASURES[measure].heading}", title_justify="left", box=SIMPLE_HEAD)
     for axis in sweep.axes or ["setting"]:
         table.add_column(axis)
     compared = sweep.baseline is not None
