@@ -77,12 +77,23 @@ def _export_classifier(options: ExportOptions) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs to show side by side.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs to show side by side, or a sweep's.", show_default=False)
+    ],
     out: Annotated[Path | None, typer.Option(help="HTML file to write; default: report.html in the first run.")] = None,
 ) -> None:
-    """Write one self-contained HTML page about one or more runs."""
-    from vlm_distill.reporting.report import write_report
+    """Write one self-contained HTML page about one or more runs, or about a sweep.
 
+    Runs that differ by their seed alone are shown as one training. A sweep's folder also gets its CSV and LaTeX.
+    """
+    from vlm_distill.reporting.report import write_report
+    from vlm_distill.sweeping.record import is_sweep, read_record
+
+    if len(runs) == 1 and is_sweep(runs[0]):
+        from vlm_distill.sweeping.page import write_sweep
+
+        print(write_sweep(read_record(runs[0]), out))
+        return
     print(write_report(runs, out))
 
 

@@ -19,6 +19,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 30
 _MOST_POINTS = 240
 
 Point = tuple[float, float]
+#: x, and the lower and upper end of an interval there.
+Span = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Series:
         points: (x, y) by rising x; NaN and infinite points are left out.
         smooth: whether to draw the points faintly, with a moving average over them.
         level: whether to draw a horizontal dashed line at the y of the only point.
+        band: intervals to shade around the line, by rising x.
     """
 
     label: str
@@ -38,25 +41,32 @@ class Series:
     points: Sequence[Point]
     smooth: bool = False
     level: bool = False
+    band: Sequence[Span] = ()
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Map data values to picture coordinates along one axis."""
+    """Map data values to picture coordinates along one axis, by their logarithms if ``log``."""
 
     low: float
     high: float
     start: float
     stop: float
+    log: bool = False
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return self.start + (value - low) / (high - low) * (self.stop - self.start)
 
     def numbers(self) -> str:
         return " ".join(f"{v:.8g}" for v in (self.low, self.high, self.start, self.stop))
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str, percent: bool = False) -> Markup:
+def line_chart(
+    title: str, series: Sequence[Series], *, x_label: str, percent: bool = False, log: bool = False
+) -> Markup:
     """Draw a line chart; return an empty string if no line has a finite point.
 
     Args:
@@ -64,6 +74,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, percent: b
         series: the lines.
         x_label: unit of the x axis, for screen readers.
         percent: whether y is a fraction to be shown in per cent.
+        log: whether the x axis is logarithmic, with a tick at every point of the first line.
     """
     drawn = []
     for line in series:
@@ -72,17 +83,18 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, percent: b
             drawn.append((line, points))
     if all(line.level for line, _ in drawn):
         return Markup("")
-    x, y, x_ticks, y_ticks = _axes(drawn)
+    x, y, x_ticks, y_ticks = _axes(drawn, log=log)
 
     def show(value: float) -> str:
         return f"{value * 100:.4g} %" if percent else compact(value)
 
     last = ", ".join(f"{line.label} {show(points[-1][1])}" for line, points in drawn)
     head = Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-scale="{}" data-percent="{}">'
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-scale="{}" data-percent="{}"'
+        ' data-log="{}">'
     )
     told = f"{title} by {x_label}; at the end: {last}"
-    parts = [head.format(_WIDTH, _HEIGHT, told, f"{x.numbers()} {y.numbers()}", int(percent))]
+    parts = [head.format(_WIDTH, _HEIGHT, told, f"{x.numbers()} {y.numbers()}", int(percent), int(log))]
     parts += _grid(x, y, x_ticks, [(tick, show(tick)) for tick in y_ticks])
     for line, points in drawn:
         parts += _line(x, y, line, points)
@@ -90,21 +102,25 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, percent: b
     return Markup("").join(parts)
 
 
-def _axes(drawn: Sequence[tuple[Series, Sequence[Point]]]) -> tuple[_Scale, _Scale, list[float], list[float]]:
+def _axes(
+    drawn: Sequence[tuple[Series, Sequence[Point]]], *, log: bool
+) -> tuple[_Scale, _Scale, list[float], list[float]]:
     """Return both scales and their ticks. Levels stretch the y axis only."""
     xs: list[float] = []
     ys: list[float] = []
     for line, points in drawn:
         ys += [y for _, y in points]
+        for _, low, high in line.band:
+            ys += [low, high]
         if not line.level:
             xs += [x for x, _ in points]
     # Begin at zero if the first point is near it.
-    x_low = 0.0 if 0 < min(xs) < 0.1 * max(xs) else min(xs)
+    x_low = 0.0 if 0 < min(xs) < 0.1 * max(xs) and not log else min(xs)
     x_high = max(xs) if max(xs) > x_low else x_low + 1
     y_ticks = nice_ticks(min(ys), max(ys), 5)
-    x = _Scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
+    x = _Scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT, log)
     y = _Scale(min(y_ticks[0], *ys), max(y_ticks[-1], *ys), _HEIGHT - _BOTTOM, _TOP)
-    return x, y, nice_ticks(x_low, x_high, 5), y_ticks
+    return x, y, sorted(set(xs)) if log else nice_ticks(x_low, x_high, 5), y_ticks
 
 
 def _grid(x: _Scale, y: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[tuple[float, str]]) -> list[Markup]:
@@ -136,6 +152,10 @@ def _line(x: _Scale, y: _Scale, line: Series, points: Sequence[Point]) -> list[M
         height = points[0][1]
         return [polyline([(x.low, height), (x.high, height)], f"line level {line.css}")]
     parts = []
+    if line.band:
+        edge = [(at, low) for at, low, _ in line.band] + [(at, high) for at, _, high in reversed(line.band)]
+        corners = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in edge)
+        parts.append(Markup('<polygon class="band {}" points="{}"/>').format(line.css, corners))
     points = thinned(points)
     if line.smooth and len(points) > 8:
         parts.append(polyline(points, f"line faint {line.css}"))

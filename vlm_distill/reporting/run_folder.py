@@ -27,7 +27,7 @@ def load_run(folder: Path, label: str, css: str) -> Run:
             f"{folder}: not a run folder (no config.yaml, no metrics.jsonl); give one that `vlm-distill train` wrote"
         )
     text = _read_text(config) if config.is_file() else ""
-    lines = _read_lines(metrics) if metrics.is_file() else []
+    lines = read_metrics(folder)
     run = Run(
         label=label,
         css=css,
@@ -44,6 +44,12 @@ def load_run(folder: Path, label: str, css: str) -> Run:
         predictions = scores.with_name("predictions.jsonl")
         run.predictions[key] = read_predictions(predictions) if predictions.is_file() else []
     return run
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``; none without it. Raise ``UserError`` for a damaged line."""
+    path = folder / "metrics.jsonl"
+    return _read_lines(path) if path.is_file() else []
 
 
 def _read_text(path: Path) -> str:

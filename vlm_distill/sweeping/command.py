@@ -14,11 +14,10 @@ from vlm_distill.runtime.console import print_whole
 
 from .grid import Sweep, SweepRun, python_line, shell_line
 from .record import SweepRecord, record_of, write_record
-from .results import in_words, read_results, write_csv
+from .results import in_words, read_results
 from .running import Failed, Job, Machine, run_jobs
 from .table import LEGEND, tables
 
-TABLE = "sweep.csv"
 #: Makes the words to start from those of ``vlm-distill``.
 Starter = Callable[[Sequence[str]], Sequence[str]]
 
@@ -113,7 +112,7 @@ def tell_failures(failures: Sequence[Failed]) -> None:
 
 
 def show_table(sweep: SweepRecord) -> None:
-    """Print the tables of a sweep's finished runs, and write its CSV."""
+    """Print the tables of a sweep's finished runs, and write its page, CSV and LaTeX."""
     results = read_results(sweep)
     if not results:
         return
@@ -121,9 +120,10 @@ def show_table(sweep: SweepRecord) -> None:
         print_whole(table)
     if sweep.baseline is not None:
         print(f"baseline: {sweep.baseline[1]}. {LEGEND}")
-    path = sweep.output / TABLE
-    write_csv(path, sweep, results)
-    print(path)
+    # Imported late: the process that waits for runs does not need what pages do.
+    from .page import write_sweep
+
+    print(write_sweep(sweep))
 
 
 def _fillers(runs: Sequence[SweepRun]) -> list[SweepRun]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,12 @@ from vlm_distill.neighbours import check_neighbours
 from .sections import Axis, SweepSection
 from .words import label, override, read_word, safe
 
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of an axis: its name in folders and tables, its number if it is one, and its overrides."""
+    """One value of an axis: its name in folders and tables, its number if it has one, and its overrides."""
 
     name: str
     overrides: Mapping[str, Any]
@@ -274,7 +277,13 @@ def _setting(draft: _Draft, name: str, overrides: Mapping[str, Any]) -> Choice:
     if config is not None and not isinstance(config, str):
         raise UserError(f"{draft.path}: setting {name}: config is a file's name")
     plain = {key: value for key, value in overrides.items() if key != "config"}
-    return Choice(safe(name), plain, config=None if config is None else _beside(draft.path, config))
+    return Choice(safe(name), plain, _size(name), config=None if config is None else _beside(draft.path, config))
+
+
+def _size(name: str) -> float | None:
+    """Return the number that a setting is named after, such as 0.1m or 7b; ``None`` for other names."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", name.lower())
+    return float(found[1]) * _UNITS[found[2]] if found else None
 
 
 def _baseline(draft: _Draft, axes: Mapping[str, Sequence[Choice]]) -> tuple[str, str] | None:

@@ -11,7 +11,8 @@ for (const svg of document.querySelectorAll("svg.chart")) {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
     const px = Math.min(Math.max(at.x, px0), px1);
     guide.setAttribute("x1", px); guide.setAttribute("x2", px); guide.removeAttribute("hidden");
-    const x = x0 + (px - px0) / (px1 - px0) * (x1 - x0);
+    const share = (px - px0) / (px1 - px0);
+    const x = svg.dataset.log === "1" ? x0 * (x1 / x0) ** share : x0 + share * (x1 - x0);
     readout.textContent = "at " + Number(x.toPrecision(3)) + " — " + lines.map(({label, points}) => {
       const near = points.reduce((a, b) => Math.abs(b[0] - px) < Math.abs(a[0] - px) ? b : a);
       return label + " " + show(y0 + (near[1] - py0) / (py1 - py0) * (y1 - y0));
