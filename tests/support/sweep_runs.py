@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 
 from vlm_distill.config.file import load_config, save_config
-from vlm_distill.evaluation.predictions import Prediction
-from vlm_distill.evaluation.source_scores import write_answers
 from vlm_distill.runtime.launch import guarded
 from vlm_distill.sweeping.command import run_sweep, show_table
 from vlm_distill.sweeping.grid import read_sweep
@@ -31,6 +29,10 @@ def finish(run, exact, *, seconds=10.0, teacher=2000, data="test"):
 
 def add_answers(run, rng, questions=80):
     """Give a finished run answers that are right as often as its score says, four to a picture, and curves."""
+    # Imported here: a stub that imports PyTorch takes seconds to start.
+    from vlm_distill.evaluation.predictions import Prediction
+    from vlm_distill.evaluation.source_scores import write_answers
+
     student = run.folder / "evaluation/test/student"
     exact = json.loads((student / "scores.json").read_text())["exact"]
     answers, lines = [], []
@@ -105,4 +107,5 @@ if __name__ == "__main__":
     command, path, *words = sys.argv[1:]
     if command == "sweep":
         sys.exit(guarded(lambda: sweep(path, *words)))
+    guarded(lambda: None)  # like a rank, ends with the process that started it
     sys.exit({"train": train, "cache": cache}[command](path, words))

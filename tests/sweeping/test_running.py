@@ -40,6 +40,11 @@ def program(path):
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def under_way(folder):
+    """How far the runs of stubs are: steps by run."""
+    return {path: path.read_text() for path in folder.glob("runs/sweep/*/*/steps")}
+
+
 def test_a_failed_run_is_named_with_its_last_line_and_skipped(tmp_path, capfd):
     path = write_sweep(tmp_path, seeds=(sweep_runs.BAD_SEED, 1))
     failures = run(path)
@@ -67,10 +72,12 @@ def test_a_sweep_killed_twice_ends_with_the_same_table(tmp_path):
         (tmp_path / name).mkdir()
     whole, killed = (write_sweep(tmp_path / name, steps=30) for name in ("whole", "killed"))
     for number in (signal.SIGTERM, signal.SIGKILL):
+        before = under_way(tmp_path / "killed")
         process = program(killed)
-        time.sleep(2.5)
+        while under_way(tmp_path / "killed") == before:
+            time.sleep(0.05)
         process.send_signal(number)
-        errors = process.communicate(timeout=20)[1]
+        errors = process.communicate(timeout=120)[1]
         assert process.returncode == (143 if number == signal.SIGTERM else -number)
         assert ("each writes a checkpoint" in errors) == (number == signal.SIGTERM)
         time.sleep(1)
@@ -79,7 +86,7 @@ def test_a_sweep_killed_twice_ends_with_the_same_table(tmp_path):
     tables = []
     for path in (whole, killed):
         process = program(path)
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         tables.append(said[said.rindex("test: Accuracy") :].partition(str(path.parent))[0])
     assert tables[0] == tables[1]
@@ -166,7 +173,7 @@ def test_a_killed_run_is_reported_by_its_signal(tmp_path):
 def test_the_csv_has_a_row_for_each_run(tmp_path):
     path = write_sweep(tmp_path)
     process = program(path)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == 0
     assert re.search(r"taid +2 +60.50 ± 0.71 +\+10.0 ± 0.0 +better", said)
     lines = (tmp_path / "runs/sweep/sweep.csv").read_text().splitlines()

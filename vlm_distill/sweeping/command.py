@@ -38,12 +38,12 @@ def run_sweep(sweep: Sweep, at_once: int, nproc: int, start: Starter = python_li
         UserError: a run of a sweep that this one needs failed, or a finished run had other settings.
     """
     check_finished(sweep)
-    write_record(record_of(sweep))
     for other in sweep.first:
         failures = run_sweep(other, at_once, nproc, start)
         if failures:
             tell_failures(failures)
             raise UserError(f"{other.path}: {len(failures)} of its runs failed, and {sweep.path} needs them all")
+    write_record(record_of(sweep))
     open_runs = [run for run in sweep.distinct if not run.done]
     finished = len(sweep.distinct) - len(open_runs)
     already = f", {finished} of them finished" if finished else ""
