@@ -50,6 +50,22 @@ def test_names_may_be_given_and_equal_folder_names_are_told_apart(make_run, tmp_
     assert "Theirs" in page.text
 
 
+def test_runs_that_differ_by_their_seed_alone_are_one_training(make_run):
+    runs = []
+    for name, accuracy in (("good", 0.9), ("bad", 0.5)):
+        for seed in range(3):
+            run = make_run(f"{name}{seed}", taid=name == "good", accuracy=accuracy, seed=10 * seed + len(name))
+            config = run / "config.yaml"
+            config.write_text(config.read_text().replace("seed: 0", f"seed: {seed}"))
+            runs.append(run)
+    page = read(write_report(runs))
+    assert "Seeds" in page.headings
+    text = re.sub(r"\s+", " ", page.text)
+    assert re.search(r"good0 ?bad0 ?\+\d\d\.\d ± \d+\.\d ?better", text)
+    # Single questions are compared between one run of each, never between seeds.
+    assert text.count("McNemar") == 1
+
+
 def test_nothing_comes_from_outside(make_run):
     run = make_run()
     text = write_report([run]).read_text("utf-8")

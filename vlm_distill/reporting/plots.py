@@ -17,6 +17,8 @@ from vlm_distill.evaluation.seed_statistics import SeedComparison
 _WIDTH, _HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 30
 _MOST_POINTS = 240
+#: Half the span of an axis for values that are all zero, which are shares more often than not.
+_FLAT_AT_ZERO = 0.1
 
 Point = tuple[float, float]
 #: x, and the lower and upper end of an interval there.
@@ -170,7 +172,7 @@ def _line(x: _Scale, y: _Scale, line: Series, points: Sequence[Point]) -> list[M
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """Return about ``count`` round numbers that span ``low`` to ``high``."""
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
-        margin = abs(low) * 0.1 or 1.0
+        margin = abs(low) * 0.1 or _FLAT_AT_ZERO
         low, high = low - margin, high + margin
     raw = (high - low) / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))

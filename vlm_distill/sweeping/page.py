@@ -94,6 +94,7 @@ def _section(sweep: SweepRecord, results: Sequence[Result], data: str, measure: 
         "counts": {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("better", "worse")},
         "compared": sum(row.against is not None for row in rows),
         "crossed": bool(crossed),
+        "sizes": len({r.parameters.get("student") for r in results}) > 1,
         "reach": _reach(rows),
         "figures": score_figures(sweep, results, (data, measure), shown),
         "curves": curve_figures(sweep, results, (data, measure), shown),
