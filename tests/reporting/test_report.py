@@ -66,6 +66,15 @@ def test_runs_that_differ_by_their_seed_alone_are_one_training(make_run):
     assert text.count("McNemar") == 1
 
 
+def test_question_types_no_better_than_a_baseline_are_named(make_run):
+    by_type = {"yes/no": {"n": 20, "exact": 0.85}, "colour": {"n": 10, "exact": 0.1}}
+    baseline = {"n": 40, "exact": 0.5, "soft": 0.5, "by_type": by_type}
+    text = read(write_report([make_run()], baselines={"the question alone": baseline})).text
+    assert re.search(r"On yes/no questions, .* is not shown to be better than the question alone \(85.0%\)", text)
+    assert "On colour questions" not in text
+    assert "“t” is how far TAID’s target has moved" in text
+
+
 def test_nothing_comes_from_outside(make_run):
     run = make_run()
     text = write_report([run]).read_text("utf-8")

@@ -32,9 +32,28 @@ def _section(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str
         "shown": shown,
         "seeds": seed_board(runs, data),
         "kinds": list(dict.fromkeys(kind for entry in entries for kind in entry.scores.get("by_type", {}))),
+        "no_better": _no_better(shown),
         "duels": _duels([entry for entry in shown if entry.role == "student"]),
         "gallery": gallery([entry for entry in shown if entry.predictions]),
     }
+
+
+def _no_better(entries: Sequence[Entry]) -> list[str]:
+    """Say on which types of questions the first student is not shown to be better than a baseline."""
+    student = next((entry for entry in entries if entry.role == "student"), None)
+    found = []
+    for baseline in entries:
+        if student is None or baseline.role != "baseline":
+            continue
+        for kind, scores in student.scores.get("by_type", {}).items():
+            other = baseline.scores.get("by_type", {}).get(kind, {}).get("exact")
+            low, _ = scores.get("interval") or (None, None)
+            if other is not None and low is not None and low <= other:
+                found.append(
+                    f"On {kind} questions, {student.label} ({scores['exact']:.1%}) is not shown to be better than "
+                    f"{baseline.label} ({other:.1%})."
+                )
+    return found
 
 
 def _duels(students: Sequence[Entry]) -> list[Duel]:

@@ -21,6 +21,12 @@ _SCORES = [
     ("score", "main", "Score"),
     *((key, key, title_of(key)) for key in OF_LANGUAGE),
 ]
+#: What the short names of metrics mean.
+_MEANINGS = {
+    "t": "“t” is how far TAID’s target has moved, from the student’s own distribution (0) to the teacher’s (1)",
+    "kl": "“kl” is how far the student is from what it is taught, in nats per token",
+    "grad_norm": "Gradient norms are lengths before clipping",
+}
 #: The curves' names are collected from this many first lines of a run's metrics.
 _LINES_FOR_NAMES = 50
 
@@ -32,6 +38,15 @@ def charts(runs: Sequence[Run], sections: Sequence[Mapping[str, Any]]) -> list[C
         found += _score_charts(runs, sections, key, final_key, title)
     found += [_metric_chart(runs, name) for name in _metric_names(runs)]
     return [(caption, chart) for caption, chart in found if chart]
+
+
+def meanings(runs: Sequence[Run]) -> list[str]:
+    """Return what the short names of the drawn metrics mean."""
+    names: set[str] = set()
+    for run in runs:
+        for line in run.train[:_LINES_FOR_NAMES]:
+            names |= {name.rpartition("/")[2] for name in line}
+    return [text for name, text in _MEANINGS.items() if name in names]
 
 
 def _score_charts(

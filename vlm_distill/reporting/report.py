@@ -14,7 +14,7 @@ from . import seeds
 from .answer_sections import answer_sections, best_student
 from .benchmark_sections import benchmark_sections, not_scored
 from .class_sections import classification_sections
-from .curves import charts
+from .curves import charts, meanings
 from .entries import Run
 from .language_sections import language_sections
 from .planned import planned_sections
@@ -96,6 +96,7 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             language=language,
             headline={**headline(runs, first[0]["entries"] if first else []), "asked": bool(sections)},
             best=best_student,
+            meanings=meanings(runs),
             charts=charts(runs, [*first, *benchmarks, *language]),
             facts=speed_and_memory(runs),
             planned=planned_sections(runs),
