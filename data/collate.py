@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from math import isqrt
@@ -156,6 +156,17 @@ class Collator:
             return [(sample, images)]
         parts = self.turns.parts(sample, images)
         return [*parts] if self.view is None else [self.view.of(*part) for part in parts]
+
+    def collators_of(self, source: int) -> Mapping[str, Collator]:
+        """Return what encodes a source's samples for the student and each of their teachers alone, by name.
+
+        A single teacher's name is empty.
+        """
+        return {"": self}
+
+    def join_pairs(self, source: int, pairs: Mapping[str, Pair]) -> Pair:
+        """Return a sample's pair, given that with each of its teachers."""
+        return pairs[""]
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """Return a micro-batch of these pairs, packed where that is configured."""

@@ -17,7 +17,7 @@ from .tsv import table_records
 
 #: Keys whose cells may hold a list or an object, in JSON or as a Python literal.
 _LISTS = ("messages", "conversations", "conversation", "texts", "prompt", "completion", "history")
-_VALUES = ("images", "image", "answers", "tools", "functions", "metadata", "objects")
+_VALUES = ("images", "image", "videos", "video", "answers", "tools", "functions", "metadata", "objects")
 
 
 class DelimitedSource(IndexedFile):

@@ -79,7 +79,8 @@ class Pair:
         origins: the sample it comes from; empty if not needed.
         taught: with several teachers, by name the pair with each of those that teach this sample; ``teacher`` is None.
         source: with several teachers, the number of the sample's source.
-        seen: what the teacher sees, if it reads that instead of tokens and there are several teachers.
+        seen: what the teacher sees, if it reads that instead of tokens, and there are several teachers or the student
+            drew the answer.
     """
 
     student: Encoded

@@ -27,7 +27,7 @@ _REFUSALS = (
     (
         ("video", "videos", "audio", "audios"),
         "video and audio are not supported",
-        "write a part for a video: {type: video, video: FILE}",
+        "name files of videos under the record's videos, or in parts: {type: video, video: FILE}",
     ),
     (_PREFERENCE, "preference data is not supported", "name the answer to learn, as in columns: {messages: chosen}"),
     (("documents",), "documents are not supported", "write them into a message"),
@@ -158,7 +158,8 @@ def check_keys(
     Raises:
         BadSample: a key changes the record's meaning, or holds an image.
     """
-    images_chosen, text_chosen = bool({"image", "images"} & set(chosen)), bool(set(chosen) - {"image", "images"})
+    shown = {"image", "images", "video", "videos"}
+    images_chosen, text_chosen = bool({"image", "images"} & set(chosen)), bool(set(chosen) - shown)
     for key, value in given.items():
         if key in read or key in MEANINGLESS or is_empty(value):
             continue

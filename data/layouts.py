@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ from .messages import (
     place_images,
     read_message,
     read_tools,
+    videos_of,
 )
 
 _METADATA = ("id", "question_id", "question_type", "answer_type", "category")
+#: Keys of a record that name what it shows.
+SHOWN = ("images", "image", "videos", "video")
 #: Keys that a record of any layout may have.
-_COMMON = ("images", "image", "system", "tools", "functions", "metadata", "objects", *_METADATA, *MASKS)
+_COMMON = (*SHOWN, "system", "tools", "functions", "metadata", "objects", *_METADATA, *MASKS)
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ _READ = dict.fromkeys(chain.from_iterable(layout.keys for layout in LAYOUTS))
 #: The names that ``columns`` of a source may assign.
 COLUMNS = tuple(key for key in _READ if key not in MASKS)
 #: Columns that hold a record's text.
-TEXT_COLUMNS = tuple(key for key in COLUMNS if key not in ("images", "image", "metadata", "objects", *_METADATA))
+TEXT_COLUMNS = tuple(key for key in COLUMNS if key not in (*SHOWN, "metadata", "objects", *_METADATA))
 
 
 def layout_of(record: Mapping[str, Any], has_image: bool = False) -> Layout:
@@ -228,7 +232,8 @@ def to_conversation(
     The layouts are those of :data:`LAYOUTS`, recognised by their columns. Images are found under ``images`` or
     ``image``, or in image parts. ``<image>`` in a text becomes an image part (in a text part only if no message has
     image parts), and ``<image 2>`` stands for the second image; the text around it is unchanged. If nothing says where
-    a record's images belong, they precede the text of the first user message. A video part becomes one part per frame.
+    a record's images belong, they precede the text of the first user message. Files under ``videos`` or ``video`` are
+    placed alike, at ``<video>``. A video part that lists frames becomes an image part for each.
 
     Args:
         record: the content of a line of JSON or of a row of a table.
@@ -246,15 +251,17 @@ def to_conversation(
     if not isinstance(record, Mapping):
         raise BadSample("not a JSON object", type(record).__name__)
     unread = Counter() if unread is None else unread
-    given = _images(record, images, unread, chosen)
-    layout = _checked_layout(record, bool(given), unread, chosen)
+    given = _listed(record, ("images", "image"), partial(images_of, folder=images, unread=unread), unread, chosen)
+    videos = _listed(record, ("videos", "video"), partial(videos_of, folder=images), unread, chosen)
+    layout = _checked_layout(record, bool(given or videos), unread, chosen)
     messages = _with_system(record.get("system"), layout.read(record, unread))
     marks = not has_image_parts(messages)
     for message in messages:
-        message["content"] = cut_into_parts(message["content"], images, unread, marks=marks, has_images=bool(given))
+        shown = bool(given), bool(videos)
+        message["content"] = cut_into_parts(message["content"], images, unread, marks=marks, listed=shown)
     _check_order(messages, answers_required, record)
     check_grounding(messages, record.get("objects"))
-    placed = place_images(messages, given, layout.leading)
+    placed = place_images(messages, given, layout.leading, videos)
     _check_texts(messages)
     tools = read_tools(record.get("functions") if is_empty(record.get("tools")) else record["tools"])
     return Conversation(tuple(messages), tuple(placed), source, line, _metadata(record), tools)
@@ -277,17 +284,21 @@ def _checked_layout(
     return layout
 
 
-def _images(
-    record: Mapping[str, Any], folder: Path, unread: Counter[str], chosen: Collection[str]
+def _listed(
+    record: Mapping[str, Any],
+    names: Sequence[str],
+    read: Callable[[Any], list[ImageSource]],
+    unread: Counter[str],
+    chosen: Collection[str],
 ) -> list[ImageSource]:
-    """Return the images that a record lists, under ``images`` or ``image``."""
-    keys = [key for key in ("images", "image") if key in chosen] or ["images", "image"]
-    found = [images for key in keys if (images := images_of(record.get(key), folder, unread))]
+    """Return the images or videos that a record lists, under the plural or the singular of ``names``."""
+    keys = [key for key in names if key in chosen] or names
+    found = [listed for key in keys if (listed := read(record.get(key)))]
     if len(found) == 2 and found[0] != found[1]:
-        raise BadSample(
-            "two keys say different things", "image and images; write all under images, or choose one with columns"
-        )
-    unread.update(key for key in ("images", "image") if key not in keys and not is_empty(record.get(key)))
+        plural, singular = names
+        remedy = f"{singular} and {plural}; write all under {plural}, or choose one with columns"
+        raise BadSample("two keys say different things", remedy)
+    unread.update(key for key in names if key not in keys and not is_empty(record.get(key)))
     return found[0] if found else []
 
 
@@ -328,7 +339,7 @@ def _check_texts(messages: list[dict[str, Any]]) -> None:
             (message_text(message) + message.get("reasoning_content", "")).encode()
         except UnicodeEncodeError as error:  # such as half of an escaped emoji: JSON accepts it, tokenizers do not
             raise BadSample("invalid Unicode", f"message {number}: {error}") from None
-        has_image = any(part["type"] == "image" for part in message["content"])
+        has_image = any(part["type"] in ("image", "video") for part in message["content"])
         if message["role"] == "assistant" and not message_text(message) and "tool_calls" not in message:
             raise BadSample("empty answer", f"message {number}")
         if message["role"] == "user" and not message_text(message) and not has_image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -72,8 +72,27 @@ class SeveralCollator(Collator):
             seen = self.members[name].parts(loaded.sample, loaded.images)
             pairs = zip(by_teacher[name], seen, strict=True)
             by_teacher[name] = [replace(pair, seen=part) for pair, part in pairs]
-        source = loaded.sample_id[0]
-        return [_joined(source, by_teacher, parts) for parts in zip(*by_teacher.values(), strict=True)]
+        found = []
+        for parts in zip(*by_teacher.values(), strict=True):
+            found.append(self.join_pairs(loaded.sample_id[0], dict(zip(by_teacher, parts, strict=True))))
+        return found
+
+    def collators_of(self, source: int) -> Mapping[str, Collator]:
+        return {name: self.members[name] for name in self.lessons[source].weights}
+
+    def join_pairs(self, source: int, pairs: Mapping[str, Pair]) -> Pair:
+        first = next(iter(pairs.values()))  # the student's side is the same in all
+        return Pair(
+            first.student,
+            None,
+            first.student_tokens,
+            first.student_tokens,
+            distilled=torch.stack([pair.distilled for pair in pairs.values()]).any(0),
+            samples=first.samples,
+            document=first.document,
+            taught=pairs,
+            source=source,
+        )
 
     def batch(self, pairs: Sequence[Pair]) -> DistillationBatch:
         """Return a micro-batch with those of the teachers; a teacher without a sample gets a blank row."""
@@ -128,22 +147,6 @@ class _Group:
     pairs: list[Pair] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-def _joined(source: int, names: Iterable[str], pairs: Sequence[Pair]) -> Pair:
-    """Return a sample's pair with the pairs of its teachers, which have the same student."""
-    first = pairs[0]
-    return Pair(
-        first.student,
-        None,
-        first.student_tokens,
-        first.student_tokens,
-        distilled=torch.stack([pair.distilled for pair in pairs]).any(0),
-        samples=first.samples,
-        document=first.document,
-        taught=dict(zip(names, pairs, strict=True)),
-        source=source,
-    )
 
 
 def _alone(pairs: Sequence[Pair], member: Collator) -> DistillationBatch:

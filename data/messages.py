@@ -39,9 +39,9 @@ VIDEO_PARTS = ("video", "video_url")
 _PART_VIDEOS = ("video", "path", "url", "video_url", "file_name", "bytes")
 _PART_IMAGES = ("image", "bytes", "path", "url", "image_url", "file_name", "base64")
 
-# Placeholders of images in a text. The last group are other models' placeholders.
+# Placeholders of videos and images in a text. The last group are other models' placeholders.
 _PLACEHOLDER = re.compile(
-    r"<image>|<image[ _-]?([0-9]{1,3})>|<\|image_([0-9]{1,3})\|>"
+    r"(<video>)|<image>|<image[ _-]?([0-9]{1,3})>|<\|image_([0-9]{1,3})\|>"
     r"|(<\|image\|>|<image_placeholder>|<ImageHere>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>)"
 )
 # What else looks like a placeholder: other spellings, and control tokens of models.
@@ -158,7 +158,7 @@ def has_image_parts(messages: Sequence[RawMessage]) -> bool:
 
 
 def cut_into_parts(
-    content: Any, folder: Path, unread: Counter[str], *, marks: bool, has_images: bool
+    content: Any, folder: Path, unread: Counter[str], *, marks: bool, listed: tuple[bool, bool]
 ) -> list[dict[str, Any]]:
     """Return content as a list of parts.
 
@@ -170,10 +170,11 @@ def cut_into_parts(
         folder: the folder that relative image paths start from.
         unread: counts the keys of parts that are not read.
         marks: whether ``<image>`` and the like in a text are placeholders of images.
-        has_images: whether the record lists images, so that other models' placeholders count too.
+        listed: whether the record lists images, so that other models' placeholders count too; and whether it lists
+            videos, so that ``<video>`` does.
     """
     if isinstance(content, str):
-        return _cut_text(content, has_images) if marks else _text_part(content)
+        return _cut_text(content, *listed) if marks else _text_part(content)
     if not isinstance(content, list):
         raise BadSample("message without text", repr(content)[:80])
     parts: list[dict[str, Any]] = []
@@ -182,10 +183,10 @@ def cut_into_parts(
         if kind in IMAGE_PARTS:
             parts.append(_image_part(part, folder, unread))
         elif kind in VIDEO_PARTS:
-            parts += _video(part, folder, unread)
+            parts += _video(part, folder, unread, listed[1])
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             check_keys(part, ("type", "text"), unread, "content[].")
-            parts += cut_into_parts(part["text"], folder, unread, marks=marks, has_images=has_images)
+            parts += cut_into_parts(part["text"], folder, unread, marks=marks, listed=listed)
         else:
             raise BadSample("unknown message part", repr(part)[:80])
     return parts
@@ -220,35 +221,55 @@ def _image_part(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> 
     return {"type": "image", "number": index + 1}
 
 
-def _video(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> list[dict[str, Any]]:
-    """Return a video's part, or a part for each frame if the record lists images."""
+def _video(part: Mapping[str, Any], folder: Path, unread: Counter[str], listed: bool) -> list[dict[str, Any]]:
+    """Return a video's part, or a part for each frame if it lists images. Its file may be ``listed`` by the record."""
     check_keys(part, ("type", "frames", *_PART_VIDEOS), unread, "content[].", has_image=True)
     given = part["video"] if isinstance(part.get("video"), list) else part.get("frames")
     frames = images_of(given, folder, unread)
     if frames:
         return [{"type": "image", "image": frame} for frame in frames]
     file = one_of(part, _PART_VIDEOS)
+    if file is None and listed:
+        return [{"type": "video"}]
+    return [{"type": "video", "image": _video_file(file, folder)}]
+
+
+def _video_file(file: Any, folder: Path) -> VideoFile:
+    """Return the video of one value: a path, a URL, bytes, or an object with one of these."""
     if isinstance(file, Mapping):
         file = one_of(file, ("bytes", *IMAGE_KEYS))
     if isinstance(file, str) and file:
         file = named_image(file, folder)
     if not isinstance(file, str | bytes):
         raise BadSample("video without a file", "name a file under 'video', or list images under 'frames'")
-    return [{"type": "video", "image": VideoFile(file)}]
+    return VideoFile(file)
 
 
-def _cut_text(text: str, has_images: bool) -> list[dict[str, Any]]:
-    """Split a text at the placeholders of images."""
+def videos_of(value: Any, folder: Path) -> list[ImageSource]:
+    """Return the videos that a record lists: none, one, or one for each item of a list.
+
+    Raises:
+        BadSample: a value names no file.
+    """
+    if is_empty(value):
+        return []
+    return [_video_file(file, folder) for file in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _cut_text(text: str, has_images: bool, has_videos: bool) -> list[dict[str, Any]]:
+    """Split a text at the placeholders of images, and at those of videos if the record lists any."""
     if found := _PATH_IN_TEXT.search(text):
         raise BadSample("image inside a text", f"{found[0][:80]}; write <image> there, and the path under images")
     parts: list[dict[str, Any]] = []
     start = 0
     for match in _PLACEHOLDER.finditer(text):
-        if match[3] and not has_images:
+        if (match[1] and not has_videos) or (match[4] and not has_images):
             continue  # just text, or a control token
         parts += _text_part(text[start : match.start()])
-        number = match[1] or match[2]
-        parts.append({"type": "image", "number": int(number)} if number else {"type": "image"})
+        number = match[2] or match[3]
+        parts.append({"type": "video" if match[1] else "image"})
+        if number:
+            parts[-1]["number"] = int(number)
         start = match.end()
     return parts + _text_part(text[start:])
 
@@ -257,21 +278,26 @@ def _text_part(text: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": text}] if text else []
 
 
-def place_images(messages: list[dict[str, Any]], images: list[ImageSource], leading: bool) -> list[ImageSource]:
-    """Return all images in the order of the image parts, and remove images and numbers from the parts.
+def place_images(
+    messages: list[dict[str, Any]], images: list[ImageSource], leading: bool, videos: list[ImageSource]
+) -> list[ImageSource]:
+    """Return all images and videos in the order of their parts, and remove them and their numbers from the parts.
 
-    If there are no image parts, or with ``leading`` too few, they are added to the front of the first user message.
+    If there are no parts of either kind, or with ``leading`` too few for images, they are added to the front of the
+    first user message. ``<image>`` is the place of a video if the record has videos alone.
 
     Raises:
-        BadSample: image parts and images differ in number, or numbers do not name each image.
+        BadSample: parts and images, or parts and videos, differ in number, or numbers do not name each image.
     """
+    unmarked = not any(part["type"] in ("image", "video") for message in messages for part in message["content"])
+    _place_videos(messages, videos, unmarked, alone=not images)
     contents = chain.from_iterable(message["content"] for message in messages)
     parts = [part for part in contents if part["type"] in ("image", "video")]
     open_parts = [part for part in parts if "image" not in part]
     numbered = [part for part in open_parts if "number" in part]
     if numbered:
         images = _by_number(open_parts, numbered, images)
-    elif (not parts or leading) and len(open_parts) < len(images):
+    elif (unmarked or leading) and len(open_parts) < len(images):
         first = next(message for message in messages if message["role"] == "user")
         if not leading:
             _check_other_placeholders(messages)
@@ -284,6 +310,24 @@ def place_images(messages: list[dict[str, Any]], images: list[ImageSource], lead
         )
     remaining = iter(images)
     return [part.pop("image") if "image" in part else next(remaining) for part in parts]
+
+
+def _place_videos(messages: list[dict[str, Any]], videos: list[ImageSource], unmarked: bool, *, alone: bool) -> None:
+    """Give the record's videos to the parts that wait for one; if it has no parts (``unmarked``), put them first."""
+    parts = [part for message in messages for part in message["content"] if part["type"] in ("image", "video")]
+    waiting = [part for part in parts if part["type"] == "video" and "image" not in part]
+    if videos and alone and not waiting:
+        waiting = [part for part in parts if "image" not in part and "number" not in part]
+    if videos and unmarked:
+        first = next(message for message in messages if message["role"] == "user")
+        waiting = [{"type": "video"} for _ in videos]
+        first["content"][:0] = waiting
+    if len(waiting) != len(videos):
+        raise BadSample(
+            "video count mismatch", f"{_count(len(waiting), 'placeholder')}, {_count(len(videos), 'video')}"
+        )
+    for part, video in zip(waiting, videos, strict=True):
+        part.update(type="video", image=video)
 
 
 def _check_other_placeholders(messages: list[dict[str, Any]]) -> None:

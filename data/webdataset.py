@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from .errors import BadSample, UserError
 from .image_values import IMAGE_KEYS, images_of
-from .keys import one_of
+from .keys import is_empty, one_of
 from .labelled import is_image_name
-from .messages import IMAGE_PARTS
+from .messages import IMAGE_PARTS, VIDEO_PARTS
 from .sources import Source
 from .tars import Index, Shards, iterate_members, iterate_samples, open_shard, split_name
 
@@ -29,7 +29,7 @@ class WebDatasetSource(Source):
     ``json`` holds a record in any layout of :mod:`data.layouts`; without it, ``txt`` holds a caption, which becomes the
     answer to the image alone. Images are the members named like image files (``jpg``, ``0.jpg``, ``left.png``), in the
     order of the tar, or in the order in which the record names them. Other names of images in a record are from before
-    they were packed: files beside the tar are never read.
+    they were packed: files beside the tar are never read. Files of videos are not read from a tar.
 
     Shards are not assigned to ranks or workers. An index says where each sample is, so any rank can read any sample,
     and the order does not depend on the number of ranks.
@@ -103,13 +103,17 @@ class WebDatasetSource(Source):
 
 def _with_images(record: dict[str, Any], images: dict[str, bytes]) -> dict[str, Any]:
     """Return the record with the members as its images, whatever it calls them. See :class:`WebDatasetSource`."""
+    if not (is_empty(record.get("videos")) and is_empty(record.get("video"))):
+        raise _video_in_tar()
     found = _named(record.pop("images", None)) + _named(record.pop("image", None))
     videos = []
     for part in _seen_parts(record):
-        if part["type"] == "video":
+        if part["type"] in VIDEO_PARTS:
             own = _named(part.pop("frames", None))
             if isinstance(part.get("video"), list):
                 own += _named(part.pop("video"))
+            if not own:
+                raise _video_in_tar()
             videos.append((part, range(len(found), len(found) + len(own))))
         else:
             own = _named([part.pop(key, None) for key in ("bytes", *IMAGE_KEYS)])
@@ -120,6 +124,10 @@ def _with_images(record: dict[str, Any], images: dict[str, bytes]) -> dict[str, 
         part["frames"] = [given[number] for number in numbers]
         frames.update(numbers)
     return record | {"images": [image for number, image in enumerate(given) if number not in frames]}
+
+
+def _video_in_tar() -> BadSample:
+    return BadSample("video in a tar", "pack its frames as images, and list them under frames of a video part")
 
 
 def _in_order(found: list[str | bytes], images: dict[str, bytes]) -> list[bytes]:
@@ -152,7 +160,7 @@ def _named(value: Any) -> list[str | bytes]:
 def _seen_parts(value: Any) -> Iterator[dict[str, Any]]:
     """Yield the image and video parts of messages, at any depth."""
     if isinstance(value, dict):
-        if value.get("type") in (*IMAGE_PARTS, "video"):
+        if value.get("type") in (*IMAGE_PARTS, *VIDEO_PARTS):
             yield value
         value = list(value.values())
     if isinstance(value, list):

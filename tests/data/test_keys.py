@@ -342,7 +342,7 @@ def test_reasoning_is_kept(key):
         ({"chosen": ASKED, "rejected": ASKED}, "preference data is not supported: key 'chosen'"),
         ({"messages": ASKED, "rejected_response": "C"}, "preference data is not supported"),
         ({"prompt": "A", "completion": "B", "label": False}, "preference data is not supported: key 'label'"),
-        ({"messages": ASKED, "videos": ["a.mp4"]}, "video and audio are not supported: key 'videos'"),
+        ({"messages": ASKED, "audios": ["a.mp3"]}, "video and audio are not supported: key 'audios'"),
         ({"question": "A", "answer": 1, "options": ["x", "y"]}, "multiple-choice rows are not supported"),
         ({"question": "A", "answer": "B", "A": "x", "B": "y"}, "multiple-choice rows are not supported"),
         ({"question": "A", "answer": "B", "option_1": "x"}, "multiple-choice rows are not supported: key 'option_1'"),

@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from clips import write_clip
 
 from data.conversation import VideoFile, count_images
 from data.errors import BadSample
+from data.layouts import to_conversation
 from data.opening import open_source
 from data.sample_images import ImageLoader, load_images
 from data.video import VideoLimits, moments, read_video
@@ -68,6 +70,40 @@ def test_a_part_names_a_file(clip, tmp_path, key):
     shown, images = load_images(sample, ImageLoader(video=VideoLimits(fps=1)))
     assert [part["type"] for part in shown.messages[0]["content"]] == ["image"] * 3 + ["text"]
     assert count_images(shown.messages) == len(images) == len(shown.images) == 3
+
+
+VIDEO, IMAGE = {"type": "video"}, {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown", "content"),
+    [
+        ("<video>\nWhat?", {"video": "a.mp4"}, [VIDEO, "\nWhat?"]),
+        ("First <video>, then <video>?", {"videos": ["a.mp4", "b.mp4"]}, ["First ", VIDEO, ", then ", VIDEO, "?"]),
+        ("What?", {"video": "a.mp4"}, [VIDEO, "What?"]),
+        ("<image>\nWhat?", {"video": "a.mp4"}, [VIDEO, "\nWhat?"]),
+        ("<image> or <video>?", {"video": "a.mp4", "image": "a.png"}, [IMAGE, " or ", VIDEO, "?"]),
+        ("What?", {"video": "a.mp4", "image": "a.png"}, [IMAGE, VIDEO, "What?"]),
+        ("What is <video>?", {}, ["What is <video>?"]),
+    ],
+)
+def test_a_record_lists_its_videos(value, shown, content):
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "red"}]
+    sample = to_conversation({"conversations": turns, **shown}, images=Path("clips"))
+    expected = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    assert sample.messages[0]["content"] == expected
+    files = [VideoFile(f"clips/{name}") for name in ("a.mp4", "b.mp4")]
+    videos = [one for one in sample.images if isinstance(one, VideoFile)]
+    assert videos == files[: expected.count(VIDEO)]
+    assert sample.images.index(videos[0]) == int("image" in shown) if videos else not sample.images
+
+
+def test_a_part_may_stand_for_a_video_of_the_record():
+    content = [{"type": "text", "text": "What is <video>?"}, {"type": "video"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    sample = to_conversation({"messages": turns, "videos": [{"path": "/a.mp4"}]})
+    assert sample.messages[0]["content"] == [{"type": "text", "text": "What is <video>?"}, VIDEO]
+    assert sample.images == (VideoFile("/a.mp4"),)
 
 
 def test_without_the_section_a_file_is_a_bad_sample(clip):

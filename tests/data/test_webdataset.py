@@ -140,6 +140,23 @@ def test_frames_of_a_video_are_members(tmp_path, monkeypatch):
         source[1]
 
 
+ANSWER = {"role": "assistant", "content": "Red."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        asked("<video>", video="a.mp4"),
+        asked("What?", videos=["0.mp4"]),
+        {"messages": [{"role": "user", "content": [{"type": "video", "path": "/a.mp4"}]}, ANSWER]},
+    ],
+)
+def test_no_file_of_a_video_is_looked_for_beside_the_tar(tmp_path, record):
+    source = open_source(tar(tmp_path / "a.tar", [("0.json", record)]))
+    with pytest.raises(BadSample, match="video in a tar"):
+        source[0]
+
+
 def test_broken_members_are_bad_samples(tmp_path):
     members = [("0.json", b"{"), ("1.json", b"\xff"), ("2.json", [1, 2]), ("3.json", asked()), ("4.txt", b"\xff")]
     source = open_source(tar(tmp_path / "a.tar", members))
@@ -214,9 +231,6 @@ def test_any_number_of_ranks_and_workers_reads_the_same(tmp_path, world, workers
         assert seen == expected
     flat = [row for step in expected for row in step]
     assert sorted(flat) != flat
-
-
-ANSWER = {"role": "assistant", "content": "Red."}
 
 
 @pytest.mark.parametrize(
