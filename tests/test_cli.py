@@ -309,7 +309,7 @@ def test_the_command_and_the_module_have_the_same_options():
 @pytest.mark.parametrize(
     "of_the_other",
     [
-        ("--measures", "--teacher", "--columns", "--teacher-template-arguments"),
+        ("--measures", "--teacher", "--columns", "--teacher-template-arguments", "--video-sampling"),
         ("--benchmarks", "--rules", "--score", "--judge"),
     ],
     ids=["benchmarks", "data"],
@@ -322,7 +322,7 @@ def test_every_option_of_the_command_reaches_the_module(command, monkeypatch, of
         "--measures": "kl", "--teacher": "t", "--max-length": "7", "--judge": "http://j", "--judge-model": "q",
         "--judge-rate": "2.5", "--images": "i", "--root": "r", "--out": "o", "--limit": "3", "--batch-size": "2",
         "--max-new-tokens": "9", "--dtype": "bf16", "--columns": "{'q': 'p'}", "--template-arguments": "{'a': 1}",
-        "--teacher-template-arguments": "{'b': True}",
+        "--teacher-template-arguments": "{'b': True}", "--video-sampling": "{'fps': 2}",
     }  # fmt: skip
     given = {flag: text for flag, text in given.items() if flag not in of_the_other}
     assert command("eval", "m", *(word for pair in given.items() for word in pair), "--shard", "--nproc", "2")[0] == 0
@@ -447,6 +447,7 @@ def test_benchmarks_on_two_processes_equal_one(material, tmp_path, capsys):
         (["report", "nowhere"], "nowhere"),
         (["ask", "nowhere", "-", "what?"], "nowhere"),
         (["ask", "nowhere", "none.png", "what?"], "none.png"),
+        (["ask", "nowhere", "-", "what?", "--video", "none.mp4"], "none.mp4"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
     ],
 )

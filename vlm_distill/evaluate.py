@@ -29,6 +29,7 @@ from vlm_distill.runtime.launch import guarded, leave
 from vlm_distill.runtime.rank_share import RankShare
 
 if TYPE_CHECKING:
+    from vlm_distill.config.sections import VideoSection
     from vlm_distill.evaluation.benchmark_run import OpenBenchmarks
     from vlm_distill.evaluation.source_run import SourceResult
     from vlm_distill.models.interface import VisionLanguageModel
@@ -83,7 +84,20 @@ def _load_model(options: RankEvalOptions, processes: Processes) -> tuple[VisionL
         model = load_vlm(options.model, dtype=_dtype(options, processes)).to(processes.device)
     model.eval()
     model.processor.set_template_arguments(options.template_arguments or {}, "--template-arguments")
+    _set_video(options, model)
     return model, engine
+
+
+def _set_video(options: RankEvalOptions, model: VisionLanguageModel) -> None:
+    """Tell a model's processor how many frames a video has at most."""
+    section = _video(options)
+    model.processor.video_frames = None if section is None else section.max_frames
+
+
+def _video(options: RankEvalOptions) -> VideoSection | None:
+    from vlm_distill.config.sections import VideoSection
+
+    return None if options.video_sampling is None else VideoSection(**options.video_sampling)
 
 
 def _load_teacher(options: RankEvalOptions, model: VisionLanguageModel, processes: Processes) -> ModelTeacher | None:
@@ -97,6 +111,7 @@ def _load_teacher(options: RankEvalOptions, model: VisionLanguageModel, processe
     teacher = load_vlm(options.teacher, dtype=_dtype(options, processes)).to(processes.device)
     arguments = options.teacher_template_arguments or {}
     teacher.processor.set_template_arguments(arguments, "--teacher-template-arguments")
+    _set_video(options, teacher)
     align_heads(model, teacher)
     return ModelTeacher(teacher)
 
@@ -167,8 +182,9 @@ def _run_sources(
 ) -> dict[str, str]:
     """Measure the model on data sources; return name and reason of those without a valid score."""
     from data.collate import Collator
-    from data.images import load_image
+    from data.sample_images import ImageLoader
     from vlm_distill.evaluation.source_run import Measuring, run_source
+    from vlm_distill.training.open_data import video_limits
 
     collator = Collator(model.processor, None if teacher is None else teacher.processor, options.max_length)
     measuring = Measuring(options.measures.split(","), collator, teacher)
@@ -176,7 +192,7 @@ def _run_sources(
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         limit=options.limit,
-        load=partial(load_image, roots=options.root),
+        load=ImageLoader(options.root, video=video_limits(_video(options))),
     )
     answers_by = _identity(options, model)
     failures: dict[str, str] = {}
@@ -269,7 +285,9 @@ def _benchmark_names(options: RankEvalOptions) -> list[str]:
 
 def _identity(options: RankEvalOptions, model: VisionLanguageModel) -> dict[str, Any]:
     """Return what the answers depend on besides the questions."""
-    return {**identity(options.model, model), "roots": [str(root.resolve()) for root in options.root]}
+    found = {**identity(options.model, model), "roots": [str(root.resolve()) for root in options.root]}
+    section = _video(options)
+    return found if section is None else {**found, "video": section.model_dump()}
 
 
 def _feedback(name: str, ranks: RankShare) -> Feedback:

@@ -2,42 +2,28 @@
 
 import json
 
+import clips
 import families
 import pytest
 import tiny
 import torch
 from byte_tokenizer import make_tokenizer
-from clips import write_clip
-from PIL import Image
 
 from data.sample_images import load_images
+from vlm_distill import evaluate
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.inspection import Inspection
+from vlm_distill.planning import plan
 from vlm_distill.run import Run
 from vlm_distill.trainer import Trainer
 
 pytest.importorskip("av")
 
-PARTS = [
-    {"type": "video", "video": "clip.mp4"},
-    {"type": "image", "image": "picture.png"},
-    {"type": "text", "text": "Only a text."},
-    {"type": "video", "video": "broken.mp4"},
-]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
-    write_clip(folder / "clip.mp4")
-    (folder / "broken.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:700])
-    Image.new("RGB", (60, 30), "red").save(folder / "picture.png")
-    rows = []
-    for part in PARTS * 3:
-        content = [part, {"type": "text", "text": "Which colour?"}]
-        answer = {"role": "assistant", "content": "It is red."}
-        rows.append(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
-    (folder / "data.jsonl").write_text("\n".join(rows))
+    clips.write_data(folder)
     maker = families.Maker(make_tokenizer)
     for name in ("qwen2_5_vl", "llava_onevision", "llava"):
         maker.write(name, folder / name)
@@ -94,6 +80,34 @@ def test_both_models_see_the_same_moments(folder, processes):
         batch = run.collator.batch(run.collator.encode(*load_images(run.sources[0][row], run.load_image)))
         assert both <= batch.student.inputs.keys()
         assert both <= batch.teacher.inputs.keys()
+
+
+def test_a_plan_counts_the_tokens_of_videos(folder, processes):
+    run = Run(settings(folder, "counted"), processes)
+    run.prepare()
+    rows = [run.collator.encode(*load_images(run.sources[0][row], run.load_image))[0] for row in range(3)]
+    found = plan(settings(folder, "planned"), memory=1.0, device="cpu")
+    assert found.sequences.longest == max(len(row.student.input_ids) for row in rows)
+    assert found.flops > 0
+
+
+def test_questions_about_videos_are_asked(folder, command, tmp_path):
+    model, clip = folder / "qwen2_5_vl", folder / "clip.mp4"
+    code, told, _ = command("ask", model, "-", "Which colour?", "--video", clip, "--max-new-tokens", "2")
+    assert (code, told.count("%)")) == (0, 1)
+    words = ["--model", str(model), "--data", str(folder / "data.jsonl"), "--max-new-tokens", "2", "--max-bad", "1"]
+    sampled = ["--video-sampling", "{fps: 1, max_frames: 4}"]
+    for more, left_out in (([], {"video file": 6}), (sampled, {"video is broken": 3})):
+        out = tmp_path / str(len(more))
+        assert evaluate.main([*words, *more, "--out", str(out)]) == 0
+        scores = json.loads((out / "data" / "scores.json").read_text())
+        assert (scores["n"], scores["skipped"]) == (12 - sum(left_out.values()), left_out)
+
+
+def test_sampling_that_cannot_be_is_refused(command):
+    code, _, said = command("eval", "m", "--data", "d", "--video-sampling", "{fps: 0}")
+    assert code == 2
+    assert "fps" in said
 
 
 def test_an_inspection_shows_the_frames(folder):

@@ -15,7 +15,7 @@ from data.errors import UserError
 from vlm_distill.evaluation.scoring.scores import Rules
 from vlm_distill.runtime.launch import launch
 
-from .options import Processes, expanded, mapping, positive_rate, renaming, words_of
+from .options import Processes, expanded, mapping, positive_rate, renaming, video_sampling, words_of
 
 _MODEL = "Folder or name of a model, or a run's folder."
 _Mapping = partial(typer.Option, parser=mapping, metavar="MAPPING")
@@ -23,6 +23,12 @@ TemplateArguments = Annotated[
     dict[str, Any] | None, _Mapping(help="For the model's chat template, as '{enable_thinking: false}'.")
 ]
 TeacherArguments = Annotated[dict[str, Any] | None, _Mapping(help="For the teacher's chat template.")]
+VideoSampling = Annotated[
+    dict[str, Any] | None,
+    typer.Option(
+        parser=video_sampling, metavar="MAPPING", help="How videos are read, as data.video: '{fps: 1, max_frames: 16}'."
+    ),
+]
 JudgeAddress = Annotated[str | None, typer.Option(help="Base address of an OpenAI-compatible endpoint.")]
 JudgeModel = Annotated[str, typer.Option(help="The judge's name at that endpoint.")]
 JudgeRate = Annotated[
@@ -80,6 +86,7 @@ class EvalOptions:
     root: Annotated[
         list[Path], typer.Option(help="Read no image outside this folder; may be repeated.", show_default=False)
     ] = field(default_factory=list)
+    video_sampling: VideoSampling = None
     out: Annotated[Path, typer.Option(help="Folder for predictions and scores.")] = Path("runs/eval")
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of questions that may be left out, 0 to 1.")
@@ -94,13 +101,13 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         if self.benchmarks:
-            unused, about = ("columns", "measures", "teacher"), "data, not benchmarks"
+            unused, about = ["columns", "measures", "teacher", "video_sampling"], "data, not benchmarks"
         else:
-            unused, about = ("judge", "rules", "score"), "benchmarks (--benchmarks), not data"
+            unused, about = ["judge", "rules", "score"], "benchmarks (--benchmarks), not data"
         defaults = {option.name: option.default for option in fields(self) if option.default is not MISSING}
         for name in unused:
             if getattr(self, name) != defaults[name]:
-                raise UserError(f"--{name}: is about {about}; leave it out")
+                raise UserError(f"--{name.replace('_', '-')}: is about {about}; leave it out")
         _check_teacher(self)
 
 
@@ -193,11 +200,13 @@ def compare(
 
 @dataclass(kw_only=True)
 class AskOptions:
-    """One question about one image."""
+    """One question about an image, a video, or both."""
 
     model: Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
     image: Annotated[str, typer.Argument(help="An image file, or - for none.", show_default=False)]
     question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)]
+    video: Annotated[str | None, typer.Option(help="A file of a video, which follows the image.")] = None
+    video_sampling: VideoSampling = None
     teacher: Annotated[str | None, typer.Option(help="Another model that also answers.")] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of the answer.")] = 64
     template_arguments: TemplateArguments = None
@@ -205,30 +214,46 @@ class AskOptions:
 
     def __post_init__(self) -> None:
         _check_teacher(self)
+        if self.video_sampling is not None and self.video is None:
+            raise UserError("--video-sampling: there is no --video; leave it out")
 
 
 @expanded
 def ask(options: AskOptions) -> None:
-    """Ask a model one question about an image."""
-    from data.conversation import Conversation
+    """Ask a model one question about an image or a video."""
+    from data.conversation import Conversation, ImageSource, VideoFile
     from data.errors import BadSample
-    from data.images import load_image
+    from data.sample_images import ImageLoader, load_images
+    from vlm_distill.config.sections import VideoSection
     from vlm_distill.evaluation.model_identity import student_of
     from vlm_distill.models import load_vlm
+    from vlm_distill.training.open_data import video_limits
 
     asked = [(student_of(options.model), "--template-arguments", options.template_arguments)]
     if options.teacher is not None:
         asked.append((options.teacher, "--teacher-template-arguments", options.teacher_template_arguments))
+    limits = None
+    if options.video is not None:
+        limits = video_limits(VideoSection(**options.video_sampling or {}))
+
+    # Read what the question is about.
+    sources: list[ImageSource] = [] if options.image == "-" else [options.image]
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in sources]
+    if options.video is not None:
+        sources.append(VideoFile(options.video))
+        content.append({"type": "video"})
+    content.append({"type": "text", "text": options.question})
+    conversation = Conversation(({"role": "user", "content": content},), tuple(sources))
     try:
-        images = [] if options.image == "-" else [load_image(options.image)]
+        conversation, images = load_images(conversation, ImageLoader(video=limits))
     except BadSample as error:
-        raise UserError(f"{options.image}: {error}") from None
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": options.question}]
-    conversation = Conversation(({"role": "user", "content": content},), tuple(images))
+        raise UserError(f"cannot ask about {options.video or options.image}: {error}") from None
+
     for name, flag, arguments in asked:
         try:
             model = load_vlm(name, dtype="float32")
             model.processor.set_template_arguments(arguments or {}, flag)
+            model.processor.video_frames = None if limits is None else limits.max_frames
             (answer,) = model.generate([(conversation, images)], max_new_tokens=options.max_new_tokens)
         except BadSample as error:
             raise UserError(f"{name}: {error}") from None

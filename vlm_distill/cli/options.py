@@ -175,6 +175,21 @@ def renaming(text: str) -> dict[str, str]:
     return value
 
 
+def video_sampling(text: str) -> dict[str, Any]:
+    """Parse how files of videos are read: a mapping with the keys of ``data.video``."""
+    from pydantic import ValidationError
+
+    from vlm_distill.config.file import explain
+    from vlm_distill.config.sections import VideoSection
+
+    value = mapping(text)
+    try:
+        VideoSection.model_validate(value)
+    except ValidationError as error:
+        raise typer.BadParameter(explain(error, VideoSection)) from None
+    return value
+
+
 def positive_rate(text: str) -> float:
     """Parse an option whose value is a number of requests per minute."""
     try:

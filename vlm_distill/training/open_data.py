@@ -16,7 +16,7 @@ from data.sources import Source
 from data.teacher_view import View
 from data.video import VideoLimits, check_installed
 from vlm_distill.config.model_sections import BlurSection, DownsampleSection, TeacherSection
-from vlm_distill.config.sections import AnyData, DataSection, SourceSection
+from vlm_distill.config.sections import AnyData, DataSection, SourceSection, VideoSection
 
 
 def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Source | TextSource]:
@@ -46,11 +46,16 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
 
 def image_loader(data: AnyData) -> ImageLoader:
     """Return what decodes images and videos within the limits of the data section."""
-    section, limits = getattr(data, "video", None), None
-    if section is not None:
-        check_installed()
-        limits = VideoLimits(**section.model_dump())
+    limits = video_limits(getattr(data, "video", None))
     return ImageLoader([Path(root) for root in data.roots], data.max_pixels, video=limits)
+
+
+def video_limits(section: VideoSection | None) -> VideoLimits | None:
+    """Return how files of videos are read. Raise ``UserError`` if no package reads them."""
+    if section is None:
+        return None
+    check_installed()
+    return VideoLimits(**section.model_dump())
 
 
 def turns(data: DataSection) -> Turns:
