@@ -151,14 +151,7 @@ BOUND = ("qwen2_vl", "qwen2_5_vl")
 
 @pytest.fixture(scope="module")
 def family(make_tokenizer):
-    maker, made = families.Maker(make_tokenizer), {}
-
-    def get(name):
-        if name not in made:
-            made[name] = adapted(*maker.build(name))
-        return made[name]
-
-    return get
+    return families.made_once(make_tokenizer)
 
 
 def shuffled(kept):

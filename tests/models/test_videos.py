@@ -11,7 +11,6 @@ from clips import write_clip
 from data.conversation import Conversation, VideoFile
 from data.sample_images import ImageLoader, load_images
 from data.video import VideoLimits
-from vlm_distill.models.family_classes import adapted
 from vlm_distill.models.video_inputs import video_input
 
 pytest.importorskip("av")
@@ -36,13 +35,12 @@ def spelled_numbers():
 
 @pytest.fixture(scope="module")
 def family(make_tokenizer):
-    maker, made = families.Maker(make_tokenizer), {}
+    made = families.made_once(make_tokenizer)
 
     def get(name):
-        if name not in made:
-            made[name] = adapted(*maker.build(name))
-        made[name].processor.video_frames = LIMITS.max_frames
-        return made[name]
+        model = made(name)
+        model.processor.video_frames = LIMITS.max_frames
+        return model
 
     return get
 

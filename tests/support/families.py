@@ -102,6 +102,20 @@ def _written(name: str, image: str) -> str:
     return around.get(name, "{}").format(image)
 
 
+def made_once(make_tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
+    """A function that returns a family as the suite sees it, built when it is first asked for."""
+    from vlm_distill.models.family_classes import adapted
+
+    maker, made = Maker(make_tokenizer), dict[str, Any]()
+
+    def get(name: str) -> Any:
+        if name not in made:
+            made[name] = adapted(*maker.build(name))
+        return made[name]
+
+    return get
+
+
 @contextmanager
 def num2words() -> Iterator[None]:
     """Stands in for the package that SmolVLM's processor asks for, which only videos need."""

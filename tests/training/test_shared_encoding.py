@@ -13,7 +13,6 @@ from vlm_distill.caching.fill import fill
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import load_vlm
 from vlm_distill.run import Run
-from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
 FROZEN = {"from_teacher": {"layers": 2}, "train": ["projector", "decoder"]}
@@ -23,11 +22,6 @@ OTHER_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def processes():
-    return Processes("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,10 @@ from counted_runs import trained
 from vlm_distill import run as module
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models.shared_vision import has_same_vision
-from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
 FROZEN = {"from_teacher": {"layers": 2}, "train": ["projector", "decoder"]}
 LOSS = [{"name": "taid", "t_start": 0.4}, {"name": "projector_features", "weight": 0.5}]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    return Processes("cpu")
 
 
 @pytest.fixture(scope="module")
