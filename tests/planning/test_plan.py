@@ -23,6 +23,7 @@ from vlm_distill.planning import plan
 from vlm_distill.planning.models import Models
 from vlm_distill.planning.simulation import Meter
 from vlm_distill.reporting.report import write_report
+from vlm_distill.run import Run
 from vlm_distill.runtime.launch import reserved_port
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer, train
@@ -353,6 +354,31 @@ def test_a_cached_teacher_leaves_its_head_or_nothing(plans):
     assert topk.flops < hidden.flops < live.flops
     assert _configured(plans["token"]).teacher == 0
     assert plans["token"].flops == topk.flops
+
+
+@pytest.mark.parametrize(("dtype", "size", "averages"), [("fp32", 4, 0), ("bf16", 2, 4)])
+def test_a_copy_that_follows_has_its_averages_beside_it(models, dtype, size, averages):
+    changes = {"training__dtype": dtype, "deepspeed__stage": 2}
+    student = ("llama", {"train": ["decoder"]})
+    frozen, following = (
+        plan(_run(models, student, (None, {"from_student": True} | more), **changes)) for more in ({}, {"ema": 0.9})
+    )
+    total = sum(part.parameters for part in frozen.parts if part.model == "student")
+    assert _configured(frozen).teacher == size * total
+    assert _configured(following).teacher == (size + averages) * total
+
+
+def test_a_student_pruned_by_its_data_has_the_size_that_training_gives_it(models):
+    cut = {"layers": 2, "by": "influence", "neurons": 20, "heads": 1, "calibrate": 4}
+    config = _run(models, (None, {"from_teacher": cut}), "teacher", data="data")
+    found = plan(config)
+    processes = Processes("cpu")
+    real = Run(config, processes).student
+    processes.close()
+    assert sum(part.parameters for part in found.parts if part.model == "student") == sum(
+        parameter.numel() for parameter in real.parameters()
+    )
+    assert "the student keeps of its teacher: decoder: 2 layers of 3, 20 of 48 neurons, 1 of 2 heads" in found.remarks
 
 
 def test_packed_rows_take_less_time(plans):
