@@ -73,7 +73,13 @@ def settings(width: int = 16, layers: int = 2, tied: bool = False) -> dict[str, 
     }
 
 
-def write_data(folder: Path, rows: int = 24, text_only: tuple[int, ...] = (), broken: tuple[int, ...] = ()) -> Path:
+def write_data(
+    folder: Path,
+    rows: int = 24,
+    text_only: tuple[int, ...] = (),
+    broken: tuple[int, ...] = (),
+    size: tuple[int, int] = (20, 16),
+) -> Path:
     """LLaVA-style JSONL with one picture a row; some rows without a picture, some with a picture that is none."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -84,7 +90,7 @@ def write_data(folder: Path, rows: int = 24, text_only: tuple[int, ...] = (), br
             row["conversations"] = [{"from": "human", "value": f"say {colour}"}, {"from": "gpt", "value": colour}]
         else:
             image = folder / f"{i}.png"
-            Image.new("RGB", (20, 16), COLOURS[colour]).save(image)
+            Image.new("RGB", size, COLOURS[colour]).save(image)
             if i in broken:
                 image.write_bytes(b"not an image")
             row["image"] = image.name
