@@ -14,7 +14,6 @@ from torch import Tensor
 from data.batch import Encoded, SampleId
 from data.collate import Collator
 from data.conversation import ImageSource
-from data.encoding import encode_teacher
 from data.errors import BadSample
 from data.lessons import Lesson, SeveralCollator
 from data.loader import StepDataset, StepSplit
@@ -160,11 +159,10 @@ class Run:
 
     def _teacher_rows(self, processor: Processor, count: int) -> Iterator[Encoded]:
         """Encode the first samples of the training data for the teacher alone; of each, what is first a row."""
-        data = self.config.data
+        alone = Collator(processor, None, self.config.data.max_length, turns(self.config.data))
         for source, row in dict.fromkeys(self.first_samples(count)):
             try:
-                sample, images = load_images(self.sources[source][row], self.load_image)
-                pairs, _ = encode_teacher(sample, images, processor, data.max_length, turns(data))
+                pairs = alone.encode(*load_images(self.sources[source][row], self.load_image))
             except BadSample:
                 continue
             yield pairs[0].student
@@ -275,10 +273,11 @@ class Run:
 
         # Cut the heads before anything reads their vocabulary.
         grouped = self.grouped
-        for one in self.members.values() or [self]:
+        for name, one in self.members.items() or [("", self)]:
             found = one.teacher
             if found is not None and found.cache is not None:
-                self._cache_remarks += check_tokens(one.config, one.sources, found)
+                prefix = f"teachers.{name}: " if name else ""
+                self._cache_remarks += [prefix + remark for remark in check_tokens(one.config, one.sources, found)]
         prepare_losses(self.terms, student, self.loss_teacher)
 
         # Divide the decoders while they are whole, and compare the vision encoders while both are as they were loaded.
@@ -296,7 +295,7 @@ class Run:
         for name, member in self.members.items():
             check_packing(member.config.data.train, None, member.running_teacher, self.grouped_with[name])
             check_precision(member.config, student, member.running_teacher)
-        check_evaluations(config, student, self.teacher.model if self.teacher is not None else None)
+        check_evaluations(config, student, [] if self.teacher is None else list(self.teacher.models.values()))
 
     @cached_property
     def remarks(self) -> list[str]:
@@ -305,9 +304,6 @@ class Run:
         other = None if single is None or self.grouped else single.processor
         compared = other if isinstance(other, Processor) else None
         templates = template_remarks(self.student.processor, compared, self.config.data.max_length)
-        evaluation, data = self.config.evaluation, self.config.data
-        if self.members and evaluation.teacher and (data.eval or evaluation.benchmarks):
-            templates = [*templates, "several teachers are not evaluated; evaluate each with vlm-distill eval"]
         return [*self._cache_remarks, *templates, *self.packing.remarks]
 
     @property

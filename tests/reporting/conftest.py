@@ -38,8 +38,10 @@ def predict(questions, accuracy, rng, wrong=("yes", "no", "teal", "circle")):
     return predictions
 
 
-def build_run(folder, questions, *, taid=True, accuracy=0.85, teacher=0.99, steps=60, seed=0, evaluations=6):
-    """Writes a run folder; ``teacher=None`` trains without one."""
+def build_run(
+    folder, questions, *, taid=True, accuracy=0.85, teacher=0.99, teachers=None, steps=60, seed=0, evaluations=6
+):
+    """Writes a run folder; ``teacher=None`` trains without one, ``teachers`` are several by name."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     terms = "  taid: {weight: 1.0, t_start: 0.4}\n  cross_entropy: {weight: 0.1}" if taid else "  cross_entropy: {}"
@@ -82,6 +84,9 @@ def build_run(folder, questions, *, taid=True, accuracy=0.85, teacher=0.99, step
         write_answers(folder / "evaluation" / "test" / "student", predict(questions, accuracy, rng))
         if teacher:
             write_answers(folder / "evaluation" / "test" / "teacher", predict(questions, teacher, random.Random(99)))
+        for name, right in (teachers or {}).items():
+            answers = predict(questions, right, random.Random(98))
+            write_answers(folder / "evaluation" / "test" / f"teacher_{name}", answers)
     return folder
 
 

@@ -16,8 +16,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import clips
+import families
 import tiny
 import torch
+from byte_tokenizer import make_tokenizer
 from safetensors.torch import load_file
 
 from vlm_distill.config.sections import RunConfig
@@ -182,9 +185,29 @@ SHARED = {
     "copied_base_zero0": {"deepspeed__stage": 0, "family": "adapters"},
     **{f"several_zero{s}": {"deepspeed__stage": s, **SEVERAL} for s in (0, 2, 3)},
     **{f"together_zero{s}": {"deepspeed__stage": s, **TOGETHER} for s in (0, 3)},
+    **{
+        f"several_own_zero{s}": {
+            "deepspeed__stage": s,
+            **SEVERAL,
+            "loss": [{"name": "jsd"}, {"name": "cross_entropy", "weight": 0.5}],
+            "on_policy": {"fraction": 0.7, "max_new_tokens": 4},
+        }
+        for s in (0, 3)
+    },
     **{f"mixtures_zero{s}": {"deepspeed__stage": s, **MIXTURES} for s in (0, 3)},
     # The student's own moving average teaches it, and sees the answers.
     **{f"ema_zero{s}": {"deepspeed__stage": s, **SELF} for s in (0, 2, 3)},
+    # Videos among images and texts, some broken; the student and its teacher of another family take them as such.
+    **{
+        f"videos_zero{s}": {
+            "deepspeed__stage": s,
+            "family": "videos",
+            "data": "videos",
+            "data__max_length": 512,
+            "data__video": {"fps": 1, "max_frames": 4},
+        }
+        for s in (0, 3)
+    },
     "checkpointing_zero2": {"deepspeed__stage": 2, "training__activation_checkpointing": True},
     # A frozen vision encoder that is the teacher's runs in the teacher alone, in rows of their own and in shared ones.
     **{
@@ -254,6 +277,7 @@ TWO_RANKS = {
         f"{name}_shard_zero{s}": {
             **SHARED[f"{name}_zero{s}"],
             "teachers": {"big": {"path": "teacher"}, "other": {"path": "llava_teacher", "placement": "shard"}},
+            "data": "eval",
         }
         for name, s in (("several", 2), ("several", 3), ("together", 3), ("mixtures", 3))
     },
@@ -344,6 +368,10 @@ def main(folder: Path) -> None:
         tiny.write_pieces_teacher(folder / "pieces_teacher")
         tiny.write_llava(folder / "llava_teacher", layers=3)
         tiny.write_llava(folder / "llava_student", layers=2)
+        clips.write_data(folder / "videos", rounds=6)
+        maker = families.Maker(make_tokenizer)
+        maker.write("llava_onevision", folder / "videos_teacher")
+        maker.write("qwen2_5_vl", folder / "videos_student")
     processes.barrier()
     torch.compiler.set_stance("force_eager")  # compiling Muon's iteration takes longer than all else
     gc.freeze()  # ZeRO-3 collects garbage when it starts: a second for what is imported, which lives anyway
@@ -373,8 +401,8 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     if not changes.pop("persistent", False):
         changes["deepspeed__zero_optimization"] = WHOLLY_SHARDED | more
     kind = changes.pop("data", "language" if family == "language" else "plain")
-    if family == "llava":
-        changes["student"] = {"path": str(folder / "llava_student")}
+    if family in ("llava", "videos"):
+        changes["student"] = {"path": str(folder / f"{family}_student")}
     elif family == "language":
         changes["student"] = {"decoder": tiny.settings()["decoder"]}
     elif family == "lora":
@@ -389,7 +417,7 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         changes["student"] = {**tiny.settings(), "tokenizer": str(folder / "pieces_teacher" / "student")}
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
     placement = changes.pop("teacher", "replicate")
-    teacher = folder / (f"{family}_teacher" if family in ("llava", "language", "pieces") else "teacher")
+    teacher = folder / (f"{family}_teacher" if family in ("llava", "language", "pieces", "videos") else "teacher")
     plain = tiny.config(out, data, teacher, **changes)
     if isinstance(placement, dict):
         plain["teacher"] = placement
@@ -427,6 +455,7 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
         "held_out": held_out(trainer, processes),
         "weights": {name: tensor.float().flatten()[:64].tolist() for name, tensor in weights.items()},
         "exported": sorted(load_file(out / "student" / "model.safetensors")) if processes.first else [],
+        "evaluated": sorted(path.parent.name for path in out.glob("evaluation/*/*/scores.json")),
         "t": processes.gather([t.loss.metrics()["t"] for t in trainer.terms if "t" in t.loss.metrics()]),
         "moved": {name: not torch.equal(tensor, before[name]) for name, tensor in state.items()},
         "averages": {

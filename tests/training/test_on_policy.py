@@ -122,7 +122,7 @@ def test_answers_are_the_students(folder):
     ]
     # A question is encoded once if both models' processors do the same.
     shared = run.dataset.collator.student is run.dataset.collator.teacher
-    assert {prompt.teacher is prompt.student for prompt in prompts} == {shared}
+    assert {prompt.asked[""].encoded is prompt.student for prompt in prompts} == {shared}
     drawn = [ids for batch in taken.batches for ids in supervised(batch)]
     # Told again by the model itself, from the same random numbers.
     for prompt, ids in zip(prompts, drawn, strict=True):

@@ -181,6 +181,11 @@ def test_a_step_may_be_one_teachers_alone(results):
     assert all(line["teacher/big/share"] + line["teacher/other/share"] == pytest.approx(1) for line in lines)
 
 
+def test_several_teachers_are_evaluated_one_by_one(results):
+    # The second one is in shards: both ranks ask it together.
+    assert results(2, "several_shard_zero3")["evaluated"] == ["student", "teacher_big", "teacher_other"]
+
+
 def test_dropout_drops(results):
     assert losses(results(2, "dropout_zero2")) != losses(results(2, "zero2"))
 

@@ -13,11 +13,14 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.inspection import Inspection
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.planning import plan
+from vlm_distill.reporting.report import write_report
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
 KL = [{"name": "forward_kl"}, {"name": "cross_entropy", "weight": 0.5}]
 BOTH = {"big": 2.0, "other": 1.0}
+WEIGHED = {"fraction": 0.5, "visual_advantage": {}}
+ADAPTIVE = {"name": "skew_forward_kl", "mean": "sequences", "adaptive": True}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,15 @@ def config(folder, name, taught, teachers=("big", "other"), student="student", *
     return plain
 
 
+def write_pieces(folder):
+    """Two teachers, the first with the tokenizer of their student ``learner``, the second with another."""
+    tiny.write_pieces_teacher(folder / "unlike")
+    torch.manual_seed(3)
+    for name, layers in (("like", 3), ("learner", 2)):
+        model = build_vlm(tiny.settings(layers=layers), tokenizer=tiny.pieces_tokenizer("student"))
+        model.save_pretrained(folder / name)
+
+
 def metrics(plain):
     run = Trainer(RunConfig.model_validate(plain), Processes("cpu"))
     run.run()
@@ -51,9 +63,9 @@ def metrics(plain):
     return [line for line in lines if line["kind"] == "train"]
 
 
-def alone(folder, source, teacher, **changes):
-    """The first step of a run with one teacher and one source."""
-    plain = config(folder, f"{source}_{teacher}", {source: {}}, None, **changes)
+def alone(folder, source, teacher, kind="alone", **changes):
+    """The first step of a run with one teacher and one source, in a folder of its kind."""
+    plain = config(folder, f"{source}_{teacher}_{kind}", {source: {}}, None, **changes)
     plain["teacher"] = {"path": str(folder / teacher)}
     return metrics(plain)[0]
 
@@ -118,18 +130,73 @@ def test_one_of_them_may_be_served(folder):
 
 
 def test_one_of_them_may_have_another_tokenizer(folder):
-    tiny.write_pieces_teacher(folder / "unlike")
-    torch.manual_seed(3)
-    for name, layers in (("like", 3), ("learner", 2)):
-        build_vlm(tiny.settings(layers=layers), tokenizer=tiny.pieces_tokenizer("student")).save_pretrained(
-            folder / name
-        )
+    write_pieces(folder)
     changes = {"loss": [{"name": "uld"}], "student": "learner"}
     taught = {"one": {"teacher": "like"}, "two": {"teacher": "unlike"}}
     (found,) = metrics(config(folder, "tokenizers", taught, ("like", "unlike"), **changes))
     for source, teacher, size in (("one", "like", 12), ("two", "unlike", 8)):
         single = alone(folder, source, teacher, training__batch_size=size, **changes)
         assert found[f"teacher/{teacher}/uld"] == pytest.approx(single["uld/loss"], rel=1e-5)
+
+
+def test_each_judges_the_students_own_answers_as_it_does_alone(folder):
+    drawing = {"on_policy": {"fraction": 1.0, "max_new_tokens": 4}, "loss": [{"name": "reverse_kl"}]}
+    taught = {"one": {"teacher": "big"}, "two": {"teacher": "other"}}
+    (found,) = metrics(config(folder, "judging", taught, **drawing))
+    assert found["on_policy/step"] == 1
+    for source, teacher, size in (("one", "big", 12), ("two", "other", 8)):
+        single = alone(folder, source, teacher, "judging", training__batch_size=size, **drawing)
+        assert found[f"teacher/{teacher}/reverse_kl"] == pytest.approx(single["reverse_kl/loss"], rel=1e-5)
+
+
+def test_both_judge_an_answer_and_the_datas_is_learned_too(folder):
+    loss = [{"name": "forward_kl", "answers": "data"}, {"name": "reverse_kl", "answers": "own"}]
+    drawing = {"on_policy": {"fraction": 1.0, "max_new_tokens": 4, "pairs": True}, "loss": loss}
+    size = {"training__batch_size": 12}
+    (found,) = metrics(config(folder, "both_judging", {"one": {"teacher": BOTH}}, **drawing, **size))
+    one, other = (alone(folder, "one", name, "paired", **drawing, **size) for name in BOTH)
+    for name in ("forward_kl", "reverse_kl"):
+        mean = (2 * one[f"{name}/loss"] + other[f"{name}/loss"]) / 3
+        assert found[f"{name}/loss"] == pytest.approx(mean, rel=1e-5)
+    assert (found["teacher/big/share"], found["teacher/other/share"]) == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_an_answer_is_judged_as_text_if_one_of_its_teachers_has_another_tokenizer(folder):
+    write_pieces(folder)
+    drawing = {"on_policy": {"fraction": 1.0, "max_new_tokens": 4}, "loss": [{"name": "uld"}], "student": "learner"}
+    taught = {"one": {"teacher": {"like": 1, "unlike": 1}}}
+    size = {"training__batch_size": 12}
+    (found,) = metrics(config(folder, "as_text", taught, ("like", "unlike"), **drawing, **size))
+    single = alone(folder, "one", "unlike", "as_text", **drawing, **size)
+    assert found["teacher/unlike/uld"] == pytest.approx(single["uld/loss"], rel=1e-5)
+
+
+def test_a_server_judges_the_answers_to_its_own_questions(folder):
+    tiny.write_language_model(folder / "language")
+    taught, both = {"one": {"teacher": "big"}, "two": {"teacher": "language"}}, ("big", "language")
+    drawing = {"on_policy": {"fraction": 1.0, "max_new_tokens": 4}, "loss": [{"name": "forward_kl"}]}
+    live = metrics(config(folder, "unserved_judge", taught, both, **drawing))
+    plain = config(folder, "served_judge", taught, both, **drawing)
+    with serving(load_vlm(folder / "language", dtype="float32").eval()) as server:
+        plain["teachers"]["language"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 40}
+        served = metrics(plain)
+    assert [line["loss"] for line in served] == pytest.approx([line["loss"] for line in live], rel=1e-4)
+
+
+def test_each_is_evaluated_as_it_is_alone(folder):
+    questions = [{"path": str(folder / "one" / "data.jsonl"), "name": "questions"}]
+    changes = {"evaluation__measures": ["exact", "perplexity"], "data__eval": questions}
+    metrics(config(folder, "evaluated", {"one": {"teacher": BOTH}}, **changes))
+    for name in BOTH:
+        alone(folder, "one", name, "evaluated", **changes)
+        scores = folder / "evaluated/evaluation/questions" / f"teacher_{name}" / "scores.json"
+        single = folder / f"one_{name}_evaluated/evaluation/questions/teacher/scores.json"
+        found, expected = (json.loads(path.read_text()) for path in (scores, single))
+        assert (found["exact"], found["n"]) == (expected["exact"], 12)
+        assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    page = write_report([folder / "evaluated"]).read_text()
+    assert "Teacher · big" in page
+    assert "<h2>Teachers</h2>" in page
 
 
 def test_inspect_and_plan_know_all_of_them(folder):
@@ -155,7 +222,15 @@ def test_inspect_and_plan_know_all_of_them(folder):
         ({"one": {"teacher": "big"}}, {}, "teachers.other: teaches no source"),
         ({"one": {"teacher": BOTH}}, {"teacher": {"path": "x"}}, "one teacher or several"),
         ({"one": {"teacher": BOTH}}, {"loss": [{"name": "vision_features"}]}, "compares with a single teacher"),
-        ({"one": {"teacher": BOTH}}, {"on_policy": {"fraction": 0.5}}, "judged by a single teacher"),
+        ({"one": {"teacher": BOTH}}, {"loss": [{"name": "taid", "on": "images"}]}, "image tokens are paired"),
+        ({"one": {"teacher": BOTH}}, {"loss": [ADAPTIVE]}, "adaptive weighs"),
+        ({"one": {"teacher": BOTH}}, {"loss": [{"name": "overlap_kl"}]}, "in one teacher's vocabulary"),
+        (
+            {"one": {"teacher": BOTH}},
+            {"on_policy": WEIGHED},
+            "a single teacher's probabilities",
+        ),
+        ({"one": {"teacher": BOTH}}, {"evaluation": {"measures": ["kl"]}}, "measured to a single teacher"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, taught, changes, match):

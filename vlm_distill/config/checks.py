@@ -164,6 +164,10 @@ def _sees_full_images(run: Run) -> bool:
     return any(view.images == "full" for view in views)
 
 
+def _sees_no_images(run: Run) -> bool:
+    return any(teacher.view is not None and teacher.view.images == "none" for teacher in run.all_teachers.values())
+
+
 def _mixes(run: Run, combine: str) -> bool:
     return any(source.combine == combine for source in run.data.train)
 
@@ -223,7 +227,7 @@ RULES = (
         "on_policy.visual_advantage: a server is asked about the images alone; load the teacher here, or leave it out",
     ),
     Rule(
-        lambda run: _weighs(run) and _viewed(run) and run.teacher.view.images == "none",
+        lambda run: _weighs(run) and _sees_no_images(run),
         "on_policy.visual_advantage: the teacher sees no images (teacher.view); leave one of the two out",
     ),
     # A teacher behind a server: it scores conversations token by token, and its weights are elsewhere.
@@ -328,8 +332,8 @@ RULES = (
         "evaluation.measures: 'kl' is measured to a single teacher; leave 'kl' out",
     ),
     Rule(
-        lambda run: run.teachers and run.on_policy is not None,
-        "on_policy: the student's own answers are judged by a single teacher; name one (teacher)",
+        lambda run: run.teachers and _weighs(run),
+        "on_policy.visual_advantage: answers are weighed by a single teacher's probabilities; leave it or teachers out",
     ),
     Rule(
         lambda run: run.teachers and run.training.sequence_parallel > 1,

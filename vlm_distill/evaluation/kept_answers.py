@@ -17,6 +17,20 @@ from .prompts import options
 
 #: In an evaluation's folder: the answers, how they were asked, and each rank's answers while it is unfinished.
 PREDICTIONS, ASKED, UNFINISHED = "predictions.jsonl", "asked.json", "unfinished"
+#: In a run's ``evaluation/DATA``, the folder of a single teacher's answers; several have ``teacher_NAME``.
+TEACHER = "teacher"
+
+
+def teacher_folder(name: str) -> str:
+    """Return the folder of a teacher's answers; ``name`` is empty for a single one."""
+    return f"{TEACHER}_{name}" if name else TEACHER
+
+
+def teacher_name(folder: str) -> str | None:
+    """Return the name of the teacher whose answers a folder holds, empty for a single one; ``None``: no teacher's."""
+    if folder == TEACHER:
+        return ""
+    return folder.removeprefix(f"{TEACHER}_") if folder.startswith(f"{TEACHER}_") else None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .benchmark_questions import BenchmarkQuestions
 from .benchmark_run import collected_warnings
 from .benchmark_scores import Result, check_questions, check_rules, score_answers, write_result, write_summary
 from .judge import Judge
-from .kept_answers import PREDICTIONS, kept_answer, read_asked, unusable_rows, write_asked
+from .kept_answers import PREDICTIONS, kept_answer, read_asked, teacher_name, unusable_rows, write_asked
 from .predictions import Prediction, read_predictions, score_kept
 from .question_source import read_question
 from .scoring.scores import Rules
@@ -93,7 +93,9 @@ def default_out(answers: Path, rules: str | None, judge: str | None) -> Path:
     folder = (answers.parent if answers.is_file() else answers).resolve()
     names = [rules or "again", *([] if judge is None else ["by", Path(judge).name])]
     # For a single benchmark's answers, leave the evaluation's folder: scores in it would be taken for its own.
-    inside = {"student": 3, "teacher": 3}.get(folder.name, 1) if (folder / PREDICTIONS).exists() else 0
+    inside = 0
+    if (folder / PREDICTIONS).exists():
+        inside = 3 if _of_run(folder) else 1
     for _ in range(inside):
         if folder.name != "evaluation":
             names.insert(0, folder.name)
@@ -120,8 +122,13 @@ def _told_by_scores(folder: Path) -> dict[str, Any]:
 
 
 def _place(folder: Path, name: str) -> Path:
-    # A run's folder holds a student's and a teacher's answers for each benchmark.
-    return Path(name) / folder.name if folder.name in ("student", "teacher") else Path(name)
+    # A run's folder holds the student's and its teachers' answers for each benchmark.
+    return Path(name) / folder.name if _of_run(folder) else Path(name)
+
+
+def _of_run(folder: Path) -> bool:
+    """Return whether a run wrote these answers, by the folder's name."""
+    return folder.name == "student" or teacher_name(folder.name) is not None
 
 
 def _check_place(place: Path, folder: Path) -> None:

@@ -144,7 +144,8 @@ class Processor(ABC):
                 tensors[name] = torch.cat([tensor, rest], -1)
         input_ids = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.long)])
         supervised = torch.arange(length + new) >= length
-        return Encoded(input_ids, supervised, torch.zeros_like(supervised), prompt.images, tensors)
+        ends = torch.zeros_like(supervised)
+        return Encoded(input_ids, supervised, ends, prompt.images, tensors, videos=prompt.videos)
 
     def recipe(self) -> tuple[Any, ...]:
         """Return everything that decides what this processor makes of a sample; equal recipes give equal tensors."""

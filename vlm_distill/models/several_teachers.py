@@ -25,14 +25,18 @@ class SeveralTeachers(Teacher):
     """
 
     def __init__(self, members: Mapping[str, Teacher]) -> None:
-        self.members = dict(members)
-        teachers = list(self.members.values())
+        self._members = dict(members)
+        teachers = list(self._members.values())
         self.processor = teachers[0].processor
         self.needs_images = any(teacher.needs_images for teacher in teachers)
         self.asks_ahead = any(teacher.asks_ahead for teacher in teachers)
         self.collective = any(teacher.collective for teacher in teachers)
         counts = [teacher.parameters for teacher in teachers]
         self.parameters = None if None in counts else sum(count for count in counts if count is not None)
+
+    @property
+    def members(self) -> Mapping[str, Teacher]:
+        return self._members
 
     def align(self, student: VisionLanguageModel) -> int:
         raise UserError("several teachers are aligned one by one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,17 @@ class Teacher(ABC):
     asks_ahead: bool = False
     ema: float | None = None
     bytes_beside: int = 0
+
+    @property
+    def members(self) -> Mapping[str, Teacher]:
+        """The teachers by name; a single one's name is empty."""
+        return {"": self}
+
+    @property
+    def models(self) -> dict[str, VisionLanguageModel]:
+        """The models that run here, by the names of the teachers."""
+        found = {name: teacher.model for name, teacher in self.members.items()}
+        return {name: model for name, model in found.items() if model is not None}
 
     @abstractmethod
     def align(self, student: VisionLanguageModel) -> int:

@@ -134,11 +134,11 @@ def _gallery(entries: Sequence[Entry], folders: Sequence[Path]) -> list[dict[str
 
 
 def _group(entries: Sequence[Entry], scores: Sequence[float]) -> str | None:
-    """Return the gallery's group of a question, ``None`` where the models score the same."""
+    """Return the gallery's group of a question, ``None`` where the models score the same. The best teacher counts."""
     teacher = [score for entry, score in zip(entries, scores, strict=True) if entry.role == "teacher"]
     students = [score for entry, score in zip(entries, scores, strict=True) if entry.role == "student"]
     if len(set(students)) > 1:
         return _STUDENTS_DIFFER
-    if not teacher or not students or teacher[0] == students[0]:
+    if not teacher or not students or max(teacher) == students[0]:
         return None
-    return _TEACHER_HIGHER if teacher[0] > students[0] else _STUDENT_HIGHER
+    return _TEACHER_HIGHER if max(teacher) > students[0] else _STUDENT_HIGHER

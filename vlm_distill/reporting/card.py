@@ -122,7 +122,7 @@ def _facts(config: Mapping[str, Any], size: int, changes: Sequence[str]) -> list
     student = config["student"]
     return [
         ("parameters", f"{size / 1e6:.2f} million"),
-        ("teacher", _whole(config.get("teacher") or {})),
+        ("teacher", ", ".join(map(_whole, _teachers(config)))),
         ("student", _whole(student)),
         ("trained parts", ", ".join(student.get("train") or [])),
         ("trained on", ", ".join(_shares(config["data"]["train"]))),
@@ -145,15 +145,22 @@ def _metrics(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _origins(config: Mapping[str, Any]) -> list[str]:
-    """Return the hub names of the teacher and of the models that the student's weights come from."""
-    teacher, student = config.get("teacher") or {}, config["student"]
+    """Return the hub names of the teachers and of the models that the student's weights come from."""
+    student = config["student"]
     encoder, decoder = student.get("vision_encoder") or {}, student.get("decoder") or {}
-    names = [teacher.get("path"), student.get("path"), decoder.get("name")]
+    names = [section.get("path") for section in [*_teachers(config), student]]
+    names.append(decoder.get("name"))
     if encoder.get("pretrained") and encoder.get("source") == "transformers":
         names.append(encoder.get("name"))
     elif encoder.get("pretrained") and encoder.get("source") == "timm":
         names.append(f"timm/{encoder.get('name')}")
     return list(dict.fromkeys(found for name in names if (found := hub_name(name))))
+
+
+def _teachers(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the sections of a run's teachers, one or several."""
+    single = config.get("teacher")
+    return [single] if single else list((config.get("teachers") or {}).values())
 
 
 def _whole(model: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from . import plots
 from .entries import Run, is_number
 from .language_sections import OF_LANGUAGE, title_of
+from .teacher_sections import PREFIX
 
 Chart = tuple[str, Markup]
 
@@ -98,7 +99,7 @@ def _metric_names(runs: Sequence[Run]) -> list[str]:
 
 def _metric_chart(runs: Sequence[Run], name: str) -> Chart:
     caption = _CAPTIONS.get(name) or name.replace("_", " ").replace("/", " · ")
-    noisy = name == "grad_norm" or name.split("/")[-1] == "loss"
+    noisy = name == "grad_norm" or name.split("/")[-1] == "loss" or name.startswith(PREFIX)
     curves = [_curve(run, run.train, "step", name, smooth=noisy) for run in runs]
     return caption, plots.line_chart(caption, curves, x_label="steps")
 

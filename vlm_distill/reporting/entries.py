@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm_distill.evaluation.compare import Comparison, paired
+from vlm_distill.evaluation.kept_answers import teacher_name
 from vlm_distill.evaluation.predictions import Prediction
 
 
@@ -71,17 +72,22 @@ class Duel:
 
 
 def entries_on(runs: Sequence[Run], data: str, baselines: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
-    """Return the teacher, students and baselines with scores on ``data``.
+    """Return the teachers, students and baselines with scores on ``data``.
 
-    Runs in one report share their teacher: the first run that scored it supplies its scores.
+    Runs in one report share their teachers: the first run that scored one supplies its scores.
     """
     entries = []
+    known: set[str] = set()
     for run in runs:
-        if (data, "teacher") in run.scores:
-            key = data, "teacher"
-            count = run.summary.get("parameters", {}).get("teacher")
-            entries.append(Entry("teacher", "Teacher", "teacher", run.scores[key], run.predictions[key], count))
-            break
+        for key in run.scores:
+            name = teacher_name(key[1])
+            if key[0] != data or name is None or name in known:
+                continue
+            known.add(name)
+            # The summary has the parameters of all teachers together.
+            count = None if name else run.summary.get("parameters", {}).get("teacher")
+            label = f"Teacher · {name}" if name else "Teacher"
+            entries.append(Entry("teacher", label, "teacher", run.scores[key], run.predictions[key], count))
     for run in runs:
         key = data, "student"
         if key in run.scores:

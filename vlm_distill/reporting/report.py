@@ -21,6 +21,7 @@ from .planned import planned_sections
 from .rendering import environment
 from .run_facts import differing_settings, headline, speed_and_memory
 from .run_folder import load_run
+from .teacher_sections import teacher_sections
 
 _COLOURS = 5
 
@@ -94,6 +95,7 @@ def _page(runs: list[Run], title: str | None, baselines: Mapping[str, Mapping[st
             not_scored=not_scored(runs),
             classified=classified,
             language=language,
+            taught=teacher_sections(runs),
             headline={**headline(runs, first[0]["entries"] if first else []), "asked": bool(sections)},
             best=best_student,
             meanings=meanings(runs),

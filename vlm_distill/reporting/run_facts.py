@@ -39,14 +39,16 @@ def headline(runs: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:
     """Return the figures of the first sentence: sizes of the first run's models, and scores from ``entries``."""
     sizes = runs[0].summary.get("parameters", {})
     student = next((entry for entry in entries if entry.role == "student"), None)
-    teacher = next((entry for entry in entries if entry.role == "teacher"), None)
+    scored = [entry for entry in entries if entry.role == "teacher"]
+    named = {key.split(".")[1] for key in runs[0].settings if key.startswith("teachers.")}
     return {
         "student": sizes.get("student"),
         "teacher": sizes.get("teacher"),
         "share": sizes["student"] / sizes["teacher"] if sizes.get("student") and sizes.get("teacher") else None,
         "accuracy": student and student.scores.get("exact"),
         "n": student and student.scores.get("n"),
-        "teacher_accuracy": teacher and teacher.scores.get("exact"),
+        "teachers": len(named),
+        "teacher_accuracy": scored[0].scores.get("exact") if len(scored) == 1 else None,
     }
 
 

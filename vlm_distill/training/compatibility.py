@@ -71,10 +71,9 @@ def pair_several(
             distributions over different vocabularies should be mixed.
     """
     for term in terms:
-        learns = "teacher" in term.loss.needs
-        special = isinstance(term, FeatureTerm) or term.on == "images" or term.loss.adapts
-        if special or (learns and term.loss.needs_shared_tokens):
-            raise UserError(f"loss {term.name} compares with a single teacher; leave it or teachers out")
+        reason = _why_single(term)
+        if reason is not None:
+            raise UserError(f"loss {term.name} compares with a single teacher: {reason}; leave it or teachers out")
     grouped, shared = {}, {}
     for name, teacher in teachers.items():
         grouped[name] = pair_vocabularies(configs[name], student, teacher, terms)
@@ -92,6 +91,19 @@ def pair_several(
         if not grouped[name]:
             teacher.limit(least)
     return grouped
+
+
+def _why_single(term: AnyTerm) -> str | None:
+    """Return why a loss can learn from a single teacher alone; ``None`` if it can learn from several."""
+    if isinstance(term, FeatureTerm):
+        return "its projections have the size of one teacher's features"
+    if term.on == "images":
+        return "image tokens are paired with those of one teacher"
+    if term.loss.adapts:
+        return "adaptive weighs an answer by one teacher's probability of it"
+    if "teacher" in term.loss.needs and term.loss.needs_shared_tokens:
+        return "the tokens that it compares are those in one teacher's vocabulary"
+    return None
 
 
 def _spans_tokenizers(term: AnyTerm) -> bool:
@@ -143,13 +155,15 @@ def _has_batch_norm(model: VisionLanguageModel) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def check_evaluations(config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> None:
-    """Raise ``UserError`` if these two models cannot be measured as the evaluation section asks."""
+def check_evaluations(config: RunConfig, student: VisionLanguageModel, teachers: Sequence[VisionLanguageModel]) -> None:
+    """Raise ``UserError`` if student and teachers cannot be measured as the evaluation section asks."""
     if "kl" in config.evaluation.measures:
-        assert teacher is not None
+        (teacher,) = teachers
         if not same_tokens(student.processor.tokenizer, teacher.processor.tokenizer):
             raise UserError("evaluation.measures: kl needs a student with the teacher's tokenizer; leave it out")
-    check_packing(config.data.eval, student, teacher, False)
+    check_packing(config.data.eval, student, None, False)
+    for teacher in teachers:
+        check_packing(config.data.eval, None, teacher, False)
 
 
 def divide_sequences(

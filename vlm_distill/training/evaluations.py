@@ -29,7 +29,7 @@ from vlm_distill.evaluation.benchmark_lookup import data_folder, entry_name, get
 from vlm_distill.evaluation.benchmark_run import OpenBenchmark, open_benchmarks, run_benchmark
 from vlm_distill.evaluation.benchmark_scores import published, score_answers
 from vlm_distill.evaluation.held_out import OF_ANSWERS, add_to_scores, measure, measured_in_words
-from vlm_distill.evaluation.kept_answers import AnswerFolder, digest_of
+from vlm_distill.evaluation.kept_answers import TEACHER, AnswerFolder, digest_of, teacher_folder, teacher_name
 from vlm_distill.evaluation.left_out import reasons
 from vlm_distill.evaluation.predictions import Prediction
 from vlm_distill.evaluation.question_source import Questions, evenly_spaced, share
@@ -59,7 +59,8 @@ class Evaluations:
     Attributes:
         remarks: on the benchmarks' files.
         best, measure: the source or benchmark by which the best student is chosen, and which of a source's measures.
-        scores: main scores by benchmark and ``student`` or ``teacher``, after the final evaluation, on the first rank.
+        scores: main scores by benchmark and model (``student``, ``teacher``, or ``teacher_NAME`` of several), after the
+            final evaluation, on the first rank.
 
     Raises:
         UserError: a source or benchmark cannot be read or scored, two have the same name, or ``best`` names none.
@@ -128,12 +129,13 @@ class Evaluations:
     def prepare(self, student: VisionLanguageModel, teacher: Teacher | None) -> None:
         """Take the models, after ``check_evaluations``. A teacher that does not run here is not evaluated."""
         data = self.config.data
-        self.student, self.teacher = student, teacher.model if teacher is not None else None
+        found = {} if teacher is None else teacher.models
+        self.student, self.teachers = student, {teacher_folder(name): model for name, model in found.items()}
         self.kl_teacher = teacher if "kl" in self.settings.measures else None
-        beside = self.teacher.processor if self.kl_teacher is not None and self.teacher is not None else None
+        beside = None if self.kl_teacher is None else self.teachers[TEACHER].processor
         self.collators = {"student": Collator(student.processor, beside, data.max_length, turns(data))}
-        if self.teacher is not None:
-            self.collators["teacher"] = Collator(self.teacher.processor, None, data.max_length, turns(data))
+        for who, model in self.teachers.items():
+            self.collators[who] = Collator(model.processor, None, data.max_length, turns(data))
 
     def mistake(self) -> str | None:
         """Return which source or benchmark has no usable question, and why; ``None`` if each has one.
@@ -181,7 +183,7 @@ class Evaluations:
     def run(
         self, done: int, tracker: Tracker, began: float, *, final: bool = False
     ) -> tuple[float | None, list[Problem]]:
-        """Evaluate the student on a share of everything, or at the end on all of it, together with the teacher.
+        """Evaluate the student on a share of everything, or at the end on all of it, together with its teachers.
 
         Args:
             done: optimizer steps taken.
@@ -196,8 +198,8 @@ class Evaluations:
         chosen: float | None = None
         problems: list[Problem] = []
         models = {"student": self.student}
-        if final and self.teacher is not None and self.settings.teacher:
-            models["teacher"] = self.teacher
+        if final and self.settings.teacher:
+            models |= self.teachers
         self.identities = {}
         if final:
             for who, model in models.items():
@@ -265,11 +267,14 @@ class Evaluations:
 
     def _identity(self, who: str, template: Any, done: int) -> dict[str, Any]:
         """Return everything that the answers of this student or teacher depend on, to recognise kept ones."""
-        section, data = self.config.teacher, self.config.data
+        name, data = teacher_name(who), self.config.data
         identity: dict[str, Any] = {"dtype": self.config.training.dtype, "chat_template": digest_of(template)}
         # Limits decide which images can be read.
         identity |= {"roots": list(data.roots), "max_pixels": data.max_pixels}
-        if who == "teacher" and section is not None:
+        if data.video is not None:
+            identity["video"] = data.video.model_dump()
+        if name is not None:
+            section = self.config.all_teachers[name or "teacher"]
             prints = fingerprint(section.path) if section.path else {}
             return {**identity, "teacher": section.model_dump(exclude={"view"}), "files": prints}
         # The weights are those of the checkpoint that precedes every evaluation. Only the first rank may see it.

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -16,29 +16,24 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from data.batch import Encoded, Step
+from data.batch import SampleId, Step
 from data.conversation import Conversation, Document, ImageSource
-from data.encoding import Pair, Turns, encode_pair
 from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
 from data.sample_images import load_images
-from data.teacher_view import Seen
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import FeatureTerm, Term
 from vlm_distill.models.answers import Answer, Sampling
-from vlm_distill.models.chat import whole_thought
 from vlm_distill.models.interface import VisionLanguageModel
-from vlm_distill.models.processor import Processor
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.processes import Processes
 
+from .own_answers import OwnAnswers, Prompt
 from .terms import acts_on
 from .visual_advantage import VisualAdvantage
 
 _FILE = "on_policy.json"
 _DECODE_THREADS = 4
-#: A sample: (source, index).
-Place = tuple[int, int]
 
 
 def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> None:
@@ -61,20 +56,8 @@ def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> N
         raise UserError(f"on_policy: {text} is plain text and has no questions; leave one of the two out")
 
 
-@dataclass
-class _Prompt:
-    """A question, encoded for both models; ``seen`` is what the teacher sees of it."""
-
-    place: Place
-    conversation: Conversation
-    images: list[Image.Image]
-    student: Encoded
-    teacher: Encoded
-    seen: Seen
-
-
 #: Questions of a micro-batch, each with the token ids of its answer.
-Drawn = list[tuple[_Prompt, list[int]]]
+Drawn = list[tuple[Prompt, list[int]]]
 
 
 class OnPolicy:
@@ -82,9 +65,9 @@ class OnPolicy:
 
     With probability ``fraction`` a step is on-policy; that depends on (seed, step) alone, so that all ranks agree. In
     such a step the last answer of each conversation is drawn from the student as it is now, and the student is compared
-    with its teacher on that answer (Agarwal et al. 2024, arXiv 2306.13649). With ``replay``, the latest answers of all
-    ranks are kept; once the buffer is full, a growing share of the on-policy steps takes its answers from there. With
-    ``adaptive``, the fraction rises whenever an evaluation is no better than the one before (Ko et al. 2024,
+    on it with those who teach the sample (Agarwal et al. 2024, arXiv 2306.13649). With ``replay``, the latest answers
+    of all ranks are kept; once the buffer is full, a growing share of the on-policy steps takes its answers from there.
+    With ``adaptive``, the fraction rises whenever an evaluation is no better than the one before (Ko et al. 2024,
     arXiv 2402.03898). With ``pairs``, an on-policy step also has the data's answers to the same questions: each
     micro-batch is followed by its twin with drawn answers (Ko et al. 2025, arXiv 2503.07067).
 
@@ -95,7 +78,7 @@ class OnPolicy:
         config: the run, with a section ``on_policy``.
         dataset: this rank's steps.
         student: the student in training.
-        teacher: the teacher that it is compared with.
+        teacher: the teacher that it is compared with, or several.
         load: decodes an image.
         processes: the ranks.
         steps: optimizer steps of the run.
@@ -122,9 +105,8 @@ class OnPolicy:
         assert config.on_policy is not None
         self.settings, self.seed, self.on_bad = config.on_policy, config.training.seed, config.data.bad_samples
         self.dataset, self.student, self.load, self.processes, self.steps = dataset, student, load, processes, steps
-        self.teacher, self.lower_is_better = teacher, lower_is_better
-        assert isinstance(teacher.processor, Processor)  # a cache cannot know answers yet to be drawn
-        self._asks = teacher.processor
+        self.lower_is_better = lower_is_better
+        self.own_answers = OwnAnswers(dataset.collator, student, teacher)
         section, self.advantage = self.settings.visual_advantage, None
         if section is not None:
             if dataset.collator.grouped:
@@ -136,7 +118,7 @@ class OnPolicy:
         self._mixed = config.training.dtype == "bf16" and config.deepspeed.stage == 0
         self.fraction = self.settings.fraction
         self.score: float | None = None
-        self.kept: list[tuple[Place, list[int]]] = []
+        self.kept: list[tuple[SampleId, list[int]]] = []
         self.counts: dict[str, float] = {}
 
     def prepare_step(self, step: Step) -> Step:
@@ -237,20 +219,19 @@ class OnPolicy:
         """Return the step with these questions and answers, given by micro-batch."""
         batches, degraded, tokens = [], [], 0
         for part in drawn:
-            pairs, conversations, worse = [], [], []
+            pairs, worse = [], []
             for prompt, ids in part:
-                seen, shown = prompt.seen
-                taught = self._answered(seen, ids), shown
                 try:
-                    pair = self._pair(prompt, ids, taught)
+                    pair = self.own_answers.pair(prompt, ids)
                     if self.advantage is not None:
-                        worse.append(self.advantage.without_images(prompt.seen, pair))
+                        (asked,) = prompt.asked.values()
+                        worse.append(self.advantage.without_images(asked.seen, pair))
                     pairs.append(pair)
-                    conversations.append(taught)
                 except BadSample as bad:
                     self._leave_out(step, prompt.place, bad, "skip")  # the data is not at fault
             batch = self.dataset.collator.batch(pairs)
-            batches.append(replace(batch, drawn=True, conversations=conversations))
+            seen = [pair.seen for pair in pairs if pair.seen is not None]
+            batches.append(replace(batch, drawn=True, conversations=seen))
             degraded.append(worse)
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
         if self.advantage is not None:
@@ -272,13 +253,13 @@ class OnPolicy:
             drawn.append([(prompt, next(answers).token_ids) for prompt in questions])
         return drawn
 
-    def _usable(self, step: Step, places: Sequence[Place]) -> list[Place]:
+    def _usable(self, step: Step, places: Sequence[SampleId]) -> list[SampleId]:
         """Return the places without the step's bad samples."""
         sources = self.dataset.mixture.sources
         bad = {(problem.source, problem.line) for problem in step.problems}
         return [(source, row) for source, row in places if (sources[source].name, sources[source].line(row)) not in bad]
 
-    def _answers(self, step: int, prompts: Sequence[_Prompt]) -> list[Answer]:
+    def _answers(self, step: int, prompts: Sequence[Prompt]) -> list[Answer]:
         """Draw the student's answers to this rank's questions."""
         size = self.settings.batch_size
         # The same number of calls on every rank: under ZeRO-3 they answer together.
@@ -297,19 +278,19 @@ class OnPolicy:
                 )
         return answers
 
-    def _replay(self, step: Step, entries: Sequence[tuple[Place, list[int]]]) -> Drawn:
+    def _replay(self, step: Step, entries: Sequence[tuple[SampleId, list[int]]]) -> Drawn:
         """Return earlier answers with their questions, which are read again."""
         prompts = self._prompts(step, [place for place, _ in entries])
         return [(prompt, ids) for prompt, (_, ids) in zip(prompts, entries, strict=True) if prompt is not None]
 
-    def _prompts(self, step: Step, places: Sequence[Place]) -> list[_Prompt | None]:
+    def _prompts(self, step: Step, places: Sequence[SampleId]) -> list[Prompt | None]:
         """Return the questions at some places, their images decoded by threads; ``None`` for what is left out."""
-        found: list[_Prompt | None] = []
+        found: list[Prompt | None] = []
         with ThreadPoolExecutor(_DECODE_THREADS) as pool:
             read = [self._read(source, row, pool) for source, row in places]
             for place, question in zip(places, read, strict=True):
                 try:
-                    found.append(self._encode(place, *question()))
+                    found.append(self.own_answers.ask(place, *question()))
                 except BadSample as bad:
                     self._leave_out(step, place, bad)
                     found.append(None)
@@ -339,51 +320,6 @@ class OnPolicy:
         sources = (*shown.images, *sample.images[len(question.images) :])
         return replace(sample, messages=(*shown.messages, *rest), images=sources), images
 
-    def _encode(self, place: Place, sample: Conversation, images: list[Image.Image]) -> _Prompt:
-        """Encode a sample's question for both models. Raise ``BadSample`` if it leaves no room for an answer."""
-        limit, view = self.dataset.collator.max_length, self.dataset.collator.view
-        conversation = sample.before_last_answer()
-        seen: Seen = (conversation, images) if view is None else view.before_last_answer(sample, images)
-        student = self.student.encode_prompt(conversation, images)
-        teacher, collator = student, self.dataset.collator
-        if view is not None or collator.teacher is not collator.student:
-            teacher = self._asks.encode(*seen, generation=True)
-        for role, row in (("student", student), ("teacher", teacher)):
-            if len(row.input_ids) >= limit:
-                raise BadSample("too long", f"a prompt of {len(row.input_ids)} tokens for the {role}")
-        self.dataset.collator.check_alike(student, teacher)
-        return _Prompt(place, conversation, images, student, teacher, seen)
-
-    def _answered(self, conversation: Conversation, ids: list[int]) -> Conversation:
-        """Return the conversation with the student's answer."""
-        text = whole_thought(self.student.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
-        message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        return replace(conversation, messages=(*conversation.messages, message))
-
-    def _pair(self, prompt: _Prompt, ids: list[int], taught: Seen) -> Pair:
-        """Encode a question and its answer for both models; ``taught`` is what the teacher sees of both.
-
-        If the models share a tokenizer, both get exactly the tokens that were drawn, as many as fit: even the beginning
-        of an answer that is cut is learned. If they do not, or if the teacher is sent text, both encode the answer's
-        text.
-        """
-        collator = self.dataset.collator
-        if collator.grouped or (self.teacher.needs_images and taught[1]):
-            turns = Turns(last_only=True, ends=ids[-1] in self.student.end_tokens)
-            models = collator.student, collator.teacher, collator.max_length
-            answered, seen = self._answered(prompt.conversation, ids), None if collator.view is None else taught
-            return encode_pair(answered, prompt.images, *models, turns=turns, grouped=collator.grouped, seen=seen)
-        room = collator.max_length - max(len(prompt.student.input_ids), len(prompt.teacher.input_ids))
-        ids = ids[:room]
-        student = self.student.processor.answered(prompt.student, ids)
-        teacher, ours = student, student.supervised.nonzero().flatten()
-        theirs = ours
-        if prompt.teacher is not prompt.student:
-            teacher = self._asks.answered(prompt.teacher, ids)
-            theirs = teacher.supervised.nonzero().flatten()
-        ends = self.student.end_tokens - self.teacher.end_tokens
-        return Pair(student, teacher, ours, theirs, torch.tensor([token not in ends for token in ids]))
-
     def _keep(self, drawn: Sequence[Drawn]) -> None:
         """Add all ranks' answers to the buffer, in the order that one rank would have."""
         if self.settings.replay is None:
@@ -397,7 +333,7 @@ class OnPolicy:
         del self.kept[: -self.settings.replay]
 
     def _leave_out(
-        self, step: Step, place: Place, bad: BadSample, on_bad: Literal["skip", "fail"] | None = None
+        self, step: Step, place: SampleId, bad: BadSample, on_bad: Literal["skip", "fail"] | None = None
     ) -> None:
         """Note that a sample is left out of the step."""
         source, row = place

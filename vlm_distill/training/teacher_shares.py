@@ -53,11 +53,13 @@ class TeacherShares:
         totals = self.processes.sum(flat)
         counts, losses = dict(zip(names, totals[::2], strict=True)), dict(zip(names, totals[1::2], strict=True))
         metrics: dict[str, float] = {}
-        first = [comparison_key(teachers, self._terms[0]) for teachers in self._teachers]
-        compared = sum(counts[name] for name in first)
-        for teachers, name in zip(self._teachers, first, strict=True):
-            if compared:
-                metrics[comparison_key(teachers, "share")] = counts[name] / compared
+        for term in self._terms:
+            counted = {teachers: counts[comparison_key(teachers, term)] for teachers in self._teachers}
+            compared = sum(counted.values())
+            if compared:  # all terms that act on a step compare the same positions
+                metrics |= {comparison_key(teachers, "share"): own / compared for teachers, own in counted.items()}
+                break
+        for teachers in self._teachers:
             for term in self._terms:
                 key = comparison_key(teachers, term)
                 if counts[key]:
