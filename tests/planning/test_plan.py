@@ -369,7 +369,7 @@ def test_a_copy_that_follows_has_its_averages_beside_it(models, dtype, size, ave
 
 
 def test_a_student_pruned_by_its_data_has_the_size_that_training_gives_it(models):
-    cut = {"layers": 2, "by": "influence", "neurons": 20, "heads": 1, "calibrate": 4}
+    cut = {"layers": 2, "by": "influence", "neurons": 20, "width": 16, "calibrate": 4}
     config = _run(models, (None, {"from_teacher": cut}), "teacher", data="data")
     found = plan(config)
     processes = Processes("cpu")
@@ -378,7 +378,7 @@ def test_a_student_pruned_by_its_data_has_the_size_that_training_gives_it(models
     assert sum(part.parameters for part in found.parts if part.model == "student") == sum(
         parameter.numel() for parameter in real.parameters()
     )
-    assert "the student keeps of its teacher: decoder: 2 layers of 3, 20 of 48 neurons, 1 of 2 heads" in found.remarks
+    assert "the student keeps of its teacher: decoder: 2 layers of 3, 20 of 48 neurons, width 16 of 24" in found.remarks
 
 
 def test_packed_rows_take_less_time(plans):

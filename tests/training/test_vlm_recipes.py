@@ -8,6 +8,7 @@ import families
 import pytest
 import tiny
 from byte_tokenizer import make_tokenizer
+from PIL import Image
 
 from vlm_distill.caching.fill import fill
 from vlm_distill.config.file import load_config
@@ -21,6 +22,8 @@ CONFIGS = Path("configs/vlm")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     tiny.write_data(folder / "data", rows=12, size=(84, 56))
+    for path in (folder / "data").glob("*.png"):
+        Image.effect_noise((84, 56), 90).convert("RGB").save(path)  # so that a blur changes something
     maker = families.Maker(make_tokenizer)
     for seed, name in enumerate(("student", "teacher", "charts")):
         maker.write("qwen2_5_vl", folder / name, seed=seed)
@@ -70,7 +73,7 @@ def test_own_answers_judged_by_a_base_that_sees_answer_and_full_images(folder, p
     assert all(line["on_policy/step"] == 1 and line["reverse_kl/loss"] > 0 for line in found)
     assert isinstance(run.teacher.model, WithoutAdapters)
     student, teacher = run.student.processor, run.teacher.processor
-    picture = tiny.Image.new("RGB", (200, 200))
+    picture = Image.new("RGB", (200, 200))
     assert len(student.image_row([picture]).input_ids) < len(teacher.image_row([picture]).input_ids)
 
 
@@ -90,7 +93,7 @@ def test_two_teachers_one_of_them_cached(folder, processes):
         "teachers.general.placement=replicate",
         "data.train.0.teacher=general",
         f"data.train.1.path={folder / 'data' / 'data.jsonl'}",
-        "data.train.1.config=null",
+        *("data.train.1.config=null", "data.train.1.split=null"),
     )
     fill(config, processes)
     _, found = trained(config, processes)
