@@ -84,6 +84,19 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_hold_the_true_difference_in_19_of_20_studies(seeds):
+    """2,000 pairs of settings whose seeds share a part of their luck."""
+    rng = np.random.default_rng(seeds)
+    shared = rng.normal(0, 2, (2000, seeds))
+    scores = [shared + rng.normal(mean, 1, (2000, seeds)) for mean in (0.7, 0.0)]
+    held = 0
+    for a, b in zip(*scores, strict=True):
+        difference, half = t_interval((a - b).tolist())
+        held += abs(difference - 0.7) <= half
+    assert held / 2000 == pytest.approx(0.95, abs=0.02)
+
+
 def test_as_many_seeds_as_needed_show_the_difference_in_four_of_five_studies():
     n = seeds_needed(1.0, 1.2)
     rng = np.random.default_rng(1)

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 #: A difference whose adjusted p-value is below this is shown.
 LEVEL = 0.05
@@ -156,6 +157,7 @@ def _standard_error(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
+@lru_cache(maxsize=4096)
 def t_quantile(freedom: int, inside: float = 0.95) -> float:
     """Find the ``t`` with ``P(|T| ≤ t) = inside`` by bisection, for a whole number of degrees of freedom."""
     low, high = 0.0, 1e3
