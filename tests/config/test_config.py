@@ -97,6 +97,13 @@ def test_no_such_file(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
+def test_a_key_emptied_in_a_section_that_is_left_out_leaves_it_out(tmp_path):
+    path = write(tmp_path, {"loss": [{"name": "cross_entropy"}]})
+    assert load_config(path, ["teacher=null", "teacher.cache=null"]).teacher is None
+    with pytest.raises(UserError, match="taecher: unknown key"):
+        load_config(path, ["taecher.cache=null"])
+
+
 def test_overrides_and_base(tmp_path):
     write(tmp_path)
     child = tmp_path / "child.yaml"

@@ -239,6 +239,8 @@ def _put(tree: Any, keys: Sequence[str], value: Any) -> None:
             else:
                 tree[index] = value
         elif isinstance(tree, dict) and tree.get(index) is None:
+            if value is None and index in tree:
+                return  # emptied in a section that is left out: it stays left out
             if keys[depth + 1].isdigit():
                 raise LookupError(f"{'.'.join(keys[: depth + 1])} has no entries; give it as a list, [{{…}}]")
             tree[index] = {}
