@@ -117,6 +117,7 @@ def test_classifiers_are_recognised(tmp_path):
     ("changes", "words", "says"),
     [
         ({"axis": {}}, [], "axis: unknown key; did you mean 'axes'?"),
+        ({"axes": {"loss": {"a": {"training.stepz": 1}}}}, [], "sweep.yaml: in the setting a: "),
         ({"axes": {"loss": {"a": {"training.stepz": 1}}}}, [], "training.stepz: unknown key"),
         ({"axes": {"loss": {"a b": {}, "a/b": {}}}}, [], "axis loss: a_b is there twice"),
         ({"axes": {"loss": {}}}, [], "axes.loss"),

@@ -246,7 +246,12 @@ def _sweep(draft: _Draft, first: Sequence[Sweep], nproc: int) -> Sweep:
     runs: list[SweepRun] = []
     folders: dict[str, Path] = {}
     for seed, choices in product(seeds, list(product(*axes.values()))):
-        run = _run(draft, dict(zip(axes, choices, strict=True)), seed, nproc)
+        chosen = dict(zip(axes, choices, strict=True))
+        name = ",".join(choice.name for choice in choices) or safe(draft.config.stem)
+        try:
+            run = _run(draft, name, chosen, seed, nproc)
+        except UserError as error:
+            raise UserError(f"{draft.path}: in the setting {name}: {error}") from None
         # Equal configurations are run once: a student without a teacher is the same beside every teacher.
         digest = _digest(run)
         runs.append(replace(run, folder=folders.setdefault(digest, run.folder)))
@@ -299,7 +304,7 @@ def _baseline(draft: _Draft, axes: Mapping[str, Sequence[Choice]]) -> tuple[str,
     raise UserError(f"{draft.path}: baseline: no setting {draft.baseline!r}; there are {', '.join(names)}")
 
 
-def _run(draft: _Draft, chosen: Mapping[str, Choice], seed: Choice, nproc: int) -> SweepRun:
+def _run(draft: _Draft, name: str, chosen: Mapping[str, Choice], seed: Choice, nproc: int) -> SweepRun:
     config, values = draft.config, dict(draft.overrides)
     for choice in chosen.values():
         config = choice.config or config
@@ -307,7 +312,6 @@ def _run(draft: _Draft, chosen: Mapping[str, Choice], seed: Choice, nproc: int) 
     _put_last(values, draft.last)
     _put_last(values, seed.overrides)
     overrides = [override(key, value) for key, value in values.items()]
-    name = ",".join(choice.name for choice in chosen.values()) or safe(draft.config.stem)
     if config not in draft.kinds:
         draft.kinds[config] = _kind(config)
     kind = draft.kinds[config]
