@@ -119,7 +119,9 @@ class OwnAnswers:
 
     def _of_tokens(self, prompt: Prompt, ids: Sequence[int]) -> dict[str, Pair]:
         """Return the pairs with all teachers where every model gets the drawn tokens."""
-        longest = max(len(row.input_ids) for row in [prompt.student, *(one.encoded for one in prompt.asked.values())])
+        rows = [prompt.student]
+        rows += [asked.encoded for asked in prompt.asked.values()]
+        longest = max(len(row.input_ids) for row in rows)
         ids = ids[: self.collator.max_length - longest]
         student = self.student.processor.answered(prompt.student, ids)
         ours = student.supervised.nonzero().flatten()
