@@ -316,7 +316,7 @@ class Trainer(Loop):
     def _teacher_losses(self, teacher: Teacher) -> dict[str, tuple[float, float]]:
         """Return the teacher's cross-entropy on the first samples' answers, and the value above which it is suspect.
 
-        By name with several teachers. Left out: a teacher without an answer to measure it by, or of which only the
+        Several teachers are listed by name. A teacher is left out if no sample has an answer for it, or if only its
         likeliest tokens are known.
         """
         data, pairs = self.config.data, list[Pair]()

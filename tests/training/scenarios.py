@@ -128,7 +128,7 @@ SHARED = {
     **{f"matched_zero{s}": features(s, MATCHED, data="mixed", student=FINE) for s in (0, 3)},
     "packed_at_images_zero0": features(0, AT_IMAGES, data="mixed", **PACKED),
     **{f"relations_zero{s}": features(s, RELATIONS, family="language") for s in (0, 3)},
-    # Plain text in packed rows and conversations of which the last answer is learnt, with all that is measured on both.
+    # Plain text in packed rows and conversations whose last answer is learnt; everything is measured on both.
     **{f"text_zero{s}": {"deepspeed__stage": s, "family": "language", "data": "text"} for s in (0, 3)},
     # The same samples in shared rows: as mixed, features, uld and llava in rows of their own.
     **{f"packed_mixed_zero{s}": {"deepspeed__stage": s, "data": "mixed", **PACKED} for s in (0, 2, 3)},
@@ -335,7 +335,7 @@ NEAR = {
 
 
 def slow(world: int, name: str) -> bool:
-    """Return whether ``make test`` leaves a scenario out on so many ranks.
+    """Return whether ``make test`` skips a scenario on this number of ranks.
 
     Of the same training under several ZeRO stages, one rank runs the one without ZeRO, and two ranks the highest:
     what differs from rank to rank and from stage to stage differs between these two. The plainest runs everywhere.

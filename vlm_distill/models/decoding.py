@@ -142,7 +142,7 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of a layer, ``[B, heads, columns, width]``, of which the first ``used`` columns are filled.
+    """Keys and values of a layer, ``[B, heads, columns, width]``, with the first ``used`` columns filled.
 
     Args:
         like: a layer after a forward.

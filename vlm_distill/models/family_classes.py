@@ -139,7 +139,7 @@ def adapted_processor(config: Any, processor: Any, model: Any = None) -> Pretrai
         dummy = wrapped.dummy()
     except BadSample as bad:
         raise UserError(f"{refusal} ({bad.reason}: {bad.detail})") from bad
-    # A LLaVA with Pixtral's encoder, which keeps an image's shape, is told its size.
+    # A LLaVA with Pixtral's encoder, which keeps an image's shape, receives its size.
     if family(config.model_type).equal_tiles and "image_sizes" not in dummy.tensors:
         tiles = dummy.tensors["pixel_values"].shape[:-3].numel()
         wrapped.tile_tokens = int(wrapped.image_tokens(dummy).sum()) // tiles
