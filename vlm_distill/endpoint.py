@@ -7,6 +7,7 @@ followed, and the key is removed from everything the server says.
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import http.client
 import json
@@ -109,6 +110,12 @@ class Endpoint:
         self.who, self.url, self.key = who, url.rstrip("/"), key
         self.retries, self.timeout, self.wait, self.largest, self.turn = retries, timeout, wait, largest, turn
 
+    def above(self, suffix: str) -> Endpoint:
+        """Return the same server at its address without this ending, if it has that."""
+        other = copy.copy(self)
+        other.url = self.url.removesuffix(suffix)
+        return other
+
     def ask(self, path: str, body: Any, read: Callable[[Any], T], advice: str = "start again when it does") -> T:
         """Send a request, and return what ``read`` extracts from the reply.
 
@@ -157,7 +164,8 @@ class Endpoint:
         return request
 
     def _content(self, reply: _Reply, key: str | None) -> Any:
-        """Return a reply's JSON. The key, and lone surrogates, which no file can hold, are replaced.
+        """Return a reply's JSON; ``None`` for an empty one. The key, and lone surrogates, which no file can hold, are
+        replaced.
 
         Raises:
             UserError: the reply is larger than the limit.
@@ -169,6 +177,8 @@ class Endpoint:
                 "check what serves this address"
             )
         text = reply.body.decode("utf-8", "replace")
+        if not text:
+            return None
         if key and len(key) >= _SHORTEST_KEY:
             text = _without_key(text, key)
         content = json.loads(text)

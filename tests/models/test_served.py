@@ -63,11 +63,11 @@ def served(server, model, name="teacher-1", top=5):
     return ServedTeacher(ServedModel(model.processor, endpoint, name), top, workers=4)
 
 
-def trainer(folder, server, name, **changes):
+def trainer(folder, server, name, form="topk", **changes):
     plain = tiny.config(folder / name, folder / "data" / "data.jsonl", folder / "teacher", **changes)
     plain["student"] = {"decoder": tiny.settings()["decoder"], "tokenizer": "teacher"}
     if server is not None:
-        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "top_logprobs": 40}
+        plain["teacher"]["server"] = {"url": server.url, "model": "teacher-1", "form": form, "top_logprobs": 40}
     return Trainer(RunConfig.model_validate(plain), opened())
 
 
@@ -149,6 +149,18 @@ def test_one_log_probability_a_token_is_enough_for_alm(tmp_path, repeats, on_pol
         there = run("there", server)
     assert there == pytest.approx(run("here"), rel=1e-4)
     assert all(body.get("echo") for body in server.bodies[1:]) == repeats
+
+
+def test_one_log_probability_a_drawn_token_is_enough_for_a_policy_gradient(folder, server):
+    changes = {"loss": [{"name": "policy_gradient"}], "evaluation__teacher": False}
+    changes["on_policy"] = {"fraction": 1.0, "max_new_tokens": 4}
+    here = trainer(folder, None, "pg_here", **changes)
+    here.run()
+    there = trainer(folder, server, "pg_there", form="token", **changes)
+    there.run()
+    assert losses(there) == pytest.approx(losses(here), rel=1e-4, abs=1e-5)
+    lines = [json.loads(line) for line in (there.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["policy_gradient/k3"] >= 0 for line in lines if line["kind"] == "train")
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -341,3 +353,8 @@ def test_a_step_without_a_sample_leaves_no_reply_behind(folder, server, tmp_path
 def test_what_a_server_cannot_do_is_refused(folder, server, changes, says):
     with pytest.raises((UserError, ValueError), match=says):
         trainer(folder, server, "refused", **changes)
+
+
+def test_a_policy_gradient_on_the_datas_answers_is_refused(folder, server):
+    with pytest.raises(UserError, match="policy_gradient estimates from answers that the student drew itself; set"):
+        trainer(folder, server, "not_drawn", form="token", loss=[{"name": "policy_gradient"}])

@@ -234,6 +234,8 @@ ASSEMBLED = (None, tiny.settings())
 FROZEN = (None, tiny.settings() | {"train": ["projector", "decoder"], "vision_cache": "nowhere"})
 ADAPTED = ("llama", {"lora": {"rank": 2}})
 SERVED = {"server": {"url": "http://127.0.0.1:9/v1"}}
+HIDDEN = {"server": {**SERVED["server"], "form": "hidden"}}
+AT_IMAGES = [{"name": "forward_kl"}, {"name": "reverse_kl", "on": "images"}]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,7 @@ SERVED = {"server": {"url": "http://127.0.0.1:9/v1"}}
         ("llama", ("llama", SERVED), {}, "served"),
         ("llama", ("llama", SERVED), {"on_policy": {"fraction": 0.5}}, "served"),
         ("llava", ("llava", SERVED), {"data": "data"}, "served"),
+        ("llava", ("llava", HIDDEN), {"data": "data", "loss": AT_IMAGES}, "served"),
         (ADAPTED, (None, {"from_student": True}), {"training__sequence_parallel": 2}, "none"),
         ("mixtral", "mixtral", {}, "replicate"),
         (FROZEN, "teacher", {"data": "nowhere", "data__eval": [{"path": "gone.jsonl"}]}, "replicate"),
@@ -256,8 +259,10 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
     assert _configured(found).activations > 0
     assert found.flops > 0
     if placement == "served":
-        assert {part.model for part in found.parts} == {"student"}
-        assert _configured(found).teacher == 0
+        heads = [part.parameters for part in found.parts if part.model == "teacher"]
+        assert [part.name for part in found.parts if part.model == "teacher"] == ["lm_head"] * len(heads)
+        assert bool(heads) == (teacher[1] is HIDDEN)
+        assert _configured(found).teacher == 4 * sum(heads)
 
 
 @pytest.mark.parametrize(

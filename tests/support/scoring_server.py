@@ -1,4 +1,4 @@
-"""A server as vLLM is one, for what is asked of it: prompts' log-probabilities and answers by a real, tiny model."""
+"""A server as vLLM is one, for what is asked of it: scores, hidden states and answers of a real, tiny model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from PIL import Image
 
 from data.batch import Encoded
 from data.conversation import Conversation
-from vlm_distill.models.answers import Sampling
+from vlm_distill.models import load_vlm
+from vlm_distill.models.answers import Answer, Sampling
 from vlm_distill.models.interface import VisionLanguageModel
+
+#: Paths that vLLM has with VLLM_SERVER_DEV_MODE alone.
+CONTROLS = ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
 
 
 class ScoringServer(ThreadingHTTPServer):
@@ -30,6 +34,14 @@ class ScoringServer(ThreadingHTTPServer):
         refused: a status to answer requests with in which a text stands, by that text.
         told, tells_ids, repeats: whether it knows ``prompt_logprobs``, ``return_token_ids`` and ``echo``.
         shift: of its log-probabilities, which are none then.
+        controlled: whether its weights can be exchanged, as with vLLM's VLLM_SERVER_DEV_MODE.
+        loads: whether it then reads the new ones.
+        loaded: the folders that it was told to read.
+        tells_drawn: whether it returns the token ids of its answers.
+        garbles: whether it writes its answers' text wrongly.
+        pools: whether it returns hidden states instead of generating, as vLLM's pooling runner does.
+        makes_fewer: whether it makes fewer tokens of an image than a processor here.
+        drops: how many of a prompt's hidden states it leaves out.
         context: the most tokens of a prompt and its answer.
         delay: seconds that an answer takes at least.
         bodies: the requests so far.
@@ -38,10 +50,12 @@ class ScoringServer(ThreadingHTTPServer):
 
     request_queue_size = 128
 
-    def __init__(self, model: VisionLanguageModel) -> None:
+    def __init__(self, model: VisionLanguageModel, *, pools: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.troubles, self.told, self.tells_ids = model, list[int](), True, True
-        self.repeats = True
+        self.repeats, self.pools, self.makes_fewer, self.drops = True, pools, True, 0
+        self.controlled, self.loads, self.loaded = True, True, list[str]()
+        self.tells_drawn, self.garbles = True, False
         self.refused: dict[str, int] = {}
         self.shift = 0.0
         self.context, self.delay, self.waiting, self.most = 4096, 0.0, 0, 0
@@ -64,23 +78,65 @@ class ScoringServer(ThreadingHTTPServer):
         """What is told of a conversation, and its ids."""
         row = self._chat(body)
         told = self._score(row, body["prompt_logprobs"])
-        # As a server that makes fewer tokens of an image.
-        seen = self.model.processor.image_tokens(row).nonzero().flatten().tolist()
-        kept = [i for i in range(len(told)) if i not in seen[: len(seen) // 2]]
+        kept = self._kept(row)
         return [told[i] for i in kept], row.input_ids[kept].tolist()
 
-    def answer(self, body: dict[str, Any]) -> tuple[str, str]:
-        """An answer's text, and why it ends."""
+    def tokens(self, body: dict[str, Any]) -> list[int]:
+        """The tokens of a text or a conversation."""
+        if "prompt" in body:
+            return self.ids(body)
+        row = self._chat(body)
+        return row.input_ids[self._kept(row)].tolist()
+
+    @torch.no_grad()
+    def pool(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The hidden states of a prompt in base64."""
+        wanted = body["task"], body["use_activation"], body["encoding_format"], body["endianness"]
+        assert wanted == ("token_embed", False, "base64", "little")
+        if "messages" in body:
+            row = self._chat(body)
+        else:
+            ids = torch.tensor(body["input"])
+            row = Encoded(ids, torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
+        with self.lock:
+            hidden = self.model(self.model.processor.collate([row]), torch.arange(len(row.input_ids))).hidden
+        hidden = hidden[self._kept(row)]
+        sent = hidden[self.drops :].to({"float32": torch.float32, "bfloat16": torch.bfloat16}[body["embed_dtype"]])
+        data = base64.b64encode(sent.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+        return {"data": [{"index": 0, "data": data}], "usage": {"prompt_tokens": len(hidden)}}
+
+    def _kept(self, row: Encoded) -> list[int]:
+        """The positions of a prompt that this server has too, if it makes fewer tokens of an image."""
+        seen = self.model.processor.image_tokens(row).nonzero().flatten().tolist() if self.makes_fewer else []
+        return [i for i in range(len(row.input_ids)) if i not in seen[: len(seen) // 2]]
+
+    def load(self, body: dict[str, Any]) -> None:
+        """Exchange the weights."""
+        assert body["method"] == "reload_weights"
+        self.loaded.append(body["kwargs"]["weights_path"])
+        if self.loads:
+            with self.lock:
+                self.model.load_state_dict(load_vlm(self.loaded[-1], dtype="float32").state_dict())
+
+    def answer(self, body: dict[str, Any]) -> tuple[Answer, list[int]]:
+        """An answer, and the ids of its question."""
         if "messages" in body:
             row = self._chat(body)
         else:
             ids = torch.tensor(body["prompt"])
             row = Encoded(ids, torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
         temperature = body["temperature"]
-        sampling = Sampling(temperature, [random.Random(body["seed"])]) if temperature else None
+        barred = "logit_bias" in body
+        generators = [random.Random(body.get("seed"))]
+        sampling = Sampling(temperature, generators) if temperature or barred else None
         with self.lock:
+            # Of the tokens that must not be drawn, special ones are barred by Sampling anyway.
+            head, never = self.model.head, {int(token) for token in body.get("logit_bias", {})}
+            rows = range(len(head.parameters[0]))
+            head.vocabulary = max(token for token in rows if token not in never) + 1
             (answer,) = self.model.answer([row], max_new_tokens=body["max_tokens"], sampling=sampling)
-        return f" {answer.text}", "stop" if answer.complete else "length"
+            head.vocabulary = None
+        return answer, row.input_ids.tolist()
 
     def _chat(self, body: dict[str, Any]) -> Encoded:
         images = []
@@ -136,31 +192,54 @@ class _Handler(BaseHTTPRequestHandler):
             trouble = server.troubles.pop(0) if server.troubles else None
         time.sleep(server.delay)
         trouble = trouble or next((status for held, status in server.refused.items() if held in text), None)
+        paths = ["/pooling"] if server.pools else ["/v1/completions", "/v1/chat/completions"]
+        paths += ["/tokenize", *(CONTROLS if server.controlled else [])]
+        trouble = trouble if self.path in paths else 404
         status, content = (trouble, {"error": "as the test wants"}) if trouble else (200, self._content(body))
         with server.lock:
             server.waiting -= 1
         self._reply(status, content)
 
-    def _content(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _content(self, body: dict[str, Any]) -> dict[str, Any] | None:
         server, chat = self.server, self.path == "/v1/chat/completions"
-        assert chat or self.path == "/v1/completions"
+        if self.path == "/tokenize":
+            return {"tokens": server.tokens(body)}
+        if self.path == "/pooling":
+            return server.pool(body)
+        if self.path == "/collective_rpc":
+            server.load(body)
+            return {"results": [None]}
+        if self.path in CONTROLS:
+            return {"success": True} if self.path == "/reset_prefix_cache" else None
         if body.get("echo") and server.repeats:
             assert server.told is False, "asked only for what it does not know otherwise"
             scores = server.score_text(server.ids(body), 0)[1:]
             own = [entry[str(token)]["logprob"] for entry, token in zip(scores, body["prompt"][1:], strict=True)]
             return {"choices": [{"index": 0, "text": "x", "logprobs": {"token_logprobs": [None, *own, -1.0]}}]}
         if "prompt_logprobs" not in body:
-            text, reason = server.answer(body)
-            told = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            return {"choices": [{"index": 0, **told, "finish_reason": reason}]}
+            return self._answer(body, chat)
         if chat:
             told, ids = server.score_chat(body)
             return {"choices": [], "prompt_logprobs": told, "prompt_token_ids": ids if server.tells_ids else None}
         told = server.score_text(server.ids(body), body["prompt_logprobs"]) if server.told else None
         return {"choices": [{"index": 0, "text": "x", "prompt_logprobs": told}]}
 
+    def _answer(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
+        server = self.server
+        answer, prompt = server.answer(body)
+        text = "no" if server.garbles else f" {answer.text}"
+        told = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        if chat:
+            told["logprobs"] = {"content": [{"logprob": value} for value in answer.logprobs]}
+        else:
+            told["logprobs"] = {"token_logprobs": answer.logprobs}
+        drawn = {"token_ids": answer.token_ids} if server.tells_drawn and body.get("return_token_ids") else {}
+        reason = "stop" if answer.complete else "length"
+        reply = {"choices": [{"index": 0, **told, **drawn, "finish_reason": reason}]}
+        return reply | ({"prompt_token_ids": prompt} if chat else {})
+
     def _reply(self, status: int, content: Any) -> None:
-        reply = json.dumps(content).encode()
+        reply = b"" if content is None else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
@@ -171,8 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(model: VisionLanguageModel) -> Iterator[ScoringServer]:
-    server = ScoringServer(model)
+def serving(model: VisionLanguageModel, *, pools: bool = False) -> Iterator[ScoringServer]:
+    server = ScoringServer(model, pools=pools)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:

@@ -213,10 +213,13 @@ class ServerSection(Section):
 
     url: str = Field(description="Base URL of the server's API, such as `http://host:8000/v1`.")
     model: str | None = Field(None, description="The model's name on the server; by default the teacher's path.")
-    form: Literal["topk", "token"] = Field(
+    form: Literal["hidden", "topk", "token"] = Field(
         "topk",
-        description="What is asked for at each position: the `top_logprobs` likeliest tokens, or with `token` the "
-        "answer's own alone.",
+        description="What is asked for at each position: the last hidden state (vLLM's pooling runner), the "
+        "`top_logprobs` likeliest tokens, or with `token` the answer's own alone.",
+    )
+    embed_dtype: DType = Field(
+        "fp32", description="Precision in which hidden states are sent; `bf16` loses nothing if the server computes so."
     )
     top_logprobs: Positive = Field(20, description="Number of likeliest tokens asked for with `form: topk`.")
     workers: Positive = Field(16, description="Requests that a rank has under way at once.")
@@ -326,6 +329,8 @@ class TeacherSection(ModelSection):
             return self
         if self.path is None:
             raise ValueError("server: give the teacher's path too; its tokenizer and image processing are read here")
+        if self.server.embed_dtype != "fp32" and self.server.form != "hidden":
+            raise ValueError("server.embed_dtype: is for form: hidden; leave it out")
         if self.image:
             raise ValueError("server: images are resized on the server; leave image out, and set their sizes there")
         here = [key for key in ("dtype", "attn_implementation") if getattr(self, key) is not None]

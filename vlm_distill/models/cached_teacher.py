@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import DistillationBatch
 from vlm_distill.caching.cached_processor import CachedProcessor
@@ -16,7 +16,7 @@ from vlm_distill.caching.token_records import Fields, TokenCache
 from vlm_distill.losses import HiddenTargets, TokenTargets, TopKTargets
 
 from .interface import VisionLanguageModel
-from .lm_head import LMHead
+from .lm_head import LMHead, fixed_head
 from .teacher import Teacher, TeacherOutputs
 from .tokenizer import load_tokenizer
 from .vocabulary import align_heads, separate_heads
@@ -52,11 +52,7 @@ class CachedTeacher(Teacher):
         if not hidden:
             self.likeliest = self.cache.fields["ids"][1] if "ids" in self.cache.fields else 0
         state = load_file(folder / _HEAD, str(device)) if hidden else {"weight": torch.empty(about["vocabulary"], 0)}
-        linear = nn.Linear(1, 1, bias=False, device="meta")
-        linear.weight = nn.Parameter(state["weight"], requires_grad=False)
-        if "bias" in state:
-            linear.bias = nn.Parameter(state["bias"], requires_grad=False)
-        self.head = LMHead(linear, about["scale"], about["softcap"])
+        self.head = fixed_head(state, about["scale"], about["softcap"])
 
     def align(self, student: VisionLanguageModel) -> int:
         return align_heads(student, self)

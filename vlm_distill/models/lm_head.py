@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -98,6 +98,15 @@ class LMHead:
         """Apply the scale and the soft-cap."""
         logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def fixed_head(tensors: Mapping[str, Tensor], scale: float, softcap: float | None) -> LMHead:
+    """Return a head of its own, not trained, with these tensors: ``weight`` ``[V, H]`` and, optional, ``bias``."""
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+    if "bias" in tensors:
+        linear.bias = nn.Parameter(tensors["bias"], requires_grad=False)
+    return LMHead(linear, scale, softcap)
 
 
 def lm_head(model: Any) -> LMHead:

@@ -6,9 +6,7 @@ import base64
 import hashlib
 import io
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
@@ -26,7 +24,8 @@ from .chat import plain_messages
 from .interface import VisionLanguageModel
 from .pretrained_processor import PretrainedProcessor
 from .processor import Processor, Prompt, template_ends
-from .teacher import Teacher, TeacherOutputs
+from .served_rows import OF_ONE, Row, ServedRows
+from .teacher import TeacherOutputs
 from .vocabulary import cut_head, separate_heads
 from .weightless import needs_weights
 
@@ -39,9 +38,6 @@ _MOST_MASS = 1.1
 _TRIED = 48
 # Overrides what vLLM would take from the model's own generation settings.
 _PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-_ADVICE = "start again when it does (teacher.server.timeout: seconds that a request may take)"
-# HTTP statuses that concern one request only: it is too long, or its images are too many or cannot be read.
-_OF_ONE = (400, 413, 422, 501)
 
 #: Log-probabilities by token at one position.
 Likeliest = Mapping[int, float]
@@ -58,39 +54,56 @@ class ServedModel:
         endpoint: the server.
         name: the model's name on the server.
         arguments: of its chat template, for conversations that the server renders.
+        origin: the key of the configuration that names the model whose processor this is.
+        pools: whether the server returns hidden states (vLLM's pooling runner) and generates nothing.
 
     Attributes:
         context: the most tokens of a request and its answer together; ``None`` if the server does not say.
         end_tokens: ids that end an answer.
         tells: whether the server returns log-probabilities of the prompt.
+        root: the same server without ``/v1``, where vLLM has the paths that OpenAI's API lacks.
 
     Raises:
         UserError: the server has no such model, its tokenizer differs, or no server can load the model.
     """
 
     def __init__(
-        self, processor: Processor, endpoint: Endpoint, name: str, arguments: Mapping[str, Any] | None = None
+        self,
+        processor: Processor,
+        endpoint: Endpoint,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        origin: str = "teacher.path",
+        pools: bool = False,
     ) -> None:
-        self.processor, self.endpoint, self.name = processor, endpoint, name
+        self.processor, self.endpoint, self.name, self.pools = processor, endpoint, name, pools
+        self.who, self.origin = endpoint.who, origin
+        self.advice = f"start again when it does ({self.who}.timeout: seconds that a request may take)"
+        self.root = endpoint.above("/v1")
         self.arguments = dict(arguments or {})
         if processor.has_vision and not isinstance(processor, PretrainedProcessor):
             raise UserError(
-                "teacher.path: is assembled from parts, which no server loads; vlm-distill export --format llava turns "
+                f"{origin}: is assembled from parts, which no server loads; vlm-distill export --format llava turns "
                 "it into a model that servers load"
             )
         eos = processor.tokenizer.eos_token_id
         self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
         self.context: int | None = None
+        self.tells = False
         self._compare_with_server()
 
     @needs_weights
     def _compare_with_server(self) -> None:
-        contexts = self.endpoint.ask("models", None, _read_contexts, _ADVICE)
+        contexts = self.endpoint.ask("models", None, _read_contexts, self.advice)
         if self.name not in contexts:
             served = ", ".join(contexts) or "nothing"
-            raise UserError(f"teacher.server.model: {self.endpoint.url} serves {served[:300]}, not {self.name}")
+            raise UserError(f"{self.who}.model: {self.endpoint.url} serves {served[:300]}, not {self.name}")
         self.context = contexts[self.name]
-        self.tells = self._compare_tokenizers()
+        if self.pools:
+            self._compare_tokens()
+        else:
+            self.tells = self._compare_tokenizers()
 
     def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
         """Return path and body of a request for a text."""
@@ -100,6 +113,13 @@ class ServedModel:
         self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool, **settings: Any
     ) -> tuple[str, dict[str, Any]]:
         """Return path and body of a request for a conversation with images."""
+        body = self.rendering(conversation, images, generation=generation)
+        return "chat/completions", {**body, **_PLAIN, **settings}
+
+    def rendering(
+        self, conversation: Conversation, images: Sequence[Image.Image], *, generation: bool
+    ) -> dict[str, Any]:
+        """Return the part of a request that lets the server render a conversation as it is rendered here."""
         remaining = iter(images)
 
         def part(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +131,7 @@ class ServedModel:
         assert isinstance(self.processor, PretrainedProcessor)
         special = self.processor.adds_special_tokens(conversation)
         body: dict[str, Any] = {
+            "model": self.name,
             "messages": messages,
             "add_generation_prompt": generation,
             "add_special_tokens": special,
@@ -119,23 +140,34 @@ class ServedModel:
             body["tools"] = [*conversation.tools]
         if self.arguments:
             body["chat_template_kwargs"] = self.arguments
-        return "chat/completions", {"model": self.name, **body, **_PLAIN, **settings}
+        return body
 
     def differs(self, ids: Sequence[int]) -> UserError:
         """Return the error for a server with other tokens than these."""
         words = self.processor.tokenizer.convert_ids_to_tokens(list(ids))
         return UserError(
-            f"teacher.server: {self.endpoint.url} has other tokens where {' '.join(words)!r} is expected; its "
-            "tokenizer or chat template is not that of teacher.path"
+            f"{self.who}: {self.endpoint.url} has other tokens where {' '.join(words)!r} is expected; its tokenizer or "
+            f"chat template is not that of {self.origin}"
         )
+
+    def check_ends(self, ids: Sequence[int], there: Sequence[int], before: range, after: range) -> None:
+        """Raise ``UserError`` if a prompt has other tokens on the server before its first image or after its last.
+
+        Args:
+            ids: here.
+            there: on the server, where images may take another number of tokens.
+            before: positions before the first image.
+            after: positions after the last image, counted from the end and so below 0.
+        """
+        if len(there) < len(before) + len(after):
+            raise self.differs(ids[after.start :])
+        for position in (*before, *after):
+            if there[position] != ids[position]:
+                raise self.differs(ids[position : position + 1])
 
     def _compare_tokenizers(self) -> bool:
         """Return whether the server reports the tokens of a text. Raise ``UserError`` if they differ from ours."""
-        tokenizer = self.processor.tokenizer
-        step = max(1, len(tokenizer) // _TRIED)
-        words = (tokenizer.decode([i]).strip() for i in range(0, len(tokenizer), step))
-        text = " ".join(["It is 12:30.", *(word for word in words if word.isalnum())])
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text, ids = self._trial()
         body = {"model": self.name, "prompt": text, "add_special_tokens": False, "max_tokens": 1, "prompt_logprobs": 1}
 
         def read(reply: Any) -> bool:
@@ -146,10 +178,34 @@ class ServedModel:
                 raise self.differs(ids[:4])
             return True
 
-        return self.endpoint.ask("completions", body, read, _ADVICE)
+        try:
+            return self.endpoint.ask("completions", body, read, self.advice)
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            raise UserError(
+                f"{self.who}: {self.endpoint.url} generates nothing ({refused.detail}); start vLLM without --runner "
+                "pooling (that is for teacher.server.form: hidden)"
+            ) from None
+
+    def _compare_tokens(self) -> None:
+        """Raise ``UserError`` if a server that generates nothing has other tokens for a text than are here."""
+        text, ids = self._trial()
+        body = {"model": self.name, "prompt": text, "add_special_tokens": False}
+        there = self.root.ask("tokenize", body, read_tokens, self.advice)
+        if there != ids:
+            raise self.differs(ids[:4])
+
+    def _trial(self) -> tuple[str, list[int]]:
+        """Return a text of many of the tokenizer's words, and its tokens."""
+        tokenizer = self.processor.tokenizer
+        step = max(1, len(tokenizer) // _TRIED)
+        words = (tokenizer.decode([i]).strip() for i in range(0, len(tokenizer), step))
+        text = " ".join(["It is 12:30.", *(word for word in words if word.isalnum())])
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-class ServedTeacher(Teacher):
+class ServedTeacher(ServedRows[list[Likeliest]]):
     """Scores prompts that contain the answers, by ``prompt_logprobs``, which vLLM serves since version 0.6.
 
     In conversations with images, positions are counted from the end, since the server may expand images differently.
@@ -166,18 +222,12 @@ class ServedTeacher(Teacher):
         UserError: the server does not return that many log-probabilities of the prompt.
     """
 
-    processor: Processor
     likeliest: int
-    asks_ahead = True
 
     def __init__(self, served: ServedModel, top: int, workers: int) -> None:
+        super().__init__(served.processor, workers)
         self.served, self.likeliest = served, top
-        self.processor = served.processor
-        self.needs_images = self.processor.has_vision
         self._vocabulary: int | None = None
-        self._pool = ThreadPoolExecutor(workers)
-        #: Requests under way: the origins of a micro-batch, and its rows' replies.
-        self._ahead: deque[tuple[Any, list[Future[list[Likeliest]]]]] = deque()
         self._try()
 
     @property
@@ -193,45 +243,23 @@ class ServedTeacher(Teacher):
         assert self.likeliest == 0
         separate_heads(student)
 
-    def request(self, batch: DistillationBatch) -> None:
-        self._ahead.append((batch.origins, self._requests(batch)))
-
-    def forget(self, batch: DistillationBatch) -> None:
-        if self._ahead and self._ahead[0][0] == batch.origins:
-            self._ahead.popleft()
-
     def limit(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
 
     @torch.no_grad()
     def outputs(self, batch: DistillationBatch, features: Sequence[str] = ()) -> TeacherOutputs:
         assert not features
-        ahead = bool(self._ahead) and self._ahead[0][0] == batch.origins
-        waiting = self._ahead.popleft()[1] if ahead else self._requests(batch)
-        found = [likeliest for future in waiting for likeliest in future.result()]
+        found = list(chain.from_iterable(self.replies(batch)))
         if self.likeliest == 0:
             own = [told[token] for told, token in zip(found, batch.teacher_targets.tolist(), strict=True)]
             return TeacherOutputs(TokenTargets(torch.tensor(own, device=batch.targets.device)))
         return TeacherOutputs(self._targets(found, batch.targets.device))
 
-    def _requests(self, batch: DistillationBatch) -> list[Future[list[Likeliest]]]:
-        """Send the requests for a micro-batch's rows, all at once."""
-        assert batch.teacher is not None
-        inputs = {name: batch.teacher.inputs[name].cpu() for name in ("input_ids", "attention_mask")}
-        rows, length = inputs["input_ids"].shape
-        positions = batch.teacher.positions.cpu()
-        waiting = []
-        for row in range(rows):
-            # Padding is on the right, so a position in the row is one in the request.
-            wanted = (positions[positions // length == row] % length + 1).tolist()
-            if wanted:
-                ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())].tolist()
-                conversation, images = batch.conversations[row] if self.needs_images else (None, ())
-                if isinstance(conversation, Conversation) and images:
-                    waiting.append(self._pool.submit(self._score_seen, conversation, images, ids, wanted))
-                else:
-                    waiting.append(self._pool.submit(self._score, ids, wanted))
-        return waiting
+    def ask(self, row: Row) -> list[Likeliest]:
+        supervised = [position + 1 for position in row.predicting]
+        if row.conversation is None:
+            return self._score(row.ids, supervised)
+        return self._score_seen(row.conversation, row, supervised)
 
     def _score(self, ids: list[int], positions: Sequence[int]) -> list[Likeliest]:
         """Return the likeliest tokens at some positions of a text."""
@@ -245,7 +273,7 @@ class ServedTeacher(Teacher):
         if not self.served.tells:
             return self._score_repeated(ids, positions)
         path, body = self.served.text(ids, **self._asked)
-        return self.served.endpoint.ask(path, body, read, _ADVICE)
+        return self.served.endpoint.ask(path, body, read, self.served.advice)
 
     def _score_repeated(self, ids: list[int], positions: Sequence[int]) -> list[Likeliest]:
         """Return the log-probabilities of the own tokens at some positions of a text that the server repeats."""
@@ -258,37 +286,29 @@ class ServedTeacher(Teacher):
             return [self._checked({ids[position]: value}) for position, value in own.items()]
 
         path, body = self.served.text(ids, max_tokens=1, echo=True, logprobs=1, temperature=1.0)
-        return self.served.endpoint.ask(path, body, read, _ADVICE)
+        return self.served.endpoint.ask(path, body, read, self.served.advice)
 
-    def _score_seen(
-        self, conversation: Conversation, images: Sequence[Image.Image], ids: list[int], positions: Sequence[int]
-    ) -> list[Likeliest]:
-        """Return the same for a conversation with images, whose token ids here are ``ids``."""
-        assert isinstance(self.processor, PretrainedProcessor)
-        seen = [position for position, own in enumerate(ids) if own == self.processor.image_token_id]
-        before, after = range(seen[0]), range(seen[-1] + 1 - len(ids), 0)
+    def _score_seen(self, conversation: Conversation, row: Row, positions: Sequence[int]) -> list[Likeliest]:
+        """Return the same for a conversation with images."""
+        ids = row.ids
+        before, after = row.around_images
 
         def read(reply: Any) -> list[Likeliest]:
             told, there = reply["prompt_logprobs"], reply.get("prompt_token_ids")
-            if len(told) < len(before) + len(after):
+            if there:
+                self.served.check_ends(ids, there, before, after)
+            elif len(told) < len(before) + len(after):
                 raise self.served.differs(ids[after.start :])
-            for position in (*before, *after):
+            else:
                 # vLLM returns the prompt's ids since 0.10.2; before, a token is among its position's likeliest.
-                known = told[position] is None or str(ids[position]) in told[position]
-                if there[position] != ids[position] if there else not known:
-                    raise self.served.differs(ids[position : position + 1])
+                for position in (*before, *after):
+                    if told[position] is not None and str(ids[position]) not in told[position]:
+                        raise self.served.differs(ids[position : position + 1])
             return [self._likeliest(told[position - len(ids)], ids[position]) for position in positions]
 
         settings = {"generation": False, "return_token_ids": True, **self._asked}
-        path, body = self.served.chat(conversation, images, **settings)
-        try:
-            return self.served.endpoint.ask(path, body, read, _ADVICE)
-        except Refused as refused:
-            if refused.status not in _OF_ONE:
-                raise
-            # It may have too many images, or be too long on the server, where images take other numbers of tokens.
-            where = f"{conversation.source}, line {conversation.line}"
-            raise UserError(f"{where}: {refused}; leave it out of the data, or change the server") from None
+        path, body = self.served.chat(conversation, row.images, **settings)
+        return self.served.endpoint.ask(path, body, read, self.served.advice)
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -395,7 +415,7 @@ class ServedAnswers:
                 path, body = self.served.chat(prompt, shown, generation=True, **settings)
             else:
                 path, body = self.served.text(ids, **settings)
-            return self.served.endpoint.ask(path, body, _read_answer, _ADVICE)
+            return self.served.endpoint.ask(path, body, _read_answer, self.served.advice)
         except BadSample as bad:
             return bad
         except Refused as refused:
@@ -403,13 +423,13 @@ class ServedAnswers:
                 # Still after all retries. If the server is well otherwise, this question makes it fail.
                 self._probe()
                 return BadSample("server fails", refused.detail)
-            if refused.status in _OF_ONE:
+            if refused.status in OF_ONE:
                 return BadSample("server refuses the question", refused.detail)
             raise
 
     def _probe(self) -> None:
         path, body = self.served.text(sorted(self.served.end_tokens)[:1] or [0], max_tokens=1, temperature=0.0)
-        self.served.endpoint.ask(path, body, lambda reply: reply["choices"][0], _ADVICE)
+        self.served.endpoint.ask(path, body, lambda reply: reply["choices"][0], self.served.advice)
 
 
 def _read_contexts(reply: Any) -> dict[str, int | None]:
@@ -419,6 +439,11 @@ def _read_contexts(reply: Any) -> dict[str, int | None]:
         length = card.get("max_model_len")
         contexts[str(card["id"])] = None if length is None else int(length)
     return contexts
+
+
+def read_tokens(reply: Any) -> list[int]:
+    """Return the tokens that vLLM's ``/tokenize`` reports."""
+    return [int(token) for token in reply["tokens"]]
 
 
 def _read_answer(reply: Any) -> Answer:

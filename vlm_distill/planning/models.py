@@ -79,6 +79,8 @@ class Models:
 
     Attributes:
         student, teacher: the models; the teacher's also if its outputs are cached, but not if it is on a server.
+        head: the teacher's lm head, if its hidden states are known.
+        head_alone: whether no other part of the teacher is loaded.
         learns: whether a loss learns from the teacher.
         likeliest: how many of the teacher's likeliest tokens are known, 0: only the answers' own are; ``None``: all.
         shared: whether the teacher is the student's own base.
@@ -102,6 +104,8 @@ class Models:
         self.likeliest = None if teacher is None else teacher.likeliest
         if self.cache is not None:
             self.likeliest = self.cache.likeliest
+        self.head = None if teacher is None or self.likeliest is not None else teacher.head
+        self.head_alone = self.head is not None and (self.teacher is None or self.cache is not None)
         self.bf16 = config.training.dtype == "bf16"
         self.autocast = self.bf16 and config.deepspeed.stage == 0
         self.sizes = self._sizes()
@@ -161,8 +165,10 @@ class Models:
     def _member_bytes(self, name: str) -> tuple[str, float]:
         """Return where one of several teachers is, and the bytes of its weights, unsharded."""
         section, model = self.config.teachers[name], _model_of(self.run.members[name])
-        if model is None:
-            return "replicate", 0.0  # on its server
+        if model is None:  # on its server, but for a head
+            teacher = self.run.members[name].teacher
+            head = None if teacher is None else teacher.head
+            return "replicate", 0.0 if head is None else sum(p.nbytes for p in head.parameters)
         if section.cache is not None:
             exact = section.cache.form == "hidden"
             return "replicate", sum(p.nbytes for p in model.head.parameters) if exact else 0.0
@@ -191,12 +197,11 @@ class Models:
         found = _parts_of("student", self.student)
         for name, model in self.run.running_members.items():
             found += _parts_of(name, model)
-        if self.teacher is None or self.shared:
-            return tuple(found)
-        if self.cache is None:
+        if self.head_alone:
+            assert self.head is not None
+            found.append(Part("teacher", "lm_head", _count(self.head.parameters), 0))
+        elif self.teacher is not None and self.cache is None and not self.shared:
             found += _parts_of("teacher", self.teacher)
-        elif self.likeliest is None:  # a cache of hidden states needs the head
-            found.append(Part("teacher", "lm_head", _count(self.teacher.head.parameters), 0))
         return tuple(found)
 
     def parameter_bytes(self, stage: int) -> float:
@@ -210,10 +215,11 @@ class Models:
 
     def teacher_bytes(self, placement: str, stage: int) -> float:
         """Return the bytes of the teacher's weights, unsharded, without those that it shares with the student."""
-        if self.teacher is None or placement == "none":
+        if self.head_alone:
+            assert self.head is not None
+            return sum(p.nbytes for p in self.head.parameters)
+        if self.teacher is None or placement in ("none", "cached"):
             return 0.0
-        if placement == "cached":
-            return 0.0 if self.likeliest is not None else sum(p.nbytes for p in self.teacher.head.parameters)
         whole = sum(p.nbytes for p in self.teacher.parameters()) + self.beside
         if placement == "replicate" and self.same_encoder and stage < 3:
             size = 2 if self.bf16 and stage > 0 else 4
@@ -233,8 +239,9 @@ class Models:
         if self.learns and self.likeliest is not None:
             cached = len(batch.teacher_targets) * (12 * self.likeliest + 4)
             teacher, batch = None, replace(batch, teacher=None)
-        elif teacher is not None and self.cache is not None:
-            weight = teacher.head.parameters[0]
+        elif self.learns and self.head_alone:
+            assert self.head is not None
+            weight = self.head.parameters[0]
             cached = len(batch.teacher_targets) * weight.shape[1] * weight.itemsize
             teacher, batch = None, replace(batch, teacher=None)
         try:
@@ -258,9 +265,8 @@ class Models:
         terms = [term for term in self.run.terms if isinstance(term, Term) and term.on == "text"]
         ranks = 1 if self.run.sequence is None else self.run.sequence.size
         heads = [(self.student.head, -(-len(batch.targets) // ranks))]
-        learning = self.likeliest is None and any("teacher" in term.loss.needs for term in terms)
-        if learning and self.teacher is not None:
-            heads.append((self.teacher.head, -(-len(batch.teacher_targets) // ranks)))
+        if self.head is not None and any("teacher" in term.loss.needs for term in terms):
+            heads.append((self.head, -(-len(batch.teacher_targets) // ranks)))
         for name, own in batch.taught.items():
             head = self.run.members[name].teacher
             if head is not None and head.head is not None:
@@ -280,7 +286,7 @@ class Models:
         terms = [term for term in self.run.terms if isinstance(term, Term) and term.on == "images"]
         if not terms:
             return None
-        assert self.teacher is not None
+        assert self.head is not None
         ranks = 1 if self.run.sequence is None else self.run.sequence.size
         unmatched = any(term.match == "none" for term in terms)
         rows = len(batch.student.image_positions) if unmatched else int(batch.image_pairs.sum())
@@ -288,7 +294,7 @@ class Models:
         return losses_cost(
             meter,
             terms,
-            [(self.student.head, rows), (self.teacher.head, rows)],
+            [(self.student.head, rows), (self.head, rows)],
             likeliest=None,
             grouped=False,
             recompute=self.config.training.recompute_logits,

@@ -31,7 +31,7 @@ class StepFlops:
         device: of this rank.
         bf16: whether matrix products are in bfloat16.
         shared_vision: whether the student reuses what the teacher's vision encoder gives.
-        head: of a teacher whose head alone runs, on cached hidden states.
+        head: of a teacher whose head alone runs, on hidden states from a cache or a server.
         at_images: whether losses on logits also compare the image tokens.
         several: by name the models of several teachers that run.
     """
@@ -65,9 +65,10 @@ class StepFlops:
             total += 0 if self._teacher is None else sum(self._teacher.count(batch.teacher).values())
         for name, own in batch.taught.items():
             total += sum(self._several[name].count(own.student).values()) if name in self._several else 0
-        if self._at_images and batch.teacher is not None and self._teacher is not None:
+        if self._at_images and batch.teacher is not None:
+            head = self._head if self._teacher is None else self._teacher.head
             total += len(batch.student.image_positions) * self._student.head
-            total += len(batch.teacher.image_positions) * self._teacher.head
+            total += len(batch.teacher.image_positions) * head
         return total
 
     def metrics(self, flops: float, seconds: float, world: int) -> dict[str, float]:

@@ -17,26 +17,30 @@ from vlm_distill.endpoint import Endpoint
 from vlm_distill.models.cached_teacher import CachedTeacher
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM
+from vlm_distill.models.head_alone import read_head
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.lora import add_lora, save_adapter
 from vlm_distill.models.processor import Processor
 from vlm_distill.models.pruning import Kept, pruned
 from vlm_distill.models.quantize import keep_gradients, quantization
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel, ServedTeacher
+from vlm_distill.models.served_hidden import ServedHidden
 from vlm_distill.models.taken_projector import adapted_settings, take_projector
 from vlm_distill.models.teacher import ModelTeacher, Teacher
 from vlm_distill.models.tokenizer import load_tokenizer, read_template
+from vlm_distill.models.weightless import Weightless, weightless
 from vlm_distill.runtime.processes import Processes
 
 
 def load_model(
-    section: ModelSection, dtype: torch.dtype, tokenizer: Any = None, quantize: Any = None
+    section: ModelSection, dtype: torch.dtype | None, tokenizer: Any = None, quantize: Any = None
 ) -> VisionLanguageModel:
     """Load a model from a path, or assemble it from parts, as its section says.
 
     Args:
         section: the student's or the teacher's.
-        dtype: of the parameters.
+        dtype: of the parameters; ``None``: as saved.
         tokenizer: for an assembled model whose section names none.
         quantize: from ``models.quantize.quantization``, to load weights in fewer bits.
     """
@@ -68,7 +72,12 @@ def load_teacher(config: RunConfig, processes: Processes | None) -> Teacher | No
         return open_cached(section, section.cache, processes.device)
     if section.server is None:
         return _load_here(config, processes)
-    teacher = _served_teacher(section, section.server, config.data.max_length)
+    teacher: Teacher
+    if section.server.form == "hidden":
+        teacher = _served_hidden(config, section, section.server, "cpu" if processes is None else processes.device)
+    else:
+        teacher = _served_teacher(section, section.server, config.data.max_length)
+    assert isinstance(teacher.processor, Processor)
     teacher.processor.learn_answer_prefix = config.data.template_text == "learn"
     return teacher
 
@@ -112,6 +121,37 @@ def _served_teacher(section: TeacherSection, server: ServerSection, max_length: 
     return ServedTeacher(served, server.top_logprobs if server.form == "topk" else 0, server.workers)
 
 
+def _served_hidden(
+    config: RunConfig, section: TeacherSection, server: ServerSection, device: torch.device | str
+) -> ServedHidden:
+    """Return a teacher whose hidden states are on its server, and whose lm head is loaded here."""
+    served = open_served(section, server)
+    limit = config.data.max_length
+    if served.context is not None and limit > served.context:
+        raise UserError(
+            f"data.max_length: {limit}, but {server.url} takes {served.context} tokens; set it to at most "
+            f"{served.context}, or start the server with --max-model-len"
+        )
+    return ServedHidden(
+        served,
+        _head_alone(section, device),
+        server.workers,
+        dtype=DTYPES[server.embed_dtype],
+        longest=limit,
+        at_images=any(term.on == "images" for term in config.loss),
+    )
+
+
+def _head_alone(section: TeacherSection, device: torch.device | str) -> LMHead:
+    """Return the lm head of a teacher whose other weights stay where they are."""
+    assert section.path is not None
+    if weightless():
+        return load_model(section, None).head
+    with Weightless():
+        model = load_model(section, None)
+    return read_head(model, section.path, device)
+
+
 def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
     """Connect to a model on a server. Its tokenizer and image processor are loaded here."""
     assert section.path is not None
@@ -126,7 +166,8 @@ def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
     )
     set_processor(processor, section, "teacher")
     endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE, timeout=server.timeout)
-    return ServedModel(processor, endpoint, server.model or section.path, section.template_arguments)
+    name = server.model or section.path
+    return ServedModel(processor, endpoint, name, section.template_arguments, pools=server.form == "hidden")
 
 
 def load_student(
