@@ -39,6 +39,7 @@ from vlm_distill.training.loading import trained_parameters, write_student
 from vlm_distill.training.loop import Loop
 from vlm_distill.training.on_policy import OnPolicy
 from vlm_distill.training.optimizers import build_optimizer
+from vlm_distill.training.rollouts import Rollouts
 from vlm_distill.training.schedule import learning_rate_factor, lr_scales
 from vlm_distill.training.student_cut import describe_kept
 from vlm_distill.training.task import DistillationTask
@@ -140,7 +141,10 @@ class Trainer(Loop):
         if self.config.on_policy is None:
             return None
         assert self.loss_teacher is not None
-        rest = self.parts.load_image, self.processes, self.steps, self.lower_is_better
+        rollouts = None
+        if self.config.on_policy.server is not None:
+            rollouts = Rollouts(self.config, self.student, self.processes, self.student_state)
+        rest = self.parts.load_image, self.processes, self.steps, self.lower_is_better, rollouts
         return OnPolicy(self.config, self.dataset, self.student, self.loss_teacher, *rest)
 
     def step_context(self) -> AbstractContextManager[object]:
@@ -319,18 +323,20 @@ class Trainer(Loop):
         Several teachers are listed by name. A teacher is left out if no sample has an answer for it, or if only its
         likeliest tokens are known.
         """
-        data, pairs = self.config.data, list[Pair]()
+        data, pairs, shown = self.config.data, list[Pair](), list[Any]()
         for source, row in self.dataset.mixture.samples_of(0)[:_CHECKED_SAMPLES]:
             if not data.train[source].labelled:
                 continue
             try:
                 sample, images = load_images(self.sources[source][row], self.parts.load_image)
                 pairs += self.dataset.collator.encode(sample, images, (source, row))
+                shown += self.dataset.collator.parts(sample, images) if teacher.needs_images else []
             except BadSample:
                 continue
         if not pairs:
             return {}
         batch = self.dataset.collator.batch(pairs).to(self.processes.device)
+        batch.conversations = shown
         outputs = teacher.outputs(batch)
         answered = {name: (outputs.taught.get(name), own.targets) for name, own in batch.taught.items()}
         found = {}

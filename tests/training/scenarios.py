@@ -12,6 +12,7 @@ import gc
 import json
 import shutil
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ import tiny
 import torch
 from byte_tokenizer import make_tokenizer
 from safetensors.torch import load_file
+from scoring_server import ScoringServer
 
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.models import load_vlm
 from vlm_distill.runtime.launch import leave
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
@@ -233,6 +236,7 @@ SHARED = {
         for s in (0, 2)
     },
 }
+GREEDY = {"loss": [{"name": "jsd"}], "on_policy": {"fraction": 1.0, "max_new_tokens": 4, "temperature": 0.0}}
 DROPOUT = tiny.settings()
 DROPOUT["decoder"]["config"]["attention_dropout"] = 0.2
 BATCH_NORM = tiny.settings()
@@ -252,6 +256,12 @@ TWO_RANKS = {
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
     "shard_zero2": {"deepspeed__stage": 2, "teacher": "shard"},
     "shard_zero3": {"deepspeed__stage": 3, "teacher": "shard"},
+    "hidden_llava_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "hidden"},
+    # A server draws the answers that the student itself would.
+    **{
+        f"{name}_zero3": {"deepspeed__stage": 3, "family": "llava", "data": "mixed", **GREEDY, **more}
+        for name, more in (("greedy", {}), ("rollouts", {"drawn_on_server": True}))
+    },
     "cut_shard_zero3": {"deepspeed__stage": 3, "teacher": "shard", "student": {"from_teacher": CUT}},
     "text_shard_zero3": {"deepspeed__stage": 3, "family": "language", "data": "text", "teacher": "shard"},
     # Shares in main memory: the teacher's, and the student's optimizer and parameters; and what ZeRO++ does.
@@ -354,6 +364,13 @@ def sharded_inference(dtype: torch.dtype, offload: bool = False, settings: Any =
     return {**config, "zero_optimization": {**config["zero_optimization"], **WHOLLY_SHARDED}}
 
 
+def start_server(model: Path, *, pools: bool = False) -> str:
+    """Serve a model from a thread until the process ends, and return the address."""
+    server = ScoringServer(load_vlm(model, dtype="float32").eval(), pools=pools)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.url
+
+
 def main(folder: Path) -> None:
     engine._inference_config = sharded_inference
     processes = Processes("cpu")
@@ -416,16 +433,24 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     elif family == "pieces":
         changes["student"] = {**tiny.settings(), "tokenizer": str(folder / "pieces_teacher" / "student")}
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
-    placement = changes.pop("teacher", "replicate")
+    placement, drawn_on_server = changes.pop("teacher", "replicate"), changes.pop("drawn_on_server", False)
     teacher = folder / (f"{family}_teacher" if family in ("llava", "language", "pieces", "videos") else "teacher")
     plain = tiny.config(out, data, teacher, **changes)
     if isinstance(placement, dict):
         plain["teacher"] = placement
+    elif placement == "hidden":
+        url = processes.gather(start_server(teacher, pools=True) if processes.first else "")[0]
+        plain["teacher"]["server"] = {"url": url, "model": "teacher-1", "form": "hidden"}
+        plain["evaluation"]["teacher"] = False
     elif placement == "student":
         plain["teacher"] = {"from_student": True}
         kind = "eval"
     else:
         plain["teacher"]["placement"] = placement
+    if drawn_on_server:
+        url = processes.gather(start_server(folder / "llava_student") if processes.first else "")[0]
+        server = {"url": url, "model": "teacher-1", "folder": str(out / "weights")}
+        plain["on_policy"] = {**plain["on_policy"], "server": server}
     if teachers:
         del plain["teacher"]
         plain["teachers"] = {n: {**section, "path": str(folder / section["path"])} for n, section in teachers.items()}

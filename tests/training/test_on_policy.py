@@ -210,12 +210,12 @@ def test_replay_brings_back_what_was_drawn(folder):
     run.prepare_step(run.dataset[1])
     assert len(own.kept) == 8
     replayed = [step for step in range(6) if own._kind(step) == "replay"]
-    answers = sorted(ids for _, ids in own.kept)
+    answers = sorted(ids for _, ids, _ in own.kept)
     again = run.prepare_step(run.dataset[replayed[0]])
     assert sorted(ids for batch in again.batches for ids in supervised(batch)) == answers
     assert own.counts["answering"] > 0
     # Two answers to one question stay two.
-    own.kept[:2] = [(own.kept[2][0], [5, 6]), (own.kept[2][0], [7])]
+    own.kept[:2] = [(own.kept[2][0], [5, 6], 0), (own.kept[2][0], [7], 0)]
     again = run.prepare_step(run.dataset[replayed[0]])
     assert {(5, 6), (7,)} <= {tuple(ids) for batch in again.batches for ids in supervised(batch)}
     # No share of the steps is taken from the buffer at the run's beginning, all of them at its end.

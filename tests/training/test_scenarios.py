@@ -124,6 +124,18 @@ def test_sharded_teacher_equals_replicated(results, name, whole):
     same_weights(results(2, whole), results(2, name), 1e-5)
 
 
+def test_hidden_states_from_a_server_equal_those_of_a_teacher_here(results):
+    here, there = results(2, "llava_zero3"), results(2, "hidden_llava_zero3")
+    assert losses(there) == pytest.approx(losses(here), rel=1e-5)
+    same_weights(here, there, 1e-5)
+
+
+def test_answers_from_a_server_equal_those_drawn_here(results):
+    here, there = results(2, "greedy_zero3"), results(2, "rollouts_zero3")
+    assert losses(there) == pytest.approx(losses(here), rel=1e-5)
+    same_weights(here, there, 1e-5)
+
+
 @pytest.mark.parametrize("name", marked(["offload_zero2", "offload_zero3", "hpz_zero3"], on_two))
 def test_where_shares_lie_changes_nothing(results, name):
     plain = results(2, f"zero{name[-1]}")

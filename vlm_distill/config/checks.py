@@ -131,6 +131,12 @@ def _served(run: Run) -> bool:
     return any(teacher.server is not None for teacher in run.all_teachers.values())
 
 
+def _scored(run: Run) -> bool:
+    """Return whether a server returns log-probabilities of tokens instead of hidden states."""
+    servers = [teacher.server for teacher in run.all_teachers.values()]
+    return any(server is not None and server.form != "hidden" for server in servers)
+
+
 def _cached(run: Run) -> bool:
     return any(teacher.cache is not None for teacher in run.all_teachers.values())
 
@@ -153,6 +159,10 @@ def _from_student(run: Run) -> bool:
 def _viewed(run: Run) -> bool:
     """Return whether a teacher sees something else than the student."""
     return any(teacher.view is not None for teacher in run.all_teachers.values())
+
+
+def _draws_elsewhere(run: Run) -> bool:
+    return run.on_policy is not None and run.on_policy.server is not None
 
 
 def _weighs(run: Run) -> bool:
@@ -230,6 +240,15 @@ RULES = (
         lambda run: _weighs(run) and _sees_no_images(run),
         "on_policy.visual_advantage: the teacher sees no images (teacher.view); leave one of the two out",
     ),
+    Rule(
+        lambda run: _draws_elsewhere(run) and run.student.path is None,
+        "on_policy.server: vLLM starts from the student's own files; name student.path",
+    ),
+    Rule(
+        lambda run: _draws_elsewhere(run) and run.student.quantize is not None,
+        "on_policy.server: adapters cannot be merged into 4-bit weights for the server; leave student.quantize or it "
+        "out",
+    ),
     # A teacher behind a server: it scores conversations token by token, and its weights are elsewhere.
     Rule(
         lambda run: _served(run) and run.student.from_teacher is not None,
@@ -244,12 +263,9 @@ RULES = (
         "evaluation.measures: 'kl' needs the teacher's weights, which are on its server; leave 'kl' out",
     ),
     Rule(
-        lambda run: _served(run) and run.training.recompute_logits,
-        "training.recompute_logits: a server returns no hidden states; leave it out",
-    ),
-    Rule(
-        lambda run: _served(run) and run.data.packing,
-        "data.packing: a server scores samples one by one; leave it out",
+        lambda run: _scored(run) and run.training.recompute_logits,
+        "training.recompute_logits: needs the teacher's hidden states; set teacher.server.form to hidden, or leave it "
+        "out",
     ),
     Rule(
         lambda run: _viewed(run) and any(source.format == "text" for source in run.data.train),

@@ -275,6 +275,31 @@ class VisualAdvantageSection(Section):
     )
 
 
+class AnswerServerSection(Section):
+    """A vLLM server that draws the student's answers, and reads the student's weights from a shared folder."""
+
+    url: str = Field(description="Base URL of the server's API, such as `http://host:8000/v1`.")
+    model: str | None = Field(None, description="The student's name on the server; by default the student's path.")
+    folder: str = Field(
+        description="Folder that the server sees under the same path, into which the student's weights are written."
+    )
+    refresh: Positive = Field(1, description="Steps after which the server loads the student's weights again.")
+    max_staleness: NotNegative | None = Field(
+        None, description="Answers drawn by weights more steps old than this are not learnt from; by default all are."
+    )
+    workers: Positive = Field(64, description="Requests that a rank has under way at once.")
+    timeout: Positive = Field(300, description="Seconds that one request, or loading the weights, may take.")
+
+    @model_validator(mode="after")
+    def _fresh(self) -> AnswerServerSection:
+        if self.max_staleness is not None and self.refresh > self.max_staleness + 1:
+            raise ValueError(
+                f"refresh: weights become {self.refresh - 1} steps old, more than max_staleness allows; set refresh to "
+                f"at most {self.max_staleness + 1}"
+            )
+        return self
+
+
 class OnPolicySection(Section):
     """Steps that learn from the student's own answers."""
 
@@ -295,6 +320,9 @@ class OnPolicySection(Section):
     )
     visual_advantage: VisualAdvantageSection | None = Field(
         None, description="Weigh own answers by how much the teacher needs their images (VA-OPD)."
+    )
+    server: AnswerServerSection | None = Field(
+        None, description="vLLM server that draws the answers; by default the student in training does."
     )
 
 

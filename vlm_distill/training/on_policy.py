@@ -29,6 +29,7 @@ from vlm_distill.models.teacher import Teacher
 from vlm_distill.runtime.processes import Processes
 
 from .own_answers import OwnAnswers, Prompt
+from .rollouts import Question, Rollouts
 from .terms import acts_on
 from .visual_advantage import VisualAdvantage
 
@@ -72,7 +73,8 @@ class OnPolicy:
     micro-batch is followed by its twin with drawn answers (Ko et al. 2025, arXiv 2503.07067).
 
     An answer's random numbers depend on (seed, step, source, line). Up to rounding, neither the number of ranks nor
-    the batch in which it is drawn changes it.
+    the batch in which it is drawn changes it. With ``rollouts``, a server draws the answers, by older weights of the
+    student; each kept answer remembers by which.
 
     Args:
         config: the run, with a section ``on_policy``.
@@ -83,11 +85,13 @@ class OnPolicy:
         processes: the ranks.
         steps: optimizer steps of the run.
         lower_is_better: whether a better evaluation has a lower score.
+        rollouts: draws the answers on a server; ``None``: the student here draws them.
 
     Attributes:
         fraction: probability that a step is on-policy.
         score: of the last evaluation.
-        kept: the replay buffer: the latest answers with their questions' places, the same on every rank.
+        kept: the replay buffer: the latest answers with their questions' places, and the step whose weights drew
+            them; the same on every rank.
         counts: this rank's counts of the last prepared step, to be summed over ranks.
     """
 
@@ -101,11 +105,12 @@ class OnPolicy:
         processes: Processes,
         steps: int,
         lower_is_better: bool,
+        rollouts: Rollouts | None = None,
     ) -> None:
         assert config.on_policy is not None
         self.settings, self.seed, self.on_bad = config.on_policy, config.training.seed, config.data.bad_samples
         self.dataset, self.student, self.load, self.processes, self.steps = dataset, student, load, processes, steps
-        self.lower_is_better = lower_is_better
+        self.lower_is_better, self.rollouts = lower_is_better, rollouts
         self.own_answers = OwnAnswers(dataset.collator, student, teacher)
         section, self.advantage = self.settings.visual_advantage, None
         if section is not None:
@@ -118,25 +123,26 @@ class OnPolicy:
         self._mixed = config.training.dtype == "bf16" and config.deepspeed.stage == 0
         self.fraction = self.settings.fraction
         self.score: float | None = None
-        self.kept: list[tuple[SampleId, list[int]]] = []
+        self.kept: list[tuple[SampleId, list[int], int]] = []
         self.counts: dict[str, float] = {}
 
     def prepare_step(self, step: Step) -> Step:
         """Return the step with the data's answers or with the student's; every rank calls this."""
-        began, kind = time.monotonic(), self._kind(step.index)
+        began = time.monotonic()
+        self._drop_stale(step.index)
+        kind = self._kind(step.index)
         prepared, answers = step, list[list[int]]()
         if kind == "draw":
             drawn = self._draw(step)
             prepared, answers = self._step(step, drawn), [ids for part in drawn for _, ids in part]
-            self._keep(drawn)
+            self._keep(drawn, self._version(step.index))
             if self.settings.pairs:
                 prepared = _paired(step, prepared)
         elif kind == "replay":
             stream = self._random(step.index, "replay")
             entries = stream.sample(self.kept, len(self.dataset.mixture.samples_of(step.index)))
-            prepared = self._step(
-                step, [self._replay(step, part) for part in self.dataset.split.micro_batches(entries)]
-            )
+            replayed = [self._replay(step, part) for part in self.dataset.split.micro_batches(entries)]
+            prepared = self._step(step, replayed)
         self.counts = {
             "on_policy": float(kind != "data"),
             "replayed": float(kind == "replay"),
@@ -144,6 +150,7 @@ class OnPolicy:
             "answer_tokens": sum(map(len, answers)),
             "answering": time.monotonic() - began if kind != "data" else 0.0,
             "advantage": self.advantage.total if self.advantage is not None and kind == "draw" else 0.0,
+            "staleness": float(step.index - self._version(step.index)) if kind == "draw" else 0.0,
         }
         return prepared
 
@@ -170,6 +177,8 @@ class OnPolicy:
         }
         if self.advantage is not None and answers:
             metrics["on_policy/visual_advantage"] = totals["advantage"] / answers
+        if self.rollouts is not None and totals["on_policy"]:
+            metrics["on_policy/staleness"] = totals["staleness"] / world
         if self.settings.replay:
             metrics["on_policy/replayed"] = totals["replayed"] / world
         return metrics
@@ -186,7 +195,7 @@ class OnPolicy:
     def save(self, folder: Path) -> None:
         """Write the state that a resumed run needs into a checkpoint; every rank calls this."""
         if self.processes.first:
-            kept = [[*place, ids] for place, ids in self.kept]
+            kept = [[*place, ids, version] for place, ids, version in self.kept]
             state = {"fraction": self.fraction, "score": self.score, "kept": kept}
             (folder / _FILE).write_text(json.dumps(state), "utf-8")
 
@@ -201,7 +210,7 @@ class OnPolicy:
         self.score = state["score"]
         if self.settings.adaptive is not None:
             self.fraction = state["fraction"]
-        self.kept = [((source, row), ids) for source, row, ids in state["kept"]]
+        self.kept = [((source, row), ids, version) for source, row, ids, version in state["kept"]]
 
     def _random(self, *key: object) -> random.Random:
         # A string seed is hashed by SHA-512, the same in every process and Python version.
@@ -250,8 +259,29 @@ class OnPolicy:
         answers = iter(self._answers(step.index, list(chain.from_iterable(prompts))))
         drawn = []
         for questions in prompts:
-            drawn.append([(prompt, next(answers).token_ids) for prompt in questions])
+            answered: Drawn = []
+            for prompt in questions:
+                answer = next(answers)
+                if isinstance(answer, BadSample):
+                    self._leave_out(step, prompt.place, answer, "skip")  # the data is not at fault
+                else:
+                    answered.append((prompt, answer.token_ids))
+            drawn.append(answered)
         return drawn
+
+    def _version(self, step: int) -> int:
+        """Return the step before which the weights were taken that draw a step's answers."""
+        if self.rollouts is None:
+            return step
+        assert self.rollouts.version is not None
+        return self.rollouts.version
+
+    def _drop_stale(self, step: int) -> None:
+        """Drop kept answers that were drawn by weights too old to learn from."""
+        section = self.settings.server
+        if section is not None and section.max_staleness is not None:
+            oldest = step - section.max_staleness
+            self.kept = [entry for entry in self.kept if entry[2] >= oldest]
 
     def _usable(self, step: Step, places: Sequence[SampleId]) -> list[SampleId]:
         """Return the places without the step's bad samples."""
@@ -259,8 +289,16 @@ class OnPolicy:
         bad = {(problem.source, problem.line) for problem in step.problems}
         return [(source, row) for source, row in places if (sources[source].name, sources[source].line(row)) not in bad]
 
-    def _answers(self, step: int, prompts: Sequence[Prompt]) -> list[Answer]:
+    def _answers(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Answer | BadSample]:
         """Draw the student's answers to this rank's questions."""
+        if self.rollouts is not None:
+            self.rollouts.prepare(step)
+            questions = []
+            for prompt in prompts:
+                seed = f"{self.seed} {step} {prompt.conversation.source} {prompt.conversation.line}"
+                questions.append(Question(prompt.conversation, prompt.images, prompt.student, seed))
+            self.processes.watch.phase(f"step {step + 1}, drawing answers")
+            return self.rollouts.draw(questions)
         size = self.settings.batch_size
         # The same number of calls on every rank: under ZeRO-3 they answer together.
         split = self.dataset.split
@@ -278,10 +316,10 @@ class OnPolicy:
                 )
         return answers
 
-    def _replay(self, step: Step, entries: Sequence[tuple[SampleId, list[int]]]) -> Drawn:
+    def _replay(self, step: Step, entries: Sequence[tuple[SampleId, list[int], int]]) -> Drawn:
         """Return earlier answers with their questions, which are read again."""
-        prompts = self._prompts(step, [place for place, _ in entries])
-        return [(prompt, ids) for prompt, (_, ids) in zip(prompts, entries, strict=True) if prompt is not None]
+        prompts = self._prompts(step, [place for place, _, _ in entries])
+        return [(prompt, ids) for prompt, (_, ids, _) in zip(prompts, entries, strict=True) if prompt is not None]
 
     def _prompts(self, step: Step, places: Sequence[SampleId]) -> list[Prompt | None]:
         """Return the questions at some places, their images decoded by threads; ``None`` for what is left out."""
@@ -320,13 +358,13 @@ class OnPolicy:
         sources = (*shown.images, *sample.images[len(question.images) :])
         return replace(sample, messages=(*shown.messages, *rest), images=sources), images
 
-    def _keep(self, drawn: Sequence[Drawn]) -> None:
+    def _keep(self, drawn: Sequence[Drawn], version: int) -> None:
         """Add all ranks' answers to the buffer, in the order that one rank would have."""
         if self.settings.replay is None:
             return
         mine = []
         for part in drawn:
-            mine.append([(prompt.place, ids) for prompt, ids in part])
+            mine.append([(prompt.place, ids, version) for prompt, ids in part])
         # A step deals its micro-batches to the ranks in turn.
         for parts in zip(*self.processes.gather(mine), strict=True):
             self.kept += chain.from_iterable(parts)

@@ -1,0 +1,172 @@
+"""Answers drawn by a server are those that the student itself would draw, by weights that follow it."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from pydantic import ValidationError
+from scoring_server import serving
+
+from data.errors import UserError
+from vlm_distill.config.sections import RunConfig
+from vlm_distill.demo import make_tokenizer
+from vlm_distill.models import build_vlm, load_vlm
+from vlm_distill.runtime.processes import Processes
+from vlm_distill.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def processes():
+    opened = Processes("cpu")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollouts")
+    tiny.write_data(folder / "images", rows=16, text_only=(2, 5), broken=(3,))
+    tiny.write_llava(folder / "teacher", layers=3)
+    tiny.write_llava(folder / "student", layers=2)
+    return folder
+
+
+@pytest.fixture
+def server(folder):
+    with serving(load_vlm(folder / "student", dtype="float32").eval()) as server:
+        yield server
+
+
+def config(folder, out, server=None, keys=None, **on_policy):
+    """Five steps of greedy answers, drawn here or on a server."""
+    own = {"fraction": 1.0, "max_new_tokens": 4, "temperature": 0.0, **on_policy}
+    if server is not None:
+        own["server"] = {"url": server.url, "model": "teacher-1", "folder": str(out / "weights"), **(keys or {})}
+    changes = {"loss": [{"name": "jsd"}], "on_policy": own, "training__steps": 5, "evaluation__teacher": False}
+    plain = tiny.config(out / "run", folder / "images" / "data.jsonl", folder / "teacher", **changes)
+    return plain | {"student": {"path": str(folder / "student")}}
+
+
+def trainer(processes, plain):
+    return Trainer(RunConfig.model_validate(plain), processes)
+
+
+def steps(out):
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def versions(server):
+    return [int(folder.rpartition("_")[2]) for folder in server.loaded]
+
+
+def test_the_drawn_tokens_are_learnt_and_the_weights_follow_every_step(folder, processes, tmp_path, server):
+    server.garbles = True  # the text is not read
+    trainer(processes, config(folder, tmp_path / "here")).run()
+    trainer(processes, config(folder, tmp_path / "there", server)).run()
+    for key in ("loss", "on_policy/tokens", "supervised_tokens"):
+        there, here = ([line[key] for line in steps(tmp_path / name)] for name in ("there", "here"))
+        assert there == pytest.approx(here, rel=1e-5), key
+    assert versions(server) == [0, 1, 2, 3, 4]
+    assert [line["on_policy/staleness"] for line in steps(tmp_path / "there")] == [0] * 5
+    assert [path.name for path in (tmp_path / "there" / "weights").iterdir()] == ["step_4"]
+    asked = [body for body in server.bodies if body.get("return_token_ids")]
+    assert any("messages" in body for body in asked)
+    assert any("prompt" in body for body in asked)
+
+
+def test_weights_are_sent_again_after_so_many_steps(folder, processes, tmp_path, server):
+    trainer(processes, config(folder, tmp_path, server, {"refresh": 2, "max_staleness": 1})).run()
+    assert versions(server) == [0, 2, 4]
+    assert [line["on_policy/staleness"] for line in steps(tmp_path)] == [0, 1, 0, 1, 0]
+
+
+def test_kept_answers_that_are_too_old_are_dropped(folder, processes, tmp_path, server):
+    keys = {"refresh": 2, "max_staleness": 1}
+    run = trainer(processes, config(folder, tmp_path, server, keys, fraction=0.9, replay=8))
+    run.run()
+    own = run.on_policy
+    assert {version for _, _, version in own.kept} <= {3, 4}
+    own.kept = [((0, 0), [5], 2), ((0, 0), [6], 3), ((0, 0), [7], 4)]
+    own._drop_stale(4)
+    assert [version for _, _, version in own.kept] == [3, 4]
+
+
+def test_drawn_answers_have_seeds_of_their_own(folder, processes, tmp_path, server):
+    trainer(processes, config(folder, tmp_path, server, temperature=1.0)).run()
+    seeds = [body["seed"] for body in server.bodies if body.get("return_token_ids")]
+    assert len(set(seeds)) == len(seeds) > 8
+
+
+def test_a_server_that_was_started_again_gets_the_weights_again(folder, processes, tmp_path, server, capsys):
+    run = trainer(processes, config(folder, tmp_path, server, {"refresh": 4}))
+    first = {name: tensor.clone() for name, tensor in server.model.state_dict().items()}
+    after_update = run.after_update
+
+    def restart(step):
+        after_update(step)
+        if step == 1:
+            server.model.load_state_dict(first)
+            with torch.no_grad():
+                server.model.head.parameters[0].mul_(1.5)
+
+    run.after_update = restart
+    run.run()
+    assert versions(server) == [0, 2]
+    assert "has other weights than it was given" in capsys.readouterr().err
+
+
+def test_a_question_that_the_server_refuses_is_left_out(folder, processes, tmp_path, server):
+    server.refused = {"messages": 400}  # those with an image
+    trainer(processes, config(folder, tmp_path, server)).run()
+    problems = [json.loads(line) for line in (tmp_path / "run" / "problems.jsonl").read_text().splitlines()]
+    assert "server refuses the question" in {problem["reason"] for problem in problems}
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"controlled": False}, "HTTP 404 .*; start vLLM with VLLM_SERVER_DEV_MODE=1"),
+        ({"loads": False}, r"differs from the student in training by \d+\.\d+ nats a token"),
+        ({"tells_drawn": False}, "returns no token ids of its answers"),
+        ({"told": False}, "returns no prompt_logprobs; serve the student with vLLM"),
+    ],
+)
+def test_a_server_that_cannot_follow_is_told(folder, processes, tmp_path, server, fault, says):
+    for name, value in fault.items():
+        setattr(server, name, value)
+    with torch.no_grad():
+        server.model.head.parameters[0].normal_(std=3.0)  # it starts from other weights
+    with pytest.raises(UserError, match=says):
+        trainer(processes, config(folder, tmp_path, server)).run()
+
+
+def test_another_chat_template_there_is_told(folder, processes, tmp_path):
+    other = load_vlm(folder / "student", dtype="float32", chat_template="{{ 'yes' }}" + tiny.TEMPLATE).eval()
+    with serving(other) as server:
+        run = trainer(processes, config(folder, tmp_path, server))
+        with pytest.raises(UserError, match=r"on_policy.server: .* chat template is not that of student.path"):
+            run.run()
+
+
+def test_a_folder_that_cannot_be_written_is_told(folder, processes, tmp_path, server):
+    (tmp_path / "file").write_text("")
+    run = trainer(processes, config(folder, tmp_path, server, {"folder": str(tmp_path / "file" / "weights")}))
+    with pytest.raises(UserError, match=r"on_policy.server.folder: .* cannot be written"):
+        run.run()
+
+
+def test_what_no_server_can_draw_is_refused(folder, processes, tmp_path, server):
+    keys = {"refresh": 3, "max_staleness": 1}
+    with pytest.raises(ValidationError, match="become 2 steps old, more than max_staleness allows; set refresh to at"):
+        RunConfig.model_validate(config(folder, tmp_path, server, keys))
+    plain = config(folder, tmp_path, server) | {"student": tiny.settings()}
+    with pytest.raises(ValidationError, match=r"vLLM starts from the student's own files; name student.path"):
+        RunConfig.model_validate(plain)
+    tiny.write_student(tmp_path / "composed")
+    build_vlm(tiny.settings(width=24), tokenizer=make_tokenizer(tiny.WORDS)).save_pretrained(tmp_path / "teacher")
+    plain = config(folder, tmp_path, server) | {"student": {"path": str(tmp_path / "composed")}}
+    plain["teacher"] = {"path": str(tmp_path / "teacher")}
+    with pytest.raises(UserError, match=r"student.path: is assembled from parts, which no server loads"):
+        trainer(processes, plain)
