@@ -11,7 +11,7 @@ from vlm_distill.losses import DistillationLoss, LossError, Progress, Standardis
 from vlm_distill.losses.heads import HiddenTargets
 from vlm_distill.models.lm_head import LMHead
 
-WITHOUT = ("uld", "alm", "overlap_kl", "cross_entropy", "diagnostics")
+WITHOUT = ("uld", "alm", "overlap_kl", "policy_gradient", "cross_entropy", "diagnostics")
 COMPARING = [n for n in losses.available(DistillationLoss) if n not in WITHOUT]
 HELD = ("taid", "adaptive_kl", "todi")
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .jsd import JSD
     from .minilm import MiniLM
     from .overlap_kl import OverlapKL
+    from .policy_gradient import PolicyGradient
     from .reverse_kl import ReverseKL
     from .sequences import adapt_terms, sequence_weights
     from .skew_kl import SkewForwardKL, SkewReverseKL
@@ -92,6 +93,7 @@ __all__ = [
     "MiniLM",
     "MixedTargets",
     "OverlapKL",
+    "PolicyGradient",
     "Progress",
     "ProjectorFeatures",
     "Registry",
@@ -141,6 +143,7 @@ _HOMES = {
     "jsd": "JSD",
     "minilm": "MiniLM",
     "overlap_kl": "OverlapKL",
+    "policy_gradient": "PolicyGradient",
     "from_logits": "on_logits",
     "reverse_kl": "ReverseKL",
     "sequences": "adapt_terms sequence_weights",

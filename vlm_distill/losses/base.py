@@ -88,6 +88,8 @@ class DistillationLoss(Loss):
         takes_tokens: whether ``token_loss_and_grad`` exists, for teachers that give the log-probabilities of the
             answer's own tokens only. Such a loss reads the answers without calling them correct: it also learns from
             answers that the student drew.
+        on_drawn_only: whether the loss estimates something from answers that the student drew, and means nothing on
+            others.
         needs_shared_tokens: whether ``share_tokens`` must be called before training.
         adapts: whether the loss adapts to each answer as a whole (``adapted``). It reads the answers without calling
             them correct.
@@ -97,6 +99,7 @@ class DistillationLoss(Loss):
     takes_topk: bool = False
     takes_groups: bool = False
     takes_tokens: bool = False
+    on_drawn_only: bool = False
     needs_shared_tokens: bool = False
     adapts: bool = False
     scratch: int = 8

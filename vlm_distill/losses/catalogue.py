@@ -45,6 +45,7 @@ REGISTRY: Registry[DistillationLoss | FeatureLoss] = Registry(
         ),
         "uld": Entry("vlm_distill.losses.uld:ULD", ("temperature", "tokens"), classes=False),
         "alm": Entry("vlm_distill.losses.alm:ALM", ("tau", "distance"), classes=False),
+        "policy_gradient": Entry("vlm_distill.losses.policy_gradient:PolicyGradient", ("clip",), classes=False),
         "overlap_kl": Entry("vlm_distill.losses.overlap_kl:OverlapKL", ("divergence", "temperature"), classes=False),
         "cross_entropy": Entry("vlm_distill.losses.token_cross_entropy:CrossEntropy", needs=TARGETS),
         "hidden_states": Entry(

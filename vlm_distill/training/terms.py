@@ -31,6 +31,7 @@ def build_terms(config: RunConfig) -> list[AnyTerm]:
         loss = losses.build(section.name, **(section.model_extra or {}))
         _check_loss(config, section.name, loss)
         _check_sequences(config, section, loss)
+        _check_drawn(config, section, loss)
         if section.on == "images":
             _check_on_images(section.name, loss)
         taken = [term.name for term in terms]
@@ -77,7 +78,7 @@ def _check_on_images(name: str, loss: DistillationLoss | FeatureLoss) -> None:
     """Raise ``UserError`` if a loss cannot compare two models' logits at image tokens."""
     if isinstance(loss, FeatureLoss):
         raise UserError(f"loss {name}: on is for losses on logits; leave it out")
-    if "targets" in loss.needs:
+    if "targets" in loss.needs or loss.takes_tokens:
         raise UserError(f"loss {name} reads the right tokens, and images have none; leave on: images out")
     if "teacher" not in loss.needs:
         raise UserError(f"loss {name} learns from no teacher, and images have nothing else; leave on: images out")
@@ -100,14 +101,29 @@ def _check_sequences(config: RunConfig, section: TermSection, loss: Distillation
         )
 
 
+def _check_drawn(config: RunConfig, section: TermSection, loss: DistillationLoss | FeatureLoss) -> None:
+    """Raise ``UserError`` if a loss that only drawn answers give a meaning shall act on the data's."""
+    if isinstance(loss, FeatureLoss) or not loss.on_drawn_only or section.answers == "own":
+        return
+    policy = config.on_policy
+    if policy is None or policy.fraction < 1 or policy.pairs:
+        raise UserError(
+            f"loss {section.name} estimates from answers that the student drew itself; set answers: own for it, and a "
+            "section on_policy"
+        )
+
+
 def _check_teacher_sees(config: RunConfig, terms: Sequence[AnyTerm]) -> None:
     """Raise ``UserError`` if the teacher's outputs at image tokens are neither computed nor stored."""
     name = next(term.name for term in terms if must_be_alike([term]))
     for section in config.all_teachers.values():
         if section.cache is not None:
             raise UserError(f"loss {name}: a cache holds nothing at image tokens; leave teacher.cache out")
-        if section.server is not None:
-            raise UserError(f"loss {name}: a server returns nothing at image tokens; load the teacher by path")
+        if section.server is not None and section.server.form != "hidden":
+            raise UserError(
+                f"loss {name}: a server returns nothing at image tokens unless it is asked for hidden states; set "
+                "teacher.server.form to hidden, or load the teacher by path"
+            )
 
 
 def _check_sees_images(terms: Sequence[AnyTerm]) -> None:
@@ -125,7 +141,7 @@ def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLo
     for source in config.data.train:
         reads_targets = "targets" in loss.needs
         if isinstance(loss, DistillationLoss):
-            reads_targets = reads_targets or loss.takes_tokens or loss.adapts
+            reads_targets = reads_targets or (loss.takes_tokens and not loss.on_drawn_only) or loss.adapts
         if reads_targets and not source.labelled:
             raise UserError(f"loss {name} reads the answers, and {source.path} is not labelled; leave one out")
     for teacher in config.all_teachers.values():
@@ -135,19 +151,24 @@ def _check_loss(config: RunConfig, name: str, loss: DistillationLoss | FeatureLo
 
 def _check_served(name: str, loss: DistillationLoss | FeatureLoss, form: str) -> None:
     """Raise ``UserError`` if a loss needs more of the teacher than a server is asked for."""
-    takes_topk = isinstance(loss, DistillationLoss) and loss.takes_topk
-    takes_tokens = isinstance(loss, DistillationLoss) and loss.takes_tokens
+    if isinstance(loss, FeatureLoss):
+        raise UserError(
+            f"loss {name} compares features from inside the teacher, which no server returns; load the teacher by path"
+        )
+    if form == "hidden":
+        return
+    takes_topk, takes_tokens = loss.takes_topk, loss.takes_tokens
     if form == "topk" and takes_tokens:
         raise UserError(f"loss {name} needs the answers' own log-probabilities; set teacher.server.form to token")
     if form == "topk" and not takes_topk:
         raise UserError(
-            f"loss {name} needs more than the likeliest tokens, which are all that a teacher on a server "
-            "returns; choose a divergence at temperature 1, such as forward_kl"
+            f"loss {name} needs more than the likeliest tokens; set teacher.server.form to hidden, or choose a "
+            "divergence at temperature 1, such as forward_kl"
         )
     if form == "token" and not takes_tokens:
         raise UserError(
             f"loss {name} needs more of the teacher than the answers' own log-probabilities; "
-            + ("set teacher.server.form to topk" if takes_topk else "choose alm")
+            f"set teacher.server.form to {'topk' if takes_topk else 'hidden'}"
         )
 
 
