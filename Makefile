@@ -11,7 +11,10 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: demo demo-vision check test test-slow test-peers lint format clean
+# Of the environment in which vLLM serves; `VLLM=folder make test-vllm` uses one that is elsewhere.
+VLLM ?= .venv-vllm
+
+.PHONY: demo demo-vision check test test-slow test-peers test-vllm lint format clean
 
 demo: $(READY)
 	$(BIN)/vlm-distill demo
@@ -37,6 +40,11 @@ test-peers: $(PEERS_READY)
 	PYTHONPATH=. $(PEERS)/bin/python tests/peers/against_vlmevalkit.py
 	PYTHONPATH=. $(PEERS)/bin/python tests/peers/against_lmms_eval.py
 
+# Real servers on loopback, one after the other: about a quarter of an hour on two cores.
+test-vllm: $(READY)
+	[ -x $(VLLM)/bin/vllm ] || bash tests/vllm/environment.sh $(VLLM) || rm -rf $(VLLM)
+	VLLM=$(VLLM) PYTHONPATH=.:tests/vllm:benchmarks:$(VLLM)/smollm2 $(BIN)/pytest tests/vllm/against_vllm.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +68,4 @@ $(PEERS_READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
