@@ -40,7 +40,7 @@ class HuggingFaceSource(Source):
         return self._features.decode_example(self._table[index].to_pylist()[0])
 
     def size(self, index: int) -> int:
-        return _characters(self._texts[index].to_pylist()) if self._texts.column_names else 0
+        return characters_in(self._texts[index].to_pylist()) if self._texts.column_names else 0
 
     def only_text(self) -> HuggingFaceSource:
         """Return a source with the column of texts alone. Raise ``UserError`` if there is none."""
@@ -78,7 +78,7 @@ def without_media(feature: Any) -> Any:
     return feature
 
 
-def _characters(value: Any) -> int:
+def characters_in(value: Any) -> int:
     """Count the characters of all texts in a value."""
     if isinstance(value, str):
         return len(value)
@@ -86,4 +86,4 @@ def _characters(value: Any) -> int:
         value = value.values()
     elif not isinstance(value, list):
         return 0
-    return sum(map(_characters, value))
+    return sum(map(characters_in, value))

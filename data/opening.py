@@ -11,6 +11,7 @@ from .datasets_library import open_dataset
 from .delimited import DelimitedSource
 from .errors import BadSample, UserError
 from .huggingface import HuggingFaceSource
+from .in_memory import PREFIX, held_samples, open_held
 from .json_sources import open_json
 from .layouts import COLUMNS
 from .paths import check_regular, folder_of
@@ -51,7 +52,8 @@ def open_source(
     Args:
         path_or_name: a JSON or JSONL file, plain or ``.gz``; a CSV or TSV file; a parquet or arrow file or a folder of
             them; a folder written by ``save_to_disk``; a WebDataset tar file, a folder of them or a pattern such as
-            ``mix-{0000..0127}.tar``; or the ``owner/name`` of a data set on the hub.
+            ``mix-{0000..0127}.tar``; the ``owner/name`` of a data set on the hub; or the name of samples in memory
+            (:func:`~data.in_memory.samples_in_memory`).
         images: the folder that relative image paths start from; by default the folder of the file.
         format: one of :data:`FORMATS`; ``auto`` decides by suffix, and for JSON by its first line.
         split: the split of a Hugging Face data set, or of shards named by split; optional if there is only one.
@@ -66,16 +68,20 @@ def open_source(
     """
     path, given = Path(path_or_name), str(path_or_name)
     _check_options(given, images, limit, columns)
-    kind = _format(path, given, format)
+    held = held_samples(given)
+    kind = _format(path, given, format) if held is None else "memory"
     if kind not in ("huggingface", "webdataset") and (split or config):
-        raise UserError(f"{given} is a {kind} file and has no split or config; leave them out")
+        what = "in memory" if kind == "memory" else f"a {kind} file"
+        raise UserError(f"{given} is {what} and has no split or config; leave them out")
     if kind == "webdataset" and (config or images):
         raise UserError(f"{given} is read as WebDataset, which has no config or image folder; leave it out")
 
     shared: dict[str, Any] = {"limit": limit, "answers_required": answers_required, "columns": columns}
     folder = images or folder_of(path)
     source: Source
-    if kind == "huggingface":
+    if kind == "memory":
+        source = open_held(held, name or given.removeprefix(PREFIX), folder, **shared)
+    elif kind == "huggingface":
         dataset = open_dataset(path, given, split, config)
         source = HuggingFaceSource(dataset, name or _dataset_name(path, given), folder, **shared)
     elif kind == "webdataset":

@@ -9,7 +9,7 @@ import multiprocessing
 import pickle
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -27,7 +27,7 @@ T = TypeVar("T")
 _ALIGNED = 64  # bytes, a multiple of every dtype's size
 
 
-def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Iterator[T]:
+def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, prefetch: int = 2) -> Generator[T]:
     """Yield items ``start`` to ``stop - 1`` of a dataset in order, the same for any number of workers.
 
     Args:
@@ -68,17 +68,20 @@ def make_loader(dataset: Dataset[T], start: int, stop: int, workers: int = 0, pr
     if threading.current_thread() is threading.main_thread():
         _restore_handler(before)
     own = [process for process in multiprocessing.active_children() if process not in others]
-    while True:
-        try:
-            delivery = next(deliveries)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            died = _death_of(own)
-            if died is None:
-                raise
-            raise UserError(died) from error
-        yield _unmistaken(delivery.unpack())
+    try:
+        while True:
+            try:
+                delivery = next(deliveries)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                died = _death_of(own)
+                if died is None:
+                    raise
+                raise UserError(died) from error
+            yield _unmistaken(delivery.unpack())
+    finally:
+        del deliveries  # ends the workers, even if an error's traceback keeps this frame
 
 
 def _unmistaken(item: Any) -> Any:

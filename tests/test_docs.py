@@ -194,6 +194,22 @@ def configuration_loads(here, words, kind):
     load_config(path, overrides, kind)
 
 
+@pytest.mark.slow
+def test_python_of_the_page_on_python_runs(here):
+    miniatures(here)
+    tiny.write_llava(here / "models" / "small", layers=2)
+    tiny.write_llava(here / "models" / "large", layers=3)
+    (here / "data" / "data.jsonl").rename(here / "data" / "train.jsonl")
+    namespace = {}
+    for block in BLOCKS:
+        if block.page == "docs/python.md" and block.language == "python":
+            text = re.sub(r"(steps=)500", r"\g<1>2", block.text)
+            exec(compile("\n" * block.line + text, block.page, "exec"), namespace)
+    assert len(namespace["run"].metrics) >= 2
+    assert namespace["scores"]["pope"]["n"] == 2
+    assert namespace["trainer"].state.global_step == 2
+
+
 README_COPIES = "configs/vlm/onevision_to_composed.yaml"
 
 

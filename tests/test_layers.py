@@ -14,6 +14,7 @@ SUPPORT = BASE | {"vlm_distill.config", "vlm_distill.runtime", "vlm_distill.endp
 ALLOWED = {
     "vlm_distill.losses": set(),
     "data": {"vlm_distill.losses"},
+    "vlm_distill.integrations": {"vlm_distill.losses"},
     "vlm_distill.config": BASE,
     "vlm_distill.runtime": BASE | {"vlm_distill.config"},
     "vlm_distill.models": SUPPORT | {"vlm_distill.caching"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -170,7 +170,7 @@ class Trainer(Loop):
             self.student.to(memory_format=torch.channels_last)
         return engine
 
-    def batches(self, start: int, stop: int) -> Iterator[Step]:
+    def batches(self, start: int, stop: int) -> Generator[Step]:
         data = self.config.data
         workers = min(data.workers, cores())
         return make_loader(self.dataset, start, stop, workers=workers, prefetch=data.prefetch)

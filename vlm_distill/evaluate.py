@@ -1,15 +1,23 @@
-"""One rank of an evaluation: ``python -m vlm_distill.evaluate --model M --benchmarks pope --out DIR``.
+"""Evaluation: one rank of the command, and the function of the Python API.
 
-Launchers start it on several processes, as they do for training; each answers its share of the questions.
+``python -m vlm_distill.evaluate --model M --benchmarks pope --out DIR``: launchers start it on several processes, as
+they do for training; each answers its share of the questions. In Python the module itself is called:
+``vlm_distill.evaluate(model, benchmarks=["pope"])``.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from vlm_distill.neighbours import check_neighbours
@@ -22,7 +30,7 @@ from vlm_distill.cli.evaluation import RankEvalOptions
 from vlm_distill.cli.options import parse
 from vlm_distill.evaluation.answering import Asking, Feedback
 from vlm_distill.evaluation.kept_answers import AnswerFolder
-from vlm_distill.evaluation.left_out import report_failures, too_much_left_out
+from vlm_distill.evaluation.left_out import reasons, report_failures, too_much_left_out
 from vlm_distill.evaluation.model_identity import identity, student_of
 from vlm_distill.runtime.console import plain_console, progress_line
 from vlm_distill.runtime.launch import guarded, leave
@@ -31,6 +39,7 @@ from vlm_distill.runtime.rank_share import RankShare
 if TYPE_CHECKING:
     from vlm_distill.config.sections import VideoSection
     from vlm_distill.evaluation.benchmark_run import OpenBenchmarks
+    from vlm_distill.evaluation.benchmark_scores import Result
     from vlm_distill.evaluation.source_run import SourceResult
     from vlm_distill.models.interface import VisionLanguageModel
     from vlm_distill.models.teacher import ModelTeacher
@@ -43,16 +52,188 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: run(parse(RankEvalOptions, given, "vlm_distill.evaluate", __doc__)))
 
 
+class Printed:
+    """Prints what an evaluation finds, on the first rank."""
+
+    def warn(self, text: str) -> None:
+        """Print a warning about the benchmarks' files."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {text}", file=sys.stderr)
+
+    def feedback(self, name: str) -> Feedback:
+        """Return what is shown while questions are answered."""
+        return Feedback(progress_line(f"{name}, answers"), partial(print, file=sys.stderr, flush=True))
+
+    def source(self, name: str, result: SourceResult, folder: Path) -> None:
+        """Print what was measured on a source."""
+        from rich.table import Table
+
+        from vlm_distill.evaluation.held_out import measured_in_words
+
+        print(f"{name}: {measured_in_words(result.values)}")
+        if "exact" in result.values and result.by_type:
+            table = Table("questions", "n", "exact match", "VQA accuracy")
+            for kind, row in result.by_type.items():
+                table.add_row(kind, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
+            plain_console().print(table)
+        self.skipped(result.skipped)
+        print(folder)
+
+    def skipped(self, problems: Sequence[Problem]) -> None:
+        """Print how many questions were left out."""
+        if problems:
+            first = problems[0]
+            print(f"{len(problems)} left out, the first: {first.source}, line {first.line}: {first.reason}")
+
+    def benchmarks(self, results: Sequence[Result], out: Path) -> None:
+        """Print the scores of benchmarks."""
+        from vlm_distill.reporting.score_tables import print_results
+
+        print_results(results)
+        print(out / "scores.csv")
+
+    def failures(self, found: Mapping[str, str]) -> None:
+        """Print name and reason of what has no valid score; raise ``UserError`` if there is something."""
+        report_failures(found)
+
+
+class Unprinted(Printed):
+    """Shows nothing to a program that calls the evaluation, or a bar; warnings become Python's own."""
+
+    def __init__(self, *, bar: bool) -> None:
+        self._bar = bar
+
+    def warn(self, text: str) -> None:
+        warnings.warn_explicit(text, UserWarning, "vlm_distill", 0)
+
+    def feedback(self, name: str) -> Feedback:
+        return Feedback(_bar_of(name)) if self._bar else Feedback()
+
+    def source(self, name: str, result: SourceResult, folder: Path) -> None:
+        self.skipped(result.skipped)
+
+    def skipped(self, problems: Sequence[Problem]) -> None:
+        if problems:
+            self.warn(f"{len(problems)} questions left out: {reasons(problems)}")
+
+    def benchmarks(self, results: Sequence[Result], out: Path) -> None:
+        pass
+
+    def failures(self, found: Mapping[str, str]) -> None:
+        if found:
+            raise UserError("; ".join(f"{name}: {reason}" for name, reason in found.items()))
+
+
+def _bar_of(name: str) -> Callable[[int, int], None]:
+    """Return a function of (done, total) that moves a bar of tqdm's, which suits notebooks and terminals."""
+    from tqdm.auto import tqdm
+
+    bar = tqdm(desc=name, unit="answer")
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+
+def _as_arguments(text: str) -> str:
+    """Return a message with the command's options as arguments of Python: ``--max-bad`` is ``max_bad``."""
+    return re.sub(r"--([a-z][a-z-]*)", lambda option: option[1].replace("-", "_"), text)
+
+
+def evaluate(
+    model: Any,
+    benchmarks: str | Sequence[str] = (),
+    data: Any = None,
+    *,
+    teacher: Any = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Answer questions with a model, and return the scores by benchmark or source.
+
+    Args:
+        model: a name, a folder, a run's folder, a model from ``load_vlm``, or a loaded model of Transformers with its
+            processor, as ``(model, processor)``. A loaded one is left as it is.
+        benchmarks: names, or YAML files.
+        data: with benchmarks, the folder that holds their files. Without, questions with their answers: a path, a list
+            of samples, a ``datasets.Dataset``, or a list of these.
+        teacher: the model that the measure ``kl`` compares with; as ``model``.
+        out: a folder for answers and scores, by which an interrupted evaluation continues; by default none is kept.
+        progress: show a progress bar.
+        options: those of ``vlm-distill eval``, such as ``rules``, ``limit``, ``batch_size``, ``max_new_tokens``,
+            ``measures`` (a list, or names separated by commas), ``score`` (``"likelihood"``), ``images``, ``max_bad``.
+
+    Returns:
+        For a benchmark, what its ``scores.json`` holds: ``main`` is the main score, of a possible ``out_of``. For a
+        source, its measures (``exact`` and ``soft`` are shares), ``n``, and the same ``by_type`` of question.
+
+    Raises:
+        UserError: a mistake in the arguments, or something has no valid score; the message is one line.
+    """
+    from vlm_distill.api.arguments import Arguments
+    from vlm_distill.api.surroundings import undisturbed
+
+    with Arguments() as arguments, tempfile.TemporaryDirectory() as scratch:
+        section = arguments.model("model", model)
+        given: dict[str, Any] = {"model": section["path"], "out": Path(scratch if out is None else out)}
+        if teacher is not None:
+            given["teacher"] = arguments.model("teacher", teacher)["path"]
+        given["benchmarks"] = [benchmarks] if isinstance(benchmarks, str) else [os.fspath(name) for name in benchmarks]
+        if data is not None:
+            given["data"] = [source["path"] for source in arguments.sources("data", data)]
+        shown = Unprinted(bar=progress)
+        try:
+            with undisturbed():
+                scores, failures = answer(_options(given | options), shown)
+            shown.failures(failures)
+        except UserError as error:
+            # Messages name the command's options, which are arguments here.
+            raise UserError(_as_arguments(str(error))) from None
+    return scores
+
+
+def _options(given: dict[str, Any]) -> RankEvalOptions:
+    """Return the command's options from the arguments of Python. Raise ``UserError`` for an unknown one."""
+    known = {option.name: option for option in fields(RankEvalOptions)}
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"evaluate: no argument {name!r}; {hint}")
+    if not isinstance(given.get("measures", ""), str):
+        given["measures"] = ",".join(given["measures"])
+    if "images" in given:
+        given["images"] = Path(given["images"])
+    given["root"] = [Path(root) for root in given.get("root", ())]
+    return RankEvalOptions(**given)
+
+
 def run(options: RankEvalOptions) -> None:
     """Ask everything that the options name, score the answers, write and print the scores."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    shown = Printed()
+    _, failures = answer(options, shown)
+    shown.failures(failures)
+
+
+def answer(options: RankEvalOptions, shown: Printed) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Ask everything that the options name, score the answers and write the scores.
+
+    Returns:
+        On the first rank scores by name, and name and reason of what has none that is valid; empty on other ranks.
+    """
     from vlm_distill.runtime.processes import Processes
 
     # Report mistakes before a model is loaded.
     if options.images is not None and not options.images.is_dir():
         raise UserError(f"--images: there is no folder {options.images}")
     options.model = student_of(options.model)
-    benchmarks = _open_benchmarks(options) if options.benchmarks else None
+    benchmarks = _open_benchmarks(options, shown) if options.benchmarks else None
     sources = [] if options.benchmarks else _open_sources(options)
 
     processes = Processes()
@@ -60,24 +241,24 @@ def run(options: RankEvalOptions) -> None:
         model, _engine = _load_model(options, processes)  # the engine must live as long as the model is asked
         ranks = processes.share
         if benchmarks is not None:
-            failures = _run_benchmarks(options, benchmarks, model, ranks)
+            found = _run_benchmarks(options, benchmarks, model, ranks, shown)
         else:
             teacher = _load_teacher(options, model, processes)
-            failures = _run_sources(options, sources, model, teacher, ranks)
+            found = _run_sources(options, sources, model, teacher, ranks, shown)
     finally:
         processes.close()
-    if ranks.first:
-        report_failures(failures)
+    return found if ranks.first else ({}, {})
 
 
 def _load_model(options: RankEvalOptions, processes: Processes) -> tuple[VisionLanguageModel, Any]:
     """Return the model in evaluation mode, and the engine that holds its shards, if any."""
     from vlm_distill.models import load_vlm
     from vlm_distill.models.common import DTYPES
-    from vlm_distill.training.engine import load_sharded
 
     engine: Any = None
     if options.shard:
+        from vlm_distill.training.engine import load_sharded
+
         dtype = DTYPES[_dtype(options, processes) or "bf16"]
         model, engine = load_sharded(lambda: load_vlm(options.model, dtype=dtype), dtype, processes)
     else:
@@ -148,8 +329,8 @@ def _open_sources(options: RankEvalOptions) -> list[Any]:
     return sources
 
 
-def _open_benchmarks(options: RankEvalOptions) -> OpenBenchmarks:
-    """Open the benchmarks, and print what is wrong with their files."""
+def _open_benchmarks(options: RankEvalOptions, shown: Printed) -> OpenBenchmarks:
+    """Open the benchmarks, and show what is wrong with their files."""
     from vlm_distill.evaluation.benchmark_run import open_benchmarks
 
     if len(options.data) > 1:
@@ -164,12 +345,11 @@ def _open_benchmarks(options: RankEvalOptions) -> OpenBenchmarks:
         likelihood=options.score == "likelihood",
     )
     if not opened.ready:
-        report_failures(opened.failures)
-    if os.environ.get("RANK", "0") == "0":
-        for text in opened.warnings:
-            print(f"warning: {text}", file=sys.stderr)
-        for name, reason in opened.failures.items():
-            print(f"warning: {name} is left out: {reason}", file=sys.stderr)
+        shown.failures(opened.failures)
+    for text in opened.warnings:
+        shown.warn(text)
+    for name, reason in opened.failures.items():
+        shown.warn(f"{name} is left out: {reason}")
     return opened
 
 
@@ -179,8 +359,9 @@ def _run_sources(
     model: VisionLanguageModel,
     teacher: ModelTeacher | None,
     ranks: RankShare,
-) -> dict[str, str]:
-    """Measure the model on data sources; return name and reason of those without a valid score."""
+    shown: Printed,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Measure the model on data sources; return the scores, and name and reason of those without a valid one."""
     from data.collate import Collator
     from data.sample_images import ImageLoader
     from vlm_distill.evaluation.source_run import Measuring, run_source
@@ -195,45 +376,30 @@ def _run_sources(
         load=ImageLoader(options.root, video=video_limits(_video(options))),
     )
     answers_by = _identity(options, model)
+    scores: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     for source in sources:
         about = {"source": source.name, "name": options.model}
         folder = AnswerFolder(options.out / source.name, options.model, answers_by, about)
-        result = run_source(
-            model, source, measuring, asking, ranks=ranks, folder=folder, feedback=_feedback(source.name, ranks)
-        )
+        feedback = shown.feedback(source.name) if ranks.first else Feedback()
+        result = run_source(model, source, measuring, asking, ranks=ranks, folder=folder, feedback=feedback)
+        scores[source.name] = {**result.values, "by_type": result.by_type}
         for mistake in too_much_left_out(source.name, result.values["n"], result.skipped, options.max_bad):
             failures[source.name] = mistake.removeprefix(f"{source.name}: ")
         if ranks.first:
-            _print_source(source.name, result, folder.path)
-    return failures
-
-
-def _print_source(name: str, result: SourceResult, folder: Path) -> None:
-    from rich.table import Table
-
-    from vlm_distill.evaluation.held_out import measured_in_words
-
-    print(f"{name}: {measured_in_words(result.values)}")
-    if "exact" in result.values and result.by_type:
-        table = Table("questions", "n", "exact match", "VQA accuracy")
-        for kind, row in result.by_type.items():
-            table.add_row(kind, str(row["n"]), f"{row['exact']:.2%}", f"{row['soft']:.2%}")
-        plain_console().print(table)
-    _print_skipped(result.skipped)
-    print(folder)
+            shown.source(source.name, result, folder.path)
+    return scores, failures
 
 
 def _run_benchmarks(
-    options: RankEvalOptions, opened: OpenBenchmarks, model: VisionLanguageModel, ranks: RankShare
-) -> dict[str, str]:
-    """Ask and score benchmarks; return name and reason of those without a valid score."""
+    options: RankEvalOptions, opened: OpenBenchmarks, model: VisionLanguageModel, ranks: RankShare, shown: Printed
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Ask and score benchmarks; return the scores, and name and reason of those without a valid one."""
     from data.images import load_image
     from vlm_distill.evaluation.benchmark_lookup import data_folder, entry_name, get_benchmark
     from vlm_distill.evaluation.benchmark_run import run_benchmark
-    from vlm_distill.evaluation.benchmark_scores import write_summary
+    from vlm_distill.evaluation.benchmark_scores import summary, write_summary
     from vlm_distill.evaluation.judge import open_judge
-    from vlm_distill.reporting.score_tables import print_results
 
     judge = open_judge(options.judge, options.judge_model, options.judge_rate, options.out)
     names = {get_benchmark(name).name: entry_name(name) for name in _benchmark_names(options)}
@@ -263,20 +429,19 @@ def _run_benchmarks(
             likelihood=options.score == "likelihood",
             ranks=ranks,
             folder=AnswerFolder(options.out / name, options.model, answers_by, about),
-            feedback=_feedback(name, ranks),
+            feedback=shown.feedback(name) if ranks.first else Feedback(),
         )
         if result is not None:
             results.append(result)
-            _print_skipped(result.skipped)
+            shown.skipped(result.skipped)
     failures = opened.failures | {result.benchmark: result.failure for result in results if result.failure is not None}
     for result in results:
         for mistake in too_much_left_out(result.benchmark, result.n, result.skipped, options.max_bad):
             failures[result.benchmark] = mistake.removeprefix(f"{result.benchmark}: ")
     if results:
         write_summary(options.out, results, failures)
-        print_results(results)
-        print(options.out / "scores.csv")
-    return failures
+        shown.benchmarks(results, options.out)
+    return {result.benchmark: summary(result) for result in results}, failures
 
 
 def _benchmark_names(options: RankEvalOptions) -> list[str]:
@@ -290,16 +455,14 @@ def _identity(options: RankEvalOptions, model: VisionLanguageModel) -> dict[str,
     return found if section is None else {**found, "video": section.model_dump()}
 
 
-def _feedback(name: str, ranks: RankShare) -> Feedback:
-    progress = progress_line(f"{name}, answers") if ranks.first else None
-    return Feedback(progress, partial(print, file=sys.stderr, flush=True))
+class _Callable(ModuleType):
+    """This module, which is also the API's function of the same name."""
+
+    def __call__(self, *args: Any, **options: Any) -> dict[str, dict[str, Any]]:
+        return evaluate(*args, **options)
 
 
-def _print_skipped(skipped: Sequence[Problem]) -> None:
-    if skipped:
-        first = skipped[0]
-        print(f"{len(skipped)} left out, the first: {first.source}, line {first.line}: {first.reason}")
-
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     leave(main())

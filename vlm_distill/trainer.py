@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.shared_vision import share_vision_weights
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.run import Run
+from vlm_distill.runtime.display import Display
 from vlm_distill.runtime.launch import cores
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.tracking import Tracker
@@ -59,8 +60,8 @@ class Trainer(Loop):
     student: VisionLanguageModel
     dataset: StepDataset
 
-    def __init__(self, config: RunConfig, processes: Processes) -> None:
-        super().__init__(config, processes)
+    def __init__(self, config: RunConfig, processes: Processes, display: Display | None = None) -> None:
+        super().__init__(config, processes, display)
         self.config, self.parts = config, Run(config, processes)
         parts = self.parts
 
@@ -150,7 +151,7 @@ class Trainer(Loop):
     def step_context(self) -> AbstractContextManager[object]:
         return nullcontext() if self.sequence is None else self.sequence.shared()
 
-    def batches(self, start: int, stop: int) -> Iterator[Step]:
+    def batches(self, start: int, stop: int) -> Generator[Step]:
         data = self.config.data
         steps = make_loader(self.dataset, start, stop, workers=min(data.workers, cores()), prefetch=data.prefetch)
         if self.loss_teacher is None or self.on_policy is not None:  # nothing can be asked of answers not drawn yet

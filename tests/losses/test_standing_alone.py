@@ -70,7 +70,7 @@ def test_the_losses_need_nothing_else_of_ours(project):
     assert done.returncode == 0, done.stderr
     mistake, modules = done.stdout.splitlines()
     assert mistake.startswith("loss taid has no parameter 't_strat' (did you mean 't_start'?)")
-    assert modules == "['data', 'vision', 'vlm_distill', 'vlm_distill.losses']"
+    assert modules == "['data', 'vision', 'vlm_distill', 'vlm_distill.losses', 'vlm_distill.version']"
 
 
 @pytest.mark.parametrize("module", ["train", "cache", "evaluate", "generate", "cli", "demo"])
@@ -82,7 +82,13 @@ def test_commands_refuse_a_shadowed_package(project, module):
 
 
 @pytest.mark.parametrize(
-    "statement", ["from vlm_distill.models import load_vlm", "import vlm_distill.evaluation.answering"]
+    "statement",
+    [
+        "from vlm_distill.models import load_vlm",
+        "import vlm_distill.evaluation.answering",
+        "import vlm_distill; vlm_distill.distill(student='x', data='y', output='z')",
+        "import vlm_distill; vlm_distill.evaluate('x', data='y')",
+    ],
 )
 def test_the_rest_of_the_package_refuses_it_too(project, statement):
     done = start(project, "-c", statement)

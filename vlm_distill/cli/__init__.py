@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vlm_distill import __version__
 from vlm_distill.runtime.launch import MISTAKE, guarded
+from vlm_distill.version import __version__
 
 from . import evaluation, publishing, training
 from .options import run_app

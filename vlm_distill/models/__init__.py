@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .composed_processor import ComposedProcessor
 from .families import family
 from .family_classes import adapted, adapted_processor
 from .folder import ADAPTER_CONFIG, adapter_base, check_folder
+from .in_memory import held_model
 from .interface import Outputs, VisionLanguageModel
 from .lm_head import LMHead
 from .loading import from_pretrained, read_config
@@ -44,6 +46,7 @@ __all__ = [
     "build_vlm",
     "load_processor",
     "load_vlm",
+    "wrap_model",
 ]
 
 # Templates come with a model's files: everything that renders one in this process does so under limits.
@@ -75,7 +78,7 @@ def load_vlm(
     InternVL; none of their code is run.
 
     Args:
-        name_or_folder: a folder, or a name that Transformers finds.
+        name_or_folder: a folder, a name that Transformers finds, or that of a model in memory (:mod:`.in_memory`).
         dtype: of the parameters; ``None``: as saved.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` …
         trust_remote_code: run code that comes with the model.
@@ -88,6 +91,13 @@ def load_vlm(
             left over, of other shapes, NaN or infinite.
     """
     name = str(name_or_folder)
+    held = held_model(name)
+    if held is not None:
+        settings = {"tokenizer": tokenizer, "chat_template": chat_template, "attn_implementation": attn_implementation}
+        given = [key for key, value in (settings | {"quantize": quantize}).items() if value is not None]
+        if given:
+            raise UserError(f"{given[0]}: {name} is loaded already; set it there, and leave {given[0]} out")
+        return held.take(as_dtype(dtype) or held.model.dtype)
     template = None if chat_template is None else read_template(chat_template)
     check_attention(attn_implementation)
     check_folder(name)
@@ -146,6 +156,36 @@ def _load_transformers(
         f"model: '{name}' is a {config.model_type} model, neither a vision-language model nor a causal LM that "
         "Transformers knows; choose another or set trust_remote_code"
     )
+
+
+def wrap_model(model: Any, processor: Any) -> VisionLanguageModel:
+    """Put a loaded model of Transformers behind the suite's interface.
+
+    Args:
+        model: a vision-language model or causal LM; its weights are shared, and parts that see no images, such as audio
+            towers, are frozen.
+        processor: the model's processor, or a language model's tokenizer; a copy is kept.
+
+    Raises:
+        UserError: the model is of another kind, is spread over several devices, has adapters of peft, or does not
+            belong to this kind of processor.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
+
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if hasattr(model, "peft_config"):
+        raise UserError(f"{name}: has adapters of peft; merge them first (merge_and_unload)")
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise UserError(f"{name}: is no language model of Transformers with an lm head; load one with AutoModelFor…")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UserError(f"{name}: is spread over several devices (device_map); load it on one, or give its name")
+    processor = copy.deepcopy(processor)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or family(config.model_type).causal:
+        return _with_processor(name, model, processor, None, None)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name}: is neither a vision-language model nor a causal LM that Transformers knows")
+    return ComposedVLM(model, ComposedProcessor(getattr(processor, "tokenizer", processor)))
 
 
 def load_processor(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .folder import ADAPTER_CONFIG, adapter_base
+from .in_memory import digest_weights, held_model
 
 # Size of a block; blocks read of all weights together, evenly spaced; fewest blocks of one file (small ones whole).
 _BLOCK, _BLOCKS, _LEAST = 2**12, 2**13, 2**8
@@ -24,11 +25,16 @@ def fingerprint(name: str) -> dict[str, str]:
     file can go unnoticed.
 
     Args:
-        name: a folder, a file of weights or of a chat template, or a name that Transformers finds on this machine.
+        name: a folder, a file of weights or of a chat template, a name that Transformers finds on this machine, or that
+            of a model in memory.
 
     Returns:
         A digest for each kind of file that exists; empty if there is no such model here.
     """
+    held = held_model(name)
+    if held is not None:
+        template = held.model.processor.chat_template
+        return {"weights": digest_weights(held.model), "tokenizer": digest_text(repr(template))}
     if _is_file(name):
         return {"content": _digest([Path(name)], sampled=True)}
     folder = _folder(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class Teacher(ABC):
         assert self.head is not None
         self.head.vocabulary = vocabulary
 
-    def prefetch(self, steps: Iterator[Step]) -> Iterator[Step]:
+    def prefetch(self, steps: Iterator[Step]) -> Generator[Step]:
         """Yield the same steps; one that ``asks_ahead`` is asked about the next step while one is trained on."""
         if not self.asks_ahead:
             yield from steps

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill import __version__
 from vlm_distill.evaluation.seed_groups import is_seed_folder
+from vlm_distill.version import __version__
 
 from . import seeds
 from .answer_sections import answer_sections, best_student

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -25,7 +26,7 @@ class Processes:
     """The ranks of this run and what they exchange.
 
     Ranks are read from the environment that DeepSpeed's launcher, torchrun or srun made. Without one of them, the run
-    is a single process.
+    is a single process. A process group that the program has opened before is used, and left open.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -35,20 +36,23 @@ class Processes:
         rank, world: this rank's number, and the number of ranks.
         device: this rank's.
         watch: what the ranks know of each other.
+        at_close: what is closed with this object, however the run ends.
 
     Raises:
-        UserError: CUDA was asked for and there is none, or the port at which the ranks meet is taken.
+        UserError: CUDA was asked for and there is none, or the port at which the ranks meet is taken or unknown.
     """
 
     def __init__(self, device: str = "auto", timeout: float = 30) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("training.device: cuda was asked for, but PyTorch finds no CUDA device; use cpu or auto")
         slurm.adopt_step()
-        self._alone = {} if "RANK" in os.environ else _environment_of_one()
+        self._own_group = not dist.is_initialized()
+        self._added = {} if "RANK" in os.environ else _missing_environment()
         self.rank = int(os.environ["RANK"])
         self.world = int(os.environ["WORLD_SIZE"])
         self.device = _take_device(device, self.world)
-        if not dist.is_initialized():
+        self.at_close = ExitStack()
+        if self._own_group:
             # A minute longer than the watch waits: it names the rank that is missing, torch's own timeout does not.
             self._meet(timedelta(minutes=timeout + 1))
         self.watch = Watch(self.rank, self.world, 60 * timeout)
@@ -57,7 +61,7 @@ class Processes:
         """Open the process group. Raise ``UserError`` if another program listens at the port of the first rank."""
         cuda = self.device.type == "cuda"
         backend = "nccl" if cuda else "gloo"
-        if self._alone:
+        if self._added:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
             return
         try:
@@ -154,20 +158,32 @@ class Processes:
                 dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group, and remove from the environment what the constructor added."""
+        """Leave the process group that the constructor opened, and remove from the environment what it added."""
+        self.at_close.close()
         self.watch.close()
-        if dist.is_initialized():
+        if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
         # Processes started from here must not take this one's rank for theirs.
-        for name in self._alone:
+        for name in self._added:
             os.environ.pop(name, None)
 
 
-def _environment_of_one() -> dict[str, str]:
-    """Set and return the variables of a run of one process. DeepSpeed reads them all; nothing listens at the port."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(alone)
-    return alone
+def _missing_environment() -> dict[str, str]:
+    """Set and return the variables that a launcher would have set. DeepSpeed reads them all.
+
+    They are those of one process, where nothing listens at the port, or of the process group that is open.
+
+    Raises:
+        UserError: the open group has several ranks, and nobody knows where they can meet.
+    """
+    added = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(
+            f"RANK: this program's process group has {dist.get_world_size()} ranks, and no launcher has set RANK and "
+            "MASTER_PORT; start the program with torchrun"
+        )
+    os.environ.update(added)
+    return added
 
 
 def _take_device(wanted: str, world: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""How a run stops on SIGTERM, which schedulers and launchers send, or on Ctrl-C."""
+"""How a run stops on SIGTERM, which schedulers and launchers send, or on Ctrl-C; within a program on Ctrl-C alone."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ class Stopping:
     Args:
         watch: this rank's; the first rank reports what happens.
         code: exit code of a stopped run; ``None``: 128 + the signal's number, as in shells.
+        owns_process: whether the process exists for this run alone. If not, only SIGINT is noted, and where the process
+            would end, ``KeyboardInterrupt`` is raised.
 
     Attributes:
         asked: the first signal that reached this rank, 0 before. Other ranks may not have got it.
     """
 
-    def __init__(self, watch: Watch, code: int | None = None) -> None:
-        self.watch, self.code = watch, code
+    def __init__(self, watch: Watch, code: int | None = None, *, owns_process: bool = True) -> None:
+        self.watch, self.code, self.owns_process = watch, code, owns_process
         self.asked = 0
         self._since = 0.0
         self._nothing_to_lose = False
@@ -42,7 +44,8 @@ class Stopping:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in _SIGNALS}
+            noted = _SIGNALS if self.owns_process else (signal.SIGINT,)
+            self._before = {s: signal.signal(s, self._note) for s in noted}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -75,17 +78,21 @@ class Stopping:
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.asked and number == signal.SIGINT and now - self._since > _ONCE_MORE:
+            if not self.owns_process:
+                raise KeyboardInterrupt
             leave(128 + number)
         if not self.asked:
             self.asked, self._since = number, now
             if self._nothing_to_lose:
                 self._leave()
-            if self.watch.rank == 0:
+            if self.watch.rank == 0 and self.owns_process:
                 again = "; once more ends it at once" if number == signal.SIGINT else ""
                 told = f"stopping: finishing this step and writing a checkpoint{again}"
                 print(told, file=sys.stderr, flush=True)
 
     def _leave(self) -> NoReturn:
+        if not self.owns_process:
+            raise KeyboardInterrupt
         # Other ranks may not have got the signal, and would wait for this one.
         said = "stopping: the checkpoint is written; start the run again to continue"
         self.watch.end(Failure(said, self.exit_code(self.asked)))

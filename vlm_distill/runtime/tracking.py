@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines, TensorBoard, Weights & Biases on request, and a progress bar in the terminal."""
+"""Metrics of a run: JSON lines, TensorBoard, Weights & Biases on request, and what a display shows of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from data.errors import UserError
@@ -20,10 +18,9 @@ from data.saved_json import read_lines
 from vlm_distill.config.sections import WandbSection
 
 from . import faults
-from .console import plain_console
+from .display import Display, Terminal
 from .output import cause_of
 
-_PLAIN_LINES = 20
 _WANDB_ID = "wandb_id"
 
 
@@ -37,6 +34,7 @@ class Tracker:
         first: whether this is the rank that writes.
         wandb: also log to Weights & Biases, where a resumed run continues as the same one.
         settings: the resolved configuration, for W&B.
+        display: shows steps and remarks; by default in the terminal.
 
     Attributes:
         failure: why a metric could not be written, for example on a full disk. Not raised: all ranks must end together.
@@ -45,13 +43,21 @@ class Tracker:
     failure: str | None = None
 
     def __init__(
-        self, run: Path, steps: int, start: int, *, first: bool, wandb: bool | WandbSection, settings: Mapping[str, Any]
+        self,
+        run: Path,
+        steps: int,
+        start: int,
+        *,
+        first: bool,
+        wandb: bool | WandbSection,
+        settings: Mapping[str, Any],
+        display: Display | None = None,
     ) -> None:
         self.first = first
-        self.steps = steps
         if not first:
             return
-        self.console = plain_console(stderr=True)
+        self._display = Terminal() if display is None else display
+        self._shown = run.name, steps, start
         path = run / "metrics.jsonl"
         _cut_back(path, start)
         self._path = path
@@ -60,28 +66,16 @@ class Tracker:
         self._wandb: Any = None
         if wandb:
             self._wandb = _open_wandb(run, WandbSection() if wandb is True else wandb, settings)
-        self._bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("·"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._bar.add_task(run.name, total=steps, completed=start, values="")
 
     def __enter__(self) -> Self:
         if self.first:
             self._hook, threading.excepthook = threading.excepthook, self._thread_failed
-            self._bar.start()
+            self._display.open(*self._shown)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.first:
-            self._bar.stop()
+            self._display.close()
             with self._noting():
                 self._file.close()
             with self._noting():
@@ -128,22 +122,19 @@ class Tracker:
             self._hook(failed)
 
     def show(self, step: int, text: str) -> None:
-        """Move the bar, with a text beside it; without a terminal, print a line now and then."""
-        if not self.first:
-            return
-        self._bar.update(self._task, completed=step, values=text)
-        if self._bar.disable and (step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps):
-            self.console.print(f"step {step}/{self.steps}  {text}")
+        """Show that ``step`` optimizer steps are finished, with a text beside them."""
+        if self.first:
+            self._display.show(step, text)
 
     def say(self, text: str) -> None:
-        """Print a remark."""
+        """Show a remark."""
         if self.first:
-            self.console.print(text)
+            self._display.say(text)
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
+        """Show a warning."""
         if self.first:
-            self.console.print(Text.assemble(("warning:", "bold red"), " ", text))
+            self._display.warn(text)
 
 
 def _open_wandb(run: Path, section: WandbSection, settings: Mapping[str, Any]) -> Any:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill import __version__
 from vlm_distill.evaluation.crossed import Crossed, compare_crossed
 from vlm_distill.evaluation.measures import MEASURES
 from vlm_distill.evaluation.predictions import Prediction, read_predictions
 from vlm_distill.evaluation.seed_statistics import SeedComparison, compare_seeds, verdicts
 from vlm_distill.reporting import plots
 from vlm_distill.reporting.rendering import environment
+from vlm_distill.version import __version__
 
 from .figures import choices_of, curve_figures, facets, lines_axis, score_figures, shown_lines
 from .latex import latex_tables

@@ -62,6 +62,11 @@ def _adopt_group(processes: Processes) -> None:
         groups._WORLD_GROUP = None
 
 
+def accelerator() -> str:
+    """Return the kind of device that DeepSpeed has chosen for this process, ``cpu`` or ``cuda``."""
+    return deepspeed.accelerator.get_accelerator().device_name()
+
+
 class Engine:
     """A task under DeepSpeed ZeRO.
 

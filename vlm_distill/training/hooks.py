@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,7 +65,7 @@ class Hooks(ABC):
     # Hooks: what a step learns from.
 
     @abstractmethod
-    def batches(self, start: int, stop: int) -> Iterator[Step]:
+    def batches(self, start: int, stop: int) -> Generator[Step]:
         """Yield this rank's share of the steps ``start`` to ``stop - 1``."""
 
     def prepare_step(self, step: Step) -> Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.losses import Progress, TermSums
 from vlm_distill.runtime import faults
+from vlm_distill.runtime.display import Display, Terminal
 from vlm_distill.runtime.failures import not_finite, out_of_memory, out_of_memory_in_step, peak_memory
 from vlm_distill.runtime.launch import Stopped
 from vlm_distill.runtime.manifest import Entry
@@ -44,6 +45,7 @@ class Loop(Hooks):
     Args:
         config: the run.
         processes: the ranks; every rank builds and runs one loop.
+        display: shows the run; by default in the terminal.
 
     Attributes:
         micro, accumulation: samples of a rank's micro-batch, and micro-batches of a step.
@@ -55,14 +57,18 @@ class Loop(Hooks):
 
     peak_bytes: int = 0
 
-    def __init__(self, config: AnyRun, processes: Processes) -> None:
+    def __init__(self, config: AnyRun, processes: Processes, display: Display | None = None) -> None:
         self.settings, self.processes = config, processes
+        self.display = Terminal() if display is None else display
         self.folder = Path(config.output)
         self.micro, self.accumulation = split_batch(config, processes.world)
         self._claim = claim(self.folder) if processes.first else None
+        if self._claim is not None:
+            processes.at_close.callback(self._claim.close)
         self._failure: str | None = None
         self.past = Past(self.folder, config, processes)
-        self.stopping = Stopping(processes.watch, config.training.stopped_exit_code)
+        code, owned = config.training.stopped_exit_code, self.display.owns_process
+        self.stopping = Stopping(processes.watch, code, owns_process=owned)
         self.problems: ProblemLog | None = None
         self.tally = SampleTally()
         self.began = time.monotonic()
@@ -84,9 +90,23 @@ class Loop(Hooks):
             Stopped: a signal stopped the run, which has written a checkpoint.
             UserError: no sample can be used, or more are left out than ``data.max_bad`` allows.
         """
-        if self.past.finished(self.steps, self.dataset.mixture.sources):
+        try:
+            stopped = self._run(until)
+        finally:
             self._release()
-            return self.folder
+        if stopped:
+            raise Stopped(self.stopping.exit_code(stopped))
+        return self.folder
+
+    def _run(self, until: int | None) -> int:
+        """Do the work of :meth:`run`; return the signal that stopped it (0: none)."""
+        if self.past.finished(self.steps, self.dataset.mixture.sources):
+            if self.processes.first:
+                self.display.say(
+                    f"vlm-distill: {self.folder} is already finished, after {self.steps:,} steps; nothing was changed. "
+                    "Raise training.steps or training.epochs to train on"
+                )
+            return 0
 
         # Continue from the newest checkpoint, if there is one.
         done, elapsed = self._resume()
@@ -105,44 +125,51 @@ class Loop(Hooks):
             done, stopped = self._take_steps(tracker, done, min(self.steps, until or self.steps))
             if done == self.steps:
                 self._finish(done, tracker)
-        self._release()
-        if stopped:
-            raise Stopped(self.stopping.exit_code(stopped))
-        return self.folder
+        return stopped
 
     def _tracker(self, done: int) -> Tracker:
         settings = self.settings.model_dump(exclude_none=True)
         wandb = self.settings.training.wandb
-        return Tracker(self.folder, self.steps, done, first=self.processes.first, wandb=wandb, settings=settings)
+        return Tracker(
+            self.folder,
+            self.steps,
+            done,
+            first=self.processes.first,
+            wandb=wandb,
+            settings=settings,
+            display=self.display,
+        )
 
     def _take_steps(self, tracker: Tracker, done: int, last: int) -> tuple[int, int]:
         """Take the steps after ``done`` up to ``last``. Return the steps done, and the signal to stop (0: none)."""
         self.engine.train()
         self._enter("reading data", done)
         asked = time.monotonic()
-        for step in self.batches(done, last):
-            waited = time.monotonic() - asked
-            with self.step_context():
-                values, stop = self.train_step(step, waited)
-            done = step.index + 1
-            tracker.log("train", done, values)
-            tracker.show(done, headline(values, self.speed, self.tally))
+        # Processes that read the data end with this block, even if an error's traceback keeps its variables.
+        with closing(self.batches(done, last)) as steps:
+            for step in steps:
+                waited = time.monotonic() - asked
+                with self.step_context():
+                    values, stop = self.train_step(step, waited)
+                done = step.index + 1
+                tracker.log("train", done, values)
+                tracker.show(done, headline(values, self.speed, self.tally))
 
-            # Save before evaluating: an interrupted evaluation is repeated by the resumed run.
-            evaluates = self._evaluates_after(done)
-            if evaluates or stop or done == last or done % self.settings.training.checkpoint_every == 0:
-                tracker.flush()
-                self._save(done)
-            if stop and done < self.steps:
-                tracker.say(f"stopped after step {done} with a checkpoint; start the run again to continue")
-                return done, stop
-            if evaluates:
-                self._evaluate(done, tracker)
-                self.engine.train()
+                # Save before evaluating: an interrupted evaluation is repeated by the resumed run.
+                evaluates = self._evaluates_after(done)
+                if evaluates or stop or done == last or done % self.settings.training.checkpoint_every == 0:
+                    tracker.flush()
+                    self._save(done)
+                if stop and done < self.steps:
+                    tracker.say(f"stopped after step {done} with a checkpoint; start the run again to continue")
+                    return done, stop
+                if evaluates:
+                    self._evaluate(done, tracker)
+                    self.engine.train()
 
-            self._enter("reading data", done)
-            self._failure = self._failure or tracker.failure
-            asked = time.monotonic()
+                self._enter("reading data", done)
+                self._failure = self._failure or tracker.failure
+                asked = time.monotonic()
         return done, 0
 
     def _release(self) -> None:

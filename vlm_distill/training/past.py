@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ class Past:
         )
 
     def finished(self, steps: int, sources: Sequence[Digestible]) -> bool:
-        """Return whether nothing is left to do, after printing so.
+        """Return whether nothing is left to do.
 
         Args:
             steps: optimizer steps of this run.
@@ -115,15 +114,7 @@ class Past:
             self._refuse(compare_data(self._known, self.record))
             return self._complete() and self._known.steps == steps and self._student_is_whole()
 
-        done = self.processes.on_first(look)
-        if done and self.processes.first:
-            print(
-                f"vlm-distill: {self.folder} is already finished, after {steps:,} steps; nothing was changed. "
-                "Raise training.steps or training.epochs to train on",
-                file=sys.stderr,
-                flush=True,
-            )
-        return done
+        return self.processes.on_first(look)
 
     def _student_is_whole(self) -> bool:
         """Return whether the finished student is intact; if not, add a remark, or raise if it cannot be rewritten."""
