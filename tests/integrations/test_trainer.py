@@ -197,8 +197,8 @@ def test_evaluation_is_the_mean_over_each_batch_and_teaches_nothing(material, tm
 
 
 def test_a_loss_s_own_parameters_are_trained_and_saved(material, tmp_path):
-    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "loss": {"name": "ctkd"}}
-    trainer = material.trainer(tmp_path, **changes)
+    loss = {"name": "ctkd", "grl_coefficient": -1.0}
+    trainer = material.trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2, loss=loss)
     before = [p.detach().clone() for p in trainer.distillation_losses.parameters()]
     trainer.train()
     after = list(trainer.distillation_losses.parameters())

@@ -170,8 +170,9 @@ class DistillationMixin:
             return found[0].loss
 
         with intercepted(linear, compute):
-            model(**inputs, use_cache=False)
-        return found[0]
+            logits = model(**inputs, use_cache=False).logits
+        # DDP and FSDP act when a gradient reaches the outputs of the model that they wrap: let a zero reach them.
+        return LossSums(found[0].loss + 0.0 * logits[..., 0].sum().to(found[0].loss.dtype), found[0].terms)
 
     # Steps
 
