@@ -110,12 +110,12 @@ def intercepted(linear: nn.Linear, take: Callable[[Tensor], Tensor | None]) -> I
         logits = torch.tensor(_PROBES, dtype=precise, device=hidden.device).expand(*hidden.shape[:-1], len(_PROBES))
         return logits if taken is None else logits + 0.0 * taken
 
-    before = vars(linear).get("forward")
-    linear.forward = forward  # type: ignore[method-assign]
+    own = vars(linear)
+    before = own.get("forward")  # set where a library has wrapped it
+    own["forward"] = forward
     try:
         yield
     finally:
-        if before is None:
-            del linear.forward
-        else:
-            linear.forward = before  # type: ignore[method-assign]
+        del own["forward"]
+        if before is not None:
+            own["forward"] = before

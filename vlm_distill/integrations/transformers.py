@@ -62,7 +62,7 @@ class DistillationMixin:
     accelerator: Any
     state: Any
     optimizer: Any
-    _signature_columns: list[str] | None
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class DistillationMixin:
         share = state.epoch / state.global_step  # of an epoch in a step
         done = state.global_step - 1
         progress = Progress(done, state.max_steps, done * share, state.max_steps * share)
-        entry = {}
+        entry: dict[str, float] = {}
         for term in self.terms:
             known = means[term.name]
             term.loss.update({name: value for name, value in known.items() if name != "loss"}, progress)
@@ -272,12 +272,11 @@ def build_terms(loss: str | Mapping[str, Any] | DistillationLoss | Sequence[Any]
     for given in loss if isinstance(loss, Sequence) and not isinstance(loss, str) else [loss]:
         parameters = {"name": given} if isinstance(given, str) else given
         weight, name = 1.0, type(given).__name__
+        built: Any = given
         if isinstance(parameters, Mapping):
             settings = dict(parameters)
             name, weight = settings.pop("name"), settings.pop("weight", 1.0)
             built = losses.build(name, **settings)
-        else:
-            built = given
         if not isinstance(built, DistillationLoss) or built.adapts or built.needs_shared_tokens:
             raise ValueError(
                 f"loss {name}: needs more than both models' logits at the supervised tokens; vlm_distill.distill "
