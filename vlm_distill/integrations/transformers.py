@@ -51,6 +51,8 @@ class DistillationMixin:
         teacher: a causal LM or vision-language model of Transformers, loaded.
         loss: a name, a term with parameters as ``{"name": "taid", "weight": 1.0, "t_start": 0.4}``, a loss, or a list
             of these.
+        vocabulary: how many tokens are compared, the first ones; by default those of the trainer's
+            ``processing_class``, or without one all that both models score, padding of the embeddings included.
         args, options: of the trainer.
 
     Raises:
@@ -69,6 +71,7 @@ class DistillationMixin:
         *args: Any,
         teacher: Any,
         loss: str | Mapping[str, Any] | DistillationLoss | Sequence[Any] = "taid",
+        vocabulary: int | None = None,
         **options: Any,
     ) -> None:
         if options.get("compute_metrics") is not None:
@@ -89,7 +92,8 @@ class DistillationMixin:
         # Compare the tokens that both lm heads score: embeddings may be padded to different sizes.
         student = output_linear(self.accelerator.unwrap_model(self.model), "student")
         heads = student.out_features, output_linear(self.teacher, "teacher").out_features
-        self._vocabulary, self._padded = min(heads), heads[0] != heads[1]
+        self._vocabulary = min(*heads, vocabulary or _tokens_of(getattr(self, "processing_class", None)) or heads[0])
+        self._cut = self._vocabulary < student.out_features
         for term in terms:
             term.loss.prepare(self._vocabulary)
         self.terms = terms
@@ -158,10 +162,10 @@ class DistillationMixin:
         linear = output_linear(self.accelerator.unwrap_model(model), "student")
         head = OutputLayer(linear, self._shapings["student"], self._vocabulary)
         targets = labels[:, 1:][labels[:, 1:] != IGNORED]
-        if self._padded and len(targets) and int(targets.max()) >= self._vocabulary:
+        if self._cut and len(targets) and int(targets.max()) >= self._vocabulary:
             raise ValueError(
-                f"labels: token {int(targets.max())} is not among the {self._vocabulary} that both models score; give "
-                "student and teacher the same tokenizer"
+                f"labels: token {int(targets.max())} is not among the {self._vocabulary} that are compared; give both "
+                "models the same tokenizer, or set vocabulary"
             )
         found: list[LossSums] = []
 
@@ -303,6 +307,12 @@ def _frozen(teacher: Any, device: torch.device) -> Any:
     teacher = teacher.eval().requires_grad_(False)
     placed = getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_device_map", None)
     return teacher if placed else teacher.to(device)
+
+
+def _tokens_of(processing: Any) -> int | None:
+    """Return the number of ids of a tokenizer, or of a processor's; ``None`` for anything else."""
+    tokenizer = getattr(processing, "tokenizer", processing)
+    return max(tokenizer.get_vocab().values()) + 1 if hasattr(tokenizer, "get_vocab") else None
 
 
 def _divided(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
