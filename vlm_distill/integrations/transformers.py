@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from vlm_distill import losses
@@ -240,6 +241,21 @@ class DistillationMixin:
         if not path.is_file():
             raise ValueError(f"{checkpoint}: has no {STATE}, so that no DistillationTrainer wrote it; resume another")
         self.distillation_losses.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        student = self.model if model is None else model
+        if not isinstance(student, PreTrainedModel):
+            return
+        # Transformers 5.23 writes some families, LLaVA among them, under the names of older files, by which its trainer
+        # then finds no weight. It only warns.
+        names: set[str] = set()
+        for path in Path(resume_from_checkpoint).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                names.update(file.keys())
+        if not names <= student.state_dict().keys():
+            saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
+            student.load_state_dict(saved.state_dict())
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
