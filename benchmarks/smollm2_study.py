@@ -118,7 +118,7 @@ def measured(model: Path, teacher: Path | None, data: Path, out: Path) -> dict[s
         arguments = ["--model", str(model), "--data", str(data / "held_out.jsonl"), "--format", "text"]
         arguments += ["--measures", "perplexity"] if teacher is None else ["--measures", "perplexity,kl"]
         arguments += [] if teacher is None else ["--teacher", str(teacher)]
-        run("vlm_distill.evaluate", *arguments, "--max-length", "64", "--batch-size", "8", "--out", str(out))
+        run("vlm_distill.eval", *arguments, "--max-length", "64", "--batch-size", "8", "--out", str(out))
     scores = json.loads(found.read_text("utf-8"))
     return {name: scores.get(name, "") for name in (*MEASURES, "tokens")}
 

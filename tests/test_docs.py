@@ -160,7 +160,7 @@ def test_commands_of_the_docs_parse(here, monkeypatch, block, line):
         module, arguments = words[at + 1], words[at + 2 :]
         if module in ("vlm_distill.train", "vlm_distill.cache", "vision.train"):
             return configuration_loads(here, arguments, ClassifierConfig if module == "vision.train" else RunConfig)
-        options = {"vlm_distill.evaluate": RankEvalOptions, "vision.evaluate": EvaluateOptions}
+        options = {"vlm_distill.eval": RankEvalOptions, "vision.evaluate": EvaluateOptions}
         if module in options:
             parse_options(options[module], arguments, module)
             return None

@@ -16,20 +16,18 @@ if TYPE_CHECKING:
     from data.errors import UserError
 
     from . import losses
-    from .api import DistilledRun, distill
-    from .evaluate import evaluate
+    from .api import DistilledRun, distill, evaluate
     from .models import load_vlm
 
 __all__ = ["DistilledRun", "UserError", "__version__", "distill", "evaluate", "load_vlm", "losses"]
 
-#: Where the names are; `evaluate` is a module that can be called.
-_HOMES = {"DistilledRun": "api", "UserError": "api", "distill": "api", "load_vlm": "models"}
-_MODULES = ("evaluate", "losses")
+#: The package that each name is imported from.
+_HOMES = dict.fromkeys(("DistilledRun", "UserError", "distill", "evaluate"), "api") | {"load_vlm": "models"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
+    if name == "losses":
+        return import_module(".losses", __name__)
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -328,6 +328,6 @@ def test_paths_that_lead_nowhere(command, monkeypatch, tmp_path, kind):
         ["ask", path, path, "what?"],
     ):
         one_line(*command(*words), may_work=False)
-    from vlm_distill import evaluate
+    from vlm_distill.eval import main as evaluate
 
-    assert evaluate.main(["--model", str(path), "--data", str(path), "--out", str(tmp_path / "e")]) == 2
+    assert evaluate(["--model", str(path), "--data", str(path), "--out", str(tmp_path / "e")]) == 2

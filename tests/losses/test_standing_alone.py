@@ -73,7 +73,7 @@ def test_the_losses_need_nothing_else_of_ours(project):
     assert modules == "['data', 'vision', 'vlm_distill', 'vlm_distill.losses', 'vlm_distill.version']"
 
 
-@pytest.mark.parametrize("module", ["train", "cache", "evaluate", "generate", "cli", "demo"])
+@pytest.mark.parametrize("module", ["train", "cache", "eval", "generate", "cli", "demo"])
 def test_commands_refuse_a_shadowed_package(project, module):
     done = start(project, "-m", f"vlm_distill.{module}", "run.yaml")
     assert done.returncode != 0

@@ -8,9 +8,9 @@ import tiny
 import torch
 
 from data.errors import UserError
-from vlm_distill import evaluate
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
+from vlm_distill.eval import main as evaluate
 from vlm_distill.inspection import Inspection
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.trainer import Trainer, train
@@ -95,8 +95,8 @@ def test_the_command_measures_the_same(material, run, tmp_path, capsys):
     _, talks, text, teacher = material
     words = ["--model", str(run / "student"), "--teacher", str(teacher), "--out", str(tmp_path), "--max-length", "64"]
     asked = ["--data", str(talks), "--measures", "perplexity,kl,rouge_l", "--max-new-tokens", "8"]
-    assert evaluate.main([*words, *asked]) == 0
-    assert evaluate.main([*words, "--data", str(text), "--format", "text", "--measures", "kl,perplexity"]) == 0
+    assert evaluate([*words, *asked]) == 0
+    assert evaluate([*words, "--data", str(text), "--format", "text", "--measures", "kl,perplexity"]) == 0
     assert "KL" in capsys.readouterr().out
     for name in ("talks", "text"):
         ours, theirs = (
@@ -119,7 +119,7 @@ def test_the_command_measures_the_same(material, run, tmp_path, capsys):
 )
 def test_mistakes_of_the_command(material, capsys, tmp_path, words, says):
     given = ["--model", str(material[3]), "--data", str(material[2]), "--out", str(tmp_path)]
-    assert evaluate.main([*given, *words]) == 2
+    assert evaluate([*given, *words]) == 2
     assert says in capsys.readouterr().err
 
 

@@ -10,8 +10,8 @@ import torch
 from byte_tokenizer import make_tokenizer
 
 from data.sample_images import load_images
-from vlm_distill import evaluate
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.eval import main as evaluate
 from vlm_distill.inspection import Inspection
 from vlm_distill.planning import plan
 from vlm_distill.run import Run
@@ -99,7 +99,7 @@ def test_questions_about_videos_are_asked(folder, command, tmp_path):
     sampled = ["--video-sampling", "{fps: 1, max_frames: 4}"]
     for more, left_out in (([], {"video file": 6}), (sampled, {"video is broken": 3})):
         out = tmp_path / str(len(more))
-        assert evaluate.main([*words, *more, "--out", str(out)]) == 0
+        assert evaluate([*words, *more, "--out", str(out)]) == 0
         scores = json.loads((out / "data" / "scores.json").read_text())
         assert (scores["n"], scores["skipped"]) == (12 - sum(left_out.values()), left_out)
 

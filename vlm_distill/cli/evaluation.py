@@ -113,7 +113,7 @@ class EvalOptions:
 
 @dataclass(kw_only=True)
 class RankEvalOptions(EvalOptions):
-    """The same options for ``python -m vlm_distill.evaluate``, where the model is an option, too."""
+    """The same options for ``python -m vlm_distill.eval``, where the model is an option, too."""
 
     model: Annotated[str, typer.Option(help=_MODEL, show_default=False)]
 
@@ -125,7 +125,7 @@ def evaluate(options: EvalOptions, nproc: Processes = 1) -> None:
     Data are scored by exact match and VQA accuracy, by question type, or by other measures. An interrupted command
     resumes when started again, with the questions that are still open.
     """
-    raise typer.Exit(launch("vlm_distill.evaluate", words_of(options, RankEvalOptions), nproc))
+    raise typer.Exit(launch("vlm_distill.eval", words_of(options, RankEvalOptions), nproc))
 
 
 @dataclass(kw_only=True)

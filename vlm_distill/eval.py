@@ -1,23 +1,15 @@
-"""Evaluation: one rank of the command, and the function of the Python API.
+"""One rank of an evaluation: ``python -m vlm_distill.eval --model M --benchmarks pope --out DIR``.
 
-``python -m vlm_distill.evaluate --model M --benchmarks pope --out DIR``: launchers start it on several processes, as
-they do for training; each answers its share of the questions. In Python the module itself is called:
-``vlm_distill.evaluate(model, benchmarks=["pope"])``.
+Launchers start it on several processes, as they do for training; each answers its share of the questions.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from vlm_distill.neighbours import check_neighbours
@@ -30,7 +22,7 @@ from vlm_distill.cli.evaluation import RankEvalOptions
 from vlm_distill.cli.options import parse
 from vlm_distill.evaluation.answering import Asking, Feedback
 from vlm_distill.evaluation.kept_answers import AnswerFolder
-from vlm_distill.evaluation.left_out import reasons, report_failures, too_much_left_out
+from vlm_distill.evaluation.left_out import report_failures, too_much_left_out
 from vlm_distill.evaluation.model_identity import identity, student_of
 from vlm_distill.runtime.console import plain_console, progress_line
 from vlm_distill.runtime.launch import guarded, leave
@@ -49,7 +41,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer and score; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return guarded(lambda: run(parse(RankEvalOptions, given, "vlm_distill.evaluate", __doc__)))
+    return guarded(lambda: run(parse(RankEvalOptions, given, "vlm_distill.eval", __doc__)))
 
 
 class Printed:
@@ -95,122 +87,6 @@ class Printed:
     def failures(self, found: Mapping[str, str]) -> None:
         """Print name and reason of what has no valid score; raise ``UserError`` if there is something."""
         report_failures(found)
-
-
-class Unprinted(Printed):
-    """Shows nothing to a program that calls the evaluation, or a bar; warnings become Python's own."""
-
-    def __init__(self, *, bar: bool) -> None:
-        self._bar = bar
-
-    def warn(self, text: str) -> None:
-        warnings.warn_explicit(text, UserWarning, "vlm_distill", 0)
-
-    def feedback(self, name: str) -> Feedback:
-        return Feedback(_bar_of(name)) if self._bar else Feedback()
-
-    def source(self, name: str, result: SourceResult, folder: Path) -> None:
-        self.skipped(result.skipped)
-
-    def skipped(self, problems: Sequence[Problem]) -> None:
-        if problems:
-            self.warn(f"{len(problems)} questions left out: {reasons(problems)}")
-
-    def benchmarks(self, results: Sequence[Result], out: Path) -> None:
-        pass
-
-    def failures(self, found: Mapping[str, str]) -> None:
-        if found:
-            raise UserError("; ".join(f"{name}: {reason}" for name, reason in found.items()))
-
-
-def _bar_of(name: str) -> Callable[[int, int], None]:
-    """Return a function of (done, total) that moves a bar of tqdm's, which suits notebooks and terminals."""
-    from tqdm.auto import tqdm
-
-    bar = tqdm(desc=name, unit="answer")
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return show
-
-
-def _as_arguments(text: str) -> str:
-    """Return a message with the command's options as arguments of Python: ``--max-bad`` is ``max_bad``."""
-    return re.sub(r"--([a-z][a-z-]*)", lambda option: option[1].replace("-", "_"), text)
-
-
-def evaluate(
-    model: Any,
-    benchmarks: str | Sequence[str] = (),
-    data: Any = None,
-    *,
-    teacher: Any = None,
-    out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> dict[str, dict[str, Any]]:
-    """Answer questions with a model, and return the scores by benchmark or source.
-
-    Args:
-        model: a name, a folder, a run's folder, a model from ``load_vlm``, or a loaded model of Transformers with its
-            processor, as ``(model, processor)``. A loaded one is left as it is.
-        benchmarks: names, or YAML files.
-        data: with benchmarks, the folder that holds their files. Without, questions with their answers: a path, a list
-            of samples, a ``datasets.Dataset``, or a list of these.
-        teacher: the model that the measure ``kl`` compares with; as ``model``.
-        out: a folder for answers and scores, by which an interrupted evaluation continues; by default none is kept.
-        progress: show a progress bar.
-        options: those of ``vlm-distill eval``, such as ``rules``, ``limit``, ``batch_size``, ``max_new_tokens``,
-            ``measures`` (a list, or names separated by commas), ``score`` (``"likelihood"``), ``images``, ``max_bad``.
-
-    Returns:
-        For a benchmark, what its ``scores.json`` holds: ``main`` is the main score, of a possible ``out_of``. For a
-        source, its measures (``exact`` and ``soft`` are shares), ``n``, and the same ``by_type`` of question.
-
-    Raises:
-        UserError: a mistake in the arguments, or something has no valid score; the message is one line.
-    """
-    from vlm_distill.api.arguments import Arguments
-    from vlm_distill.api.surroundings import undisturbed
-
-    with Arguments() as arguments, tempfile.TemporaryDirectory() as scratch:
-        section = arguments.model("model", model)
-        given: dict[str, Any] = {"model": section["path"], "out": Path(scratch if out is None else out)}
-        if teacher is not None:
-            given["teacher"] = arguments.model("teacher", teacher)["path"]
-        given["benchmarks"] = [benchmarks] if isinstance(benchmarks, str) else [os.fspath(name) for name in benchmarks]
-        if data is not None:
-            given["data"] = [source["path"] for source in arguments.sources("data", data)]
-        shown = Unprinted(bar=progress)
-        try:
-            with undisturbed():
-                scores, failures = answer(_options(given | options), shown)
-            shown.failures(failures)
-        except UserError as error:
-            # Messages name the command's options, which are arguments here.
-            raise UserError(_as_arguments(str(error))) from None
-    return scores
-
-
-def _options(given: dict[str, Any]) -> RankEvalOptions:
-    """Return the command's options from the arguments of Python. Raise ``UserError`` for an unknown one."""
-    known = {option.name: option for option in fields(RankEvalOptions)}
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise UserError(f"evaluate: no argument {name!r}; {hint}")
-    if not isinstance(given.get("measures", ""), str):
-        given["measures"] = ",".join(given["measures"])
-    if "images" in given:
-        given["images"] = Path(given["images"])
-    given["root"] = [Path(root) for root in given.get("root", ())]
-    return RankEvalOptions(**given)
 
 
 def run(options: RankEvalOptions) -> None:
@@ -454,15 +330,6 @@ def _identity(options: RankEvalOptions, model: VisionLanguageModel) -> dict[str,
     section = _video(options)
     return found if section is None else {**found, "video": section.model_dump()}
 
-
-class _Callable(ModuleType):
-    """This module, which is also the API's function of the same name."""
-
-    def __call__(self, *args: Any, **options: Any) -> dict[str, dict[str, Any]]:
-        return evaluate(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     leave(main())
