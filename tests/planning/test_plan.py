@@ -148,7 +148,7 @@ def test_weights_of_fewer_bits_are_those_of_linear_layers_but_the_output_layer(k
         whole = sum(p.nbytes for p in model.parameters())
         layers = [m for m in model.decoder.model.modules() if isinstance(m, torch.nn.Linear)]
         packed = sum(layer.weight.numel() for layer in layers)
-        found = Models.teacher_bytes(SimpleNamespace(teacher=model, beside=0), kind, 2)
+        found = Models.teacher_bytes(SimpleNamespace(teacher=model, beside=0, head_alone=False), kind, 2)
     assert packed > 1000
     assert found == whole - 4 * packed + packed * bits / 8
 

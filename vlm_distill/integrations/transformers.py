@@ -254,7 +254,7 @@ class DistillationMixin:
             with safe_open(path, "pt") as file:
                 names.update(file.keys())
         if not names <= student.state_dict().keys():
-            saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype)
+            saved = type(student).from_pretrained(resume_from_checkpoint, dtype=student.dtype, trust_remote_code=False)
             student.load_state_dict(saved.state_dict())
 
     def _set_signature_columns_if_needed(self) -> None:
