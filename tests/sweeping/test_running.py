@@ -67,6 +67,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert (runs / "taid/seed13/starts").read_text() == "0\n2\n"
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twice_ends_with_the_same_table(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

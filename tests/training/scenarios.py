@@ -340,7 +340,9 @@ NEAR = {
     *("sequence_llava_zero3", "pairs_zero2", "pairs_zero3", "ema_zero3", "bf16_ema_zero2", "shard_zero2"),
     *("several_shard_zero2", "together_zero0", "together_zero3", "together_shard_zero3", "mixtures_zero0"),
     *("mixtures_zero3", "mixtures_shard_zero3", "offload_zero3", "llava_shard_zero3", "uld_shard_zero3"),
-    *(f"resumed_{name}" for name in RESUMED if name not in ("zero3", "features_zero3")),
+    *("greedy_zero3", "rollouts_zero3", "own_base_zero3", "ctkd_instance_zero3", "several_own_zero3"),
+    *("at_images_shard_zero3", "bf16_features_zero3"),
+    *(f"resumed_{name}" for name in RESUMED if name != "zero3"),
 }
 
 

@@ -140,7 +140,7 @@ def test_killed_between_two_ranks_writes(runs, forks, victim):
     assert_same(runs.folder / f"killed_rank{victim}", runs.straight(2))
 
 
-@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 30))])
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 30))])
 def test_killed_at_random_moments(runs, forks, seed):
     chance, ranks = random.Random(seed), 1 + seed % 2
     config, out = runs.config(f"random{seed}"), runs.folder / f"random{seed}"

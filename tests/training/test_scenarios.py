@@ -130,6 +130,7 @@ def test_hidden_states_from_a_server_equal_those_of_a_teacher_here(results):
     same_weights(here, there, 1e-5)
 
 
+@pytest.mark.slow
 def test_answers_from_a_server_equal_those_drawn_here(results):
     here, there = results(2, "greedy_zero3"), results(2, "rollouts_zero3")
     assert losses(there) == pytest.approx(losses(here), rel=1e-5)
@@ -282,7 +283,11 @@ def test_frozen_parts_stay_and_others_move(results, name):
 
 
 @pytest.mark.parametrize(
-    ("world", "name"), [(1, "lora_zero0"), (2, "lora_zero3"), (1, "own_base_zero0"), (2, "own_base_zero3")]
+    ("world", "name"),
+    marked(
+        [(1, "lora_zero0"), (2, "lora_zero3"), (1, "own_base_zero0"), (2, "own_base_zero3")],
+        lambda world, name: [(world, name)],
+    ),
 )
 def test_adapters_train_and_their_base_stays(results, world, name):
     result = results(world, name)
@@ -293,7 +298,9 @@ def test_adapters_train_and_their_base_stays(results, world, name):
     assert not [key for key in result["exported"] if "lora_" in key or "base_layer" in key]
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(
+    ("world", "stage"), marked([(1, 0), (2, 3)], lambda world, stage: [(world, f"own_base_zero{stage}")])
+)
 def test_a_base_teaches_as_its_copy_does(results, world, stage):
     copied, own = results(world, "copied_base_zero0"), results(world, f"own_base_zero{stage}")
     assert losses(own) == pytest.approx(losses(copied), rel=1e-5)

@@ -169,7 +169,7 @@ def test_no_teacher_is_in_a_checkpoint(results):
     assert results(1, "zero0")["teacher_keys"] == []
 
 
-@pytest.mark.parametrize("loss", ["kd", "dkd"])
+@pytest.mark.parametrize("loss", ["kd", pytest.param("dkd", marks=pytest.mark.slow)])
 def test_steps_equal_a_plain_loop(tmp_path, loss):
     """Five steps of SGD of a CIFAR network, from the same weights and batches, against plain PyTorch."""
     terms = {"kd": [{"name": "kd", "temperature": 4, "weight": 0.9}], "dkd": [{"name": "dkd", "beta": 2.0}]}[loss]
