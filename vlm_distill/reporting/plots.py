@@ -221,13 +221,13 @@ def percent(value: float | None) -> str:
 
 def points(value: float) -> str:
     """Format a difference of fractions in signed percentage points."""
-    return f"{value * 100:+.1f}".replace("-", "−")
+    return f"{value * 100:+z.1f}".replace("-", "−")
 
 
 def spread(mean: float, beside: float | None, sign: str = "") -> str:
     """Format a mean and what is beside it, such as ``83.6 ± 2.0``, with as many decimals as the spread is known to."""
     digits = decimals(beside if beside else mean)
-    text = f"{mean:{sign}.{digits}f}".replace("-", "−")
+    text = f"{mean:{sign}z.{digits}f}".replace("-", "−")
     return text if beside is None else f"{text} ± {beside:.{digits}f}"
 
 
