@@ -70,11 +70,7 @@ def open_source(
     _check_options(given, images, limit, columns)
     held = held_samples(given)
     kind = _format(path, given, format) if held is None else "memory"
-    if kind not in ("huggingface", "webdataset") and (split or config):
-        what = "in memory" if kind == "memory" else f"a {kind} file"
-        raise UserError(f"{given} is {what} and has no split or config; leave them out")
-    if kind == "webdataset" and (config or images):
-        raise UserError(f"{given} is read as WebDataset, which has no config or image folder; leave it out")
+    _check_kind(given, kind, split, config, images)
 
     shared: dict[str, Any] = {"limit": limit, "answers_required": answers_required, "columns": columns}
     folder = images or folder_of(path)
@@ -97,6 +93,15 @@ def open_source(
         raise UserError(f"{given} has no rows; check the file{' and the split' if split else ''}")
     _check_columns(source, given)
     return source
+
+
+def _check_kind(given: str, kind: str, split: str | None, config: str | None, images: Path | None) -> None:
+    """Raise ``UserError`` if an option means nothing for this kind of source."""
+    if kind not in ("huggingface", "webdataset") and (split or config):
+        what = "in memory" if kind == "memory" else f"a {kind} file"
+        raise UserError(f"{given} is {what} and has no split or config; leave them out")
+    if kind == "webdataset" and (config or images):
+        raise UserError(f"{given} is read as WebDataset, which has no config or image folder; leave it out")
 
 
 def _check_options(given: str, images: Path | None, limit: int | None, columns: Mapping[str, str] | None) -> None:

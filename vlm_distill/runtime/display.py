@@ -26,7 +26,7 @@ class Display(ABC):
 
     @abstractmethod
     def open(self, name: str, steps: int, done: int) -> None:
-        """Begin to show a run of so many steps, with those already done."""
+        """Start to show a run: how many steps it has, and how many are already done."""
 
     @abstractmethod
     def close(self) -> None:

@@ -93,8 +93,8 @@ def visible_gpus() -> list[str]:
 def run_jobs(jobs: Sequence[Job], machine: Machine, ended: Callable[[Job, Failed | None], None]) -> list[Failed]:
     """Run all jobs, ``machine.at_once`` at a time, in order; return those that failed.
 
-    A failed job stops no other. If this process is told to stop, all jobs are, and have ended when this returns: a
-    training finishes its step and writes a checkpoint.
+    A failed job stops no other. If this process is interrupted, all jobs are stopped, and have ended when this returns:
+    a training finishes its step and writes a checkpoint.
 
     Args:
         jobs: what to run.
