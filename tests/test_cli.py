@@ -16,10 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 from data.errors import UserError
-from vlm_distill import cli, evaluate, train
+from vlm_distill import cli, train
 from vlm_distill.cli.evaluation import RankEvalOptions
 from vlm_distill.cli.options import parse
 from vlm_distill.demo import make_tokenizer
+from vlm_distill.eval import main as evaluate
 from vlm_distill.models import build_vlm
 
 
@@ -197,16 +198,16 @@ def test_from_training_to_an_answer(material, command, capsys):
 def test_evaluate(material, capsys, tmp_path):
     _, data, teacher = material
     words = ["--model", str(teacher), "--data", str(data), "--out", str(tmp_path), "--max-new-tokens", "2"]
-    assert evaluate.main(words) == 0
+    assert evaluate(words) == 0
     assert "on 24 questions" in capsys.readouterr().out
     assert json.loads((tmp_path / "data" / "scores.json").read_text())["n"] == 24
     # Answers are kept, but by another precision the questions are asked again.
-    assert evaluate.main(words) == 0
+    assert evaluate(words) == 0
     assert "data: 24 of 24 answers kept from before" in capsys.readouterr().err
-    assert evaluate.main([*words, "--dtype", "bf16"]) == 0
+    assert evaluate([*words, "--dtype", "bf16"]) == 0
     assert "kept" not in capsys.readouterr().err
     # With every image outside the root there is nothing to score.
-    assert evaluate.main([*words, "--root", str(tmp_path)]) == 2
+    assert evaluate([*words, "--root", str(tmp_path)]) == 2
     told = capsys.readouterr()
     assert "24 left out" in told.out
     assert "data: 24 of 24 questions left out, no questions could be used: image outside the roots (24)" in told.err
@@ -225,7 +226,7 @@ def test_an_evaluation_that_leaves_out_most_ends_with_the_reason(material, capsy
         "2",
     ]
     (tmp_path / "empty").mkdir()
-    assert evaluate.main([*words, "--out", str(tmp_path / "a")]) == 2
+    assert evaluate([*words, "--out", str(tmp_path / "a")]) == 2
     told = capsys.readouterr().err
     assert (
         "data: 5 of 6 questions left out, more than --max-bad 0.5 allows: image not found (5), as in data, line "
@@ -233,7 +234,7 @@ def test_an_evaluation_that_leaves_out_most_ends_with_the_reason(material, capsy
     )
     assert told.rstrip().endswith("; name their folder with --images")
     assert json.loads((tmp_path / "a" / "data" / "scores.json").read_text())["n"] == 1
-    assert evaluate.main([*words, "--out", str(tmp_path / "b"), "--max-bad", "0.9"]) == 0
+    assert evaluate([*words, "--out", str(tmp_path / "b"), "--max-bad", "0.9"]) == 0
 
 
 def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_path):
@@ -242,7 +243,7 @@ def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_
     entry = {"tsv": {"name": "Colours"}, "scorer": "gqa", "metric": "exact match"}
     (tmp_path / "colours.yaml").write_text(yaml.safe_dump(entry))
     words = ["--model", str(material[2]), "--benchmarks", str(tmp_path / "colours.yaml"), "--data", str(tmp_path)]
-    assert evaluate.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert evaluate([*words, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert "not published" not in told.out
     assert "colours: 3 of 3 questions left out, no questions could be used: image not found (3)" in told.err
@@ -277,7 +278,7 @@ def test_a_benchmark_without_a_question_that_can_be_asked(material, capsys, tmp_
     ],
 )
 def test_mistakes_of_an_evaluation_are_one_line(words, says, tmp_path, capsys):
-    assert evaluate.main(["--model", "nowhere", "--out", str(tmp_path), *words]) == 2
+    assert evaluate(["--model", "nowhere", "--out", str(tmp_path), *words]) == 2
     told = capsys.readouterr().err
     assert says in told
     assert told.count("\n") == 1
@@ -343,7 +344,7 @@ def test_a_template_gets_its_arguments_and_answers_are_kept_by_them(material, tm
     path.write_text(path.read_text() + "{% if add_generation_prompt and shout %}!{% endif %}")
     words = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "out"), "--limit", "2"]
     for given, kept in (("{shout: true}", False), ("{shout: true}", True), ("{shout: false}", False)):
-        assert evaluate.main([*words, "--template-arguments", given]) == 0
+        assert evaluate([*words, "--template-arguments", given]) == 0
         assert ("2 of 2 answers kept" in capsys.readouterr().err) == kept
     asked = json.loads((tmp_path / "out" / data.stem / "predictions.jsonl").read_text().splitlines()[0])
     assert asked["answer"]
@@ -366,7 +367,7 @@ def test_columns_name_the_keys_of_data(material, tmp_path, capsys):
     path = tmp_path / "renamed.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in renamed))
     words = ["--model", str(teacher), "--data", str(path), "--out", str(tmp_path / "out")]
-    assert evaluate.main([*words, "--columns", "{image: p, question: q, answers: a}"]) == 0
+    assert evaluate([*words, "--columns", "{image: p, question: q, answers: a}"]) == 0
     assert "on 24 questions" in capsys.readouterr().out
 
 
@@ -374,11 +375,11 @@ def test_evaluate_takes_a_runs_folder(material, capsys, tmp_path):
     _, data, teacher = material
     shutil.copytree(teacher, tmp_path / "run" / "student")
     words = ["--data", str(data), "--out", str(tmp_path / "out"), "--limit", "2"]
-    assert evaluate.main(["--model", str(tmp_path / "run"), *words]) == 0
+    assert evaluate(["--model", str(tmp_path / "run"), *words]) == 0
     assert "on 2 questions, limited: of 24 questions" in capsys.readouterr().out
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     (tmp_path / "begun" / "config.yaml").touch()
-    assert evaluate.main(["--model", str(tmp_path / "begun"), *words]) == 2
+    assert evaluate(["--model", str(tmp_path / "begun"), *words]) == 2
     assert "has no student yet" in capsys.readouterr().err
 
 
@@ -392,7 +393,7 @@ def test_no_benchmark_ends_another(material, tmp_path, capsys):
             writer.writerows([i, cell, "what color is it?", "Yes", "random"] for i in range(3))
     (tmp_path / "MMStar.tsv").write_text("index,image,question,A,B,answer\n1,x,y,a,b,A\n")
     words = ["--benchmarks", "mme,mmstar,realworldqa,pope", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert evaluate.main([*words, "--model", str(teacher), "--limit", "2"]) == 2
+    assert evaluate([*words, "--model", str(teacher), "--limit", "2"]) == 2
     told = capsys.readouterr()
     assert "pope: limited: 2 of 3 questions" in told.out
     assert "right answers are not published" not in told.out
@@ -417,7 +418,7 @@ def test_benchmarks_on_two_processes_equal_one(material, tmp_path, capsys):
             picture = base64.b64encode((data.parent / f"{i}.png").read_bytes()).decode()
             writer.writerow([i, picture, "what color is it?" * (1 + i % 3), "red", "blue", "AB"[i % 2], "c", "d"])
     words = ["--benchmarks", "mmstar", "--data", str(tmp_path), "--batch-size", "3", "--max-new-tokens", "5"]
-    assert evaluate.main([*words, "--model", str(teacher), "--out", str(tmp_path / "one")]) == 0
+    assert evaluate([*words, "--model", str(teacher), "--out", str(tmp_path / "one")]) == 0
     told = capsys.readouterr()
     assert "mmstar" in told.out
     assert "md5" in told.err
