@@ -36,7 +36,7 @@ class ScoringServer(ThreadingHTTPServer):
         shift: of its log-probabilities, which are none then.
         controlled: whether its weights can be exchanged, as with vLLM's VLLM_SERVER_DEV_MODE.
         loads: whether it then reads the new ones.
-        loaded: the folders that it was told to read.
+        loaded: the folders that it has been asked to read.
         tells_drawn: whether it returns the token ids of its answers.
         garbles: whether it writes its answers' text wrongly.
         pools: whether it returns hidden states instead of generating, as vLLM's pooling runner does.

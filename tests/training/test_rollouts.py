@@ -12,15 +12,7 @@ from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models import build_vlm, load_vlm
-from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .base import DistillationLoss, RowResult
 from .groups import TokenGroups, sum_groups
 from .parameters import check_choice, check_number
-from .softmax import need_targets, softmax_, upcast
+from .softmax import at_targets, need_targets, softmax_, upcast
 
 DISTANCES = ("binary_cross_entropy", "reverse_binary_kl", "absolute")
 # Keeps probabilities below 1, so that log(1 − p) and its derivative are finite.
@@ -126,4 +126,4 @@ class ALM(DistillationLoss):
 
 def _own_tokens(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the log-probability ``[N]`` of each row's target; differentiable."""
-    return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return at_targets(logits.log_softmax(-1), targets)

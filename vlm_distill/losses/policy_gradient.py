@@ -11,7 +11,7 @@ from torch import Tensor
 from .base import DistillationLoss, Progress, RowResult
 from .groups import TokenGroups
 from .parameters import check_number
-from .softmax import need_targets, softmax_, upcast
+from .softmax import at_targets, need_targets, softmax_, upcast
 
 
 class PolicyGradient(DistillationLoss):
@@ -46,8 +46,8 @@ class PolicyGradient(DistillationLoss):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None) -> Tensor:
         """Compute d of each row; its derivative is that of (d, held fixed) · log q(y)."""
         targets = need_targets(targets)
-        student = _at(upcast(student_logits).log_softmax(-1), targets)
-        teacher = _at(upcast(teacher_logits).log_softmax(-1), targets)
+        student = at_targets(upcast(student_logits).log_softmax(-1), targets)
+        teacher = at_targets(upcast(teacher_logits).log_softmax(-1), targets)
         distance = (student - teacher).detach()
         return distance + self._slope(distance) * (student - student.detach())
 
@@ -56,7 +56,7 @@ class PolicyGradient(DistillationLoss):
         self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None = None, *, grad: bool
     ) -> RowResult:
         targets = need_targets(targets)
-        teacher = _at(softmax_(upcast(teacher_logits)).log_probs, targets)
+        teacher = at_targets(softmax_(upcast(teacher_logits)).log_probs, targets)
         return self.token_loss_and_grad(student_logits, teacher, targets, None, grad=grad)
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class PolicyGradient(DistillationLoss):
     ) -> RowResult:
         assert groups is None, "tokens of another vocabulary have no probability here"
         log_q, q, _ = softmax_(upcast(student_logits))
-        distance = _at(log_q, targets) - teacher_log_probs.to(log_q.dtype)
+        distance = at_targets(log_q, targets) - teacher_log_probs.to(log_q.dtype)
         signals = {"k2": distance.square() / 2, "k3": torch.expm1(-distance) + distance}
         if not grad:
             return RowResult(distance, None, signals)
@@ -81,8 +81,3 @@ class PolicyGradient(DistillationLoss):
 
     def _slope(self, distance: Tensor) -> Tensor:
         return distance if self.clip is None else distance.clamp(-self.clip, self.clip)
-
-
-def _at(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Return the entry ``[N]`` of each row's target."""
-    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

@@ -153,3 +153,8 @@ def mixture(p: Softmax, q: Softmax, share: float | Tensor) -> Tensor:
 def kl_summands_(a: Softmax, log_m: Tensor) -> Tensor:
     """Compute a·(log a − log m) for a finite ``log_m``, in the memory of ``a.log_probs``; 0·log 0 is 0."""
     return a.log_probs.clamp_(min=torch.finfo(log_m.dtype).min).sub_(log_m).mul_(a.probs)
+
+
+def at_targets(rows: Tensor, targets: Tensor) -> Tensor:
+    """Return the entry ``[N]`` of each row ``[N, V]`` at its target; differentiable."""
+    return rows.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
