@@ -24,45 +24,44 @@ Format = Literal["tsv", "huggingface", "official", "source"]
 
 
 class Benchmark(Section):
-    """One benchmark.
+    """One benchmark. Its layouts are tried in the order ``tsv``, ``huggingface``, ``official``, ``source``."""
 
-    Attributes:
-        name, aliases: its names; capitals and ``-`` or ``_`` do not matter.
-        tsv, huggingface, official, source: layouts of its files, tried in this order.
-        where: column → value or values of the rows that belong to it.
-        prompt: a name or a template (:func:`~.prompts.ask`), or one for each of the rules.
-        interleave: the rules under which images go where the text says ``<image k>``.
-        max_new_tokens: the longest answer in tokens, or one for each of the rules.
-        scorer: a name in ``scoring.scorers``, which is called with ``scorer_options``.
-        metric: the usual name of the main score.
-        out_of: the main score of a model that is always right.
-        worth: if the main score is a sum, what each scored ``question``, or each ``group`` of ``Scores.groups``, adds
-            to it. The scorer must then take ``partial``, which scores a part of the benchmark by its own total.
-        groups: columns by which scores are reported.
-        together: columns whose equal values mark questions that are scored together: a limit asks all of them or none,
-            and if one has no answer, none of them is scored. The millions of ``index`` do not count, because they
-            number circular copies. ``index:4`` means its first four parts, joined by ``_``.
-        least: the number of questions in such a group; smaller groups are not scored.
-    """
-
-    name: str
-    aliases: tuple[str, ...] = ()
-    tsv: Tsv | None = None
-    huggingface: HuggingFace | None = None
-    official: Official | None = None
-    source: SourceFile | None = None
-    where: dict[str, str | list[str]] = Field(default={})
-    prompt: str | dict[Rules, str] = "question"
-    interleave: tuple[Rules, ...] = ()
-    max_new_tokens: Positive | dict[Rules, Positive] = 128
-    scorer: str
-    scorer_options: dict[str, Any] = Field(default={})
-    metric: str = "accuracy"
-    out_of: Annotated[float, Field(gt=0)] = 100.0
-    worth: dict[Literal["question", "group"], Annotated[float, Field(gt=0)]] = Field(default={})
-    groups: tuple[str, ...] = ()
-    together: tuple[str, ...] = ()
-    least: Positive = 1
+    name: str = Field(description="Its name; capitals and `-` or `_` do not matter. By default that of the file.")
+    aliases: tuple[str, ...] = Field((), description="Further names.")
+    tsv: Tsv | None = Field(None, description="Its files as VLMEvalKit has them.")
+    huggingface: HuggingFace | None = Field(None, description="Its files as lmms-eval has them.")
+    official: Official | None = Field(None, description="Its files as their authors publish them.")
+    source: SourceFile | None = Field(None, description="Its files in a format that training reads.")
+    where: dict[str, str | list[str]] = Field(
+        default={}, description="Which rows belong to it: by column, the value or values that they have."
+    )
+    prompt: str | dict[Rules, str] = Field(
+        "question",
+        description="How it asks: a name or a template with columns of the row, or one for each of the rules.",
+    )
+    interleave: tuple[Rules, ...] = Field(
+        (), description="The rules under which images go where the text says `<image k>`."
+    )
+    max_new_tokens: Positive | dict[Rules, Positive] = Field(
+        128, description="Longest answer, in tokens, or one for each of the rules."
+    )
+    scorer: str = Field(description="How answers are scored: a name in `scoring/scorers.py`.")
+    scorer_options: dict[str, Any] = Field(default={}, description="Arguments of the scorer.")
+    metric: str = Field("accuracy", description="The usual name of the main score.")
+    out_of: Annotated[float, Field(gt=0)] = Field(100.0, description="The main score of a model that is always right.")
+    worth: dict[Literal["question", "group"], Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="If the main score is a sum: what each scored `question`, or each `group`, adds to it. The scorer "
+        "must take `partial`, which scores a part of the benchmark by its own total.",
+    )
+    groups: tuple[str, ...] = Field((), description="Columns by which scores are reported.")
+    together: tuple[str, ...] = Field(
+        (),
+        description="Columns whose equal values mark questions that are scored together: a limit asks all of them or "
+        "none, and if one has no answer, none is scored. The millions of `index` do not count, because they number "
+        "circular copies; `index:4` means its first four parts, joined by `_`.",
+    )
+    least: Positive = Field(1, description="Questions in such a group; smaller groups are not scored.")
 
     @field_validator("prompt")
     @classmethod

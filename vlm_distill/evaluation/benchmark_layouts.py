@@ -23,22 +23,19 @@ from vlm_distill.config.fields import Section
 
 
 class Layout(Section):
-    """Settings that all layouts share.
+    """Settings that all layouts share."""
 
-    Attributes:
-        columns: columns to add, name → the file's own column, or a pattern such as ``{set_id}_{figure_id}``. A column
-            that the file already has stays as it is.
-        values: by column, the file's value → ours.
-        constants: columns that are the same in all rows.
-        lists: columns that hold lists written as text. VLMEvalKit's scorers parse these themselves, others do not.
-        index_answers: whether ``answer`` is an option's number, from 0, instead of its letter.
-    """
-
-    columns: dict[str, str] = Field(default={})
-    values: dict[str, dict[str, Any]] = Field(default={})
-    constants: dict[str, Any] = Field(default={})
-    lists: tuple[str, ...] = ()
-    index_answers: bool = False
+    columns: dict[str, str] = Field(
+        default={},
+        description="Columns to add: our name, then the file's own column, or a pattern such as `{set}_{figure}`; "
+        "a column that the file already has stays as it is.",
+    )
+    values: dict[str, dict[str, Any]] = Field(default={}, description="By column, the file's value and then ours.")
+    constants: dict[str, Any] = Field(default={}, description="Columns that are the same in all rows.")
+    lists: tuple[str, ...] = Field(
+        (), description="Columns that hold lists written as text; VLMEvalKit's scorers parse these themselves."
+    )
+    index_answers: bool = Field(False, description="Whether `answer` is an option's number, from 0, not its letter.")
 
     def complete(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row with the added columns."""
@@ -55,17 +52,12 @@ class Layout(Section):
 
 
 class Tsv(Layout):
-    """VLMEvalKit's ``{name}.tsv``.
+    """VLMEvalKit's ``{name}.tsv``."""
 
-    Attributes:
-        also: other names of the file; ``md5`` is not checked under these.
-        url: where ``{name}.tsv`` is published, ending in a slash.
-    """
-
-    name: str
-    also: tuple[str, ...] = ()
-    md5: str | None = None
-    url: str = ""
+    name: str = Field(description="Name of the file, without `.tsv`.")
+    also: tuple[str, ...] = Field((), description="Other names of the file; `md5` is not checked under these.")
+    md5: str | None = Field(None, description="Published checksum of the file; a difference is a warning.")
+    url: str = Field("", description="Where `{name}.tsv` is published, ending in a slash.")
 
     def published(self) -> str:
         return f"{self.name}.tsv" + (f" ({self.url}{self.name}.tsv)" if self.url else "")
@@ -79,21 +71,18 @@ class Tsv(Layout):
 
 
 class HuggingFace(Layout):
-    """A Hugging Face data set in the layout that lmms-eval reads.
+    """A Hugging Face data set in the layout that lmms-eval reads."""
 
-    Attributes:
-        paths: its names on the hub, tried in order. A local copy is looked for under ``owner/name`` and ``name``.
-        images: columns that hold images.
-        pictures: configuration that holds the images instead (columns ``id`` and ``image``).
-        pictures_on: the questions' column with the image's id.
-    """
-
-    paths: tuple[str, ...]
-    config: str | None = None
-    split: str
-    images: tuple[str, ...] = ("image",)
-    pictures: str | None = None
-    pictures_on: str = ""
+    paths: tuple[str, ...] = Field(
+        description="Its names on the hub, tried in order. A local copy is looked for under `owner/name` and `name`."
+    )
+    config: str | None = Field(None, description="Configuration of the data set.")
+    split: str = Field(description="Split of the data set.")
+    images: tuple[str, ...] = Field(("image",), description="Columns that hold images.")
+    pictures: str | None = Field(
+        None, description="Configuration that holds the images instead (columns `id` and `image`)."
+    )
+    pictures_on: str = Field("", description="The questions' column with the image's id.")
 
     def published(self) -> str:
         return f"the Hugging Face data set {self.paths[0]}"
@@ -142,45 +131,38 @@ class HuggingFace(Layout):
 class Join(Section):
     """A file whose records are joined to the questions by the column ``by``. (Not ``on``, which YAML reads as true.)"""
 
-    file: str
-    by: str
-    under: str | None = None
-    fields: tuple[str, ...] = ()
+    file: str = Field(description="JSON file with the records.")
+    by: str = Field(description="Column that both have.")
+    under: str | None = Field(None, description="Key of the list or object of records, if the file holds more.")
+    fields: tuple[str, ...] = Field((), description="Names for the items of records that are lists.")
 
 
 class Only(Section):
     """A file that lists the ids of each split: ``{split: [id, …]}``."""
 
-    file: str
-    split: str
-    by: str = "id"
+    file: str = Field(description="JSON file with the ids.")
+    split: str = Field(description="Split that is kept.")
+    by: str = Field("id", description="Column with the ids.")
 
 
 class Official(Layout):
-    """The JSON files that a benchmark's authors publish, and a folder of images.
+    """The JSON files that a benchmark's authors publish, and a folder of images."""
 
-    Attributes:
-        files: the question file, or several by group; the column ``group`` then holds each row's group.
-        under, key, fields: where records are in these files (:class:`~data.json_tables.Records`).
-        join: annotations and other records to join.
-        only: which ids to keep.
-        required: columns that a row must have to count as a question.
-        image: the image's file name, as a pattern of columns.
-        folder: the published name of the image folder beside the files.
-        url: the page that publishes them.
-    """
-
-    files: str | dict[str, str]
-    under: str | None = None
-    key: str = "id"
-    fields: tuple[str, ...] = ()
-    group: str = "category"
-    join: tuple[Join, ...] = ()
-    only: Only | None = None
-    required: tuple[str, ...] = ()
-    image: str
-    folder: str = ""
-    url: str = ""
+    files: str | dict[str, str] = Field(
+        description="The question file, or several by group; the column `group` then holds each row's group."
+    )
+    under: str | None = Field(None, description="Key of the list or object of records, if the file holds more.")
+    key: str = Field("id", description="In a file that maps ids to records, the column for the id.")
+    fields: tuple[str, ...] = Field(
+        (), description="Names for the items of records that are lists; the first for values that are not objects."
+    )
+    group: str = Field("category", description="Column for the group, if there are several files.")
+    join: tuple[Join, ...] = Field((), description="Annotations and other records to join.")
+    only: Only | None = Field(None, description="Which ids to keep.")
+    required: tuple[str, ...] = Field((), description="Columns that a row must have to count as a question.")
+    image: str = Field(description="The image's file name, as a pattern of columns.")
+    folder: str = Field("", description="The published name of the image folder beside the files.")
+    url: str = Field("", description="The page that publishes them.")
 
     def published(self) -> str:
         return f"{', '.join(self._names())}" + (f" ({self.url})" if self.url else "")
@@ -232,11 +214,11 @@ class Official(Layout):
 class SourceFile(Layout):
     """Anything that training reads (``docs/data.md``): a path, perhaps in the data folder, or a name on the hub."""
 
-    path: str
-    images: str | None = None
-    split: str | None = None
-    config: str | None = None
-    columns: dict[str, str] = Field(default={})
+    path: str = Field(description="File, folder, or name of a dataset.")
+    images: str | None = Field(None, description="Folder that relative image paths start from.")
+    split: str | None = Field(None, description="Split of a Hugging Face dataset.")
+    config: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
+    columns: dict[str, str] = Field(default={}, description="Which column holds what: our name, then the file's.")
 
     def published(self) -> str:
         return self.path
