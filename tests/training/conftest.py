@@ -1,6 +1,7 @@
 """What the tests of training share."""
 
 import pytest
+from metric_table import metrics_are_in_the_table  # noqa: F401
 
 from vlm_distill.runtime.processes import Processes
 

@@ -1,0 +1,3 @@
+"""What the tests of classifiers share."""
+
+from metric_table import metrics_are_in_the_table  # noqa: F401
