@@ -14,13 +14,20 @@ PEERS_READY := $(PEERS)/.ready
 # Of the environment in which vLLM serves; `VLLM=folder make test-vllm` uses one that is elsewhere.
 VLLM ?= .venv-vllm
 
-.PHONY: demo demo-vision check test test-slow test-peers test-vllm lint format clean
+DOCS_READY := $(VENV)/.docs-ready
+
+.PHONY: demo demo-vision docs check test test-slow test-peers test-vllm lint format clean
 
 demo: $(READY)
 	$(BIN)/vlm-distill demo
 
 demo-vision: $(READY)
 	$(BIN)/python -m vision.demo
+
+# The documentation as a site in site/; links, anchors and every block of the pages are checked.
+docs: $(DOCS_READY)
+	$(BIN)/python docs/site/build.py
+	$(BIN)/pytest -q -m "not slow and not gpu" tests/test_docs.py
 
 # While you work: lint, types, and tests that train nothing and start no processes.
 QUICK := tests/config/test_config.py tests/config/test_deepspeed_keys.py tests/test_docs.py tests/data/test_layouts.py \
@@ -61,6 +68,10 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --config-settings editable_mode=compat -e ".[dev]"
 	touch $@
 
+$(DOCS_READY): $(READY)
+	$(BIN)/pip install --quiet --config-settings editable_mode=compat -e ".[docs]"
+	touch $@
+
 $(PEERS_READY): pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet -e ".[excel]" xlsxwriter levenshtein loguru pytz
@@ -68,4 +79,4 @@ $(PEERS_READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .venv-vllm build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
