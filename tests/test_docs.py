@@ -1,11 +1,15 @@
 """What README.md and docs/ tell people to type and to write is what the commands and configurations take.
 
-A comment before a block says what it is where it is no part of a run's configuration (CONTRIBUTING.md):
-``<!-- test: in student -->``, ``<!-- test: benchmark -->``, ``<!-- test: sweep -->``, ``<!-- test: skip, REASON -->``.
+Every block is tried: YAML is a valid configuration, commands parse with the real options, Python runs on miniatures. A
+comment before a block says what it is where it is no part of a run's configuration (CONTRIBUTING.md):
+``<!-- test: in student -->``, ``<!-- test: benchmark -->``, ``<!-- test: sweep -->``; or why it is not tried:
+``<!-- test: skip, needs a GPU -->``, ``<!-- test: skip, output -->``. Links and anchors are checked too, and that the
+site's navigation has every page.
 """
 
 import argparse
 import base64
+import json
 import os
 import re
 import runpy
@@ -55,13 +59,15 @@ def blocks():
     found = []
     for page in PAGES:
         text = page.read_text()
-        for match in re.finditer(r"(?:<!-- test: (.*?) -->\n)?^```(\w*)\n(.*?)^```", text, re.S | re.M):
+        for match in re.finditer(r"(?:^ *<!-- test: (.*?) -->\n)?^ *```(\w*)\n(.*?)^ *```", text, re.S | re.M):
             line = text[: match.start(2)].count("\n") + 1
             found.append(Block(page.relative_to(ROOT).as_posix(), line, match[2], match[3], match[1] or ""))
-    return [block for block in found if not block.mark.startswith("skip")]
+    return found
 
 
-BLOCKS = blocks()
+ALL_BLOCKS = blocks()
+BLOCKS = [block for block in ALL_BLOCKS if not block.mark.startswith("skip")]
+SHELL = ("", "bash", "sh")
 YAML = [block for block in BLOCKS if block.language == "yaml"]
 
 
@@ -129,10 +135,15 @@ PLACES = {"CONFIG": "my.yaml", "N": "1", "FILE": "x.json"}
 PLACES |= dict.fromkeys(("section.key=value", "key=value"), "training.seed=1")
 
 
+def lines_of(block):
+    """A shell block's lines, those that a backslash continues joined."""
+    return [line.strip() for line in block.text.replace("\\\n", " ").splitlines()]
+
+
 def commands():
     for block in BLOCKS:
-        if block.language in ("", "bash", "sh"):
-            for line in block.text.replace("\\\n", " ").splitlines():
+        if block.language in SHELL:
+            for line in lines_of(block):
                 if STARTS.match(line):
                     yield block, line
 
@@ -194,26 +205,120 @@ def configuration_loads(here, words, kind):
     load_config(path, overrides, kind)
 
 
+def run_python(here, page, namespace):
+    """Run a page's blocks one after the other, as a reader does; long runs are cut short."""
+    for block in BLOCKS:
+        if block.page == page and block.language == "python":
+            text = block.text.replace("/data/LMUData", str(here / "LMUData"))
+            text = text.replace("steps=500", "steps=2").replace(
+                '{"train": 4000, "test": 400}', '{"train": 60, "test": 4}'
+            )
+            exec(compile("\n" * block.line + text, block.page, "exec"), namespace)
+    return namespace
+
+
+#: Pages whose Python trains, in `test_python_that_trains_runs`.
+TRAINING_PAGES = ("README.md", "docs/index.md", "docs/python.md")
+
+
 @pytest.mark.slow
-def test_python_of_the_page_on_python_runs(here):
+def test_python_that_trains_runs(here):
     miniatures(here)
     tiny.write_llava(here / "models" / "small", layers=2)
     tiny.write_llava(here / "models" / "large", layers=3)
     (here / "data" / "data.jsonl").rename(here / "data" / "train.jsonl")
-    namespace = {}
-    for block in BLOCKS:
-        if block.page == "docs/python.md" and block.language == "python":
-            text = re.sub(r"(steps=)500", r"\g<1>2", block.text)
-            exec(compile("\n" * block.line + text, block.page, "exec"), namespace)
-    assert len(namespace["run"].metrics) >= 2
-    assert namespace["scores"]["pope"]["n"] == 2
-    assert namespace["trainer"].state.global_step == 2
+    found = {page: run_python(here, page, {}) for page in TRAINING_PAGES}
+    assert all(len(namespace["run"].metrics) >= 2 for namespace in found.values())
+    assert found["README.md"]["scores"]["pope"]["n"] == 2
+    assert found["docs/python.md"]["trainer"].state.global_step == 2
+
+
+def of_evaluation(here):
+    """What the page's reader has: rows with answers, a model, a source, a folder, and answers of two models."""
+    from data.opening import open_source
+    from vlm_distill.models import load_vlm
+
+    miniatures(here)
+    row = {"index": 1, "question": "what?", "A": "red", "B": "blue", "answer": "A", "prediction": "A", "category": "c"}
+    rows = [row | {"l2-category": "l", "split": "dev"}]
+    written = here / "answers" / "predictions.jsonl"
+    names = {"folder": here / "answers", "a": written, "b": written}
+    return {"rows": rows, "model": load_vlm(here / "student"), "source": open_source(here / "data/data.jsonl"), **names}
+
+
+def of_models(here):
+    """What the page's reader has: a trained student and a picture."""
+    tiny.write_student(here / "runs" / "first" / "student")
+    tiny.write_data(here / "data")
+    shutil.copy(here / "data" / "0.png", here / "cat.jpg")
+    return {}
+
+
+def of_losses(here):
+    (here / "tests").symlink_to(ROOT / "tests")
+    return {}
+
+
+#: Pages with other Python, and what makes the things that their blocks name.
+READERS = {
+    "docs/evaluation.md": of_evaluation,
+    "docs/first_pair.md": lambda here: {},
+    "docs/losses.md": of_losses,
+    "docs/models.md": of_models,
+    "docs/taid.md": of_losses,
+}
+
+
+@pytest.mark.parametrize("page", READERS)
+def test_python_of_other_pages_runs(here, page):
+    run_python(here, page, READERS[page](here))
+
+
+def test_python_is_tried_on_every_page():
+    assert {b.page for b in BLOCKS if b.language == "python"} == {*READERS, *TRAINING_PAGES}
+
+
+REASONS = ("needs ", "output", "part of ", "an example of style")
+
+
+def test_blocks_that_are_not_tried_say_why():
+    skipped = [block for block in ALL_BLOCKS if block not in BLOCKS]
+    assert [str(b) for b in skipped if not b.mark.removeprefix("skip, ").startswith(REASONS)] == []
+    assert [str(b) for b in BLOCKS if b.language not in (*SHELL, "yaml", "python", "json")] == []
+
+
+def is_tried(line):
+    """Whether a shell line is tried: its command parses, or what it names is there."""
+    if not line or line.startswith(("#", "make ")) or STARTS.match(line):
+        return True  # targets of make are looked up with the files
+    words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
+    project = (ROOT / "pyproject.toml").read_text()
+    if words[:2] == ["pip", "install"]:
+        extras = [re.fullmatch(r"(?:-e|\.|vlm-distill(?:\[(\w[\w-]*)\])?)", word) for word in words[2:]]
+        return all(found and (not found[1] or f"\n{found[1]} = [" in project) for found in extras)
+    if words[0] == "python" and words[1].startswith("benchmarks/"):
+        source = (ROOT / words[1]).read_text()
+        return all(f'"{word}"' in source for word in words if word.startswith("--"))
+    if words[0] in ("bash", "cp"):
+        return (ROOT / words[1]).exists()
+    return words[0] == "export"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in SHELL], ids=str)
+def test_every_line_of_shell_is_tried(block):
+    assert [line for line in lines_of(block) if not is_tried(line)] == []
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=str)
+def test_json_of_the_docs_is_json(block):
+    for line in lines_of(block):
+        assert json.loads(line.replace("…", '"": 0'))
 
 
 README_COPIES = "configs/vlm/onevision_to_composed.yaml"
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("", "bash", "sh")], ids=str)
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in SHELL], ids=str)
 def test_files_that_the_docs_name_are_there(block):
     for name in re.findall(r"\b(?:configs|benchmarks|docs)/[\w/.-]+\.(?:yaml|py|sh|md)", block.text):
         assert (ROOT / name).exists(), name
@@ -272,3 +377,40 @@ def test_the_first_run_of_the_readme_runs(here, monkeypatch):
     assert (run / "student").is_dir()
     assert (here / "samples.html").is_file()
     assert "mmstar" in (here / "runs" / "eval" / "scores.json").read_text().lower()
+
+
+def anchors_of(page):
+    """The anchors of a page's headings, as code hosts and the site make them."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M)
+    found = set()
+    for title in re.findall(r"^#+ (.*)$", text, re.M):
+        plain = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).lower()
+        found.add(re.sub(r"[^\w\- ]", "", plain).replace(" ", "-"))
+    return found | set(re.findall(r'<a id="([\w-]+)">', text))
+
+
+LINKING = [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^ *```.*?^ *```|`[^`\n]+`", "", page.read_text(), flags=re.S | re.M)
+    for link in re.findall(r"\]\(([^()\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            continue
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), link
+        assert not anchor or anchor in anchors_of(file), link
+
+
+def test_the_site_has_every_page(monkeypatch):
+    """What `make docs` would refuse: pages that the navigation lacks, and names in it that are no page."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "site")
+    import build
+
+    navigation = build.read_navigation()
+    made = {name for name in build.named_in(navigation) if name.startswith("reference/")}
+    build.check_navigation(navigation, {*build.pages().values(), *made})
+    with pytest.raises(build.SiteError, match=r"nav lacks new\.md"):
+        build.check_navigation(navigation, {*build.pages().values(), *made, "new.md"})
