@@ -10,7 +10,7 @@ from data.errors import UserError
 from vlm_distill.cli import evaluation, training
 from vlm_distill.cli.evaluation import EvalOptions, RankEvalOptions
 from vlm_distill.cli.options import RunOptions, parse, words_of
-from vlm_distill.cli.training import GenerateOptions
+from vlm_distill.cli.training import GenerateOptions, TrainOptions
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_help_ends_without_an_error(capsys):
     assert "python -m vlm_distill.train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("command", "model"), [(evaluation.evaluate, EvalOptions), (training.train, RunOptions)])
+@pytest.mark.parametrize(("command", "model"), [(evaluation.evaluate, EvalOptions), (training.train, TrainOptions)])
 def test_a_command_has_the_model_s_options_and_its_own(command, model):
     parameters = inspect.signature(command).parameters
     assert [*parameters] == [*(field.name for field in fields(model)), "nproc"]

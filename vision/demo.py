@@ -105,12 +105,12 @@ def run(out: Path, nproc: int, *, seeds: Sequence[int] = SEEDS, overrides: Seque
 def train(job: Job) -> Path:
     """Train, evaluate and export a job's model, in a process of the pool; return the run's folder."""
     # Imported here: the process that waits and writes the report does not need it.
+    from vlm_distill.config import shipped
     from vlm_distill.config.file import load_config
-    from vlm_distill.demo import configs_folder
 
     from .config import ClassifierConfig
 
-    config = load_config(configs_folder() / "demo" / "vision" / job.config, job.overrides, ClassifierConfig)
+    config = load_config(shipped.FOLDER / "demo" / "vision" / job.config, job.overrides, ClassifierConfig)
     # And here: a mistake in a configuration is reported without waiting for DeepSpeed.
     from vlm_distill.runtime.processes import Processes
 

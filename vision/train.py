@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_distill import train
-from vlm_distill.config.batch_split import split_batch
-from vlm_distill.config.file import load_config
 from vlm_distill.runtime.launch import leave
 
 from .config import ClassifierConfig
@@ -18,11 +16,6 @@ from .config import ClassifierConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; return the exit code."""
     return train.main(arguments, ClassifierConfig, "vision.trainer")
-
-
-def check(arguments: Sequence[str], nproc: int) -> None:
-    """Raise ``UserError`` for mistakes in a configuration alone, before processes are started."""
-    split_batch(load_config(arguments[0], arguments[1:], ClassifierConfig), nproc)
 
 
 if __name__ == "__main__":

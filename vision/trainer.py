@@ -327,7 +327,7 @@ class Trainer(Loop):
                 settings.batch_size, workers, processes.device, training.channels_last, self.dtype, self.load_image
             ),
             Labels(None if mapped.labels is None else mapped.labels.tolist()),
-            limit=None if final else settings.limit,
+            limit=None if final and not training.smoke else settings.limit,
             ranks=processes.share,
             keep_logits=who == "teacher",
             teacher=teacher,

@@ -26,6 +26,7 @@ check_neighbours()  # before anything of `data` is imported
 
 from data.errors import UserError
 from data.opening import open_source
+from vlm_distill.config import shipped
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.launch import launch
 
@@ -90,7 +91,7 @@ def run(out: Path, nproc: int) -> None:
 
 def _train(name: str, out: Path, data: Path, nproc: int) -> None:
     """Run one of the demo's configurations on the demo's data; a failure ends the demo."""
-    configs = configs_folder() / "demo"
+    configs = shipped.FOLDER / "demo"
     overrides = [
         f"student.tokenizer={configs / 'teacher'}",
         f"data.train.0.path={data / ('unlabelled.jsonl' if name == 'taid' else 'train.jsonl')}",
@@ -117,12 +118,6 @@ def _print_scores(answers: Mapping[str, list[Prediction]], console: Console) -> 
         f"TAID − cross-entropy: {100 * duel.difference:+.2f} points "
         f"(95 % interval {100 * duel.low:+.2f} to {100 * duel.high:+.2f}, paired, by picture)"
     )
-
-
-def configs_folder() -> Path:
-    """Return the folder of configurations: beside the package in a checkout, or in the environment's ``share``."""
-    beside = Path(__file__).resolve().parent.parent / "configs"
-    return beside if beside.is_dir() else Path(sys.prefix) / "share" / "vlm-distill" / "configs"
 
 
 def prepare(folder: Path) -> Path:

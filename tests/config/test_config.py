@@ -5,12 +5,11 @@ from typing import get_args
 
 import pytest
 import yaml
-from run_files import CLASSIFIER, GOOD, write
+from run_files import CLASSIFIER, GOOD, sections_in, write
 
 from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config.batch_split import split_batch
-from vlm_distill.config.fields import Section
 from vlm_distill.config.file import load_config, read_saved, save_config
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.benchmark_entry import Benchmark
@@ -235,6 +234,21 @@ def test_values_like_interpolations_survive_saving(tmp_path, monkeypatch, text):
     assert read_saved(tmp_path / "saved.yaml")["output"] == text
 
 
+def test_null_in_place_of_a_default_survives_saving(tmp_path):
+    config = load_config(write(tmp_path, {"optimizer": {"max_grad_norm": None}}))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_config(tmp_path / "saved.yaml").optimizer.max_grad_norm is None
+    # No other key needs that.
+    found = set()
+    for section in sections_in(RunConfig) | sections_in(ClassifierConfig):
+        for name, field in section.model_fields.items():
+            takes_null = type(None) in get_args(field.annotation)
+            if takes_null and not field.is_required() and field.default is not None:
+                found.add(name)
+    assert found == {"max_grad_norm"}
+
+
 BOMBS = {
     "doubling": "a0: xxxxxxxxxx\n" + "".join(f"a{i}: ${{a{i - 1}}}${{a{i - 1}}}\n" for i in range(1, 60)),
     "sections": "a0: {x: 1}\n" + "".join(f"a{i}: {{x: '${{a{i - 1}}}', y: '${{a{i - 1}}}'}}\n" for i in range(1, 60)),
@@ -387,20 +401,6 @@ def test_no_such_loss(tmp_path):
 def test_terms_of_one_loss_are_numbered(tmp_path):
     config = load_config(write(tmp_path, {"loss": [{"name": "jsd", "beta": 0.1}, {"name": "jsd", "beta": 0.9}]}))
     assert [term.name for term in build_terms(config)] == ["jsd", "jsd_2"]
-
-
-def sections_in(section):
-    """Return a section's class and those of all sections in it."""
-    found, waiting = set(), [section]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, type) and issubclass(part, Section):
-            if part not in found:
-                found.add(part)
-                waiting += [field.annotation for field in part.model_fields.values()]
-        else:
-            waiting += get_args(part)
-    return found
 
 
 @pytest.mark.parametrize("root", [RunConfig, ClassifierConfig, SweepSection, Benchmark])

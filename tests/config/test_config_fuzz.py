@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from data.errors import UserError
 from vision.config import ClassifierConfig
-from vision.train import check
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
 from vlm_distill.config.sections import RunConfig
@@ -160,11 +159,9 @@ LAUGHS += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in r
 def prepared(path, overrides, kind):
     """As far as the commands go before a model is loaded; whether nothing was wrong."""
     try:
-        if kind is ClassifierConfig:
-            check([str(path), *overrides], 1)
-        else:
-            config = load_config(path, overrides)
-            split_batch(config, 1)
+        config = load_config(path, overrides, kind)
+        split_batch(config, 1)
+        if kind is RunConfig:
             build_terms(config)
     except UserError as mistake:
         told = str(mistake)

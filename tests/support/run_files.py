@@ -1,8 +1,11 @@
 """Small configurations of both paths, written as files; none of what they name exists."""
 
 from pathlib import Path
+from typing import get_args
 
 import yaml
+
+from vlm_distill.config.fields import Section
 
 GOOD = {
     "student": {"path": "student"},
@@ -28,3 +31,17 @@ def write(folder, changes=None, drop=(), *, good=GOOD, name="run.yaml") -> Path:
     path = folder / name
     path.write_text(yaml.safe_dump(plain))
     return path
+
+
+def sections_in(section):
+    """Return a section's class and those of all sections in it."""
+    found, waiting = set(), [section]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, type) and issubclass(part, Section):
+            if part not in found:
+                found.add(part)
+                waiting += [field.annotation for field in part.model_fields.values()]
+        else:
+            waiting += get_args(part)
+    return found

@@ -61,6 +61,8 @@ def write_finished(config, folder, exact, *, seconds=10.0, teacher=2000, data="t
 
 def stub(words):
     """The words that start a stub in the place of ``vlm-distill``."""
+    if words[-2] == "--nproc":
+        words = words[:-2]
     return [sys.executable, __file__, *words]
 
 

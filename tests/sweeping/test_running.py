@@ -137,6 +137,7 @@ def test_commands_are_printed_for_a_scheduler(tmp_path, command):
     assert len(lines) == 4
     assert lines[0].startswith(f"vlm-distill train {tmp_path / 'run.yaml'} ")
     assert lines[0].endswith(f"training.seed=0 output={tmp_path / 'runs/sweep/kl/seed0'}")
+    assert command("sweep", path, "--print", "--nproc", 1)[1].startswith(f"{lines[0]} --nproc 1\n")
     sweep_runs.finish(read_sweep(path).runs[0], 0.5)
     assert command("sweep", path, "--print")[1].splitlines() == lines[1:]
 

@@ -18,9 +18,9 @@ from vision.build import build_terms
 from vision.classifier import load_classifier
 from vision.config import ClassifierConfig
 from vlm_distill.config.file import load_config
-from vlm_distill.demo import configs_folder
+from vlm_distill.config.shipped import FOLDER
 
-CONFIGS = configs_folder() / "demo" / "vision"
+CONFIGS = FOLDER / "demo" / "vision"
 DIGITS = pytest.importorskip("sklearn.datasets")
 
 

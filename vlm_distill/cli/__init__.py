@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from vlm_distill.runtime.launch import MISTAKE, guarded
+from vlm_distill.runtime.launch import guarded
 from vlm_distill.version import __version__
 
 from . import evaluation, publishing, training
-from .options import run_app
+from .options import SETTINGS, run_app
 
 app = typer.Typer(
     name="vlm-distill",
     help="Distil a large vision-language model into a small one. Start with [bold]vlm-distill demo[/].",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
 )
 
 
@@ -36,7 +37,7 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         context.get_help()
-        raise typer.Exit(MISTAKE)
+        raise typer.Exit
 
 
 # In the order of --help.
@@ -54,5 +55,7 @@ app.command()(evaluation.compare)
 app.command()(evaluation.ask)
 app.command()(publishing.export)
 app.command()(publishing.report)
+app.command()(publishing.configs)
+app.command()(publishing.schema)
 app.command()(publishing.losses)
 app.command()(publishing.models)

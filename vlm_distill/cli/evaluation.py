@@ -13,6 +13,7 @@ import typer
 
 from data.errors import UserError
 from vlm_distill.evaluation.scoring.scores import Rules
+from vlm_distill.runtime.gpus import process_count
 from vlm_distill.runtime.launch import launch
 
 from .options import Processes, expanded, mapping, positive_rate, renaming, video_sampling, words_of
@@ -119,13 +120,13 @@ class RankEvalOptions(EvalOptions):
 
 
 @expanded
-def evaluate(options: EvalOptions, nproc: Processes = 1) -> None:
+def evaluate(options: EvalOptions, nproc: Processes = None) -> None:
     """Answer questions with a model and score the answers: benchmarks by the field's own rules, or any data.
 
     Data are scored by exact match and VQA accuracy, by question type, or by other measures. An interrupted command
     resumes when started again, with the questions that are still open.
     """
-    raise typer.Exit(launch("vlm_distill.eval", words_of(options, RankEvalOptions), nproc))
+    raise typer.Exit(launch("vlm_distill.eval", words_of(options, RankEvalOptions), process_count(nproc)))
 
 
 @dataclass(kw_only=True)

@@ -5,8 +5,8 @@ Checks that concern several options go into the dataclass's ``__post_init__``, w
 
     @app.command()          # vlm-distill
     @expanded
-    def cache(run: RunOptions, nproc: Processes = 1) -> None:
-        raise typer.Exit(launch("vlm_distill.cache", words_of(run), nproc))
+    def cache(run: RunOptions, nproc: Processes = None) -> None:
+        raise typer.Exit(launch("vlm_distill.cache", words_of(run), process_count(nproc)))
 
     options = parse(RunOptions, words, "vlm_distill.cache")     # python -m vlm_distill.cache
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -32,7 +33,11 @@ Options = TypeVar("Options")
 #: What click raises for any wrong use of options; typer names only this subclass.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-Processes = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one per GPU.")]
+Processes = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Processes on this machine; default: one per GPU, 1 on a CPU.")
+]
+#: For apps: -h is --help, of every command.
+SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 @dataclass(kw_only=True)
@@ -40,7 +45,7 @@ class RunOptions:
     """The configuration of a run: its file and overrides."""
 
     config: Annotated[
-        Path, typer.Argument(help="YAML file of the run; configs/ has examples to copy.", show_default=False)
+        Path, typer.Argument(help="YAML file of the run; `vlm-distill configs` has examples.", show_default=False)
     ]
     overrides: Annotated[
         list[str] | None,
@@ -98,7 +103,7 @@ def parse(
         return found
 
     options.__annotations__["found"] = model
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
     app.command(help=description)(expanded(options))
     found = run_app(app, given, program and f"python -m {program}")
     if not isinstance(found, model):
@@ -120,8 +125,27 @@ def run_app(app: typer.Typer, words: Sequence[str] | None = None, program: str |
     try:
         return typer.main.get_command(app).main(words, program, standalone_mode=False)
     except _UsageError as mistake:
+        override = _override_as_option(mistake, sys.argv[1:] if words is None else words)
+        if override is not None:
+            raise UserError(override) from None
         text = mistake.format_message().replace("Value error, ", "")  # type: ignore[attr-defined]
         raise UserError(f"{text} (--help lists the options)") from None
+
+
+def _override_as_option(mistake: Any, words: Sequence[str]) -> str | None:
+    """Return how to write an override that was given as an option, as ``--training.steps 5``; else ``None``."""
+    option, context = getattr(mistake, "option_name", ""), mistake.ctx
+    if "." not in option or context is None:
+        return None
+    if not any(parameter.name in ("overrides", "words") for parameter in context.command.params):
+        return None
+    at = next(number for number, word in enumerate(words) if word.partition("=")[0] == option)
+    _, sign, value = words[at].partition("=")
+    if not sign:
+        following = [word for word in words[at + 1 : at + 2] if not word.startswith("--")]
+        value = following[0] if following else "VALUE"
+    right = shlex.quote(f"{option.lstrip('-')}={value}")
+    return f"{option}: keys of the configuration are given without dashes; write {right}"
 
 
 def words_of(options: Any, model: type[Any] | None = None) -> list[str]:

@@ -1,29 +1,35 @@
-"""Commands around results and what there is: demo, export, report, losses, models."""
+"""Commands around results and what there is: demo, export, report, configs, schema, losses, models."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from data.errors import UserError
+from vlm_distill.neighbours import check_neighbours
 from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.gpus import visible_gpus
 from vlm_distill.runtime.launch import launch
 
-from .options import Processes, expanded
+from .options import expanded
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's runs and report.")] = Path("runs/demo"),
-    nproc: Processes = 2,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes; default: 2, or 1 if there is one GPU.")] = None,
 ) -> None:
     """Distil, score, export and report on embedded data. Takes about four minutes on two cores."""
     from vlm_distill.demo import run
 
-    run(out, nproc)
+    run(out, nproc or min(2, len(visible_gpus())) or 2)
 
 
 @dataclass(kw_only=True)
@@ -49,10 +55,14 @@ class ExportOptions:
 def export(options: ExportOptions) -> None:
     """Write a run's student, finished or at its latest checkpoint, as a folder with a model card.
 
-    docs/export.md says what can load it. A classifier's run must be finished; its folder is one that timm reads.
+    The documentation's page on export says what can load it. A classifier's run must be finished; its folder is one
+    that timm reads.
     """
     from vlm_distill.export import check_hub, export_student, is_classifier, push
 
+    from .smoke import refuse_smoke
+
+    refuse_smoke(options.run)
     if options.push_to_hub is not None:
         check_hub(options.push_to_hub)
     if is_classifier(options.run):
@@ -105,7 +115,7 @@ def losses() -> None:
 
 
 def models() -> None:
-    """List the kinds of models that a configuration can name; docs/models.md describes them."""
+    """List the kinds of models that a configuration can name; the documentation's page on models describes them."""
     for title, entries in _MODELS.items():
         _print_table(title, entries)
 
@@ -139,8 +149,77 @@ _MODELS = {
 }
 
 
+def configs(
+    name: Annotated[
+        str | None, typer.Argument(help="A configuration to print, or a folder of them to list; by default all.")
+    ] = None,
+    destination: Annotated[
+        Path | None, typer.Argument(help="Folder to copy to, such as configs; or a file such as my.yaml.")
+    ] = None,
+) -> None:
+    """List the configurations that ship; print one; or copy it, with the files that it builds on.
+
+    A file that is there already is never overwritten.
+    """
+    from vlm_distill.config import shipped
+
+    found = shipped.names() if name is None else shipped.matching(name)
+    if destination is not None:
+        _copy_configs(found, destination)
+    elif len(found) == 1 and name is not None:
+        print(shipped.text_of(found[0]), end="")
+        others = [str(path) for path in shipped.needed_by(found[0])[1:] if path.suffix == ".yaml"]
+        if others:
+            print(
+                f"it builds on {', '.join(others)}: `vlm-distill configs {found[0]} configs` copies all of them",
+                file=sys.stderr,
+            )
+    else:
+        for command in ("train", "classify", "sweep", "eval"):
+            entries = {one: shipped.about(one) for one in found if shipped.command_of(one) == command}
+            if entries:
+                _print_table(f"For vlm-distill {command}", entries)
+
+
+def schema(
+    command: Annotated[
+        Literal["train", "classify", "sweep"], typer.Argument(help="The command that reads the files.")
+    ] = "train",
+) -> None:
+    """Print the JSON schema of a configuration's file: every key with its description, type and default.
+
+    An editor with a YAML language server then completes and checks keys in a file whose first line is
+    "# yaml-language-server: $schema=FILE".
+    """
+    from vlm_distill.config.schema import json_schema
+    from vlm_distill.config.sections import RunConfig
+    from vlm_distill.losses import REGISTRY
+    from vlm_distill.sweeping.sections import SweepSection
+
+    if command == "train":
+        found = json_schema(RunConfig, REGISTRY)
+    elif command == "sweep":
+        found = json_schema(SweepSection)
+    else:
+        # Imported by name: nothing in vlm_distill depends on vision.
+        check_neighbours("vision")
+        config = import_module("vision.config")
+        found = json_schema(config.ClassifierConfig, config.REGISTRY)
+    print(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def _copy_configs(found: Sequence[str], destination: Path) -> None:
+    from vlm_distill.config import shipped
+
+    if len(found) > 1 and destination.suffix in (".yaml", ".yml"):
+        raise UserError(f"configs: {len(found)} configurations do not go into one file; name a folder")
+    for one in found:
+        for path in shipped.copy(one, destination):
+            print(path)
+
+
 def _print_table(title: str, entries: dict[str, str]) -> None:
-    table = Table("name", "what it is", title=title, title_justify="left")
+    table = Table(Column("name", no_wrap=True), "what it is", title=title, title_justify="left")
     for name, what in entries.items():
         table.add_row(name, what)
     plain_console().print(table)

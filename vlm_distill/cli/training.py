@@ -6,44 +6,67 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from vlm_distill.neighbours import check_neighbours
 from vlm_distill.runtime.console import plain_console
+from vlm_distill.runtime.gpus import process_count
 from vlm_distill.runtime.launch import launch, launch_training
 
 from .options import Processes, RunOptions, expanded, words_of
 
 
+@dataclass(kw_only=True)
+class TrainOptions(RunOptions):
+    """A run, or a trial of it."""
+
+    smoke: Annotated[
+        bool,
+        typer.Option("--smoke", help="Try the run: a few steps, rows and questions, in a folder of its own."),
+    ] = False
+
+
 @expanded
-def train(run: RunOptions, nproc: Processes = 1) -> None:
+def train(options: TrainOptions, nproc: Processes = None) -> None:
     """Train a student as CONFIG says, evaluate it and its teacher, and export it.
 
     An interrupted run resumes from its latest checkpoint when started again. On many nodes, use DeepSpeed's own
     launcher and a hostfile: deepspeed --module vlm_distill.train CONFIG.
     """
-    from vlm_distill.config.batch_split import split_batch
-    from vlm_distill.config.file import load_config
+    from vlm_distill.config.sections import RunConfig
 
-    # Report mistakes before processes start. Nothing that takes seconds to import is imported here: the ranks do that.
-    split_batch(load_config(run.config, run.overrides or ()), nproc)
-    raise typer.Exit(launch_training("vlm_distill.train", words_of(run), nproc))
+    _start("vlm_distill.train", options, RunConfig, nproc)
 
 
 @expanded
-def classify(run: RunOptions, nproc: Processes = 1) -> None:
+def classify(options: TrainOptions, nproc: Processes = None) -> None:
     """Train an image classifier as CONFIG says, evaluate it and its teacher, and export it.
 
-    The suite's second path: ImageNet, CIFAR or any folder of images. See configs/imagenet and configs/cifar100.
-    With DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
+    The suite's second path: ImageNet, CIFAR or any folder of images. `vlm-distill configs imagenet` and
+    `vlm-distill configs cifar100` list recipes. With DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
     """
-    words = words_of(run)
     # Imported by name: nothing in vlm_distill depends on vision.
     check_neighbours("vision")
-    import_module("vision.train").check(words, nproc)
-    raise typer.Exit(launch_training("vision.train", words, nproc))
+    _start("vision.train", options, import_module("vision.config").ClassifierConfig, nproc)
+
+
+def _start(module: str, options: TrainOptions, kind: type[Any], nproc: int | None) -> NoReturn:
+    """Report mistakes in a configuration, then start its ranks and end with their exit code."""
+    # Nothing that takes seconds to import is imported here: the ranks do that.
+    from vlm_distill.config.batch_split import split_batch
+    from vlm_distill.config.file import load_config
+
+    config = load_config(options.config, options.overrides or (), kind)
+    ranks = process_count(nproc, config.training.device)
+    split_batch(config, ranks)
+    words = words_of(options, RunOptions)
+    if options.smoke:
+        from .smoke import write_smoke_run
+
+        words = [str(write_smoke_run(config, options.config))]
+    raise typer.Exit(launch_training(module, words, ranks))
 
 
 @dataclass(kw_only=True)
@@ -69,11 +92,11 @@ class SweepOptions:
 
 
 @expanded
-def sweep(options: SweepOptions, nproc: Processes = 1) -> None:
+def sweep(options: SweepOptions, nproc: Processes = None) -> None:
     """Run a configuration in several settings with several seeds, and compare them.
 
     Finished runs are not run again, and interrupted ones resume. A run that fails is reported and skipped; the exit
-    code is then 1. docs/sweeps.md describes the file.
+    code is then 1. The documentation's page on sweeps describes the file.
     """
     from vlm_distill.sweeping.command import print_commands, run_sweep, show_table, tell_failures
     from vlm_distill.sweeping.grid import read_sweep
@@ -91,7 +114,7 @@ def sweep(options: SweepOptions, nproc: Processes = 1) -> None:
 
 
 @expanded
-def cache(run: RunOptions, nproc: Processes = 1) -> None:
+def cache(run: RunOptions, nproc: Processes = None) -> None:
     """Run CONFIG's teacher once over all of its data and store the outputs in teacher.cache.folder.
 
     Training then reads them from there and never loads the teacher. With student.vision_cache, the features of a
@@ -100,8 +123,10 @@ def cache(run: RunOptions, nproc: Processes = 1) -> None:
     from vlm_distill.config.checks import check_caches
     from vlm_distill.config.file import load_config
 
-    check_caches(load_config(run.config, run.overrides or ()))
-    raise typer.Exit(launch("vlm_distill.cache", words_of(run), nproc))
+    config = load_config(run.config, run.overrides or ())
+    check_caches(config)
+    ranks = process_count(nproc, config.training.device)
+    raise typer.Exit(launch("vlm_distill.cache", words_of(run), ranks))
 
 
 @dataclass(kw_only=True)
@@ -117,15 +142,16 @@ class GenerateOptions(RunOptions):
 
 
 @expanded
-def generate(options: GenerateOptions, nproc: Processes = 1) -> None:
+def generate(options: GenerateOptions, nproc: Processes = None) -> None:
     """Write the teacher's answers to CONFIG's training questions as data, for sequence-level distillation.
 
     An interrupted command resumes when started again.
     """
     from vlm_distill.config.file import load_config
 
-    load_config(options.config, options.overrides or ())
-    raise typer.Exit(launch("vlm_distill.generate", words_of(options), nproc))
+    config = load_config(options.config, options.overrides or ())
+    ranks = process_count(nproc, config.training.device)
+    raise typer.Exit(launch("vlm_distill.generate", words_of(options), ranks))
 
 
 @dataclass(kw_only=True)
@@ -142,7 +168,8 @@ class PlanOptions(RunOptions):
 def plan(options: PlanOptions) -> None:
     """Estimate a run without loading weights: parameters, memory by ZeRO stage, FLOPs, tokens, time and GPU-hours.
 
-    The run's report shows the plan beside what was measured. docs/planning.md says what is counted, and how well.
+    The run's report shows the plan beside what was measured. The documentation's page on
+    planning says what is counted, and how well.
     """
     from vlm_distill.config.file import load_config
 

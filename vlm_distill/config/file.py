@@ -66,6 +66,8 @@ def merged_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Ba
 def save_config(config: AnyRun, path: Path, comments: Sequence[str] = ()) -> None:
     """Write the resolved configuration below the comments; running the file repeats the run."""
     plain = escaped(config.model_dump(exclude_none=True))
+    if config.optimizer.max_grad_norm is None:
+        plain["optimizer"]["max_grad_norm"] = None  # the one key where null is not the default
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     path.write_text("".join(f"# {comment}\n" for comment in comments) + text, encoding="utf-8")
 
@@ -90,7 +92,9 @@ class _Layers:
     def read(self, path: Path, above: tuple[Path, ...] = ()) -> dict[Any, Any]:
         """Return a file merged onto its bases; ``above`` holds the files that name it as their base."""
         if not _is_file(path):
-            raise UserError(f"{str(path)[:200]}: no such configuration file; the ones that ship are under configs/")
+            raise UserError(
+                f"{str(path)[:200]}: no such configuration file; `vlm-distill configs` lists those that ship"
+            )
         resolved = path.resolve()
         if resolved in above:
             raise UserError(f"{path}: base files name each other in a circle")

@@ -139,7 +139,10 @@ class StudentSection(ModelSection):
     )
     lora: LoraSection | None = Field(None, description="Low-rank adapters; leave out to train parts in full.")
     quantize: Literal["nf4"] | None = Field(None, description="Keep frozen weights in 4 bits under LoRA (QLoRA).")
-    projector: Annotated[dict[str, Any] | None, BeforeValidator(_named_type)] = Field(
+    projector: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(_named_type, json_schema_input_type=dict[str, Any] | Literal["teacher"] | None),
+    ] = Field(
         None,
         description="Projector of a student assembled from parts: `type` and its sizes. `teacher` takes the teacher's, "
         "frozen, with an MLP behind it where widths differ.",

@@ -189,6 +189,7 @@ class TrainingSection(Section):
         None, description="Exit code of a run that a signal stopped; by default 130 after SIGINT, 143 after SIGTERM."
     )
     wandb: bool | WandbSection = Field(False, description="Show the run in Weights & Biases: `true`, or its settings.")
+    smoke: bool = Field(False, description="Marks the folder of a smoke run; `--smoke` sets it.")
 
     @model_validator(mode="after")
     def _length(self) -> TrainingSection:

@@ -28,12 +28,13 @@ def load_run(folder: Path, label: str, css: str) -> Run:
         )
     text = _read_text(config) if config.is_file() else ""
     lines = read_metrics(folder)
+    settings = dict(_flatten(read_saved(config))) if text.strip() else {}
     run = Run(
-        label=label,
+        label=f"{label} (smoke run)" if settings.get("training.smoke") else label,
         css=css,
         folder=folder,
         config=text,
-        settings=dict(_flatten(read_saved(config))) if text.strip() else {},
+        settings=settings,
         train=[line for line in lines if line.get("kind") == "train"],
         evaluations=[line for line in lines if line.get("kind") == "eval"],
         summary=_read_json(summary) if summary.is_file() else {},

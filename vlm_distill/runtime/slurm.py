@@ -29,6 +29,11 @@ def is_task() -> bool:
     return "SLURM_LOCALID" in os.environ
 
 
+def tasks_of_step() -> int:
+    """Return the number of tasks that srun has started together with this process; 1 if srun did not start it."""
+    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+
+
 def port_of_step() -> int:
     """Return the port at which the ranks of this job step meet: the same on all its nodes.
 

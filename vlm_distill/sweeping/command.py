@@ -22,13 +22,13 @@ from .table import LEGEND, tables
 Starter = Callable[[Sequence[str]], Sequence[str]]
 
 
-def run_sweep(sweep: Sweep, at_once: int, nproc: int, start: Starter = python_line) -> list[Failed]:
+def run_sweep(sweep: Sweep, at_once: int, nproc: int | None, start: Starter = python_line) -> list[Failed]:
     """Run the sweeps that this one needs, fill its caches, then run everything that is not finished.
 
     Args:
         sweep: what to run.
         at_once: runs at a time.
-        nproc: ranks of each run.
+        nproc: ranks of each run; ``None``: one for each of its GPUs.
         start: for tests.
 
     Returns:
@@ -58,7 +58,7 @@ def run_sweep(sweep: Sweep, at_once: int, nproc: int, start: Starter = python_li
     return failures + run_jobs(jobs, machine, counter)
 
 
-def commands(sweep: Sweep, nproc: int) -> list[list[str]]:
+def commands(sweep: Sweep, nproc: int | None) -> list[list[str]]:
     """Return the commands of everything that is not finished, for a scheduler, in stages.
 
     Those of a stage may run at once; those of the next one need them all: the runs of other sweeps, then caches, then
@@ -74,7 +74,7 @@ def commands(sweep: Sweep, nproc: int) -> list[list[str]]:
     return [stage for stage in stages if stage]
 
 
-def print_commands(sweep: Sweep, nproc: int) -> None:
+def print_commands(sweep: Sweep, nproc: int | None) -> None:
     """Print one command a line on standard output, and on standard error how many must end before the next ones."""
     stages = commands(sweep, nproc)
     if len(stages) > 1:
@@ -135,7 +135,7 @@ def _fillers(runs: Sequence[SweepRun]) -> list[SweepRun]:
     return list(found.values())
 
 
-def _job(name: str, run: SweepRun, command: str, nproc: int, start: Starter) -> Job:
+def _job(name: str, run: SweepRun, command: str, nproc: int | None, start: Starter) -> Job:
     log = run.folder.with_name(f"{run.folder.name}.{command}.log")
     return Job(name, start(run.words(command, nproc)), log, run)
 

@@ -75,9 +75,9 @@ class SweepRun:
         """Return whether the run is finished."""
         return (self.folder / "summary.json").is_file()
 
-    def words(self, command: str, nproc: int) -> list[str]:
+    def words(self, command: str, nproc: int | None) -> list[str]:
         """Return the words of ``vlm-distill``, such as ``train CONFIG key=value``."""
-        ranks = ["--nproc", str(nproc)] if nproc > 1 else []
+        ranks = [] if nproc is None else ["--nproc", str(nproc)]
         return [command, str(self.config), *self.overrides, *ranks]
 
     @property
@@ -131,14 +131,14 @@ class _Draft:
     kinds: dict[Path, type[Any]] = field(default_factory=dict)
 
 
-def read_sweep(path: Path, words: Sequence[str] = (), limit: str | None = None, nproc: int = 1) -> Sweep:
+def read_sweep(path: Path, words: Sequence[str] = (), limit: str | None = None, nproc: int | None = None) -> Sweep:
     """Read a sweep's file, or a run's configuration whose axes are all on the command line; check every run.
 
     Args:
         path: a file with the keys of :class:`SweepSection`, or one of ``vlm-distill train`` or ``classify``.
         words: ``key=value`` for every run, ``key=a,b,c`` for an axis; names choose among an axis's settings.
         limit: name of a smaller sweep in the file.
-        nproc: ranks of each run.
+        nproc: ranks of each run, if they are known.
 
     Raises:
         UserError: one line about the file, a word, or the first run whose configuration is wrong.
@@ -146,7 +146,7 @@ def read_sweep(path: Path, words: Sequence[str] = (), limit: str | None = None, 
     return _read(path, words, limit, nproc, ())
 
 
-def _read(path: Path, words: Sequence[str], limit: str | None, nproc: int, above: tuple[Path, ...]) -> Sweep:
+def _read(path: Path, words: Sequence[str], limit: str | None, nproc: int | None, above: tuple[Path, ...]) -> Sweep:
     if path.resolve() in above:
         raise UserError(f"{path}: first: sweeps name each other in a circle")
     first: list[Sweep] = []
@@ -239,7 +239,7 @@ def _narrow(draft: _Draft, axis: str, wanted: Axis, where: str) -> None:
 # Choices and runs
 
 
-def _sweep(draft: _Draft, first: Sequence[Sweep], nproc: int) -> Sweep:
+def _sweep(draft: _Draft, first: Sequence[Sweep], nproc: int | None) -> Sweep:
     axes = {key: _choices(draft, key, axis) for key, axis in draft.axes.items()}
     baseline = _baseline(draft, axes)
     seeds = axes.pop(SEED, [Choice("", {})])
@@ -304,7 +304,7 @@ def _baseline(draft: _Draft, axes: Mapping[str, Sequence[Choice]]) -> tuple[str,
     raise UserError(f"{draft.path}: baseline: no setting {draft.baseline!r}; there are {', '.join(names)}")
 
 
-def _run(draft: _Draft, name: str, chosen: Mapping[str, Choice], seed: Choice, nproc: int) -> SweepRun:
+def _run(draft: _Draft, name: str, chosen: Mapping[str, Choice], seed: Choice, nproc: int | None) -> SweepRun:
     config, values = draft.config, dict(draft.overrides)
     for choice in chosen.values():
         config = choice.config or config
@@ -319,7 +319,7 @@ def _run(draft: _Draft, name: str, chosen: Mapping[str, Choice], seed: Choice, n
     folder = Path(draft.output) / name / f"seed{number}"
     overrides.append(override("output", str(folder)))
     found = load_config(config, overrides, kind)
-    split_batch(found, nproc)
+    split_batch(found, nproc or 1)
     return SweepRun(
         setting={axis: choice.name for axis, choice in chosen.items()},
         numbers={axis: choice.number for axis, choice in chosen.items() if choice.number is not None},

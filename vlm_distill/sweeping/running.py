@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from vlm_distill.runtime.gpus import visible_gpus
 from vlm_distill.runtime.launch import cores, ended_with_launcher
 
 _LOOK_AGAIN = 0.2
@@ -58,12 +58,12 @@ class Machine:
 
     Args:
         at_once: number of jobs that run at once.
-        nproc: ranks of each job, one a GPU.
+        nproc: ranks of each job, one a GPU; ``None``: each job starts one on every GPU of its share.
     """
 
-    def __init__(self, at_once: int, nproc: int) -> None:
-        self.at_once, self.nproc = at_once, nproc
-        self.gpus = visible_gpus()
+    def __init__(self, at_once: int, nproc: int | None) -> None:
+        self.at_once, self.gpus = at_once, visible_gpus()
+        self.nproc = nproc or max(1, len(self.gpus) // at_once)
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment of the job in a slot: its GPUs and its share of the cores."""
@@ -73,21 +73,6 @@ class Machine:
             own = [self.gpus[(slot * self.nproc + rank) % len(self.gpus)] for rank in range(self.nproc)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
         return environment
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; PyTorch is not imported."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return told.split()
 
 
 def run_jobs(jobs: Sequence[Job], machine: Machine, ended: Callable[[Job, Failed | None], None]) -> list[Failed]:

@@ -50,7 +50,7 @@ def _given(section: Section, *names: str) -> list[str]:
 def _of_evaluation(config: Any) -> list[str]:
     section, remarks = config.evaluation, []
     period = "every" if hasattr(section, "every") else "every_epochs"
-    if _given(section, "limit") and getattr(section, period) is None:
+    if _given(section, "limit") and getattr(section, period) is None and not config.training.smoke:
         remarks.append(
             f"evaluation.limit: is for evaluations during training; set evaluation.{period}, or leave it out"
         )

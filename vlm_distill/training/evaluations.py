@@ -241,12 +241,16 @@ class Evaluations:
         asked = set(share(questions, self.settings.limit))
         return [p for p in predictions if p.index in asked]
 
+    def _limit(self, *, final: bool) -> int | None:
+        """Return how many questions are asked of each source and benchmark; ``None``: all of them."""
+        return None if final and not self.config.training.smoke else self.settings.limit
+
     def _asking(self, load: Callable[[ImageSource], Image.Image], *, final: bool) -> Asking:
         """Return how questions are asked: a share of them during training, all at the end."""
         return Asking(
             batch_size=self.settings.batch_size,
             max_new_tokens=self.settings.max_new_tokens,
-            limit=None if final else self.settings.limit,
+            limit=self._limit(final=final),
             load=load,
         )
 
@@ -302,7 +306,7 @@ class Evaluations:
                 of_share = self._share(source, asked)
                 score = mean_rouge_l(of_share) if self.measure == "rouge_l" else summarise(of_share)["exact"]
         if not set(measures) <= OF_ANSWERS:
-            limit = None if final else self.settings.limit
+            limit = self._limit(final=final)
             found = self._predict(model, source, who, limit, problems)
             values |= found
             if is_best and self.lower_is_better:

@@ -33,7 +33,7 @@ from .effects import idle_settings
 from .hooks import Hooks
 from .intake import FirstSamples, SampleTally, too_many_left_out, try_samples
 from .past import Past
-from .run_summary import machine, when, write_summary
+from .run_summary import in_words, machine, when, write_summary
 from .step_metrics import finite_norm, headline, not_finite_terms, term_means
 
 Means = Mapping[str, Mapping[str, float]]
@@ -475,7 +475,7 @@ class Loop(Hooks):
         if self.processes.first:
             put_in_place(self.folder / "student", lambda folder: self.write_student(folder, state), "student")
             self._summarise(trained)
-            tracker.say(f"student written to {self.folder / 'student'}")
+            tracker.say(in_words(self.settings, self.processes.world, self.peak_bytes))
             if self.problems is not None and self.problems.counts:
                 tracker.say(f"{self.problems.summary()}; {self.tally.in_words()} over all steps")
         self.processes.barrier()

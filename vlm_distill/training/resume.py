@@ -96,6 +96,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("optimizer.lr", "optimizer.max_grad_norm"), Rule.STEERS),
     **dict.fromkeys(("training.steps", "training.epochs"), Rule.STEERS),
     **dict.fromkeys((f"training.{key}" for key in ("batch_size", "dtype", "seed", "ema", "gather")), Rule.FIXED),
+    "training.smoke": Rule.FIXED,
     **dict.fromkeys(
         (
             f"training.{key}"

@@ -123,7 +123,7 @@ class Rollouts:
             raise UserError(
                 f"on_policy.server: {self.served.endpoint.url} differs from the student in training by "
                 f"{difference:.3f} nats a token after it loaded its weights; check that it sees "
-                f"{self.section.folder} under this path, quantizes nothing, and keeps no old lm head (docs/servers.md)"
+                f"{self.section.folder} under this path, quantizes nothing, and keeps no old lm head"
             )
         if self.version is None:
             self._limit = min(_MOST_DIFFERENCE, 3 * difference + _GROWTH)

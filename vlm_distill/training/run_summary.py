@@ -17,6 +17,7 @@ import torch
 
 from data.errors import UserError
 from data.saved_json import read_object
+from vlm_distill.config.sections import AnyRun
 from vlm_distill.runtime.launch import cores
 
 NAME = "summary.json"
@@ -48,6 +49,18 @@ def machine(device: torch.device, world: int) -> dict[str, Any]:
         "ranks": world,
         "versions": {package: version(package) for package in ("torch", "transformers", "timm", "deepspeed")},
     }
+
+
+def in_words(config: AnyRun, world: int, peak_bytes: int) -> str:
+    """Return the last line of a run: where its student is, or what a smoke run has shown."""
+    folder, training = Path(config.output), config.training
+    if not training.smoke:
+        return f"student written to {folder / 'student'}"
+    return (
+        f"the smoke run works: {training.steps} steps of {training.batch_size} on {world} rank(s), checkpoints, "
+        f"evaluation and the student's files, in at most {peak_bytes / 1e9:.2f} GB a rank. {folder} holds no result; "
+        "the next smoke run replaces it"
+    )
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any], more: Mapping[str, Any]) -> None:
