@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,8 +83,9 @@ def is_smoke(folder: Path) -> bool:
     for name in ("config.yaml", _FILE):
         saved = folder / name
         if saved.is_file():
-            training = read_saved(saved).get("training") or {}
-            return bool(training.get("smoke"))
+            settings = read_saved(saved)
+            training = settings.get("training") if isinstance(settings, Mapping) else None
+            return isinstance(training, Mapping) and training.get("smoke") is True
     return False
 
 
