@@ -27,7 +27,7 @@ demo-vision: $(READY)
 # The documentation as a site in site/; links, anchors and every block of the pages are checked.
 docs: $(DOCS_READY)
 	$(BIN)/python docs/site/build.py
-	$(BIN)/pytest -q -m "not slow and not gpu" tests/test_docs.py
+	$(BIN)/pytest -q -m "not slow and not gpu" tests/test_docs.py tests/test_site.py
 
 # While you work: lint, types, and tests that train nothing and start no processes.
 QUICK := tests/config/test_config.py tests/config/test_deepspeed_keys.py tests/test_docs.py tests/data/test_layouts.py \

@@ -375,6 +375,35 @@ def test_the_first_run_of_the_readme_runs(here, monkeypatch):
     assert "mmstar" in (here / "runs" / "eval" / "scores.json").read_text().lower()
 
 
+def of_the_pair(here, monkeypatch):
+    """Run the commands of the page on a pair up to the real names, its training cut short, on one process."""
+    for block in BLOCKS:
+        if block.page != "docs/first_pair.md" or block.language == "python":
+            continue
+        if "charts" in block.text or "Qwen" in block.text:
+            return
+        if block.language == "yaml":
+            (here / "shapes.yaml").write_text(
+                block.text.replace("steps: 300, batch_size: 64", "steps: 2, batch_size: 4")
+            )
+            continue
+        for line in lines_of(block):
+            words = shlex.split(line.replace("--nproc 2", "--nproc 1"))
+            monkeypatch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert not ended.value.code, line
+
+
+@pytest.mark.slow
+def test_the_page_on_a_pair_runs_from_pictures_to_an_exported_student(here, monkeypatch):
+    run_python(here, "docs/first_pair.md", {})
+    of_the_pair(here, monkeypatch)
+    assert (here / "samples.html").is_file()
+    assert (here / "runs" / "shapes" / "report.html").is_file()
+    assert (here / "student" / "model.safetensors").is_file()
+
+
 def anchors_of(page):
     """The anchors of a page's headings, as code hosts and the site make them."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M)

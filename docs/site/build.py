@@ -169,7 +169,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     try:
         print(build(ROOT / "site") / "index.html")
-    except SiteError as mistake:
+    except (SiteError, ValueError) as mistake:
         sys.exit(f"error: {mistake}")
     except subprocess.CalledProcessError:
         sys.exit("error: the site has the mistakes above")

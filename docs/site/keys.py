@@ -18,6 +18,12 @@ from vlm_distill.config.fields import Section
 #: In a path: the number of an entry of a list, and a name that the file chooses.
 NUMBER, NAME = "N", "NAME"
 _LONGEST_EXAMPLE = 72
+#: What the keys are that a section takes beside its own.
+_OTHER_KEYS = {
+    f"loss.{NUMBER}": "Other keys are [parameters of the loss](losses.md).",
+    "deepspeed": "Other keys are those of DeepSpeed's own configuration, and are passed on "
+    "([scaling](../scaling.md#deepspeeds-own-settings)).",
+}
 #: A YAML block of a page, with its mark (tests/test_docs.py).
 _BLOCK = re.compile(r"(?:<!-- test: (.*?) -->\n)?^```yaml\n(.*?)^```", re.S | re.M)
 _BOUNDS = {"gt": "above", "ge": "at least", "min": "at least", "lt": "below", "le": "at most", "max": "at most"}
@@ -61,7 +67,7 @@ def page_of(title: str, introduction: str, root: type[Section], examples: Iterab
         if section not in homes:
             # A key may hold one section or another: their first keys tell them apart.
             taken = path in homes.values()
-            anchors[section] = f"{path}.{next(iter(section.model_fields))}" if taken else path
+            anchors[section] = f"{path}-{next(iter(section.model_fields))}" if taken else path
             homes[section] = path
     for section, path in homes.items():
         if path:
@@ -71,7 +77,7 @@ def page_of(title: str, introduction: str, root: type[Section], examples: Iterab
             key = f"{path}.{name}".strip(".")
             parts.append(_entry(key, name, field, anchors, examples))
         if section.model_config.get("extra") == "allow":
-            parts.append("Further keys are allowed, as the section says.\n")
+            parts.append(f"{_OTHER_KEYS[path]}\n")
     return "\n".join(parts)
 
 
@@ -101,11 +107,11 @@ def _entry(
     """Return a key's entry."""
     facts = [in_words(field.annotation, field.metadata, anchors), default_of(field)]
     text = "; ".join(fact for fact in facts if fact)
-    body = [f"{text[:1].upper()}{text[1:]}. {field.description}"]
+    body = f"{text[:1].upper()}{text[1:]}. {field.description}"
     example = example_of(key, field, examples)
-    if example is not None:
-        body.append(example)
-    return definition(f"`{name}`", "\n\n".join(body), anchor=key)
+    if example:
+        body += f"\n\nExample: {example}"
+    return definition(f"`{name}`", body, anchor=key)
 
 
 def in_words(annotation: Any, metadata: Iterable[Any], anchors: Mapping[type[Section], str]) -> str:
@@ -162,8 +168,12 @@ def as_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def example_of(key: str, field: FieldInfo, examples: Iterable[Example]) -> str | None:
-    """Return a line with an example of a key: from a file, from a page, or the least that its type allows."""
+def example_of(key: str, field: FieldInfo, examples: Iterable[Example]) -> str:
+    """Return an example of a key: from a file, from a page, or one that its type allows; none of a long section.
+
+    Raises:
+        ValueError: there is no example.
+    """
     name = key.rpartition(".")[2]
     for example in examples:
         for value in _values_at(example.content, key.split(".")):
@@ -171,15 +181,17 @@ def example_of(key: str, field: FieldInfo, examples: Iterable[Example]) -> str |
             if value is None or len(text) > _LONGEST_EXAMPLE or value == field.default:
                 continue
             source = "" if example.file is None else f" in [{example.file}](../../{example.file})"
-            return f"Example: `{text}`{source}"
-    value = _least(field)
-    return None if value is None else f"Example: `{as_yaml({name: value})[1:-1]}`"
+            return f"`{text}`{source}"
+    value = _allowed(field)
+    if value is None and list(_inside(field.annotation)):
+        return ""
+    if value is None:
+        raise ValueError(f"no example of {key}: add one to docs/site/examples.yaml")
+    return f"`{as_yaml({name: value})[1:-1]}`"
 
 
-def _least(field: FieldInfo) -> Any:
-    """Return a value that the models name: a listed example, another choice, the opposite, or the default."""
-    if field.examples:
-        return field.examples[0]
+def _allowed(field: FieldInfo) -> Any:
+    """Return a value that a field's type names: another choice than the default, the opposite, or the default."""
     if field.annotation is bool:
         return not field.default
     choices = [value for part in [field.annotation, *get_args(field.annotation)] for value in _choices(part)]
@@ -200,8 +212,8 @@ def _values_at(content: Any, path: list[str]) -> Iterator[Any]:
         return
     first, *rest = path
     inside: list[Any] = []
-    if first == NUMBER and isinstance(content, list):
-        inside = content
+    if first == NUMBER and isinstance(content, list | tuple):
+        inside = list(content)
     elif first == NAME and isinstance(content, dict):
         inside = list(content.values())
     elif isinstance(content, dict) and first in content:
@@ -211,7 +223,7 @@ def _values_at(content: Any, path: list[str]) -> Iterator[Any]:
 
 
 class Configurations:
-    """What examples are taken from, by the kind of file: what is shipped, and then what the pages show.
+    """What examples are taken from, by the kind of file: shipped files, blocks of pages, ``examples.yaml``.
 
     Args:
         root: the repository.
@@ -227,11 +239,14 @@ class Configurations:
             name = file.relative_to(root).as_posix()
             content = yaml.safe_load(file.read_text("utf-8"))
             self._of_kind(name, name, content).append(Example(content, name))
+        own = yaml.safe_load((root / "docs/site/examples.yaml").read_text("utf-8"))
         for page in sorted((root / "docs").glob("*.md")):
             for mark, text in _BLOCK.findall(page.read_text("utf-8")):
                 if not mark.startswith("skip"):
                     content = _whole(mark, yaml.safe_load(text))
                     self._of_kind(page.name, mark, content).append(Example(content, None))
+        for kind, content in own.items():
+            getattr(self, kind).append(Example(content, None))
 
     def _of_kind(self, name: str, mark: str, content: Any) -> list[Example]:
         """Return the list that a file or block belongs to, by its name, its mark in the page, and its keys."""
