@@ -62,7 +62,7 @@ def test_every_command_and_option_is_on_the_page():
     page = commands_page()
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
     assert all(f"`vlm-distill {name}` {{#{name}}}" in page for name in names)
-    assert "`--nproc`{#train.nproc}\n:   Whole number at least 1; default `1`." in page
+    assert "`--nproc`{#train.nproc}\n:   Whole number at least 1. Processes on this machine" in page
 
 
 def test_links_lead_to_copies_in_the_site(tmp_path):

@@ -111,7 +111,8 @@ def _entry(
     example = example_of(key, field, examples)
     if example:
         body += f"\n\nExample: {example}"
-    return definition(f"`{name}`", body, anchor=key)
+    # The anchor of a section is that of its heading.
+    return definition(f"`{name}`", body, anchor="" if key in anchors.values() else key)
 
 
 def in_words(annotation: Any, metadata: Iterable[Any], anchors: Mapping[type[Section], str]) -> str:
