@@ -13,6 +13,8 @@ On a machine with a GPU, `max_memory_allocated` of the same steps is what is com
 - llava: Transformers' LLaVA with a CLIP tower, taught by another, activations recomputed, float32, ZeRO-1.
 - language: a Llama taught by another, bf16, ZeRO-2.
 - sharded: a wider one with short rows, float32, ZeRO-3: parameters are nearly all of it.
+- resnet: a classifier, ResNet-56 to ResNet-20 for CIFAR by TAID, float32, ZeRO-0, SGD with momentum.
+- deit: a small vision transformer with a distillation token, mixed images, bf16, ZeRO-1, AdamW.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vision.config import ClassifierConfig
+from vision.planning import plan as plan_classifier
 from vlm_distill import models
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
@@ -150,11 +154,52 @@ def sharded(folder: Path) -> RunConfig:
     return _run(folder, {"decoder": _decoder(256, 4)}, teacher, data, stage=3)
 
 
-CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {
+def _classifier(folder: Path, student: dict[str, Any], teacher: dict[str, Any], **changes: Any) -> ClassifierConfig:
+    for label in range(10):
+        (folder / "images" / f"class{label}").mkdir(parents=True)
+        for number in range(13):
+            Image.new("RGB", (32, 32), (20 * label, 9 * number, 0)).save(
+                folder / "images" / f"class{label}" / f"{number}.png"
+            )
+    training = {"steps": 2, "batch_size": 64, "micro_batch_size": 32, "device": "cpu", "checkpoint_every": 99}
+    plain = {
+        "student": student,
+        "teacher": teacher,
+        "data": {"train": [{"path": str(folder / "images")}], "workers": 0} | changes.pop("data", {}),
+        "training": training | changes.pop("training", {}),
+        "output": str(folder / "run"),
+    }
+    return ClassifierConfig.model_validate(plain | changes)
+
+
+def resnet(folder: Path) -> ClassifierConfig:
+    loss = [{"name": "taid"}, {"name": "cross_entropy"}]
+    return _classifier(folder, {"name": "cifar_resnet20"}, {"name": "cifar_resnet56"}, loss=loss)
+
+
+def deit(folder: Path) -> ClassifierConfig:
+    shape = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    student = {"name": "deit_tiny_distilled_patch16_224", "image_size": 32, "config": shape}
+    teacher = {"name": "resnet18", "image_size": 48, "mean": [0.4, 0.4, 0.4]}
+    return _classifier(
+        folder,
+        student,
+        teacher,
+        loss=[{"name": "kd"}, {"name": "cross_entropy"}],
+        data={"mixing": {"mixup": 0.8}},
+        optimizer={"name": "adamw", "lr": 1e-3},
+        training={"dtype": "bf16"},
+        deepspeed={"stage": 1},
+    )
+
+
+CONFIGURATIONS: dict[str, Callable[[Path], RunConfig | ClassifierConfig]] = {
     "composed": composed,
     "llava": llava,
     "language": language,
     "sharded": sharded,
+    "resnet": resnet,
+    "deit": deit,
 }
 
 
@@ -181,10 +226,15 @@ class _Live(TorchDispatchMode):
         self.live -= size
 
 
-def measure(config: RunConfig) -> int:
+def measure(config: RunConfig | ClassifierConfig) -> int:
     """Return the peak of this rank's live tensor bytes in the second optimizer step."""
     from vlm_distill.runtime.processes import Processes
-    from vlm_distill.trainer import Trainer
+
+    trainer_of: Any
+    if isinstance(config, RunConfig):
+        from vlm_distill.trainer import Trainer as trainer_of
+    else:
+        from vision.trainer import Trainer as trainer_of
 
     processes = Processes(config.training.device)
     on_gpu = processes.device.type == "cuda"
@@ -192,7 +242,7 @@ def measure(config: RunConfig) -> int:
     try:
         counted = _Live()
         with nullcontext() if on_gpu else counted:
-            trainer = Trainer(config, processes)
+            trainer = trainer_of(config, processes)
             trainer.engine.train()
             for step in trainer.batches(0, 2):
                 counted.peak = counted.live
@@ -213,7 +263,8 @@ def compare(name: str, folder: Path, device: str = "cpu") -> dict[str, Any]:
         config = config.model_copy(update={"training": config.training.model_copy(update={"device": "cuda"})})
     began = time.perf_counter()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    planned = plan(config, gpus=ranks, memory=16, device="cpu" if device == "cpu" else "h100")
+    make_plan: Any = plan if isinstance(config, RunConfig) else plan_classifier
+    planned = make_plan(config, gpus=ranks, memory=16, device="cpu" if device == "cpu" else "h100")
     seconds = time.perf_counter() - began
     row = planned.memory[planned.configured]
     measured = measure(config)

@@ -33,6 +33,7 @@ from vlm_distill.cli.evaluation import RankEvalOptions
 from vlm_distill.cli.options import parse as parse_options
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.file import load_config
+from vlm_distill.config.kinds import kind_of
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.benchmark_lookup import get_benchmark
 from vlm_distill.sweeping.sections import SweepSection
@@ -190,6 +191,8 @@ def test_commands_of_the_docs_parse(here, monkeypatch, block, line):
     if "config" in context.params:
         overrides = context.params.get("overrides") or []
         kind = ClassifierConfig if words[1] == "classify" else RunConfig
+        if words[1] == "plan" and context.params["config"].is_file():
+            kind = kind_of(context.params["config"])
         return configuration_loads(here, [str(context.params["config"]), *overrides], kind)
     return None
 

@@ -22,6 +22,7 @@ from data.errors import UserError
 from vlm_distill.config.file import explain
 from vlm_distill.models.folder import check_open_clip_config, check_open_clip_folder, check_timm_folder, read_object
 from vlm_distill.models.loading import check_finite
+from vlm_distill.models.weightless import weightless
 
 from . import cifar
 from . import weights as files
@@ -348,6 +349,8 @@ def _timm_model(name: str, section: ClassifierSection) -> tuple[nn.Module, list[
     """Return model, notes, number of trained classes (0: none), and the weights' input settings."""
     pretrained, weights, num_classes = section.pretrained, section.weights, section.num_classes
     image_size, options = section.image_size, dict(section.config)
+    if weightless() and num_classes is not None:
+        weights = None  # they may not have been downloaded yet
     folder = name.startswith("local-dir:")
     if isinstance(pretrained, str):
         name, pretrained = f"{name.split('.')[0]}.{pretrained}", True
@@ -382,7 +385,7 @@ def _create(name: str, image_size: int | None, options: dict[str, Any], trained:
     """Call ``timm.create_model`` with one-line errors; ``trained`` says where weights come from, if any."""
 
     def create(**more: Any) -> Any:
-        return timm.create_model(name, pretrained=trained is not None, **options, **more)
+        return timm.create_model(name, pretrained=trained is not None and not weightless(), **options, **more)
 
     try:
         if image_size is None or "img_size" in options:

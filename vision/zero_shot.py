@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from vlm_distill.models.common import first_line
+from vlm_distill.models.weightless import weightless
 
 from .classes import words
 from .config import ClassifierSection
@@ -125,7 +126,10 @@ def load(name: str, section: ClassifierSection, classes: Sequence[str] | None) -
         notes.append(f"{name}: the layer for these {num_classes} classes starts untrained")
     else:
         spoken, classes = _words(classes)
-        head = _text_head(model, tokenizer, spoken, prompts)
+        if weightless():
+            head = nn.Linear(_width(model, settings), len(spoken), bias=getattr(model, "logit_bias", None) is not None)
+        else:
+            head = _text_head(model, tokenizer, spoken, prompts)
     normalise = num_classes is None
     settings |= {"normalise": normalise, "bias": head.bias is not None}
     known = open_clip.get_model_preprocess_cfg(model)
@@ -183,7 +187,7 @@ def _named(name: str, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _whole(source: str, pretrained: bool | str, weights: str | None, image_size: int | None) -> tuple[Any, Any]:
-    """Return the whole model with its text tower, and its tokenizer."""
+    """Return the whole model with its text tower, and its tokenizer, unless it is planned without weights."""
     known = open_clip.get_model_config(source)
     if known is None:
         raise UserError(f"classifier: open_clip knows no model called '{source}'; open_clip.list_models() lists them")
@@ -199,14 +203,16 @@ def _whole(source: str, pretrained: bool | str, weights: str | None, image_size:
     try:
         model: Any = open_clip.create_model(
             source,
-            pretrained=tag if isinstance(tag, str) else None,
-            load_weights=weights is None,
+            pretrained=tag if isinstance(tag, str) and not weightless() else None,
+            load_weights=weights is None and not weightless(),
             force_image_size=None if image_size is None else (image_size, image_size),
             force_quick_gelu=quick,
             pretrained_text=False,
         )
     finally:
         logging.disable(logging.NOTSET)
+    if weightless():
+        return model.eval(), None
     if weights:
         if not Path(weights).is_file():
             raise UserError(f"weights: no file {weights}")

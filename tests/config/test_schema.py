@@ -11,6 +11,7 @@ from vlm_distill.config import shipped
 from vlm_distill.config.file import read_yaml
 from vlm_distill.config.schema import json_schema
 from vlm_distill.config.sections import RunConfig
+from vlm_distill.evaluation.benchmark_entry import Benchmark
 from vlm_distill.losses import REGISTRY
 from vlm_distill.sweeping.sections import SweepSection
 
@@ -20,7 +21,9 @@ SCHEMAS = {
     "train": json_schema(RunConfig, REGISTRY),
     "classify": json_schema(ClassifierConfig, CLASSIFIERS_LOSSES),
     "sweep": json_schema(SweepSection),
+    "eval": json_schema(Benchmark),
 }
+SCHEMAS["eval"]["required"].remove("name")
 PARTS = sorted(path.relative_to(shipped.FOLDER).with_suffix("") for path in shipped.FOLDER.rglob("base/*.yaml"))
 FILES = [name for name in shipped.names() if shipped.command_of(name) in SCHEMAS]
 FILES += ["demo/vision/base", *(path.as_posix() for path in PARTS)]
@@ -66,6 +69,7 @@ def test_every_file_that_ships_is_accepted(name):
         ("classify", {"loss": [{"name": "uld"}]}, "loss.0.name: "),
         ("classify", {"data": {"views": [{"crop": "square"}]}}, "data.views.0.crop: "),
         ("sweep", {"config": "x", "output": "y", "axis": {}}, "'axis' was unexpected"),
+        ("eval", {"tsv": {"name": "X"}, "scorer": "choice", "promt": "x"}, "'promt' was unexpected"),
     ],
 )
 def test_mistakes_are_refused(command, content, where):

@@ -14,7 +14,6 @@ import typer
 from rich.table import Column, Table
 
 from data.errors import UserError
-from vlm_distill.neighbours import check_neighbours
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.gpus import visible_gpus
 from vlm_distill.runtime.launch import launch
@@ -183,7 +182,8 @@ def configs(
 
 def schema(
     command: Annotated[
-        Literal["train", "classify", "sweep"], typer.Argument(help="The command that reads the files.")
+        Literal["train", "classify", "sweep", "eval"],
+        typer.Argument(help="The command that reads the files; of eval, the files of benchmarks."),
     ] = "train",
 ) -> None:
     """Print the JSON schema of a configuration's file: every key with its description, type and default.
@@ -191,6 +191,7 @@ def schema(
     An editor with a YAML language server then completes and checks keys in a file whose first line is
     "# yaml-language-server: $schema=FILE".
     """
+    from vlm_distill.config.kinds import classifier_kind
     from vlm_distill.config.schema import json_schema
     from vlm_distill.config.sections import RunConfig
     from vlm_distill.losses import REGISTRY
@@ -200,11 +201,14 @@ def schema(
         found = json_schema(RunConfig, REGISTRY)
     elif command == "sweep":
         found = json_schema(SweepSection)
+    elif command == "eval":
+        from vlm_distill.evaluation.benchmark_entry import Benchmark
+
+        found = json_schema(Benchmark)
+        found["required"].remove("name")  # by default the file's
     else:
-        # Imported by name: nothing in vlm_distill depends on vision.
-        check_neighbours("vision")
-        config = import_module("vision.config")
-        found = json_schema(config.ClassifierConfig, config.REGISTRY)
+        # By name: nothing in vlm_distill depends on vision.
+        found = json_schema(classifier_kind(), import_module("vision.losses").REGISTRY)
     print(json.dumps(found, indent=1, ensure_ascii=False))
 
 
@@ -213,9 +217,11 @@ def _copy_configs(found: Sequence[str], destination: Path) -> None:
 
     if len(found) > 1 and destination.suffix in (".yaml", ".yml"):
         raise UserError(f"configs: {len(found)} configurations do not go into one file; name a folder")
+    copied: dict[Path, None] = {}
     for one in found:
-        for path in shipped.copy(one, destination):
-            print(path)
+        copied |= dict.fromkeys(shipped.copy(one, destination))
+    for path in copied:
+        print(path)
 
 
 def _print_table(title: str, entries: dict[str, str]) -> None:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from vlm_distill.neighbours import check_neighbours
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.gpus import process_count
 from vlm_distill.runtime.launch import launch, launch_training
@@ -47,9 +46,9 @@ def classify(options: TrainOptions, nproc: Processes = None) -> None:
     The suite's second path: ImageNet, CIFAR or any folder of images. `vlm-distill configs imagenet` and
     `vlm-distill configs cifar100` list recipes. With DeepSpeed's own launcher: deepspeed --module vision.train CONFIG.
     """
-    # Imported by name: nothing in vlm_distill depends on vision.
-    check_neighbours("vision")
-    _start("vision.train", options, import_module("vision.config").ClassifierConfig, nproc)
+    from vlm_distill.config.kinds import classifier_kind
+
+    _start("vision.train", options, classifier_kind(), nproc)
 
 
 def _start(module: str, options: TrainOptions, kind: type[Any], nproc: int | None) -> NoReturn:
@@ -168,17 +167,23 @@ class PlanOptions(RunOptions):
 def plan(options: PlanOptions) -> None:
     """Estimate a run without loading weights: parameters, memory by ZeRO stage, FLOPs, tokens, time and GPU-hours.
 
+    Of a classifier's run, it estimates neither tokens nor time.
+
     The run's report shows the plan beside what was measured. The documentation's page on
     planning says what is counted, and how well.
     """
     from vlm_distill.config.file import load_config
+    from vlm_distill.config.kinds import kind_of
+    from vlm_distill.config.sections import RunConfig
 
-    config = load_config(options.config, options.overrides or ())
+    kind = kind_of(options.config)
+    config = load_config(options.config, options.overrides or (), kind)
     # Imported after the configuration is checked, since these take seconds.
-    from vlm_distill.planning import plan as make_plan
     from vlm_distill.reporting.plan_tables import render, write_plan
 
-    made = make_plan(config, gpus=options.gpus, memory=options.memory, device=options.device)
+    # A classifier's by name: nothing in vlm_distill depends on vision.
+    planning = import_module("vlm_distill.planning" if kind is RunConfig else "vision.planning")
+    made = planning.plan(config, gpus=options.gpus, memory=options.memory, device=options.device)
     render(made, plain_console())
     print(write_plan(made, options.json or Path(config.output) / "plan.json"))
 

@@ -37,17 +37,18 @@ class Plan:
     """The cost of a run.
 
     Attributes:
+        sequences: what samples look like in tokens; ``None`` for a classifier, which reads none.
         memory: of a rank, for every ZeRO stage and placement of the teacher that is worth comparing.
         configured: index in ``memory`` of the configured one.
         budget: bytes of a GPU.
         allowance: bytes of the budget that are kept free for what is not tensors.
         flops: of an optimizer step, all ranks together.
-        seconds: of the training, without evaluation and waiting for data; ``None`` on a CPU.
+        seconds: of the training, without evaluation and waiting for data; ``None`` on a CPU, and for a classifier.
         remarks: what the plan assumes and leaves out.
     """
 
     parts: tuple[Part, ...]
-    sequences: Sequences
+    sequences: Sequences | None
     memory: tuple[Memory, ...]
     configured: int
     gpus: int
@@ -90,7 +91,7 @@ def plan(config: RunConfig, *, gpus: int = 1, memory: float | None = None, devic
     Raises:
         UserError: the device is unknown, a model's configuration cannot be read, or the run itself would be refused.
     """
-    budget = _budget(device, memory)
+    budget = budget_of(device, memory)
     allowance = 0.0 if device == "cpu" else CONTEXT + FRAGMENTATION * budget
     micro, accumulation = split_batch(config, gpus)
 
@@ -149,8 +150,8 @@ def _open_data(run: PlannedRun, gpus: int) -> bool:
     return available
 
 
-def _budget(device: str, memory: float | None) -> float:
-    """Return the bytes of memory of a rank."""
+def budget_of(device: str, memory: float | None) -> float:
+    """Return the bytes of memory of a rank. Raise ``UserError`` for an unknown device, or a CPU's unknown memory."""
     if device not in {*DEVICES, "cpu"}:
         raise UserError(f"--device: {device} is not known; choose cpu or one of {', '.join(DEVICES)}")
     if memory is not None:

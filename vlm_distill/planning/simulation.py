@@ -256,7 +256,7 @@ def simulate(
         kept += outputs.hidden.nbytes + sum(feature.nbytes for feature in outputs.features.values())
         taught = outputs.features
     given = batch.student.inputs
-    with meter.counting(), _gradients(meter, student):
+    with meter.counting(), marked_gradients(meter, student):
         if shared_vision:
             given = with_vision_features(batch, taught[VISION_FEATURES])
         outputs = _forward(student, given, batch.student, images, autocast=autocast)
@@ -298,7 +298,7 @@ def _forward(
 
 
 @contextmanager
-def _gradients(meter: Meter, model: nn.Module) -> Iterator[None]:
+def marked_gradients(meter: Meter, model: nn.Module) -> Iterator[None]:
     """Context manager: inside it, the meter knows which bytes are complete gradients."""
 
     def made(parameter: Tensor) -> None:

@@ -31,11 +31,12 @@ def render(found: Plan, console: Console) -> None:
         table.add_row(part.model, part.name, f"{part.parameters:,}", f"{part.trained:,}")
     console.print(table)
     s = found.sequences
-    seen = f"{s.sampled} samples" if s.sampled else "data not found: every row is assumed to be full"
-    console.print(
-        f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; "
-        f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
-    )
+    if s is not None:
+        seen = f"{s.sampled} samples" if s.sampled else "data not found: every row is assumed to be full"
+        console.print(
+            f"tokens of a sample: mean {s.mean:,.0f}, p95 {s.p95:,}, longest {s.longest:,}; "
+            f"supervised {s.supervised:,.0f}; images {s.images:.1f} ({seen})"
+        )
 
     # Memory, and what the plan assumes.
     _memory(found, console)
@@ -43,13 +44,13 @@ def render(found: Plan, console: Console) -> None:
         console.print(remark)
 
     # The whole training.
-    read = f"{_bytes(found.bytes_read)} read" if found.bytes_read else "bytes read unknown (data not found)"
     flops, prefix = _scaled(found.flops, ("k", "M", "G", "T", "P", "E"))
-    tokens, thousands = _scaled(found.tokens, (" k", " M", " B", " T"))
-    console.print(
-        f"{found.steps:,} steps × {found.batch_size} samples: {flops} {prefix}FLOPs/step, {tokens}{thousands} tokens, "
-        f"{read}"
-    )
+    length = f"{found.steps:,} steps × {found.batch_size} samples: {flops} {prefix}FLOPs/step"
+    if s is not None:
+        read = f"{_bytes(found.bytes_read)} read" if found.bytes_read else "bytes read unknown (data not found)"
+        tokens, thousands = _scaled(found.tokens, (" k", " M", " B", " T"))
+        length += f", {tokens}{thousands} tokens, {read}"
+    console.print(length)
     if found.seconds is not None and found.tokens_per_second is not None:
         console.print(
             f"{found.gpus} × {found.device} at {found.utilisation:.0%} of its peak: {duration(found.seconds)}, "

@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from pydantic import ValidationError
 from data.errors import UserError
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.differences import SEED
-from vlm_distill.config.file import explain, load_config, merged_config, read_yaml
+from vlm_distill.config.file import explain, load_config, read_yaml
+from vlm_distill.config.kinds import kind_of
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.neighbours import check_neighbours
 
 from .sections import Axis, SweepSection
 from .words import label, override, read_word, safe
@@ -313,7 +312,7 @@ def _run(draft: _Draft, name: str, chosen: Mapping[str, Choice], seed: Choice, n
     _put_last(values, seed.overrides)
     overrides = [override(key, value) for key, value in values.items()]
     if config not in draft.kinds:
-        draft.kinds[config] = _kind(config)
+        draft.kinds[config] = kind_of(config)
     kind = draft.kinds[config]
     number = values[SEED] if SEED in values else load_config(config, overrides, kind).training.seed
     folder = Path(draft.output) / name / f"seed{number}"
@@ -338,16 +337,6 @@ def _put_last(values: dict[str, Any], more: Mapping[str, Any]) -> None:
     for key, value in more.items():
         values.pop(key, None)
         values[key] = value
-
-
-def _kind(path: Path) -> type[Any]:
-    """Return the model of a run's configuration: a classifier's if it has ``student.name``, which no other has."""
-    student = merged_config(path).get("student")
-    if not (isinstance(student, Mapping) and "name" in student):
-        return RunConfig
-    # Imported by name: nothing in vlm_distill depends on vision.
-    check_neighbours("vision")
-    return import_module("vision.config").ClassifierConfig
 
 
 def _caches(config: Any) -> tuple[str, ...]:
