@@ -29,7 +29,8 @@ from vlm_distill.config.confidential import secret_in
 
 T = TypeVar("T")
 
-_LATER = (408, 409, 429, 500, 502, 503, 504)  # worth another try
+#: HTTP statuses after which another try may help.
+LATER = (408, 409, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 # A generator of its own, so that training's random numbers stay the same.
 _CHANCE = random.Random()
@@ -56,6 +57,18 @@ class Refused(UserError):
     def __init__(self, message: str, status: int, detail: str) -> None:
         super().__init__(message)
         self.status, self.detail = status, detail
+
+
+class Unreachable(UserError):
+    """A server gave no valid reply, after all retries.
+
+    Attributes:
+        detail: what went wrong at the last try, in one line.
+    """
+
+    def __init__(self, message: str, detail: str) -> None:
+        super().__init__(message)
+        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,10 @@ class Endpoint:
         other.url = self.url.removesuffix(suffix)
         return other
 
+    def check_each(self, check: Callable[[Endpoint], None]) -> None:
+        """Call ``check`` with this server, as :class:`~.endpoint_pool.EndpointPool` does with each of several."""
+        check(self)
+
     def ask(self, path: str, body: Any, read: Callable[[Any], T], advice: str = "start again when it does") -> T:
         """Send a request, and return what ``read`` extracts from the reply.
 
@@ -128,7 +145,8 @@ class Endpoint:
 
         Raises:
             Refused: the server answers with an HTTP error status, after retries where those may help.
-            UserError: there is no valid reply after all retries, or the reply is too large.
+            Unreachable: there is no valid reply after all retries.
+            UserError: the reply is too large.
         """
         key = self._secret()
         request = self._request(path, body, key)
@@ -142,7 +160,7 @@ class Endpoint:
                     return read(self._content(reply, key))
                 refused = reply.status, _told(reply, key)
                 trouble = f"HTTP {reply.status} {_shown(reply.reason, key)}"
-                if reply.status not in _LATER:
+                if reply.status not in LATER:
                     raise Refused(f"{self.who}: {self.url} refuses: {trouble}: {refused[1]}", *refused)
                 asked = reply.headers.get("Retry-After", "")
                 wait = min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else wait
@@ -154,7 +172,7 @@ class Endpoint:
                 time.sleep(wait * (1 + _CHANCE.random() / 2))
         tries = f"did not answer in {self.retries + 1} tries, the last: {trouble}"
         message = f"{self.who}: {self.url} {tries}; {advice}"
-        raise UserError(message) if refused is None else Refused(message, *refused)
+        raise Unreachable(message, trouble) if refused is None else Refused(message, *refused)
 
     def _request(self, path: str, body: Any, key: str | None) -> urllib.request.Request:
         data = None if body is None else json.dumps(body).encode()

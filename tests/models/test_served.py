@@ -13,6 +13,7 @@ from data.conversation import Conversation
 from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.endpoint import Endpoint
+from vlm_distill.endpoint_pool import open_endpoint
 from vlm_distill.losses import TopKTargets
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.answers import Answer
@@ -283,6 +284,18 @@ def test_troubles_pass_and_mistakes_are_told(folder, server, model, monkeypatch)
     nobody = Endpoint("teacher.server", "http://127.0.0.1:9/v1", "OPENAI_API_KEY", retries=0)
     with pytest.raises(UserError, match="did not answer"):
         ServedModel(model.processor, nobody, "teacher-1")
+
+
+def test_each_of_several_servers_is_checked_and_the_smallest_context_counts(server, model):
+    with serving(model) as other:
+        other.context = 64
+        endpoint = open_endpoint("teacher.server", [server.url, other.url], "OPENAI_API_KEY", timeout=5)
+        there = ServedModel(model.processor, endpoint, "teacher-1")
+        assert (there.context, there.tells) == (64, True)
+        ServedTeacher(there, 5, workers=4)
+        other.told = False
+        with pytest.raises(UserError, match=f"{other.url} returns no prompt_logprobs"):
+            ServedTeacher(ServedModel(model.processor, endpoint, "teacher-1"), 5, workers=4)
 
 
 def test_another_tokenizer_there_is_told(server):

@@ -10,7 +10,7 @@ from scoring_server import serving
 
 from data.errors import UserError
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.models import load_vlm
+from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.head_alone import read_head
 from vlm_distill.models.weightless import Weightless
 from vlm_distill.runtime.processes import Processes
@@ -102,6 +102,30 @@ def test_a_whole_run_learns_the_same_and_reports_the_teachers_own_loss(folder, p
             lines[name] = [own[0], *(line["loss"] for line in read if line["kind"] == "train")]
         assert server.most > 1
     assert lines["there"] == pytest.approx(lines["here"], rel=1e-5)
+
+
+def test_several_servers_share_the_rows_and_one_may_die(folder, processes, tmp_path, capsys):
+    here, _ = first_step(trainer(folder, processes, tmp_path / "here", "images", loss=WHOLE))
+    model = load_vlm(folder / "llava", dtype="float32").eval()
+    with serving(model, pools=True) as one:
+        with serving(model, pools=True) as other:
+            keys = {"url": [one.url, other.url]}
+            run = trainer(folder, processes, tmp_path / "there", "images", one, keys, loss=WHOLE)
+            counts = [len(server.bodies) for server in (one, other)]
+            assert first_step(run)[0] == pytest.approx(here, rel=1e-5)
+            assert all(len(server.bodies) > count for server, count in zip((one, other), counts, strict=True))
+        assert first_step(run)[0] == pytest.approx(here, rel=1e-5)
+    root = other.url.removesuffix("/v1")
+    assert capsys.readouterr().err.count(f"{root} does not answer and is left out until it does") == 1
+
+
+def test_a_narrower_model_on_one_of_several_servers_is_reported_by_its_address(folder, processes, tmp_path):
+    model = load_vlm(folder / "language", dtype="float32").eval()
+    narrow = build_vlm({"decoder": tiny.settings(width=16)["decoder"]}, tokenizer=model.processor.tokenizer)
+    with serving(model, pools=True) as one, serving(narrow.eval(), pools=True) as other:
+        keys = {"url": [one.url, other.url]}
+        with pytest.raises(UserError, match=rf"{other.url.removesuffix('/v1')} returns hidden states of 16 numbers"):
+            trainer(folder, processes, tmp_path / "run", "text", one, keys, loss=WHOLE)
 
 
 def test_the_students_own_answers_are_judged_too(folder, processes, tmp_path):

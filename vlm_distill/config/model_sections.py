@@ -214,7 +214,9 @@ class CacheSection(Section):
 class ServerSection(Section):
     """An OpenAI-compatible server that scores and answers for the teacher."""
 
-    url: str = Field(description="Base URL of the server's API, such as `http://host:8000/v1`.")
+    url: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="Base URL of the server's API, such as `http://host:8000/v1`, or a list of several servers'."
+    )
     model: str | None = Field(None, description="The model's name on the server; by default the teacher's path.")
     form: Literal["hidden", "topk", "token"] = Field(
         "topk",

@@ -16,7 +16,8 @@ from PIL import Image
 from data.batch import DistillationBatch
 from data.conversation import Conversation
 from data.errors import BadSample, UserError
-from vlm_distill.endpoint import Endpoint, Refused
+from vlm_distill.endpoint import Endpoint, Refused, Unreachable
+from vlm_distill.endpoint_pool import EndpointPool
 from vlm_distill.losses import TokenTargets, TopKTargets
 
 from .answers import Answer
@@ -51,7 +52,7 @@ class ServedModel:
 
     Args:
         processor: the model's processor, loaded here.
-        endpoint: the server.
+        endpoint: the server, or several servers of the same model.
         name: the model's name on the server.
         arguments: of its chat template, for conversations that the server renders.
         origin: the key of the configuration that names the model whose processor this is.
@@ -70,7 +71,7 @@ class ServedModel:
     def __init__(
         self,
         processor: Processor,
-        endpoint: Endpoint,
+        endpoint: Endpoint | EndpointPool,
         name: str,
         arguments: Mapping[str, Any] | None = None,
         *,
@@ -90,20 +91,25 @@ class ServedModel:
         eos = processor.tokenizer.eos_token_id
         self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
         self.context: int | None = None
-        self.tells = False
-        self._compare_with_server()
+        self.tells = not pools
+        self._compare_with_servers()
 
     @needs_weights
-    def _compare_with_server(self) -> None:
-        contexts = self.endpoint.ask("models", None, _read_contexts, self.advice)
+    def _compare_with_servers(self) -> None:
+        self.endpoint.check_each(self._compare_with)
+
+    def _compare_with(self, server: Endpoint) -> None:
+        """Raise ``UserError`` if a server has no such model, or another tokenizer."""
+        contexts = server.ask("models", None, _read_contexts, self.advice)
         if self.name not in contexts:
             served = ", ".join(contexts) or "nothing"
-            raise UserError(f"{self.who}.model: {self.endpoint.url} serves {served[:300]}, not {self.name}")
-        self.context = contexts[self.name]
+            raise UserError(f"{self.who}.model: {server.url} serves {served[:300]}, not {self.name}")
+        known = [length for length in (self.context, contexts[self.name]) if length is not None]
+        self.context = min(known, default=None)
         if self.pools:
-            self._compare_tokens()
-        else:
-            self.tells = self._compare_tokenizers()
+            self._compare_tokens(server)
+        elif not self._compare_tokenizers(server):
+            self.tells = False
 
     def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
         """Return path and body of a request for a text."""
@@ -165,8 +171,8 @@ class ServedModel:
             if there[position] != ids[position]:
                 raise self.differs(ids[position : position + 1])
 
-    def _compare_tokenizers(self) -> bool:
-        """Return whether the server reports the tokens of a text. Raise ``UserError`` if they differ from ours."""
+    def _compare_tokenizers(self, server: Endpoint) -> bool:
+        """Return whether a server reports the tokens of a text. Raise ``UserError`` if they differ from ours."""
         text, ids = self._trial()
         body = {"model": self.name, "prompt": text, "add_special_tokens": False, "max_tokens": 1, "prompt_logprobs": 1}
 
@@ -179,20 +185,20 @@ class ServedModel:
             return True
 
         try:
-            return self.endpoint.ask("completions", body, read, self.advice)
+            return server.ask("completions", body, read, self.advice)
         except Refused as refused:
             if refused.status != 404:
                 raise
             raise UserError(
-                f"{self.who}: {self.endpoint.url} generates nothing ({refused.detail}); start vLLM without --runner "
+                f"{self.who}: {server.url} generates nothing ({refused.detail}); start vLLM without --runner "
                 "pooling (that is for teacher.server.form: hidden)"
             ) from None
 
-    def _compare_tokens(self) -> None:
+    def _compare_tokens(self, server: Endpoint) -> None:
         """Raise ``UserError`` if a server that generates nothing has other tokens for a text than are here."""
         text, ids = self._trial()
         body = {"model": self.name, "prompt": text, "add_special_tokens": False}
-        there = self.root.ask("tokenize", body, read_tokens, self.advice)
+        there = server.above("/v1").ask("tokenize", body, read_tokens, self.advice)
         if there != ids:
             raise self.differs(ids[:4])
 
@@ -261,8 +267,11 @@ class ServedTeacher(ServedRows[list[Likeliest]]):
             return self._score(row.ids, supervised)
         return self._score_seen(row.conversation, row, supervised)
 
-    def _score(self, ids: list[int], positions: Sequence[int]) -> list[Likeliest]:
-        """Return the likeliest tokens at some positions of a text."""
+    def _score(
+        self, ids: list[int], positions: Sequence[int], server: Endpoint | EndpointPool | None = None
+    ) -> list[Likeliest]:
+        """Return the likeliest tokens at some positions of a text, by default from any of the servers."""
+        server = server or self.served.endpoint
 
         def read(reply: Any) -> list[Likeliest]:
             told = reply["choices"][0]["prompt_logprobs"]
@@ -271,11 +280,13 @@ class ServedTeacher(ServedRows[list[Likeliest]]):
             return [self._likeliest(told[position], ids[position]) for position in positions]
 
         if not self.served.tells:
-            return self._score_repeated(ids, positions)
+            return self._score_repeated(ids, positions, server)
         path, body = self.served.text(ids, **self._asked)
-        return self.served.endpoint.ask(path, body, read, self.served.advice)
+        return server.ask(path, body, read, self.served.advice)
 
-    def _score_repeated(self, ids: list[int], positions: Sequence[int]) -> list[Likeliest]:
+    def _score_repeated(
+        self, ids: list[int], positions: Sequence[int], server: Endpoint | EndpointPool
+    ) -> list[Likeliest]:
         """Return the log-probabilities of the own tokens at some positions of a text that the server repeats."""
 
         def read(reply: Any) -> list[Likeliest]:
@@ -286,7 +297,7 @@ class ServedTeacher(ServedRows[list[Likeliest]]):
             return [self._checked({ids[position]: value}) for position, value in own.items()]
 
         path, body = self.served.text(ids, max_tokens=1, echo=True, logprobs=1, temperature=1.0)
-        return self.served.endpoint.ask(path, body, read, self.served.advice)
+        return server.ask(path, body, read, self.served.advice)
 
     def _score_seen(self, conversation: Conversation, row: Row, positions: Sequence[int]) -> list[Likeliest]:
         """Return the same for a conversation with images."""
@@ -340,17 +351,20 @@ class ServedTeacher(ServedRows[list[Likeliest]]):
 
     @needs_weights
     def _try(self) -> None:
-        """Find out before training whether the server returns enough log-probabilities."""
-        token, url = next(iter(self.end_tokens), 0), self.served.endpoint.url
+        """Find out before training whether each server returns enough log-probabilities."""
+        self.served.endpoint.check_each(self._try_server)
+
+    def _try_server(self, server: Endpoint) -> None:
+        token, url = next(iter(self.end_tokens), 0), server.url
         if not self.served.tells and (self.likeliest or self.needs_images):
             raise UserError(
                 f"teacher.server: {url} returns no prompt_logprobs, which distillation needs; "
                 "serve the teacher with vLLM"
             )
         try:
-            self._score([token, token], [1])
+            self._score([token, token], [1], server)
         except UserError as error:
-            if self.served.tells:
+            if self.served.tells or isinstance(error, Unreachable):
                 raise
             raise UserError(
                 f"teacher.server: {url} returns neither prompt_logprobs nor the log-probabilities of a text that it "

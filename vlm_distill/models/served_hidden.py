@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data.batch import DistillationBatch
 from data.errors import UserError
-from vlm_distill.endpoint import Refused
+from vlm_distill.endpoint import Endpoint, Refused
+from vlm_distill.endpoint_pool import EndpointPool
 from vlm_distill.losses import IMAGE_HIDDEN, HiddenTargets
 
 from .interface import VisionLanguageModel
@@ -133,8 +134,9 @@ class ServedHidden(ServedRows[tuple[Tensor, Tensor]]):
         there = self.served.root.ask("tokenize", body, read_tokens, self.served.advice)
         self.served.check_ends(row.ids, there, *row.around_images)
 
-    def _pool_states(self, prompt: dict[str, Any]) -> Tensor:
-        """Return the hidden states ``[tokens, H]`` of a whole prompt."""
+    def _pool_states(self, prompt: dict[str, Any], server: Endpoint | EndpointPool | None = None) -> Tensor:
+        """Return the hidden states ``[tokens, H]`` of a whole prompt, by default from any of the servers."""
+        server = server or self.served.root
         settings = {
             "model": self.served.name,
             "task": "token_embed",
@@ -153,12 +155,12 @@ class ServedHidden(ServedRows[tuple[Tensor, Tensor]]):
             whole = len(numbers) % self.width == 0 and len(numbers) < tokens * self.width
             if tokens and len(numbers) % tokens == 0 and not whole:
                 raise UserError(
-                    f"teacher.server: {self.served.endpoint.url} returns hidden states of {len(numbers) // tokens} "
+                    f"teacher.server: {server.url} returns hidden states of {len(numbers) // tokens} "
                     f"numbers, and the lm head of teacher.path reads {self.width}; it serves another model"
                 )
             raise self._incomplete(len(numbers) // self.width, tokens)
 
-        return self.served.root.ask("pooling", {**prompt, **settings}, read, self.served.advice)
+        return server.ask("pooling", {**prompt, **settings}, read, self.served.advice)
 
     def _incomplete(self, found: int, tokens: int) -> UserError:
         return UserError(
@@ -168,13 +170,16 @@ class ServedHidden(ServedRows[tuple[Tensor, Tensor]]):
 
     @needs_weights
     def _try(self) -> None:
-        """Find out before training whether the server returns hidden states of the head's width."""
+        """Find out before training whether each server returns hidden states of the head's width."""
+        self.served.root.check_each(self._try_server)
+
+    def _try_server(self, server: Endpoint) -> None:
         token = next(iter(self.end_tokens), 0)
         try:
             # Seven: half of the states, or states half as wide, are then told apart.
-            self._pool_states({"input": [token] * 7})
+            self._pool_states({"input": [token] * 7}, server)
         except Refused as refused:
             raise UserError(
-                f"teacher.server: {self.served.endpoint.url} returns no hidden states ({refused.detail}); {_START}, or "
+                f"teacher.server: {server.url} returns no hidden states ({refused.detail}); {_START}, or "
                 "set teacher.server.form to topk"
             ) from None

@@ -13,7 +13,7 @@ from vlm_distill import models
 from vlm_distill.caching.store import ABOUT, check_not_filling
 from vlm_distill.config.model_sections import TEACHERS, CacheSection, ModelSection, ServerSection, TeacherSection
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.endpoint import Endpoint
+from vlm_distill.endpoint_pool import open_endpoint
 from vlm_distill.models.cached_teacher import CachedTeacher
 from vlm_distill.models.common import DTYPES
 from vlm_distill.models.composed import ComposedVLM
@@ -115,7 +115,7 @@ def _served_teacher(section: TeacherSection, server: ServerSection, max_length: 
     served = open_served(section, server)
     if served.context is not None and max_length >= served.context:
         raise UserError(
-            f"data.max_length: {max_length}, but {server.url} takes {served.context} tokens, one of which it "
+            f"data.max_length: {max_length}, but {served.endpoint.url} takes {served.context} tokens, one of which it "
             f"must generate; set it to at most {served.context - 1}, or start the server with --max-model-len"
         )
     return ServedTeacher(served, server.top_logprobs if server.form == "topk" else 0, server.workers)
@@ -129,7 +129,7 @@ def _served_hidden(
     limit = config.data.max_length
     if served.context is not None and limit > served.context:
         raise UserError(
-            f"data.max_length: {limit}, but {server.url} takes {served.context} tokens; set it to at most "
+            f"data.max_length: {limit}, but {served.endpoint.url} takes {served.context} tokens; set it to at most "
             f"{served.context}, or start the server with --max-model-len"
         )
     return ServedHidden(
@@ -165,7 +165,7 @@ def open_served(section: TeacherSection, server: ServerSection) -> ServedModel:
         chat_template=section.chat_template,
     )
     set_processor(processor, section, "teacher")
-    endpoint = Endpoint("teacher.server", server.url, KEY_VARIABLE, timeout=server.timeout)
+    endpoint = open_endpoint("teacher.server", server.url, KEY_VARIABLE, timeout=server.timeout)
     name = server.model or section.path
     return ServedModel(processor, endpoint, name, section.template_arguments, pools=server.form == "hidden")
 
