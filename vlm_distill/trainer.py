@@ -368,7 +368,8 @@ class Trainer(Loop):
         write_student(self.config, self.student, folder, state)
 
     def final_summary(self) -> dict[str, Any]:
-        return {"benchmarks": self.evaluations.scores} if self.evaluations.scores else {}
+        found = {"benchmarks": self.evaluations.scores, "answers_per_second": self.evaluations.speeds}
+        return {name: values for name, values in found.items() if values}
 
 
 def _mean_loss(outputs: HiddenTargets, answers: Tensor) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from page import Page, read
@@ -66,6 +67,22 @@ def test_runs_that_differ_by_their_seed_alone_are_one_training(make_run):
     assert text.count("McNemar") == 1
 
 
+def test_evaluations_stand_beside_runs(make_run, tmp_path):
+    run = make_run()
+    shutil.copytree(run / "evaluation" / "test" / "teacher", tmp_path / "hub" / "test")
+    page = read(write_report([tmp_path / "hub"]))
+    assert "By question type" in page.headings
+    assert not {"Curves", "Configuration", "How to repeat it"} & {*page.headings}
+    page = read(write_report([run, tmp_path / "hub"], tmp_path / "both.html"))
+    assert "On the same questions" in page.headings
+    assert "Configuration" in page.headings
+
+
+def test_speeds_of_student_and_teacher_stand_one_below_the_other(make_run):
+    text = re.sub(r"\s+", " ", read(write_report([make_run()])).text)
+    assert re.search(r"Answers per second on test, student ?581.* ?Answers per second on test, teacher ?96", text)
+
+
 def test_question_types_no_better_than_a_baseline_are_named(make_run):
     by_type = {"yes/no": {"n": 20, "exact": 0.85}, "colour": {"n": 10, "exact": 0.1}}
     baseline = {"n": 40, "exact": 0.5, "soft": 0.5, "by_type": by_type}
@@ -98,7 +115,7 @@ def test_text_from_outside_is_escaped(make_run, questions):
         file.write(f'note: "{evil}"\n')
     summary = json.loads((run / "summary.json").read_text())
     summary |= {"command": evil, "device": evil, "problems": {evil: 1}, "versions": {evil: evil}, "started": evil}
-    summary["speed"] = {evil: evil}
+    summary["answers_per_second"] = {evil: {evil: 1.0}}
     (run / "summary.json").write_text(json.dumps(summary))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "eval", "step": 60, "data": evil, "exact": 0.5, "seconds": 7}) + "\n")
@@ -175,7 +192,7 @@ def test_a_damaged_configuration_is_named(make_run, content):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="not a run folder") as error:
+    with pytest.raises(UserError, match=r"neither a run .* nor an evaluation") as error:
         write_report([tmp_path])
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no run given"):

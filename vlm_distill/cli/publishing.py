@@ -87,11 +87,12 @@ def _export_classifier(options: ExportOptions) -> None:
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of runs to show side by side, or a sweep's.", show_default=False)
+        list[Path],
+        typer.Argument(help="Folders of runs or evaluations to show side by side, or a sweep's.", show_default=False),
     ],
     out: Annotated[Path | None, typer.Option(help="HTML file to write; default: report.html in the first run.")] = None,
 ) -> None:
-    """Write one self-contained HTML page about one or more runs, or about a sweep.
+    """Write one self-contained HTML page about runs and evaluations, or about a sweep.
 
     Runs that differ by their seed alone are shown as one training. A sweep's folder also gets its CSV and LaTeX.
     """

@@ -49,7 +49,7 @@ def _section(runs: Sequence[Run], data: str, rules: str) -> dict[str, Any]:
     sharing = [run for run in runs if rules in _rules_used(run, data)]
     entries = [e for e in entries_on(sharing, data, {}) if e.scores.get("rules") == rules and "main" in e.scores]
     answered = [entry for entry in one_of_each(entries, sharing, data) if entry.predictions]
-    folders = [run.folder / "evaluation" / data / "pictures" for run in sharing]
+    folders = [run.evaluations_folder / data / "pictures" for run in sharing]
     return {
         "data": data,
         "rules": rules,

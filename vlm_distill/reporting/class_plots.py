@@ -74,7 +74,9 @@ def confusion(title: str, css: str, names: Sequence[str], pairs: Sequence[tuple[
             counts[right][answer if answer in columns else "other"] += 1
     left = 12 + 6.6 * max(len(_short(name)) for name in names)
     head = 12 + 5.6 * max(len(_short(name)) for name in columns)
-    width, height = left + _CELL * len(columns) + 4, head + _CELL * len(names) + 4
+    # Slanted names lean over the cells to their right, the last ones beyond the matrix.
+    ends = [left + _CELL * (k + 0.5) + 3.6 * len(_short(name)) for k, name in enumerate(columns)]
+    width, height = max(left + _CELL * len(columns), *ends) + 4, head + _CELL * len(names) + 4
     parts = [
         Markup(
             '<svg class="confusion {}" viewBox="0 0 {:.0f} {:.0f}" style="max-width:{:.0f}px" role="img"'

@@ -106,7 +106,7 @@ def _confusion(entries: Sequence[Entry]) -> list[tuple[Entry, Any]]:
 
 
 def _gallery(entries: Sequence[Entry], runs: Sequence[Run], data: str) -> list[dict[str, Any]]:
-    folders = [run.folder / "evaluation" / data / "pictures" for run in runs]
+    folders = [run.evaluations_folder / data / "pictures" for run in runs]
     kept: set[str] = set()
     for folder in folders:
         if folder.is_dir():

@@ -15,15 +15,17 @@ from vlm_distill.evaluation.predictions import Prediction
 
 @dataclass
 class Run:
-    """One training run, as read from its folder.
+    """One training run, or one evaluation, as read from its folder.
 
     Attributes:
+        evaluations_folder: holds a folder for each data set.
         training: the name that it shares with runs of other seeds, once :func:`~.seeds.name_trainings` has set it.
     """
 
     label: str
     css: str
     folder: Path
+    evaluations_folder: Path
     config: str
     settings: dict[str, Any]
     train: list[dict[str, Any]]

@@ -61,10 +61,21 @@ def speed_and_memory(runs: Sequence[Run]) -> list[Row]:
         rows.append((label, [_median(run, key, show) for run in runs]))
     for label, path, show in _DATA_AND_SIZES:
         rows.append((label, [_from_summary(run, path, show) for run in runs]))
-    for key in dict.fromkeys(key for run in runs for key in run.summary.get("speed", {})):
-        label = key.replace("_", " ").capitalize()
-        rows.append((label, [_from_summary(run, ("speed", key), _compact_or_text) for run in runs]))
+    rows += _answers_per_second(runs)
     return [(label, texts) for label, texts in rows if any(texts)]
+
+
+def _answers_per_second(runs: Sequence[Run]) -> list[Row]:
+    """Return how fast student and teachers answered on each data set, all at once on the run's ranks."""
+    keys: dict[tuple[str, str], None] = {}
+    for run in runs:
+        for data, speeds in run.summary.get("answers_per_second", {}).items():
+            keys |= dict.fromkeys((data, who) for who in speeds)
+    rows = []
+    for data, who in keys:
+        texts = [_from_summary(run, ("answers_per_second", data, who), plots.compact) for run in runs]
+        rows.append((f"Answers per second on {data}, {who.replace('_', ' ')}", texts))
+    return rows
 
 
 def _from_summary(run: Run, path: Sequence[str], show: Callable[[Any], str]) -> str:
@@ -77,10 +88,6 @@ def _from_summary(run: Run, path: Sequence[str], show: Callable[[Any], str]) -> 
 def _median(run: Run, key: str, show: Callable[[Any], str]) -> str:
     values = sorted(line[key] for line in run.train if is_number(line.get(key)))
     return show(values[len(values) // 2]) if values else ""
-
-
-def _compact_or_text(value: Any) -> str:
-    return plots.compact(value) if is_number(value) else str(value)
 
 
 def differing_settings(runs: Sequence[Run]) -> list[Row]:

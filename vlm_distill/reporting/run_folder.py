@@ -15,16 +15,23 @@ from .entries import Run
 
 
 def load_run(folder: Path, label: str, css: str) -> Run:
-    """Read a run's folder. Missing files are skipped: the run may not have written them yet.
+    """Read a run's folder, or that of an evaluation (``vlm-distill eval``), whose model is taken for a student.
+
+    Missing files are skipped: a run may not have written them yet.
 
     Raises:
-        UserError: the folder has neither configuration nor metrics, or a file is damaged.
+        UserError: the folder is neither, or a file is damaged.
     """
     folder = folder.resolve()
     config, metrics, summary = (folder / name for name in ("config.yaml", "metrics.jsonl", "summary.json"))
-    if not (config.is_file() or metrics.is_file()):
+    is_run = config.is_file() or metrics.is_file()
+    evaluations = folder / "evaluation" if is_run else folder
+    # Of language models, an evaluation's folder holds one model's scores: <data>/scores.json.
+    found = sorted([*evaluations.glob("*/*/scores.json"), *(() if is_run else folder.glob("*/scores.json"))])
+    if not (is_run or found):
         raise UserError(
-            f"{folder}: not a run folder (no config.yaml, no metrics.jsonl); give one that `vlm-distill train` wrote"
+            f"{folder}: neither a run (no config.yaml, no metrics.jsonl) nor an evaluation (no */scores.json); give a "
+            "folder that `vlm-distill train` or `vlm-distill eval` wrote"
         )
     text = _read_text(config) if config.is_file() else ""
     lines = read_metrics(folder)
@@ -33,14 +40,16 @@ def load_run(folder: Path, label: str, css: str) -> Run:
         label=f"{label} (smoke run)" if settings.get("training.smoke") else label,
         css=css,
         folder=folder,
+        evaluations_folder=evaluations,
         config=text,
         settings=settings,
         train=[line for line in lines if line.get("kind") == "train"],
         evaluations=[line for line in lines if line.get("kind") == "eval"],
         summary=_read_json(summary) if summary.is_file() else {},
     )
-    for scores in sorted(folder.glob("evaluation/*/*/scores.json")):
-        key = scores.parent.parent.name, scores.parent.name
+    for scores in found:
+        data, *who = scores.parent.relative_to(evaluations).parts
+        key = data, *(who or ["student"])
         run.scores[key] = _read_json(scores)
         predictions = scores.with_name("predictions.jsonl")
         run.predictions[key] = read_predictions(predictions) if predictions.is_file() else []

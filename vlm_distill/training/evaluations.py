@@ -92,6 +92,7 @@ class Evaluations:
         # VLMEvalKit and lmms-eval drop transparency.
         self.load_benchmark_image = partial(load_image, roots=roots, max_pixels=data.max_pixels, alpha="drop")
         self.scores: dict[str, dict[str, float | None]] = {}
+        self.speeds: dict[str, dict[str, float]] = {}
 
     def _check_measures(self) -> None:
         """Raise ``UserError`` if nothing can be measured on a source."""
@@ -205,7 +206,9 @@ class Evaluations:
             for who, model in models.items():
                 self.identities[who] = self._identity(who, model.processor.chat_template, done)
 
-        def report(who: str, name: str, values: dict[str, Any], words: str) -> None:
+        def report(who: str, name: str, values: dict[str, Any], words: str, *, answered_before: bool) -> None:
+            if final and not answered_before and "answers_per_second" in values:
+                self.speeds.setdefault(name, {})[who] = values["answers_per_second"]
             if who == "student" and values["n"]:
                 tracker.log("eval", done, {"data": name, **values, "seconds": time.monotonic() - began})
             subject = f"step {done}" if who == "student" else who
@@ -213,17 +216,19 @@ class Evaluations:
 
         for source in self.sources:
             for who, model in models.items():
+                before = (self.folder / "evaluation" / source.name / who).exists()
                 values, score = self._measure_source(model, source, who, problems, final=final)
-                report(who, source.name, values, measured_in_words(values))
+                report(who, source.name, values, measured_in_words(values), answered_before=before)
                 if (who, source.name) == ("student", self.best):
                     chosen = score
         for benchmark in self.benchmarks:
             for who, model in models.items():
+                before = (self.folder / "evaluation" / benchmark.name / who).exists()
                 found = self._ask_benchmark(model, benchmark, who, problems, final=final)
                 if found is None:
                     continue
                 predictions, values, words = found
-                report(who, benchmark.name, values, words)
+                report(who, benchmark.name, values, words, answered_before=before)
                 if final:
                     self.scores.setdefault(benchmark.name, {})[who] = values.get("score")
                 if (who, benchmark.name) == ("student", self.best):
