@@ -28,6 +28,16 @@ def no_rank_is_left():
         os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """One rank; a second one in this process would wait for the first one's port."""
+    from vlm_distill.runtime.processes import Processes
+
+    opened = Processes("cpu")
+    yield opened
+    opened.close()
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs ``vlm-distill WORDS`` in this process; gives the exit code, standard output and standard error."""

@@ -1,16 +1,7 @@
-"""What the tests of caches share: one rank, and a tiny processor."""
+"""What the tests of caches share: a tiny processor."""
 
 import pytest
 from characters import CharacterProcessor
-
-from vlm_distill.runtime.processes import Processes
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from vlm_distill import losses, models
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.integrations.transformers import STATE, DistillationTrainer
-from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
 STEPS = 4
@@ -109,13 +108,6 @@ class Material:
             processing_class=self.tokenizer,
             **{"teacher": self.teacher, "loss": LOSS} | named,
         )
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module", params=["text", "llava"])

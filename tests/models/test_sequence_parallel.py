@@ -15,13 +15,6 @@ from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
 
-@pytest.fixture
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
-
-
 def test_decoders_that_cannot_be_divided(tmp_path, processes):
     folder = tiny.write_language_model(tmp_path / "model")
     model = load_vlm(folder)

@@ -13,19 +13,11 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.models.head_alone import read_head
 from vlm_distill.models.weightless import Weightless
-from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
 #: Losses that need whole distributions, one of them at image tokens.
 WHOLE = [{"name": "kd", "temperature": 2.0}, {"name": "cross_entropy", "weight": 0.5}]
 AT_IMAGES = [{"name": "forward_kl"}, {"name": "reverse_kl", "on": "images", "weight": 0.5}]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

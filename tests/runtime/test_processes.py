@@ -11,11 +11,15 @@ from vlm_distill.runtime.processes import Processes, own_gpu
 from vlm_distill.runtime.slurm import adopt_step, first_host, port_of_step
 
 
-@pytest.fixture
-def processes():
-    made = Processes("cpu")
-    yield made
-    made.close()
+# The first test: this process is no rank yet.
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=f"port {port} of this machine is taken"):
+            Processes("cpu")
 
 
 def test_sums_on_one_rank_keep_their_order(processes):
@@ -29,16 +33,6 @@ def test_a_seed_is_torch_s_own(processes):
     drawn = torch.rand(3)
     torch.manual_seed(2**62 + 5)
     assert torch.equal(drawn, torch.rand(3))
-
-
-def test_a_taken_port_is_named(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in place.items():
-            monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match=f"port {port} of this machine is taken"):
-            Processes("cpu")
 
 
 @pytest.mark.parametrize(

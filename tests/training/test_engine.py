@@ -10,7 +10,6 @@ from torch import nn
 from data.errors import UserError
 from vision.config import ClassifierConfig
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 from vlm_distill.training.engine import Engine
 
@@ -22,13 +21,6 @@ class Task(nn.Module):
 
     def forward(self, factor):
         return (factor * self.read).sum()
-
-
-@pytest.fixture
-def processes():
-    made = Processes("cpu")
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

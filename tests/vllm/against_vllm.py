@@ -22,7 +22,6 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.endpoint import Endpoint
 from vlm_distill.models import load_vlm
 from vlm_distill.models.served import ServedAnswers, ServedModel
-from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
 
 if not (real_server.ENVIRONMENT / "bin" / "vllm").exists():
@@ -38,13 +37,6 @@ FORWARD_KL = [{"name": "forward_kl"}]
 #: Losses that need whole distributions, the second one at image tokens too.
 WHOLE = [{"name": "kd", "temperature": 2.0}]
 AT_IMAGES = [{"name": "forward_kl"}, {"name": "reverse_kl", "on": "images", "weight": 0.5}]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    opened = Processes("cpu")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")
