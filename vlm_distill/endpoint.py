@@ -133,7 +133,15 @@ class Endpoint:
         """Call ``check`` with this server, as :class:`~.endpoint_pool.EndpointPool` does with each of several."""
         check(self)
 
-    def ask(self, path: str, body: Any, read: Callable[[Any], T], advice: str = "start again when it does") -> T:
+    def ask(
+        self,
+        path: str,
+        body: Any,
+        read: Callable[[Any], T],
+        advice: str = "start again when it does",
+        *,
+        is_json: bool = True,
+    ) -> T:
         """Send a request, and return what ``read`` extracts from the reply.
 
         Args:
@@ -142,6 +150,7 @@ class Endpoint:
             read: extracts the result from the reply. For a reply of another shape it raises ``ValueError``,
                 ``KeyError``, ``IndexError``, ``TypeError`` or ``AttributeError``, and the request is tried again.
             advice: what to do when all tries have failed.
+            is_json: whether the reply is JSON; otherwise ``read`` gets its text.
 
         Raises:
             Refused: the server answers with an HTTP error status, after retries where those may help.
@@ -157,7 +166,7 @@ class Endpoint:
             try:
                 reply = _within(self.timeout, lambda: _exchange(request, self.timeout, self.largest))
                 if reply.status < 300:
-                    return read(self._content(reply, key))
+                    return read(self._content(reply, key, is_json=is_json))
                 refused = reply.status, _told(reply, key)
                 trouble = f"HTTP {reply.status} {_shown(reply.reason, key)}"
                 if reply.status not in LATER:
@@ -181,9 +190,9 @@ class Endpoint:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         return request
 
-    def _content(self, reply: _Reply, key: str | None) -> Any:
-        """Return a reply's JSON; ``None`` for an empty one. The key, and lone surrogates, which no file can hold, are
-        replaced.
+    def _content(self, reply: _Reply, key: str | None, *, is_json: bool) -> Any:
+        """Return a reply's JSON or text; ``None`` for an empty one. The key is replaced, and so are lone surrogates,
+        which no file can hold.
 
         Raises:
             UserError: the reply is larger than the limit.
@@ -199,6 +208,8 @@ class Endpoint:
             return None
         if key and len(key) >= _SHORTEST_KEY:
             text = _without_key(text, key)
+        if not is_json:
+            return text
         content = json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             pairs = json.dumps(content, ensure_ascii=False).encode("utf-16", "surrogatepass")

@@ -24,6 +24,8 @@ from vlm_distill.models.interface import VisionLanguageModel
 
 #: Paths that vLLM has with VLLM_SERVER_DEV_MODE alone.
 CONTROLS = ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
+#: Paths that vLLM has with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING alone.
+ADAPTERS = ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
 
 
 class ScoringServer(ThreadingHTTPServer):
@@ -35,6 +37,8 @@ class ScoringServer(ThreadingHTTPServer):
         told, tells_ids, repeats: whether it knows ``prompt_logprobs``, ``return_token_ids`` and ``echo``.
         shift: of its log-probabilities, which are none then.
         controlled: whether its weights can be exchanged, as with vLLM's VLLM_SERVER_DEV_MODE.
+        adapts: whether it loads adapters.
+        names: what it serves: itself, and adapters on it.
         loads: whether it then reads the new ones.
         loaded: the folders that it has been asked to read.
         tells_drawn: whether it returns the token ids of its answers.
@@ -55,6 +59,7 @@ class ScoringServer(ThreadingHTTPServer):
         self.model, self.troubles, self.told, self.tells_ids = model, list[int](), True, True
         self.repeats, self.pools, self.makes_fewer, self.drops = True, pools, True, 0
         self.controlled, self.loads, self.loaded = True, True, list[str]()
+        self.adapts, self.names = True, ["teacher-1"]
         self.tells_drawn, self.garbles = True, False
         self.refused: dict[str, int] = {}
         self.shift = 0.0
@@ -117,6 +122,11 @@ class ScoringServer(ThreadingHTTPServer):
         if self.loads:
             with self.lock:
                 self.model.load_state_dict(load_vlm(self.loaded[-1], dtype="float32").state_dict())
+
+    def adapt(self, body: dict[str, Any]) -> None:
+        """Load an adapter, which has a name of its own from now on. Only the last one is used."""
+        self.load({"method": "reload_weights", "kwargs": {"weights_path": body["lora_path"]}})
+        self.names.append(body["lora_name"])
 
     def answer(self, body: dict[str, Any]) -> tuple[Answer, list[int]]:
         """An answer, and the ids of its question."""
@@ -193,14 +203,16 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay)
         trouble = trouble or next((status for held, status in server.refused.items() if held in text), None)
         paths = ["/pooling"] if server.pools else ["/v1/completions", "/v1/chat/completions"]
-        paths += ["/tokenize", *(CONTROLS if server.controlled else [])]
-        trouble = trouble if self.path in paths else 404
+        paths += ["/tokenize", *(CONTROLS if server.controlled else []), *(ADAPTERS if server.adapts else [])]
+        named = body["lora_name"] if "unload" in self.path else body.get("model", "teacher-1")
+        known = named in server.names
+        trouble = trouble if self.path in paths and known else 404
         status, content = (trouble, {"error": "as the test wants"}) if trouble else (200, self._content(body))
         with server.lock:
             server.waiting -= 1
         self._reply(status, content)
 
-    def _content(self, body: dict[str, Any]) -> dict[str, Any] | None:
+    def _content(self, body: dict[str, Any]) -> dict[str, Any] | str | None:
         server, chat = self.server, self.path == "/v1/chat/completions"
         if self.path == "/tokenize":
             return {"tokens": server.tokens(body)}
@@ -209,6 +221,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/collective_rpc":
             server.load(body)
             return {"results": [None]}
+        if self.path in ADAPTERS:
+            if "unload" in self.path:
+                server.names.remove(body["lora_name"])
+            else:
+                server.adapt(body)
+            return "Success: told in plain text."
         if self.path in CONTROLS:
             return {"success": True} if self.path == "/reset_prefix_cache" else None
         if body.get("echo") and server.repeats:
@@ -239,11 +257,11 @@ class _Handler(BaseHTTPRequestHandler):
         return reply | ({"prompt_token_ids": prompt} if chat else {})
 
     def _reply(self, status: int, content: Any) -> None:
-        reply = b"" if content is None else json.dumps(content).encode()
+        reply = content if isinstance(content, str) else "" if content is None else json.dumps(content)
         self.send_response(status)
-        self.send_header("Content-Length", str(len(reply)))
+        self.send_header("Content-Length", str(len(reply.encode())))
         self.end_headers()
-        self.wfile.write(reply)
+        self.wfile.write(reply.encode())
 
     def log_message(self, *args: Any) -> None:
         pass

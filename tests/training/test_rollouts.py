@@ -68,6 +68,42 @@ def test_the_drawn_tokens_are_learnt_and_the_weights_follow_every_step(folder, p
     assert any("prompt" in body for body in asked)
 
 
+def adapted(plain):
+    """The same with adapters on the student's decoder."""
+    plain["student"]["lora"] = {"rank": 2}
+    return plain
+
+
+def test_adapters_are_sent_alone(folder, processes, tmp_path, server, capsys):
+    trainer(processes, adapted(config(folder, tmp_path / "here"))).run()
+    run = trainer(processes, adapted(config(folder, tmp_path / "there", server, {"adapter": True})))
+    after_update = run.after_update
+
+    def restart(step):
+        after_update(step)
+        if step == 2:  # it starts without any adapter
+            server.names = ["teacher-1"]
+            server.model.load_state_dict(load_vlm(folder / "student", dtype="float32").state_dict())
+
+    run.after_update = restart
+    run.run()
+    there, here = ([line["loss"] for line in steps(tmp_path / name)] for name in ("there", "here"))
+    assert there == pytest.approx(here, rel=1e-5)
+    (last,) = (tmp_path / "there" / "weights").iterdir()
+    assert (last.name, (last / "adapter_config.json").is_file()) == ("step_4", True)
+    # The adapter of the step before was dropped, and a new name was given in each step.
+    assert len(server.names) == 2
+    assert server.names[1].endswith("-step-4")
+    assert versions(server) == [0, 1, 2, 3, 4]
+
+
+def test_a_server_without_adapters_is_told(folder, processes, tmp_path, server):
+    server.adapts = False
+    run = trainer(processes, adapted(config(folder, tmp_path, server, {"adapter": True})))
+    with pytest.raises(UserError, match="start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        run.run()
+
+
 def test_weights_are_sent_again_after_so_many_steps(folder, processes, tmp_path, server):
     trainer(processes, config(folder, tmp_path, server, {"refresh": 2, "max_staleness": 1})).run()
     assert versions(server) == [0, 2, 4]
@@ -155,6 +191,12 @@ def test_what_no_server_can_draw_is_refused(folder, processes, tmp_path, server)
         RunConfig.model_validate(config(folder, tmp_path, server, keys))
     plain = config(folder, tmp_path, server) | {"student": tiny.settings()}
     with pytest.raises(ValidationError, match=r"vLLM starts from the student's own files; name student.path"):
+        RunConfig.model_validate(plain)
+    plain = config(folder, tmp_path, server, {"adapter": True})
+    with pytest.raises(ValidationError, match=r"adapter: the student has no adapter; give it student\.lora"):
+        RunConfig.model_validate(plain)
+    plain["student"] |= {"lora": {"rank": 2}, "train": ["projector"]}
+    with pytest.raises(ValidationError, match=r"takes adapters on the decoder alone; let nothing else train"):
         RunConfig.model_validate(plain)
     tiny.write_student(tmp_path / "composed")
     build_vlm(tiny.settings(width=24), tokenizer=make_tokenizer(tiny.WORDS)).save_pretrained(tmp_path / "teacher")

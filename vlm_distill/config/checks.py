@@ -161,6 +161,10 @@ def _viewed(run: Run) -> bool:
     return any(teacher.view is not None for teacher in run.all_teachers.values())
 
 
+def _sends_adapter(run: Run) -> bool:
+    return run.on_policy is not None and run.on_policy.server is not None and run.on_policy.server.adapter
+
+
 def _draws_elsewhere(run: Run) -> bool:
     return run.on_policy is not None and run.on_policy.server is not None
 
@@ -245,9 +249,22 @@ RULES = (
         "on_policy.server: vLLM starts from the student's own files; name student.path",
     ),
     Rule(
-        lambda run: _draws_elsewhere(run) and run.student.quantize is not None,
-        "on_policy.server: adapters cannot be merged into 4-bit weights for the server; leave student.quantize or it "
-        "out",
+        lambda run: _draws_elsewhere(run) and run.student.quantize is not None and not _sends_adapter(run),
+        "on_policy.server: adapters cannot be merged into 4-bit weights for the server; set on_policy.server.adapter, "
+        "or leave student.quantize out",
+    ),
+    Rule(
+        lambda run: _sends_adapter(run) and run.student.lora is None,
+        "on_policy.server.adapter: the student has no adapter; give it student.lora, or leave adapter out",
+    ),
+    Rule(
+        lambda run: (
+            _sends_adapter(run)
+            and run.student.lora is not None
+            and [*run.student.lora.parts, *run.student.trained_whole] != ["decoder"]
+        ),
+        "on_policy.server.adapter: a server takes adapters on the decoder alone; let nothing else train "
+        "(student.train, student.lora.parts), or leave adapter out",
     ),
     # A teacher behind a server: it scores conversations token by token, and its weights are elsewhere.
     Rule(

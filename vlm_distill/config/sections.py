@@ -284,6 +284,9 @@ class AnswerServerSection(Section):
     folder: str = Field(
         description="Folder that the server sees under the same path, into which the student's weights are written."
     )
+    adapter: bool = Field(
+        False, description="Send the LoRA adapter alone; the server keeps the student's base (`--enable-lora`)."
+    )
     refresh: Positive = Field(1, description="Steps after which the server loads the student's weights again.")
     max_staleness: NotNegative | None = Field(
         None, description="Answers drawn by weights more steps old than this are not learnt from; by default all are."

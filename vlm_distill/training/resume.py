@@ -123,7 +123,9 @@ RULES: dict[str, Rule] = {
     "evaluation": Rule.FREE,
     "on_policy": Rule.FIXED,
     "on_policy.batch_size": Rule.FREE,
-    **dict.fromkeys((f"on_policy.server.{key}" for key in ("url", "model", "folder", "workers", "timeout")), Rule.FREE),
+    **dict.fromkeys(
+        (f"on_policy.server.{key}" for key in ("url", "model", "folder", "adapter", "workers", "timeout")), Rule.FREE
+    ),
     "output": Rule.UNSAID,
 }
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from vlm_distill.endpoint import Endpoint, Refused
 from vlm_distill.models.answers import Answer
 from vlm_distill.models.chat import special_ids
 from vlm_distill.models.interface import VisionLanguageModel
+from vlm_distill.models.lora import save_adapter
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel
 from vlm_distill.models.served_rows import OF_ONE, Row
 from vlm_distill.runtime.processes import Processes
@@ -51,8 +53,9 @@ class Rollouts:
 
     In a step with own answers, :meth:`prepare` is called on every rank, then :meth:`draw` on each for its own
     questions. Every ``refresh`` steps, ``prepare`` writes the student's weights into a new folder ``step_N`` in the
-    shared one; the server loads that (``POST /collective_rpc``, ``reload_weights``), and all ranks wait for it. The
-    folder is complete before it has its name, and no request is under way meanwhile: every answer comes from whole
+    shared one; the server loads that (``POST /collective_rpc``, ``reload_weights``), and all ranks wait for it. With
+    ``adapter``, it is the LoRA adapter alone, under a name of its own for each step (``POST /v1/load_lora_adapter``).
+    The folder is complete before it has its name, and no request is under way meanwhile: every answer comes from whole
     weights of one step, :attr:`version`. A server that has lost them, since it was started again, gets them again.
 
     Args:
@@ -81,8 +84,9 @@ class Rollouts:
         self.policy, self.section = config.on_policy, config.on_policy.server
         self.student, self.processes, self._whole_state = student, processes, whole_state
         endpoint = Endpoint("on_policy.server", self.section.url, KEY_VARIABLE, timeout=self.section.timeout)
-        name, arguments = self.section.model or config.student.path, config.student.template_arguments
-        self.served = ServedModel(student.processor, endpoint, name, arguments, origin="student.path")
+        self.base, self.base_name = config.student.path, self.section.model or config.student.path
+        arguments = config.student.template_arguments
+        self.served = ServedModel(student.processor, endpoint, self.base_name, arguments, origin="student.path")
         if not self.served.tells:
             raise UserError(f"on_policy.server: {endpoint.url} returns no prompt_logprobs; serve the student with vLLM")
         message = {"role": "user", "content": [{"type": "text", "text": _PROBE}]}
@@ -117,6 +121,8 @@ class Rollouts:
         self.processes.watch.phase(f"step {step + 1}, sending weights to the server")
         state = self._whole_state()
         self._known = self.processes.on_first(lambda: self._send(step, state))
+        if self.section.adapter:
+            self.served.name = self._adapter_name(step)
         own = self._own_logprobs()
         difference = sum(abs(a - b) for a, b in zip(self._known, own, strict=True)) / len(own)
         if not difference < self._limit:
@@ -137,12 +143,26 @@ class Rollouts:
             root.mkdir(parents=True, exist_ok=True)
             for old in (place, unfinished):
                 shutil.rmtree(old, ignore_errors=True)
-            self.student.save_pretrained(unfinished, state)
+            if self.section.adapter:
+                save_adapter(self.student, unfinished, self.base, state=state)
+            else:
+                self.student.save_pretrained(unfinished, state)
             unfinished.rename(place)
         except OSError as error:
             raise UserError(
                 f"on_policy.server.folder: {root} cannot be written ({error}); make room, or name another"
             ) from None
+        if self.section.adapter:
+            self._load_adapter(step, place)
+        else:
+            self._load_weights(place)
+        for old in root.glob("step_*"):
+            if old != place:
+                shutil.rmtree(old, ignore_errors=True)
+        return self._logprobs_there()
+
+    def _load_weights(self, place: Path) -> None:
+        """Let the server load all weights from a folder."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
         # What the server remembers of the old weights: keys and values, and what its vision encoder made of images.
         # Loading drops the latter in vLLM's worker but not in its scheduler, and an image seen before ends the engine.
@@ -156,14 +176,42 @@ class Rollouts:
             missing = refused.status == 404
             remedy = "start vLLM with VLLM_SERVER_DEV_MODE=1" if missing else f"can it read {place}?"
             raise UserError(f"{refused}; {remedy}") from None
-        for old in root.glob("step_*"):
-            if old != place:
-                shutil.rmtree(old, ignore_errors=True)
-        return self._logprobs_there()
+
+    def _load_adapter(self, step: int, place: Path) -> None:
+        """Let the server load a step's adapter, and drop the one before. A new name has no keys and values yet."""
+        name, before = self._adapter_name(step), self.served.name
+        body = {"lora_name": name, "lora_path": str(place), "load_inplace": True}
+        try:
+            self.served.endpoint.ask("load_lora_adapter", body, str, self.served.advice, is_json=False)
+        except Refused as refused:
+            missing = refused.status == 404
+            remedy = (
+                "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+                if missing
+                else f"can it read {place}, and is --max-lora-rank as large as student.lora.rank?"
+            )
+            raise UserError(f"{refused}; {remedy}") from None
+        if before not in (name, self.base_name):
+            with suppress(Refused):  # it was started again, and has never had that adapter
+                self.served.endpoint.ask(
+                    "unload_lora_adapter", {"lora_name": before}, str, self.served.advice, is_json=False
+                )
+        self.served.name = name
+
+    def _adapter_name(self, step: int) -> str:
+        """Return how the server calls a step's adapter; runs differ by their folder."""
+        run = hashlib.sha256(str(Path(self.section.folder).absolute()).encode()).hexdigest()[:8]
+        return f"{self.base_name}-{run}-step-{step}"
 
     def _has_lost_weights(self) -> bool:
         """Return whether the server has other weights than it was given last."""
-        pairs = zip(self._logprobs_there(), self._known, strict=True)
+        try:
+            there = self._logprobs_there()
+        except Refused as refused:
+            if refused.status == 404 and self.section.adapter:  # it knows no adapter of this name
+                return True
+            raise
+        pairs = zip(there, self._known, strict=True)
         return not all(abs(a - b) < _SAME for a, b in pairs)
 
     def _logprobs_there(self) -> list[float]:
