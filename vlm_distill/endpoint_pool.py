@@ -109,7 +109,8 @@ class EndpointPool:
     def _in_turn(self) -> list[int]:
         """Return the servers to try: the least busy first, dropped ones last."""
         now = time.monotonic()
-        ready, resting = [], []
+        ready: list[int] = []
+        resting: list[int] = []
         for number, state in enumerate(self._states):
             (resting if state.rests_until > now else ready).append(number)
         for number in ready:
