@@ -22,6 +22,7 @@ import families
 import tiny
 import torch
 from byte_tokenizer import make_tokenizer
+from launches import is_slow
 from safetensors.torch import load_file
 from scoring_server import ScoringServer
 
@@ -347,18 +348,8 @@ NEAR = {
 
 
 def slow(world: int, name: str) -> bool:
-    """Return whether ``make test`` skips a scenario on this number of ranks.
-
-    Of the same training under several ZeRO stages, one rank runs the one without ZeRO, and two ranks the highest:
-    what differs from rank to rank and from stage to stage differs between these two. The plainest runs everywhere.
-    """
-    if name in NEAR:
-        return True
-    family, stage = name[:-1], name[-1]
-    if family == "zero" or name in TWO_RANKS:
-        return False
-    fast = [s for s in "0123" if f"{family}{s}" in SHARED.keys() - NEAR]
-    return stage != (min(fast) if world == 1 else max(fast))
+    """Return whether ``make test`` skips a scenario on this number of ranks."""
+    return is_slow(world, name, SHARED.keys(), NEAR)
 
 
 def sharded_inference(dtype: torch.dtype, offload: bool = False, settings: Any = engine._inference_config) -> dict:

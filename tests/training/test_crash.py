@@ -101,15 +101,17 @@ KILLS = (
 )
 
 
-def test_killed_at_every_point_on_one_rank(runs, forks):
-    config = runs.config("killed")
+@pytest.mark.parametrize("kills", [KILLS[3:5], pytest.param(KILLS, marks=pytest.mark.slow)], ids=["two", "all"])
+def test_killed_at_every_point_on_one_rank(runs, forks, kills):
+    name = f"killed{len(kills)}"
+    config = runs.config(name)
     # One run dies of everything, one after the other; each time it has got a little further or begun anew.
-    for fault in KILLS:
+    for fault in kills:
         codes, told = forks(RUN, config, fault=fault)
         assert codes == [-9], (fault, told)
     codes, told = forks(RUN, config)
     assert codes == [0], told
-    assert_same(runs.folder / "killed", runs.straight(1))
+    assert_same(runs.folder / name, runs.straight(1))
 
 
 def test_a_finished_run_started_again_changes_nothing(runs, forks):

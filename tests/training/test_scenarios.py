@@ -7,10 +7,10 @@ they wrote.
 from itertools import product
 from pathlib import Path
 
+import launches
 import pytest
 import scenarios
 import tiny
-from launches import on_one_rank_and_two
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def launched(tmp_path_factory):
     def launch(kind):
         if kind not in done:
             folder = tmp_path_factory.mktemp("scenarios") / kind
-            done[kind] = on_one_rank_and_two(Path(scenarios.__file__), folder)
+            done[kind] = launches.on_one_rank_and_two(Path(scenarios.__file__), folder)
         return done[kind]
 
     return launch
@@ -40,13 +40,7 @@ def results(launched, request):
 
 
 def marked(tests, reads):
-    """Parameters of tests, each slow if it reads a slow scenario; ``reads`` gives (ranks, name) of those it reads."""
-    found = []
-    for test in tests:
-        values = test if isinstance(test, tuple) else (test,)
-        is_slow = any(scenarios.slow(world, name) for world, name in reads(*values))
-        found.append(pytest.param(*values, marks=pytest.mark.slow if is_slow else ()))
-    return found
+    return launches.marked(tests, reads, scenarios.slow)
 
 
 def on_two(*names):
@@ -54,9 +48,7 @@ def on_two(*names):
 
 
 def without_zero(name):
-    """The same training without ZeRO, if there is one."""
-    plain = f"{name[:-1]}0"
-    return plain if plain in scenarios.SHARED else name
+    return launches.without_zero(name, scenarios.SHARED)
 
 
 def losses(result):

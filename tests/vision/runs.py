@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pictures
 import torch
+from launches import is_slow
 from safetensors.torch import load_file
 
 from vision.classifier import load_classifier
@@ -95,13 +96,18 @@ RESUMED = [*(f"zero{s}" for s in range(4)), "bf16_zero0", "bf16_zero2", "bf16_ze
 RESUMED += ["averaged_zero2", "averaged_batchnorm_zero0", "taid_zero0", "ctkd_zero2", "mlkd_zero0", "cached_zero0"]
 TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for name in RESUMED}
 
-# Near to another one: `make test-slow` runs them, in a launch whose folder's name ends in "slow".
-SLOW = {
-    *("zero1", "adamw_zero2", "layer_decay_zero2", "dist_zero0", "bf16_zero1"),
-    # Not those in bf16, whose rounding on a CPU may differ from one launch to another.
-    *(f"resumed_{name}" for name in ("zero0", "zero1", "zero2", "batchnorm_zero2", "averaged_zero2")),
+#: Near to another one, on any number of ranks: `make test-slow` runs them, in a launch of their own.
+NEAR = {
+    *("zero1", "adamw_zero2", "layer_decay_zero2", "dist_zero2", "bf16_zero1", "bf16_zero2"),
+    # Of a run in bf16 also the one that it is compared with: rounding may differ from one launch to another.
+    *(f"resumed_{name}" for name in ("zero0", "zero1", "zero2", "bf16_zero2", "batchnorm_zero2", "averaged_zero2")),
     *(f"resumed_{name}" for name in ("mixed_zero0", "ctkd_zero2")),
 }
+
+
+def slow(world: int, name: str) -> bool:
+    """Return whether ``make test`` skips a training on this number of ranks."""
+    return is_slow(world, name, SHARED.keys(), NEAR)
 
 
 def main(folder: Path) -> None:
@@ -120,7 +126,7 @@ def main(folder: Path) -> None:
             load_classifier(**_load(large), num_classes=10, classes=names[::-1]).save_pretrained(folder / "large")
     processes.barrier()
     for name, changes in (SHARED | (TWO_RANKS if processes.world > 1 else {})).items():
-        if (name in SLOW) != folder.name.endswith("slow"):
+        if slow(processes.world, name) != folder.name.endswith("slow"):
             continue
         out = folder / f"ranks{processes.world}" / name
         if processes.first:

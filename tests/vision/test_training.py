@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import launches
 import pytest
 import tiny
 from by_path import load
-from launches import on_one_rank_and_two
 
 HERE = Path(__file__).parent
 runs = load(HERE / "runs.py")
@@ -26,7 +27,7 @@ def launched(tmp_path_factory):
         if kind not in done:
             folder = tmp_path_factory.mktemp("classifiers") / kind
             folder.mkdir()
-            done[kind] = on_one_rank_and_two(HERE / "runs.py", folder)
+            done[kind] = launches.on_one_rank_and_two(HERE / "runs.py", folder)
         return done[kind]
 
     return launch
@@ -38,20 +39,19 @@ def results(launched, request):
 
     def read(world, name):
         # Both kinds for a slow test; one fast test that read a slow run would have all of them run.
-        slow = name in runs.SLOW
+        slow = runs.slow(world, name)
         assert not slow or request.node.get_closest_marker("slow"), f"mark this test as slow, as {name} is"
         return launched("slow" if slow else "fast")(world, name)
 
     return read
 
 
-def marked(names, *others):
-    """Parameters; slow where a run is that they name, or that one of ``others`` makes of the name."""
-    found = []
-    for name in names:
-        read = {name, *(other(name) for other in others)}
-        found.append(pytest.param(name, marks=pytest.mark.slow if read & runs.SLOW else ()))
-    return found
+def marked(tests, reads):
+    return launches.marked(tests, reads, runs.slow)
+
+
+def without_zero(name):
+    return launches.without_zero(name, runs.SHARED)
 
 
 def losses(result):
@@ -66,9 +66,9 @@ def same_weights(a, b, tolerance):
         assert b["weights"][name] == pytest.approx(values, abs=tolerance), name
 
 
-@pytest.mark.parametrize("name", marked(sorted(runs.SHARED)))
+@pytest.mark.parametrize("name", marked(sorted(runs.SHARED), lambda name: [(1, without_zero(name)), (2, name)]))
 def test_two_ranks_equal_one(results, name):
-    one, two = results(1, name), results(2, name)
+    one, two = results(1, without_zero(name)), results(2, name)
     # CTKD's loss is a small KL times T², and float32's rounding with it.
     assert losses(two) == pytest.approx(losses(one), rel=1e-3 if name.startswith("ctkd") else 1e-4)
     # DIST compares columns of few numbers, whose spread may be near its guard against zero.
@@ -77,15 +77,15 @@ def test_two_ranks_equal_one(results, name):
     assert any(one["moved"].values())
 
 
-@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
-    "name",
+    ("world", "name"),
     marked(
-        sorted(n for n in runs.SHARED if n[-1] != "0" and f"{n[:-1]}0" in runs.SHARED), lambda name: f"{name[:-1]}0"
+        product((1, 2), sorted(name for name in runs.SHARED if without_zero(name) != name)),
+        lambda world, name: [(world, name), (world, without_zero(name))],
     ),
 )
 def test_every_zero_stage_equals_none(results, world, name):
-    same_weights(results(world, f"{name[:-1]}0"), results(world, name), 1e-5)
+    same_weights(results(world, without_zero(name)), results(world, name), 1e-5)
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_layer_decay_is_heeded_under_zero(results):
     assert losses(results(2, "layer_decay_zero2")) != losses(results(2, "adamw_zero2"))
 
 
-@pytest.mark.parametrize("name", marked(runs.RESUMED, "resumed_{}".format))
+@pytest.mark.parametrize("name", marked(runs.RESUMED, lambda name: [(2, name), (2, f"resumed_{name}")]))
 def test_resumed_equals_uninterrupted(results, name):
     def story(result):
         return [{k: v for k, v in line.items() if k not in tiny.TIMES} for line in result["metrics"]]
@@ -152,7 +152,7 @@ def test_the_average_is_what_is_exported(results):
     assert result["dtypes"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", marked(range(4), lambda stage: [(2, f"bf16_zero{stage}")]))
 def test_bf16_stays_near_float32(results, stage):
     assert losses(results(2, f"bf16_zero{stage}")) == pytest.approx(losses(results(2, "zero0")), rel=0.05)
     assert losses(results(2, f"bf16_zero{stage}")) != losses(results(2, "zero0"))
