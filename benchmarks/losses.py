@@ -167,8 +167,8 @@ class Side(NamedTuple):
     setting: str = ""
 
 
-def sides(case: Case, shape: Shape) -> list[Side]:
-    """The floor, ours, and the peers that are installed and run here."""
+def sides(case: Case, shape: Shape, *, alone: bool = False) -> list[Side]:
+    """The floor, ours, and, unless ``alone``, the peers that are installed and run here."""
     found = [Side("products", "", case.products), Side("ours", "taid", lambda: case.ours("taid"))]
     if shape.compared != "nothing":
         found.append(Side("ours_recompute", "taid", lambda: case.ours("taid", recompute=True)))
@@ -178,6 +178,8 @@ def sides(case: Case, shape: Shape) -> list[Side]:
     for name in BETAS if shape.compared == "peers" else ():
         found.append(Side("ours", name, lambda name=name: case.ours(name)))
         found.append(Side("ours_recompute", name, lambda name=name: case.ours(name, recompute=True)))
+        if alone:
+            continue
         found.append(Side("trl_chunked", name, lambda name=name: case.trl_chunked(name)))
         for compiled in (True, False):
             variants = [
@@ -252,10 +254,10 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     return peak
 
 
-def measure(shape: Shape, repeats: int, device: str = "cpu") -> list[dict[str, object]]:
-    """A row of the table for every side that runs."""
+def measure(shape: Shape, repeats: int, device: str = "cpu", *, alone: bool = False) -> list[dict[str, object]]:
+    """A row of the table for every side that runs; ``alone``: without other projects'."""
     case = Case(shape, device)
-    everyone = sides(case, shape)
+    everyone = sides(case, shape, alone=alone)
     # bfloat16 rounds the logits and their gradients in some peers; ours and autograd's whole logits have to agree.
     limit = 1e-4 if case.dtype == torch.float32 else 5e-2
     differences = {}
@@ -364,6 +366,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--alone", action="store_true", help="measure our sides and the bare products alone")
     parser.add_argument("--sweep", action="store_true", help="compare chunk sizes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -377,7 +380,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, object]] = []
     for shape in GPU_SHAPES if options.device == "cuda" else CPU_SHAPES:
-        rows = measure(shape, options.repeats, options.device)
+        rows = measure(shape, options.repeats, options.device, alone=options.alone)
         results += rows
         show(rows)
         # After every shape: a run that is stopped leaves what it has measured.
