@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "vision", "vlm_distill")
 
 BASE = {"data", "vlm_distill.losses", "vlm_distill.neighbours"}
-SUPPORT = BASE | {"vlm_distill.config", "vlm_distill.runtime", "vlm_distill.endpoint"}
+SUPPORT = BASE | {"vlm_distill.config", "vlm_distill.runtime", "vlm_distill.endpoint", "vlm_distill.endpoint_pool"}
 #: What a package may import of ours beside itself.
 ALLOWED = {
     "vlm_distill.losses": set(),

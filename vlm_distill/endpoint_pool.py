@@ -89,12 +89,12 @@ class EndpointPool:
         if all(state.rests_until for state in self._states):
             raise error
 
-    def ask(self, path: str, body: Any, read: Callable[[Any], T], advice: str = "start again when it does") -> T:
+    def ask(self, path: str, body: Any, read: Callable[[Any], T], *settings: Any, **named: Any) -> T:
         """Send a request to a server that answers, and return what ``read`` extracts; as ``Endpoint.ask``."""
         for attempt in range(self.retries + 1):
             for number in self._in_turn():
                 try:
-                    return self._ask_one(number, path, body, read, advice)
+                    return self._ask_one(number, lambda member: member.ask(path, body, read, *settings, **named))
                 except Refused as refused:
                     if refused.status not in LATER:
                         raise
@@ -118,7 +118,7 @@ class EndpointPool:
                 self._states[number].rests_until = now + _REST
         return [*sorted(ready, key=lambda number: self._states[number].busy), *resting]
 
-    def _ask_one(self, number: int, path: str, body: Any, read: Callable[[Any], T], advice: str) -> T:
+    def _ask_one(self, number: int, ask: Callable[[Endpoint], T]) -> T:
         """Ask one server, which is checked first if it was dropped."""
         state, member = self._states[number], self.members[number]
         dropped = state.rests_until > 0
@@ -126,7 +126,7 @@ class EndpointPool:
             if dropped:
                 for check in state.checks:
                     check()
-            reply = member.ask(path, body, read, advice)
+            reply = ask(member)
         if dropped:
             state.rests_until = 0.0
             print(f"vlm-distill: {self.who}: {member.url} answers again", file=sys.stderr, flush=True)

@@ -61,7 +61,7 @@ class ServedModel:
     Attributes:
         context: the most tokens of a request and its answer together; ``None`` if the server does not say.
         end_tokens: ids that end an answer.
-        tells: whether the server returns log-probabilities of the prompt.
+        silent: addresses of servers that return no log-probabilities of the prompt.
         root: the same server without ``/v1``, where vLLM has the paths that OpenAI's API lacks.
 
     Raises:
@@ -91,8 +91,13 @@ class ServedModel:
         eos = processor.tokenizer.eos_token_id
         self.end_tokens = template_ends(processor) | (set() if eos is None else {eos})
         self.context: int | None = None
-        self.tells = not pools
+        self.silent: list[str] = []
         self._compare_with_servers()
+
+    @property
+    def tells(self) -> bool:
+        """Return whether log-probabilities of the prompt are returned."""
+        return not (self.pools or self.silent)
 
     @needs_weights
     def _compare_with_servers(self) -> None:
@@ -108,8 +113,8 @@ class ServedModel:
         self.context = min(known, default=None)
         if self.pools:
             self._compare_tokens(server)
-        elif not self._compare_tokenizers(server):
-            self.tells = False
+        elif not self._compare_tokenizers(server) and server.url not in self.silent:
+            self.silent.append(server.url)
 
     def text(self, ids: Sequence[int], **settings: Any) -> tuple[str, dict[str, Any]]:
         """Return path and body of a request for a text."""
@@ -358,7 +363,7 @@ class ServedTeacher(ServedRows[list[Likeliest]]):
         token, url = next(iter(self.end_tokens), 0), server.url
         if not self.served.tells and (self.likeliest or self.needs_images):
             raise UserError(
-                f"teacher.server: {url} returns no prompt_logprobs, which distillation needs; "
+                f"teacher.server: {self.served.silent[0]} returns no prompt_logprobs, which distillation needs; "
                 "serve the teacher with vLLM"
             )
         try:
