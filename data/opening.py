@@ -16,6 +16,7 @@ from .json_sources import open_json
 from .layouts import COLUMNS
 from .paths import check_regular, folder_of
 from .plain_text import TextFiles, TextSource
+from .plugin_layouts import PluginLayout
 from .sources import Source
 from .tars import find_shards, is_shard_pattern
 from .webdataset import WebDatasetSource
@@ -45,6 +46,7 @@ def open_source(
     name: str | None = None,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
+    layout: str | None = None,
     answers_required: bool = True,
 ) -> Source:
     """Open a source by its path or its name on the Hugging Face hub.
@@ -61,18 +63,20 @@ def open_source(
         name: the name in reports; by default the file's name without suffix, or the hub name.
         limit: read only the first ``limit`` samples.
         columns: maps our name for a key (:data:`data.layouts.COLUMNS`) to the key that the records use.
+        layout: a layout from outside (:class:`~data.plugin_layouts.PluginLayout`) that the records have.
         answers_required: whether a record without an assistant's answer is a bad sample (in training it is).
 
     Raises:
         UserError: the path does not exist, has no samples or an unknown format, or no record has a key of ``columns``.
     """
     path, given = Path(path_or_name), str(path_or_name)
-    _check_options(given, images, limit, columns)
+    _check_options(given, images, limit, columns, layout)
     held = held_samples(given)
     kind = _format(path, given, format) if held is None else "memory"
     _check_kind(given, kind, split, config, images)
 
     shared: dict[str, Any] = {"limit": limit, "answers_required": answers_required, "columns": columns}
+    shared["layout"] = None if layout is None else PluginLayout(layout)
     folder = images or folder_of(path)
     source: Source
     if kind == "memory":
@@ -104,12 +108,16 @@ def _check_kind(given: str, kind: str, split: str | None, config: str | None, im
         raise UserError(f"{given} is read as WebDataset, which has no config or image folder; leave it out")
 
 
-def _check_options(given: str, images: Path | None, limit: int | None, columns: Mapping[str, str] | None) -> None:
+def _check_options(
+    given: str, images: Path | None, limit: int | None, columns: Mapping[str, str] | None, layout: str | None
+) -> None:
     """Raise ``UserError`` if an option is wrong whatever the format."""
     if limit is not None and limit < 1:
         raise UserError(f"limit of {given} is {limit}; it must be at least 1, or left out for all rows")
     if images is not None and not images.is_dir():
         raise UserError(f"image folder {images} of {given} does not exist; correct `images`")
+    if columns and layout is not None:
+        raise UserError(f"columns of {given}: layout {layout} reads the records' own keys; leave columns or layout out")
     if unknown := next((ours for ours in columns or {} if ours not in COLUMNS), None):
         raise UserError(f"columns of {given} names {unknown!r}; known are {', '.join(COLUMNS)}")
 

@@ -16,6 +16,7 @@ from .conversation import Conversation
 from .errors import BadSample
 from .keys import is_empty
 from .layouts import to_conversation
+from .plugin_layouts import PluginLayout
 
 
 class Source(ABC):
@@ -29,6 +30,7 @@ class Source(ABC):
         images: the folder that relative image paths start from.
         answers_required: whether a record without an assistant's answer is a bad sample.
         columns: maps our name for a key (:data:`data.layouts.COLUMNS`) to the key that the records use.
+        layout: reads the records, in place of ``columns``; ``None``: they have one of our layouts.
 
     Attributes:
         not_read: how often a key was met that nothing reads, such as ``rating`` or ``messages[].score``, counted while
@@ -41,11 +43,13 @@ class Source(ABC):
         images: Path,
         answers_required: bool = True,
         columns: Mapping[str, str] | None = None,
+        layout: PluginLayout | None = None,
     ) -> None:
         self.name = name
         self.images = images
         self.answers_required = answers_required
         self.columns = dict(columns or {})
+        self.layout = layout
         #: Names assigned by the user, which need no check for ambiguity.
         self.chosen = set(self.columns)
         self.not_read: Counter[str] = Counter()
@@ -58,8 +62,9 @@ class Source(ABC):
         """Return the record as stored. Raise ``BadSample`` if it cannot be read."""
 
     def record(self, index: int) -> Any:
-        """Return the record with our names for its keys. Raise ``BadSample`` if it cannot be read."""
-        return self._renamed(self.read(index))
+        """Return the record in one of our layouts. Raise ``BadSample`` if it cannot be read."""
+        record = self.read(index)
+        return self._renamed(record) if self.layout is None else self.layout.read(record)
 
     def _renamed(self, record: Any) -> Any:
         if not self.columns or not isinstance(record, Mapping):

@@ -4,7 +4,7 @@ Every block is tried: YAML is a valid configuration, commands parse with the rea
 comment before a block says what it is where it is no part of a run's configuration (CONTRIBUTING.md):
 ``<!-- test: in student -->``, ``<!-- test: benchmark -->``, ``<!-- test: sweep -->``; or why it is not tried:
 ``<!-- test: skip, needs a GPU -->``, ``<!-- test: skip, output -->``. Links and anchors are checked too, and that the
-site's navigation has every page.
+site's navigation has every page. ``<!-- test: file NAME -->`` is a module of the reader's own.
 """
 
 import argparse
@@ -22,13 +22,15 @@ from typing import NamedTuple
 import pandas
 import pytest
 import tiny
+import torch
 import typer
 import yaml
 from run_files import CLASSIFIER, GOOD, write
 
+from data.opening import open_source
 from vision.config import ClassifierConfig
 from vision.evaluate import EvaluateOptions
-from vlm_distill import cli
+from vlm_distill import cli, losses
 from vlm_distill.cli.evaluation import RankEvalOptions
 from vlm_distill.cli.options import parse as parse_options
 from vlm_distill.config.batch_split import split_batch
@@ -36,6 +38,7 @@ from vlm_distill.config.file import load_config
 from vlm_distill.config.kinds import kind_of
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.evaluation.benchmark_lookup import get_benchmark
+from vlm_distill.evaluation.scoring.scorers import score
 from vlm_distill.sweeping.sections import SweepSection
 from vlm_distill.training.terms import build_terms
 
@@ -98,7 +101,16 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("IMAGENET", "CIFAR100", "CIFAR_TEACHERS"):
         monkeypatch.setenv(name, "/data")
-    return tmp_path
+    # What a plug-in's import and a program change.
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(losses.PLUGINS, "_registered", {})
+    for block in BLOCKS:
+        if block.mark.startswith("file "):
+            (tmp_path / block.mark.removeprefix("file ")).write_text(block.text)
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(f"{tmp_path}/"):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("block", YAML, ids=str)
@@ -259,12 +271,18 @@ def of_losses(here):
     return {}
 
 
+def of_plugins(here):
+    sys.path.append(str(here))  # as a notebook and pytest do
+    return {}
+
+
 #: Pages with other Python, and what makes the things that their blocks name.
 READERS = {
     "docs/evaluation.md": of_evaluation,
     "docs/first_pair.md": lambda here: {},
     "docs/losses.md": of_losses,
     "docs/models.md": of_models,
+    "docs/plugins.md": of_plugins,
     "docs/taid.md": of_losses,
 }
 
@@ -272,6 +290,25 @@ READERS = {
 @pytest.mark.parametrize("page", READERS)
 def test_python_of_other_pages_runs(here, page):
     run_python(here, page, READERS[page](here))
+
+
+def test_plug_ins_of_the_docs_work(here):
+    page = run_python(here, "docs/plugins.md", of_plugins(here))
+    page["test_hellinger"]()
+    assert "hellinger" in losses.available()
+
+    rows = [{"picture": "7.png", "ask": ["how many?", "which?"], "say": ["two", "the left one"]}]
+    (here / "records.jsonl").write_text("".join(json.dumps(row) for row in rows))
+    sample = open_source(here / "records.jsonl", layout="my_data:read_record")[0]
+    assert [message["role"] for message in sample.messages] == ["user", "assistant"] * 2
+    scores = score(get_benchmark("my_benchmarks:CHARTS").scorer, [{"prediction": " Red", "answer": "red"}])
+    assert scores.main == 100
+
+    cooling = losses.build("ramps:Cooling", start=3)
+    cooling.update({}, losses.Progress(step=1, steps=4))
+    assert cooling.metrics() == {"temperature": 2}
+    student, teacher = torch.randn(2, 3, 7)
+    torch.testing.assert_close(cooling(student, teacher), losses.build("forward_kl", temperature=2)(student, teacher))
 
 
 def test_python_is_tried_on_every_page():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data.classification import LabelledImages, open_images
 from data.errors import UserError
-from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term
+from vlm_distill.config.checks import check_losses
+from vlm_distill.losses import BatchLoss, FeatureLoss, FeatureTerm, Term, term_name
 from vlm_distill.training.loss_mistakes import loss_mistakes
 
 from . import losses
@@ -23,12 +24,19 @@ from .task import AnyTerm, BatchTerm
 
 @loss_mistakes()
 def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
-    """Build the terms, named after their losses (and numbered if a loss occurs twice)."""
+    """Build the terms, named after their losses (and numbered if a loss occurs twice). Imports plug-ins.
+
+    Raises:
+        UserError: a loss cannot be built, or needs what this configuration does not give.
+    """
+    for section in config.loss:
+        losses.REGISTRY.load(section.name)
+    # Again, now that plug-ins are known.
+    check_losses(config.loss, losses.REGISTRY, has_teacher=config.teacher is not None)
     terms: list[AnyTerm] = []
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
-        taken = [term.name for term in terms]
-        name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
+        name = term_name(section.name, [term.name for term in terms])
         if isinstance(loss, BatchLoss):
             if loss.views > 1 and loss.views != len(config.data.views):
                 raise UserError(
@@ -41,6 +49,8 @@ def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
         else:
             if loss.adapts:
                 raise UserError(f"loss {section.name}: adaptive is for answers of many tokens; leave it out")
+            if loss.on_drawn_only or loss.needs_shared_tokens:
+                raise UserError(f"loss {section.name} compares tokens, and classifiers have none; leave it out")
             terms.append(Term(name, loss, section.weight))
     return terms
 

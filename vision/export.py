@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
-from vlm_distill.config.file import load_config
+from vlm_distill.config.file import read_saved
 from vlm_distill.export import finished_student
 from vlm_distill.models.common import first_line
 from vlm_distill.reporting.card import cell, document, fact_table, in_words, result, source_names, student_scores
 from vlm_distill.runtime.launch import guarded
 
 from .classifier import Classifier, load_classifier
-from .config import ClassifierConfig
 
 #: Largest difference between ONNX and torch as a share of the largest logit; kernels add in other orders.
 TOLERANCE = 1e-3
@@ -157,7 +156,7 @@ def _about(run: Path) -> About:
     path = run / "config.yaml"
     if not path.is_file():
         return About(name)
-    config = load_config(path, (), ClassifierConfig).model_dump(exclude_unset=True)
+    config = read_saved(path)  # not validated: a plug-in that the run used may be installed no more
     losses, data = in_words(config["loss"]), source_names(config["data"]["train"])
     return About(name, (config.get("teacher") or {}).get("name"), data, losses, student_scores(run))
 

@@ -196,10 +196,11 @@ def _open_sources(options: RankEvalOptions) -> list[Any]:
     if not options.data:
         raise UserError("nothing to ask: name benchmarks (--benchmarks) or files of questions (--data)")
     if options.format == "text":
-        if options.columns:
-            raise UserError("--columns: plain text has no columns; leave it out")
+        if options.columns or options.layout:
+            raise UserError("--columns, --layout: plain text has no columns; leave them out")
         return [open_text(path, CHARACTERS_PER_TOKEN * options.max_length) for path in options.data]
-    sources: list[Any] = [open_source(path, images=options.images, columns=options.columns) for path in options.data]
+    read_as: dict[str, Any] = {"images": options.images, "columns": options.columns, "layout": options.layout}
+    sources: list[Any] = [open_source(path, **read_as) for path in options.data]
     if len({source.name for source in sources}) < len(sources):
         raise UserError("--data: two files have the same name, so their scores would overwrite each other; rename one")
     return sources

@@ -87,6 +87,9 @@ def finished_student(run: Path) -> Path | None:
 
 def _student(run: Path) -> tuple[Any, Record | None]:
     """Return a run's student, and the run's record from when it was written."""
+    from pydantic import ValidationError
+
+    from vlm_distill.config.file import explain
     from vlm_distill.config.sections import RunConfig
     from vlm_distill.models import load_vlm
     from vlm_distill.training import checkpoint
@@ -106,7 +109,10 @@ def _student(run: Path) -> tuple[Any, Record | None]:
 
     # Use the checkpoint's record: the run may since have been restarted with another ZeRO stage.
     record = Record.read(found.path)
-    config = RunConfig.model_validate(record.configuration)
+    try:
+        config = RunConfig.model_validate(record.configuration)
+    except ValidationError as error:
+        raise UserError(f"{found.path / NAME}: {explain(error, RunConfig)}") from None
     processes = Processes("cpu")
     # What a pruned student keeps is written in the run's folder, which may have been moved.
     model = Run(config.model_copy(update={"output": str(run)}), processes).student
@@ -125,15 +131,14 @@ def _set_end_tokens(model: Any) -> None:
 
 
 def _card(model: Any, run: Path, record: Record | None) -> str:
-    from vlm_distill.config.file import load_config
-    from vlm_distill.config.sections import RunConfig
+    from vlm_distill.config.file import read_saved
     from vlm_distill.models.composed import ComposedVLM
     from vlm_distill.reporting.card import run_card
 
-    if record is None:
-        config, changes = load_config(run / "config.yaml").model_dump(exclude_unset=True), []
-    else:
-        config, changes = RunConfig.model_validate(record.configuration).model_dump(), record.comments()
+    # Not validated: a plug-in that the run used may be installed no more.
+    config, changes = read_saved(run / "config.yaml"), []
+    if record is not None:
+        config, changes = record.configuration, record.comments()
     sees = model.processor.has_vision
     size = sum(p.numel() for p in model.parameters())
     if not isinstance(model, ComposedVLM):

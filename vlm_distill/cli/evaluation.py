@@ -65,6 +65,9 @@ class EvalOptions:
             help="Which keys of the data hold what, as '{image: image_path, question: q}'.",
         ),
     ] = None
+    layout: Annotated[
+        str | None, typer.Option(help="A function of your own that reads the data's records: package.module:function.")
+    ] = None
     rules: Annotated[Rules, typer.Option(help="Whose scoring rules to follow.")] = "vlmevalkit"
     format: Annotated[
         Literal["tsv", "huggingface", "official", "source", "text"] | None,
@@ -102,7 +105,7 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         if self.benchmarks:
-            unused, about = ["columns", "measures", "teacher", "video_sampling"], "data, not benchmarks"
+            unused, about = ["columns", "layout", "measures", "teacher", "video_sampling"], "data, not benchmarks"
         else:
             unused, about = ["judge", "rules", "score"], "benchmarks (--benchmarks), not data"
         defaults = {option.name: option.default for option in fields(self) if option.default is not MISSING}

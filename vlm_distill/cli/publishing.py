@@ -1,4 +1,4 @@
-"""Commands around results and what there is: demo, export, report, configs, schema, losses, models."""
+"""Commands around results and what there is: demo, export, report, configs, schema, losses, benchmarks, models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.table import Column, Table
 
 from data.errors import UserError
+from vlm_distill.losses.plugins import Plugins
 from vlm_distill.runtime.console import plain_console
 from vlm_distill.runtime.gpus import visible_gpus
 from vlm_distill.runtime.launch import launch
@@ -108,16 +109,30 @@ def report(
 
 
 def losses() -> None:
-    """List the losses."""
-    from vlm_distill.losses import available
+    """List the losses, those of installed plug-ins included."""
+    from vlm_distill.losses import PLUGINS, available
 
     _print_table("Losses", available())
+    _warn_of_clashes(PLUGINS)
+
+
+def benchmarks() -> None:
+    """List the benchmarks, those of installed plug-ins included; the documentation has a page on evaluation."""
+    from vlm_distill.evaluation.benchmark_lookup import PLUGINS, available
+
+    _print_table("Benchmarks", available())
+    _warn_of_clashes(PLUGINS)
 
 
 def models() -> None:
     """List the kinds of models that a configuration can name; the documentation's page on models describes them."""
+    from vlm_distill.models.families import PLUGINS
+
     for title, entries in _MODELS.items():
         _print_table(title, entries)
+    if PLUGINS.names():
+        _print_table("Families of plug-ins, by model type", PLUGINS.names())
+    _warn_of_clashes(PLUGINS)
 
 
 _MODELS = {
@@ -223,6 +238,12 @@ def _copy_configs(found: Sequence[str], destination: Path) -> None:
         copied |= dict.fromkeys(shipped.copy(one, destination))
     for path in copied:
         print(path)
+
+
+def _warn_of_clashes(plugins: Plugins) -> None:
+    """Name the installed plug-ins whose names are taken."""
+    for clash in plugins.clashes():
+        print(f"warning: {clash}", file=sys.stderr)
 
 
 def _print_table(title: str, entries: dict[str, str]) -> None:

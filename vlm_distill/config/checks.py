@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from data.errors import UserError
-from vlm_distill.losses import REGISTRY, Registry
+from vlm_distill.losses import REGISTRY, LossError, Registry
 
 # A run is `sections.RunConfig`, whose validation reads this table; imported here, that would be a circle.
 Run = Any
@@ -42,13 +42,7 @@ def check_run(run: Run) -> None:
     for rule in RULES:
         if rule.broken(run):
             raise ValueError(rule.message)
-    check_losses(run.loss, REGISTRY, has_teacher=bool(run.all_teachers))
-    _check_answers(run)
-    for term in run.loss:
-        if term.match != "none" and term.on != "images" and not REGISTRY.entries[term.name].matches:
-            raise ValueError(
-                f"loss {term.name} compares no image tokens; leave match: {term.match} out, or add on: images"
-            )
+    check_terms(run)
 
 
 def check_lessons(run: Run) -> None:
@@ -75,8 +69,22 @@ def check_lessons(run: Run) -> None:
         raise ValueError(f"teachers.{idle[0]}: teaches no source of data.train; name it there, or leave it out")
 
 
+def check_terms(run: Run) -> None:
+    """Raise ``LossError`` for terms that cannot be built, or would never learn.
+
+    Imports neither torch nor a plug-in. A plug-in's terms are checked once its class has been imported: call it again.
+    """
+    check_losses(run.loss, REGISTRY, has_teacher=bool(run.all_teachers))
+    _check_answers(run)
+    for term in run.loss:
+        if term.match != "none" and term.on != "images" and not REGISTRY.entry(term.name).matches:
+            raise LossError(
+                f"loss {term.name} compares no image tokens; leave match: {term.match} out, or add on: images"
+            )
+
+
 def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: bool) -> None:
-    """Raise ``ValueError`` for losses that cannot be built, without importing torch; their values are checked then.
+    """Raise ``LossError`` for losses that cannot be built, without importing torch; their values are checked then.
 
     Args:
         losses: terms of the loss.
@@ -86,33 +94,33 @@ def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: 
     for term in losses:
         entry = known.check(term.name, term.model_extra or {})
         if "teacher" in entry.needs and not has_teacher:
-            raise ValueError(f"loss {term.name} needs a teacher; add a teacher section or use cross_entropy alone")
+            raise LossError(f"loss {term.name} needs a teacher; add a teacher section or use cross_entropy alone")
     if all(term.weight == 0 for term in losses):
-        raise ValueError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
+        raise LossError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
 
 
 def _check_answers(run: Run) -> None:
-    """Raise ``ValueError`` if a term, or a kind of step, would never learn anything because of ``answers``."""
+    """Raise ``LossError`` if a term, or a kind of step, would never learn anything because of ``answers``."""
     policy = run.on_policy
     always_own = policy is not None and policy.fraction == 1 and not policy.pairs
     for term in run.loss:
         if term.answers == "own" and policy is None:
-            raise ValueError(
+            raise LossError(
                 f"loss {term.name}: answers: own are the student's, which on_policy draws; add that section, or leave "
                 "answers out"
             )
-        if term.answers == "own" and "targets" in REGISTRY.entries[term.name].needs:
-            raise ValueError(
+        if term.answers == "own" and "targets" in REGISTRY.entry(term.name).needs:
+            raise LossError(
                 f"loss {term.name} learns from right answers, which the student's own are not known to be; "
                 "leave answers: own out"
             )
         if term.answers == "data" and always_own:
-            raise ValueError(
+            raise LossError(
                 f"loss {term.name}: with on_policy.fraction 1 no step has the data's answers; set on_policy.pairs, or "
                 "leave answers: data out"
             )
     if policy is not None and not always_own and all(term.answers == "own" for term in run.loss):
-        raise ValueError(
+        raise LossError(
             "loss: every term has answers: own, so that nothing would be learnt from the data's answers; set "
             "on_policy.fraction to 1 and pairs to false, or give a term answers: data or both"
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vlm_distill.losses import Registry
+from vlm_distill.losses import PLUGINS, Registry
 
 from .deepspeed_keys import AUTO, KNOWN
 from .sections import DeepSpeedSection, LossSection
@@ -79,7 +79,7 @@ def _give_losses(definitions: dict[str, Any], losses: Registry[Any]) -> None:
         term["properties"]["name"] = {
             "description": term["properties"]["name"]["description"],
             # A loss of one's own is named by its class, as package.module:Class.
-            "anyOf": [{"enum": list(losses.entries)}, {"type": "string", "pattern": ":"}],
+            "anyOf": [{"enum": [*losses.entries, *PLUGINS.names()]}, {"type": "string", "pattern": ":"}],
         }
         term["allOf"] = [
             {

@@ -31,7 +31,7 @@ class LossSection(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field(description="The loss: a name such as `taid`.")
+    name: str = Field(description="The loss: a name such as `taid`, or your own class, `package.module:Class`.")
     weight: AtLeastZero = Field(1.0, description="Factor on the loss in the sum of all terms.")
 
 
@@ -80,12 +80,21 @@ class SourceSection(Section):
     columns: dict[str, str] = Field(
         {}, description="Which column holds what: our name, then the data's, as in `{image: image_path}`."
     )
+    layout: str | None = Field(
+        None, description="A function of your own that reads the records, `package.module:function`."
+    )
 
     @property
     def lesson(self) -> dict[str, float]:
         """Weights of the named teachers, which sum to 1."""
         named = {self.teacher: 1.0} if isinstance(self.teacher, str) else self.teacher or {}
         return {name: weight / sum(named.values()) for name, weight in named.items()}
+
+    @model_validator(mode="after")
+    def _read_in_one_way(self) -> SourceSection:
+        if self.layout is not None and (self.columns or self.format == "text"):
+            raise ValueError("layout reads the records' own keys; leave it out, or columns and format: text")
+        return self
 
 
 class VideoSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -45,7 +46,9 @@ class Benchmark(Section):
     max_new_tokens: Positive | dict[Rules, Positive] = Field(
         128, description="Longest answer, in tokens, or one for each of the rules."
     )
-    scorer: str = Field(description="How answers are scored: a name in `scoring/scorers.py`.")
+    scorer: str = Field(
+        description="How answers are scored: a name in `scoring/scorers.py`, or `package.module:function` of your own."
+    )
     scorer_options: dict[str, Any] = Field(default={}, description="Arguments of the scorer.")
     metric: str = Field("accuracy", description="The usual name of the main score.")
     out_of: Annotated[float, Field(gt=0)] = Field(100.0, description="The main score of a model that is always right.")
@@ -135,7 +138,16 @@ def load_benchmark(path: Path) -> Benchmark:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a benchmark is a mapping with keys such as tsv, prompt and scorer")
+    return read_benchmark({"name": path.stem, **content}, str(path))
+
+
+def read_benchmark(content: Mapping[str, Any], where: str) -> Benchmark:
+    """Return the benchmark of a mapping with the fields of :class:`Benchmark`.
+
+    Raises:
+        UserError: it is invalid; says where it is from.
+    """
     try:
-        return Benchmark.model_validate({"name": path.stem, **content})
+        return Benchmark.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, Benchmark)}") from None
+        raise UserError(f"{where}: {explain(error, Benchmark)}") from None

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from data.errors import UserError
+from vlm_distill.losses.plugins import Plugins
 
-from .benchmark_entry import Benchmark, Rules, load_benchmark
+from .benchmark_entry import Benchmark, Rules, load_benchmark, read_benchmark
 from .benchmark_questions import BenchmarkQuestions
 from .benchmarks import BENCHMARKS
+from .scoring.scorers import rules_of
 
 #: Where users keep benchmarks of their own, one YAML file each.
 FOLDER = Path("configs/benchmarks")
+#: Benchmarks from outside, by name.
+PLUGINS = Plugins("benchmark", "vlm_distill.benchmarks", UserError)
+for _entry in BENCHMARKS:
+    PLUGINS.reserve(dict.fromkeys((_entry.name, *_entry.aliases, _entry.dataset), f"{__package__}.benchmarks"))
+register = PLUGINS.register
 
 
 def data_folder(given: str | Path | None = None) -> Path:
@@ -22,7 +30,11 @@ def data_folder(given: str | Path | None = None) -> Path:
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by one of its names, by the path of a YAML file, or by its name in ``configs/benchmarks``.
+    """Return a benchmark by name.
+
+    Args:
+        name: one of its names; the path of a YAML file, or its name in ``configs/benchmarks``; a plug-in's name, or its
+            ``module:attribute``.
 
     Raises:
         UserError: there is none; names the nearest.
@@ -38,13 +50,37 @@ def get_benchmark(name: str) -> Benchmark:
             names[_plain(known)] = entry
     if _plain(name) in names:
         return names[_plain(name)]
+    if name in PLUGINS:
+        return _from_outside(name)
     near = difflib.get_close_matches(_plain(name), names, n=1)
-    known = ", ".join(entry.name for entry in BENCHMARKS)
+    known = ", ".join([*(entry.name for entry in BENCHMARKS), *PLUGINS.names()])
     raise UserError(
         f"no benchmark {name!r}; "
         + (f"did you mean {names[near[0]].name!r}? There" if near else "there")
         + f" are {known}, and YAML files (in {FOLDER})"
     )
+
+
+def _from_outside(name: str) -> Benchmark:
+    """Return a plug-in's benchmark, which it gives as a :class:`Benchmark` or as a mapping with the same keys."""
+    found = PLUGINS.find(name)
+    if isinstance(found, Benchmark):
+        return found
+    if not isinstance(found, Mapping):
+        raise UserError(
+            f"benchmark {name}: is a {type(found).__name__}; make it a mapping with keys such as tsv, prompt and scorer"
+        )
+    return read_benchmark({"name": name.rpartition(":")[2], **found}, f"benchmark {name}")
+
+
+def available() -> dict[str, str]:
+    """Return the names of all benchmarks, each with its files and rules, or for a plug-in where it is from."""
+    found = {}
+    for entry in BENCHMARKS:
+        found[entry.name] = f"{', '.join(entry.layouts())}; rules: {', '.join(rules_of(entry.scorer))}"
+    for name, origin in PLUGINS.names().items():
+        found[name] = f"plug-in: {origin}"
+    return found
 
 
 def entry_name(given: str) -> str:

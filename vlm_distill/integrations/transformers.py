@@ -22,7 +22,16 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import ModelOutput
 
 from vlm_distill import losses
-from vlm_distill.losses import DistillationLoss, HiddenTargets, LossSums, Progress, Term, TermSums, fused_linear
+from vlm_distill.losses import (
+    DistillationLoss,
+    HiddenTargets,
+    LossSums,
+    Progress,
+    Term,
+    TermSums,
+    fused_linear,
+    term_name,
+)
 
 from .output_layer import OutputLayer, Shaping, intercepted, output_linear
 
@@ -302,8 +311,7 @@ def build_terms(loss: str | Mapping[str, Any] | DistillationLoss | Sequence[Any]
                 f"loss {name}: needs more than both models' logits at the supervised tokens; vlm_distill.distill "
                 "trains with it"
             )
-        taken = [term.name for term in terms]
-        terms.append(Term(name if name not in taken else f"{name}_{len(taken) + 1}", built, weight))
+        terms.append(Term(term_name(name, [term.name for term in terms]), built, weight))
     return terms
 
 

@@ -2,7 +2,7 @@
 
 Needs torch and nothing else of this project, so it can be used inside any other. Torch is imported once something is
 used that needs it: commands check losses by name without it. To add a loss, write its class in a file of its own and
-list it in ``catalogue.py``.
+list it in ``catalogue.py``; ``plugins.py`` finds those of other packages.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .catalogue import REGISTRY, available, build
+from .catalogue import REGISTRY, available, build, register
 from .errors import LossError
-from .registry import Entry, Registry
+from .registry import PLUGINS, Entry, Registry, term_name
 
 if TYPE_CHECKING:
     from .adaptive_kl import AdaptiveKL
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .base import BatchLoss, DistillationLoss, Loss, Match, Progress, RowResult, Term
     from .ctkd import CTKD
     from .diagnostics import Diagnostics
+    from .divergence import Divergence
     from .dkd import DKD
     from .feature_distances import HiddenStates, ProjectorFeatures, VisionFeatures
     from .feature_loss import (
@@ -66,6 +67,7 @@ __all__ = [
     "IMAGE_HIDDEN",
     "JSD",
     "KD",
+    "PLUGINS",
     "REGISTRY",
     "TAID",
     "TEXT_HIDDEN",
@@ -80,6 +82,7 @@ __all__ = [
     "CrossEntropy",
     "Diagnostics",
     "DistillationLoss",
+    "Divergence",
     "Entry",
     "FeatureLoss",
     "FeatureTerm",
@@ -119,7 +122,9 @@ __all__ = [
     "matches_tokens",
     "must_be_alike",
     "on_logits",
+    "register",
     "sequence_weights",
+    "term_name",
     "wanted_features",
 ]
 
@@ -132,6 +137,7 @@ _HOMES = {
     "base": "BatchLoss DistillationLoss Loss Match Progress RowResult Term",
     "ctkd": "CTKD",
     "diagnostics": "Diagnostics",
+    "divergence": "Divergence",
     "dkd": "DKD",
     "feature_distances": "HiddenStates ProjectorFeatures VisionFeatures",
     "feature_loss": "IMAGE_HIDDEN TEXT_HIDDEN TEXT_SAMPLES FeatureLoss FeatureTerm matches_tokens must_be_alike "

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .errors import LossError
 from .groups import TokenGroups
 from .kernels import Form
 
@@ -123,10 +124,18 @@ class DistillationLoss(Loss):
         """Compute the loss and its gradient without autograd. May overwrite both logits tensors.
 
         Takes the arguments of ``forward``; ``grad`` requests the gradient, whether or not autograd is recording.
+
+        Raises:
+            LossError: ``forward`` does not return a value per row; their mean would count each block of rows alike.
         """
         with torch.enable_grad():
             leaf = student_logits.detach().requires_grad_(grad)
             loss = self(leaf, teacher_logits, targets)
+            if loss.shape != leaf.shape[:1]:
+                raise LossError(
+                    f"loss {type(self).__name__}: forward returned the shape {list(loss.shape)} for {len(leaf)} rows; "
+                    "return one value per row of the logits"
+                )
             gradient = torch.autograd.grad(loss.sum(), leaf)[0] if grad else None
         return RowResult(loss.detach(), gradient)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import LossError
-from .registry import TARGETS, TEACHER, Entry, Registry, make
+from .registry import PLUGINS, TARGETS, TEACHER, Entry, Registry, check_class, make
 
 if TYPE_CHECKING:
     from .base import DistillationLoss, Loss
@@ -83,7 +83,7 @@ def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
     """Build a loss by name.
 
     Args:
-        name: one of ``available()``.
+        name: one of ``available()``, or a plug-in's ``package.module:Class``.
         params: the parameters of its constructor, such as ``t_start`` or ``temperature``; with ``standardise=True`` a
             loss between two models' logits sees them standardised.
 
@@ -91,6 +91,20 @@ def build(name: str, **params: Any) -> DistillationLoss | FeatureLoss:
         LossError: there is no such loss or parameter, or a value is out of range.
     """
     return REGISTRY.build(name, params)
+
+
+def register(name: str, kind: type[Loss]) -> None:
+    """Make a loss known by a name, for all configurations and calls of this process.
+
+    Args:
+        name: letters, digits, ``_`` and ``-``.
+        kind: its class, derived from ``DistillationLoss``, ``FeatureLoss`` or ``BatchLoss``.
+
+    Raises:
+        LossError: the name is taken, or the class is not a loss.
+    """
+    check_class(name, kind)
+    PLUGINS.register(name, kind)
 
 
 def build_divergence(where: str, given: str | Mapping[str, Any]) -> Divergence:
@@ -104,8 +118,11 @@ def build_divergence(where: str, given: str | Mapping[str, Any]) -> Divergence:
         LossError: there is no such divergence or parameter, or a value is out of range.
     """
     name, params = REGISTRY.divergence(where, given)
+    kind = REGISTRY.load(name)
+    if not REGISTRY.entry(name).compares:
+        raise LossError(f"{where} {name} is not a divergence; derive its class from vlm_distill.losses.Divergence")
     try:
-        divergence = cast("Divergence", make(REGISTRY.entries[name].load(), f"{where} {name}", params))
+        divergence = cast("Divergence", make(kind, f"{where} {name}", params))
     except LossError as error:
         raise LossError(str(error).replace(f"loss {name}:", f"{where} {name}:", 1)) from None
     if divergence.adapts:

@@ -21,7 +21,11 @@ from .softmax import Softmax, soften_, softmax_, upcast
 class Divergence(DistillationLoss):
     """A loss that compares two distributions over the same categories, and reads nothing else of the logits.
 
-    A subclass writes its definition (``value``) and the closed form of its gradient (``value_and_grad``).
+    A subclass writes its definition (``value``) and, for speed, the closed form of its gradient (``value_and_grad``).
+
+    Attributes:
+        label: its name in messages.
+        kind: the kernels' name for it; ``None``: they do not compute it.
 
     Args:
         temperature: divides both models' logits.
@@ -32,7 +36,8 @@ class Divergence(DistillationLoss):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = check_number(f"loss {self.label}: temperature", temperature, 0.0, above=True)
+        label = getattr(self, "label", type(self).__name__)
+        self.temperature = check_number(f"loss {label}: temperature", temperature, 0.0, above=True)
         self.factor = 1.0
         self.share = 0.0
         # The tail's mass at another temperature does not follow from its mass at 1.
@@ -55,7 +60,12 @@ class Divergence(DistillationLoss):
 
         May overwrite both arguments.
         """
-        raise NotImplementedError
+        with torch.enable_grad():
+            # Log-probabilities are logits, too: a row's derivative is the same by all logits of its softmax.
+            logits = q.log_probs.detach().requires_grad_(grad)
+            loss = self.value(p.log_probs, logits.log_softmax(-1))
+            gradient = torch.autograd.grad(loss.sum(), logits)[0] if grad else None
+        return loss.detach(), gradient
 
     def of_logits_(self, x: Tensor, y: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         """Compute ``value_and_grad`` of softmax(x) and softmax(y), ``[N, V]``; may overwrite both."""

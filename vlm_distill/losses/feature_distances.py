@@ -113,6 +113,7 @@ class VisionFeatures(_Distances):
 
     unit = "image"
     spans_tokenizers = True
+    matches = True
 
     def __init__(self, distance: str = "mse") -> None:
         super().__init__("vision_features", [("vision", "vision")], distance)
@@ -127,6 +128,7 @@ class ProjectorFeatures(_Distances):
 
     unit = "image"
     spans_tokenizers = True
+    matches = True
 
     def __init__(self, distance: str = "mse") -> None:
         super().__init__("projector_features", [("projector", "projector")], distance)

@@ -33,6 +33,7 @@ class FeatureLoss(Loss):
         alike: what both models must have alike in a sample: as many ``image tokens`` (unless these are matched), or the
             same ``text tokens`` in the same places. Other samples are left out.
         spans_tokenizers: whether it reads nothing at text tokens, so that the models' tokenizers may differ.
+        matches: whether it compares image tokens or features of images, which a term may match.
     """
 
     needs = frozenset({"teacher"})
@@ -42,6 +43,7 @@ class FeatureLoss(Loss):
     teacher_features: tuple[str, ...] = ()
     alike: frozenset[str] = frozenset()
     spans_tokenizers: ClassVar[bool] = False
+    matches: ClassVar[bool] = False
 
     def prepare(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape]) -> None:
         """Create the loss's own parameters. Called once, before the optimizer exists.

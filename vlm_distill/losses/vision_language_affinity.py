@@ -25,6 +25,7 @@ class VisionLanguageAffinity(FeatureLoss):
     """
 
     unit = "sample"
+    matches = True
 
     def __init__(self, text: str = "all") -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class VisionRelation(FeatureLoss):
     student_features = teacher_features = (IMAGE_HIDDEN,)
     alike = frozenset({"image tokens"})
     spans_tokenizers = True
+    matches = True
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], samples: Tensor) -> Tensor:
         mine = upcast(student[IMAGE_HIDDEN])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from data.errors import UserError
+from vlm_distill.losses.plugins import Plugins
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -67,6 +70,11 @@ FAMILIES = {
     "smolvlm": Family(equal_tiles=True),
 }
 
+#: Rows from outside, by model type.
+PLUGINS = Plugins("family", "vlm_distill.families", UserError)
+PLUGINS.reserve(dict.fromkeys(FAMILIES, f"{__name__}:FAMILIES"))
+register = PLUGINS.register
+
 #: Normalisation (mean, standard deviation) of vision towers without an image processor, by the start of their model
 #: type. These towers have a position for each patch and stretch them to another image size only if asked to.
 TOWERS = {"clip": CLIP, "siglip": HALF, "vit": HALF}
@@ -103,8 +111,18 @@ def image_keys(image_processor: str) -> dict[str, str]:
 
 
 def family(model_type: str) -> Family:
-    """Return the facts about a model type; one without a row has the defaults."""
-    return FAMILIES.get(model_type, Family())
+    """Return the facts about a model type: its row, or a plug-in's; one without a row has the defaults.
+
+    Raises:
+        UserError: a plug-in with this name cannot be used.
+    """
+    # A model's files name the type, and must not choose code: module:attribute means nothing here.
+    if model_type in FAMILIES or ":" in model_type or model_type not in PLUGINS:
+        return FAMILIES.get(model_type, Family())
+    found = PLUGINS.find(model_type)
+    if not isinstance(found, Family):
+        raise UserError(f"family {model_type}: is a {type(found).__name__}; make it a {__name__}.Family")
+    return found
 
 
 def tower_normalisation(model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -32,6 +32,7 @@ from . import checkpoint
 from .effects import idle_settings
 from .hooks import Hooks
 from .intake import FirstSamples, SampleTally, too_many_left_out, try_samples
+from .loss_mistakes import loss_mistakes
 from .past import Past
 from .run_summary import in_words, machine, when, write_summary
 from .step_metrics import finite_norm, headline, not_finite_terms, term_means
@@ -274,7 +275,7 @@ class Loop(Hooks):
         norm: float | None = None
         for number, micro in enumerate(step.batches, 1):
             where = f"micro-batch {number} of {len(step.batches)}"
-            with self._out_of_memory_explained(micro):
+            with self._out_of_memory_explained(micro), loss_mistakes():
                 self._enter(f"the forward of {where}", step.index)
                 self.engine.begin_micro_batch(last=number == len(step.batches))
                 loss, terms = self.forward_batch(step, micro, scales)

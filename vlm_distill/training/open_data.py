@@ -37,7 +37,8 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
             sources.append(open_text(section.path, CHARACTERS_PER_TOKEN * max_length, **named))
         else:
             images = Path(section.images) if section.images else None
-            sources.append(open_source(section.path, images=images, format=section.format, **named))
+            layout = section.layout
+            sources.append(open_source(section.path, images=images, format=section.format, layout=layout, **named))
     name, count = Counter(source.name for source in sources).most_common(1)[0] if sources else ("", 0)
     if count > 1:
         raise UserError(f"data: {count} sources are called {name}; give each a name of its own (key name)")

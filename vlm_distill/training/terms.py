@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from data.errors import UserError
 from vlm_distill import losses
+from vlm_distill.config.checks import check_terms
 from vlm_distill.config.sections import RunConfig, TermSection
-from vlm_distill.losses import DistillationLoss, FeatureLoss, FeatureTerm, Term, must_be_alike
+from vlm_distill.losses import BatchLoss, DistillationLoss, FeatureLoss, FeatureTerm, Term, must_be_alike, term_name
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.teacher import Teacher
 from vlm_distill.models.vocabulary import shared_tokens
@@ -21,21 +22,25 @@ _TRAINED_BY = {"vision": ("vision_encoder",), "projector": ("vision_encoder", "p
 
 @loss_mistakes()
 def build_terms(config: RunConfig) -> list[AnyTerm]:
-    """Build the loss's terms, named by their losses (and numbered where a loss is named twice).
+    """Build the loss's terms, named by their losses (and numbered where a loss is named twice). Imports plug-ins.
 
     Raises:
         UserError: a loss cannot be built, or needs what this configuration does not give.
     """
+    for section in config.loss:
+        losses.REGISTRY.load(section.name)
+    check_terms(config)  # again, now that plug-ins are known
     terms: list[AnyTerm] = []
     for section in config.loss:
         loss = losses.build(section.name, **(section.model_extra or {}))
+        if isinstance(loss, BatchLoss):
+            raise UserError(f"loss {section.name} compares the images of a batch, for classifiers; leave it out")
         _check_loss(config, section.name, loss)
         _check_sequences(config, section, loss)
         _check_drawn(config, section, loss)
         if section.on == "images":
             _check_on_images(section.name, loss)
-        taken = [term.name for term in terms]
-        name = section.name if section.name not in taken else f"{section.name}_{len(taken) + 1}"
+        name = term_name(section.name, [term.name for term in terms])
         if isinstance(loss, FeatureLoss):
             terms.append(FeatureTerm(name, loss, section.weight, section.answers, section.match))
         else:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from data.errors import UserError
+from vlm_distill.losses.plugins import Plugins
 
 from . import hallusion, mathvista, mmmu, mmvet, ocrbench, text_match, vqa, yes_no
 from . import multiple_choice_lmms_eval as lmms_choice
@@ -49,22 +50,43 @@ SCORERS: dict[str, dict[Rules, Scorer]] = {
 }
 
 
+#: Scorers from outside, mostly named as ``module:function``.
+PLUGINS = Plugins("scorer", "vlm_distill.scorers", UserError)
+PLUGINS.reserve(dict.fromkeys(SCORERS, f"{__name__}:SCORERS"))
+
+
+def scorers_of(name: str) -> dict[Rules, Scorer]:
+    """Return a scorer's functions by their rules. A plug-in's is one function for all rules, which it may ignore.
+
+    Raises:
+        UserError: there is no such scorer.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    if name not in PLUGINS:
+        raise UserError(
+            f"there is no scorer {name!r}; there are {', '.join(SCORERS)}, and your own as package.module:function"
+        )
+    found = PLUGINS.find(name)
+    if not callable(found):
+        raise UserError(f"scorer {name}: is a {type(found).__name__}, not a function; name one that scores a table")
+    return _each(found, *_ALL)
+
+
 def rules_of(name: str) -> tuple[Rules, ...]:
     """Return the rules that a scorer has.
 
     Raises:
         UserError: there is no such scorer.
     """
-    if name not in SCORERS:
-        raise UserError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
-    return tuple(SCORERS[name])
+    return tuple(scorers_of(name))
 
 
 def score(name: str, table: Table, rules: str = "vlmevalkit", **options: Any) -> Scores:
     """Score a table.
 
     Args:
-        name: a key of ``SCORERS``.
+        name: a key of ``SCORERS``, or a plug-in's.
         table: rows with the columns that the rules need and ``prediction``.
         rules: whose rules to follow.
         options: of the scorer, for example ``split`` and ``meta`` of multiple choice.
@@ -76,6 +98,6 @@ def score(name: str, table: Table, rules: str = "vlmevalkit", **options: Any) ->
     if rules not in known:
         raise UserError(f"{name} has no rules {rules!r}; it has {', '.join(known)}")
     try:
-        return SCORERS[name][rules](table, **options)
+        return scorers_of(name)[rules](table, **options)
     except KeyError as lacking:
         raise UserError(f"{name}: a row has no column {lacking}, which the rules {rules!r} need") from None
