@@ -14,8 +14,9 @@ _ROLE = re.compile(r":\w+:`~?\.*([\w.]+)`")
 _CODE = re.compile(r"(``.*?``|`.*?`)", re.S)
 
 _OF_LOSSES = """
-build available fused_linear on_logits Term DistillationLoss Progress RowResult HiddenTargets TopKTargets TokenTargets
-MixedTargets TokenGroups LossSums TermSums FeatureLoss FeatureTerm BatchLoss Standardised LossError
+build available register fused_linear on_logits Term DistillationLoss Divergence Progress RowResult HiddenTargets
+TopKTargets TokenTargets MixedTargets TokenGroups LossSums TermSums FeatureLoss FeatureTerm BatchLoss Standardised
+LossError
 """
 #: Modules, each with its introduction and the names that are shown of it.
 MODULES = {

@@ -8,7 +8,7 @@ import torch
 
 from vision import losses as vision_losses
 from vlm_distill import losses
-from vlm_distill.losses import DistillationLoss, LossError
+from vlm_distill.losses import DistillationLoss, Entry, LossError
 from vlm_distill.losses.divergence import Divergence
 
 DIVERGENCES = {
@@ -485,6 +485,7 @@ def test_what_is_known_without_torch_is_what_the_classes_say(registry):
         assert entry.parameters == tuple(inspect.signature(kind).parameters), name
         assert entry.summary() == inspect.getdoc(kind).splitlines()[0], name
         assert entry.needs == kind.needs, name
+        assert (entry.parameters, entry.matches) == (Entry.of(kind).parameters, Entry.of(kind).matches), name
         assert not entry.compares or issubclass(kind, Divergence), name
 
 

@@ -52,6 +52,9 @@ LOSSES = '''
         def forward(self, student, teacher, targets=None):
             return (student - teacher).square().mean()
 
+    class Labels(DistillationLoss):
+        needs = frozenset({"labels"})
+
     class Images(FeatureLoss):
         unit = "image"
         matches = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -202,11 +202,15 @@ class Registry(Generic[L]):
 
 
 def check_class(name: str, found: Any) -> type[Any]:
-    """Return a plug-in if it is a class of losses, else raise ``LossError``."""
+    """Return a plug-in if it is a class of losses whose ``needs`` are known, else raise ``LossError``."""
     from .base import BatchLoss, DistillationLoss
     from .feature_loss import FeatureLoss
 
     if isinstance(found, type) and issubclass(found, BatchLoss | DistillationLoss | FeatureLoss):
+        if not isinstance(found.needs, Set) or not found.needs <= TEACHER | TARGETS:
+            raise LossError(
+                f"loss {name}: needs is {found.needs!r}; make it a set of 'teacher', 'targets', both or none"
+            )
         return found
     what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
     raise LossError(
