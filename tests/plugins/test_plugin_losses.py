@@ -76,7 +76,7 @@ def test_a_divergence_of_ones_own_serves_taid_and_top_k_teachers(here):
         ("my_losses/Reverse:", {}, "does not name a plug-in; write package.module:Name"),
         ("my_losses:NotALoss", {}, "is the class NotALoss, not a loss; name a class derived from"),
         ("my_losses:function", {}, "is a function, not a loss"),
-        ("my_losses:Labels", {}, "needs is frozenset({'labels'}); name 'teacher', 'targets', both or none in a set"),
+        ("my_losses:Labels", {}, "needs is frozenset({'labels'}); make it a set of 'teacher', 'targets', both or none"),
         ("my_losses:Reverse", {"temprature": 1}, "has no parameter 'temprature' (did you mean 'temperature'?); it has"),
         ("my_losses:Reverse", {"temperature": -1}, "loss Reverse: temperature is -1; give a number above 0"),
         (
