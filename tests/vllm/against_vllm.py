@@ -178,6 +178,13 @@ class TestHiddenStates:
         there = settings(folder, tmp_path / "there", "images", server, {"form": "hidden"}, **changes)
         same_first_step(first_step(there, processes), here)
 
+    def test_beside_a_dead_server(self, folder, processes, tmp_path, server, capsys):
+        here = trained(settings(folder, tmp_path / "here", "images", loss=WHOLE), processes)
+        keys = {"form": "hidden", "url": ["http://127.0.0.1:9/v1", server.url]}
+        there = trained(settings(folder, tmp_path / "there", "images", server, keys, loss=WHOLE), processes)
+        assert there == pytest.approx(here, rel=1e-4)
+        assert capsys.readouterr().err.count("http://127.0.0.1:9/v1 does not answer and is left out until it does") == 1
+
     def test_in_bf16(self, folder, processes, tmp_path, server):
         here = trained(settings(folder, tmp_path / "here", "images", loss=WHOLE), processes)
         keys = {"form": "hidden", "embed_dtype": "bf16"}
@@ -248,6 +255,41 @@ class TestRollouts:
     def test_killed_in_the_middle_and_started_again(self, folder, processes, tmp_path, server, capsys):
         """It starts from the weights that it was first given, and gets the student's before it draws again."""
         plain = with_rollouts(folder, tmp_path, server, refresh=4)
+        trainer = Trainer(RunConfig.model_validate(plain), processes)
+        after_update = trainer.after_update
+
+        def restart(step):
+            after_update(step)
+            if step == 1:
+                server.kill()
+                server.start()
+
+        trainer.after_update = restart
+        trainer.run()
+        assert "has other weights than it was given" in capsys.readouterr().err
+        assert lines_of(plain, "on_policy/staleness") == [0, 1, 0, 1]
+
+
+class TestAdapters:
+    """A LoRA student, whose adapter alone is sent to a server of its base."""
+
+    @pytest.fixture(scope="class")
+    def server(self, folder):
+        with real_server.serving(folder / "seeing_student", NAME, *IMAGES, *MANY, "--enable-lora") as server:
+            yield server
+
+    def settings(self, folder, out, server=None, **keys):
+        plain = with_rollouts(folder, out, server, **keys)
+        plain["student"]["lora"] = {"rank": 8}
+        return plain
+
+    def test_the_adapter_follows_the_student(self, folder, processes, tmp_path, server):
+        here = trained(self.settings(folder, tmp_path / "here"), processes)
+        there = self.settings(folder, tmp_path / "there", server, adapter=True)
+        assert trained(there, processes) == pytest.approx(here, rel=1e-3)
+
+    def test_started_again_without_it(self, folder, processes, tmp_path, server, capsys):
+        plain = self.settings(folder, tmp_path, server, adapter=True, refresh=4)
         trainer = Trainer(RunConfig.model_validate(plain), processes)
         after_update = trainer.after_update
 

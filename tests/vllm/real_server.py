@@ -31,6 +31,7 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, for rollouts
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
