@@ -78,9 +78,8 @@ def open_source(
     shared: dict[str, Any] = {"limit": limit, "answers_required": answers_required, "columns": columns}
     shared["layout"] = None if layout is None else PluginLayout(layout)
     folder = images or folder_of(path)
-    source: Source
     if kind == "memory":
-        source = open_held(held, name or given.removeprefix(PREFIX), folder, **shared)
+        source: Source = open_held(held, name or given.removeprefix(PREFIX), folder, **shared)
     elif kind == "huggingface":
         dataset = open_dataset(path, given, split, config)
         source = HuggingFaceSource(dataset, name or _dataset_name(path, given), folder, **shared)

@@ -261,7 +261,7 @@ class Configurations:
 
 
 def _whole(mark: str, content: Any) -> Any:
-    """Return a block's content as a whole configuration, if its mark says of which section it is a part."""
+    """Return a block's content as a whole configuration, if its mark names the section that it belongs to."""
     if mark.startswith("in "):
         for key in reversed(mark.removeprefix("in ").split(".")):
             content = {key: content}

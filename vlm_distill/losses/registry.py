@@ -38,7 +38,7 @@ class Entry:
         compares: whether it can be TAID's divergence.
         classes: whether it also compares class logits, so that classifiers learn from it too.
         matches: as in :class:`~.feature_loss.FeatureLoss`.
-        imported: false for a plug-in that is yet to be imported, of which nothing is known.
+        imported: false for a plug-in that is yet to be imported: nothing is known of it.
     """
 
     home: str

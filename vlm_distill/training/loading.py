@@ -115,8 +115,8 @@ def _served_teacher(section: TeacherSection, server: ServerSection, max_length: 
     served = open_served(section, server)
     if served.context is not None and max_length >= served.context:
         raise UserError(
-            f"data.max_length: {max_length}, but {served.endpoint.url} takes {served.context} tokens, one of which it "
-            f"must generate; set it to at most {served.context - 1}, or start the server with --max-model-len"
+            f"data.max_length: {max_length}, but {served.endpoint.url} takes {served.context} tokens and must "
+            f"generate one of them; set it to at most {served.context - 1}, or start the server with --max-model-len"
         )
     return ServedTeacher(served, server.top_logprobs if server.form == "topk" else 0, server.workers)
 
