@@ -101,6 +101,7 @@ def main() -> None:
 def trainer(options: argparse.Namespace, folder: Path, loss: str, processes: Processes) -> Trainer:
     """Return the run with one of the losses, on its own answers alone."""
     changes = [f"loss=[{{name: {loss}}}]", "on_policy.fraction=1.0", "on_policy.temperature=1.0", f"output={folder}"]
+    changes.append("deepspeed.stage=0")  # gradients stay with their parameters
     config = load_config(options.config, [*options.overrides, *changes])
     return Trainer(config, processes)
 
