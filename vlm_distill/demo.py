@@ -84,9 +84,9 @@ def run(out: Path, nproc: int) -> None:
         baselines={"the question alone": summarise(baseline)},
     )
     picture = answers[_TAID][0].image
-    console.print(
-        f"student: {student}\nreport:  {page}\nnow try: vlm-distill ask {student} {picture} 'what shape is present?'"
-    )
+    # The last line is a command to copy: it must not be broken.
+    told = f"student: {student}\nreport:  {page}\nnow try: vlm-distill ask {student} {picture} 'what shape is present?'"
+    console.print(told, soft_wrap=True)
 
 
 def _train(name: str, out: Path, data: Path, nproc: int) -> None:
