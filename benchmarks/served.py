@@ -114,7 +114,8 @@ def teacher_rows(
         trainers[name] = trainer(folder, processes, {"url": url, "model": NAME, "workers": ROWS, **keys})
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     bytes_sent: dict[str, list[float]] = {name: [] for name in trainers}
-    batches = [batch for step in trainers["local"].dataset for batch in step.batches]
+    local = trainers["local"]
+    batches = [local.dataset[step].batches[0] for step in range(local.steps)]
     for number, batch in enumerate(batches):
         tokens = len(batch.targets)
         for name, there in trainers.items():
