@@ -227,6 +227,21 @@ def with_rollouts(folder, out, server=None, **keys):
     return settings(folder, out / "run", "images", loss=[{"name": "jsd"}], on_policy=own)
 
 
+def train_past_a_restart(plain, processes, server):
+    """Train; after the first step the server is killed and started again."""
+    trainer = Trainer(RunConfig.model_validate(plain), processes)
+    after_update = trainer.after_update
+
+    def restart(step):
+        after_update(step)
+        if step == 1:
+            server.kill()
+            server.start()
+
+    trainer.after_update = restart
+    trainer.run()
+
+
 class TestRollouts:
     """A student that sees images on a server that draws its answers."""
 
@@ -255,17 +270,7 @@ class TestRollouts:
     def test_killed_in_the_middle_and_started_again(self, folder, processes, tmp_path, server, capsys):
         """It starts from the weights that it was first given, and gets the student's before it draws again."""
         plain = with_rollouts(folder, tmp_path, server, refresh=4)
-        trainer = Trainer(RunConfig.model_validate(plain), processes)
-        after_update = trainer.after_update
-
-        def restart(step):
-            after_update(step)
-            if step == 1:
-                server.kill()
-                server.start()
-
-        trainer.after_update = restart
-        trainer.run()
+        train_past_a_restart(plain, processes, server)
         assert "has other weights than it was given" in capsys.readouterr().err
         assert lines_of(plain, "on_policy/staleness") == [0, 1, 0, 1]
 
@@ -290,17 +295,7 @@ class TestAdapters:
 
     def test_started_again_without_it(self, folder, processes, tmp_path, server, capsys):
         plain = self.settings(folder, tmp_path, server, adapter=True, refresh=4)
-        trainer = Trainer(RunConfig.model_validate(plain), processes)
-        after_update = trainer.after_update
-
-        def restart(step):
-            after_update(step)
-            if step == 1:
-                server.kill()
-                server.start()
-
-        trainer.after_update = restart
-        trainer.run()
+        train_past_a_restart(plain, processes, server)
         assert "has other weights than it was given" in capsys.readouterr().err
         assert lines_of(plain, "on_policy/staleness") == [0, 1, 0, 1]
 
