@@ -109,7 +109,8 @@ def write_students(
             if (folder / "student").exists():
                 continue
             overrides = [f"teacher.path={teacher}", f"data.train.0.path={data / 'train.jsonl'}", f"output={folder}"]
-            overrides.append(f"student.from_teacher={json.dumps(section)}")
+            # The configuration's own choice of layers goes.
+            overrides.append(f"student.from_teacher={json.dumps({'layers': None} | section)}")
             parts = Run(load_config(CONFIG, overrides), processes)
             if not rule.startswith("random"):
                 student = parts.student

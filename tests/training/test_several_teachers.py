@@ -213,6 +213,14 @@ def test_inspect_and_plan_know_all_of_them(folder):
     weights = sum(part.parameters for part in planned.parts if part.model != "student")
     assert (row.placement, row.teacher) == ("several", 4 * weights)
 
+    settings = config(folder, "shown", taught)
+    settings["teachers"]["other"]["cache"] = {"folder": str(folder / "not_filled_yet")}
+    planned = plan(RunConfig.model_validate(settings), device="cpu", memory=1.0)
+    (head,) = (part for part in planned.parts if part.model == "other")
+    whole = sum(part.parameters for part in planned.parts if part.model == "big")
+    assert head.name == "lm_head"
+    assert planned.memory[planned.configured].teacher == 4 * (whole + head.parameters)
+
 
 @pytest.mark.parametrize(
     ("taught", "changes", "match"),

@@ -165,15 +165,18 @@ class Models:
     def _member_bytes(self, name: str) -> tuple[str, float]:
         """Return where one of several teachers is, and the bytes of its weights, unsharded."""
         section, model = self.config.teachers[name], _model_of(self.run.members[name])
-        if model is None:  # on its server, but for a head
-            teacher = self.run.members[name].teacher
-            head = None if teacher is None else teacher.head
-            return "replicate", 0.0 if head is None else sum(p.nbytes for p in head.parameters)
-        if section.cache is not None:
-            exact = section.cache.form == "hidden"
-            return "replicate", sum(p.nbytes for p in model.head.parameters) if exact else 0.0
+        if model is None or section.cache is not None:
+            return "replicate", sum(p.nbytes for p in self._lone_head(name))
         placement = section.quantize or section.placement
         return placement, _weight_bytes(model, placement)
+
+    def _lone_head(self, name: str) -> list[nn.Parameter]:
+        """Return the lm head of one of several teachers, if that is all that is loaded of it."""
+        cache, teacher = self.config.teachers[name].cache, self.run.members[name].teacher
+        if teacher is None or teacher.head is None:
+            return []
+        alone = teacher.model is None if cache is None else cache.form == "hidden"
+        return list(teacher.head.parameters) if alone else []
 
     def placements(self) -> tuple[str, list[str]]:
         """Return the teacher's placement as configured, and all that are worth comparing."""
@@ -197,6 +200,9 @@ class Models:
         found = _parts_of("student", self.student)
         for name, model in self.run.running_members.items():
             found += _parts_of(name, model)
+        for name in self.run.members:
+            if head := self._lone_head(name):
+                found.append(Part(name, "lm_head", _count(head), 0))
         if self.head_alone:
             assert self.head is not None
             found.append(Part("teacher", "lm_head", _count(self.head.parameters), 0))
