@@ -180,7 +180,7 @@ def answer_rows(folder: Path, url: str) -> Iterator[dict[str, Any]]:
     }
     for count in AT_ONCE:
         speeds: dict[str, list[float]] = {name: [] for name in sides}
-        for repeat in range(4 if count < 64 else 3):
+        for repeat in range(4 if count < 64 else 2):
             for name, draw in sides.items():
                 start = time.perf_counter()
                 tokens = draw(count)
