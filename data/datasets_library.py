@@ -135,7 +135,7 @@ def _folder_of_config(folder: Path, given: str, config: str | None) -> Path:
     """Return the folder of a configuration. Without one, raise ``UserError`` if several folders look like one."""
     if config is not None:
         if not all(map(_is_plain_name, config.split("/"))):
-            raise UserError(f"config {config!r} of {given} is no name of a folder; correct it")
+            raise UserError(f"config {config!r} of {given} is not the name of a folder; correct it")
         for candidate in (folder / config, folder / "data" / config):
             if candidate.is_dir():
                 return candidate

@@ -107,7 +107,7 @@ def _pickled(path: Path, fine: bool) -> tuple[NDArray[np.uint8], NDArray[np.int6
     key = "fine_labels" if fine else "labels"
     pixels, labels = content.get("data"), content.get(key)
     if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3 * _SIDE**2,):
-        raise UserError(f"{path} has no array of {3 * _SIDE**2} values a row under 'data'; is it a file of CIFAR?")
+        raise UserError(f"{path} has no array of {3 * _SIDE**2} values per row under 'data'; is it a file of CIFAR?")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(type(one) is int for one in labels):
         raise UserError(f"{path} has no list of {len(pixels)} numbers under {key!r}; is it a file of CIFAR?")
     within = [label if 0 <= label < 2**31 else -1 for label in labels]
@@ -166,7 +166,7 @@ def open_idx(folder: Path, name: str, *, split: str | None = None) -> ArrayImage
         raise UserError(f"{images} has no labels beside it; fetch {plain} or {plain}.gz")
     pixels, numbers = _read_idx(images, 3), _read_idx(labels, 1)
     if len(pixels) != len(numbers):
-        raise UserError(f"{images} has {len(pixels)} images and {labels.name} {len(numbers)} labels; fetch both again")
+        raise UserError(f"{images} has {len(pixels)} images, but {labels.name} {len(numbers)} labels; fetch both again")
     where = "/".join(folder.resolve().parts[-2:]).lower()
     classes = read_classes(folder / "classes.txt") or (FASHION if "fashion" in where else tuple("0123456789"))
     return ArrayImages(name, pixels, Labels(numbers.astype(np.int64), classes))
@@ -177,12 +177,12 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4 + 4 * dimensions)
             if len(head) < 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
-                raise UserError(f"{path} is no IDX file of bytes in {dimensions} dimensions; fetch it again")
+                raise UserError(f"{path} is not an IDX file of bytes in {dimensions} dimensions; fetch it again")
             shape = [int(length) for length in np.frombuffer(head, ">u4", offset=4)]
             data = file.read(math.prod(shape) + 1)  # one more, to check that nothing follows
     except (OSError, EOFError, zlib.error, OverflowError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {error or 'its header asks for too much'}; fetch it again") from None
     if len(data) != math.prod(shape) or not data:
         size = " x ".join(map(str, shape))
-        raise UserError(f"{path} does not hold the {size} bytes of its header; it is truncated: fetch it again")
+        raise UserError(f"{path} does not hold the {size} bytes that its header gives; it is truncated: fetch it again")
     return np.frombuffer(data, np.uint8).reshape(shape)

@@ -133,7 +133,7 @@ def _numbered_classes(path: Path) -> Sequence[str]:
 def _mapped(path: Path) -> list[str]:
     lines = [line.split() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     if not all(len(words) > 1 and words[1].isdecimal() for words in lines):
-        raise UserError(f"{path} has another form than `n02119789 1 kit_fox`; write classes.txt instead")
+        raise UserError(f"{path} is not in the form of `n02119789 1 kit_fox`; write classes.txt instead")
     return [words[0] for words in sorted(lines, key=lambda words: int(words[1]))]
 
 

@@ -50,7 +50,7 @@ def read_records(given: Records) -> list[Row]:
             return [dict(content)]  # one line, so a single record
         return [{given.key: key, **_row(given, value, key)} for key, value in content.items()]
     if not isinstance(content, list):
-        raise UserError(f"{given.path} holds no records but a {type(content).__name__}; is it the right file?")
+        raise UserError(f"{given.path} holds a {type(content).__name__}, not a list of records; is it the right file?")
     return [_row(given, value, number) for number, value in enumerate(content, 1)]
 
 
@@ -120,7 +120,7 @@ def json_table(name: str, rows: Sequence[Row], files: Sequence[Path], images: Pa
     for column in _columns(pattern):
         for number, row in enumerate(rows, 1):
             if column not in row:
-                raise UserError(f"{where}, record {number} has no key {column!r}, which its image is named by")
+                raise UserError(f"{where}, record {number} has no key {column!r}, which names its image")
     return RowTable(rows, name, ImageFiles(images, pattern))
 
 

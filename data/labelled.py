@@ -197,7 +197,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if not names or twice is not None:
         problem = "names no class" if not names else f"names the class {twice!r} twice"
-        raise UserError(f"{path} {problem}; write one name a line, in the order of the labels")
+        raise UserError(f"{path} {problem}; write one name per line, in the order of the labels")
     return tuple(names)
 
 

@@ -79,7 +79,7 @@ def read_message(given: Mapping[str, Any], unread: Counter[str]) -> RawMessage:
     wanted = trained_on(given, f"a message of the {role}")
     # Some tools write the number 1 on every message, but true on a question is deliberate.
     if wanted and role != "assistant" and any(isinstance(given.get(key), bool) for key in MASKS):
-        raise BadSample("only an assistant's messages are learnt", f"a message of the {role} says that it is to be")
+        raise BadSample("only an assistant's messages are learnt", f"a message of the {role} asks to be learnt")
     if wanted is False and role == "assistant":
         message["supervised"] = False
     return message
@@ -217,7 +217,7 @@ def _image_part(part: Mapping[str, Any], folder: Path, unread: Counter[str]) -> 
     if index is None:
         return {"type": "image"}
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise BadSample("index of an image is no number", f"index: {index!r:.40}")
+        raise BadSample("index of an image is not a number", f"index: {index!r:.40}")
     return {"type": "image", "number": index + 1}
 
 

@@ -115,7 +115,7 @@ class HuggingFaceTable(Table):
         if pictures is not None:
             for data, column in ((dataset, pictures_on), (pictures, "id"), (pictures, "image")):
                 if column not in data.column_names:
-                    raise UserError(f"{given} has no column {column!r}, by which questions find their images")
+                    raise UserError(f"{given} has no column {column!r}, which links questions to their images")
             self._pictures = _PlainTable(pictures.select_columns(["image"]))
             self._picture_index = {str(key): index for index, key in enumerate(pictures["id"])}
             self._on = pictures_on

@@ -132,7 +132,7 @@ class _Reader:
         else:
             seconds = 0.0
         if seconds <= 0 or self.fps <= 0:
-            raise BadSample("video is broken", f"{self.name}: does not say how long it is, or its frames a second")
+            raise BadSample("video is broken", f"{self.name}: does not give its length or its frame rate")
         if seconds > self.limits.max_seconds:
             raise BadSample("video is too long", f"{self.name}: {seconds:,.0f} s, limit {self.limits.max_seconds:,.0f}")
         return seconds

@@ -93,7 +93,7 @@ def test_a_cache_is_filled_and_then_learnt_from(material, command, monkeypatch):
     path, place = write(material, "cached", training__steps=1), f"teacher.cache.folder={folder / 'cache'}"
     code, _, errors = command("cache", path)
     assert code == 2
-    assert "says where the teacher's outputs go; set teacher.cache.folder, or student.vision_cache" in errors
+    assert "no cache to fill; set teacher.cache.folder for the teacher's outputs, or student.vision_cache" in errors
     started = []
     monkeypatch.setattr(cli.training, "launch", lambda *words: started.append(words) or 0)
     assert command("cache", path, place, "--nproc", 2)[0] == 0

@@ -88,7 +88,7 @@ def test_interrupted_and_resumed_equals_straight(config, monkeypatch, capsys):
         ("more", 1),
     }
     assert generate.main([str(config), "--out", str(straight), *DRAWN]) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changed", ["data", "template"])

@@ -75,7 +75,7 @@ def test_a_smoke_run_tries_everything_and_leaves_the_real_run_alone(run, command
     assert "training.smoke" in capsys.readouterr().err
     code, _, errors = command("export", smoke, smoke / "out")
     assert code == 2
-    assert "is a smoke run, whose student is no result" in errors
+    assert "is a smoke run, whose student is not a result" in errors
     assert "real-smoke (smoke run)" in write_report([smoke]).read_text()
 
     # The next one starts afresh, even if this one was interrupted.

@@ -40,7 +40,7 @@ def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
         if isinstance(loss, BatchLoss):
             if loss.views > 1 and loss.views != len(config.data.views):
                 raise UserError(
-                    f"loss {section.name} compares {loss.views} views of an image and data.views has "
+                    f"loss {section.name} compares {loss.views} views of an image, but data.views has "
                     f"{len(config.data.views)}; give a weak and a strong one"
                 )
             terms.append(BatchTerm(name, loss, section.weight))

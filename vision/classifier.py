@@ -79,7 +79,7 @@ class Classifier(nn.Module):
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise UserError(
                 f"classes: {len(self.classes)} names for a classifier of {self.num_classes} outputs; "
-                "give as many, or set num_classes"
+                "give one per output, or set num_classes"
             )
         both_heads: Any = getattr(model, "set_distilled_training", None)
         if both_heads is not None:

@@ -33,11 +33,11 @@ class ClassifierSection(Section):
     )
     classes: list[str] | str | None = Field(
         None,
-        description="Names of the outputs in order: a list, a text file with one a line, or a set such as `imagenet`; "
+        description="Names of the outputs in order: a list, a file with one per line, or a set such as `imagenet`; "
         "by default the weights' own. For open_clip, what the zero-shot classifier tells apart.",
     )
     image_size: Positive | None = Field(
-        None, description="Pixels a side, to which position embeddings are resampled; by default the model's own."
+        None, description="Pixels per side, to which position embeddings are resampled; by default the model's own."
     )
     mean: Colour | None = Field(None, description="Mean of red, green and blue in 0..1; by default the model's own.")
     std: Colour | None = Field(
@@ -71,7 +71,7 @@ class ClassifierLossSection(LossSection):
     """One term of the loss."""
 
     warmup_epochs: AtLeastZero = Field(
-        0.0, description="Epochs over which the weight rises: in the e-th, e/warmup_epochs of it, as in DKD's code."
+        0.0, description="Epochs over which the weight rises: epoch e has e/warmup_epochs of it, as in DKD's code."
     )
 
 
@@ -158,7 +158,7 @@ class ClassifierTrainingSection(TrainingSection):
     batch_size: Positive = Field(256, description="Images in an optimizer step, over all ranks.")
     dtype: DType = Field("fp32", description="Precision of the forward; `bf16` is autocast, weights stay in float32.")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Decay of an average of the weights, which is then the student; by default no average."
+        None, description="Decay of a moving average of the weights, which becomes the student; by default none."
     )
     gather: bool = Field(False, description="Let losses that compare the images of a batch see those of all ranks.")
     channels_last: bool = Field(False, description="Keep images and weights in channels-last memory.")
@@ -194,7 +194,7 @@ class ClassifierConfig(Section):
 
     student: StudentSection = Field(description="The classifier that is trained.")
     teacher: TeacherSection | None = Field(
-        None, description="The classifier to learn from; without one, only losses that need none."
+        None, description="The classifier to learn from; without it, only losses that need no teacher."
     )
     loss: list[ClassifierLossSection] = Field(min_length=1, description="Terms of the loss.")
     data: DataSection = Field(description="Training and evaluation data.")

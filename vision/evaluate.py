@@ -41,7 +41,7 @@ class EvaluateOptions:
     model: Annotated[str, typer.Argument(help="Folder of a classifier, or timm's name of one.", show_default=False)]
     data: Annotated[Path, typer.Option(help="Folder or file of labelled images.", show_default=False)]
     set: Annotated[imagenet.Set | None, typer.Option(help="Which of ImageNet's sets the images are.")] = None
-    format: Annotated[str, typer.Option(help="Format of the data; auto: as they look.")] = "auto"
+    format: Annotated[str, typer.Option(help="Format of the data; auto recognises it.")] = "auto"
     split: Annotated[str | None, typer.Option(help="Split of the data.")] = None
     source: Annotated[Literal["timm", "open_clip"], typer.Option(help="Library that the model's name is from.")] = (
         "timm"
@@ -51,10 +51,10 @@ class EvaluateOptions:
     ] = False
     weights: Annotated[str | None, typer.Option(help="File of weights for the model.")] = None
     classes: Annotated[
-        str | None, typer.Option(help="Names of the model's outputs: a file of one a line, or imagenet.")
+        str | None, typer.Option(help="Names of the model's outputs: a file with one per line, or imagenet.")
     ] = None
     num_classes: Annotated[int | None, typer.Option(min=1, help="Number of the model's outputs.")] = None
-    teacher: Annotated[str | None, typer.Option(help="A classifier to agree with: folder or timm's name.")] = None
+    teacher: Annotated[str | None, typer.Option(help="Classifier to compare with: folder or timm's name.")] = None
     teacher_weights: Annotated[str | None, typer.Option(help="File of weights for the teacher.")] = None
     out: Annotated[Path | None, typer.Option(help="Folder for scores and predictions, such as RUN/evaluation.")] = None
     limit: Annotated[

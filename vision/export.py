@@ -114,7 +114,7 @@ def _write_onnx(classifier: Classifier, path: Path) -> float:
         onnx.save(_without_traces(onnx.load(str(path))), str(path))
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # torch and its converters raise anything for what they cannot express
-        raise UserError(f"--onnx: this model cannot be put into ONNX: {first_line(error)}") from error
+        raise UserError(f"--onnx: this model cannot be written as ONNX: {first_line(error)}") from error
     difference = 0.0
     for count in (1, 3):  # neither equals the batch size at tracing
         with torch.no_grad():

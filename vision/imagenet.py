@@ -142,7 +142,7 @@ def open_variant(name: Set, source: LabelledImages) -> Variant:
     if name in _NUMBERED and all(given.isdecimal() for given in source.classes):
         _check_order(source)
     if name == "real" and len(set(labels)) < len(whole):
-        raise UserError(f"{source.name}: ReaL needs all 1,000 classes of the validation set, here are {len(labels)}")
+        raise UserError(f"{source.name}: ReaL needs all 1,000 classes of the validation set, found {len(labels)}")
     chosen = _Relabelled(source, TITLES[name], classes, labels, filtered=name.startswith("val-"))
     return Variant(chosen, subset is not None, _real if name == "real" else None)
 

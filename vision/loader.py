@@ -132,11 +132,11 @@ class ImageSteps(Dataset[Step]):
         split.check(mixture.batch_size)
         if mixture.batch_size % views.repeats:
             raise UserError(
-                f"batch size {mixture.batch_size} is no multiple of {views.repeats} repeats; change one of them"
+                f"batch size {mixture.batch_size} is not a multiple of {views.repeats} repeats; change one of them"
             )
         if views.fixed_views and views.repeats > 1:
             raise UserError(
-                f"{views.fixed_views} fixed views and {views.repeats} repeats; one of them, as repeats need new views"
+                f"{views.fixed_views} fixed views and {views.repeats} repeats: set one, as repeats need new views"
             )
         self.mixture = mixture
         self.size = inputs.size

@@ -121,7 +121,7 @@ def _classes(config: ClassifierConfig, sources: Sequence[LabelledImages]) -> Seq
     if known is None and config.teacher is not None and trained:
         known = load_model(config.teacher, (), "teacher").num_classes
     if known is None:
-        raise UserError("data.train was not found, which says how many classes there are; set student.num_classes")
+        raise UserError("data.train, which gives the number of classes, was not found; set student.num_classes")
     return [str(number) for number in range(known)]
 
 

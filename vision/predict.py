@@ -354,7 +354,7 @@ def _width(raw: Tensor, source: LabelledImages, outputs: Tensor) -> int:
     needed = int(outputs.max()) + 1
     if needed > width:
         raise UserError(
-            f"{source.name}: its {len(source.classes)} classes need {needed} outputs and the classifier has {width}; "
+            f"{source.name}: its {len(source.classes)} classes need {needed} outputs, but the classifier has {width}; "
             "name the classifier's classes, or other data"
         )
     return width

@@ -164,7 +164,7 @@ def rebuild(folder: Path, saved: Mapping[str, Any], num_classes: int | None = No
 def _prompts(templates: str | Sequence[str]) -> Sequence[Any]:
     if isinstance(templates, str):
         if templates not in TEMPLATES:
-            raise UserError(f"templates: '{templates}' is neither of {', '.join(TEMPLATES)} nor a list of prompts")
+            raise UserError(f"templates: '{templates}' is neither one of {', '.join(TEMPLATES)} nor a list of prompts")
         return TEMPLATES[templates]
     for template in templates:
         if "{}" not in template:

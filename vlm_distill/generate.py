@@ -93,7 +93,7 @@ def generate(options: GenerateOptions) -> None:
 def _check(config: RunConfig, options: GenerateOptions) -> None:
     """Raise ``UserError`` if there are no questions, no model to answer them, or the file exists already."""
     if options.out.exists():
-        raise UserError(f"--out: {options.out} is there already; remove it, or name another file")
+        raise UserError(f"--out: {options.out} already exists; remove it, or name another file")
     section = config.teacher
     if options.model is None and (section is None or section.from_student):
         raise UserError(f"{options.config}: has no teacher with weights of its own to answer; name a model (--model)")

@@ -253,7 +253,7 @@ class Trainer(Loop):
             return None
         return (
             f"student.train: only {' and '.join(sorted(trained))} would train, and none of the first {found.tried} "
-            "samples has an image, so that nothing would be learned; train the decoder too, or use data with images"
+            "samples has an image, so nothing would be learned; train the decoder too, or use data with images"
         )
 
     def evaluation_mistake(self) -> str | None:

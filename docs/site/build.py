@@ -118,7 +118,7 @@ def check_navigation(navigation: Any, there: set[str]) -> None:
     named = named_in(navigation)
     for name in named:
         if name not in there or named.count(name) > 1:
-            raise SiteError(f"docs/site/mkdocs.yml: nav has {name}, which is no page, or is there twice")
+            raise SiteError(f"docs/site/mkdocs.yml: nav has {name}, which is not a page, or is listed twice")
     missing = sorted(there - set(named))
     if missing:
         raise SiteError(f"docs/site/mkdocs.yml: nav lacks {', '.join(missing)}; add each page where its readers look")

@@ -51,7 +51,7 @@ from vlm_distill.training.terms import build_terms
         ),
         ({"evaluation": {"measures": ["kl"]}, "teacher": None}, [], ["measures: 'kl' needs a teacher section"]),
         ({"deepspeed": {"stage": 4}}, [], ["deepspeed.stage", "4"]),
-        ({"deepspeed": {"stage": 2, "zero_optimization": {"stage": 3}}}, [], ["is another one than stage"]),
+        ({"deepspeed": {"stage": 2, "zero_optimization": {"stage": 3}}}, [], ["stage differs from stage"]),
         ({}, ["training.steps"], ["section.key=value"]),
         ({}, ["loss.7.weight=1"], ["loss has 1 entry, numbered 0"]),
         ({"loss": [{"name": "kd"}] * 3}, ["loss[3].weight=1"], ["loss has 3 entries, numbered 0 to 2"]),

@@ -154,8 +154,8 @@ def test_a_file_of_deepspeed_is_read_and_overrides_lie_on_top(tmp_path):
     for text, says in (
         ("{", "not readable as JSON"),
         ("[1]", "a mapping"),
-        ('{"stage": NaN}', "no finite number"),
-        ('{"stage": 1, "stage": 2}', "stage is there twice"),
+        ('{"stage": NaN}', "not a finite number"),
+        ('{"stage": 1, "stage": 2}', "stage is given twice"),
     ):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UserError, match=says):

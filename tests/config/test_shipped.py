@@ -63,7 +63,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert shipped.copy(PAIR, tmp_path) == copies
     copies[-1].write_text("mine")
     other = tmp_path / "imagenet/resnet34_resnet18/dkd.yaml"
-    with pytest.raises(UserError, match="is there already, with another content; choose another place"):
+    with pytest.raises(UserError, match="already exists, with other content; choose another place"):
         shipped.copy("imagenet/resnet34_resnet18/dkd", tmp_path)
     assert copies[-1].read_text() == "mine"
     assert not other.exists()

@@ -115,7 +115,7 @@ def test_a_decoders_features_are_its_own_activations(model_type, tokenizer, talk
 def test_attention_that_is_not_understood_is_refused(model_type, tokenizer):
     config = {"model_type": model_type, **TINY, **UNKNOWN[model_type]}
     model = build_vlm({"decoder": {"config": config}}, tokenizer)
-    with pytest.raises(UserError, match=r"not known how .* makes them in its last layer") as caught:
+    with pytest.raises(UserError, match=r"cannot tell how .* makes them in its last layer") as caught:
         model.feature_shape("keys")
     assert "\n" not in str(caught.value)
 

@@ -98,5 +98,5 @@ def test_ranks_that_do_not_come_out_even(tmp_path, processes):
     plain = tiny.config(
         tmp_path, tiny.write_data(tmp_path), tiny.write_teacher(tmp_path / "teacher"), training__sequence_parallel=2
     )
-    with pytest.raises(UserError, match=r"sequence_parallel: 1 rank\(s\) are no multiple of 2"):
+    with pytest.raises(UserError, match=r"sequence_parallel: 1 rank\(s\) are not a multiple of 2"):
         Trainer(RunConfig.model_validate(plain), processes)

@@ -204,7 +204,7 @@ def test_mistakes_are_told_before_training(folder, processes, tmp_path):
         told(server, "data.max_length: 64, .* set it to at most 63")
     student = load_vlm(folder / "student", dtype="float32").eval()
     with serving(student, pools=True) as server:
-        told(server, "hidden states of 16 numbers, and the lm head of teacher.path reads 24; it serves another model")
+        told(server, "hidden states of 16 numbers, but the lm head of teacher.path reads 24; it serves another model")
 
 
 def test_images_of_other_numbers_of_tokens_are_told_where_these_are_compared(folder, processes, tmp_path):

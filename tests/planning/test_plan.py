@@ -288,7 +288,7 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
             "llama",
             "llama",
             {"training__sequence_parallel": 3, "training__batch_size": 6},
-            "its 2 heads are no multiple of 3 ranks",
+            "its 2 heads are not a multiple of 3 ranks",
         ),
         ("llama", "llama", {"data__eval": [{"path": "gone.jsonl"}]}, "gone.jsonl"),
         ("llama", "llama", {"data__eval": [{"path": "empty.jsonl"}]}, "empty.jsonl has no rows"),
@@ -297,7 +297,7 @@ def test_runs_of_every_kind_are_planned(models, student, teacher, changes, place
             "llama",
             "llama",
             {"data__eval": [{"path": "talks/data.jsonl"}], "evaluation": {"every": 1, "best": "mme"}},
-            "evaluation.best: mme is not evaluated on; there is data",
+            "evaluation.best: mme is not evaluated; choose from data",
         ),
         ("llama", "llama", {"optimizer": {"part_lr": {"vision_encoder": 1e-3}}}, "this student has no vision_encoder"),
         (

@@ -119,7 +119,7 @@ def test_classifiers_are_recognised(tmp_path):
         ({"axis": {}}, [], "axis: unknown key; did you mean 'axes'?"),
         ({"axes": {"loss": {"a": {"training.stepz": 1}}}}, [], "sweep.yaml: in the setting a: "),
         ({"axes": {"loss": {"a": {"training.stepz": 1}}}}, [], "training.stepz: unknown key"),
-        ({"axes": {"loss": {"a b": {}, "a/b": {}}}}, [], "axis loss: a_b is there twice"),
+        ({"axes": {"loss": {"a b": {}, "a/b": {}}}}, [], "axis loss: a_b is given twice"),
         ({"axes": {"loss": {}}}, [], "axes.loss"),
         ({"config": "none.yaml"}, [], "none.yaml: no such configuration file"),
         ({"baseline": "none"}, [], "baseline: no setting 'none'; there are ce, taid, kl"),

@@ -186,7 +186,7 @@ def test_what_cannot_be_scored_does_not_end_the_run(material, processes, monkeyp
         ({"benchmarks": ["popes"]}, "did you mean 'pope'"),
         ({"benchmarks": ["pope"]}, "pope: no data in .*POPE.tsv"),
         ({"rules": "official"}, "has no rules 'official'"),
-        ({"best": "color"}, "evaluation.best: color is not evaluated on; there is colours"),
+        ({"best": "color"}, "evaluation.best: color is not evaluated; choose from colours"),
         ({"twice": True}, "2 things to evaluate on are called colours"),
     ],
 )

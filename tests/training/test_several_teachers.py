@@ -238,7 +238,7 @@ def test_inspect_and_plan_know_all_of_them(folder):
             {"on_policy": WEIGHED},
             "a single teacher's probabilities",
         ),
-        ({"one": {"teacher": BOTH}}, {"evaluation": {"measures": ["kl"]}}, "measured to a single teacher"),
+        ({"one": {"teacher": BOTH}}, {"evaluation": {"measures": ["kl"]}}, "measured against a single teacher"),
     ],
 )
 def test_what_cannot_be_is_refused(folder, taught, changes, match):

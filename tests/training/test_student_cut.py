@@ -135,9 +135,9 @@ def test_a_plan_counts_the_pruned_student(folder, tmp_path):
 @pytest.mark.parametrize(
     ("cut", "says"),
     [
-        ({"layers": 5}, "layers: 5 layers asked of a decoder with 4"),
+        ({"layers": 5}, "layers: 5 layers were asked for, but the decoder has 4"),
         ({"layers": [0, 4]}, "layers: [0, 4] must be ascending indices from 0 to 3"),
-        ({"neurons": 25}, "neurons: 25 asked of a decoder with 24"),
+        ({"neurons": 25}, "neurons: 25 were asked for, but the decoder has 24"),
         ({"heads": 1}, "heads: 1 heads cut a group of 2"),
         ({"width": 15}, "no llama has these sizes"),
         ({"vision_encoder": {"width": 8}}, "the vision_encoder's width is its heads × 8"),

@@ -340,7 +340,7 @@ def test_files_and_bytes_are_read_within_the_roots(tmp_path):
     ("options", "message"),
     [
         ({"micro": 3}, "batch size 8 is not 3 "),
-        ({"repeats": 3}, "batch size 8 is no multiple of 3 repeats"),
+        ({"repeats": 3}, "batch size 8 is not a multiple of 3 repeats"),
         ({"repeats": 2, "fixed_views": 1}, "1 fixed views and 2 repeats"),
     ],
 )

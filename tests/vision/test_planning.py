@@ -77,7 +77,7 @@ def test_a_head_alone_needs_little_beside_the_weights(tmp_path):
             {"training__steps": None, "training__epochs": 3},
             "cannot plan training.epochs: .*nowhere .data.train. was",
         ),
-        ({}, "data.train was not found, which says how many classes there are; set student.num_classes"),
+        ({}, "data.train, which gives the number of classes, was not found; set student.num_classes"),
         (
             {"student": {"name": "resnet17", "num_classes": 3}},
             "student: classifier: 'resnet17' is neither a folder",

@@ -152,7 +152,7 @@ def test_several_labels_may_be_right():
 
 
 def test_too_few_outputs_are_refused():
-    with pytest.raises(UserError, match="4 classes need 4 outputs and the classifier has 3") as error:
+    with pytest.raises(UserError, match="4 classes need 4 outputs, but the classifier has 3") as error:
         predict(Says(torch.eye(3)), numbered([0], "abcd"))
     assert "\n" not in str(error.value)
 

@@ -110,7 +110,7 @@ def test_recomputation():
     ("name", "options", "message"),
     [
         ("ViT-no-such", {}, "knows no model called 'ViT-no-such'"),
-        ("tiny", {"config": configuration(), "templates": "no"}, "'no' is neither of openai, simple"),
+        ("tiny", {"config": configuration(), "templates": "no"}, "'no' is neither one of openai, simple"),
         ("tiny", {"config": configuration(), "templates": ["a photo"]}, "no {} for the class name"),
         ("tiny", {"config": configuration(), "weights": "no.pt"}, "no file no.pt"),
         ("tiny", {"config": {"embed_dim": 8, "vision_cfg": {"depth": 3}, "text_cfg": {}}}, "cannot build 'tiny'"),

@@ -195,7 +195,7 @@ class TestHiddenStates:
         plain = settings(folder, tmp_path / "run", "images", server, {"form": "hidden"})
         narrow = {"hidden_size": 64, "num_attention_heads": 1}
         plain["teacher"]["path"] = str(real_server.write_vision_model(tmp_path / "narrow", 1, **narrow))
-        with pytest.raises(UserError, match=r"hidden states of 128 numbers, and the lm head .* reads 64"):
+        with pytest.raises(UserError, match=r"hidden states of 128 numbers, but the lm head .* reads 64"):
             Trainer(RunConfig.model_validate(plain), processes)
 
     def test_killed_in_the_middle_and_started_again(self, folder, processes, tmp_path, server):

@@ -98,7 +98,7 @@ def check_tokens(config: RunConfig, sources: Sequence[Source | TextSource], teac
     stored, compared = cache.about["teacher"]["vocabulary"], teacher.head.vocabulary
     if "hidden" not in cache.fields and compared != stored:
         raise UserError(
-            f"teacher.cache: {cache.folder} holds probabilities over {stored:,} tokens, and this student is compared "
+            f"teacher.cache: {cache.folder} holds probabilities over {stored:,} tokens, but this student is compared "
             f"on {compared:,}; use form hidden, or name another folder"
         )
     if config.evaluation.teacher and (config.data.eval or config.evaluation.benchmarks):

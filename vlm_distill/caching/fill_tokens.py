@@ -172,7 +172,7 @@ class TokenFilling(Filling[Step]):
         stored = read_about(self.folder)["teacher"]["vocabulary"]
         if stored != vocabulary:
             raise UserError(
-                f"{self.folder}: holds probabilities over {stored:,} tokens, and this student is compared on "
+                f"{self.folder}: holds probabilities over {stored:,} tokens, but this student is compared on "
                 f"{vocabulary:,}; name another folder"
             )
 

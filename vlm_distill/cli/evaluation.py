@@ -21,13 +21,15 @@ from .options import Processes, expanded, mapping, positive_rate, renaming, vide
 _MODEL = "Folder or name of a model, or a run's folder."
 _Mapping = partial(typer.Option, parser=mapping, metavar="MAPPING")
 TemplateArguments = Annotated[
-    dict[str, Any] | None, _Mapping(help="For the model's chat template, as '{enable_thinking: false}'.")
+    dict[str, Any] | None, _Mapping(help="Arguments of the model's chat template, such as '{enable_thinking: false}'.")
 ]
-TeacherArguments = Annotated[dict[str, Any] | None, _Mapping(help="For the teacher's chat template.")]
+TeacherArguments = Annotated[dict[str, Any] | None, _Mapping(help="Arguments of the teacher's chat template.")]
 VideoSampling = Annotated[
     dict[str, Any] | None,
     typer.Option(
-        parser=video_sampling, metavar="MAPPING", help="How videos are read, as data.video: '{fps: 1, max_frames: 16}'."
+        parser=video_sampling,
+        metavar="MAPPING",
+        help="How videos are sampled, as data.video: '{fps: 1, max_frames: 16}'.",
     ),
 ]
 JudgeAddress = Annotated[str | None, typer.Option(help="Base address of an OpenAI-compatible endpoint.")]
@@ -98,7 +100,10 @@ class EvalOptions:
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only this many questions, evenly spaced.")] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 64
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: the benchmark's own, or 32; raise it for models that think.")
+        int | None,
+        typer.Option(
+            min=1, help="Maximum tokens of an answer; default: the benchmark's, or 32. Raise it for models that think."
+        ),
     ] = None
     dtype: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Default: as saved; fp32 on a CPU.")] = None
     shard: Annotated[bool, typer.Option("--shard", help="Shard the weights over the processes (ZeRO-3).")] = False
@@ -209,7 +214,7 @@ class AskOptions:
     model: Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
     image: Annotated[str, typer.Argument(help="An image file, or - for none.", show_default=False)]
     question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)]
-    video: Annotated[str | None, typer.Option(help="A file of a video, which follows the image.")] = None
+    video: Annotated[str | None, typer.Option(help="A video file; it follows the image.")] = None
     video_sampling: VideoSampling = None
     teacher: Annotated[str | None, typer.Option(help="Another model that also answers.")] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of the answer.")] = 64

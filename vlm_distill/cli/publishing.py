@@ -48,7 +48,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.public and self.push_to_hub is None:
-            raise UserError("export: --public says how to upload; name what is uploaded by --push-to-hub")
+            raise UserError("export: --public needs an upload; add --push-to-hub owner/name")
 
 
 @expanded
@@ -69,7 +69,7 @@ def export(options: ExportOptions) -> None:
         _export_classifier(options)
     elif options.onnx:
         raise UserError(
-            f"export: {options.run} is no classifier's run, and others are not written as ONNX; leave --onnx out"
+            f"export: {options.run} is not a classifier's run, and only those are written as ONNX; leave --onnx out"
         )
     else:
         print(export_student(options.run, options.folder, options.dtype, options.format))
@@ -199,7 +199,7 @@ def configs(
 def schema(
     command: Annotated[
         Literal["train", "classify", "sweep", "eval"],
-        typer.Argument(help="The command that reads the files; of eval, the files of benchmarks."),
+        typer.Argument(help="Command whose files to describe; for eval, benchmark files."),
     ] = "train",
 ) -> None:
     """Print the JSON schema of a configuration's file: every key with its description, type and default.

@@ -92,7 +92,7 @@ def is_smoke(folder: Path) -> bool:
 def refuse_smoke(folder: Path) -> None:
     """Raise ``UserError`` if a run is a smoke run, whose student is no result."""
     if is_smoke(folder):
-        raise UserError(f"{folder}: is a smoke run, whose student is no result; train without --smoke")
+        raise UserError(f"{folder}: is a smoke run, whose student is not a result; train without --smoke")
 
 
 def _empty(folder: Path) -> None:

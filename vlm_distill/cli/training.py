@@ -134,7 +134,7 @@ class GenerateOptions(RunOptions):
 
     out: Annotated[Path, typer.Option(help="JSONL file to write.", show_default=False)]
     model: Annotated[str | None, typer.Option(help="Folder or name of a model to use instead of the teacher.")] = None
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are left out.")] = 512
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens; longer answers are left out.")] = 512
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy decoding.")] = 0.0
     samples: Annotated[int, typer.Option(min=1, help="Answers to draw per question.")] = 1
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 64

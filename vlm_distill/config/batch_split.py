@@ -18,7 +18,9 @@ def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
     """
     shared = getattr(config.training, "sequence_parallel", 1)
     if world % shared:
-        raise UserError(f"training.sequence_parallel: {world} rank(s) are no multiple of {shared}; change one of them")
+        raise UserError(
+            f"training.sequence_parallel: {world} rank(s) are not a multiple of {shared}; change one of them"
+        )
     world //= shared
     batch = config.training.batch_size
     micro = config.training.micro_batch_size or max(1, batch // world)
@@ -27,7 +29,7 @@ def split_batch(config: AnyRun, world: int) -> tuple[int, int]:
         near = sorted({max(per, batch // per * per), (batch // per + 1) * per})
         raise UserError(
             f"training.batch_size: {batch} is not divisible by micro_batch_size {micro} × {world} rank(s); "
-            f"nearest that are: {', '.join(map(str, near))}"
+            f"the nearest that are:  {', '.join(map(str, near))}"
         )
     accumulation = batch // (micro * world)
     source = f"training.batch_size and micro_batch_size on {world} rank(s)"

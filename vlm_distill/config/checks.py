@@ -96,7 +96,7 @@ def check_losses(losses: Sequence[Named], known: Registry[Any], *, has_teacher: 
         if "teacher" in entry.needs and not has_teacher:
             raise LossError(f"loss {term.name} needs a teacher; add a teacher section or use cross_entropy alone")
     if all(term.weight == 0 for term in losses):
-        raise LossError("loss: every weight is 0, so that nothing would be learnt; give one of them a weight above 0")
+        raise LossError("loss: every weight is 0, so nothing would be learnt; give one of them a weight above 0")
 
 
 def _check_answers(run: Run) -> None:
@@ -111,7 +111,7 @@ def _check_answers(run: Run) -> None:
             )
         if term.answers == "own" and "targets" in REGISTRY.entry(term.name).needs:
             raise LossError(
-                f"loss {term.name} learns from right answers, which the student's own are not known to be; "
+                f"loss {term.name} learns from right answers, and the student's own may be wrong; "
                 "leave answers: own out"
             )
         if term.answers == "data" and always_own:
@@ -121,7 +121,7 @@ def _check_answers(run: Run) -> None:
             )
     if policy is not None and not always_own and all(term.answers == "own" for term in run.loss):
         raise LossError(
-            "loss: every term has answers: own, so that nothing would be learnt from the data's answers; set "
+            "loss: every term has answers: own, so nothing would be learnt from the data's answers; set "
             "on_policy.fraction to 1 and pairs to false, or give a term answers: data or both"
         )
 
@@ -130,8 +130,8 @@ def check_caches(run: Run) -> None:
     """Raise ``UserError`` if a run that shall fill its caches names none."""
     if not _cached(run) and run.student.vision_cache is None:
         raise UserError(
-            "teacher.cache: says where the teacher's outputs go; set teacher.cache.folder, or student.vision_cache for "
-            "the features of a frozen vision encoder"
+            "teacher.cache: no cache to fill; set teacher.cache.folder for the teacher's outputs, or "
+            "student.vision_cache for the features of a frozen vision encoder"
         )
 
 
@@ -366,11 +366,11 @@ RULES = (
     ),
     Rule(
         lambda run: any(teacher.from_student for teacher in run.teachers.values()),
-        "teachers: the student itself is no teacher beside others; leave from_student out",
+        "teachers: the student itself cannot be one of several teachers; leave from_student out",
     ),
     Rule(
         lambda run: run.teachers and _measures_kl(run),
-        "evaluation.measures: 'kl' is measured to a single teacher; leave 'kl' out",
+        "evaluation.measures: 'kl' is measured against a single teacher; leave 'kl' out",
     ),
     Rule(
         lambda run: run.teachers and _weighs(run),
@@ -378,7 +378,7 @@ RULES = (
     ),
     Rule(
         lambda run: run.teachers and run.training.sequence_parallel > 1,
-        "training.sequence_parallel: has a single teacher; leave it or teachers out",
+        "training.sequence_parallel: works with a single teacher; leave it or teachers out",
     ),
     Rule(
         lambda run: _mixes(run, "probabilities") and run.training.recompute_logits,

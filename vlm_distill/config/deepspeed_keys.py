@@ -210,7 +210,7 @@ def check_keys(section: Mapping[Any, Any], known: Mapping[str, Any] = KNOWN, at:
     for key, value in section.items():
         name = f"{at}{key}"
         if name in ELSEWHERE:
-            raise ValueError(f"{name}: has no use here: {ELSEWHERE[name]}, and leave it out")
+            raise ValueError(f"{name}: has no use here ({ELSEWHERE[name]}); leave it out")
         if key not in known:
             raise ValueError(f"{name}: DeepSpeed has no such key here{_hint(str(key), known, at)}")
         kind = known[key]

@@ -191,7 +191,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"{key} is given twice")
         found[key] = value
     return found
 
@@ -216,7 +216,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"override {text[:200]!r}: write it as section.key=value")
     key = re.sub(r"\[(\w+)\]", r".\1", key)
     if not all(key.split(".")):
-        raise UserError(f"override {text[:200]!r}: {key!r} is no key such as training.steps")
+        raise UserError(f"override {text[:200]!r}: {key!r} is not a key such as training.steps")
     _check(f"override {key}", text)
     try:
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
@@ -398,7 +398,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _check(where: str, value: Any) -> None:
     """Refuse values that no setting can have, and secrets, which would be saved with the results."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: {value} is no finite number")
+        raise UserError(f"{where}: {value} is not a finite number")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{where}: this number is too large")
     if isinstance(value, str) and (secret := secret_in(value)):

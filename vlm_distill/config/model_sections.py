@@ -48,7 +48,7 @@ class FromTeacherSection(CutSection):
 
     vision_encoder: CutSection | None = Field(None, description="What is kept of the vision encoder: the same keys.")
     calibrate: Positive = Field(
-        32, description="Samples of the training data by which layers, neurons, heads and channels are chosen."
+        32, description="Number of training samples by which layers, neurons, heads and channels are chosen."
     )
 
     @property
@@ -145,7 +145,7 @@ class StudentSection(ModelSection):
     ] = Field(
         None,
         description="Projector of a student assembled from parts: `type` and its sizes. `teacher` takes the teacher's, "
-        "frozen, with an MLP behind it where widths differ.",
+        "frozen, with an MLP behind it if the widths differ.",
     )
     vision_cache: str | None = Field(
         None, description="Folder of a frozen vision encoder's features, written by `vlm-distill cache`."
@@ -221,13 +221,13 @@ class ServerSection(Section):
     form: Literal["hidden", "topk", "token"] = Field(
         "topk",
         description="What is asked for at each position: the last hidden state (vLLM's pooling runner), the "
-        "`top_logprobs` likeliest tokens, or with `token` the answer's own alone.",
+        "`top_logprobs` likeliest tokens, or (`token`) the answer's own token alone.",
     )
     embed_dtype: DType = Field(
-        "fp32", description="Precision in which hidden states are sent; `bf16` loses nothing if the server computes so."
+        "fp32", description="Precision in which hidden states are sent; `bf16` loses nothing if the server uses it."
     )
     top_logprobs: Positive = Field(20, description="Number of likeliest tokens asked for with `form: topk`.")
-    workers: Positive = Field(16, description="Requests that a rank has under way at once.")
+    workers: Positive = Field(16, description="Requests that a rank sends at once.")
     timeout: Positive = Field(300, description="Seconds that one request may take.")
 
 
@@ -241,7 +241,7 @@ class DownsampleSection(Section):
     """Images that the teacher sees coarsely."""
 
     downsample: Annotated[float, Field(gt=1)] = Field(
-        description="Factor by which images are made smaller and then larger again, so that tokens stay as many."
+        description="Factor by which images are shrunk and then enlarged again; the tokens stay as many."
     )
 
 
@@ -284,10 +284,10 @@ class TeacherSection(ModelSection):
         "quantize": ("server", "placement"),
     }
     server: ServerSection | None = Field(
-        None, description="Server that runs the teacher; of `path` only tokenizer and image processing are read here."
+        None, description="Server that runs the teacher; only tokenizer and image processor of `path` are read here."
     )
     from_student: bool = Field(
-        False, description="Learn from the student as it starts: a LoRA student's base, or else a copy of the student."
+        False, description="Learn from the student as it was at the start: its base under LoRA, or else a copy."
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="With `from_student`: a copy that follows the student as the moving average of its weights."
@@ -304,7 +304,7 @@ class TeacherSection(ModelSection):
         None, description="Train from outputs that `vlm-distill cache` wrote; the teacher is not loaded."
     )
     view: ViewSection | None = Field(
-        None, description="What the teacher sees of a sample in training, where the student sees something else."
+        None, description="What the teacher sees of a sample in training, if not what the student sees."
     )
 
     @model_validator(mode="after")
@@ -322,7 +322,7 @@ class TeacherSection(ModelSection):
             raise ValueError(f"from_student is the student itself; leave {', '.join(more)} out")
         if self.ema is not None and not self.from_student:
             raise ValueError(
-                "ema: averages the student's weights, so that it needs from_student; leave one of them out"
+                "ema: averages the student's weights, so it needs from_student; add that, or leave ema out"
             )
         if self.quantize is not None and self.placement != "replicate":
             raise ValueError(f"quantize: ZeRO-3 cannot {self.placement} quantized weights; use placement: replicate")

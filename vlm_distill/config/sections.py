@@ -43,11 +43,11 @@ class TermSection(LossSection):
     )
     answers: Literal["data", "own", "both"] = Field(
         "both",
-        description="On which answers it acts: the `data`'s, the student's `own` (`on_policy`), or `both`.",
+        description="Which answers it learns from: the `data`'s, the student's `own` (`on_policy`), or `both`.",
     )
     mean: Literal["tokens", "sequences"] = Field(
         "tokens",
-        description="What the loss averages: all `tokens` of a step, or each answer's tokens, then the `sequences`.",
+        description="What the loss is a mean over: a step's `tokens`, or each answer's tokens, then the `sequences`.",
     )
     match: Literal["none", "hungarian", "pool"] = Field(
         "none",
@@ -68,14 +68,14 @@ class SourceSection(Section):
     split: str | None = Field(None, description="Split of a Hugging Face dataset.")
     config: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
     weight: AboveZero = Field(1.0, description="How often each row is seen in an epoch; 0.5 is every other epoch.")
-    labelled: bool = Field(True, description="`false`: answers are placeholders, and losses that need labels refuse.")
+    labelled: bool = Field(True, description="`false`: answers are placeholders; losses that read them are refused.")
     limit: Positive | None = Field(None, description="Use only this many rows, the first ones.")
     teacher: str | Annotated[dict[str, AboveZero], Field(min_length=1)] | None = Field(
         None,
         description="Which of `teachers` teaches this source: a name, or several with weights, `{big: 2, small: 1}`.",
     )
     combine: Literal["losses", "probabilities", "logits"] = Field(
-        "losses", description="What several teachers' weighted mean is taken of; the last two need one vocabulary."
+        "losses", description="What is averaged over several teachers; the last two need one vocabulary."
     )
     columns: dict[str, str] = Field(
         {}, description="Which column holds what: our name, then the data's, as in `{image: image_path}`."
@@ -100,8 +100,8 @@ class SourceSection(Section):
 class VideoSection(Section):
     """How the files of videos are read."""
 
-    fps: AboveZero = Field(1.0, description="Frames a second.")
-    max_frames: Positive = Field(16, description="Most frames; a longer video gives as many, further apart.")
+    fps: AboveZero = Field(1.0, description="Frames per second.")
+    max_frames: Positive = Field(16, description="Most frames; those of a longer video are further apart.")
     max_seconds: AboveZero = Field(3600.0, description="Longest video; longer ones are bad samples.")
     timeout: AboveZero = Field(60.0, description="Seconds that reading one video may take.")
 
@@ -128,11 +128,11 @@ class DataSection(Section):
     max_pixels: Positive = Field(
         89_478_485, description="Largest image, or a video's frames together, in pixels; larger ones are bad samples."
     )
-    video: VideoSection | None = Field(None, description="Read the files of videos; left out, they are bad samples.")
+    video: VideoSection | None = Field(None, description="How to read video files; without it, they are bad samples.")
     bad_samples: Literal["skip", "fail"] = Field("skip", description="What to do with a sample that cannot be used.")
     max_bad: Fraction = Field(0.5, description="The run ends when it leaves out a larger share of its samples.")
     length_window: NotNegative = Field(
-        0, description="Sort the rows of this many consecutive batches by length, against padding; 0 keeps the order."
+        0, description="Sort the rows of this many consecutive batches by length, for less padding; 0 keeps the order."
     )
     packing: bool = Field(False, description="Put several samples into one row instead of padding.")
     workers: NotNegative = Field(2, description="Loader processes per rank.")
@@ -185,7 +185,7 @@ class TrainingSection(Section):
     dtype: DType = Field("fp32", description="Precision of the forward; optimizer and losses stay in float32.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` uses a GPU if there is one.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward to save memory.")
-    seed: NotNegative = Field(0, description="Seed of weights, data order and everything drawn.")
+    seed: NotNegative = Field(0, description="Seed of weights, data order and all random draws.")
     checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Number of checkpoints kept.")
     resume: bool = Field(True, description="Continue from the output folder's checkpoint; `false` refuses instead.")
@@ -203,7 +203,7 @@ class TrainingSection(Section):
     @model_validator(mode="after")
     def _length(self) -> TrainingSection:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("say how long to train: epochs or steps, one of them")
+            raise ValueError("say how long to train: set epochs or steps, not both")
         return self
 
 
@@ -238,7 +238,7 @@ class DeepSpeedSection(Section):
         zero = section.get("zero_optimization")
         if isinstance(zero, dict) and "stage" in zero:
             if section.setdefault("stage", zero["stage"]) != zero["stage"]:
-                raise ValueError("zero_optimization.stage is another one than stage; leave one of them out")
+                raise ValueError("zero_optimization.stage differs from stage; leave one of them out")
             del zero["stage"]
             section = deepspeed_keys.without_auto(section)
         return section
@@ -281,7 +281,7 @@ class VisualAdvantageSection(Section):
         "none", description="What the teacher sees instead: `none`, or worse images: `{blur: 8}`, `{downsample: 4}`."
     )
     temperature: AboveZero = Field(
-        1.0, description="Of the softmax over a step's answers; the larger, the more alike the weights."
+        1.0, description="Temperature of the softmax over a step's answers; the larger, the more equal the weights."
     )
 
 
@@ -298,9 +298,9 @@ class AnswerServerSection(Section):
     )
     refresh: Positive = Field(1, description="Steps after which the server loads the student's weights again.")
     max_staleness: NotNegative | None = Field(
-        None, description="Answers drawn by weights more steps old than this are not learnt from; by default all are."
+        None, description="Learn from no answer drawn by weights older than this many steps; by default from all."
     )
-    workers: Positive = Field(64, description="Requests that a rank has under way at once.")
+    workers: Positive = Field(64, description="Requests that a rank sends at once.")
     timeout: Positive = Field(300, description="Seconds that one request, or loading the weights, may take.")
 
     @model_validator(mode="after")
@@ -332,7 +332,7 @@ class OnPolicySection(Section):
         description="`gradual` moves weight from terms with `answers: data` to those with `answers: own` (DistiLLM-2).",
     )
     visual_advantage: VisualAdvantageSection | None = Field(
-        None, description="Weigh own answers by how much the teacher needs their images (VA-OPD)."
+        None, description="Weigh the student's answers by how much the teacher needs their images (VA-OPD)."
     )
     server: AnswerServerSection | None = Field(
         None, description="vLLM server that draws the answers; by default the student in training does."
@@ -369,10 +369,10 @@ class RunConfig(Section):
 
     student: StudentSection = Field(description="The model that is trained.")
     teacher: TeacherSection | None = Field(
-        None, description="The model to learn from; without one, only losses that need none (plain fine-tuning)."
+        None, description="The model to learn from; without it, only losses that need no teacher (plain fine-tuning)."
     )
     teachers: dict[str, TeacherSection] = Field(
-        {}, description="Several teachers by name, in place of `teacher`; each source of `data.train` says whose it is."
+        {}, description="Several teachers by name, in place of `teacher`; each source of `data.train` names its own."
     )
     loss: list[TermSection] = Field(min_length=1, description="Terms of the loss.")
     data: DataSection = Field(description="Training and evaluation data.")

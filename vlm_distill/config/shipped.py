@@ -146,7 +146,7 @@ def copy(name: str, destination: Path) -> list[Path]:
     # Look at all places before the first is written.
     for target, content in copies.items():
         if target.exists() and target.read_bytes() != content:
-            raise UserError(f"configs: {target}: is there already, with another content; choose another place")
+            raise UserError(f"configs: {target}: already exists, with other content; choose another place")
     for target, content in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)

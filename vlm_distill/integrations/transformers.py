@@ -248,7 +248,7 @@ class DistillationMixin:
             return
         path = Path(checkpoint) / STATE
         if not path.is_file():
-            raise ValueError(f"{checkpoint}: has no {STATE}, so that no DistillationTrainer wrote it; resume another")
+            raise ValueError(f"{checkpoint}: has no {STATE}, so no DistillationTrainer wrote it; resume another")
         self.distillation_losses.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -354,7 +354,7 @@ def _predicting(hidden: Tensor, labels: Tensor) -> Tensor:
     """Return the hidden states ``[N, H]`` of ``[B, L, H]`` at the tokens before supervised ones."""
     if hidden.shape[:2] != labels.shape:
         raise ValueError(
-            f"labels: are of shape {list(labels.shape)}, and the model has {list(hidden.shape[:2])} tokens; use a "
+            f"labels: have shape {list(labels.shape)}, but the model has {list(hidden.shape[:2])} tokens; use a "
             "processor that puts an image's tokens into input_ids"
         )
     return hidden[:, :-1][labels[:, 1:] != IGNORED]

@@ -55,7 +55,7 @@ class CTKD(DistillationLoss):
         self.t_range = check_number("loss ctkd: t_range", t_range, 0.0)
         self.loops = check_number("loss ctkd: loops", loops, 0.0, above=True)
         if decay is not None and grl_coefficient is not None:
-            raise LossError("loss ctkd: grl_coefficient stays as it is, and decay moves it; give one of them")
+            raise LossError("loss ctkd: grl_coefficient is constant, and decay changes it; give one of them")
         self.decay = _ends((0.0, -1.0) if decay is None else decay)
         self._fixed = grl_coefficient is not None
         self.coefficient = self.decay[0]

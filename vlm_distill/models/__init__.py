@@ -137,7 +137,7 @@ def _load_transformers(
         raise UserError(f"model: no model at '{name}': {first_line(error)}; check the name, or download it") from error
     if config is None:
         if "quantization_config" in options:
-            raise UserError(f"quantize: '{name}' is converted as it loads; save it as it is here, and name that")
+            raise UserError(f"quantize: '{name}' is converted as it loads; save the loaded model, and name its folder")
         own, processor = internvl_chat.load_internvl_chat(name, plain, dtype, options)
         return _with_processor(name, own, processor, tokenizer, template)
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
@@ -177,7 +177,7 @@ def wrap_model(model: Any, processor: Any) -> VisionLanguageModel:
     if hasattr(model, "peft_config"):
         raise UserError(f"{name}: has adapters of peft; merge them first (merge_and_unload)")
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise UserError(f"{name}: is no language model of Transformers with an lm head; load one with AutoModelFor…")
+        raise UserError(f"{name}: is not a language model of Transformers with an lm head; load one with AutoModelFor…")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise UserError(f"{name}: is spread over several devices (device_map); load it on one, or give its name")
     processor = copy.deepcopy(processor)

@@ -90,7 +90,7 @@ def _read_composed(path: Path) -> dict[str, Any]:
     check_keys(f"model: {path}", config, _KEYS)
     for key, kind in _KEYS.items():
         if not isinstance(config.get(key), kind):
-            raise UserError(f"model: {path}: {key} is missing or no {kind.__name__}; is the copy complete?")
+            raise UserError(f"model: {path}: {key} is missing or not a {kind.__name__}; is the copy complete?")
     if not all(isinstance(token, int) for token in config["end_tokens"]):
         raise UserError(f"model: {path}: end_tokens must be token ids")
     where = f"model: {path}: vision_encoder"
@@ -104,12 +104,12 @@ def _read_composed(path: Path) -> dict[str, Any]:
     elif source == "open_clip":
         check_open_clip_config(own, f"{where}.config")
     elif not isinstance(own, dict):
-        raise UserError(f"{where}.config is missing or no object; is the copy complete?")
+        raise UserError(f"{where}.config is missing or not an object; is the copy complete?")
     else:
         check_settings(own, f"{where}.config")
     check_settings(config["decoder"], f"model: {path}: decoder")
     if not isinstance(config["decoder"].get("model_type"), str):
-        raise UserError(f"model: {path}: decoder.model_type is missing or no string; is the copy complete?")
+        raise UserError(f"model: {path}: decoder.model_type is missing or not a string; is the copy complete?")
     return config
 
 

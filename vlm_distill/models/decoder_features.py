@@ -123,7 +123,7 @@ def attention_layers(body: Any, feature: AttentionFeature) -> list[Any]:
     modules = [layer.self_attn for layer in chosen if hasattr(layer, "self_attn")]
     if not modules:
         raise UserError(
-            f"attention to images: not known how {type(body).__name__} attends in these layers; leave that loss out"
+            f"attention to images: cannot tell how {type(body).__name__} attends in these layers; leave that loss out"
         )
     return modules
 
@@ -178,6 +178,6 @@ def _last_attention(body: Any) -> tuple[Any, Any]:
 
 def _unknown(body: Any) -> UserError:
     return UserError(
-        f"queries, keys and values: not known how {type(body).__name__} makes them in its last layer; "
+        f"queries, keys and values: cannot tell how {type(body).__name__} makes them in its last layer; "
         "leave out the loss on its attention"
     )

@@ -105,7 +105,7 @@ def check_weight_files(folder: Path) -> None:
         content = read_object(index)
         _check_index(content, index)
         if not isinstance(content.get("metadata"), dict):
-            raise UserError(f"model: {index}: metadata is missing or no JSON object; is the copy complete?")
+            raise UserError(f"model: {index}: metadata is missing or not a JSON object; is the copy complete?")
         files = sorted({*content["weight_map"].values()})
         gone = [file for file in files if not (folder / file).is_file()]
         if gone:
@@ -274,7 +274,7 @@ def check_open_clip_folder(folder: Path) -> None:
     config = read_object(path)
     model = config.get("model_cfg")
     if not isinstance(model, dict):
-        raise UserError(f"model: {path}: model_cfg is missing or no JSON object; is the copy complete?")
+        raise UserError(f"model: {path}: model_cfg is missing or not a JSON object; is the copy complete?")
     tower = {key: model[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in model}
     check_open_clip_config(tower, f"model: {path}: model_cfg")
     check_settings(model, f"model: {path}: model_cfg")
@@ -303,7 +303,7 @@ def _check_generation(content: Mapping[str, Any], path: Path) -> None:
 def _check_index(content: Mapping[str, Any], path: Path) -> None:
     files = content.get("weight_map")
     if not isinstance(files, dict):
-        raise UserError(f"model: {path}: weight_map is missing or no JSON object; is the copy complete?")
+        raise UserError(f"model: {path}: weight_map is missing or not a JSON object; is the copy complete?")
     wrong = next((file for file in files.values() if not _is_plain(file)), None)
     if wrong is not None:
         raise UserError(f"model: {path}: weight_map names {wrong!r}; weights are files of the folder itself")

@@ -76,7 +76,7 @@ def _check_sizes(processor: Any, where: str, known: Mapping[str, str], largest: 
             )
     elif "longest_edge" in known and largest is not None and images.size.longest_edge > largest:
         raise UserError(
-            f"{where}.longest_edge: {images.size.longest_edge} pixels, and the vision encoder has positions for "
+            f"{where}.longest_edge: {images.size.longest_edge} pixels, but the vision encoder has positions for "
             f"{largest}; choose at most that"
         )
 

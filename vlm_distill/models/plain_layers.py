@@ -131,7 +131,7 @@ def find_stack(model: VisionLanguageModel, part: str) -> PlainStack:
         found = decoder_layers(model.body)
         if found is None:
             name = type(model.body).__name__
-            raise UserError(f"from_teacher: not known where {name} keeps its layers; choose another teacher")
+            raise UserError(f"from_teacher: cannot find the layers of {name}; choose another teacher")
         return PlainStack(part, module, found[0], lambda config: config.get_text_config())
     return _tower_stack(model)
 

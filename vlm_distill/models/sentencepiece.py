@@ -39,7 +39,7 @@ def load_sentencepiece(folder: Path, **options: Any) -> Any:
     try:
         model.ParseFromString((folder / MODEL_NAME).read_bytes())
     except Exception as error:
-        raise UserError(f"tokenizer: '{folder / MODEL_NAME}' is no sentencepiece model; copy it again") from error
+        raise UserError(f"tokenizer: '{folder / MODEL_NAME}' is not a sentencepiece model; copy it again") from error
     if model.trainer_spec.model_type != _BPE_MODEL:
         raise UserError(f"tokenizer: '{folder / MODEL_NAME}' is not a BPE model, the only kind that is read")
 

@@ -175,7 +175,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
         return core(module, query, key, value, mask, **more)
     heads, shared = query.shape[1], key.shape[1]
     if heads % _active.size:
-        raise ValueError(f"its {heads} heads are no multiple of {_active.size} ranks")
+        raise ValueError(f"its {heads} heads are not a multiple of {_active.size} ranks")
     reader: Any = module
     if shared % _active.size:
         # Fewer key heads than ranks: repeat them for each query, and pass a module that does not repeat them again.

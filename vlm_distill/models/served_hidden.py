@@ -156,7 +156,7 @@ class ServedHidden(ServedRows[tuple[Tensor, Tensor]]):
             if tokens and len(numbers) % tokens == 0 and not whole:
                 raise UserError(
                     f"teacher.server: {server.url} returns hidden states of {len(numbers) // tokens} "
-                    f"numbers, and the lm head of teacher.path reads {self.width}; it serves another model"
+                    f"numbers, but the lm head of teacher.path reads {self.width}; it serves another model"
                 )
             raise self._incomplete(len(numbers) // self.width, tokens)
 

@@ -52,7 +52,7 @@ def take_projector(student: VisionLanguageModel, teacher: VisionLanguageModel) -
         if name not in state or state[name].shape != tensor.shape:
             theirs = "none" if name not in state else "×".join(map(str, state[name].shape))
             raise UserError(
-                f"{WHERE}: the teacher's projector has {name} of {theirs}, the student's vision encoder wants "
+                f"{WHERE}: the teacher's projector has {name} of {theirs}, the student's vision encoder needs "
                 f"{'×'.join(map(str, tensor.shape))}; give the student the teacher's vision encoder"
             )
     _copy(inner, state)
@@ -80,7 +80,7 @@ def _projector_of(teacher: VisionLanguageModel) -> tuple[dict[str, Any], dict[st
         )
     probe = torch.linspace(-3, 3, 7)  # GELU's approximations differ by more than rounding
     if projector.linear_1.bias is None or not torch.allclose(projector.act(probe), F.gelu(probe), atol=1e-6):
-        raise UserError(f"{WHERE}: the teacher's projector is no MLP with biases and GELU; name a projector type")
+        raise UserError(f"{WHERE}: the teacher's projector is not an MLP with biases and GELU; name a projector type")
     state: dict[str, Tensor] = {}
     for ours, theirs in (("layers.0", projector.linear_1), ("layers.2", projector.linear_2)):
         state |= {f"{ours}.{name}": tensor for name, tensor in theirs.state_dict().items()}

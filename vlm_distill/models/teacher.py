@@ -109,7 +109,7 @@ class Teacher(ABC):
 
     def separate(self, student: VisionLanguageModel) -> None:
         """Cut each head to the tokens of its own tokenizer, for losses that compare groups of tokens."""
-        raise UserError("this teacher has no head here, so that only a student with its tokenizer can learn from it")
+        raise UserError("this teacher has no head here, so only a student with its tokenizer can learn from it")
 
     def limit(self, vocabulary: int) -> None:
         """Compare the first ids alone, fewer than :meth:`align` returned: the student shares no more with others."""

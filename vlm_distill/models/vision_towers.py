@@ -289,7 +289,7 @@ def _truncate(module: Any, kept: int, count: int) -> None:
     layers = next((m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
     norm = next((n for n in ("post_layernorm", "layernorm", "norm") if hasattr(module, n)), None)
     if layers is None or norm is None:
-        raise UserError(f"vision_encoder.layer: not known where {type(module).__name__} keeps its layers; leave it out")
+        raise UserError(f"vision_encoder.layer: cannot find the layers of {type(module).__name__}; leave it out")
     del layers[kept:]
     setattr(module, norm, nn.Identity())
 

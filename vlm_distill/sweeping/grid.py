@@ -267,7 +267,7 @@ def _choices(draft: _Draft, key: str, axis: Axis) -> list[Choice]:
     names = [choice.name for choice in found]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{draft.path}: axis {key}: {name} is there twice; leave one out")
+            raise UserError(f"{draft.path}: axis {key}: {name} is given twice; leave one out")
     return found
 
 

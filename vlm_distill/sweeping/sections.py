@@ -18,7 +18,7 @@ class LimitSection(Section):
     """A smaller sweep, for `--limit NAME`."""
 
     axes: dict[str, Axis] = Field(
-        {}, description="Per axis: a list chooses among its settings or values, a mapping takes its place."
+        {}, description="Per axis: a list chooses among its settings or values, a mapping replaces it."
     )
     overrides: Overrides = Field({}, description="Overrides of every run, after all others.")
     output: str | None = Field(None, description="Folder of the runs; by default `OUTPUT-NAME`.")
@@ -39,6 +39,6 @@ class SweepSection(Section):
         None, description="Setting that the others are compared with; by default the first of the first axis."
     )
     first: list[str] = Field(
-        [], description="Sweeps to run before this one, such as its teachers'; relative to this file."
+        [], description="Sweeps to run before this one, such as those that train its teachers; relative to this file."
     )
     limits: dict[str, LimitSection] = Field({}, description="Smaller sweeps by name, for `--limit`.")

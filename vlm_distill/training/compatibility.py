@@ -82,7 +82,7 @@ def pair_several(
         if sources and (grouped[name] or teacher.likeliest is not None):
             known = "another tokenizer" if grouped[name] else "its likeliest tokens alone"
             raise UserError(
-                f"data.train: {sources[0].path} combines {sources[0].combine}, and the teacher {name} gives {known}; "
+                f"data.train: {sources[0].path} combines {sources[0].combine}, but the teacher {name} gives {known}; "
                 "combine losses"
             )
     least = min(number for number in shared.values() if number is not None)

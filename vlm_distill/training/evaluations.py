@@ -116,11 +116,11 @@ class Evaluations:
             measured = [m for m in self.settings.measures if not (text and m in OF_ANSWERS)]
             if wanted not in measured:
                 choices = ", ".join(f"{best}/{m}" for m in measured)
-                raise UserError(f"evaluation.best: {wanted} of {best} is not measured; there is {choices}")
+                raise UserError(f"evaluation.best: {wanted} of {best} is not measured; choose from {choices}")
         elif wanted != "exact":
             best = self.settings.best
         if best is not None and best not in names:
-            raise UserError(f"evaluation.best: {best} is not evaluated on; there is {', '.join(names)}")
+            raise UserError(f"evaluation.best: {best} is not evaluated; choose from {', '.join(names)}")
         for benchmark in self.benchmarks:
             questions = benchmark.questions
             if benchmark.name == best and not any(published(questions.row(i)) for i in range(len(questions))):

@@ -43,7 +43,7 @@ def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> N
         return
     if all(term.answers == "data" for term in terms):
         raise UserError(
-            "on_policy: every term has answers: data, so that none learns from the student's own; give a term "
+            "on_policy: every term has answers: data, so none learns from the student's own; give a term "
             "answers: own or both"
         )
     if not any(acts_on(term, drawn=True) for term in terms):

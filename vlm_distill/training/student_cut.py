@@ -81,8 +81,8 @@ def _measure(
     if unseen:
         lacking = "has an image" if unseen == ["vision_encoder"] else "can be used"
         raise UserError(
-            f"student.from_teacher.calibrate: none of the first {section.calibrate} samples {lacking}, so that nothing "
-            f"says what the {unseen[0]} can do without; raise calibrate, or look at the data with vlm-distill inspect"
+            f"student.from_teacher.calibrate: none of the first {section.calibrate} samples {lacking}, so nothing "
+            f"shows what the {unseen[0]} can do without; raise calibrate, or look at the data with vlm-distill inspect"
         )
     return found
 
@@ -138,7 +138,8 @@ class _Choice:
             return asked
         if asked > total:
             raise UserError(
-                f"{self.where}.layers: {asked} layers asked of a {self.stack.part} with {total}; give 1 to {total}"
+                f"{self.where}.layers: {asked} layers were asked for, but the {self.stack.part} has {total}; give 1 to "
+                f"{total}"
             )
         if self.cut.by == "influence" and self.importance is not None:
             return _largest(asked, torch.tensor(self.importance.layers))
@@ -149,7 +150,7 @@ class _Choice:
         for name in ("neurons", "heads", "width"):
             asked, there = getattr(cut, name), getattr(stack, name) if getattr(cut, name) else 0
             if asked is not None and asked > there:
-                raise UserError(f"{self.where}.{name}: {asked:,} asked of a {stack.part} with {there:,}")
+                raise UserError(f"{self.where}.{name}: {asked:,} were asked for, but the {stack.part} has {there:,}")
         shared = stack.heads // stack.groups
         if cut.heads is not None and cut.heads % shared:
             raise UserError(

@@ -90,7 +90,7 @@ def _judged(table: Table) -> Scores:
     for i in positions:
         names.add(tuple(str(table[i][part]) for part in _PARTS))
     if len(names) < len(positions):
-        raise UserError("a question of HallusionBench is there twice")
+        raise UserError("a question of HallusionBench occurs twice")
     scores: list[float | None] = [None] * len(table)
     for i in positions:
         scores[i] = float(_verdict(table[i]))

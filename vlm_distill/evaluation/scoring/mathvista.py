@@ -47,7 +47,7 @@ def found_value(row: Row, answer: Any) -> str | int | float | None:
     except ValueError:
         return None
     except (TypeError, OverflowError):
-        raise UserError(f"MathVista's answer {answer!r} is no number and no text") from None
+        raise UserError(f"MathVista's answer {answer!r} is neither a number nor a text") from None
 
 
 def right_value(row: Row) -> Any:
