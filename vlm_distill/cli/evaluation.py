@@ -185,7 +185,7 @@ def compare(
 ) -> None:
     """Compare models with the first one on the same questions: paired bootstrap interval and McNemar's test.
 
-    Runs that differ by their seed alone are one model: all pairs of models are then compared over their seeds.
+    Runs that differ only by their seed are one model: all pairs of models are then compared over their seeds.
     """
     from vlm_distill.evaluation.compare import compare_all
     from vlm_distill.evaluation.seed_groups import compare_groups, group_by_seed

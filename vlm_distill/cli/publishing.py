@@ -95,7 +95,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs and evaluations, or about a sweep.
 
-    Runs that differ by their seed alone are shown as one training. A sweep's folder also gets its CSV and LaTeX.
+    Runs that differ only by their seed are shown as one training. A sweep's folder also gets its CSV and LaTeX.
     """
     from vlm_distill.reporting.report import write_report
     from vlm_distill.sweeping.record import is_sweep, read_record

@@ -167,7 +167,7 @@ class PlanOptions(RunOptions):
 def plan(options: PlanOptions) -> None:
     """Estimate a run without loading weights: parameters, memory by ZeRO stage, FLOPs, tokens, time and GPU-hours.
 
-    Of a classifier's run, it estimates neither tokens nor time.
+    For a classifier, it estimates neither tokens nor time.
 
     The run's report shows the plan beside what was measured. The documentation's page on
     planning says what is counted, and how well.

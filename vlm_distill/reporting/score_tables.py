@@ -41,7 +41,7 @@ def print_groups(groups: Sequence[GroupScores], pairs: Sequence[Pair]) -> None:
         table.add_row(group.name, str(len(group.scores)), plots.spread(100 * group.mean, deviation))
     print_whole(table)
     if not pairs:
-        print("these runs differ by their seed alone; name runs with other settings to compare them with")
+        print("these runs differ only by their seed; name runs with other settings to compare them with")
         return
 
     table = Table("", "against", box=SIMPLE_HEAD)

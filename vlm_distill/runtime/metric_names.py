@@ -62,7 +62,7 @@ METRICS: dict[str, dict[str, list[Metric]]] = {
             Metric(
                 "TERM/temperature",
                 "",
-                "CTKD's mean temperature; that at which the teacher is as uncertain (`diagnostics`).",
+                "CTKD's mean temperature; with `diagnostics`, that at which the teacher has the student's entropy.",
             ),
             Metric("TERM/coefficient", "", "CTKD's factor on the gradient of its temperature."),
             Metric("TERM/gap", "", "How far apart a skew KL with `adaptive: true` finds both models."),
@@ -81,7 +81,7 @@ METRICS: dict[str, dict[str, list[Metric]]] = {
             Metric("TERM/agreement", "0 to 1", "How often both models find the same token likeliest (`diagnostics`)."),
         ],
         "Steps on the student's own answers": [
-            Metric("on_policy/step", "0 to 1", "1 if the step learns from own answers, else 0."),
+            Metric("on_policy/step", "0 to 1", "1 if the step learns from the student's own answers, else 0."),
             Metric("on_policy/fraction", "0 to 1", "Share of steps that do so, which `adaptive` raises."),
             Metric("on_policy/tokens", "tokens", "Tokens of the step's own answers over all ranks."),
             Metric("on_policy/length", "tokens", "Mean length of the step's own answers."),
@@ -102,7 +102,7 @@ METRICS: dict[str, dict[str, list[Metric]]] = {
             Metric("seconds", "s", "Time since the run was started or resumed."),
         ],
         "Sources of `data.eval`": [
-            Metric("exact", "0 to 1", "Share of answers that match exactly; of classifiers, top-1 accuracy."),
+            Metric("exact", "0 to 1", "Share of answers that match exactly; for classifiers, top-1 accuracy."),
             Metric("soft", "0 to 1", "Mean VQA accuracy."),
             Metric("rouge_l", "0 to 1", "Mean ROUGE-L, with that measure."),
             Metric("perplexity", "", "exp of the mean cross-entropy of supervised tokens, with that measure."),
