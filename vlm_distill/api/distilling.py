@@ -77,8 +77,8 @@ def distill(
 ) -> DistilledRun:
     """Distil a student, and return the finished run.
 
-    What ``vlm-distill train`` does with a configuration, this does with arguments; each may be what the section of its
-    name holds. Models and samples may be in memory. They are left as they are: the student that trains is a copy.
+    This does with arguments what ``vlm-distill train`` does with a configuration; each may hold what the section of
+    its name holds. Models and samples may be in memory. They are left as they are: the student that trains is a copy.
 
     The same call, made again, returns the finished run; after an interruption (Ctrl-C finishes the step and writes a
     checkpoint) it continues. In a program that torchrun has started, every rank makes the call.
@@ -87,7 +87,7 @@ def distill(
         student: a name or folder; a model from ``load_vlm``; a loaded model of Transformers with its processor, as
             ``(model, processor)``, or with its tokenizer for a language model; or a section, whose ``path`` may be any
             of these: ``{"path": (model, processor), "lora": {"rank": 8}}``.
-        data: a path; a list of samples (dicts in any layout that files may have, with Pillow images where they like);
+        data: a path; a list of samples (dicts in any layout that files may have; images may be Pillow's);
             a ``datasets.Dataset``; a list of such sources; or a section with these under ``train`` and ``eval``.
         output: the run's folder. Call it with another folder to start afresh.
         teacher: as ``student``; optional for losses that need none. A loaded one is used in its own precision, without
