@@ -77,8 +77,8 @@ def distill(
 ) -> DistilledRun:
     """Distil a student, and return the finished run.
 
-    This does with arguments what ``vlm-distill train`` does with a configuration; each may hold what the section of
-    its name holds. Models and samples may be in memory. They are left as they are: the student that trains is a copy.
+    The arguments stand for a configuration of ``vlm-distill train``: each may hold what the section of its name holds.
+    Models and samples may be in memory. They are left as they are: the student that trains is a copy.
 
     The same call, made again, returns the finished run; after an interruption (Ctrl-C finishes the step and writes a
     checkpoint) it continues. In a program that torchrun has started, every rank makes the call.
