@@ -228,7 +228,7 @@ def test_several_sources_and_evaluation_data(folder):
             "^data.train: none of the first 1 samples can be used: unknown lay",
         ),
         ({"optimiser": lambda f: {"lr": 1}}, "^optimiser: unknown key; did you mean 'optimizer'"),
-        ({"steps": lambda f: None}, "^training: say how long to train: epochs or steps"),
+        ({"steps": lambda f: None}, "^training: say how long to train: set epochs or steps"),
         (
             {"student": lambda f: {"path": pair(f / "student"), "lora": {"merge": False}}},
             "^student.lora.merge: an adapter refers to a base on disk",
