@@ -255,7 +255,7 @@ def test_what_is_wrong_with_idx(mnist):
         (whole + b"\0", "does not hold"),
         (whole[:10], "not an IDX file"),
         (labels.read_bytes(), "not an IDX file"),
-        (idx(np.zeros((4, 28, 28), np.uint8)), "4 images and train-labels-idx1-ubyte 5 labels"),
+        (idx(np.zeros((4, 28, 28), np.uint8)), "4 images, but train-labels-idx1-ubyte 5 labels"),
         (whole[:4] + b"\xff" * 12, "train-images-idx3-ubyte"),
     ):
         images.write_bytes(content)

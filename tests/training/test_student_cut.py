@@ -141,7 +141,7 @@ def test_a_plan_counts_the_pruned_student(folder, tmp_path):
         ({"heads": 1}, "heads: 1 heads cut a group of 2"),
         ({"width": 15}, "no llama has these sizes"),
         ({"vision_encoder": {"width": 8}}, "the vision_encoder's width is its heads × 8"),
-        ({"vision_encoder": {"heads": 3}}, "from_teacher.vision_encoder.heads: 3 asked"),
+        ({"vision_encoder": {"heads": 3}}, "from_teacher.vision_encoder.heads: 3 were asked for"),
     ],
 )
 def test_sizes_that_the_teacher_does_not_have(folder, processes, cut, says):
