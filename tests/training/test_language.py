@@ -211,7 +211,10 @@ def test_text_is_shown_before_training(material):
     ("changes", "says"),
     [
         ({"evaluation__measures": ["exact"]}, "text is plain text and gets no answers"),
-        ({"evaluation__best": "talks", "evaluation__every": 2}, "choose from talks/rouge_l, talks/perplexity, talks/kl"),
+        (
+            {"evaluation__best": "talks", "evaluation__every": 2},
+            "choose from talks/rouge_l, talks/perplexity, talks/kl",
+        ),
         ({"evaluation__best": "text/rouge_l", "evaluation__every": 2}, "choose from text/perplexity, text/kl"),
         ({"evaluation__best": "other/kl", "evaluation__every": 2}, "other/kl is not evaluated"),
         ({"student": tiny.settings()}, "student cannot keep documents in one row apart"),
