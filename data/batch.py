@@ -287,6 +287,8 @@ class DistillationBatch:
         origins: the samples behind the teacher's positions, in the same order.
         drawn: whether the student drew the answers, so that no loss may treat them as correct.
         answer_weights: float64 ``[samples]``, factors on the losses at a sample's answers; ``None``: all count alike.
+        drawn_logprobs: float32 ``[N]``, the targets' log-probabilities under the weights that drew them, where
+            importance weights need them.
         conversations: the conversations behind the pairs as the teacher sees them, with decoded images, if requested.
         taught: with several teachers, by name the micro-batch of each, which holds its own samples alone; the teacher's
             side is the student's there, too.
@@ -304,6 +306,7 @@ class DistillationBatch:
     origins: tuple[Origin, ...] = ()
     drawn: bool = False
     answer_weights: Tensor | None = None
+    drawn_logprobs: Tensor | None = None
     conversations: Sequence[tuple[Conversation | Document, Sequence[Image.Image]]] = ()
     taught: Mapping[str, DistillationBatch] = field(default_factory=dict)
     comparisons: Sequence[Comparison] = ()
@@ -359,6 +362,7 @@ class DistillationBatch:
             sample_of=self.sample_of.to(device, non_blocking=True),
             groups=None if self.groups is None else self.groups.to(device),
             answer_weights=None if self.answer_weights is None else self.answer_weights.to(device),
+            drawn_logprobs=None if self.drawn_logprobs is None else self.drawn_logprobs.to(device),
             taught={name: batch.to(device) for name, batch in self.taught.items()},
             comparisons=[comparison.to(device) for comparison in self.comparisons],
         )

@@ -129,6 +129,12 @@ class Endpoint:
         other.url = self.url.removesuffix(suffix)
         return other
 
+    def without_retries(self) -> Endpoint:
+        """Return the same server, asked once."""
+        other = copy.copy(self)
+        other.retries = 0
+        return other
+
     def check_each(self, check: Callable[[Endpoint], None]) -> None:
         """Call ``check`` with this server, as :class:`~.endpoint_pool.EndpointPool` does with each of several."""
         check(self)
@@ -242,12 +248,8 @@ def _check_address(who: str, url: str, key: str) -> None:
         raise UserError(f"{who}: {url!r} is not an address; give one such as http://localhost:8000/v1")
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return the result of a call; raise ``TimeoutError`` after this many seconds in total.
-
-    A socket's own timeout restarts with every byte, so a server that sends one now and then would never reach it. A
-    call that runs out of time continues in its daemon thread.
-    """
+def in_background(call: Callable[[], T]) -> Future[T]:
+    """Start a call in a daemon thread, which does not keep the process from ending."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -257,8 +259,17 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return the result of a call; raise ``TimeoutError`` after this many seconds in total.
+
+    A socket's own timeout restarts with every byte, so a server that sends one now and then would never reach it. A
+    call that runs out of time continues in its daemon thread.
+    """
     try:
-        return future.result(seconds)
+        return in_background(call).result(seconds)
     except TimeoutError:
         raise TimeoutError(f"no whole reply in {seconds:g} s") from None
 

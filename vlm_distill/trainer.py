@@ -35,6 +35,7 @@ from vlm_distill.training.effects import late_warmup
 from vlm_distill.training.engine import Engine, gather_parameters
 from vlm_distill.training.evaluations import Evaluations
 from vlm_distill.training.flops import StepFlops
+from vlm_distill.training.importance_weights import ImportanceWeights
 from vlm_distill.training.intake import FirstSamples
 from vlm_distill.training.loading import trained_parameters, write_student
 from vlm_distill.training.loop import Loop
@@ -88,6 +89,8 @@ class Trainer(Loop):
         self.parameters = self._count_parameters()
         self.flops = self._step_flops()
         self.evaluations.prepare(self.student, self.teacher)
+        importance = None if config.on_policy is None else config.on_policy.importance
+        self.importance = None if importance is None else ImportanceWeights(importance, processes)
         self.engine = self._start_engine()
         self.teacher_shares = TeacherShares(config, self.terms, processes)
         self.on_policy = self._open_on_policy()
@@ -123,6 +126,7 @@ class Trainer(Loop):
             recompute_logits=config.training.recompute_logits,
             sequence=self.sequence,
             shared_vision=self.shared_vision,
+            importance=self.importance,
         )
         section = config.optimizer
         scales = lr_scales(student.parts, section.part_lr, section.lr)
@@ -237,6 +241,7 @@ class Trainer(Loop):
             "padding": 1 - totals["filled"] / totals["places"],
             **self.flops.metrics(totals["flops"], seconds, self.processes.world),
             **({} if self.on_policy is None else self.on_policy.metrics(totals, seconds)),
+            **({} if self.importance is None else self.importance.metrics()),
             **(self.teacher_shares.metrics() if self.parts.members and self.loss_teacher is not None else {}),
             self.speed: totals["tokens"] / seconds,
         }

@@ -8,7 +8,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -44,6 +44,7 @@ class ScoringServer(ThreadingHTTPServer):
         tells_drawn: whether it returns the token ids of its answers.
         garbles: whether it writes its answers' text wrongly.
         pools: whether it returns hidden states instead of generating, as vLLM's pooling runner does.
+        more: further paths, each with what makes the reply of the request's body.
         makes_fewer: whether it makes fewer tokens of an image than a processor here.
         drops: how many of a prompt's hidden states it leaves out.
         context: the most tokens of a prompt and its answer.
@@ -61,6 +62,7 @@ class ScoringServer(ThreadingHTTPServer):
         self.controlled, self.loads, self.loaded = True, True, list[str]()
         self.adapts, self.names = True, ["teacher-1"]
         self.tells_drawn, self.garbles = True, False
+        self.more: dict[str, Callable[[Any], Any]] = {}
         self.refused: dict[str, int] = {}
         self.shift = 0.0
         self.context, self.delay, self.waiting, self.most = 4096, 0.0, 0, 0
@@ -189,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: ScoringServer
 
     def do_GET(self) -> None:
+        if self.path in self.server.more:
+            self._reply(200, self.server.more[self.path](None))
+            return
         card = {"id": "teacher-1", "object": "model", "max_model_len": self.server.context}
         self._reply(200, {"object": "list", "data": [card]})
 
@@ -203,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.delay)
         trouble = trouble or next((status for held, status in server.refused.items() if held in text), None)
         paths = ["/pooling"] if server.pools else ["/v1/completions", "/v1/chat/completions"]
-        paths += ["/tokenize", *(CONTROLS if server.controlled else []), *(ADAPTERS if server.adapts else [])]
+        paths += ["/tokenize", *server.more]
+        paths += [*(CONTROLS if server.controlled else []), *(ADAPTERS if server.adapts else [])]
         named = body["lora_name"] if "unload" in self.path else body.get("model", "teacher-1")
         known = named in server.names
         trouble = trouble if self.path in paths and known else 404
@@ -214,6 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, body: dict[str, Any]) -> dict[str, Any] | str | None:
         server, chat = self.server, self.path == "/v1/chat/completions"
+        if self.path in server.more:
+            return server.more[self.path](body)
         if self.path == "/tokenize":
             return {"tokens": server.tokens(body)}
         if self.path == "/pooling":

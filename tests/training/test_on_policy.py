@@ -15,6 +15,7 @@ from vlm_distill.models import build_vlm
 from vlm_distill.models.answers import Answer, Sampling, TokenChoice
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.trainer import Trainer
+from vlm_distill.training.on_policy import Kept
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_resumed_equals_uninterrupted(folder, name):
     section = {"fraction": 0.7, "max_new_tokens": 4}
     changes = {"training__steps": 8, "training__checkpoint_every": 3}
     if name == "distillm":
-        section |= {"replay": 8, "adaptive": 0.2}
+        section |= {"replay": 8, "adaptive": 0.2, "importance": {"clip": 1.2}}
         changes |= {
             "data__eval": [{"path": str(folder / "data" / "data.jsonl"), "name": "held_out", "limit": 6}],
             "evaluation__every": 2,
@@ -199,6 +200,7 @@ def test_resumed_equals_uninterrupted(folder, name):
     if name == "distillm":
         assert any(line["on_policy/replayed"] for line in lines)
         assert lines[-1]["on_policy/fraction"] > 0.7
+        assert any(line["on_policy/clipped"] for line in lines if line["on_policy/replayed"])
         assert len(straight.on_policy.kept) == 8
 
 
@@ -210,12 +212,12 @@ def test_replay_brings_back_what_was_drawn(folder):
     run.prepare_step(run.dataset[1])
     assert len(own.kept) == 8
     replayed = [step for step in range(6) if own._kind(step) == "replay"]
-    answers = sorted(ids for _, ids, _ in own.kept)
+    answers = sorted(entry.ids for entry in own.kept)
     again = run.prepare_step(run.dataset[replayed[0]])
     assert sorted(ids for batch in again.batches for ids in supervised(batch)) == answers
     assert own.counts["answering"] > 0
     # Two answers to one question stay two.
-    own.kept[:2] = [(own.kept[2][0], [5, 6], 0), (own.kept[2][0], [7], 0)]
+    own.kept[:2] = [Kept(own.kept[2].place, [5, 6], 0), Kept(own.kept[2].place, [7], 0)]
     again = run.prepare_step(run.dataset[replayed[0]])
     assert {(5, 6), (7,)} <= {tuple(ids) for batch in again.batches for ids in supervised(batch)}
     # No share of the steps is taken from the buffer at the run's beginning, all of them at its end.
@@ -343,6 +345,8 @@ def test_other_precisions_and_adapters(folder, changes, tmp_path):
         ({"on_policy": {"fraction": 1.0}, "loss": SKEWS}, "set on_policy"),
         ({"on_policy": {"fraction": 1.0, "replay": 8, "pairs": True}}, "on_policy.replay"),
         ({"on_policy": {"fraction": 1.0, "pairs": True, "balance": "gradual"}}, "on_policy.balance"),
+        ({"on_policy": {"fraction": 1.0, "importance": {}}}, "add replay or a server"),
+        ({"on_policy": {"fraction": 1.0, "replay": 8, "temperature": 0.7, "importance": {}}}, "at temperature 1 alone"),
     ],
 )
 def test_mistakes_are_told(folder, changes, words):
@@ -398,3 +402,63 @@ def log_prob(teacher, conversation, images, ids):
     positions = row.supervised.nonzero().flatten() - 1
     hidden = teacher.model(teacher.processor.collate([row]), positions).hidden
     return teacher.model.head.logprobs(hidden, torch.tensor(ids)).mean().item()
+
+
+def importance_run(folder, name, **section):
+    losses = [{"name": "reverse_kl"}, {"name": "policy_gradient", "weight": 0.5}]
+    section = {"fraction": 1.0, "max_new_tokens": 4, "replay": 64, **section}
+    changes = {"training__steps": 2, "training__micro_batch_size": 4}
+    return trainer(folder, name, loss=losses, on_policy=section, **changes)
+
+
+def test_fresh_answers_have_importance_1(folder):
+    told = []
+    for name, section in (("without", {}), ("with", {"importance": {}})):
+        run = importance_run(folder, name, **section)
+        run.run()
+        told.append([line for line in story(run) if line["kind"] == "train"])
+    for without, line in zip(*told, strict=True):
+        assert (line["on_policy/importance"], line["on_policy/clipped"]) == (pytest.approx(1, abs=1e-5), 0)
+        for key in ("loss", "reverse_kl/loss", "policy_gradient/k2", "grad_norm"):
+            assert line[key] == pytest.approx(without[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("over", ["token", "answer"])
+def test_stale_answers_are_weighed_by_truncated_ratios(folder, over):
+    run = importance_run(folder, f"stale_{over}", importance={"clip": 1.5, "over": over})
+    batch = run.prepare_step(run.dataset[0]).batches[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        run.student.head.parameters[0].add_(0.3 * torch.randn_like(run.student.head.parameters[0]))
+
+    # The ratios by plain probabilities, answer by answer.
+    hidden = run.student(batch.student.inputs, batch.student.positions).hidden
+    logits = run.student.head.logits(hidden)
+    teacher = run.loss_teacher.outputs(batch).targets
+    now = logits.detach().log_softmax(-1)[range(len(logits)), batch.targets]
+    expected, ratio, before = [], 1.0, None
+    for own, (later, earlier) in zip(batch.sample_of, zip(now, batch.drawn_logprobs, strict=True), strict=True):
+        ratio = ratio if over == "answer" and own == before else 1.0
+        ratio, before = ratio * float((later - earlier).exp()), own
+        expected.append(min(ratio, 1.5))
+    weights = torch.tensor(expected)
+    assert 1.5 in expected
+    assert weights.std() > 0.1
+
+    # Each token's loss is multiplied, and so is its gradient; they are averaged over all tokens.
+    plain = torch.zeros(())
+    loss, sums = run.engine.task(batch, run.loss_teacher.outputs(batch))
+    for term in run.terms:
+        rows = weights * term.loss(logits, teacher.head.logits(teacher.hidden), batch.targets)
+        plain = plain + term.weight * rows.sum()
+        assert float(sums[term.name].loss) == pytest.approx(float(rows.detach().sum()), rel=1e-4)
+        assert float(sums[term.name].count) == len(weights)
+    names, parameters = zip(*((n, p) for n, p in run.student.named_parameters() if p.requires_grad), strict=True)
+    ours = torch.autograd.grad(loss, parameters, allow_unused=True)
+    theirs = torch.autograd.grad(plain, parameters, allow_unused=True)
+    for name, mine, other in zip(names, ours, theirs, strict=True):
+        if other is not None:
+            assert torch.allclose(mine, other, rtol=1e-3, atol=1e-5 * float(other.abs().max())), name
+    metrics = run.importance.metrics()
+    assert metrics["on_policy/importance"] == pytest.approx(float(weights.mean()), rel=1e-4)
+    assert metrics["on_policy/clipped"] == pytest.approx(expected.count(1.5) / len(expected))

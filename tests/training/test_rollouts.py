@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 from pydantic import ValidationError
+from receiving import ENTER, UPDATE, GlooGroup, Receiver
+from safetensors import safe_open
 from scoring_server import serving
 
 from data.errors import UserError
@@ -13,6 +15,8 @@ from vlm_distill.config.sections import RunConfig
 from vlm_distill.demo import make_tokenizer
 from vlm_distill.models import build_vlm, load_vlm
 from vlm_distill.trainer import Trainer
+from vlm_distill.training import weight_transfer
+from vlm_distill.training.on_policy import Kept
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +119,10 @@ def test_kept_answers_that_are_too_old_are_dropped(folder, processes, tmp_path, 
     run = trainer(processes, config(folder, tmp_path, server, keys, fraction=0.9, replay=8))
     run.run()
     own = run.on_policy
-    assert {version for _, _, version in own.kept} <= {3, 4}
-    own.kept = [((0, 0), [5], 2), ((0, 0), [6], 3), ((0, 0), [7], 4)]
+    assert {entry.version for entry in own.kept} <= {3, 4}
+    own.kept = [Kept((0, 0), [5], 2), Kept((0, 0), [6], 3), Kept((0, 0), [7], 4)]
     own._drop_stale(4)
-    assert [version for _, _, version in own.kept] == [3, 4]
+    assert [entry.version for entry in own.kept] == [3, 4]
 
 
 def test_drawn_answers_have_seeds_of_their_own(folder, processes, tmp_path, server):
@@ -204,3 +208,73 @@ def test_what_no_server_can_draw_is_refused(folder, processes, tmp_path, server)
     plain["teacher"] = {"path": str(tmp_path / "teacher")}
     with pytest.raises(UserError, match=r"student.path: is assembled from parts, which no server loads"):
         trainer(processes, plain)
+
+
+@pytest.fixture
+def receiver(folder, tmp_path, server, monkeypatch):
+    """The server's side of weights that are sent, with gloo in place of NCCL."""
+    monkeypatch.setattr(weight_transfer, "NcclGroup", GlooGroup)
+    return Receiver(server, folder / "student", tmp_path / "received")
+
+
+def sent(folder, out, server, **keys):
+    """The same steps with weights that are sent from GPU to GPU."""
+    plain = config(folder, out, server, keys)
+    plain["on_policy"]["server"] |= {"weights": "nccl", "folder": None}
+    return plain
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sent_weights_follow_every_step(folder, processes, tmp_path, server, receiver, lora):
+    change = adapted if lora else dict
+    trainer(processes, change(config(folder, tmp_path / "here"))).run()
+    trainer(processes, change(sent(folder, tmp_path / "there", server))).run()
+    there, here = ([line["loss"] for line in steps(tmp_path / name)] for name in ("there", "here"))
+    assert there == pytest.approx(here, rel=1e-5)
+    assert receiver.calls == [ENTER, *UPDATE * 5]
+    with safe_open(folder / "student" / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for told in receiver.updates:
+        assert dict(zip(told["names"], told["shapes"], strict=True)) == shapes
+        assert set(told["dtype_names"]) == {"float32"}
+
+
+@pytest.mark.parametrize(("refresh", "staleness"), [(1, [0, 0, 0, 0, 0]), (4, [0, 1, 0, 1, 2])])
+def test_a_server_that_was_started_again_enters_a_new_group(
+    folder, processes, tmp_path, server, receiver, refresh, staleness
+):
+    run = trainer(processes, sent(folder, tmp_path, server, refresh=refresh))
+    after_update = run.after_update
+
+    def restart(step):
+        after_update(step)
+        if step == 1:
+            receiver.start_again()
+
+    run.after_update = restart
+    run.run()
+    assert [line["on_policy/staleness"] for line in steps(tmp_path)] == staleness
+    assert receiver.calls.count(ENTER) == 2
+
+
+def test_a_server_that_cannot_receive_is_told(folder, processes, tmp_path, server, receiver):
+    server.refused = {"update_info": 500}
+    with pytest.raises(UserError, match=r"1 tries, the last: HTTP 500 .*; start vLLM again, with VLLM_SERVER_DEV_MODE"):
+        trainer(processes, sent(folder, tmp_path / "refused", server)).run()
+    server.more = {}
+    with pytest.raises(UserError, match=r"HTTP 404 .*; start vLLM again, with VLLM_SERVER_DEV_MODE=1 and --weight-tra"):
+        trainer(processes, sent(folder, tmp_path / "none", server)).run()
+
+
+def test_what_cannot_be_sent_is_refused(folder, processes, tmp_path, server):
+    plain = sent(folder, tmp_path, server)
+    with pytest.raises(UserError, match=r"on_policy\.server\.weights: nccl needs a GPU, and this run has none"):
+        trainer(processes, plain)
+    for keys, says in (
+        ({"folder": "/shared"}, "leave one of the two out"),
+        ({"adapter": True}, "vLLM loads adapters from a folder"),
+        ({"weights": "folder"}, "name it as folder, or set weights to nccl"),
+    ):
+        section = plain["on_policy"]["server"] | keys
+        with pytest.raises(ValidationError, match=says):
+            RunConfig.model_validate(plain | {"on_policy": plain["on_policy"] | {"server": section}})

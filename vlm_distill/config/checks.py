@@ -177,6 +177,10 @@ def _draws_elsewhere(run: Run) -> bool:
     return run.on_policy is not None and run.on_policy.server is not None
 
 
+def _corrects(run: Run) -> bool:
+    return run.on_policy is not None and run.on_policy.importance is not None
+
+
 def _weighs(run: Run) -> bool:
     return run.on_policy is not None and run.on_policy.visual_advantage is not None
 
@@ -251,6 +255,18 @@ RULES = (
     Rule(
         lambda run: _weighs(run) and _sees_no_images(run),
         "on_policy.visual_advantage: the teacher sees no images (teacher.view); leave one of the two out",
+    ),
+    Rule(
+        lambda run: _corrects(run) and run.on_policy is not None and run.on_policy.temperature != 1,
+        "on_policy.importance: probabilities of drawn tokens are known at temperature 1 alone; set "
+        "on_policy.temperature to 1, or leave it out",
+    ),
+    Rule(
+        lambda run: (
+            _corrects(run) and run.on_policy is not None and run.on_policy.replay is None and not _draws_elsewhere(run)
+        ),
+        "on_policy.importance: the student draws every answer in the step that learns from it; add replay or a server, "
+        "or leave it out",
     ),
     Rule(
         lambda run: _draws_elsewhere(run) and run.student.path is None,

@@ -63,8 +63,8 @@ def adapt_terms(
         return list(terms)
     positions = compared.nonzero().flatten()
     with torch.autocast(student_hidden.device.type, enabled=False):
-        ours = _log_probs(student_head, student_hidden, targets, positions, student_hidden.dtype)
-        theirs = _log_probs(teacher.head, teacher.hidden, targets, positions, student_hidden.dtype)
+        ours = token_log_probs(student_head, student_hidden, targets, positions, student_hidden.dtype)
+        theirs = token_log_probs(teacher.head, teacher.hidden, targets, positions, student_hidden.dtype)
 
     # Average over each answer's tokens.
     weights = sequence_weights(sequence_of, compared)[positions].to(ours.dtype)
@@ -77,8 +77,16 @@ def adapt_terms(
     ]
 
 
-def _log_probs(head: Head, hidden: Tensor, targets: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the log-probabilities ``[n]`` of the targets at some positions, at temperature 1."""
+def token_log_probs(head: Head, hidden: Tensor, targets: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the log-probabilities ``[n]`` of the targets ``[N]`` at some positions, at temperature 1.
+
+    Args:
+        head: the output layer.
+        hidden: ``[N, H]``.
+        targets: int64 ``[N]``.
+        positions: int64 ``[n]``.
+        dtype: of the operands, as :class:`ModelSide` takes it.
+    """
     with head.weight() as weight:
         side = ModelSide(head, hidden, weight, dtype)
         found = [side.weight.new_empty(0, dtype=side.dtype)]

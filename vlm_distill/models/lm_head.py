@@ -45,6 +45,12 @@ class LMHead:
         plain._adapters = False
         return plain
 
+    def uncut(self) -> LMHead:
+        """Return the same head over its whole vocabulary."""
+        whole = copy.copy(self)
+        whole.vocabulary = None
+        return whole
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that :meth:`weight` and :attr:`bias` read."""

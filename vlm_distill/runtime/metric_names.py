@@ -88,6 +88,8 @@ METRICS: dict[str, dict[str, list[Metric]]] = {
             Metric("on_policy/time", "0 to 1", "Share of the step's time that was spent on answering."),
             Metric("on_policy/visual_advantage", "nats", "Mean visual advantage of the answers, with that section."),
             Metric("on_policy/staleness", "steps", "Steps since the server that drew the answers read the weights."),
+            Metric("on_policy/importance", "", "Mean importance weight of the answers' tokens, with that section."),
+            Metric("on_policy/clipped", "0 to 1", "Share of tokens whose weight was truncated to `clip`."),
             Metric("on_policy/replayed", "0 to 1", "1 if the answers were drawn earlier, else 0, with `replay`."),
         ],
         "Several teachers": [

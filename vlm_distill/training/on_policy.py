@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
 
 from data.batch import SampleId, Step
 from data.conversation import Conversation, Document, ImageSource
+from data.encoding import Pair
 from data.errors import BadSample, UserError
 from data.loader import StepDataset, problem_of
 from data.sample_images import load_images
@@ -57,8 +58,28 @@ def check_on_policy(config: RunConfig, terms: Sequence[Term | FeatureTerm]) -> N
         raise UserError(f"on_policy: {text} is plain text and has no questions; leave one of the two out")
 
 
-#: Questions of a micro-batch, each with the token ids of its answer.
-Drawn = list[tuple[Prompt, list[int]]]
+class Drawn(NamedTuple):
+    """A question with the tokens of its answer, and their log-probabilities when they were drawn."""
+
+    prompt: Prompt
+    ids: list[int]
+    logprobs: Sequence[float]
+
+
+class Kept(NamedTuple):
+    """An answer in the replay buffer.
+
+    Attributes:
+        place: of its question.
+        ids: the answer's tokens.
+        version: the step before which the weights were taken that drew them.
+        logprobs: the tokens' log-probabilities then; empty without ``importance``.
+    """
+
+    place: SampleId
+    ids: list[int]
+    version: int
+    logprobs: Sequence[float] = ()
 
 
 class OnPolicy:
@@ -90,8 +111,7 @@ class OnPolicy:
     Attributes:
         fraction: probability that a step is on-policy.
         score: of the last evaluation.
-        kept: the replay buffer: the latest answers with their questions' places, and the step whose weights drew
-            them; the same on every rank.
+        kept: the replay buffer: the latest answers; the same on every rank.
         counts: this rank's counts of the last prepared step, to be summed over ranks.
     """
 
@@ -112,6 +132,8 @@ class OnPolicy:
         self.dataset, self.student, self.load, self.processes, self.steps = dataset, student, load, processes, steps
         self.lower_is_better, self.rollouts = lower_is_better, rollouts
         self.own_answers = OwnAnswers(dataset.collator, student, teacher)
+        if self.settings.importance is not None:
+            self._check_drawn_tokens()
         section, self.advantage = self.settings.visual_advantage, None
         if section is not None:
             if dataset.collator.grouped:
@@ -123,8 +145,15 @@ class OnPolicy:
         self._mixed = config.training.dtype == "bf16" and config.deepspeed.stage == 0
         self.fraction = self.settings.fraction
         self.score: float | None = None
-        self.kept: list[tuple[SampleId, list[int], int]] = []
+        self.kept: list[Kept] = []
         self.counts: dict[str, float] = {}
+
+    def _check_drawn_tokens(self) -> None:
+        """Raise ``UserError`` if answers are learnt in other tokens than the student draws."""
+        collator, sources = self.dataset.collator, self.dataset.mixture.sources
+        by_source = [collator.collators_of(number).values() for number in range(len(sources))]
+        if any(one.grouped for one in chain.from_iterable(by_source)):
+            raise UserError("on_policy.importance: needs a student with the teacher's tokenizer; leave it out")
 
     def prepare_step(self, step: Step) -> Step:
         """Return the step with the data's answers or with the student's; every rank calls this."""
@@ -134,7 +163,7 @@ class OnPolicy:
         prepared, answers = step, list[list[int]]()
         if kind == "draw":
             drawn = self._draw(step)
-            prepared, answers = self._step(step, drawn), [ids for part in drawn for _, ids in part]
+            prepared, answers = self._step(step, drawn), [answer.ids for answer in chain.from_iterable(drawn)]
             self._keep(drawn, self._version(step.index))
             if self.settings.pairs:
                 prepared = _paired(step, prepared)
@@ -195,7 +224,7 @@ class OnPolicy:
     def save(self, folder: Path) -> None:
         """Write the state that a resumed run needs into a checkpoint; every rank calls this."""
         if self.processes.first:
-            kept = [[*place, ids, version] for place, ids, version in self.kept]
+            kept = [[*entry.place, *entry[1:]] for entry in self.kept]
             state = {"fraction": self.fraction, "score": self.score, "kept": kept}
             (folder / _FILE).write_text(json.dumps(state), "utf-8")
 
@@ -210,7 +239,7 @@ class OnPolicy:
         self.score = state["score"]
         if self.settings.adaptive is not None:
             self.fraction = state["fraction"]
-        self.kept = [((source, row), ids, version) for source, row, ids, version in state["kept"]]
+        self.kept = [Kept((source, row), *rest) for source, row, *rest in state["kept"]]
 
     def _random(self, *key: object) -> random.Random:
         # A string seed is hashed by SHA-512, the same in every process and Python version.
@@ -224,23 +253,28 @@ class OnPolicy:
             return "draw"
         return "replay" if full and number < fraction else "data"
 
-    def _step(self, step: Step, drawn: Sequence[Drawn]) -> Step:
+    def _step(self, step: Step, drawn: Sequence[Sequence[Drawn]]) -> Step:
         """Return the step with these questions and answers, given by micro-batch."""
         batches, degraded, tokens = [], [], 0
         for part in drawn:
-            pairs, worse = [], []
-            for prompt, ids in part:
+            pairs, worse, logprobs = [], [], list[float]()
+            for answer in part:
                 try:
-                    pair = self.own_answers.pair(prompt, ids)
+                    pair = self.own_answers.pair(answer.prompt, answer.ids)
+                    known = [] if self.settings.importance is None else _logprobs_in(pair, answer)
                     if self.advantage is not None:
-                        (asked,) = prompt.asked.values()
+                        (asked,) = answer.prompt.asked.values()
                         worse.append(self.advantage.without_images(asked.seen, pair))
+                    logprobs += known
                     pairs.append(pair)
                 except BadSample as bad:
-                    self._leave_out(step, prompt.place, bad, "skip")  # the data is not at fault
+                    self._leave_out(step, answer.prompt.place, bad, "skip")  # the data is not at fault
             batch = self.dataset.collator.batch(pairs)
             seen = [pair.seen for pair in pairs if pair.seen is not None]
-            batches.append(replace(batch, drawn=True, conversations=seen))
+            batch = replace(batch, drawn=True, conversations=seen)
+            if self.settings.importance is not None:
+                batch = replace(batch, drawn_logprobs=torch.tensor(logprobs))
+            batches.append(batch)
             degraded.append(worse)
             tokens += sum(len(pair.student.input_ids) for pair in pairs)
         if self.advantage is not None:
@@ -249,7 +283,7 @@ class OnPolicy:
             batches = [replace(batch, answer_weights=own) for batch, own in zip(batches, weights, strict=True)]
         return replace(step, batches=batches, tokens=tokens, conversations=[])
 
-    def _draw(self, step: Step) -> list[Drawn]:
+    def _draw(self, step: Step) -> list[list[Drawn]]:
         """Return the step's own questions by micro-batch, with answers drawn now."""
         self.processes.watch.phase(f"step {step.index + 1}, drawing answers")
         prompts = []
@@ -259,13 +293,13 @@ class OnPolicy:
         answers = iter(self._answers(step.index, list(chain.from_iterable(prompts))))
         drawn = []
         for questions in prompts:
-            answered: Drawn = []
+            answered: list[Drawn] = []
             for prompt in questions:
                 answer = next(answers)
                 if isinstance(answer, BadSample):
                     self._leave_out(step, prompt.place, answer, "skip")  # the data is not at fault
                 else:
-                    answered.append((prompt, answer.token_ids))
+                    answered.append(Drawn(prompt, answer.token_ids, answer.logprobs))
             drawn.append(answered)
         return drawn
 
@@ -281,7 +315,7 @@ class OnPolicy:
         section = self.settings.server
         if section is not None and section.max_staleness is not None:
             oldest = step - section.max_staleness
-            self.kept = [entry for entry in self.kept if entry[2] >= oldest]
+            self.kept = [entry for entry in self.kept if entry.version >= oldest]
 
     def _usable(self, step: Step, places: Sequence[SampleId]) -> list[SampleId]:
         """Return the places without the step's bad samples."""
@@ -316,10 +350,14 @@ class OnPolicy:
                 )
         return answers
 
-    def _replay(self, step: Step, entries: Sequence[tuple[SampleId, list[int], int]]) -> Drawn:
+    def _replay(self, step: Step, entries: Sequence[Kept]) -> list[Drawn]:
         """Return earlier answers with their questions, which are read again."""
-        prompts = self._prompts(step, [place for place, _, _ in entries])
-        return [(prompt, ids) for prompt, (_, ids, _) in zip(prompts, entries, strict=True) if prompt is not None]
+        prompts = self._prompts(step, [entry.place for entry in entries])
+        found = []
+        for prompt, entry in zip(prompts, entries, strict=True):
+            if prompt is not None:
+                found.append(Drawn(prompt, entry.ids, entry.logprobs))
+        return found
 
     def _prompts(self, step: Step, places: Sequence[SampleId]) -> list[Prompt | None]:
         """Return the questions at some places, their images decoded by threads; ``None`` for what is left out."""
@@ -358,13 +396,17 @@ class OnPolicy:
         sources = (*shown.images, *sample.images[len(question.images) :])
         return replace(sample, messages=(*shown.messages, *rest), images=sources), images
 
-    def _keep(self, drawn: Sequence[Drawn], version: int) -> None:
+    def _keep(self, drawn: Sequence[Sequence[Drawn]], version: int) -> None:
         """Add all ranks' answers to the buffer, in the order that one rank would have."""
         if self.settings.replay is None:
             return
         mine = []
         for part in drawn:
-            mine.append([(prompt.place, ids, version) for prompt, ids in part])
+            entries = []
+            for prompt, ids, logprobs in part:
+                needed = () if self.settings.importance is None else logprobs
+                entries.append(Kept(prompt.place, ids, version, needed))
+            mine.append(entries)
         # A step deals its micro-batches to the ranks in turn.
         for parts in zip(*self.processes.gather(mine), strict=True):
             self.kept += chain.from_iterable(parts)
@@ -376,6 +418,14 @@ class OnPolicy:
         """Note that a sample is left out of the step."""
         source, row = place
         step.problems.append(problem_of(self.dataset.mixture.sources[source], row, bad, on_bad or self.on_bad))
+
+
+def _logprobs_in(pair: Pair, answer: Drawn) -> Sequence[float]:
+    """Return the log-probabilities of the answer's tokens that a pair has. Raise ``BadSample`` if it has others."""
+    ids = pair.student.input_ids[pair.student_tokens].tolist()
+    if ids != answer.ids[: len(ids)]:  # a teacher that is sent text needs the answer's text encoded again
+        raise BadSample("own answer is encoded in other tokens than it was drawn in")
+    return answer.logprobs[: len(ids)]
 
 
 def _paired(data: Step, own: Step) -> Step:

@@ -124,7 +124,8 @@ RULES: dict[str, Rule] = {
     "on_policy": Rule.FIXED,
     "on_policy.batch_size": Rule.FREE,
     **dict.fromkeys(
-        (f"on_policy.server.{key}" for key in ("url", "model", "folder", "adapter", "workers", "timeout")), Rule.FREE
+        (f"on_policy.server.{key}" for key in ("url", "model", "weights", "folder", "adapter", "workers", "timeout")),
+        Rule.FREE,
     ),
     "output": Rule.UNSAID,
 }

@@ -1,4 +1,4 @@
-"""The student's answers drawn by vLLM: its weights follow the student in training, through a shared folder."""
+"""The student's answers drawn by vLLM, whose weights follow the student in training."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from vlm_distill.models.answers import Answer
 from vlm_distill.models.chat import special_ids
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.lora import save_adapter
+from vlm_distill.models.saved_tensors import saved_tensors
 from vlm_distill.models.served import KEY_VARIABLE, ServedModel
 from vlm_distill.models.served_rows import OF_ONE, Row
 from vlm_distill.runtime.processes import Processes
+
+from .weight_transfer import WeightTransfer
 
 # A text whose log-probabilities tell the server's weights from others.
 _PROBE = "What is in the picture? A red circle beside 12 blue squares, and a word: yes."
@@ -52,11 +55,12 @@ class Rollouts:
     """Draws the student's answers on a vLLM server.
 
     In a step with own answers, :meth:`prepare` is called on every rank, then :meth:`draw` on each for its own
-    questions. Every ``refresh`` steps, ``prepare`` writes the student's weights into a new folder ``step_N`` in the
-    shared one; the server loads that (``POST /collective_rpc``, ``reload_weights``), and all ranks wait for it. With
-    ``adapter``, it is the LoRA adapter alone, under a name of its own for each step (``POST /v1/load_lora_adapter``).
-    The folder is complete before it has its name, and no request is under way meanwhile: every answer comes from whole
-    weights of one step, :attr:`version`. A server that has lost them, since it was started again, gets them again.
+    questions. Every ``refresh`` steps, ``prepare`` gives the server the student's weights, and all ranks wait for it.
+    They are written into a new folder ``step_N`` in the shared one, which is complete before it has its name, and which
+    the server loads (``POST /collective_rpc``, ``reload_weights``). With ``adapter``, it is the LoRA adapter alone,
+    under a name of its own for each step (``POST /v1/load_lora_adapter``). With ``weights: nccl``, they are sent
+    without a folder (:class:`WeightTransfer`). No request is under way meanwhile: every answer comes from whole weights
+    of one step, :attr:`version`. A server that has lost them, since it was started again, gets them again.
 
     Args:
         config: the run, with a section ``on_policy.server``.
@@ -93,6 +97,8 @@ class Rollouts:
         self._probe = student.encode_prompt(Conversation((message,)), [])
         self._barred = sorted((special_ids(student.processor.tokenizer) - student.end_tokens) | _unshared_ids(student))
         self._pool = ThreadPoolExecutor(self.section.workers)
+        over_nccl = self.section.weights == "nccl"
+        self._transfer = WeightTransfer(endpoint.above("/v1"), processes.device) if over_nccl else None
         self.version: int | None = None
         self._known: list[float] = []
         self._limit = _MOST_DIFFERENCE
@@ -126,17 +132,28 @@ class Rollouts:
         own = self._own_logprobs()
         difference = sum(abs(a - b) for a, b in zip(self._known, own, strict=True)) / len(own)
         if not difference < self._limit:
+            folder = "" if self._transfer is not None else f"sees {self.section.folder} under this path, "
             raise UserError(
                 f"on_policy.server: {self.served.endpoint.url} differs from the student in training by "
-                f"{difference:.3f} nats a token after it loaded its weights; check that it sees "
-                f"{self.section.folder} under this path, quantizes nothing, and keeps no old lm head"
+                f"{difference:.3f} nats a token after it loaded its weights; check that it {folder}quantizes nothing, "
+                "and keeps no old lm head"
             )
         if self.version is None:
             self._limit = min(_MOST_DIFFERENCE, 3 * difference + _GROWTH)
         self.version = step
 
     def _send(self, step: int, state: dict[str, Tensor]) -> list[float]:
-        """Write the weights of a step, let the server load them, and return the probe's log-probabilities there."""
+        """Let the server have the weights of a step, and return the probe's log-probabilities there."""
+        if self._transfer is not None:
+            self._transfer.send(step, saved_tensors(self.student, state))
+            self._forget_old()
+        else:
+            self._send_folder(step, state)
+        return self._logprobs_there()
+
+    def _send_folder(self, step: int, state: dict[str, Tensor]) -> None:
+        """Write the weights of a step into a new folder, and let the server load them."""
+        assert self.section.folder is not None
         root = Path(self.section.folder).absolute()
         place, unfinished = root / f"step_{step}", root / ".unfinished"
         try:
@@ -159,23 +176,25 @@ class Rollouts:
         for old in root.glob("step_*"):
             if old != place:
                 shutil.rmtree(old, ignore_errors=True)
-        return self._logprobs_there()
 
     def _load_weights(self, place: Path) -> None:
         """Let the server load all weights from a folder."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
-        # What the server remembers of the old weights: keys and values, and what its vision encoder made of images.
-        # Loading drops the latter in vLLM's worker but not in its scheduler, and an image seen before ends the engine.
-        remembered = ["reset_prefix_cache"]
-        remembered += ["reset_mm_cache", "reset_encoder_cache"] if self.student.processor.has_vision else []
         try:
             self.served.root.ask("collective_rpc", body, _read_results, self.served.advice)
-            for path in remembered:
-                self.served.root.ask(path, {}, lambda reply: reply, self.served.advice)
+            self._forget_old()
         except Refused as refused:
             missing = refused.status == 404
             remedy = "start vLLM with VLLM_SERVER_DEV_MODE=1" if missing else f"can it read {place}?"
             raise UserError(f"{refused}; {remedy}") from None
+
+    def _forget_old(self) -> None:
+        """Let the server forget what it made by the old weights: keys and values, and what it saw in images."""
+        # Loading drops the latter in vLLM's worker but not in its scheduler, and an image seen before ends the engine.
+        remembered = ["reset_prefix_cache"]
+        remembered += ["reset_mm_cache", "reset_encoder_cache"] if self.student.processor.has_vision else []
+        for path in remembered:
+            self.served.root.ask(path, {}, lambda reply: reply, self.served.advice)
 
     def _load_adapter(self, step: int, place: Path) -> None:
         """Let the server load a step's adapter, and drop the one before. A new name has no keys and values yet."""
@@ -200,11 +219,14 @@ class Rollouts:
 
     def _adapter_name(self, step: int) -> str:
         """Return how the server calls a step's adapter; runs differ by their folder."""
+        assert self.section.folder is not None
         run = hashlib.sha256(str(Path(self.section.folder).absolute()).encode()).hexdigest()[:8]
         return f"{self.base_name}-{run}-step-{step}"
 
     def _has_lost_weights(self) -> bool:
         """Return whether the server has other weights than it was given last."""
+        if self._transfer is not None and not self._transfer.holds_last():
+            return True
         try:
             there = self._logprobs_there()
         except Refused as refused:
@@ -236,12 +258,8 @@ class Rollouts:
             hidden = student(inputs, torch.arange(len(ids) - 1, device=self.processes.device)).hidden
         finally:
             student.train(training)
-        head = student.head
-        cut, head.vocabulary = head.vocabulary, None  # the server knows of no shared vocabulary
-        try:
-            return head.logprobs(hidden, ids[1:].to(self.processes.device)).tolist()
-        finally:
-            head.vocabulary = cut
+        # The server knows of no shared vocabulary.
+        return student.head.uncut().logprobs(hidden, ids[1:].to(self.processes.device)).tolist()
 
     def _ask(self, question: Question) -> Answer | BadSample:
         """Ask for the answer to one question."""
@@ -294,13 +312,9 @@ class Rollouts:
 
 def _unshared_ids(student: VisionLanguageModel) -> set[int]:
     """Return the ids that the student's head scores and its teacher lacks, such as padding. Collective if sharded."""
-    head = student.head
-    cut, head.vocabulary = head.vocabulary, None
-    try:
-        with head.weight() as weight:
-            return set(range(len(weight) if cut is None else cut, len(weight)))
-    finally:
-        head.vocabulary = cut
+    cut = student.head.vocabulary
+    with student.head.uncut().weight() as weight:
+        return set(range(len(weight) if cut is None else cut, len(weight)))
 
 
 def _read_results(reply: Any) -> list[Any]:

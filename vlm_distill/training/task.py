@@ -26,6 +26,7 @@ from vlm_distill.losses import (
     sequence_weights,
     wanted_features,
 )
+from vlm_distill.losses.from_hidden import Targets
 from vlm_distill.models.decoder_features import VISION_FEATURES
 from vlm_distill.models.image_hidden import run_at_positions
 from vlm_distill.models.interface import VisionLanguageModel
@@ -34,6 +35,7 @@ from vlm_distill.models.shared_vision import with_vision_features
 from vlm_distill.models.teacher import TeacherOutputs
 
 from .image_matching import ImageMatching
+from .importance_weights import ImportanceWeights
 from .terms import acts_on
 
 
@@ -51,6 +53,7 @@ class DistillationTask(nn.Module):
         recompute_logits: compute the logits twice, in tiles, to save memory; see ``fused_linear``.
         sequence: the ranks that share this one's samples; each computes the losses of its share of the positions.
         shared_vision: take the vision encoder's output from the teacher (its feature ``vision_features``), for both.
+        importance: weighs the tokens of answers whose drawn probabilities are known.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class DistillationTask(nn.Module):
         recompute_logits: bool = False,
         sequence: SequenceParallel | None = None,
         shared_vision: bool = False,
+        importance: ImportanceWeights | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.sequence = sequence
         self.recompute_logits = recompute_logits
         self.shared_vision = shared_vision
+        self.importance = importance
         self.terms = [term for term in terms if isinstance(term, Term)]
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.features = wanted_features(terms)[0]
@@ -108,11 +113,14 @@ class DistillationTask(nn.Module):
         at_text = [term for term in terms if term.on == "text"]
         at_images = [term for term in terms if term.on == "images"]
         found: list[LossSums] = []
+        importance = None
+        if at_text and self.importance is not None and batch.drawn_logprobs is not None:
+            importance = self.importance.of(batch, outputs.hidden, self.student.head)
         if at_text and batch.comparisons:
             assert teacher is not None
-            found += self._compare_several(at_text, batch, outputs.hidden, teacher, scales, sums)
+            found += self._compare_several(at_text, batch, outputs.hidden, teacher, scales, importance, sums)
         elif at_text:
-            found.append(self._compare_text(at_text, batch, outputs.hidden, teacher, scales))
+            found.append(self._compare_text(at_text, batch, outputs.hidden, teacher, scales, importance))
         matching = self._matching(batch, outputs.features, teacher)
         # Terms that pair image tokens alike share their logits.
         for match in dict.fromkeys(term.match for term in at_images):
@@ -142,6 +150,7 @@ class DistillationTask(nn.Module):
         hidden: Tensor,
         teacher: TeacherOutputs | None,
         scales: Mapping[str, float],
+        importance: Tensor | None,
     ) -> LossSums:
         """Return the losses on logits at the supervised tokens; ``hidden`` is the student's ``[N, H]``."""
         # Treat each answer as a whole where a term asks for that.
@@ -153,17 +162,31 @@ class DistillationTask(nn.Module):
         own = slice(None) if self.sequence is None else self.sequence.share(len(batch.targets))
         compared = batch.distilled if batch.groups is None else batch.groups
         terms = _weighted(terms, batch.sample_of, compared, own, batch.answer_weights)
+        targets = None if teacher is None or teacher.targets is None else teacher.targets[own]
+        compared = batch.distilled[own] if batch.groups is None else batch.groups
+        return self._sum_up(terms, hidden[own], targets, batch.targets[own], compared, scales, importance)
 
-        return fused_linear(
-            terms,
-            hidden[own],
-            self.student.head,
-            None if teacher is None or teacher.targets is None else teacher.targets[own],
-            batch.targets[own],
-            distilled=batch.distilled[own] if batch.groups is None else batch.groups,
-            scales=scales,
-            recompute=self.recompute_logits,
-        )
+    def _sum_up(
+        self,
+        terms: Sequence[Term],
+        hidden: Tensor,
+        teacher: Targets | None,
+        targets: Tensor,
+        compared: Tensor | TokenGroups,
+        scales: Mapping[str, float],
+        importance: Tensor | None,
+    ) -> LossSums:
+        """Return the losses on logits at some positions, times importance weights; these do not change counts."""
+        weighted = terms if importance is None else _times(terms, importance)
+        rows = hidden, self.student.head, teacher, targets
+        found = fused_linear(weighted, *rows, distilled=compared, scales=scales, recompute=self.recompute_logits)
+        if importance is not None:
+            assert isinstance(compared, Tensor)
+            for term in terms:
+                positions = compared if term.has_teacher else torch.ones_like(compared)
+                weights = positions.double() if term.row_weights is None else term.row_weights[positions]
+                found.terms[term.name].count = weights.sum()
+        return found
 
     def _compare_several(
         self,
@@ -172,6 +195,7 @@ class DistillationTask(nn.Module):
         hidden: Tensor,
         teacher: TeacherOutputs,
         scales: Mapping[str, float],
+        importance: Tensor | None,
         sums: dict[str, TermSums],
     ) -> list[LossSums]:
         """Return the losses at the supervised tokens, compared with several teachers.
@@ -186,16 +210,16 @@ class DistillationTask(nn.Module):
                 opened.enter_context(head.weight())
             for comparison in batch.comparisons:
                 own = [term for term in terms if once or term.has_teacher]
+                rows = comparison.rows
                 compared = comparison.distilled if comparison.groups is None else comparison.groups
-                part = fused_linear(
-                    _weighted(own, batch.sample_of[comparison.rows], compared),
-                    hidden[comparison.rows],
-                    self.student.head,
+                part = self._sum_up(
+                    _weighted(own, batch.sample_of[rows], compared),
+                    hidden[rows],
                     teacher.compared_in(comparison),
-                    batch.targets[comparison.rows],
-                    distilled=compared,
-                    scales={term.name: comparison.weight * scales.get(term.name, 1.0) for term in own},
-                    recompute=self.recompute_logits,
+                    batch.targets[rows],
+                    compared,
+                    {term.name: comparison.weight * scales.get(term.name, 1.0) for term in own},
+                    None if importance is None else importance[rows],
                 )
                 weighted = {name: more.times(comparison.weight) for name, more in part.terms.items()}
                 found.append(LossSums(part.loss, weighted))
@@ -205,7 +229,7 @@ class DistillationTask(nn.Module):
                         sums[key] = sums[key].plus(weighted[term.name]) if key in sums else weighted[term.name]
         others = [term for term in terms if not (once or term.has_teacher)]
         if others:
-            found.append(self._compare_text(others, batch, hidden, None, scales))
+            found.append(self._compare_text(others, batch, hidden, None, scales, importance))
         return found
 
     def _matching(
@@ -290,6 +314,16 @@ def _weighted(
             weights["sequences"] = (means if answers is None else means * answers[samples])[own]
         found += [replace(term, row_weights=weights[term.mean]) for term in chosen]
     return found
+
+
+def _times(terms: Sequence[Term], importance: Tensor) -> list[Term]:
+    """Return the terms with the weights of their positions multiplied; terms that share weights still do."""
+    products: dict[int, Tensor] = {}
+    for term in terms:
+        if id(term.row_weights) not in products:
+            weights = importance if term.row_weights is None else term.row_weights * importance
+            products[id(term.row_weights)] = weights
+    return [replace(term, row_weights=products[id(term.row_weights)]) for term in terms]
 
 
 def _images(name: str, role: str, features: Tensor, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from data.collate import collate
 from data.encoding import Pair
 from data.errors import UserError
 from data.teacher_view import Seen, View
-from vlm_distill.config.sections import VisualAdvantageSection
+from vlm_distill.config.on_policy_sections import VisualAdvantageSection
 from vlm_distill.losses import HiddenTargets
 from vlm_distill.models.lm_head import LMHead
 from vlm_distill.models.processor import Processor
