@@ -139,7 +139,7 @@ def test_an_address_that_cannot_be_asked_is_refused_without_its_secrets(url):
     "body", [b"[" * 200_000, b'{"x": ' * 200_000, b"null", b"[]", b'"x"', b"1" * 5000, b'{"y": 1}', b"\xff\xfe", b""]
 )
 def test_a_reply_of_another_shape_is_one_line(body):
-    with answering((200, {}, body)) as (url, _), pytest.raises(UserError, match="did not answer in 1 tries"):
+    with answering((200, {}, body)) as (url, _), pytest.raises(UserError, match="did not answer: "):
         asked(url)
 
 

@@ -185,8 +185,8 @@ class Endpoint:
             if attempt < self.retries:
                 # Random, so that clients refused together do not return together.
                 time.sleep(wait * (1 + _CHANCE.random() / 2))
-        tries = f"did not answer in {self.retries + 1} tries, the last: {trouble}"
-        message = f"{self.who}: {self.url} {tries}; {advice}"
+        tries = f"did not answer in {self.retries + 1} tries, the last" if self.retries else "did not answer"
+        message = f"{self.who}: {self.url} {tries}: {trouble}; {advice}"
         raise Unreachable(message, trouble) if refused is None else Refused(message, *refused)
 
     def _request(self, path: str, body: Any, key: str | None) -> urllib.request.Request:

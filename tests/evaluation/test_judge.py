@@ -99,7 +99,7 @@ def test_what_does_not_pass_ends_in_one_line_and_keeps_the_rest(server, tmp_path
 
 def test_nobody_there(tmp_path):
     judge = Judge("http://127.0.0.1:9/v1", "judge-1", tmp_path / "cache.jsonl", patience=Patience(retries=0))
-    with pytest.raises(UserError, match="did not answer in 1 tries"):
+    with pytest.raises(UserError, match="did not answer: "):
         judge.ask(["a"])
     with pytest.raises(UserError, match="is not an address"):
         Judge("localhost:9", "judge-1", tmp_path / "cache.jsonl")

@@ -26,4 +26,5 @@ def test_families(tmp_path, make_tokenizer, name):
 
 
 def test_a_decoder_alone(tmp_path):
-    same(build_vlm({"decoder": tiny.settings()["decoder"]}, tokenizer=tiny.make_tokenizer(tiny.WORDS)), tmp_path / "text")
+    section = {"decoder": tiny.settings()["decoder"]}
+    same(build_vlm(section, tokenizer=tiny.make_tokenizer(tiny.WORDS)), tmp_path / "text")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from scoring_server import ScoringServer
 
 from vlm_distill.models import load_vlm
+from vlm_distill.training import weight_transfer
 
 ENTER, *UPDATE = "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"
 
@@ -42,6 +43,14 @@ class GlooGroup:
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
             self.group.broadcast(tensor.contiguous(), 0).wait()
+
+
+def receive(server: ScoringServer | None, student: Path, out: Path) -> dict[str, Any]:
+    """Prepare a rank for sending weights to a server, which only the first one has; return what the section says."""
+    weight_transfer.NcclGroup = GlooGroup  # type: ignore[assignment, misc]
+    if server is not None:
+        Receiver(server, student, out.with_name(f"{out.name}_received"))
+    return {"weights": "nccl"}
 
 
 class Receiver:

@@ -194,6 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path in self.server.more:
             self._reply(200, self.server.more[self.path](None))
             return
+        if self.path != "/v1/models":
+            self._reply(404, {"error": "not a path of this server"})
+            return
         card = {"id": "teacher-1", "object": "model", "max_model_len": self.server.context}
         self._reply(200, {"object": "list", "data": [card]})
 

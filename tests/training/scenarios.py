@@ -23,6 +23,7 @@ import tiny
 import torch
 from byte_tokenizer import make_tokenizer
 from launches import is_slow
+from receiving import receive
 from safetensors.torch import load_file
 from scoring_server import ScoringServer
 
@@ -166,7 +167,7 @@ SHARED = {
             "on_policy": {"fraction": 0.7, "max_new_tokens": 4, **more},
         }
         for stage in (0, 3)
-        for name, more in (("on_policy", {"batch_size": 3}), ("replay", {"replay": 8}))
+        for name, more in (("on_policy", {"batch_size": 3}), ("replay", {"replay": 8, "importance": {}}))
     },
     # The data's answers and the student's own in one step, with losses of their own.
     **{
@@ -260,8 +261,8 @@ TWO_RANKS = {
     "hidden_llava_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "hidden"},
     # A server draws the answers that the student itself would.
     **{
-        f"{name}_zero3": {"deepspeed__stage": 3, "family": "llava", "data": "mixed", **GREEDY, **more}
-        for name, more in (("greedy", {}), ("rollouts", {"drawn_on_server": True}))
+        f"{name}_zero3": {"deepspeed__stage": 3, "family": "llava", "data": "mixed", **GREEDY, "drawn_on_server": way}
+        for name, way in (("greedy", ""), ("rollouts", "folder"), ("sent", "nccl"))
     },
     "cut_shard_zero3": {"deepspeed__stage": 3, "teacher": "shard", "student": {"from_teacher": CUT}},
     "text_shard_zero3": {"deepspeed__stage": 3, "family": "language", "data": "text", "teacher": "shard"},
@@ -341,7 +342,7 @@ NEAR = {
     *("sequence_llava_zero3", "pairs_zero2", "pairs_zero3", "ema_zero3", "bf16_ema_zero2", "shard_zero2"),
     *("several_shard_zero2", "together_zero0", "together_zero3", "together_shard_zero3", "mixtures_zero0"),
     *("mixtures_zero3", "mixtures_shard_zero3", "offload_zero3", "llava_shard_zero3", "uld_shard_zero3"),
-    *("greedy_zero3", "rollouts_zero3", "own_base_zero3", "ctkd_instance_zero3", "several_own_zero3"),
+    *("greedy_zero3", "rollouts_zero3", "sent_zero3", "own_base_zero3", "ctkd_instance_zero3", "several_own_zero3"),
     *("at_images_shard_zero3", "bf16_features_zero3"),
     *(f"resumed_{name}" for name in RESUMED if name != "zero3"),
 }
@@ -357,11 +358,11 @@ def sharded_inference(dtype: torch.dtype, offload: bool = False, settings: Any =
     return {**config, "zero_optimization": {**config["zero_optimization"], **WHOLLY_SHARDED}}
 
 
-def start_server(model: Path, *, pools: bool = False) -> str:
-    """Serve a model from a thread until the process ends, and return the address."""
+def start_server(model: Path, *, pools: bool = False) -> ScoringServer:
+    """Serve a model from a thread until the process ends."""
     server = ScoringServer(load_vlm(model, dtype="float32").eval(), pools=pools)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server.url
+    return server
 
 
 def main(folder: Path) -> None:
@@ -426,13 +427,13 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     elif family == "pieces":
         changes["student"] = {**tiny.settings(), "tokenizer": str(folder / "pieces_teacher" / "student")}
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
-    placement, drawn_on_server = changes.pop("teacher", "replicate"), changes.pop("drawn_on_server", False)
+    placement, drawn_on_server = changes.pop("teacher", "replicate"), changes.pop("drawn_on_server", "")
     teacher = folder / (f"{family}_teacher" if family in ("llava", "language", "pieces", "videos") else "teacher")
     plain = tiny.config(out, data, teacher, **changes)
     if isinstance(placement, dict):
         plain["teacher"] = placement
     elif placement == "hidden":
-        url = processes.gather(start_server(teacher, pools=True) if processes.first else "")[0]
+        url = processes.gather(start_server(teacher, pools=True).url if processes.first else "")[0]
         plain["teacher"]["server"] = {"url": url, "model": "teacher-1", "form": "hidden"}
         plain["evaluation"]["teacher"] = False
     elif placement == "student":
@@ -441,9 +442,11 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     else:
         plain["teacher"]["placement"] = placement
     if drawn_on_server:
-        url = processes.gather(start_server(folder / "llava_student") if processes.first else "")[0]
-        server = {"url": url, "model": "teacher-1", "folder": str(out / "weights")}
-        plain["on_policy"] = {**plain["on_policy"], "server": server}
+        student = folder / "llava_student"
+        server = start_server(student) if processes.first else None
+        section = {"url": processes.gather(server.url if server else "")[0], "model": "teacher-1"}
+        section |= receive(server, student, out) if drawn_on_server == "nccl" else {"folder": str(out / "weights")}
+        plain["on_policy"] = {**plain["on_policy"], "server": section}
     if teachers:
         del plain["teacher"]
         plain["teachers"] = {n: {**section, "path": str(folder / section["path"])} for n, section in teachers.items()}

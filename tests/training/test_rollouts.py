@@ -259,7 +259,7 @@ def test_a_server_that_was_started_again_enters_a_new_group(
 
 def test_a_server_that_cannot_receive_is_told(folder, processes, tmp_path, server, receiver):
     server.refused = {"update_info": 500}
-    with pytest.raises(UserError, match=r"1 tries, the last: HTTP 500 .*; start vLLM again, with VLLM_SERVER_DEV_MODE"):
+    with pytest.raises(UserError, match=r"did not answer: HTTP 500 .*; start vLLM again, with VLLM_SERVER_DEV_MODE=1"):
         trainer(processes, sent(folder, tmp_path / "refused", server)).run()
     server.more = {}
     with pytest.raises(UserError, match=r"HTTP 404 .*; start vLLM again, with VLLM_SERVER_DEV_MODE=1 and --weight-tra"):
