@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+import tracker_clients
 from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -171,12 +172,15 @@ def test_workers_end_with_an_error(folder):
     assert multiprocessing.active_children() == []
 
 
-def test_progress_is_shown_when_asked_for(folder, capfd):
-    distil(folder, "shown", progress=True)
+def test_progress_and_trackers_are_shown_when_asked_for(folder, capfd, monkeypatch):
+    clients = tracker_clients.install(monkeypatch)
+    distil(folder, "shown", progress=True, training={**SECTIONS["training"], "trackers": ["trackio"]})
+    assert [step for step, _ in clients.metrics["trackio"]] == [1, 2, 3]
     shown = capfd.readouterr().err
     assert "shown: 100%" in shown
     assert "3/3" in shown
     assert "student written to" in shown
+    assert "trackio shows the run: this machine" in shown
 
 
 def test_warnings_are_pythons_own(folder):
@@ -228,6 +232,10 @@ def test_several_sources_and_evaluation_data(folder):
             "^data.train: none of the first 1 samples can be used: unknown lay",
         ),
         ({"optimiser": lambda f: {"lr": 1}}, "^optimiser: unknown key; did you mean 'optimizer'"),
+        (
+            {"training": lambda f: {"trackers": [{"name": "mlflow", "server": "https://me:hush@host"}]}},
+            "^distill: training.trackers.0.server: holds user and password in a URL",
+        ),
         ({"steps": lambda f: None}, "^training: say how long to train: set epochs or steps"),
         (
             {"student": lambda f: {"path": pair(f / "student"), "lora": {"merge": False}}},

@@ -89,7 +89,7 @@ def test_bf16_of_a_run_may_be_repeated(tmp_path):
             "warmup_num_steps would do nothing.*optimizer.sch",
         ),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "set training.activation_checkpointing"),
-        ({"wandb": {"enabled": True}}, "set training.wandb"),
+        ({"wandb": {"enabled": True}}, "set training.trackers"),
         ({"pipeline": {"stages": 2}}, "this trainer does not use it"),
     ],
 )

@@ -58,6 +58,8 @@ def test_every_file_that_ships_is_accepted(name):
         ("train", {"training": {"steps": "many"}}, "training.steps: "),
         ("train", {"training": {"steps": 0}}, "training.steps: "),
         ("train", {"training": {"dtype": "fp16"}}, "training.dtype: "),
+        ("train", {"training": {"trackers": ["wandbs"]}}, "training.trackers.0: "),
+        ("train", {"training": {"trackers": [{"project": "x"}]}}, "training.trackers.0: "),
         ("train", {"loss": [{"name": "tied"}]}, "loss.0.name: "),
         ("train", {"loss": [{"name": "taid", "t_strat": 0.4}]}, "'t_strat' was unexpected"),
         ("train", {"loss": [{"weight": 1}]}, "loss.0: 'name' is a required property"),
@@ -82,7 +84,7 @@ def test_mistakes_are_refused(command, content, where):
     "content",
     [
         {"base": ["a.yaml", "b.yaml"]},
-        {"training": {"steps": "${oc.env:STEPS,500}", "wandb": {"project": "x"}}},
+        {"training": {"steps": "${oc.env:STEPS,500}", "trackers": ["wandb", {"name": "mlflow", "project": "x"}]}},
         {"data": {"workers": "${oc.env:WORKERS}"}, "teacher": None, "optimizer": {"betas": ["${b}", 0.9]}},
         {"deepspeed": "ds_config.json"},
         {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "train_batch_size": "auto"}},

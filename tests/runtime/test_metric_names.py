@@ -38,7 +38,7 @@ def test_meanings_are_sentences():
 
 
 def test_a_run_in_the_tests_that_writes_another_metric_fails(tmp_path):
-    with Tracker(tmp_path, 1, 0, first=True, wandb=False, settings={}) as tracker:
+    with Tracker(tmp_path, 1, 0, first=True, settings={}) as tracker:
         tracker.log("train", 1, {"loss": 1.0, "my_loss/anything": 2.0})
         with pytest.raises(AssertionError, match=r"train: not in .* \['speed'\]"):
             tracker.log("train", 1, {"speed": 1.0})

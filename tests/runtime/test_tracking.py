@@ -1,16 +1,10 @@
 import json
-import sys
-import types
 
-import pytest
-
-from data.errors import UserError
-from vlm_distill.config.sections import TrainingSection
 from vlm_distill.runtime.tracking import Tracker
 
 
 def track(folder, start, lines):
-    with Tracker(folder, 10, start, first=True, wandb=False, settings={}) as tracker:
+    with Tracker(folder, 10, start, first=True, settings={}) as tracker:
         for step, loss in lines:
             tracker.log("train", step, {"loss": loss})
 
@@ -39,57 +33,17 @@ def test_tensorboard_is_written(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with Tracker(tmp_path, 10, 0, first=False, wandb=False, settings={}) as tracker:
+    with Tracker(tmp_path, 10, 0, first=False, settings={}) as tracker:
         tracker.log("train", 1, {"loss": 1.0})
         tracker.show(1, "loss 1")
         tracker.say("hello")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def client(monkeypatch):
-    """Stands for W&B: keeps what it is given."""
-    client = types.SimpleNamespace(given=[], logged=[])
-
-    def init(**given):
-        client.given.append(given)
-        return types.SimpleNamespace(log=lambda values, step: client.logged.append(step), finish=lambda: None)
-
-    client.init = init
-    monkeypatch.setitem(sys.modules, "wandb", client)
-    return client
-
-
-def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path, client):
-    settings = {"project": "p", "group": "g", "tags": ["a", "b"], "mode": "offline"}
-    section = TrainingSection(steps=1, wandb=settings).wandb
-    for start, wandb in ((0, section), (2, section), (0, True)):
-        folder = tmp_path / ("run" if wandb is section else "other")
-        folder.mkdir(exist_ok=True)
-        with Tracker(folder, 10, start, first=True, wandb=wandb, settings={"seed": 1}) as tracker:
-            tracker.log("train", start + 1, {"loss": 1.0})
-    first, resumed, other = client.given
-    assert first == resumed
-    assert first["id"] != other["id"]
-    expected = settings | {"name": "run", "resume": "allow"}
-    assert {key: first[key] for key in expected} == expected
-    assert "project" not in other
-    assert client.logged == [1, 3, 1]
-
-
-def test_wandb_without_a_key_is_a_persons_mistake(tmp_path, client):
-    def refuse(**_):
-        raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login")
-
-    client.init = refuse
-    with pytest.raises(UserError, match=r"training.wandb: api_key not configured .* training.wandb.mode=offline"):
-        Tracker(tmp_path, 10, 0, first=True, wandb=True, settings={})
-
-
 def test_square_brackets_are_printed_as_they_are(tmp_path, capsys):
     folder = tmp_path / "run [bold] [x]"
     folder.mkdir()
-    with Tracker(folder, 10, 0, first=True, wandb=False, settings={}) as tracker:
+    with Tracker(folder, 10, 0, first=True, settings={}) as tracker:
         tracker.say("[/red] written to [data] :smile:")
         tracker.warn("no [/] such")
         tracker.show(10, "a[/] 1")

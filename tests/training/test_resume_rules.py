@@ -316,7 +316,7 @@ def test_a_configuration_of_an_earlier_version_lacks_keys_that_have_defaults(sto
     config = configuration(stopped, "stopped")
     new = resume.Record.of(config)
     old = resume.Record.read(stopped / "stopped")
-    del old.configuration["training"]["wandb"], old.configuration["optimizer"]["min_lr_ratio"]
+    del old.configuration["training"]["trackers"], old.configuration["optimizer"]["min_lr_ratio"]
     assert resume.compare(old, config, new)[0] == []
     old.configuration["training"]["of_old"] = 1  # and may have one that is gone
     assert "training.of_old: 1 → none" in resume.compare(old, config, new)[0]

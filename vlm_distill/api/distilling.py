@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from data.errors import UserError
 from data.saved_json import read_lines
-from vlm_distill.config.file import explain
+from vlm_distill.config.file import check_values, explain
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.models import VisionLanguageModel, load_vlm
 from vlm_distill.runtime.display import Bar, Display, Silent
@@ -140,7 +140,8 @@ def _data(arguments: Arguments, given: AnyData) -> dict[str, Any]:
 
 
 def _validated(given: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration. Raise ``UserError`` if it is none."""
+    """Return the configuration. Raise ``UserError`` if it is none, or holds a secret."""
+    check_values(given, "distill")
     try:
         config = RunConfig.model_validate(given)
     except ValidationError as error:

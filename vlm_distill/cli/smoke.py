@@ -47,7 +47,7 @@ def smoke_config(config: T) -> T:
     plain = config.model_dump()
     output = f"{Path(plain['output'])}-smoke"
     plain["output"] = output
-    training: dict[str, Any] = {"smoke": True, "steps": STEPS, "epochs": None, "wandb": False}
+    training: dict[str, Any] = {"smoke": True, "steps": STEPS, "epochs": None, "trackers": []}
     training |= {"checkpoint_every": STEPS // 2, "keep_checkpoints": 1}
     plain["training"] |= training
 

@@ -11,6 +11,7 @@ DType = Literal["fp32", "bf16"]
 Measure = Literal["exact", "rouge_l", "perplexity", "kl"]
 #: Whose conventions benchmarks are scored by.
 Rules = Literal["vlmevalkit", "lmms-eval", "official"]
+TrackerName = Literal["wandb", "mlflow", "trackio"]
 Part = Literal["vision_encoder", "projector", "decoder"]
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]

@@ -304,17 +304,18 @@ def _replaces(kind: type[BaseModel], at: str = "") -> dict[str, list[str]]:
 
 def _resolved(tree: Any, where: str) -> Any:
     """Return a configuration with interpolations resolved; every value is checked before and after."""
-    _check_leaves(tree, where)
+    check_values(tree, where)
     check_expansion(tree, where)
     try:
         plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except Exception as error:  # circular interpolations, functions that fail
         raise UserError(f"{where}: {_first_line(error)}") from None
-    _check_leaves(plain, where)
+    check_values(plain, where)
     return plain
 
 
-def _check_leaves(tree: Any, where: str) -> None:
+def check_values(tree: Any, where: str) -> None:
+    """Raise ``UserError`` for a value that no setting can have, and for secrets, which would be saved with the run."""
     try:
         leaves = list(_leaves(tree))
     except RecursionError:

@@ -129,7 +129,7 @@ def _allow_layers(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
     """Let a file leave out what its bases may give, and name them."""
     # Lists are replaced whole, so that their entries are complete.
     items = [node.get("items") for node in _nodes([schema, definitions])]
-    entries = {item.get("$ref") for item in items if isinstance(item, dict)}
+    entries = {node.get("$ref") for node in _nodes(items)}
     for name, section in definitions.items():
         if f"#/$defs/{name}" not in entries:
             section.pop("required", None)

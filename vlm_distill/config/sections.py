@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from . import deepspeed_keys
 from .checks import check_run
@@ -22,6 +22,7 @@ from .fields import (
     Replaces,
     Rules,
     Section,
+    TrackerName,
 )
 from .model_sections import StudentSection, TeacherSection
 from .on_policy_sections import OnPolicySection
@@ -159,17 +160,39 @@ class OptimizerSection(Section):
     max_grad_norm: AboveZero | None = Field(1.0, description="Clip the gradient to this norm; `null` does not clip.")
 
 
-class WandbSection(Section):
-    """Weights & Biases."""
+class TrackerSection(Section):
+    """A service that shows the run beside ``metrics.jsonl`` and TensorBoard."""
 
-    project: str | None = Field(None, description="Project that shows the run.")
-    group: str | None = Field(None, description="Group of runs shown together.")
-    name: str | None = Field(None, description="Name of the run.")
-    tags: list[str] = Field([], description="Tags of the run.")
-    entity: str | None = Field(None, description="User or team that owns the run.")
-    mode: Literal["online", "offline", "disabled"] | None = Field(
-        None, description="`offline` keeps the run on disk until `wandb sync` sends it."
+    name: TrackerName = Field(description="The tracker: `wandb` (Weights & Biases), `mlflow` or `trackio`.")
+    project: str | None = Field(
+        None,
+        description="Project that shows the run, MLflow's experiment; by default what `WANDB_PROJECT` or "
+        "`MLFLOW_EXPERIMENT_NAME` says, else `vlm-distill`.",
     )
+    run: str | None = Field(None, description="Name of the run; by default its folder's.")
+    group: str | None = Field(None, description="Group of runs shown together; a tag in MLflow.")
+    tags: list[str] = Field([], description="Tags of the run.")
+    server: str | None = Field(
+        None,
+        description="Where the run is kept, by default what the tracker's environment variables say: W&B's base URL, "
+        "MLflow's tracking URI, trackio's Space or URL.",
+    )
+    entity: str | None = Field(None, description="User or team in W&B that owns the run.")
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        None, description="Of W&B: `offline` keeps the run on disk until `wandb sync` sends it."
+    )
+
+    @model_validator(mode="after")
+    def _keys_of_this_tracker(self) -> TrackerSection:
+        for key in ("entity", "mode"):
+            if self.name != "wandb" and getattr(self, key) is not None:
+                raise ValueError(f"{key} is a key of wandb alone; leave it out for {self.name}")
+        return self
+
+
+def _as_section(entry: Any) -> Any:
+    """Return an entry of ``training.trackers``, in which a name alone is short for ``{name: NAME}``."""
+    return {"name": entry} if isinstance(entry, str) else entry
 
 
 class TrainingSection(Section):
@@ -198,8 +221,31 @@ class TrainingSection(Section):
     stopped_exit_code: Annotated[int, Field(ge=0, le=255)] | None = Field(
         None, description="Exit code of a run that a signal stopped; by default 130 after SIGINT, 143 after SIGTERM."
     )
-    wandb: bool | WandbSection = Field(False, description="Show the run in Weights & Biases: `true`, or its settings.")
+    trackers: list[
+        Annotated[TrackerSection, BeforeValidator(_as_section, json_schema_input_type=TrackerName | TrackerSection)]
+    ] = Field([], description="Services that show the run, by name or with settings: `wandb`, `mlflow`, `trackio`.")
     smoke: bool = Field(False, description="Marks the folder of a smoke run; `--smoke` sets it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trackers_in_place_of_wandb(cls, section: Any) -> Any:
+        """Name the key that replaced ``wandb``. Folders of earlier runs say ``wandb: false``, which is left out."""
+        if not isinstance(section, Mapping) or "wandb" not in section:
+            return section
+        if section["wandb"]:
+            raise ValueError(
+                "wandb is now an entry of trackers: write trackers: [wandb], or [{name: wandb, project: …}], where "
+                "`run` names the run"
+            )
+        return {key: value for key, value in section.items() if key != "wandb"}
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> TrainingSection:
+        names = [tracker.name for tracker in self.trackers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"trackers names {name} more than once; leave one entry")
+        return self
 
     @model_validator(mode="after")
     def _length(self) -> TrainingSection:

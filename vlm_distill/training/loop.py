@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from vlm_distill.runtime.manifest import Entry
 from vlm_distill.runtime.output import cause_of, claim, put_in_place
 from vlm_distill.runtime.processes import Processes
 from vlm_distill.runtime.stopping import Stopping
+from vlm_distill.runtime.trackers import check_installed
 from vlm_distill.runtime.tracking import Tracker
 
 from . import checkpoint
@@ -73,8 +73,7 @@ class Loop(Hooks):
         self.problems: ProblemLog | None = None
         self.tally = SampleTally()
         self.began = time.monotonic()
-        if config.training.wandb and find_spec("wandb") is None:
-            raise UserError("training.wandb: the package wandb is not installed; install vlm-distill[wandb]")
+        check_installed(config.training.trackers)
 
     @classmethod
     def train(cls, config: Any, processes: Processes, *, until: int | None = None) -> Path:
@@ -130,13 +129,12 @@ class Loop(Hooks):
 
     def _tracker(self, done: int) -> Tracker:
         settings = self.settings.model_dump(exclude_none=True)
-        wandb = self.settings.training.wandb
         return Tracker(
             self.folder,
             self.steps,
             done,
             first=self.processes.first,
-            wandb=wandb,
+            trackers=self.settings.training.trackers,
             settings=settings,
             display=self.display,
         )

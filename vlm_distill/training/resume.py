@@ -109,7 +109,7 @@ RULES: dict[str, Rule] = {
                 "timeout",
                 "on_oom",
                 "stopped_exit_code",
-                "wandb",
+                "trackers",
                 "recompute_logits",
                 "sequence_parallel",
                 "channels_last",
