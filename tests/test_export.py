@@ -18,8 +18,12 @@ from data.conversation import Conversation
 from data.errors import UserError
 from vlm_distill import cli
 from vlm_distill.demo import make_tokenizer
+from vlm_distill.evaluation.predictions import Prediction, write_predictions
+from vlm_distill.evaluation.source_scores import wilson_interval
 from vlm_distill.export import export_student, push
 from vlm_distill.models import build_vlm, load_vlm
+from vlm_distill.reporting.card import Publication
+from vlm_distill.reporting.card_scores import card_scores
 
 CLIP = {
     "source": "transformers",
@@ -59,11 +63,12 @@ def write_run(folder, model, **sections):
     config = tiny.config(folder, folder / "data.jsonl", folder / "teacher") | sections
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for data, scores in {
-        "questions": {"n": 12, "exact": 0.75, "soft": 0.8},
-        "mmstar": {"benchmark": "mmstar", "n": 5, "main": 41.5, "metric": "accuracy", "rules": "vlmevalkit"},
+        "questions/student": {"n": 12, "exact": 0.75, "soft": 0.8, "interval": list(wilson_interval(0.75, 12))},
+        "questions/teacher": {"n": 12, "exact": 0.5, "soft": 0.5},
+        "mmstar/student": {"benchmark": "mmstar", "n": 5, "main": 41.5, "metric": "accuracy", "rules": "vlmevalkit"},
     }.items():
-        (folder / "evaluation" / data / "student").mkdir(parents=True)
-        (folder / "evaluation" / data / "student" / "scores.json").write_text(json.dumps(scores))
+        (folder / "evaluation" / data).mkdir(parents=True)
+        (folder / "evaluation" / data / "scores.json").write_text(json.dumps(scores))
     return folder
 
 
@@ -135,7 +140,10 @@ def test_the_card_is_what_the_hub_reads(runs, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["teacher"] = {"path": "Qwen/Qwen2.5-VL-7B-Instruct"}
     config["student"] |= {"decoder": {"name": "HuggingFaceTB/SmolLM2-135M"}, "projector": {"type": "mlp"}}
-    config["data"]["train"] = [{"path": "TIGER-Lab/Mantis-Instruct"}, {"path": "here/own.jsonl", "weight": 0.5}]
+    config["data"]["train"] = [
+        {"path": "TIGER-Lab/Mantis-Instruct", "config": "nlvr2", "split": "train"},
+        {"path": "here/own.jsonl", "weight": 0.5},
+    ]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     out = export_student(run, tmp_path / "out")
     card = ModelCard.load(out / "README.md")
@@ -144,20 +152,70 @@ def test_the_card_is_what_the_hub_reads(runs, tmp_path):
     assert card.data.base_model == ["Qwen/Qwen2.5-VL-7B-Instruct", "HuggingFaceTB/SmolLM2-135M"]
     assert card.data.datasets == ["TIGER-Lab/Mantis-Instruct"]
     assert card.data.license is None
-    results = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results}
-    assert results[("questions", "exact match")] == 0.75
-    assert results[("mmstar", "accuracy")] == 41.5
+    results = {(r.dataset_name, r.metric_name): r for r in card.data.eval_results}
+    exact, main = results[("questions", "exact match")], results[("mmstar", "accuracy")]
+    assert (exact.metric_value, exact.metric_args) == (0.75, {"n": 12, "interval_95": [0.4677, 0.9111]})
+    assert (main.metric_value, main.metric_args["rules"]) == (41.5, "vlmevalkit")
+    text = (out / "README.md").read_text()
     for words in (
-        "1.0 × taid (t_start 0.4) + 0.5 × cross_entropy",
-        "TIGER-Lab/Mantis-Instruct, own.jsonl (weight 0.5)",
+        "| taid | 1 | t_start 0.4; by default t_end 1.0, alpha 0.0005,",
+        "| cross_entropy | 0.5 |",
+        "](https://huggingface.co/datasets/TIGER-Lab/Mantis-Instruct) | nlvr2/train | 1 |",
+        "| own.jsonl | own.jsonl |  | 0.5 |",
         "steps 5, batch_size 8",
         "lr 0.01, schedule cosine, warmup 0.2",
-        "| mmstar | 5 | accuracy 41.5 | vlmevalkit |",
+        "| questions | exact match | 75.00% | 46.77% to 91.11% | 50.00% | 12 |",
+        "| mmstar | accuracy | 41.50 |  |  | 5 | vlmevalkit |",
+        'vlm-distill ask path/to/this/folder picture.png "What is this?"',
         "# license: yours to choose",
     ):
-        assert words in (out / "README.md").read_text()
+        assert words in text, text
     loaded = load_vlm(out)
     assert answer(loaded, True) == answer(model.eval(), True)
+
+
+def test_a_card_says_licence_name_and_further_evaluations(runs, tmp_path):
+    run, _ = runs[1]["native"]
+    predictions = [answered(index, score) for index, score in enumerate((1.0, 1.0, 0.5, 0.0, 1.0, 0.0, 1.0, 1.0))]
+    folder = tmp_path / "scored" / "mmstar"
+    folder.mkdir(parents=True)
+    write_predictions(folder / "predictions.jsonl", predictions)
+    scores = {"benchmark": "mmstar", "n": 8, "main": 68.75, "metric": "accuracy", "rules": "official"}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    publication = Publication("apache-2.0", "me/student", [tmp_path / "scored"])
+    out = export_student(run, tmp_path / "out", publication=publication)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.license == "apache-2.0"
+    (main,) = [result for result in card.data.eval_results if result.dataset_name == "mmstar"]
+    low, high = main.metric_args["interval_95"]
+    assert main.metric_value == 68.75
+    assert 25 < low < 60 < 75 < high < 100
+    text = (out / "README.md").read_text()
+    assert 'from_pretrained("me/student")' in text
+    assert "hf download me/student --local-dir path/to/this/folder" in text
+    assert text.rstrip().endswith("## Licence\n\napache-2.0")
+    with pytest.raises(UserError, match=r"neither a run .* nor an evaluation"):
+        export_student(run, tmp_path / "out", publication=Publication(evaluations=[tmp_path / "none"]))
+
+
+def test_a_language_models_card_has_its_measures(tmp_path):
+    folder = tmp_path / "run" / "evaluation" / "text"
+    for who, scores in {
+        "student": {"n": 9, "perplexity": 5.25, "kl": 0.125, "rouge_l": 0.5},
+        "teacher": {"n": 9, "perplexity": 4.0},
+    }.items():
+        (folder / who).mkdir(parents=True)
+        (folder / who / "scores.json").write_text(json.dumps(scores))
+    (tmp_path / "run" / "config.yaml").write_text("output: x")
+    assert [score.row()[1:6] for score in card_scores(tmp_path / "run")] == [
+        ["ROUGE-L", "50.00%", "", "", "9"],
+        ["perplexity", "5.25", "", "4.00", "9"],
+        ["KL to the teacher, nats a token", "0.12", "", "", "9"],
+    ]
+
+
+def answered(index, score):
+    return Prediction(index, "mmstar", index, "q?", ["a"], "a", 1.0, score, score, image=f"{index}.png", score=score)
 
 
 def test_a_model_of_transformers_is_no_assembled_one(runs, tmp_path):

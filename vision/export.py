@@ -20,10 +20,24 @@ from data.errors import UserError
 from vlm_distill.config.file import read_saved
 from vlm_distill.export import finished_student
 from vlm_distill.models.common import first_line
-from vlm_distill.reporting.card import cell, document, fact_table, in_words, result, source_names, student_scores
+from vlm_distill.reporting.card import (
+    FOLDER,
+    Publication,
+    cell,
+    data_section,
+    document,
+    fact_table,
+    licence_section,
+    loss_section,
+    pairs,
+    score_section,
+    use_section,
+)
+from vlm_distill.reporting.card_scores import CardScore, card_scores
 from vlm_distill.runtime.launch import guarded
 
 from .classifier import Classifier, load_classifier
+from .losses import REGISTRY
 
 #: Largest difference between ONNX and torch as a share of the largest logit; kernels add in other orders.
 TOLERANCE = 1e-3
@@ -35,17 +49,20 @@ class About:
 
     Attributes:
         name: the model's name.
-        teacher: the teacher's name in the run's configuration.
-        data: names of the training data.
-        losses: each with its weight and parameters, in words.
-        scores: as in ``scores.json``, by name of the evaluation data.
+        config: the configuration of the run that trained it, as plain data.
+        scores: the scores to show.
+        publication: licence and name on the hub.
     """
 
     name: str
-    teacher: str | None = None
-    data: Sequence[str] = ()
-    losses: Sequence[str] = ()
-    scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    scores: Sequence[CardScore] = ()
+    publication: Publication = field(default_factory=Publication)
+
+    @property
+    def teacher(self) -> str | None:
+        """The teacher's name in the configuration."""
+        return ((self.config or {}).get("teacher") or {}).get("name")
 
 
 class FromPixels(nn.Module):
@@ -134,11 +151,14 @@ def _without_traces(model: Any) -> Any:
     return model
 
 
-def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
+def export_run(run: Path, folder: Path, onnx: bool = False, publication: Publication | None = None) -> float | None:
     """Export the student of a run, or the classifier in a folder; see :func:`export`.
 
+    Args:
+        publication: what the model card says beyond the run: licence, name on the hub, further evaluations.
+
     Raises:
-        UserError: the folder is neither a finished run nor a classifier.
+        UserError: the folder is neither a finished run nor a classifier, or holds no evaluation.
     """
     source = finished_student(run) or run
     if not (source / "config.json").is_file():
@@ -147,47 +167,36 @@ def export_run(run: Path, folder: Path, onnx: bool = False) -> float | None:
         raise UserError(f"{folder}: is where the classifier comes from; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; an export is a folder")
-    return export(load_classifier(str(source)), folder, _about(run), onnx)
+    about = _about(run, publication or Publication())
+    return export(load_classifier(str(source)), folder, about, onnx)
 
 
-def _about(run: Path) -> About:
+def _about(run: Path, publication: Publication) -> About:
     """Read the facts from a run's own files."""
-    name = run.resolve().name
+    scores = card_scores(run, publication.evaluations)
     path = run / "config.yaml"
-    if not path.is_file():
-        return About(name)
-    config = read_saved(path)  # not validated: a plug-in that the run used may be installed no more
-    losses, data = in_words(config["loss"]), source_names(config["data"]["train"])
-    return About(name, (config.get("teacher") or {}).get("name"), data, losses, student_scores(run))
+    # Not validated: a plug-in that the run used may be installed no more.
+    config = read_saved(path) if path.is_file() else None
+    return About(run.resolve().name, config, scores, publication)
 
 
 def _card(classifier: Classifier, folder: Path, about: About, difference: float | None) -> str:
     """Return a model card in the hub's form: facts as YAML for machines, then in words."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = settings.get("architecture")
-    facts: dict[str, Any] = {"library_name": "timm"} if architecture else {}
-    facts |= {"pipeline_tag": "image-classification", "tags": ["image-classification", "knowledge-distillation"]}
-    if about.teacher and not Path(about.teacher).exists():
-        facts["base_model"] = f"timm/{about.teacher}" if "." in about.teacher else about.teacher
-    results = []
-    for data, scores in about.scores.items():
-        metrics = [
-            {"type": "accuracy", "name": words, "value": round(scores[key], 4)}
-            for key, words in (("exact", "top-1"), ("top5", "top-5"))
-            if scores.get(key) is not None
-        ]
-        results.append(result("image-classification", data, metrics))
-    if results:
-        facts["model-index"] = [{"name": about.name, "results": results}]
+    metadata: dict[str, Any] = {
+        "library_name": "timm" if architecture else None,
+        "license": about.publication.licence,
+        "base_model": _base_model(about.teacher),
+        "tags": ["image-classification", "knowledge-distillation", "vlm-distill"],
+    }
     lines = [f"# {cell(about.name)}", "", *_description(classifier, about, architecture), ""]
-    lines += ["## Use", "", "```python", *_usage(classifier, settings), "```", ""]
-    if about.scores:
-        lines += ["## Scores", "", "| data | images | top-1 | top-5 | ECE |", "|---|---|---|---|---|"]
-        for data, scores in about.scores.items():
-            shares = [f"{scores[k]:.2%}" if scores.get(k) is not None else "" for k in ("exact", "top5")]
-            error = f"{scores['ece']:.3f}" if scores.get("ece") is not None else ""
-            lines.append(f"| {cell(data)} | {scores.get('n', '')} | {shares[0]} | {shares[1]} | {error} |")
-        lines.append("")
+    commands = [f"python -m vision.evaluate {FOLDER} --data folder/of/images"]
+    lines += use_section(_usage(classifier, settings), commands, about.publication)
+    lines += score_section(about.scores)
+    if about.config is not None:
+        lines += loss_section(about.config["loss"], REGISTRY)
+        lines += data_section(about.config, {})
     if difference is not None:
         lines += [
             "## ONNX",
@@ -197,11 +206,19 @@ def _card(classifier: Classifier, folder: Path, about: About, difference: float 
             f"It gives `logits`. Against torch they differ by at most {difference:.1e}.",
             "",
         ]
-    return document(facts, lines)
+    lines += licence_section(about.publication)
+    return document(about.name, "image-classification", metadata, about.scores, "\n".join(lines))
+
+
+def _base_model(teacher: str | None) -> str | None:
+    """Return the teacher's name on the hub; ``None`` if it is a local folder."""
+    if not teacher or Path(teacher).exists():
+        return None
+    return f"timm/{teacher}" if "." in teacher else teacher
 
 
 def _description(classifier: Classifier, about: About, architecture: str | None) -> list[str]:
-    inputs = classifier.inputs
+    inputs, training = classifier.inputs, about.config or {}
     size = sum(p.numel() for p in classifier.parameters())
     mean = ", ".join(f"{value:.4g}" for value in inputs.mean)
     std = ", ".join(f"{value:.4g}" for value in inputs.std)
@@ -212,8 +229,8 @@ def _description(classifier: Classifier, about: About, architecture: str | None)
         ("images", f"{inputs.size[0]}×{inputs.size[1]}, {inputs.interpolation}, centre crop {inputs.crop_pct:g}"),
         ("normalisation", f"mean {mean}; standard deviation {std}"),
         ("teacher", about.teacher or ""),
-        ("trained on", ", ".join(about.data)),
-        ("loss", " + ".join(about.losses)),
+        ("optimizer", pairs(training.get("optimizer"), "name", "lr", "schedule", "weight_decay")),
+        ("training", pairs(training.get("training"), "epochs", "steps", "batch_size", "dtype", "seed")),
     ]
     return fact_table(rows)
 
@@ -247,10 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run's folder, or one that holds a classifier")
     parser.add_argument("folder", type=Path, help="where the export goes")
     parser.add_argument("--onnx", action="store_true", help="write and check model.onnx as well")
+    parser.add_argument("--license", help="licence in the model card, such as apache-2.0")
+    parser.add_argument("--hub", help="name on the hub, for the model card")
+    parser.add_argument("--evaluations", type=Path, action="append", default=[], help="further folders of scores")
     options = parser.parse_args(arguments)
+    publication = Publication(options.license, options.hub, options.evaluations)
 
     def command() -> None:
-        difference = export_run(options.run, options.folder, options.onnx)
+        difference = export_run(options.run, options.folder, options.onnx, publication)
         if difference is not None:
             print(f"onnx: logits differ from torch's by at most {difference:.1e}")
         print(options.folder)

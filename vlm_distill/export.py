@@ -11,6 +11,7 @@ from data.errors import UserError
 from vlm_distill.runtime import manifest
 
 if TYPE_CHECKING:
+    from vlm_distill.reporting.card import Publication
     from vlm_distill.training.resume import Record
 
 FORMATS = ("native", "llava")
@@ -26,7 +27,13 @@ def is_classifier(run: Path) -> bool:
     return isinstance(student, Mapping) and "name" in student
 
 
-def export_student(run: Path, folder: Path, dtype: str | None = None, format: str = "native") -> Path:
+def export_student(
+    run: Path,
+    folder: Path,
+    dtype: str | None = None,
+    format: str = "native",
+    publication: Publication | None = None,
+) -> Path:
     """Write the student of a run, finished or at its latest checkpoint, with adapters merged, and a model card.
 
     Args:
@@ -35,6 +42,7 @@ def export_student(run: Path, folder: Path, dtype: str | None = None, format: st
         dtype: ``fp32``, ``bf16`` or ``fp16``; ``None``: as trained.
         format: ``native`` writes Transformers' models in their own format and assembled ones in this suite's;
             ``llava`` writes an assembled student as a LLaVA model of Transformers.
+        publication: what the model card says beyond the run: licence, name on the hub, further evaluations.
 
     Returns:
         ``folder``, which ``load_vlm`` reads.
@@ -62,7 +70,7 @@ def export_student(run: Path, folder: Path, dtype: str | None = None, format: st
         raise UserError(f"{folder}: holds a model in another format; choose another folder, or empty it")
     _set_end_tokens(model)
     model.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(model, run, record), encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, run, record, publication), encoding="utf-8")
     return folder
 
 
@@ -130,22 +138,22 @@ def _set_end_tokens(model: Any) -> None:
     settings.generation_config.pad_token_id = model.pad_token
 
 
-def _card(model: Any, run: Path, record: Record | None) -> str:
+def _card(model: Any, run: Path, record: Record | None, publication: Publication | None) -> str:
     from vlm_distill.config.file import read_saved
     from vlm_distill.models.composed import ComposedVLM
-    from vlm_distill.reporting.card import run_card
+    from vlm_distill.reporting.card import Publication
+    from vlm_distill.reporting.run_card import CardModel, CardRun, run_card
 
     # Not validated: a plug-in that the run used may be installed no more.
-    config, changes = read_saved(run / "config.yaml"), []
+    known = CardRun(run, read_saved(run / "config.yaml"))
     if record is not None:
-        config, changes = record.configuration, record.comments()
-    sees = model.processor.has_vision
+        rows = {source["name"]: source["rows"] for source in record.data}
+        known = CardRun(run, record.configuration, record.comments(), rows)
+    sees, library, code = model.processor.has_vision, "transformers", _IMAGES
+    if isinstance(model, ComposedVLM):
+        library, code = ("vlm-distill", _OURS) if sees else ("transformers", _TEXT)
     size = sum(p.numel() for p in model.parameters())
-    if not isinstance(model, ComposedVLM):
-        return run_card(config, run, sees, size, "transformers", _IMAGES, changes)
-    if not sees:
-        return run_card(config, run, sees, size, "transformers", _TEXT, changes)
-    return run_card(config, run, sees, size, "vlm-distill", _OURS, changes)
+    return run_card(known, CardModel(sees, size, library, code), publication or Publication())
 
 
 _IMAGES = """\

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
 from data.errors import UserError
@@ -65,18 +66,24 @@ def test_a_run_tells_the_card(student, tmp_path, capsys):
     }
     OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
     scores = {"kind": "classification", "n": 10, "exact": 0.5, "top5": 0.9, "nll": 1.0, "ece": 0.0123}
+    scores["interval"] = [0.23659, 0.76341]
     (run / "evaluation" / "test" / "student").mkdir(parents=True)
     (run / "evaluation" / "test" / "student" / "scores.json").write_text(json.dumps(scores))
-    assert main([str(run), str(out)]) == 0
+    assert main([str(run), str(out), "--license", "mit", "--hub", "me/student"]) == 0
     assert str(out) in capsys.readouterr().out
     facts, text = front_matter(out)
     assert facts["library_name"] == "timm"
     assert facts["base_model"] == "timm/resnet34.tv_in1k"
-    assert facts["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
-    assert "license" not in facts
-    assert "0.1 × cross_entropy + 0.9 × kd (temperature 4)" in text
-    assert "| test | 10 | 50.00% | 90.00% | 0.012 |" in text
-    assert "cifar-100" in text
+    top1, top5, error = ModelCard.load(out / "README.md").data.eval_results
+    assert (top1.metric_value, top1.metric_args) == (0.5, {"n": 10, "interval_95": [0.2366, 0.7634]})
+    assert (top5.metric_name, top5.metric_value, error.metric_value) == ("top-5", 0.9, 0.0123)
+    assert facts["license"] == "mit"
+    assert "| cross_entropy | 0.1 | by default label_smoothing 0.0 |" in text
+    assert "| kd | 0.9 | temperature 4 |" in text
+    assert "| test | top-1 | 50.00% | 23.66% to 76.34% | 10 |" in text
+    assert "](https://huggingface.co/datasets/somewhere/cifar-100) | 1 |" in text
+    assert "hf download me/student" in text
+    assert "python -m vision.evaluate path/to/this/folder" in text
     assert "mean 0.5071, 0.4867, 0.4408" in text
     assert "import vision.cifar" in text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,6 +45,15 @@ class ExportOptions:
     onnx: Annotated[bool, typer.Option("--onnx", help="For a classifier: also write model.onnx and check it.")] = False
     push_to_hub: Annotated[str | None, typer.Option(help="Also upload it, as owner/name; private.")] = None
     public: Annotated[bool, typer.Option("--public", help="Make the upload public.")] = False
+    license: Annotated[str | None, typer.Option(help="Licence in the model card, as the hub names it: apache-2.0.")] = (
+        None
+    )
+    evaluations: Annotated[
+        list[Path],
+        typer.Option(
+            help="Folder of an evaluation of this student for the model card; may be repeated.", show_default=False
+        ),
+    ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.public and self.push_to_hub is None:
@@ -59,6 +68,7 @@ def export(options: ExportOptions) -> None:
     that timm reads.
     """
     from vlm_distill.export import check_hub, export_student, is_classifier, push
+    from vlm_distill.reporting.card import Publication
 
     from .smoke import refuse_smoke
 
@@ -72,7 +82,8 @@ def export(options: ExportOptions) -> None:
             f"export: {options.run} is not a classifier's run, and only those are written as ONNX; leave --onnx out"
         )
     else:
-        print(export_student(options.run, options.folder, options.dtype, options.format))
+        publication = Publication(options.license, options.push_to_hub, options.evaluations)
+        print(export_student(options.run, options.folder, options.dtype, options.format, publication))
     if options.push_to_hub is not None:
         print(push(options.folder, options.push_to_hub, options.public))
 
@@ -80,8 +91,12 @@ def export(options: ExportOptions) -> None:
 def _export_classifier(options: ExportOptions) -> None:
     if options.dtype is not None or options.format != "native":
         raise UserError("export: a classifier is written as it was trained, in fp32; leave --dtype, --format out")
-    words = [str(options.run), str(options.folder)]
-    code = launch("vision.export", [*words, "--onnx"] if options.onnx else words, 1)
+    words = [str(options.run), str(options.folder), *(["--onnx"] if options.onnx else [])]
+    for name, value in (("--license", options.license), ("--hub", options.push_to_hub)):
+        words += [] if value is None else [name, value]
+    for folder in options.evaluations:
+        words += ["--evaluations", str(folder)]
+    code = launch("vision.export", words, 1)
     if code:
         raise typer.Exit(code)
 

@@ -70,28 +70,52 @@ def paired(
 
     scores = np.array([(getattr(x, metric), getattr(y, metric)) for x, y in pairs], dtype=np.float64)
     difference = scores[:, 0] - scores[:, 1]
-    names = [x.image if x.image is not None else (x.source, x.index) for x, _ in pairs]
-    numbers = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    cluster = np.array([numbers[name] for name in names])
-    totals = np.bincount(cluster, weights=difference)
-    counts = np.bincount(cluster)
-
-    means = bootstrap_means(totals, counts, resamples, np.random.default_rng(seed))
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high, clusters = _bootstrap([x for x, _ in pairs], difference, resamples, seed)
     only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
     mean_a, mean_b = scores.mean(0)
     return Comparison(
         n=len(pairs),
-        clusters=len(numbers),
+        clusters=clusters,
         mean_a=float(mean_a),
         mean_b=float(mean_b),
         difference=float(mean_a - mean_b),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         only_a=only_a,
         only_b=only_b,
         p_mcnemar=mcnemar(only_a, only_b),
     )
+
+
+def mean_interval(
+    predictions: Sequence[Prediction], metric: Metric = "exact", resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of a model's mean score, by the cluster bootstrap of :func:`paired`.
+
+    Questions that a benchmark's rules leave out have no ``score``, and are left out here.
+
+    Raises:
+        ValueError: no question has such a score.
+    """
+    asked = [p for p in predictions if getattr(p, metric) is not None]
+    if not asked:
+        raise ValueError(f"no question has a {metric} score")
+    values = np.array([getattr(p, metric) for p in asked], dtype=np.float64)
+    low, high, _ = _bootstrap(asked, values, resamples, seed)
+    return low, high
+
+
+def _bootstrap(
+    predictions: Sequence[Prediction], values: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float, int]:
+    """Return the 95 % interval of the mean of ``values``, one a question, and the number of pictures (clusters)."""
+    names = [p.image if p.image is not None else (p.source, p.index) for p in predictions]
+    numbers = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    cluster = np.array([numbers[name] for name in names])
+    totals = np.bincount(cluster, weights=values)
+    means = bootstrap_means(totals, np.bincount(cluster), resamples, np.random.default_rng(seed))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high), len(numbers)
 
 
 def compare_all(paths: Sequence[Path], metric: str | None = None) -> list[tuple[str, Comparison | float]]:
