@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import numpy as np
+from scipy.special import bdtr
 
 from data.errors import UserError
 
@@ -188,6 +188,4 @@ def bootstrap_means(totals: np.ndarray, counts: np.ndarray, resamples: int, rng:
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Return McNemar's two-sided exact p-value (1947): 2·P(X ≤ min), X ~ Binomial(only_a + only_b, ½), at most 1."""
-    n, least = only_a + only_b, min(only_a, only_b)
-    log = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(least + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(x - n * math.log(2)) for x in log))
+    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))

@@ -6,7 +6,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+
+from scipy.special import stdtr, stdtrit
 
 #: A difference whose adjusted p-value is below this is shown.
 LEVEL = 0.05
@@ -69,7 +70,7 @@ def _p_value(difference: float, error: float, freedom: int) -> float:
     """Return the two-sided p-value of Student's t test."""
     if error == 0:
         return 1.0 if difference == 0 else 0.0
-    return 1 - t_within(abs(difference) / error, freedom)
+    return float(2 * stdtr(freedom, -abs(difference) / error))
 
 
 def _welch_freedom(errors: Sequence[float], counts: Sequence[int]) -> int:
@@ -157,23 +158,6 @@ def _standard_error(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
-@lru_cache(maxsize=4096)
 def t_quantile(freedom: int, inside: float = 0.95) -> float:
-    """Find the ``t`` with ``P(|T| ≤ t) = inside`` by bisection, for a whole number of degrees of freedom."""
-    low, high = 0.0, 1e3
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, freedom) < inside else (low, middle)
-    return high
-
-
-def t_within(t: float, freedom: int) -> float:
-    """Return ``P(|T| ≤ t)`` by the finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    """Return the ``t`` with ``P(|T| ≤ t) = inside`` of Student's distribution."""
+    return float(stdtrit(freedom, (1 + inside) / 2))
