@@ -196,7 +196,7 @@ def _card(classifier: Classifier, folder: Path, about: About, difference: float 
     lines += score_section(about.scores)
     if about.config is not None:
         lines += loss_section(about.config["loss"], REGISTRY)
-        lines += data_section(about.config, {})
+        lines += data_section(about.config)
     if difference is not None:
         lines += [
             "## ONNX",

@@ -147,7 +147,7 @@ def _card(model: Any, run: Path, record: Record | None, publication: Publication
     # Not validated: a plug-in that the run used may be installed no more.
     known = CardRun(run, read_saved(run / "config.yaml"))
     if record is not None:
-        rows = {source["name"]: source["rows"] for source in record.data}
+        rows = [source["rows"] for source in record.data]
         known = CardRun(run, record.configuration, record.comments(), rows)
     sees, library, code = model.processor.has_vision, "transformers", _IMAGES
     if isinstance(model, ComposedVLM):

@@ -140,9 +140,10 @@ def test_a_classifiers_run_is_shown_with_its_settings(tmp_path, clients, process
 
 
 def test_wandb_keeps_both_parts_of_a_resumed_run(tmp_path):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for start in (0, 2):
         track(tmp_path, [("train", start + 1)], section("wandb", mode="offline"), start=start)
+    wandb.teardown()  # its process writes on after `finish`
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert {run.name.rpartition("-")[2] for run in runs} == {(tmp_path / "wandb_id").read_text()}
     assert all(b"train/loss" in next(run.glob("*.wandb")).read_bytes() for run in runs)

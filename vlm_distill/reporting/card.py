@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import one_line
+from vlm_distill.config.sections import TermSection
 from vlm_distill.losses import LossError, Registry
 
 from .card_scores import CardScore
@@ -110,12 +111,18 @@ def loss_section(losses: Sequence[Mapping[str, Any]], registry: Registry[Any]) -
     """Return the lines of the card's section on the loss: each term with its weight and all its settings."""
     rows = []
     for term in losses:
-        given = {key: value for key, value in term.items() if key not in ("name", "weight") and value is not None}
+        given = {key: value for key, value in term.items() if not _is_usual(key, value)}
         summary, defaults = _described(term["name"], registry)
         others = {key: value for key, value in defaults.items() if key not in given and value is not None}
         settings = [pairs(given, *given), f"by default {pairs(others, *others)}" if others else ""]
         rows.append([term["name"], f"{term.get('weight', 1.0):g}", "; ".join(filter(None, settings)), summary])
     return ["## Loss", "", *table(["term", "weight", "settings", "what it is"], rows), ""]
+
+
+def _is_usual(key: str, value: Any) -> bool:
+    """Return whether a key of a term says nothing of its own: name and weight, or what every term has by default."""
+    field = TermSection.model_fields.get(key)
+    return key in ("name", "weight") or value is None or (field is not None and value == field.default)
 
 
 def _described(name: str, registry: Registry[Any]) -> tuple[str, dict[str, Any]]:
@@ -128,21 +135,19 @@ def _described(name: str, registry: Registry[Any]) -> tuple[str, dict[str, Any]]
         return "", {}
 
 
-def data_section(config: Mapping[str, Any], rows: Mapping[str, int]) -> list[str]:
+def data_section(config: Mapping[str, Any], rows: Sequence[int] = ()) -> list[str]:
     """Return the lines of the card's section on training data.
 
     Args:
         config: the run's configuration, as plain data.
-        rows: number of samples of each source by name, as far as known.
+        rows: number of samples of each source; empty if unknown.
     """
     lines = []
     sources = config["data"]["train"]
-    for source, name in zip(sources, source_names(sources), strict=True):
+    counts = [f"{number:,}" for number in rows] if len(rows) == len(sources) else [""] * len(sources)
+    for source, name, count in zip(sources, source_names(sources), counts, strict=True):
         place = hub_name(source["path"])
         split = "/".join(filter(None, [source.get("config"), source.get("split")]))
-        count = f"{rows[name]:,}" if name in rows else ""
-        if source.get("limit"):
-            count = f"the first {source['limit']:,}"
         where = f"[{place}](https://huggingface.co/datasets/{place})" if place else Path(source["path"]).name
         lines.append([name, where, split, count, f"{source.get('weight', 1.0):g}"])
     return ["## Training data", "", *table(["source", "from", "split", "samples", "weight"], lines), ""]

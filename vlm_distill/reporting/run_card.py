@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ class CardRun:
         folder: the run's folder, which holds the scores and names the model.
         config: its configuration, as plain data.
         changes: changes to the configuration during the run, in words.
-        rows: number of samples of each source by name, as far as known.
+        rows: number of samples of each source; empty if unknown.
     """
 
     folder: Path
     config: Mapping[str, Any]
     changes: Sequence[str] = ()
-    rows: Mapping[str, int] = field(default_factory=dict)
+    rows: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ def _hours(folder: Path) -> str:
         return ""
     summary = read_object(path, {"seconds": float, "ranks": int, "device": str, "versions": dict[str, str]})
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    return f"{summary['seconds'] / 3600:.1f} h on {summary['ranks']} × {summary['device']}; {versions}"
+    hours = summary["seconds"] / 3600
+    length = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    return f"{length} on {summary['ranks']} × {summary['device']}; {versions}"
 
 
 def _origins(config: Mapping[str, Any]) -> list[str]:
