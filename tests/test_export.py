@@ -255,7 +255,7 @@ def test_the_upload_is_private_and_whole(tmp_path, monkeypatch):
     [
         (["--push-to-hub", "me/student"], "no Hugging Face token found"),
         (["--push-to-hub", "student"], "write owner/name"),
-        (["--public"], "name what is uploaded by --push-to-hub"),
+        (["--public"], "add --push-to-hub owner/name"),
     ],
 )
 def test_what_cannot_be_uploaded_is_refused_before_any_work(words, says, monkeypatch, capsys):

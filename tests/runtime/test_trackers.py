@@ -29,7 +29,7 @@ def track(folder, lines, *sections, start=0, steps=4, settings=SETTINGS):
     folder.mkdir(exist_ok=True)
     with Tracker(folder, steps, start, first=True, trackers=sections, settings=settings) as tracker:
         for kind, step in lines:
-            tracker.log(kind, step, {"loss": 1.0, "data": "A+B", "n": 2} if kind == "eval" else {"loss": 1.0})
+            tracker.log(kind, step, {"exact": 1.0, "data": "A+B", "n": 2} if kind == "eval" else {"loss": 1.0})
 
 
 def test_project_group_tags_and_settings_are_passed_on(tmp_path, clients, capsys):
@@ -67,7 +67,7 @@ def test_what_is_repeated_after_a_crash_is_shown_once(tmp_path, clients, name):
     track(tmp_path, [("eval", 2), ("train", 3), ("train", 4), ("eval", 4)], section(name), start=2)
     assert [step for step, _ in clients.metrics[name]] == [1, 2, 2, 3, 4, 4]
     curve = "eval/A_B" if name == "mlflow" else "eval/A+B"
-    assert clients.metrics[name][-1] == (4, [f"{curve}/loss", f"{curve}/n"])
+    assert clients.metrics[name][-1] == (4, [f"{curve}/exact", f"{curve}/n"])
 
 
 @pytest.mark.parametrize(
