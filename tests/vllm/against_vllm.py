@@ -259,8 +259,12 @@ class TestRollouts:
 
     def test_drawn_answers(self, folder, processes, tmp_path, server):
         plain = with_rollouts(folder, tmp_path, server, refresh=2)
-        plain["on_policy"]["temperature"] = 1.0
+        plain["on_policy"] |= {"temperature": 1.0, "importance": {}}
         assert all(0 < loss < 10 for loss in trained(plain, processes))
+        # vLLM's probabilities of the drawn tokens are those here, as long as the weights are the same.
+        fresh, stale = [lines_of(plain, "on_policy/importance")[number::2] for number in (0, 1)]
+        assert fresh == pytest.approx([1, 1], abs=1e-3)
+        assert all(abs(mean - 1) > 1e-3 for mean in stale)
 
     def test_two_ranks(self, folder, tmp_path, server, expected):
         plain = with_rollouts(folder, tmp_path, server)
