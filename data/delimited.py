@@ -29,15 +29,12 @@ class DelimitedSource(IndexedFile):
     Args:
         path: the file.
         delimiter: ``","`` or a tab.
-        limit: read only the first ``limit`` rows.
 
     Raises:
         UserError: the file is not such a table, or not UTF-8.
     """
 
-    def __init__(
-        self, path: Path, name: str, images: Path, *, delimiter: str, limit: int | None = None, **shared: Any
-    ) -> None:
+    def __init__(self, path: Path, name: str, images: Path, *, delimiter: str, **shared: Any) -> None:
         super().__init__(name, images, **shared)
         self.path = path
         self._delimiter = delimiter
@@ -47,7 +44,8 @@ class DelimitedSource(IndexedFile):
             rows = table_records(path, file, delimiter)
             self._header = next(rows, (0, 0, 0, []))[3]
             _check_header(path, self._header, delimiter)
-            self._index((line, start, length) for line, start, length, _ in islice(rows, limit))
+            chosen = islice(rows, self.rows.start, self.rows.stop)
+            self._index((line, start, length) for line, start, length, _ in chosen)
 
     def read(self, index: int) -> Any:
         with self.path.open("rb") as file:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 from .layouts import TEXT_COLUMNS
-from .sources import Source
+from .sources import ALL_ROWS, Source
 
 
 class HuggingFaceSource(Source):
@@ -20,13 +20,13 @@ class HuggingFaceSource(Source):
 
     Args:
         dataset: the data set; its own format and transforms are ignored.
-        limit: read only the first ``limit`` records.
     """
 
-    def __init__(self, dataset: Any, name: str, images: Path, *, limit: int | None = None, **shared: Any) -> None:
+    def __init__(self, dataset: Any, name: str, images: Path, **shared: Any) -> None:
         super().__init__(name, images, **shared)
-        if limit is not None:
-            dataset = dataset.select(range(min(limit, len(dataset))))
+        if self.rows != ALL_ROWS:
+            chosen = range(len(dataset))[self.rows]
+            dataset = dataset.select(chosen if chosen else [])  # an empty range past the end is refused
         self._features = without_media(dataset.features)
         self._table = dataset.with_format("arrow")
         ours = {theirs: name for name, theirs in self.columns.items()}
@@ -51,7 +51,9 @@ class HuggingFaceSource(Source):
         texts = self._table.select_columns(column)
         if column != "text":
             texts = texts.rename_column(column, "text")
-        return HuggingFaceSource(texts, self.name, self.images)
+        alone = HuggingFaceSource(texts, self.name, self.images)
+        alone.rows = self.rows  # which the table holds already
+        return alone
 
     def sizes(self) -> NDArray[np.int64]:
         if self._table.column_names != ["text"]:

@@ -42,11 +42,11 @@ def held_samples(name: str) -> Any:
     )
 
 
-def open_held(samples: Any, name: str, images: Path, *, limit: int | None, **shared: Any) -> Source:
+def open_held(samples: Any, name: str, images: Path, **shared: Any) -> Source:
     """Return a source of samples in memory; arguments as in :func:`~data.opening.open_source`."""
     if isinstance(samples, Sequence):
-        return RecordList(samples if limit is None else samples[:limit], name, images, **shared)
-    return HuggingFaceSource(samples, name, images, limit=limit, **shared)
+        return RecordList(samples, name, images, **shared)
+    return HuggingFaceSource(samples, name, images, **shared)
 
 
 class RecordList(Source):
@@ -54,7 +54,7 @@ class RecordList(Source):
 
     def __init__(self, records: Sequence[Any], name: str, images: Path, **shared: Any) -> None:
         super().__init__(name, images, **shared)
-        self._records = records
+        self._records = records[self.rows]
 
     def __len__(self) -> int:
         return len(self._records)

@@ -25,20 +25,17 @@ class JsonlSource(IndexedFile):
     Args:
         path: the file.
         text: the decompressed content of a compressed file.
-        limit: read only the first ``limit`` records.
 
     Raises:
         UserError: a line is longer than :data:`data.paths.MAX_LINE`.
     """
 
-    def __init__(
-        self, path: Path, name: str, images: Path, *, text: bytes | None = None, limit: int | None = None, **shared: Any
-    ) -> None:
+    def __init__(self, path: Path, name: str, images: Path, *, text: bytes | None = None, **shared: Any) -> None:
         super().__init__(name, images, **shared)
         self.path = path
         self._text = text
         with self._open() as file:
-            self._index(islice(_spans(path, file), limit))
+            self._index(islice(_spans(path, file), self.rows.start, self.rows.stop))
 
     def _open(self) -> BinaryIO:
         return self.path.open("rb") if self._text is None else io.BytesIO(self._text)
@@ -85,16 +82,13 @@ class JsonSource(Source):
     Args:
         path: the file.
         text: the decompressed content of a compressed file.
-        limit: read only the first ``limit`` records.
 
     Raises:
         UserError: the file is not valid JSON, neither a list nor a record, or larger than
             :data:`data.paths.MAX_WHOLE`.
     """
 
-    def __init__(
-        self, path: Path, name: str, images: Path, *, text: bytes | None = None, limit: int | None = None, **shared: Any
-    ) -> None:
+    def __init__(self, path: Path, name: str, images: Path, *, text: bytes | None = None, **shared: Any) -> None:
         super().__init__(name, images, **shared)
         try:
             content = _read_whole(path) if text is None else text
@@ -110,7 +104,7 @@ class JsonSource(Source):
                 "make it a list or JSONL"
             )
         try:
-            texts = [json.dumps(record).encode() for record in records[:limit]]
+            texts = [json.dumps(record).encode() for record in records[self.rows]]
         except RecursionError:
             raise UserError(f"{path} holds lists or objects nested too deeply; fix the file") from None
         self._text = b"".join(texts)

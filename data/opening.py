@@ -44,6 +44,7 @@ def open_source(
     split: str | None = None,
     config: str | None = None,
     name: str | None = None,
+    skip: int = 0,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     layout: str | None = None,
@@ -61,7 +62,8 @@ def open_source(
         split: the split of a Hugging Face data set, or of shards named by split; optional if there is only one.
         config: the configuration of a Hugging Face data set.
         name: the name in reports; by default the file's name without suffix, or the hub name.
-        limit: read only the first ``limit`` samples.
+        skip: leave out this many samples, the first ones.
+        limit: read only ``limit`` samples, the first ones after those.
         columns: maps our name for a key (:data:`data.layouts.COLUMNS`) to the key that the records use.
         layout: a layout from outside (:class:`~data.plugin_layouts.PluginLayout`) that the records have.
         answers_required: whether a record without an assistant's answer is a bad sample (in training it is).
@@ -70,12 +72,12 @@ def open_source(
         UserError: the path does not exist, has no samples or an unknown format, or no record has a key of ``columns``.
     """
     path, given = Path(path_or_name), str(path_or_name)
-    _check_options(given, images, limit, columns, layout)
+    _check_options(given, images, skip, limit, columns, layout)
     held = held_samples(given)
     kind = _format(path, given, format) if held is None else "memory"
     _check_kind(given, kind, split, config, images)
 
-    shared: dict[str, Any] = {"limit": limit, "answers_required": answers_required, "columns": columns}
+    shared: dict[str, Any] = {"rows": _rows(skip, limit), "answers_required": answers_required, "columns": columns}
     shared["layout"] = None if layout is None else PluginLayout(layout)
     folder = images or folder_of(path)
     if kind == "memory":
@@ -92,8 +94,7 @@ def open_source(
     else:
         source = open_json(path, kind, name, folder, detect=format == "auto", **shared)
 
-    if not len(source):
-        raise UserError(f"{given} has no rows; check the file{' and the split' if split else ''}")
+    _check_rows(source, given, skip, split)
     _check_columns(source, given)
     return source
 
@@ -107,10 +108,23 @@ def _check_kind(given: str, kind: str, split: str | None, config: str | None, im
         raise UserError(f"{given} is read as WebDataset, which has no config or image folder; leave it out")
 
 
+def _rows(skip: int, limit: int | None) -> slice:
+    return slice(skip or None, None if limit is None else skip + limit)
+
+
+def _check_rows(source: Source | TextSource, given: str, skip: int, split: str | None) -> None:
+    """Raise ``UserError`` if nothing is left to read."""
+    if not len(source):
+        where = f" after the first {skip:,} (skip)" if skip else ""
+        raise UserError(f"{given} has no rows{where}; check the file{' and the split' if split else ''}")
+
+
 def _check_options(
-    given: str, images: Path | None, limit: int | None, columns: Mapping[str, str] | None, layout: str | None
+    given: str, images: Path | None, skip: int, limit: int | None, columns: Mapping[str, str] | None, layout: str | None
 ) -> None:
     """Raise ``UserError`` if an option is wrong whatever the format."""
+    if skip < 0:
+        raise UserError(f"skip of {given} is {skip}; it must be at least 0")
     if limit is not None and limit < 1:
         raise UserError(f"limit of {given} is {limit}; it must be at least 1, or left out for all rows")
     if images is not None and not images.is_dir():
@@ -161,6 +175,7 @@ def open_text(
     split: str | None = None,
     config: str | None = None,
     name: str | None = None,
+    skip: int = 0,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> TextSource:
@@ -171,7 +186,8 @@ def open_text(
             the documents under the key, or in the column, ``text``.
         characters: the approximate limit for one sample; longer documents become several.
         split, config, name, columns: as in :func:`open_source`.
-        limit: read only the first ``limit`` documents.
+        skip: leave out this many documents, the first ones.
+        limit: read only ``limit`` documents, the first ones after those.
 
     Raises:
         UserError: as in :func:`open_source`, or a data set has no such column.
@@ -180,8 +196,12 @@ def open_text(
     inside = sorted(file for file in path.rglob("*") if _is_text(file)) if path.is_dir() else []
     files = inside or ([path] if _is_text(path) else [])
     if files:
-        return TextSource(TextFiles(files[:limit], name or path.stem, path if inside else None), characters)
-    records = open_source(path_or_name, split=split, config=config, name=name, limit=limit, columns=columns)
+        folder = path if inside else None
+        texts = TextSource(TextFiles(files, name or path.stem, folder, rows=_rows(skip, limit)), characters)
+        _check_rows(texts, str(path), skip, split)
+        return texts
+    chosen: dict[str, Any] = {"split": split, "config": config, "skip": skip, "limit": limit}
+    records = open_source(path_or_name, name=name, columns=columns, **chosen)
     if isinstance(records, HuggingFaceSource):
         records = records.only_text()
     return TextSource(records, characters)

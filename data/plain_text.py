@@ -28,9 +28,9 @@ class TextFiles(Source):
         folder: where they were found; links that lead out of it are not followed.
     """
 
-    def __init__(self, paths: Sequence[Path], name: str, folder: Path | None = None) -> None:
-        super().__init__(name, Path())
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], name: str, folder: Path | None = None, **shared: Any) -> None:
+        super().__init__(name, Path(), **shared)
+        self.paths = list(paths)[self.rows]
         self.folder = folder
 
     def __len__(self) -> int:

@@ -18,6 +18,8 @@ from .keys import is_empty
 from .layouts import to_conversation
 from .plugin_layouts import PluginLayout
 
+ALL_ROWS = slice(None)
+
 
 class Source(ABC):
     """Conversations by index, ``source[0]`` to ``source[len(source) - 1]``.
@@ -31,6 +33,7 @@ class Source(ABC):
         answers_required: whether a record without an assistant's answer is a bad sample.
         columns: maps our name for a key (:data:`data.layouts.COLUMNS`) to the key that the records use.
         layout: reads the records, in place of ``columns``; ``None``: they have one of our layouts.
+        rows: which of the records are read, without a step.
 
     Attributes:
         not_read: how often a key was met that nothing reads, such as ``rating`` or ``messages[].score``, counted while
@@ -44,12 +47,14 @@ class Source(ABC):
         answers_required: bool = True,
         columns: Mapping[str, str] | None = None,
         layout: PluginLayout | None = None,
+        rows: slice = ALL_ROWS,
     ) -> None:
         self.name = name
         self.images = images
         self.answers_required = answers_required
         self.columns = dict(columns or {})
         self.layout = layout
+        self.rows = rows
         #: Names assigned by the user, which need no check for ambiguity.
         self.chosen = set(self.columns)
         self.not_read: Counter[str] = Counter()
@@ -84,7 +89,7 @@ class Source(ABC):
 
     def line(self, index: int) -> int:
         """Return the 1-based position of a sample in its file, for reports."""
-        return index + 1
+        return (self.rows.start or 0) + index + 1
 
     def __getitem__(self, index: int) -> Conversation:
         """Return the sample at ``index``. Raise ``BadSample`` if it is malformed, ``IndexError`` past the end."""

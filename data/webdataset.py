@@ -36,13 +36,12 @@ class WebDatasetSource(Source):
 
     Args:
         shards: the tar files, in the order of samples.
-        limit: read only the first ``limit`` samples.
 
     Raises:
         UserError: a shard is missing, truncated or compressed, or has neither records nor captions.
     """
 
-    def __init__(self, shards: Sequence[Path], name: str, *, limit: int | None = None, **shared: Any) -> None:
+    def __init__(self, shards: Sequence[Path], name: str, **shared: Any) -> None:
         super().__init__(name, Path(), **shared)
         self.chosen |= {"images"}  # the members are the images, whatever the record says
         self._shards = Shards(shards)
@@ -51,7 +50,9 @@ class WebDatasetSource(Source):
         self._fields: NDArray[np.int64] = index["fields"]
         self._names: bytes = index["names"].tobytes()
         #: int64 ``[samples + 1]``: the first field of each.
-        self._first: NDArray[np.int64] = index["first"][: None if limit is None else limit + 1]
+        first: NDArray[np.int64] = index["first"]
+        samples = range(len(first) - 1)[self.rows]
+        self._first = first[samples.start : samples.stop + 1]
 
     def __len__(self) -> int:
         return len(self._first) - 1

@@ -388,7 +388,7 @@ def miniatures(folder):
     return {
         "student": {"path": str(folder / "student")},
         "teacher": {"path": str(folder / "teacher"), "dtype": "fp32"},
-        "data": {"train": [{"path": str(data)}], "workers": 0, "max_length": 64},
+        "data": {"train": [{"path": str(data)}], "eval": [{"path": str(data)}], "workers": 0, "max_length": 64},
         "training": {"batch_size": 4, "micro_batch_size": 2, "dtype": "fp32", "device": "cpu"},
     }
 

@@ -98,7 +98,7 @@ class Run:
     @cached_property
     def sources(self) -> list[AnySource]:
         """The readers of ``data.train``."""
-        return open_sources(self.config.data.train, self.config.data.max_length)
+        return open_sources(self.config.data.train, self.config.data.max_length, "data.train")
 
     @cached_property
     def load_image(self) -> Callable[[ImageSource], Image.Image]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import tarfile
 from functools import partial
 
 import pytest
@@ -460,6 +461,42 @@ def test_saved_data_set_with_image_columns(table, tmp_path):
     assert [load_image(i).getpixel((0, 0)) for i in source[2].images] == [(0, 0, 255)] * 2
     assert source.size(0) == len("human" + "short" + "gpt" + "a")
     assert len(open_source(tmp_path / "set", limit=2)) == 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.tar", "texts"])
+def test_rows_are_cut_into_two_sources_by_skip_and_limit(datasets, tmp_path, name):
+    rows = [{"question": f"{i}?", "answer": "a", "text": f"{i}?"} for i in range(5)]
+    path, records = tmp_path / name, "".join(f"{json.dumps(row)}\n" for row in rows)
+    if name == "texts":
+        path.mkdir()
+        for i in range(5):
+            (path / f"{i}.txt").write_text(f"{i}?")
+    elif name == "a.csv":
+        path.write_text("question,answer\n" + "".join(f"{row['question']},a\n" for row in rows))
+    elif name == "a.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif name == "a.tar":
+        with tarfile.open(path, "w") as tar:
+            for i, row in enumerate(rows):
+                member = tarfile.TarInfo(f"{i}.json")
+                member.size = len(json.dumps(row))
+                tar.addfile(member, io.BytesIO(json.dumps(row).encode()))
+    else:
+        path.write_text(records if name == "a.jsonl" else json.dumps(rows))
+
+    def opened(**options):
+        source = open_text(path, 100, **options) if name == "texts" else open_source(path, **options)
+        samples = [source[i] for i in range(len(source))]
+        return [s.text if name == "texts" else s.question for s in samples], [s.line for s in samples]
+
+    texts, lines = opened()
+    assert texts == ["0?", "1?", "2?", "3?", "4?"]
+    assert opened(limit=2) == (texts[:2], lines[:2])
+    assert opened(skip=2) == (texts[2:], lines[2:])
+    assert opened(skip=2, limit=2) == (texts[2:4], lines[2:4])
+    assert opened(skip=4, limit=9) == (texts[4:], lines[4:])
+    with pytest.raises(UserError, match="has no rows after the first 5"):
+        opened(skip=5)
 
 
 def test_splits(datasets, table, tmp_path):

@@ -128,7 +128,7 @@ def test_published_place_and_other_layouts_are_named(tmp_path):
         f"pope: no data in {tmp_path}; put there POPE.tsv "
         "(https://opencompass.openxlab.space/utils/VLMEval/POPE.tsv) or the Hugging Face data set lmms-lab/POPE or "
         "coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json "
-        "(https://github.com/AoiDragon/POPE); or name another folder (--data, $LMUData)"
+        "(https://github.com/AoiDragon/POPE); or name another folder (--data, evaluation.benchmark_data, $LMUData)"
     )
     with pytest.raises(UserError, match="pope does not come as source; it comes as tsv, huggingface, official"):
         find_questions("pope", tmp_path, format="source")

@@ -71,7 +71,8 @@ class SourceSection(Section):
     config: str | None = Field(None, description="Configuration of a Hugging Face dataset.")
     weight: AboveZero = Field(1.0, description="How often each row is seen in an epoch; 0.5 is every other epoch.")
     labelled: bool = Field(True, description="`false`: answers are placeholders; losses that read them are refused.")
-    limit: Positive | None = Field(None, description="Use only this many rows, the first ones.")
+    skip: NotNegative = Field(0, description="Leave out this many rows, the first ones, as to evaluate on them.")
+    limit: Positive | None = Field(None, description="Use only this many rows, the first ones after `skip`.")
     teacher: str | Annotated[dict[str, AboveZero], Field(min_length=1)] | None = Field(
         None,
         description="Which of `teachers` teaches this source: a name, or several with weights, `{big: 2, small: 1}`.",

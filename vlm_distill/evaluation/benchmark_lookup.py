@@ -129,4 +129,7 @@ def find_questions(
     if format == "huggingface" and entry.huggingface is not None:
         return entry.questions(entry.huggingface.open_hub(), entry.huggingface, rules)
     wanted = " or ".join(layout.published() for kind, layout in layouts.items() if format in (None, kind))
-    raise UserError(f"{entry.name}: no data in {folder}; put there {wanted}; or name another folder (--data, $LMUData)")
+    raise UserError(
+        f"{entry.name}: no data in {folder}; put there {wanted}; or name another folder (--data, "
+        "evaluation.benchmark_data, $LMUData)"
+    )

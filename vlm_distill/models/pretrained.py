@@ -246,7 +246,10 @@ class PretrainedVLM(VisionLanguageModel):
         return found
 
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
-        return self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        # Transformers encodes images before the first forward, outside of which nothing gathers this sharded parameter.
+        line_end = getattr(self.model.base_model, LINE_END, None)
+        with self.head.gather([] if line_end is None else [line_end]):
+            return self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
 
     def checkpoint_activations(self) -> None:
         checkpoint_layers(self.model)

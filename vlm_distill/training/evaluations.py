@@ -71,10 +71,11 @@ class Evaluations:
         self.folder = Path(config.output)
         self.config, self.micro = config, split_batch(config, processes.world)[0]
         settings, data = config.evaluation, config.data
-        self.sources = open_sources(data.eval, data.max_length)
+        self.sources = open_sources(data.eval, data.max_length, "data.eval")
         opened = open_benchmarks(settings.benchmarks, settings.benchmark_data, settings.rules)
-        for name, reason in opened.failures.items():
-            raise UserError(f"{name}: {reason}")
+        if opened.failures:
+            lacking = "; ".join(f"{name}: {reason}" for name, reason in opened.failures.items())
+            raise UserError(f"evaluation.benchmarks: {lacking}; or leave them out (evaluation.benchmarks=[])")
         self.benchmarks, self.remarks = opened.ready, opened.warnings
         named = [get_benchmark(name).name for name in settings.benchmarks]
         # `vlm-distill score` finds them by these names.

@@ -206,8 +206,8 @@ def _load_own(config: RunConfig, teacher: Teacher | None) -> VisionLanguageModel
     tokenizer = teacher.processor.tokenizer if teacher is not None else None
     dtype = DTYPES[config.training.dtype]
     bits = None if section.quantize is None else quantization(section.quantize, dtype, "student")
-    if section.tokenizer == TEACHERS and section.decoder is not None and section.decoder.get("name") is not None:
-        tokenizer = None  # its embeddings have other rows before they take it
+    if section.decoder is not None and section.decoder.get("name") is not None:
+        tokenizer = None  # a pretrained decoder has its own; the teacher's may have more tokens than its embeddings
     takes = section.projector is not None and section.projector.get("type") == TEACHERS
     if takes:
         assert section.projector is not None

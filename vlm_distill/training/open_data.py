@@ -19,11 +19,12 @@ from vlm_distill.config.model_sections import BlurSection, DownsampleSection, Te
 from vlm_distill.config.sections import AnyData, DataSection, SourceSection, VideoSection
 
 
-def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Source | TextSource]:
+def open_sources(sections: Sequence[SourceSection], max_length: int, key: str) -> list[Source | TextSource]:
     """Open the readers of a configuration's sources.
 
     Args:
         sections: of the configuration.
+        key: where they are in the configuration, for messages.
         max_length: the most tokens in a row.
 
     Raises:
@@ -32,17 +33,22 @@ def open_sources(sections: Sequence[SourceSection], max_length: int) -> list[Sou
     """
     sources: list[Source | TextSource] = []
     for section in sections:
-        named = section.model_dump(include={"split", "config", "name", "limit", "columns"})
-        if section.format == "text":
-            sources.append(open_text(section.path, CHARACTERS_PER_TOKEN * max_length, **named))
-        else:
-            images = Path(section.images) if section.images else None
-            layout = section.layout
-            sources.append(open_source(section.path, images=images, format=section.format, layout=layout, **named))
+        try:
+            sources.append(_open(section, max_length))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
     name, count = Counter(source.name for source in sources).most_common(1)[0] if sources else ("", 0)
     if count > 1:
-        raise UserError(f"data: {count} sources are called {name}; give each a name of its own (key name)")
+        raise UserError(f"{key}: {count} sources are called {name}; give each a name of its own (key name)")
     return sources
+
+
+def _open(section: SourceSection, max_length: int) -> Source | TextSource:
+    named = section.model_dump(include={"split", "config", "name", "skip", "limit", "columns"})
+    if section.format == "text":
+        return open_text(section.path, CHARACTERS_PER_TOKEN * max_length, **named)
+    images = Path(section.images) if section.images else None
+    return open_source(section.path, images=images, format=section.format, layout=section.layout, **named)
 
 
 def image_loader(data: AnyData) -> ImageLoader:
