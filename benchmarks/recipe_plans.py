@@ -44,6 +44,8 @@ ROWS = {
 }
 UNKNOWN = ("internvl2_8b_to_2b", "internvl3_8b_2b", "llm_neo", "phi3_medium_tinyllama", "qwen2_72b_1_5b")
 STEPS = 1000
+#: Qwen's tokenizers have no more; the embeddings of its models do, by different numbers.
+QWEN_TOKENS = 151_643
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -171,7 +173,8 @@ def write_tower(folder: Path, shape: Shape) -> None:
 
 
 def fill_vocabulary(file: Path, size: int) -> None:
-    """Add tokens that no text has, until there are ``size``: the heads have as many columns as the models'."""
+    """Add tokens that no text has, until there are ``size``: the heads get as many columns as the models'."""
+    size = min(size, QWEN_TOKENS)
     content = json.loads(file.read_text())
     known = content["model"]["vocab"]
     taken = {*known.values(), *(token["id"] for token in content["added_tokens"])}

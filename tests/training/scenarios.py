@@ -119,6 +119,8 @@ SHARED = {
         }
         for stage in (0, 3)
     },
+    # A loss from outside the suite.
+    **{f"own_zero{s}": {"deepspeed__stage": s, "loss": [{"name": "own_loss:Hellinger"}]} for s in (0, 2, 3)},
     # Losses on features, with learned projections since the models' widths differ; some micro-batches have no picture.
     **{f"features_zero{s}": features(s, data="mixed") for s in range(4)},
     **{f"features_llava_zero{s}": features(s, family="llava") for s in (0, 3)},

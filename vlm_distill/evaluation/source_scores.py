@@ -103,7 +103,8 @@ def notes_on(scores: Mapping[str, Any]) -> list[str]:
     if scores.get("limited_from"):
         notes.append(f"limited: of {scores['limited_from']:,} questions")
     if scores.get("cut"):
-        notes.append(f"{scores['cut']:,} answers cut before their end (--max-new-tokens allows longer ones)")
+        longer = "--max-new-tokens or evaluation.max_new_tokens allows longer ones"
+        notes.append(f"{scores['cut']:,} answers cut before their end ({longer})")
     return notes
 
 

@@ -175,6 +175,12 @@ def settle_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def _show_bars_once() -> None:
+    """Leave the bars of Hugging Face's libraries (downloads, weights) to one rank, and to terminals."""
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when they are imported
+
+
 def guarded(command: Callable[[], object]) -> int:
     """Run a command and return its exit code.
 
@@ -182,6 +188,7 @@ def guarded(command: Callable[[], object]) -> int:
     one line and 128 + their number. A rank ends when the process that started it does, however that ends.
     """
     _end_with_launcher()
+    _show_bars_once()
     try:
         with _ended_by_signals(), _path_errors_explained():
             command()
