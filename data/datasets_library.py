@@ -74,7 +74,8 @@ def _loaded(given: str, load: Callable[[], Any]) -> Any:
         return load()
     except Exception as error:  # the library raises many kinds: unknown name, no network, unknown configuration
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot open {given} as a local path or a Hugging Face data set: {reason[:300]}") from None
+        where = "" if Path(given).exists() else f"no such file or folder in {Path.cwd()}, and from the hub: "
+        raise UserError(f"cannot open {given}: {where}{reason[:300]}") from None
 
 
 def _saved(folder: Path, given: str) -> Any:

@@ -55,9 +55,12 @@ def build_terms(config: ClassifierConfig) -> list[AnyTerm]:
     return terms
 
 
-def open_sources(sections: Sequence[Any]) -> list[LabelledImages]:
-    """Open a configuration's sources of labelled images."""
-    return [open_images(**section.model_dump(exclude={"weight"}, exclude_none=True)) for section in sections]
+def open_sources(sections: Sequence[Any], key: str) -> list[LabelledImages]:
+    """Open a configuration's sources of labelled images; ``key`` says where they are in it, for messages."""
+    try:
+        return [open_images(**section.model_dump(exclude={"weight"}, exclude_none=True)) for section in sections]
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def load_models(config: ClassifierConfig, classes: Sequence[str]) -> tuple[Classifier | None, Classifier]:

@@ -90,7 +90,7 @@ def plan(config: ClassifierConfig, *, gpus: int = 1, memory: float | None = None
 def _open_data(config: ClassifierConfig) -> list[LabelledImages]:
     """Return the sources of training data; none if they are not there yet."""
     try:
-        return open_sources(config.data.train)
+        return open_sources(config.data.train, "data.train")
     except UserError:
         missing = [section.path for section in config.data.train if not Path(section.path).exists()]
         if not missing:

@@ -56,7 +56,7 @@ class Trainer(Loop):
         super().__init__(config, processes)
         self.config = config
         self.terms = build_terms(config)
-        sources = open_sources(config.data.train)
+        sources = open_sources(config.data.train, "data.train")
         self._open_held_out()
 
         # Load the models, and bring the classes of data and teacher into the student's order.
@@ -98,7 +98,7 @@ class Trainer(Loop):
         """Open ``data.eval``, and set how the best student is chosen."""
         data, settings = self.config.data, self.config.evaluation
         self.load_image = image_loader(data)
-        self.held_out = open_sources(data.eval)
+        self.held_out = open_sources(data.eval, "data.eval")
         if settings.best is None:
             return
         names = [source.name for source in self.held_out]
