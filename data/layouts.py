@@ -113,7 +113,10 @@ def _instructed(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
 def _questioned(record: Mapping[str, Any], _: Counter[str]) -> list[RawMessage]:
     """Read one question with its answer or answers."""
     if not is_empty(record.get("A")) and not is_empty(record.get("B")):  # the columns of VLMEvalKit's tables
-        raise BadSample("multiple-choice rows are not supported", "keys A and B; write them as a conversation")
+        raise BadSample(
+            "multiple-choice rows are not supported",
+            "keys A and B; write them as a conversation, or name a benchmark's file by its benchmark",
+        )
     return [_message("user", record["question"]), *_answered(_commonest_answer(record))]
 
 

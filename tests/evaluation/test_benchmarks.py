@@ -105,6 +105,8 @@ def test_names_are_found_and_belong_to_one_benchmark():
     assert get_benchmark("MMBench_DEV_EN_V11") is get_benchmark("mmbench-v11-dev") is get_benchmark("MMBench")
     with pytest.raises(UserError, match="did you mean 'mmstar'"):
         get_benchmark("mmstarr")
+    with pytest.raises(UserError, match="did you mean 'mmstar'"):
+        get_benchmark("LMUData/MMStar.tsv")
     with pytest.raises(UserError, match="there are mmbench"):
         get_benchmark("zzzz")
 

@@ -249,6 +249,7 @@ AT_IMAGES = [{"name": "forward_kl"}, {"name": "reverse_kl", "on": "images"}]
         ("mixtral", "mixtral", {}, "replicate"),
         (FROZEN, "teacher", {"data": "nowhere", "data__eval": [{"path": "gone.jsonl"}]}, "replicate"),
         ("llava", "llava", {"data": "nowhere", "data__max_length": 256}, "replicate"),
+        ("teacher", "pieces", {"data": "nowhere", "loss": [{"name": "uld"}]}, "replicate"),
         ("llama", "llama", {"data": "text"}, "replicate"),
         ("llama", ("llama", {"quantize": "fp8"}), {}, "fp8"),
     ],

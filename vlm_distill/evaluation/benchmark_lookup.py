@@ -52,7 +52,7 @@ def get_benchmark(name: str) -> Benchmark:
         return names[_plain(name)]
     if name in PLUGINS:
         return _from_outside(name)
-    near = difflib.get_close_matches(_plain(name), names, n=1)
+    near = difflib.get_close_matches(_plain(path.stem), names, n=1)  # a name, also if a table's path is given
     known = ", ".join([*(entry.name for entry in BENCHMARKS), *PLUGINS.names()])
     raise UserError(
         f"no benchmark {name!r}; "

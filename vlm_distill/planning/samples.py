@@ -128,15 +128,19 @@ def full_row(run: PlannedRun) -> tuple[list[Pair], Sequences]:
     own, other = run.processors
     student = filled(own)
 
-    def paired(processor: Processor | None) -> Pair:
+    def paired(processor: Processor | None, grouped: bool) -> Pair:
         teacher = None if processor is None else filled(processor)
         tokens = student.supervised.nonzero().flatten()
         others = tokens if teacher is None else teacher.supervised.nonzero().flatten()
         count = min(len(tokens), len(others))
-        return Pair(student, teacher, tokens[-count:], others[-count:], torch.ones(count, dtype=torch.bool))
+        # With another tokenizer: groups of a single token.
+        single = torch.arange(count).unsqueeze(-1) + torch.tensor([0, 1])
+        groups = (single, single) if grouped and teacher is not None else None
+        return Pair(student, teacher, tokens[-count:], others[-count:], torch.ones(count, dtype=torch.bool), groups)
 
-    pair = paired(other)
+    pair = paired(other, run.grouped)
     if isinstance(run.collator, SeveralCollator):
         members = {name: run.collator.members[name] for name in run.collator.lessons[0].weights}
-        pair = replace(pair, taught={name: paired(cast(Processor, member.teacher)) for name, member in members.items()})
+        taught = {name: paired(cast(Processor, one.teacher), one.grouped) for name, one in members.items()}
+        pair = replace(pair, taught=taught)
     return [pair], Sequences(0, length, length, length, len(pair.student_tokens), student.images, 0.0)
