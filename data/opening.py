@@ -115,8 +115,8 @@ def _rows(skip: int, limit: int | None) -> slice:
 def _check_rows(source: Source | TextSource, given: str, skip: int, split: str | None) -> None:
     """Raise ``UserError`` if nothing is left to read."""
     if not len(source):
-        where = f" after the first {skip:,} (skip)" if skip else ""
-        raise UserError(f"{given} has no rows{where}; check the file{' and the split' if split else ''}")
+        where = f" after the first {skip:,}; lower skip, or" if skip else ";"
+        raise UserError(f"{given} has no rows{where} check the file{' and the split' if split else ''}")
 
 
 def _check_options(
