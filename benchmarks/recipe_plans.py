@@ -184,9 +184,8 @@ def fill_vocabulary(file: Path, size: int) -> None:
 
 def write_models(folder: Path) -> None:
     """Write a folder for each model, under its name on the hub."""
-    with families.num2words():
-        for name, shapes in VISION_LANGUAGE.items():
-            write_vision_language(folder / name, *shapes)
+    for name, shapes in VISION_LANGUAGE.items():
+        write_vision_language(folder / name, *shapes)
     for name, (kind, shape) in LANGUAGE.items():
         write_language(folder / name, kind, shape)
     for name, shape in TOWERS.items():
@@ -236,7 +235,7 @@ def main() -> None:
     # Their models are in this repository, or made by a study of their own.
     paths = [path for path in paths if path.stem not in ("plan_example", "smollm2_every_third")]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, families.num2words():
         write_models(Path(folder))
         os.chdir(folder)  # the names of models are folders here
         for path in paths:
