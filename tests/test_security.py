@@ -29,9 +29,9 @@ from vlm_distill.evaluation.source_scores import write_answers
 from vlm_distill.export import export_student
 from vlm_distill.models import build_vlm, load_processor, load_vlm
 from vlm_distill.models.tokenizer import load_tokenizer
-from vlm_distill.reporting.card import run_card
 from vlm_distill.reporting.inspection_page import InspectedModel, InspectedSample, render_html
 from vlm_distill.reporting.report import write_report
+from vlm_distill.reporting.run_card import CardModel, CardRun, run_card
 from vlm_distill.runtime import manifest
 from vlm_distill.training import checkpoint
 
@@ -410,7 +410,8 @@ def test_a_card_holds_no_markup_and_no_front_matter_of_others(tmp_path):
     scores = run / "evaluation" / evil.replace("/", "") / "student" / "scores.json"
     scores.parent.mkdir(parents=True)
     scores.write_text(json.dumps({"n": 5, "main": 3.0, "metric": evil, "rules": evil}))
-    section = {"name": evil, "path": evil}
+    (run / "config.yaml").write_text("output: run")  # the folder is a run's, so that its scores are shown
+    section = {"name": evil, "path": evil, "split": evil}
     config = {
         "student": {"decoder": section, "train": [evil]},
         "teacher": {"path": evil},
@@ -419,13 +420,14 @@ def test_a_card_holds_no_markup_and_no_front_matter_of_others(tmp_path):
         "optimizer": {"lr": evil},
         "training": {"dtype": evil},
     }
-    card = run_card(config, run, False, 10, "transformers", ["import transformers"])
+    card = run_card(CardRun(run, config, [evil]), CardModel(False, 10, "transformers", ["import transformers"]))
     _, front, text = (
         card.split("\n---\n", 2) if card.startswith("\n") else ["", *card.removeprefix("---\n").split("\n---\n", 1)]
     )
     facts = yaml.safe_load(front)
     assert facts["library_name"] == "transformers"
     assert "license" not in facts
+    assert facts["model-index"][0]["results"][0]["metrics"][0]["name"] == evil
     assert "<script" not in text
     assert "<img" not in text
     assert text.count("\n# ") == 1
