@@ -28,7 +28,7 @@ from vlm_distill.training.terms import build_terms
         ({"training": {"steps": 10, "lr": 3}}, [], ["training.lr: unknown key; it belongs under optimizer"]),
         ({}, ["training.trackers=[{name: wandb, projcet: x}]"], ["training.trackers.0.projcet", "mean 'project'"]),
         ({}, ["training.trackers=[wandbs]"], ["training.trackers.0.name: ", "'wandb', 'mlflow' or 'trackio'"]),
-        ({}, ["training.trackers=[{name: mlflow, mode: offline}]"], ["training.trackers.0: mode is a key of wandb"]),
+        ({}, ["training.trackers=[{name: mlflow, mode: offline}]"], ["trackers.0: only wandb has the key mode"]),
         ({}, ["training.trackers=[wandb, {name: wandb}]"], ["training: trackers names wandb more than once"]),
         ({}, ["training.trackers=wandb"], ["training.trackers: give a list (found 'wandb')"]),
         ({"training": {"steps": 10, "wandb": True}}, [], ["training: wandb is now an entry of trackers: write trac"]),

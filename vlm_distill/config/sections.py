@@ -180,14 +180,14 @@ class TrackerSection(Section):
     )
     entity: str | None = Field(None, description="User or team in W&B that owns the run.")
     mode: Literal["online", "offline", "disabled"] | None = Field(
-        None, description="Of W&B: `offline` keeps the run on disk until `wandb sync` sends it."
+        None, description="For W&B: `offline` keeps the run on disk until `wandb sync` sends it."
     )
 
     @model_validator(mode="after")
     def _keys_of_this_tracker(self) -> TrackerSection:
         for key in ("entity", "mode"):
             if self.name != "wandb" and getattr(self, key) is not None:
-                raise ValueError(f"{key} is a key of wandb alone; leave it out for {self.name}")
+                raise ValueError(f"only wandb has the key {key}; leave it out for {self.name}")
         return self
 
 
