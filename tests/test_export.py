@@ -160,7 +160,7 @@ def test_the_card_is_what_the_hub_reads(runs, tmp_path):
     for words in (
         "| taid | 1 | t_start 0.4; by default t_end 1.0, alpha 0.0005,",
         "| cross_entropy | 0.5 |",
-        "](https://huggingface.co/datasets/TIGER-Lab/Mantis-Instruct) | nlvr2/train | 1 |",
+        "| TIGER-Lab/Mantis-Instruct | TIGER-Lab/Mantis-Instruct | nlvr2/train | 1 |",
         "| own.jsonl | own.jsonl |  | 0.5 |",
         "steps 5, batch_size 8",
         "lr 0.01, schedule cosine, warmup 0.2",

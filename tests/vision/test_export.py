@@ -81,7 +81,7 @@ def test_a_run_tells_the_card(student, tmp_path, capsys):
     assert "| cross_entropy | 0.1 | by default label_smoothing 0.0 |" in text
     assert "| kd | 0.9 | temperature 4 |" in text
     assert "| test | top-1 | 50.00% | 23.66% to 76.34% | 10 |" in text
-    assert "](https://huggingface.co/datasets/somewhere/cifar-100) | 1 |" in text
+    assert "| somewhere/cifar-100 | somewhere/cifar-100 | 1 |" in text
     assert "hf download me/student" in text
     assert "python -m vision.evaluate path/to/this/folder" in text
     assert "mean 0.5071, 0.4867, 0.4408" in text

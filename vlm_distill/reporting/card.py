@@ -146,9 +146,8 @@ def data_section(config: Mapping[str, Any], rows: Sequence[int] = ()) -> list[st
     sources = config["data"]["train"]
     counts = [f"{number:,}" for number in rows] if len(rows) == len(sources) else [""] * len(sources)
     for source, name, count in zip(sources, source_names(sources), counts, strict=True):
-        place = hub_name(source["path"])
         split = "/".join(filter(None, [source.get("config"), source.get("split")]))
-        where = f"[{place}](https://huggingface.co/datasets/{place})" if place else Path(source["path"]).name
+        where = hub_name(source["path"]) or Path(source["path"]).name
         lines.append([name, where, split, count, f"{source.get('weight', 1.0):g}"])
     return ["## Training data", "", *table(["source", "from", "split", "samples", "weight"], lines), ""]
 
