@@ -1,6 +1,6 @@
 # vlm-distill on NVIDIA GPUs:
 #   docker build -t vlm-distill .
-#   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" -v "$PWD:/work" vlm-distill train my.yaml
+#   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" -v "$PWD:/workspace" vlm-distill train my.yaml
 
 # The wheel, built apart so that the image holds neither the sources nor what builds them.
 FROM python:3.12-slim-bookworm AS wheel
@@ -28,9 +28,9 @@ RUN python3 -m venv /opt/vlm-distill \
 ENV PATH=/opt/vlm-distill/bin:$PATH
 
 # Files are written as the user who starts it: pass --user. Caches of models and kernels go to the mounted folder.
-RUN useradd --uid 10001 --no-create-home vlm && install --directory --owner vlm --mode 1777 /work
-ENV HOME=/work USER=vlm
+RUN useradd --uid 10001 --no-create-home vlm && install --directory --owner vlm --mode 1777 /workspace
+ENV HOME=/workspace USER=vlm
 USER 10001
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["vlm-distill"]
 CMD ["--help"]

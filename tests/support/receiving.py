@@ -63,7 +63,7 @@ class Receiver:
 
     Attributes:
         calls: the paths that change something, in the order of the requests.
-        updates: what was told of the tensors of each update.
+        updates: what each update said of its tensors.
     """
 
     def __init__(self, server: ScoringServer, student: Path, folder: Path) -> None:

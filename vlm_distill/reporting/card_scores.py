@@ -127,6 +127,6 @@ def _interval(key: str, scores: Mapping[str, Any], predictions: Sequence[Predict
 
 
 def _bootstrapped(predictions: Sequence[Prediction], metric: Metric, scale: float = 1.0) -> tuple[float, float] | None:
-    """Return a mean's interval; ``None`` if all questions scored the same, of which a bootstrap knows no spread."""
+    """Return a mean's interval; ``None`` if all questions scored the same: a bootstrap finds no spread among these."""
     low, high = mean_interval(predictions, metric)
     return None if low == high else (scale * low, scale * high)
