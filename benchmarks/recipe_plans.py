@@ -4,8 +4,8 @@
 
 The models are folders with the published shapes (config.json) and without weights; their tokenizers and processors are
 the tests' tiny ones, with as many tokens, pixels and tiles as the models'. The data is not read: every row is planned
-as long as data.max_length allows, so that memory and time are the most that a run can need. Numbers of rows (``ROWS``)
-are those that the data sets' authors name; for other recipes (``UNKNOWN``) the time is that of 1,000 steps.
+as long as data.max_length allows, with one small image. Numbers of rows (``ROWS``) are those that the authors of the
+data sets name; for other recipes (``UNKNOWN``) the time is that of 1,000 steps.
 """
 
 from __future__ import annotations

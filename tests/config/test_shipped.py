@@ -1,5 +1,7 @@
 """The configurations that ship are listed with what they are, and copied with what they build on."""
 
+import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from vlm_distill.config import shipped
 from vlm_distill.config.file import load_config, merged_config, read_yaml
 from vlm_distill.config.sections import RunConfig
 
+PLANS = Path("benchmarks/results/recipe_plans.csv")
 PAIR = "imagenet/resnet34_resnet18/kd"
 KINDS = {"train": RunConfig, "classify": ClassifierConfig}
 
@@ -31,6 +34,29 @@ def test_each_says_what_it_is_and_which_command_takes_it(name):
     else:
         student = merged_config(shipped.FOLDER / f"{name}.yaml")["student"]
         assert shipped.command_of(name) == ("classify" if "name" in student else "train")
+
+
+with PLANS.open() as file:
+    PLANNED = {row["recipe"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("name", [n for n in shipped.names() if n.startswith(("vlm/", "language/"))])
+def test_a_recipe_says_what_it_needs_as_it_was_planned(name):
+    if name in ("vlm/plan_example", "language/smollm2_every_third"):  # planned in the docs; for a CPU
+        return
+    text, row = shipped.text_of(name), PLANNED[name]
+    header = text[: re.search(r"^[^#]", text, re.M).start()]
+    found = dict(re.findall(r"^# (Needs|Data|Time|Plan|Start): +(.*)$", header, re.M))
+    assert list(found) == ["Needs", "Data", "Time", "Plan", "Start"]
+    assert found["Needs"].startswith(f"{row['gpus']} GPU")
+    assert f" {row['peak_gb']} GB" in found["Needs"]
+    assert (row["time"] or "not planned") in found["Time"]
+    assert f"plan configs/{name}.yaml --gpus {row['gpus']} --device {row['device']} " in found["Plan"]
+    assert f" configs/{name}.yaml" in found["Start"]
+    # The plan is of the file as it is.
+    config = load_config(shipped.FOLDER / f"{name}.yaml")
+    assert int(row["zero"]) == config.deepspeed.stage
+    assert config.evaluation.every is not None
 
 
 @pytest.mark.parametrize("name", [PAIR, "language/distillm2", "demo/cross_entropy", "demo/vision/taid"])
