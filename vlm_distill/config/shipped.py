@@ -22,6 +22,8 @@ _COMMANDS = {
     "cifar100": "classify",
     "demo/vision": "classify",
     "imagenet": "classify",
+    "study/base/vision": "classify",
+    "study/base": "train",
     "study": "sweep",
 }
 #: Folders of files that others build on, which are no runs by themselves.
