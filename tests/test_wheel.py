@@ -1,5 +1,6 @@
 """What is installed from a wheel: every configuration that ships, and a demo that needs no repository."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -55,6 +56,6 @@ def test_the_demo_runs_in_an_empty_folder(installed, tmp_path):
     said = run(installed, tmp_path, "demo", timeout=3000)
     assert "TAID − cross-entropy: +" in said
     assert {path.name for path in (tmp_path / "runs" / "demo").iterdir()} >= {"taid", "student", "report.html"}
-    picture = next((tmp_path / "runs/demo/taid/evaluation/test/pictures").rglob("*.*"))
-    answer = run(installed, tmp_path, "ask", "runs/demo/student", picture, "what shape is present?")
+    row = json.loads((tmp_path / "runs/demo/data/test.jsonl").read_text().partition("\n")[0])
+    answer = run(installed, tmp_path, "ask", "runs/demo/student", row["image"], "what shape is present?")
     assert answer.split()[0] in ("circle", "rectangle", "triangle")
