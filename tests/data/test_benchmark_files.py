@@ -182,7 +182,7 @@ def test_records_in_every_layout(tmp_path):
         ('{"a": 1}\n{"b', "not valid JSON.*line 2"),
         ('{"questions": [', "not valid JSON"),
         ('{"other": []}', "nothing under 'questions' .keys other"),
-        ('{"questions": 3}', "no records but a int"),
+        ('{"questions": 3}', "holds a int, not a list of records"),
         ('{"questions": [3]}', "record 1: not an object but 3"),
     ],
 )

@@ -81,7 +81,7 @@ def test_the_exported_student_holds_it(tmp_path):
 def test_another_vision_encoder_is_refused(tmp_path):
     path = tiny.write_teacher(tmp_path / "teacher")
     plain = configured(tmp_path, path, vision_encoder=tiny.settings(width=16)["vision_encoder"])
-    with pytest.raises(UserError, match=r"projector has layers.0.weight of 24×24, .* wants 24×16"):
+    with pytest.raises(UserError, match=r"projector has layers.0.weight of 24×24, .* needs 24×16"):
         loaded(plain)
 
 

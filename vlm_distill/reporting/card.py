@@ -131,7 +131,7 @@ def _described(name: str, registry: Registry[Any]) -> tuple[str, dict[str, Any]]
         entry = registry.entry(name)
         parameters = inspect.signature(entry.load()).parameters
         return entry.summary(), {key: parameters[key].default for key in entry.parameters if key in parameters}
-    except (LossError, ImportError):
+    except (LossError, LookupError):
         return "", {}
 
 
