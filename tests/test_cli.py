@@ -156,7 +156,10 @@ print([name for name in heavy if name in sys.modules])
             ["deepspeed.fp16={enabled: true}"],
             "deepspeed.fp16.enabled: is true, but this run has false by training.dtype",
         ),
-        (["student.decoder=null", "student.from_teacher={layers: 9}"], "student.from_teacher.layers: 9 layers were asked for"),
+        (
+            ["student.decoder=null", "student.from_teacher={layers: 9}"],
+            "student.from_teacher.layers: 9 layers were asked for",
+        ),
     ],
 )
 def test_mistakes_found_by_a_rank(material, capsys, monkeypatch, overrides, says):

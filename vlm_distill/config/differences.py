@@ -13,7 +13,7 @@ SEED = "training.seed"
 
 def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of a configuration by dotted key; entries of lists by their number."""
-    if not isinstance(tree, Mapping | list) or not tree:
+    if not isinstance(tree, Mapping | list | tuple) or not tree:
         return {prefix: tree}
     found: dict[str, Any] = {}
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)

@@ -246,7 +246,7 @@ class PretrainedVLM(VisionLanguageModel):
         return found
 
     def _generate(self, inputs: ModelInputs, **settings: Any) -> Tensor:
-        # Transformers encodes images before the first forward, outside of which nothing gathers this sharded parameter.
+        # ZeRO-3 gathers parameters inside a forward; Transformers encodes images, with this one, before the first.
         line_end = getattr(self.model.base_model, LINE_END, None)
         with self.head.gather([] if line_end is None else [line_end]):
             return self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError
+from vlm_distill.config.differences import flattened
 from vlm_distill.config.fields import TrackerName
 from vlm_distill.config.sections import TrackerSection
 
@@ -129,7 +130,10 @@ class MlflowRun(TrackedRun):
         if section.group is not None:
             tags.append(RunTag("group", section.group))
         # A parameter cannot change in MLflow: a resumed run adds those that are new.
-        parameters = [Param(name, str(value)) for name, value in _flat(settings) if name not in known]
+        parameters = []
+        for key, value in flattened(settings).items():
+            if value not in ([], (), {}) and _allowed(key) not in known:
+                parameters.append(Param(_allowed(key), str(value)))
         self._client.log_batch(self.id, params=parameters, tags=tags)
         self.address = f"experiment {project}, run {self.id}, at {self._client.tracking_uri}"
 
@@ -251,18 +255,6 @@ def _project(section: TrackerSection, variable: str) -> str:
 def _allowed(name: str) -> str:
     """Return a name with the characters that MLflow allows."""
     return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def _flat(settings: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of a configuration with its dotted key; entries of lists have their number as key."""
-    if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            yield from _flat(value, f"{at}.{key}" if at else str(key))
-    elif isinstance(settings, list | tuple):
-        for number, value in enumerate(settings):
-            yield from _flat(value, f"{at}.{number}")
-    else:
-        yield _allowed(at), settings
 
 
 def _quietly() -> contextlib.redirect_stdout[io.StringIO]:
