@@ -12,7 +12,7 @@ from typing import Any
 
 from data.errors import UserError
 from vlm_distill.config.differences import SEED, flattened, without_seed
-from vlm_distill.config.file import read_saved
+from vlm_distill.config.kinds import read_run
 
 from .compare import choose_metric, find_predictions
 from .crossed import Crossed, compare_crossed
@@ -88,7 +88,7 @@ def group_by_seed(paths: Sequence[Path]) -> list[SeedGroup]:
     runs = []
     for path in paths:
         config = path / "config.yaml"
-        settings = read_saved(config) if config.is_file() else None
+        settings = read_run(config) if config.is_file() else None
         runs.append((path.resolve(), settings if isinstance(settings, dict) else {}))
     trainings = same_training(runs)
 

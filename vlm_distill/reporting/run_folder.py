@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from vlm_distill.config.file import read_saved
+from vlm_distill.config.kinds import read_run
 from vlm_distill.evaluation.predictions import read_predictions
 
 from .entries import Run
@@ -35,7 +35,7 @@ def load_run(folder: Path, label: str, css: str) -> Run:
         )
     text = _read_text(config) if config.is_file() else ""
     lines = read_metrics(folder)
-    settings = dict(_flatten(read_saved(config))) if text.strip() else {}
+    settings = dict(_flatten(read_run(config))) if text.strip() else {}
     run = Run(
         label=f"{label} (smoke run)" if settings.get("training.smoke") else label,
         css=css,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from vlm_distill.config.differences import PLACES, flattened
-from vlm_distill.config.file import read_saved
+from vlm_distill.config.kinds import read_run
 from vlm_distill.runtime.console import print_whole
 
 from .grid import Sweep, SweepRun, python_line, shell_line
@@ -95,7 +95,7 @@ def check_finished(sweep: Sweep) -> None:
         saved = run.folder / "config.yaml"
         if not (run.done and saved.is_file()):
             continue
-        before, now = flattened(read_saved(saved)), flattened(run.settings)
+        before, now = flattened(read_run(saved)), flattened(run.settings)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in PLACES]
         if changed:
             key = changed[0]

@@ -13,11 +13,12 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from data import digest
 from data.digest import SourceDigest
 from data.saved_json import read_object
+from vlm_distill.config.differences import completed
 from vlm_distill.config.sections import AnyRun
 from vlm_distill.models.fingerprint import fingerprint
 
@@ -196,7 +197,8 @@ def compare(old: Record, config: AnyRun, new: Record) -> tuple[list[str], dict[s
     Returns:
         Differences that are refused, in words; and those that are allowed, ``{key: [old, new]}``.
     """
-    before, now = _leaves(_completed(old.configuration, config)), _leaves(new.configuration)
+    assert isinstance(config, BaseModel)
+    before, now = _leaves(completed(old.configuration, type(config))), _leaves(new.configuration)
     refused: list[str] = []
     allowed: dict[str, Any] = {}
     for key in [*now, *(key for key in before if key not in now)]:
@@ -239,15 +241,6 @@ def in_words(changed: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
-def _completed(plain: dict[str, Any], config: AnyRun) -> dict[str, Any]:
-    """Return a configuration of an earlier version, with defaults for keys added since."""
-    assert isinstance(config, BaseModel)
-    try:
-        return type(config).model_validate(plain).model_dump(mode="json")
-    except ValidationError:  # it has keys that were removed
-        return plain
 
 
 def _leaves(plain: Mapping[str, Any]) -> dict[str, Any]:
