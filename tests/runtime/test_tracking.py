@@ -51,3 +51,14 @@ def test_square_brackets_are_printed_as_they_are(tmp_path, capsys):
     assert "[/red] written to [data] :smile:" in told
     assert "warning: no [/] such" in told
     assert "a[/] 1" in told
+
+
+def test_in_a_log_a_message_is_one_line(tmp_path, capsys):
+    long = "evaluation.limit: " + "is for evaluations during training, " * 5
+    with Tracker(tmp_path, 10, 0, first=True, settings={}) as tracker:
+        tracker.say(long)
+        tracker.warn(long)
+        tracker.show(10, long)
+    assert [line.strip() for line in capsys.readouterr().err.splitlines()] == [
+        f"{before}{long}".strip() for before in ("", "warning: ", "step 10/10  ")
+    ]

@@ -75,13 +75,17 @@ class Terminal(Display):
     def show(self, done: int, text: str) -> None:
         self._bar.update(self._task, completed=done, values=text)
         if self._bar.disable and (done % max(1, self._steps // _PLAIN_LINES) == 0 or done == self._steps):
-            self.console.print(f"step {done}/{self._steps}  {text}")
+            self._print(f"step {done}/{self._steps}  {text}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=not self.console.is_terminal)
+        self._print(text)
 
     def warn(self, text: str) -> None:
-        self.console.print(Text.assemble(("warning:", "bold red"), " ", text))
+        self._print(Text.assemble(("warning:", "bold red"), " ", text))
+
+    def _print(self, text: str | Text) -> None:
+        # In a log, a message stays on one line, as it is searched for.
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
 
 
 class Silent(Display):
