@@ -13,6 +13,7 @@ from vlm_distill.evaluation.seed_statistics import (
     seeds_needed,
     t_interval,
     t_quantile,
+    verdicts,
 )
 
 
@@ -105,9 +106,21 @@ def test_as_many_seeds_as_needed_show_the_difference_in_four_of_five_studies():
         shown[seeds] = (stats.ttest_1samp(values, 0, axis=1).pvalue < 0.05).mean()
     assert 0.78 < shown[n] < 0.87
     assert shown[n - 2] < shown[n]
+    assert seeds_needed(1.0, 1.2, of=10) > n
     assert seeds_needed(0.0, 1.0) is None
     assert seeds_needed(0.001, 1.0) is None
     assert seeds_needed(5.0, 0.0) == 2
+
+
+def test_seeds_that_did_not_show_a_difference_are_never_enough():
+    """500 sweeps of a baseline and four settings, some of them better."""
+    rng = np.random.default_rng(4)
+    for _ in range(500):
+        scores = rng.normal([[0], [0], [0.5], [1], [2]], 1, (5, 6))
+        baseline, *others = ({seed: float(score) for seed, score in enumerate(row)} for row in scores)
+        found = [compare_seeds(other, baseline, len(others)) for other in others]
+        for comparison, verdict in zip(found, verdicts(found), strict=True):
+            assert verdict != "no difference shown" or comparison.needed is None or comparison.needed > comparison.n
 
 
 def test_holm_calls_a_null_effect_better_in_at_most_one_study_of_twenty():

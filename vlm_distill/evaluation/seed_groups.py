@@ -144,7 +144,7 @@ def compare_groups(groups: Sequence[SeedGroup], metric: str | None = None) -> tu
         values = list(scores.values())
         summaries.append(GroupScores(name, scores, sum(values) / len(values), deviation_of(values)))
     couples = list(itertools.combinations(summaries, 2))
-    over_seeds = [compare_seeds(first.scores, second.scores) for first, second in couples]
+    over_seeds = [compare_seeds(first.scores, second.scores, len(couples)) for first, second in couples]
     pairs = []
     for (first, second), seeds, verdict in zip(couples, over_seeds, verdicts(over_seeds), strict=True):
         crossed = compare_crossed(answers[first.name], answers[second.name], kind)

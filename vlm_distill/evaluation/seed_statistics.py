@@ -26,7 +26,8 @@ class SeedComparison:
         difference: of the means; over shared seeds if there are.
         half: half of the 95 % interval; ``None`` with too few seeds.
         p: two-sided p-value of "no difference"; ``None`` with too few seeds.
-        needed: seeds that would show a true difference of this size; ``None``: unknown, or more than 1,000.
+        needed: seeds that would show a true difference of this size after Holm's correction; ``None``: unknown, or more
+            than 1,000.
     """
 
     n: int
@@ -36,12 +37,16 @@ class SeedComparison:
     needed: int | None
 
 
-def compare_seeds(a: Mapping[int, float], b: Mapping[int, float]) -> SeedComparison:
+def compare_seeds(a: Mapping[int, float], b: Mapping[int, float], of: int = 1) -> SeedComparison:
     """Compare two settings by their scores by seed.
 
     With two or more shared seeds, these are compared pair by pair (Student's paired t-test): runs of one seed share
     first weights and order of samples, so that their differences vary less than their scores. Otherwise all runs are
     independent samples (Welch 1947, with degrees of freedom rounded down).
+
+    Args:
+        a, b: scores by seed.
+        of: how many comparisons are shown together; only ``needed`` depends on it.
 
     Raises:
         ValueError: a setting has no score.
@@ -52,17 +57,17 @@ def compare_seeds(a: Mapping[int, float], b: Mapping[int, float]) -> SeedCompari
     if len(shared) >= 2:
         differences = [a[seed] - b[seed] for seed in shared]
         mean, error, freedom = _mean(differences), _standard_error(differences), len(shared) - 1
-        return _comparison(len(shared), mean, error, freedom, deviation=error * math.sqrt(len(shared)))
+        needed = seeds_needed(mean, error * math.sqrt(len(shared)), of)
+        return _comparison(len(shared), mean, error, freedom, needed)
     difference = _mean(list(a.values())) - _mean(list(b.values()))
     if len(a) < 2 or len(b) < 2:
         return SeedComparison(0, difference, None, None, None)
     errors = [_standard_error(list(scores.values())) for scores in (a, b)]
     error = math.hypot(*errors)
-    return _comparison(0, difference, error, _welch_freedom(errors, (len(a), len(b))), deviation=None)
+    return _comparison(0, difference, error, _welch_freedom(errors, (len(a), len(b))), None)
 
 
-def _comparison(n: int, difference: float, error: float, freedom: int, deviation: float | None) -> SeedComparison:
-    needed = None if deviation is None else seeds_needed(difference, deviation)
+def _comparison(n: int, difference: float, error: float, freedom: int, needed: int | None) -> SeedComparison:
     return SeedComparison(n, difference, t_quantile(freedom) * error, _p_value(difference, error, freedom), needed)
 
 
@@ -81,21 +86,23 @@ def _welch_freedom(errors: Sequence[float], counts: Sequence[int]) -> int:
     return max(1, math.floor(math.hypot(*errors) ** 4 / parts))
 
 
-def seeds_needed(difference: float, deviation: float) -> int | None:
+def seeds_needed(difference: float, deviation: float, of: int = 1) -> int | None:
     """Return how many pairs of seeds show a true difference with probability 0.8, at a level of 5 %.
 
-    The smallest n with ``t₀.₉₇₅(n − 1) + t₀.₈(n − 1) ≤ |difference| · √n / deviation``.
+    The smallest n with ``t₁₋ₐ(n − 1) + t₀.₈(n − 1) ≤ |difference| · √n / deviation``, where ``a = 0.025 / of``: the
+    strictest level of Holm's correction, so that seeds which did not show a difference are never enough.
 
     Args:
         difference: the true mean difference.
         deviation: standard deviation of the differences of single pairs.
+        of: how many comparisons are shown together.
 
     Returns:
         At least 2; ``None`` above 1,000.
     """
 
     def enough(n: int) -> bool:
-        wanted = t_quantile(n - 1) + t_quantile(n - 1, 2 * POWER - 1)
+        wanted = t_quantile(n - 1, 1 - LEVEL / of) + t_quantile(n - 1, 2 * POWER - 1)
         return wanted * deviation <= abs(difference) * math.sqrt(n)
 
     if difference == 0 or not enough(MOST_SEEDS):

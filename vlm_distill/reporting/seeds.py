@@ -115,7 +115,7 @@ def seed_board(runs: Sequence[Run], data: str, key: str = "exact") -> dict[str, 
 def _pairs(groups: Sequence[Group], *, lower: bool) -> list[Pair]:
     """Compare all pairs, with Holm's correction over them."""
     couples = list(itertools.combinations(groups, 2))
-    found = [compare_seeds(first.scores, second.scores) for first, second in couples]
+    found = [compare_seeds(first.scores, second.scores, len(couples)) for first, second in couples]
     told = verdicts(found, lower=lower)
     return [Pair(*couple, one, said) for couple, one, said in zip(couples, found, told, strict=True)]
 

@@ -59,11 +59,12 @@ def rows_of(sweep: SweepRecord, results: Sequence[Result], data: str, measure: s
             found.setdefault(setting, {})[result.run.seed] = scale * result.scores[data, measure]
 
     # Compare each setting with its baseline: the same setting, but for the baseline's axis.
-    against: dict[Setting, SeedComparison] = {}
-    for setting, values in found.items():
+    compared: dict[Setting, Setting] = {}
+    for setting in found:
         other = baseline_of(sweep, setting)
         if other is not None and other != setting and other in found:
-            against[setting] = compare_seeds(values, found[other])
+            compared[setting] = other
+    against = {own: compare_seeds(found[own], found[other], len(compared)) for own, other in compared.items()}
     told = dict(zip(against, verdicts(list(against.values()), lower=MEASURES[measure].lower), strict=True))
     return [Row(setting, values, against.get(setting), told.get(setting, "")) for setting, values in found.items()]
 
