@@ -109,10 +109,12 @@ def test_the_page_shows_everything_and_asks_nobody(make):
 def test_figures_draw_scores_against_numbers_with_bands(make):
     text = write_sweep(make(answers=True)).read_text("utf-8")
     charts = re.findall(r"<figure.*?</figure>", text, re.S)
-    (by_teacher,) = [chart for chart in charts if "by teacher" in chart]
+    by_teacher, differences = [chart for chart in charts if "by teacher" in chart]
     assert 'data-log="1"' in by_teacher
     assert [by_teacher.count(f'class="{kind}') for kind in ("band", "line")] == [3, 3]
     assert re.findall(r'data-label="(\w+)"', by_teacher) == list(LOSSES)
+    assert "Accuracy, %: difference from cross_entropy by teacher" in differences
+    assert [differences.count(f'class="{kind}') for kind in ("band", "line")] == [2, 2]
     curves = [chart for chart in charts if "by step" in chart]
     # Accuracy and TAID's t beside each teacher.
     assert len(curves) == 4

@@ -8,7 +8,7 @@ from itertools import product
 from markupsafe import Markup
 
 from vlm_distill.evaluation.measures import MEASURES
-from vlm_distill.evaluation.seed_statistics import deviation_of, t_interval
+from vlm_distill.evaluation.seed_statistics import compare_seeds, deviation_of, t_interval
 from vlm_distill.reporting import plots
 from vlm_distill.reporting.entries import is_number
 from vlm_distill.reporting.run_folder import read_metrics
@@ -24,6 +24,7 @@ _INTERVAL_FROM = 3
 _LOG_FROM = 8.0
 
 Figure = tuple[str, Markup]
+_ByNumber = dict[float, dict[int, float]]
 
 
 def lines_axis(sweep: SweepRecord) -> str | None:
@@ -64,7 +65,11 @@ def shown_lines(sweep: SweepRecord, results: Sequence[Result], score: Score) -> 
 def score_figures(
     sweep: SweepRecord, results: Sequence[Result], score: Score, shown: Mapping[str, str]
 ) -> list[Figure]:
-    """Return a figure of a score against each axis that is a number: mean, and interval or range over seeds."""
+    """Return figures of a score against each axis that is a number, and of its difference from the baseline.
+
+    Scores are means, with an interval or range over seeds; differences are paired by seed, with their interval.
+    """
+    heading = MEASURES[score[1]].heading
     figures = []
     for axis in sweep.axes:
         numbers = {run.setting[axis]: run.numbers.get(axis) for run in sweep.runs}
@@ -74,27 +79,48 @@ def score_figures(
         log = min(known) > 0 and max(known) >= _LOG_FROM * min(known)
         lines = lines_axis(sweep) if lines_axis(sweep) != axis else None
         for facet in facets(sweep, [axis, lines]):
-            series = []
-            for name, css in shown.items() if lines is not None else [("mean", "c0")]:
-                own = [r for r in results if score in r.scores and _within(r.run, facet)]
-                own = [r for r in own if lines is None or r.run.setting[lines] == name]
-                series.append(_line_against(own, name, css, score, axis))
-            caption = " · ".join([f"{MEASURES[score[1]].heading} by {axis}", *facet.values()])
-            figures.append((caption, plots.line_chart(caption, series, x_label=axis, log=log)))
+            inside = [r for r in results if score in r.scores and _within(r.run, facet)]
+            found: dict[str, _ByNumber] = {}
+            for name in shown if lines is not None else ["mean"]:
+                own = [r for r in inside if lines is None or r.run.setting[lines] == name]
+                found[name] = _by_number(own, score, axis)
+            drawn = {f"{heading} by {axis}": [_line(name, shown.get(name, "c0"), own) for name, own in found.items()]}
+            if lines is not None and sweep.baseline is not None:
+                baseline = sweep.baseline[1]
+                drawn[f"{heading}: difference from {baseline} by {axis}"] = [
+                    _difference(name, shown[name], own, found.get(baseline, {}))
+                    for name, own in found.items()
+                    if name != baseline
+                ]
+            for title, series in drawn.items():
+                caption = " · ".join([title, *facet.values()])
+                figures.append((caption, plots.line_chart(caption, series, x_label=axis, log=log)))
     return [(caption, chart) for caption, chart in figures if chart]
 
 
-def _line_against(results: Sequence[Result], name: str, css: str, score: Score, axis: str) -> plots.Series:
-    by_number: dict[float, list[float]] = {}
+def _by_number(results: Sequence[Result], score: Score, axis: str) -> _ByNumber:
+    """Return scores by seed, as tables show them, for each number of an axis."""
+    found: _ByNumber = {}
     for result in results:
         value = MEASURES[score[1]].scale * result.scores[score]
-        by_number.setdefault(result.run.numbers[axis], []).append(value)
+        found.setdefault(result.run.numbers[axis], {})[result.run.seed] = value
+    return dict(sorted(found.items()))
+
+
+def _line(name: str, css: str, found: _ByNumber) -> plots.Series:
+    ends = {number: _interval(list(values.values())) for number, values in found.items()}
+    band = [(number, low, high) for number, (low, _, high) in ends.items()]
+    return plots.Series(name, css, [(number, mean) for number, (_, mean, _) in ends.items()], band=band)
+
+
+def _difference(name: str, css: str, found: _ByNumber, baseline: _ByNumber) -> plots.Series:
     points, band = [], []
-    for number, values in sorted(by_number.items()):
-        low, mean, high = _interval(values)
-        points.append((number, mean))
-        band.append((number, low, high))
-    return plots.Series(name, css, points, band=band)
+    for number in found.keys() & baseline.keys():
+        one = compare_seeds(found[number], baseline[number])
+        points.append((number, one.difference))
+        if one.half is not None:
+            band.append((number, one.difference - one.half, one.difference + one.half))
+    return plots.Series(name, css, sorted(points), band=sorted(band))
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float, float]:
