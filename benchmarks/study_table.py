@@ -3,7 +3,7 @@
     python benchmarks/study_table.py benchmarks/results/study_teacher_size.csv cross_entropy
 
 Differences are paired by seed, with the 95 % t interval; verdicts are at 5 % after Holm's correction over the table, as
-on the sweep's own page. `--score data.name` chooses one score.
+on the sweep's own page. `--score data.name` chooses one score; there is one for each type of questions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_results(path: Path) -> tuple[list[str], list[Result]]:
                 data, _, name = column.rpartition(".")
                 scores[data, name] = float(row[column])
         run = RecordedRun({axis: row[axis] for axis in axes}, {}, int(row["seed"]), Path(row["folder"]))
-        results.append(Result(run, scores, float(row["seconds"] or 0), None, {}))
+        results.append(Result(run, scores, {}, float(row["seconds"] or 0), None, {}))
     return axes, results
 
 

@@ -52,7 +52,8 @@ def write_finished(config, folder, exact, *, seconds=10.0, teacher=2000, data="t
     save_config(config, folder / "config.yaml")
     scores = folder / "evaluation" / data / "student" / "scores.json"
     scores.parent.mkdir(parents=True)
-    scores.write_text(json.dumps({"n": 100, "exact": exact, "soft": exact, "by_type": {}, "interval": None}))
+    whole = {"n": 100, "exact": exact, "soft": exact, "interval": None}
+    scores.write_text(json.dumps(whole | {"by_type": {"kind": whole}}))
     summary = {"seconds": seconds, "steps": 10, "memory": {"peak_bytes": 2**20}}
     summary["parameters"] = {"student": 1000, "trained": 1000, "teacher": teacher}
     (folder / "summary.json").write_text(json.dumps(summary))

@@ -169,6 +169,7 @@ def test_a_moved_folder_is_reported(make, tmp_path, command):
     assert len(rows) == 24
     assert rows[1]["loss"] == "taid"
     assert float(rows[1]["test.exact"]) > 0.75
+    assert rows[1]["test.kind.exact"] == rows[1]["test.exact"]
     assert rows[1]["teacher_parameters"] == "2000"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,15 @@ _BESIDE = ("top5", "nll", "ece", "agreement")
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its scores as in ``scores.json``, and what it cost."""
+    """A finished run: its scores as in ``scores.json``, and what it cost.
+
+    Attributes:
+        by_type: of questions of one type, whose data set is called ``data.type``; for the CSV.
+    """
 
     run: RecordedRun
     scores: Mapping[Score, float]
+    by_type: Mapping[Score, float]
     seconds: float | None
     peak_bytes: float | None
     parameters: Mapping[str, int]
@@ -42,18 +47,32 @@ def read_results(sweep: SweepRecord) -> list[Result]:
 def _read_result(run: RecordedRun) -> Result:
     summary = read_object(run.folder / "summary.json")
     memory = summary.get("memory", {}).get("peak_bytes")
-    return Result(run, final_scores(run.folder), summary.get("seconds"), memory, summary.get("parameters", {}))
+    parameters = summary.get("parameters", {})
+    return Result(run, final_scores(run.folder), _by_type(run.folder), summary.get("seconds"), memory, parameters)
 
 
 def final_scores(run: Path) -> dict[Score, float]:
     """Return a run's scores at its end. Raise ``UserError`` for a damaged file."""
     scores: dict[Score, float] = {}
-    for path in sorted(run.glob("evaluation/*/student/scores.json")):
-        data, found = path.parent.parent.name, read_object(path)
+    for data, found in _score_files(run):
         for name in (*MEASURES, *_BESIDE):
             if isinstance(found.get(name), int | float) and _wanted(name, found):
                 scores[data, name] = float(found[name])
     return scores
+
+
+def _by_type(run: Path) -> dict[Score, float]:
+    scores: dict[Score, float] = {}
+    for data, found in _score_files(run):
+        for kind, values in found.get("by_type", {}).items():
+            if _wanted("exact", found) and isinstance(values.get("exact"), int | float):
+                scores[f"{data}.{kind}", "exact"] = float(values["exact"])
+    return scores
+
+
+def _score_files(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(run.glob("evaluation/*/student/scores.json")):
+        yield path.parent.parent.name, read_object(path)
 
 
 def _wanted(name: str, scores: Mapping[str, Any]) -> bool:
@@ -71,7 +90,7 @@ def main_scores(scores: Iterable[Mapping[Score, float]]) -> list[Score]:
 
 def write_csv(path: Path, sweep: SweepRecord, results: Sequence[Result]) -> None:
     """Write a row for each finished run: its choices, seed, scores in full precision, seconds and peak memory."""
-    scores = sorted(dict.fromkeys(key for result in results for key in result.scores))
+    scores = sorted(dict.fromkeys(key for result in results for key in [*result.scores, *result.by_type]))
     columns = [*sweep.axes, "seed", *(f"{data}.{name}" for data, name in scores)]
     columns += ["seconds", "peak_bytes", "student_parameters", "teacher_parameters", "folder"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +99,7 @@ def write_csv(path: Path, sweep: SweepRecord, results: Sequence[Result]) -> None
         writer.writeheader()
         for result in results:
             row: dict[str, Any] = {**result.run.setting, "seed": result.run.seed}
-            row |= {f"{data}.{name}": value for (data, name), value in result.scores.items()}
+            row |= {f"{data}.{name}": value for (data, name), value in {**result.scores, **result.by_type}.items()}
             row |= {"seconds": result.seconds, "peak_bytes": result.peak_bytes}
             row |= {f"{who}_parameters": result.parameters.get(who) for who in ("student", "teacher")}
             writer.writerow(row | {"folder": result.run.folder})
