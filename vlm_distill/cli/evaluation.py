@@ -199,11 +199,13 @@ def compare(
         if isinstance(result, float):
             print(f"{name}: {result:.2%}")
             continue
+        questions = f"{result.n:,} questions"
+        if result.clusters < result.n:
+            questions += f" about {result.clusters:,} picture{'s' * (result.clusters > 1)}"
         print(
             f"{name}: {result.mean_a:.2%}, {100 * result.difference:+.2f} points "
-            f"({100 * result.low:+.2f} to {100 * result.high:+.2f}, 95 %) on {result.n:,} questions about "
-            f"{result.clusters:,} pictures; better on {result.only_a:,}, worse on {result.only_b:,}, "
-            f"McNemar's p = {result.p_mcnemar:.2g}"
+            f"({100 * result.low:+.2f} to {100 * result.high:+.2f}, 95 %) on {questions}; "
+            f"better on {result.only_a:,}, worse on {result.only_b:,}, McNemar's p = {result.p_mcnemar:.2g}"
         )
 
 
