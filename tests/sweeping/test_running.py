@@ -181,5 +181,5 @@ def test_the_csv_has_a_row_for_each_run(tmp_path):
     lines = (tmp_path / "runs/sweep/sweep.csv").read_text().splitlines()
     assert lines[0].startswith("loss,seed,test.exact,test.kind.exact,seconds,peak_bytes")
     assert len(lines) == 5
-    assert lines[2].startswith("taid,0,0.6,10.0,1048576,1000,2000,")
+    assert lines[2].startswith("taid,0,0.6,0.6,10.0,1048576,1000,2000,")
     assert json.loads((tmp_path / "runs/sweep/taid/seed0/summary.json").read_text())["steps"] == 10
