@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from vlm_distill.config.differences import flattened
 from vlm_distill.config.kinds import read_run
 from vlm_distill.evaluation.predictions import read_predictions
 
@@ -35,7 +35,7 @@ def load_run(folder: Path, label: str, css: str) -> Run:
         )
     text = _read_text(config) if config.is_file() else ""
     lines = read_metrics(folder)
-    settings = dict(_flatten(read_run(config))) if text.strip() else {}
+    settings = flattened(read_run(config)) if text.strip() else {}
     run = Run(
         label=f"{label} (smoke run)" if settings.get("training.smoke") else label,
         css=css,
@@ -93,12 +93,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: not a JSON object; remove the line or train again") from None
         entries.append(entry)
     return entries
-
-
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``("section.key", value)`` for each leaf of a configuration."""
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
