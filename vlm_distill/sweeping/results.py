@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,31 +48,27 @@ def _read_result(run: RecordedRun) -> Result:
     summary = read_object(run.folder / "summary.json")
     memory = summary.get("memory", {}).get("peak_bytes")
     parameters = summary.get("parameters", {})
-    return Result(run, final_scores(run.folder), _by_type(run.folder), summary.get("seconds"), memory, parameters)
+    return Result(run, *_read_scores(run.folder), summary.get("seconds"), memory, parameters)
 
 
 def final_scores(run: Path) -> dict[Score, float]:
     """Return a run's scores at its end. Raise ``UserError`` for a damaged file."""
+    return _read_scores(run)[0]
+
+
+def _read_scores(run: Path) -> tuple[dict[Score, float], dict[Score, float]]:
+    """Return a run's scores, and those of its questions by type."""
     scores: dict[Score, float] = {}
-    for data, found in _score_files(run):
+    by_type: dict[Score, float] = {}
+    for path in sorted(run.glob("evaluation/*/student/scores.json")):
+        data, found = path.parent.parent.name, read_object(path)
         for name in (*MEASURES, *_BESIDE):
             if isinstance(found.get(name), int | float) and _wanted(name, found):
                 scores[data, name] = float(found[name])
-    return scores
-
-
-def _by_type(run: Path) -> dict[Score, float]:
-    scores: dict[Score, float] = {}
-    for data, found in _score_files(run):
         for kind, values in found.get("by_type", {}).items():
-            if _wanted("exact", found) and isinstance(values.get("exact"), int | float):
-                scores[f"{data}.{kind}", "exact"] = float(values["exact"])
-    return scores
-
-
-def _score_files(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in sorted(run.glob("evaluation/*/student/scores.json")):
-        yield path.parent.parent.name, read_object(path)
+            if isinstance(values.get("exact"), int | float) and _wanted("exact", found):
+                by_type[f"{data}.{kind}", "exact"] = float(values["exact"])
+    return scores, by_type
 
 
 def _wanted(name: str, scores: Mapping[str, Any]) -> bool:
