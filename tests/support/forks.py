@@ -58,6 +58,7 @@ class Forks:
 
 
 def main():
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  with ZeRO, half of what a small training takes
     import torch.utils.tensorboard  # noqa: F401
 
     import vision.trainer  # noqa: F401

@@ -32,7 +32,7 @@ K = 5
 LIVE = {
     "mixed": {"data": "mixed"},
     "alone": {"data": "mixed", "training__micro_batch_size": 1},
-    "text": {"data": "text", "family": "language", "deepspeed__stage": 3},
+    "text": {"data": "text", "family": "language", "deepspeed__stage": 2},
     "pieces": {"data": "mixed", "family": "pieces", "loss": [{"name": "uld"}, {"name": "alm", "tau": 5.0}]},
     "token": {"data": "mixed", "family": "pieces", "loss": [{"name": "alm", "tau": 5.0, "mean": "sequences"}]},
     "bf16": {"data": "mixed", "training__dtype": "bf16", "deepspeed__stage": 2},

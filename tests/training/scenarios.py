@@ -167,6 +167,7 @@ SHARED = {
             "data": "mixed",
             "loss": [{"name": "jsd"}, {"name": "cross_entropy", "weight": 0.5}],
             "on_policy": {"fraction": 0.7, "max_new_tokens": 4, **more},
+            "training__steps": 5,  # until one is of the data's answers
         }
         for stage in (0, 3)
         for name, more in (("on_policy", {"batch_size": 3}), ("replay", {"replay": 8, "importance": {}}))
@@ -236,6 +237,7 @@ SHARED = {
             "optimizer__name": "muon",
             "optimizer__muon_lr": 0.01,
             "optimizer__max_grad_norm": None,
+            "training__steps": 5,  # docs/training.md says how near they are then
         }
         for s in (0, 2)
     },
@@ -345,7 +347,7 @@ NEAR = {
     *("several_shard_zero2", "together_zero0", "together_zero3", "together_shard_zero3", "mixtures_zero0"),
     *("mixtures_zero3", "mixtures_shard_zero3", "offload_zero3", "llava_shard_zero3", "uld_shard_zero3"),
     *("greedy_zero3", "rollouts_zero3", "sent_zero3", "own_base_zero3", "ctkd_instance_zero3", "several_own_zero3"),
-    *("at_images_shard_zero3", "bf16_features_zero3"),
+    *("at_images_shard_zero3", "bf16_features_zero3", "own_zero3", "shard_mixed_zero3"),
     *(f"resumed_{name}" for name in RESUMED if name != "zero3"),
 }
 
@@ -431,6 +433,7 @@ def run(folder: Path, out: Path, changes: dict, processes: Processes) -> dict:
     data = folder / kind.removesuffix("_eval").replace("eval", "plain") / "data.jsonl"
     placement, drawn_on_server = changes.pop("teacher", "replicate"), changes.pop("drawn_on_server", "")
     teacher = folder / (f"{family}_teacher" if family in ("llava", "language", "pieces", "videos") else "teacher")
+    changes.setdefault("training__steps", 3)
     plain = tiny.config(out, data, teacher, **changes)
     if isinstance(placement, dict):
         plain["teacher"] = placement

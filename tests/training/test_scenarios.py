@@ -348,7 +348,7 @@ def test_the_teacher_is_in_no_checkpoint(results):
 )
 def test_answers_under_zero3(results, name, questions):
     lines = [line for line in results(2, name)["metrics"] if line["kind"] == "eval"]
-    assert [line["step"] for line in lines] == ([2, 4, 5] if name == "eval_frozen_zero3" else [5])
+    assert [line["step"] for line in lines] == ([2, 3] if name == "eval_frozen_zero3" else [3])
     assert all(line["n"] == questions for line in lines)
 
 
@@ -370,9 +370,9 @@ def test_held_out_measures_are_the_same_everywhere(results, world, name):
 
     expected = measured(results(1, "text_zero0"))
     assert [counts[:3] for counts, _ in expected] == [
-        *([step, data, 5] for step in (2, 4) for data in ("text", "data")),
-        [5, "text", 19],  # rows: some of the 16 documents are longer than one
-        [5, "data", 13],
+        *([2, data, 5] for data in ("text", "data")),
+        [3, "text", 19],  # rows: some of the 16 documents are longer than one
+        [3, "data", 13],
     ]
     for (counts, means), (others, values) in zip(expected, measured(results(world, name)), strict=True):
         assert others == counts

@@ -99,6 +99,7 @@ TWO_RANKS |= {f"resumed_{name}": {**(SHARED | TWO_RANKS)[name], "stop": 2} for n
 #: Near to another one, on any number of ranks: `make test-slow` runs them, in a launch of their own.
 NEAR = {
     *("zero1", "adamw_zero2", "layer_decay_zero2", "dist_zero2", "bf16_zero1", "bf16_zero2"),
+    *("lamb_zero0", "standardised_zero0", "other_teacher_zero0"),
     # Of a run in bf16 also the one that it is compared with: rounding may differ from one launch to another.
     *(f"resumed_{name}" for name in ("zero0", "zero1", "zero2", "bf16_zero2", "batchnorm_zero2", "averaged_zero2")),
     *(f"resumed_{name}" for name in ("mixed_zero0", "ctkd_zero2")),
