@@ -60,7 +60,7 @@ def other_command(path):
         process.kill()
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [KEYS[0], pytest.param(KEYS[1], marks=pytest.mark.slow)])
 def test_a_second_command_and_a_run_end_with_who_fills_it(material, processes, tmp_path, key):
     config, path = configured(material, tmp_path, key)
     with other_command(path) as other:

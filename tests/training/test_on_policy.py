@@ -172,7 +172,7 @@ def test_own_answers_are_never_right_ones(folder):
     assert [run.on_policy._kind(step) for step in range(6)] == ["draw" if kind else "data" for kind in kinds]
 
 
-@pytest.mark.parametrize("name", ["gkd", "distillm", "distillm2"])
+@pytest.mark.parametrize("name", [pytest.param("gkd", marks=pytest.mark.slow), "distillm", "distillm2"])
 def test_resumed_equals_uninterrupted(folder, name):
     section = {"fraction": 0.7, "max_new_tokens": 4}
     changes = {"training__steps": 8, "training__checkpoint_every": 3}

@@ -45,7 +45,7 @@ def trained(files, processes, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", OTHERS)
 def test_zero_stages_train_the_same_student(trained, name, stage):
     plain, weights = trained(name, "plain")
@@ -57,7 +57,7 @@ def test_zero_stages_train_the_same_student(trained, name, stage):
     assert torch.allclose(others, weights, atol=0.05 if name == "adamw8bit" else 1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, name, stage):
     straight, weights = trained(name, "straight", stage=stage)
