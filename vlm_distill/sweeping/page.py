@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from data.errors import UserError
@@ -119,7 +120,7 @@ def _shown(
         "" if against is None else plots.spread(against.difference, against.half, sign="+"),
         "" if against is None else plots.needed(against, row.verdict),
         crossed,
-        plots.duration(sum(seconds) / len(seconds)) if seconds else "",
+        plots.duration(median(seconds)) if seconds else "",
         plots.size_in_bytes(max(memory)) if memory else "",
         plots.compact(own[0].parameters["student"]) if own[0].parameters.get("student") else "",
     )
