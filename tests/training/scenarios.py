@@ -160,17 +160,16 @@ SHARED = {
         }
         for stage in (0, 2, 3)
     },
-    # The student's own answers on some steps, also where a rank has no picture or sample; with a buffer of them.
+    # The student's own answers on some steps, drawn or from a buffer, also where a rank has no picture or sample.
     **{
-        f"{name}_zero{stage}": {
+        f"replay_zero{stage}": {
             "deepspeed__stage": stage,
             "data": "mixed",
             "loss": [{"name": "jsd"}, {"name": "cross_entropy", "weight": 0.5}],
-            "on_policy": {"fraction": 0.7, "max_new_tokens": 4, **more},
-            "training__steps": 5,  # until one is of the data's answers
+            "on_policy": {"fraction": 0.7, "max_new_tokens": 4, "batch_size": 3, "replay": 8, "importance": {}},
+            "training__steps": 5,  # of the data's answers, new ones and old ones
         }
         for stage in (0, 3)
-        for name, more in (("on_policy", {"batch_size": 3}), ("replay", {"replay": 8, "importance": {}}))
     },
     # The data's answers and the student's own in one step, with losses of their own.
     **{
@@ -256,7 +255,7 @@ TWO_RANKS = {
     "llava_shard_zero3": {"deepspeed__stage": 3, "family": "llava", "teacher": "shard"},
     "language_shard_zero2": {"deepspeed__stage": 2, "family": "language", "teacher": "shard"},
     "uld_shard_zero3": {**SHARED["uld_zero3"], "teacher": "shard", "data": "mixed_eval"},
-    "on_policy_shard_zero3": {**SHARED["on_policy_zero3"], "teacher": "shard"},
+    "replay_shard_zero3": {**SHARED["replay_zero3"], "teacher": "shard"},
     "dropout_zero2": {"deepspeed__stage": 2, "student": DROPOUT},
     # A checkpoint averages the ranks' running statistics, so that both runs have to write it.
     "batchnorm_zero2": {"deepspeed__stage": 2, "student": BATCH_NORM, "training__checkpoint_every": 2},
