@@ -51,8 +51,12 @@ def without_zero(name):
     return launches.without_zero(name, scenarios.SHARED)
 
 
+def steps(result):
+    return [line for line in result["metrics"] if line["kind"] == "train"]
+
+
 def losses(result):
-    return [line["loss"] for line in result["metrics"] if line["kind"] == "train"]
+    return [line["loss"] for line in steps(result)]
 
 
 def same_weights(a, b, tolerance):
@@ -181,7 +185,7 @@ def test_resumed_equals_uninterrupted(results, name):
 
 
 def test_a_step_may_be_one_teachers_alone(results):
-    lines = [line for line in results(2, "several_zero3")["metrics"] if line["kind"] == "train"]
+    lines = steps(results(2, "several_zero3"))
     assert [line["teacher/other/share"] for line in lines].count(0) == 1
     assert [("teacher/other/taid" in line) for line in lines].count(False) == 1
     assert all(line["teacher/big/share"] + line["teacher/other/share"] == pytest.approx(1) for line in lines)
@@ -210,10 +214,7 @@ def test_activation_checkpointing_changes_nothing(results):
 
 
 def test_some_steps_are_of_the_students_own_answers(results):
-    two, one = (
-        [line for line in results(*run)["metrics"] if line["kind"] == "train"]
-        for run in ((2, "replay_zero3"), (1, "replay_zero0"))
-    )
+    two, one = steps(results(2, "replay_zero3")), steps(results(1, "replay_zero0"))
     assert {line["on_policy/step"] for line in two} == {0.0, 1.0}
     assert [line["on_policy/tokens"] for line in two] == [line["on_policy/tokens"] for line in one]
     replayed = [line for line in two if line["on_policy/replayed"]]
@@ -262,7 +263,7 @@ def test_what_a_loss_does_not_reach_stays(results):
 @pytest.mark.parametrize("name", marked(["ctkd_zero2", "ctkd_zero3", "ctkd_instance_zero3"], on_two))
 def test_a_losss_own_parameters_learn_alike(results, name):
     def temperatures(world, name):
-        return [t["ctkd/temperature"] for t in results(world, name)["metrics"] if t["kind"] == "train"]
+        return [line["ctkd/temperature"] for line in steps(results(world, name))]
 
     one, two = temperatures(1, without_zero(name)), temperatures(2, name)
     assert two == pytest.approx(one, rel=1e-6)
@@ -330,7 +331,7 @@ def test_every_part_trains_by_default(results):
 
 def test_micro_batches_without_pictures_or_samples(results):
     # 5 of 24 rows are broken, so that a step is smaller and, with two rows a micro-batch, some hold nothing.
-    samples = [line["samples"] for line in results(2, "mixed_zero3")["metrics"] if line["kind"] == "train"]
+    samples = [line["samples"] for line in steps(results(2, "mixed_zero3"))]
     assert sum(samples[:3]) == 19
     assert all(results(2, "mixed_zero3")["moved"].values())
 
