@@ -140,6 +140,9 @@ def test_commands_are_printed_for_a_scheduler(tmp_path, command):
     assert command("sweep", path, "--print", "--nproc", 1)[1].startswith(f"{lines[0]} --nproc 1\n")
     sweep_runs.finish(read_sweep(path).runs[0], 0.5)
     assert command("sweep", path, "--print")[1].splitlines() == lines[1:]
+    for finished in read_sweep(path).runs[1:]:
+        sweep_runs.finish(finished, 0.5)
+    assert command("sweep", path, "--print") == (0, "", f"{path}: all 4 runs are finished\n")
 
 
 def test_each_run_gets_its_share_of_the_machine(monkeypatch):

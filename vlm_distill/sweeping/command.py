@@ -75,8 +75,13 @@ def commands(sweep: Sweep, nproc: int | None) -> list[list[str]]:
 
 
 def print_commands(sweep: Sweep, nproc: int | None) -> None:
-    """Print one command a line on standard output, and on standard error how many must end before the next ones."""
+    """Print one command a line on standard output, and on standard error how many must end before the next ones.
+
+    Where nothing is left to run, standard error says so.
+    """
     stages = commands(sweep, nproc)
+    if not stages:
+        print(f"{sweep.path}: all {len(sweep.distinct)} runs are finished", file=sys.stderr, flush=True)
     if len(stages) > 1:
         counts = ", then ".join(str(len(stage)) for stage in stages)
         print(f"in stages, each after the one before has ended: {counts} commands", file=sys.stderr, flush=True)
