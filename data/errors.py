@@ -1,4 +1,7 @@
-"""The two errors of input: `UserError`, a mistake that ends a command, and `BadSample`, which may be skipped."""
+"""Errors of input: `UserError`, a mistake that ends a command, and `BadSample`, which may be skipped.
+
+Any error's message can be had as one line.
+"""
 
 import re
 
@@ -40,3 +43,19 @@ class BadSample(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.reason, self.detail)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message as one line: its first, and the next if the first only announces the cause (``…:``)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    told = lines[0]
+    for line in lines[1:]:
+        if not told.endswith(":"):
+            break
+        told = f"{told} {line}"
+    # A message that is only a key ("'model_type'") says nothing without the kind of error.
+    if isinstance(error, KeyError):
+        told = f"KeyError: {told}"
+    return told[:_DETAIL]

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 from vlm_distill.config.file import read_saved
 from vlm_distill.export import finished_student
-from vlm_distill.models.common import first_line
 from vlm_distill.reporting.card import (
     FOLDER,
     Publication,

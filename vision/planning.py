@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from data.classification import LabelledImages
-from data.errors import UserError
+from data.errors import UserError, first_line
 from data.mixture import Mixture
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.losses import FeatureTerm, wanted_features
-from vlm_distill.models.common import first_line
 from vlm_distill.planning import CONTEXT, FRAGMENTATION, STAGES, UTILISATION, Plan, budget_of
 from vlm_distill.planning.memory import BUCKET, PERSISTENT, Sizes, rank_memory, zero3_elements
 from vlm_distill.planning.models import Part

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from data.errors import UserError
-from vlm_distill.models.common import first_line
+from data.errors import UserError, first_line
 
 #: Keys under which checkpoints keep the model, averaged weights first.
 _WHOLE = ("state_dict_ema", "model_ema", "state_dict", "model", "net")

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from data.errors import UserError
-from vlm_distill.models.common import first_line
+from data.errors import UserError, first_line
 from vlm_distill.models.weightless import weightless
 
 from .classes import words

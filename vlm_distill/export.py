@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 from vlm_distill.runtime import manifest
 
 if TYPE_CHECKING:
@@ -215,8 +215,6 @@ def push(folder: Path, name: str, public: bool = False) -> str:
         UserError: see :func:`check_hub`, or the hub refuses.
     """
     from huggingface_hub import create_repo, upload_folder
-
-    from vlm_distill.models.common import first_line
 
     check_hub(name)
     try:

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 from vlm_distill.models import build_vlm, load_vlm, loading
-from vlm_distill.models.common import first_line
 from vlm_distill.models.fingerprint import fingerprint
 from vlm_distill.models.folder import ADAPTER_CONFIG
 from vlm_distill.models.lora import ADAPTER_WEIGHTS, add_lora, save_adapter

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from data.batch import Encoded, SampleId
-from data.errors import BadSample, UserError
+from data.errors import BadSample, UserError, first_line
 from data.sample_images import load_images
 from vlm_distill.config.model_sections import TEACHERS
 from vlm_distill.config.sections import RunConfig
-from vlm_distill.models.common import DTYPES, cast_parameters, first_line
+from vlm_distill.models.common import DTYPES, cast_parameters
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.processor import Processor
 from vlm_distill.run import Run

@@ -13,12 +13,12 @@ from vlm_distill.neighbours import check_neighbours
 
 check_neighbours()  # before anything of `data` is imported
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
 from . import internvl_chat
 from .answers import Answer
 from .assembly import build, load_decoder
-from .common import as_dtype, cast_parameters, check_attention, first_line
+from .common import as_dtype, cast_parameters, check_attention
 from .composed import CONFIG_NAME, ComposedVLM
 from .composed_folder import load_composed
 from .composed_processor import ComposedProcessor

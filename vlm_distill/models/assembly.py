@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
 from .common import (
     as_dtype,
     built_whole,
     cast_parameters,
     check_attention,
-    first_line,
     read_settings,
 )
 from .composed import ComposedVLM

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.conversation import count_images, thought_parts
-from data.errors import BadSample
+from data.errors import BadSample, first_line
 
-from .common import first_line
 from .template_frame import Frame
 from .template_marks import Render, text_parts
 

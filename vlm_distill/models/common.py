@@ -132,22 +132,6 @@ def booleans(values: Sequence[bool]) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.bool_))
 
 
-def first_line(error: BaseException) -> str:
-    """Return an error's message as one line: its first, and the next if the first only announces the cause (``…:``)."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    told = lines[0]
-    for line in lines[1:]:
-        if not told.endswith(":"):
-            break
-        told = f"{told} {line}"
-    # A message that is only a key ("'model_type'") says nothing without the kind of error.
-    if isinstance(error, KeyError):
-        told = f"KeyError: {told}"
-    return told[:300]
-
-
 def generation_ends(model: Any) -> set[int]:
     """Return the end tokens that the model's generation settings name."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

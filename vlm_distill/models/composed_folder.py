@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
 from .assembly import assemble, new_decoder
 from .common import (
@@ -17,7 +17,6 @@ from .common import (
     cast_parameters,
     check_attention,
     check_keys,
-    first_line,
     tied_names,
 )
 from .composed import CONFIG_NAME, FORMAT, WEIGHTS_NAME, ComposedVLM

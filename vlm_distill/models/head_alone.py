@@ -8,9 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
-from .common import first_line
 from .folder import check_weight_files, read_object
 from .interface import VisionLanguageModel
 from .lm_head import LMHead, fixed_head

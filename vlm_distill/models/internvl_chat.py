@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
-from .common import built_whole, first_line
+from .common import built_whole
 from .families import IMAGENET
 from .loading import check_finite
 from .sentencepiece import load_sentencepiece

@@ -12,9 +12,9 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from data.conversation import Conversation
-from data.errors import BadSample, UserError
+from data.errors import BadSample, UserError, first_line
 
-from .common import cast_parameters, first_line
+from .common import cast_parameters
 from .composed import ComposedVLM
 from .families import FAMILIES, family
 from .image_transform import INTERPOLATION

@@ -16,11 +16,10 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from data.batch import Encoded, ModelInputs
-from data.errors import UserError
+from data.errors import UserError, first_line
 
 from .adapters import ADAPTER, adapted_layers
 from .answers import Answer, Sampling
-from .common import first_line
 from .composed import ComposedVLM
 from .folder import ADAPTER_CONFIG, read_object
 from .interface import Outputs, VisionLanguageModel

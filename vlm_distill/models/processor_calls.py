@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from data.attempts import attempt
-from data.errors import BadSample
+from data.errors import BadSample, first_line
 
 from .answer_spans import Span
-from .common import first_line, integers
+from .common import integers
 from .video_inputs import Video
 
 

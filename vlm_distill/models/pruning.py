@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
-from .common import built_whole, first_line
+from .common import built_whole
 from .composed import ComposedVLM
 from .composed_processor import ComposedProcessor
 from .families import CHANNELS_FIRST, DECODER_WIDTHS

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
-from .common import first_line
 from .interface import VisionLanguageModel
 from .weightless import weightless
 

@@ -7,11 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
-from .common import (
-    first_line,
-)
 from .folder import check_folder
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
-from .common import built_whole, check_attention, choose, first_line, read_settings
+from .common import built_whole, check_attention, choose, read_settings
 from .folder import check_settings
 from .image_transform import INTERPOLATION, ImageTransform
 from .loading import Report, check_finite, check_report

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from data.batch import DistillationBatch
 from data.encoding import Pair
-from data.errors import UserError
+from data.errors import UserError, first_line
 from vlm_distill.caching.check_features import frozen_vision
 from vlm_distill.caching.check_tokens import check_top_k
 from vlm_distill.config.sections import RunConfig
 from vlm_distill.losses import Term
-from vlm_distill.models.common import DTYPES, first_line
+from vlm_distill.models.common import DTYPES
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.quantize import BITS, quantised_weights
 from vlm_distill.run import Run

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 from transformers.integrations import HfDeepSpeedConfig
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 from vlm_distill.config.batch_split import split_batch
 from vlm_distill.config.sections import AnyRun
-from vlm_distill.models.common import first_line
 from vlm_distill.models.interface import VisionLanguageModel
 from vlm_distill.models.loading import not_finite
 from vlm_distill.runtime import faults
